@@ -1,1 +1,133 @@
-"""Make a diffusers pipeline fast, lean and trustworthy: ``pipe = ernie_accel.optimize(pipe, preset="turbo-fp8")``."""
+"""Make a diffusers pipeline fast, lean and trustworthy.
+
+>>> import ernie_accel
+>>> pipe = ernie_accel.demo.load()
+>>> pipe = ernie_accel.optimize(pipe, preset="exact")
+>>> print(ernie_accel.report(pipe))  # doctest: +SKIP
+>>> pipe = ernie_accel.restore(pipe)
+
+Everything here is loaded when it is first used: importing the package imports neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ernie_accel import batch, demo
+    from ernie_accel.core.context import Context
+    from ernie_accel.core.errors import (
+        ApplyError,
+        BatchInputError,
+        BatchOutputError,
+        ConflictError,
+        ErnieAccelError,
+        MissingExtraError,
+        RestoreError,
+        UnknownNameError,
+        UnsupportedError,
+    )
+    from ernie_accel.core.optimize import optimize, report, restore
+    from ernie_accel.core.plan import Plan, plan
+    from ernie_accel.core.preset import Preset, presets
+    from ernie_accel.core.report import Report
+    from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+    from ernie_accel.core.undo import Undo
+    from ernie_accel.families.family import Family
+    from ernie_accel.transforms import transform_from_json
+    from ernie_accel.transforms.call_defaults import CallDefaults
+    from ernie_accel.transforms.compile import Compile
+    from ernie_accel.transforms.dtype import CastDtype
+    from ernie_accel.transforms.layout import MakeContiguous
+    from ernie_accel.transforms.memory import SliceVae, TileVae
+    from ernie_accel.transforms.quantize import Quantize
+    from ernie_accel.transforms.scheduler import SwapScheduler
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ernie_accel.core.context": ("Context",),
+    "ernie_accel.core.errors": (
+        "ApplyError",
+        "BatchInputError",
+        "BatchOutputError",
+        "ConflictError",
+        "ErnieAccelError",
+        "MissingExtraError",
+        "RestoreError",
+        "UnknownNameError",
+        "UnsupportedError",
+    ),
+    "ernie_accel.core.optimize": ("optimize", "report", "restore"),
+    "ernie_accel.core.plan": ("Plan", "plan"),
+    "ernie_accel.core.preset": ("Preset", "presets"),
+    "ernie_accel.core.report": ("Report",),
+    "ernie_accel.core.transform": ("Applied", "Effect", "Phase", "Preview", "Transform"),
+    "ernie_accel.core.undo": ("Undo",),
+    "ernie_accel.families.family": ("Family",),
+    "ernie_accel.transforms": ("transform_from_json",),
+    "ernie_accel.transforms.call_defaults": ("CallDefaults",),
+    "ernie_accel.transforms.compile": ("Compile",),
+    "ernie_accel.transforms.dtype": ("CastDtype",),
+    "ernie_accel.transforms.layout": ("MakeContiguous",),
+    "ernie_accel.transforms.memory": ("SliceVae", "TileVae"),
+    "ernie_accel.transforms.quantize": ("Quantize",),
+    "ernie_accel.transforms.scheduler": ("SwapScheduler",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_SUBPACKAGES = ("batch", "demo")
+
+__all__ = [
+    "Applied",
+    "ApplyError",
+    "BatchInputError",
+    "BatchOutputError",
+    "CallDefaults",
+    "CastDtype",
+    "Compile",
+    "ConflictError",
+    "Context",
+    "Effect",
+    "ErnieAccelError",
+    "Family",
+    "MakeContiguous",
+    "MissingExtraError",
+    "Phase",
+    "Plan",
+    "Preset",
+    "Preview",
+    "Quantize",
+    "Report",
+    "RestoreError",
+    "SliceVae",
+    "SwapScheduler",
+    "TileVae",
+    "Transform",
+    "Undo",
+    "UnknownNameError",
+    "UnsupportedError",
+    "batch",
+    "demo",
+    "optimize",
+    "plan",
+    "presets",
+    "report",
+    "restore",
+    "transform_from_json",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    elif name in _SUBPACKAGES:
+        value = importlib.import_module(f"ernie_accel.{name}")
+    else:
+        raise AttributeError(f"module 'ernie_accel' has no attribute {name!r}; it has {', '.join(__all__)}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,180 @@
+"""The facts about the machine that a plan depends on, frozen and injectable: a laptop can plan for an H200."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeVar
+
+from ernie_accel.core.components import Pipeline, device_of
+from ernie_accel.core.errors import UnknownNameError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ernie_accel.core.transform import Transform
+
+T = TypeVar("T", bound="Transform")
+GIB = 2**30
+
+#: Import name -> pip extra, of every optional package.
+OPTIONAL_PACKAGES: Mapping[str, str] = MappingProxyType(
+    {
+        "torchao": "torchao",
+        "optimum.quanto": "quanto",
+        "bitsandbytes": "bitsandbytes",
+        "gguf": "gguf",
+        "torch_npu": "npu",
+        "ray": "ray",
+        "httpx": "http",
+    }
+)
+_DISTRIBUTIONS = {"optimum.quanto": "optimum-quanto", "torch_npu": "torch-npu"}
+_REQUIRED_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Context:
+    """Facts about one machine; nothing here is looked up again later.
+
+    Attributes:
+        device: torch device type: "cpu", "cuda", "npu", ...
+        device_name: What people call it.
+        capability: CUDA compute capability (major, minor); None elsewhere.
+        memory_bytes: Memory of the device; None if unknown.
+        versions: Installed packages by import name; a package that is not there cannot be imported.
+        no_compile: Why torch.compile cannot work here; None if it can.
+        planned: The transforms that will have run before the one that is asked.
+    """
+
+    device: str
+    device_name: str
+    capability: tuple[int, int] | None = None
+    memory_bytes: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    no_compile: str | None = None
+    planned: tuple[Transform, ...] = ()
+
+    @classmethod
+    def detect(cls, pipe: Pipeline | None = None) -> Context:
+        """Look at this machine: at the device `pipe` lives on, or at the best one where no pipe is given."""
+        import torch
+
+        device = device_of(pipe) if pipe is not None else _best_device()
+        if device.type == "cuda":
+            facts = torch.cuda.get_device_properties(device)
+            return cls(
+                device="cuda",
+                device_name=facts.name,
+                capability=(facts.major, facts.minor),
+                memory_bytes=facts.total_memory,
+                versions=installed_versions(),
+                no_compile=None if _importable("triton") else "torch.compile on CUDA needs triton: pip install triton",
+            )
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+        return cls(
+            device=device.type,
+            device_name=f"{os.cpu_count()} CPU cores" if device.type == "cpu" else device.type,
+            memory_bytes=memory if device.type == "cpu" else None,
+            versions=installed_versions(),
+            no_compile=_why_no_cpu_compile() if device.type == "cpu" else None,
+        )
+
+    @classmethod
+    def named(cls, name: str) -> Context:
+        """Return the facts of a well-known device, with the packages that are installed here.
+
+        Args:
+            name: A key of `DEVICES` ("h200", "rtx3060", "ascend910b", ...), in any case.
+
+        Raises:
+            UnknownNameError: There is no such device in the table.
+        """
+        if name.lower() not in DEVICES:
+            raise UnknownNameError("device", name, DEVICES)
+        return replace(DEVICES[name.lower()], versions=installed_versions())
+
+    def after(self, *transforms: Transform) -> Context:
+        """Return the context in which `transforms` have run, too."""
+        return replace(self, planned=self.planned + transforms)
+
+    def planned_one(self, kind: type[T]) -> T | None:
+        """Return the transform of class `kind` that will have run before, or None."""
+        return next((t for t in self.planned if isinstance(t, kind)), None)
+
+    def missing(self, package: str) -> list[str]:
+        """Return the reason why `package` cannot be imported, with its pip extra; empty if it can."""
+        if package in self.versions:
+            return []
+        return [f"{package} is not installed: pip install 'ernie-accel[{OPTIONAL_PACKAGES[package]}]'"]
+
+    def __str__(self) -> str:
+        parts = [self.device if self.device_name == self.device else f"{self.device} ({self.device_name}"]
+        if self.capability is not None:
+            parts.append("capability {}.{}".format(*self.capability))
+        if self.memory_bytes is not None:
+            parts.append(f"{self.memory_bytes / GIB:.0f} GiB")
+        return ", ".join(parts) + (")" if "(" in parts[0] else "")
+
+
+def installed_versions() -> Mapping[str, str]:
+    """Return the versions of all packages the library can use, without importing any of them."""
+    versions = {}
+    for package in (*_REQUIRED_PACKAGES, *OPTIONAL_PACKAGES):
+        if _importable(package):
+            try:
+                versions[package] = importlib.metadata.version(_DISTRIBUTIONS.get(package, package))
+            except importlib.metadata.PackageNotFoundError:
+                versions[package] = "unknown"
+    return MappingProxyType(versions)
+
+
+def _importable(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # the parent of a dotted name is missing
+        return False
+
+
+def _best_device() -> torch.device:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _why_no_cpu_compile() -> str | None:
+    candidates = (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")
+    if any(name and shutil.which(name) for name in candidates):
+        return None
+    return "torch.compile on the CPU needs a C++ compiler, and none of g++, clang++, c++ is on the PATH"
+
+
+def _cuda(name: str, major: int, minor: int, gib: int) -> Context:
+    return Context("cuda", name, (major, minor), gib * GIB)
+
+
+#: Well-known devices for `Context.named`; capability and memory as their vendors publish them.
+DEVICES: Mapping[str, Context] = MappingProxyType(
+    {
+        "cpu": Context("cpu", "cpu"),
+        "v100": _cuda("NVIDIA V100", 7, 0, 32),
+        "t4": _cuda("NVIDIA T4", 7, 5, 16),
+        "a100": _cuda("NVIDIA A100", 8, 0, 80),
+        "a6000": _cuda("NVIDIA RTX A6000", 8, 6, 48),
+        "rtx3060": _cuda("NVIDIA GeForce RTX 3060", 8, 6, 12),
+        "rtx3090": _cuda("NVIDIA GeForce RTX 3090", 8, 6, 24),
+        "rtx4060": _cuda("NVIDIA GeForce RTX 4060", 8, 9, 8),
+        "rtx4090": _cuda("NVIDIA GeForce RTX 4090", 8, 9, 24),
+        "l40s": _cuda("NVIDIA L40S", 8, 9, 48),
+        "h100": _cuda("NVIDIA H100", 9, 0, 80),
+        "h200": _cuda("NVIDIA H200", 9, 0, 141),
+        "b200": _cuda("NVIDIA B200", 10, 0, 180),
+        "rtx5090": _cuda("NVIDIA GeForce RTX 5090", 12, 0, 32),
+        "ascend910b": Context("npu", "Ascend 910B", None, 64 * GIB),
+    }
+)

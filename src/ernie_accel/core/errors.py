@@ -1,0 +1,156 @@
+"""Every error the library raises, in one tree.
+
+::
+
+    ErnieAccelError
+    ├── UnknownNameError (ValueError)     a preset, transform, device, scheduler ... nobody has heard of
+    ├── ConflictError (ValueError)        two transforms for one slot in one call
+    ├── UnsupportedError                  a plan that cannot run here; carries the plan
+    ├── ApplyError                        a transform failed; everything was undone; carries the report
+    ├── RestoreError                      the original cannot be given back; says why
+    ├── MissingExtraError (ImportError)   an optional package is needed; names the pip extra
+    ├── BatchInputError (ValueError)      a table of prompts with mistakes; lists all of them with their lines
+    └── BatchOutputError (OSError)        pictures cannot be written where they were asked for
+
+Messages repeat the input, say what was found, what was expected and the fix; the same facts are attributes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ernie_accel.core.plan import Plan
+    from ernie_accel.core.report import Report
+
+__all__ = [
+    "ApplyError",
+    "BatchInputError",
+    "BatchOutputError",
+    "ConflictError",
+    "ErnieAccelError",
+    "MissingExtraError",
+    "RestoreError",
+    "UnknownNameError",
+    "UnsupportedError",
+]
+
+
+class ErnieAccelError(Exception):
+    """Base of all errors of this library."""
+
+
+class UnknownNameError(ErnieAccelError, ValueError):
+    """A name nobody has heard of.
+
+    Attributes:
+        kind: What was looked for, as a noun ("preset").
+        name: The name as given.
+        valid: The names that exist.
+    """
+
+    def __init__(self, kind: str, name: object, valid: Iterable[str]) -> None:
+        self.kind, self.name, self.valid = kind, name, tuple(valid)
+        close = difflib.get_close_matches(str(name), self.valid, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        super().__init__(f"Unknown {kind} {name!r}.{hint} Valid: {', '.join(self.valid)}.")
+
+
+class ConflictError(ErnieAccelError, ValueError):
+    """Two transforms were given for one slot.
+
+    Attributes:
+        transforms: The transforms that exclude each other.
+    """
+
+    def __init__(self, slot: str, transforms: Iterable[object]) -> None:
+        self.slot, self.transforms = slot, tuple(transforms)
+        both = " and ".join(map(repr, self.transforms))
+        super().__init__(f"{both} exclude each other: a pipe has one {slot!r} slot. Pass only one of them.")
+
+
+class UnsupportedError(ErnieAccelError):
+    """A plan cannot run here.
+
+    Attributes:
+        plan: The refused plan; ``plan.problems`` lists the transforms with their reasons.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        lines = [f"Cannot apply {plan.title}:", *plan.problem_lines()]
+        fixes = ["Fix these"]
+        if plan.preset is not None:
+            fixes.append("choose another preset")
+        if not plan.blockers:
+            fixes.append("pass on_unsupported='skip'")
+        lines.append(", or ".join([", ".join(fixes[:-1]), fixes[-1]]) + "." if len(fixes) > 1 else fixes[0] + ".")
+        super().__init__("\n".join(lines))
+
+
+class ApplyError(ErnieAccelError):
+    """A transform failed while it was applied; what had been applied before it was undone.
+
+    Attributes:
+        transform: The transform that failed.
+        report: What had been applied until then, as a report.
+    """
+
+    def __init__(self, transform: object, reason: str, report: Report) -> None:
+        self.transform, self.report = transform, report
+        super().__init__(f"{transform!r} failed: {reason}\nThe pipe is as it was before this call.\n{report}")
+
+
+class RestoreError(ErnieAccelError):
+    """The original pipe cannot be given back.
+
+    Attributes:
+        transform: The transform that has no undo.
+        reason: Why it has none.
+    """
+
+    def __init__(self, transform: object, reason: str) -> None:
+        self.transform, self.reason = transform, reason
+        super().__init__(f"Cannot undo {transform!r}: {reason}. Load the pipeline again to start from the original.")
+
+
+class MissingExtraError(ErnieAccelError, ImportError):
+    """An optional package is not installed.
+
+    Attributes:
+        package: The package to import.
+        extra: The pip extra that brings it.
+    """
+
+    def __init__(self, package: str, extra: str) -> None:
+        self.package, self.extra = package, extra
+        super().__init__(f"{package} is not installed: pip install 'ernie-accel[{extra}]'")
+
+
+class BatchInputError(ErnieAccelError, ValueError):
+    """A table of prompts has mistakes; nothing was rendered.
+
+    Attributes:
+        path: The file.
+        problems: All mistakes as (line or None, message); lines count from 1.
+    """
+
+    def __init__(self, path: str | Path, problems: Iterable[tuple[int | None, str]]) -> None:
+        self.path, self.problems = Path(path), tuple(problems)
+        places = (str(path) if line is None else f"{path}:{line}" for line, _ in self.problems)
+        super().__init__("\n".join(f"{place}: {text}" for place, (_, text) in zip(places, self.problems, strict=True)))
+
+
+class BatchOutputError(ErnieAccelError, OSError):
+    """Pictures cannot be written where they were asked for; nothing half-written is left.
+
+    Attributes:
+        path: The file or folder.
+    """
+
+    def __init__(self, path: str | Path, message: str) -> None:
+        self.path = Path(path)
+        super().__init__(message)

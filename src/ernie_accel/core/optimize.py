@@ -1,0 +1,162 @@
+"""START HERE: change a pipeline by a list of transforms, say what was done, and give the original back.
+
+    plan      ask every transform what it would do                       (plan.py; changes nothing)
+    optimize  plan, then apply one after the other; on failure undo all
+    report    the receipts of what was applied                           (report.py)
+    restore   undo in reverse order
+
+A pipe that was optimized carries its report, with the receipts in it, in one attribute. Asking again states the
+whole wish anew: what both wishes begin with stays, the rest of the old one is undone, the rest of the new applied.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ernie_accel.core.components import Pipeline, pipe_bytes
+from ernie_accel.core.context import Context
+from ernie_accel.core.errors import ApplyError, RestoreError, UnknownNameError, UnsupportedError
+from ernie_accel.core.plan import Step, check_pipeline, compose, plan_steps, title_of
+from ernie_accel.core.preset import Preset, find_preset
+from ernie_accel.core.report import Entry, Report
+from ernie_accel.core.transform import Transform
+
+_ATTRIBUTE = "_ernie_accel"
+
+
+def optimize(
+    pipe: Pipeline,
+    *transforms: Transform,
+    preset: Preset | str | None = None,
+    on_unsupported: Literal["error", "skip"] = "error",
+    context: Context | None = None,
+) -> Pipeline:
+    """Make a pipeline faster or leaner in place, and return it.
+
+    Everything is checked before anything is touched. Optimizing again with the same arguments changes nothing; with
+    others, what no longer belongs is undone first.
+
+    Args:
+        pipe: A diffusers pipeline.
+        *transforms: Transforms, in any order; beside a preset they replace those in the same slot.
+        preset: A preset or its name; see ``ernie_accel.presets``.
+        on_unsupported: "error" refuses the whole plan if a transform cannot run here; "skip" leaves such transforms
+            out, and the report says why.
+        context: The machine's facts; default: looked up.
+
+    Returns:
+        The same object.
+
+    Raises:
+        UnknownNameError: There is no such preset.
+        ConflictError: Two transforms want one slot.
+        UnsupportedError: A transform cannot run here (all reasons at once), or the pipe cannot run at all.
+        ApplyError: A transform failed; the pipe is as it was before this call.
+        RestoreError: An earlier transform would have to be undone and cannot be; nothing was undone.
+    """
+    if on_unsupported not in ("error", "skip"):
+        raise UnknownNameError("value of on_unsupported", on_unsupported, ("error", "skip"))
+    wanted = compose(transforms, preset)
+    check_pipeline(pipe)
+    named = find_preset(preset) if preset is not None else None
+    machine = context or Context.detect(pipe)
+
+    old = report(pipe)
+    kept, removed = _split(old.entries, wanted)
+    _undo(pipe, removed)
+    machine_then = machine.after(*(entry.step.transform for entry in kept if entry.status != "skipped"))
+    try:
+        the_plan = plan_steps(pipe, wanted[len(kept) :], named, machine_then)
+        if the_plan.blockers or (the_plan.problems and on_unsupported == "error"):
+            raise UnsupportedError(the_plan)
+        added = _apply(pipe, the_plan.steps, machine_then)
+    except BaseException:  # Ctrl-C too: a wish that failed leaves the pipe as the one before it made it
+        _remember(pipe, replace(old, entries=kept + _apply(pipe, [entry.step for entry in removed], machine_then)))
+        raise
+    _remember(pipe, Report(title_of(wanted, named), type(pipe).__name__, machine, kept + added))
+    return pipe
+
+
+def report(pipe: Pipeline) -> Report:
+    """Return what has been applied to `pipe`, skipped and why; print it. Empty for an untouched pipe."""
+    check_pipeline(pipe)
+    carried = vars(pipe).get(_ATTRIBUTE)
+    if isinstance(carried, _Carried):
+        return carried.report
+    return Report("nothing applied", type(pipe).__name__, Context.detect(pipe), ())
+
+
+def restore(pipe: Pipeline) -> Pipeline:
+    """Undo in place everything `optimize` did, the last thing first, and return the pipe.
+
+    Raises:
+        RestoreError: A transform has no undo; nothing was undone.
+    """
+    _undo(pipe, report(pipe).entries)
+    if _ATTRIBUTE in vars(pipe):
+        object.__delattr__(pipe, _ATTRIBUTE)
+    return pipe
+
+
+@dataclass(frozen=True)
+class _Carried:
+    """What an optimized pipe carries. The id tells the pipe itself from a deep copy, whose undo is not its own."""
+
+    report: Report
+    pipe_id: int
+
+
+def _remember(pipe: Pipeline, the_report: Report) -> None:
+    object.__setattr__(pipe, _ATTRIBUTE, _Carried(the_report, id(pipe)))  # past the pipeline's config bookkeeping
+
+
+def _split(entries: tuple[Entry, ...], wanted: tuple[Transform, ...]) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
+    """Return the entries that `wanted` begins with too, and the rest."""
+    same = 0
+    while same < min(len(entries), len(wanted)) and entries[same].step.transform == wanted[same]:
+        same += 1
+    return entries[:same], entries[same:]
+
+
+def _apply(pipe: Pipeline, steps: Iterable[Step], context: Context) -> tuple[Entry, ...]:
+    """Apply `steps` in order, or none of them."""
+    done: list[Entry] = []
+    for step in steps:
+        if step.verdict != "apply":
+            done.append(Entry(step, None))
+            continue
+        before, start = pipe_bytes(pipe), time.perf_counter()
+        try:
+            applied = step.transform.apply(pipe, context)
+            if not applied.changed:
+                raise RuntimeError("it changed nothing, although its preview said it would")
+        except BaseException as error:
+            _undo(pipe, done)
+            if not isinstance(error, Exception):
+                raise
+            so_far = Report("applied before the failure", type(pipe).__name__, context, tuple(done))
+            raise ApplyError(step.transform, f"{type(error).__name__}: {error}", so_far) from error
+        seconds = time.perf_counter() - start
+        applied = replace(applied, seconds=seconds, bytes_before=before, bytes_after=pipe_bytes(pipe))
+        done.append(Entry(step, applied))
+        context = context.after(step.transform)
+    return tuple(done)
+
+
+def _undo(pipe: Pipeline, entries: Iterable[Entry]) -> None:
+    """Undo `entries`, the last one first; refuse before the first undo if one of them cannot be undone."""
+    undos = []
+    for entry in entries:
+        if entry.applied is None:
+            continue
+        if entry.applied.undo is None:
+            raise RestoreError(entry.step.transform, str(entry.applied.no_undo))
+        carried = vars(pipe).get(_ATTRIBUTE)
+        if isinstance(carried, _Carried) and carried.pipe_id != id(pipe):
+            raise RestoreError(entry.step.transform, "this pipe is a deep copy; restore the pipe it was copied from")
+        undos.append(entry.applied.undo)
+    for undo in reversed(undos):
+        undo()

@@ -1,0 +1,258 @@
+"""Say what would happen to a pipe, in which order and at what fidelity, before anything is touched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ernie_accel.core.components import Pipeline, bare_float8, pipe_bytes
+from ernie_accel.core.context import Context
+from ernie_accel.core.errors import ConflictError, ErnieAccelError
+from ernie_accel.core.preset import Preset, find_preset
+from ernie_accel.core.text import effect_text, human_bytes, summarise, table
+from ernie_accel.core.transform import Effect, Preview, Transform
+
+
+@dataclass(frozen=True)
+class Step:
+    """One transform of a plan.
+
+    Attributes:
+        transform: The transform.
+        reasons: Why it cannot run; empty if it can.
+        preview: What it would change; None if it cannot run.
+    """
+
+    transform: Transform
+    reasons: tuple[str, ...]
+    preview: Preview | None
+
+    @property
+    def verdict(self) -> str:
+        """ "apply", "nothing to do" (the pipe is already so) or "unsupported"."""
+        if self.preview is None:
+            return "unsupported"
+        return "apply" if self.preview.changes else "nothing to do"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `optimize` would do with these transforms. Printing it gives a table; `to_json` the same as data.
+
+    Attributes:
+        pipe_class: Class name of the pipe.
+        family: Name of its architecture family, or None if it is of none the library knows.
+        context: The machine the plan is for.
+        steps: The transforms in the order they would run.
+        blockers: Reasons why this pipe cannot run at all, whatever the transforms.
+        preset: The preset the transforms came from, if any.
+        bytes_before: Bytes of the pipe's weights now.
+    """
+
+    pipe_class: str
+    family: str | None
+    context: Context
+    steps: tuple[Step, ...]
+    blockers: tuple[str, ...]
+    preset: Preset | None
+    bytes_before: int
+
+    @property
+    def problems(self) -> dict[Transform, tuple[str, ...]]:
+        """The transforms that cannot run, each with all its reasons."""
+        return {step.transform: step.reasons for step in self.steps if step.reasons}
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything in the plan can run."""
+        return not self.problems and not self.blockers
+
+    @property
+    def effect(self) -> Effect:
+        """The strongest effect of the steps that would be applied."""
+        effects = (step.transform.effect for step in self.steps if step.verdict == "apply")
+        return max(effects, key=lambda effect: effect.severity, default=Effect.EXACT)
+
+    @property
+    def title(self) -> str:
+        """The request in words: the preset, or the transforms."""
+        return title_of((step.transform for step in self.steps), self.preset)
+
+    def problem_lines(self) -> Iterator[str]:
+        """Yield all that stands in the way, indented, one reason a line."""
+        for blocker in self.blockers:
+            yield f"  - {blocker}"
+        for transform, reasons in self.problems.items():
+            yield f"  {transform!r}"
+            for reason in reasons:
+                yield f"    - {reason}"
+
+    def __str__(self) -> str:
+        what = f"{self.pipe_class} ({self.family or 'of no known family'})"
+        lines = [f"Plan: {self.title} for {what} on {self.context}"]
+        lines += [f"  - {blocker}" for blocker in self.blockers]
+        lines.append(table(("#", "transform", "effect", "what would change", "weights"), self._rows(), frozenset({0})))
+        lines += list(self._footnotes())
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        before = self.bytes_before
+        for number, step in enumerate(self.steps, start=1):
+            effect = effect_text(step.transform.effect.value, step.transform.floor_db)
+            if step.preview is None:
+                yield str(number), repr(step.transform), "-", "cannot: see below", ""
+                continue
+            if not step.preview.changes:
+                yield str(number), repr(step.transform), "-", f"nothing to do: {step.preview.note}", ""
+                continue
+            after = before if step.preview.bytes_after is None else step.preview.bytes_after
+            size = "" if after == before else f"{human_bytes(before)} -> {human_bytes(after)}"
+            yield str(number), repr(step.transform), effect, summarise(step.preview.changes), size
+            before = after
+
+    def _footnotes(self) -> Iterator[str]:
+        for number, step in enumerate(self.steps, start=1):
+            if step.preview is not None and step.preview.changes and step.preview.note:
+                yield f"{number}: {step.preview.note}"
+            for reason in step.reasons:
+                yield f"{number}: cannot: {reason}"
+        if self.ok:
+            yield f"Overall effect: {self.effect.value}."
+
+    def to_json(self) -> str:
+        """Return the plan as a JSON document."""
+        steps = [
+            step.transform.to_json()
+            | {
+                "phase": step.transform.phase.name.lower(),
+                "effect": step.transform.effect.value,
+                "floor_db": step.transform.floor_db,
+                "verdict": step.verdict,
+                "reasons": step.reasons,
+                "changes": step.preview.changes if step.preview else (),
+                "bytes_after": step.preview.bytes_after if step.preview else None,
+                "note": step.preview.note if step.preview else "",
+            }
+            for step in self.steps
+        ]
+        document: dict[str, Any] = {
+            "plan": self.preset.name if self.preset else None,
+            "pipe": self.pipe_class,
+            "family": self.family,
+            "device": self.context.device,
+            "device_name": self.context.device_name,
+            "capability": self.context.capability,
+            "versions": dict(self.context.versions),
+            "ok": self.ok,
+            "effect": self.effect.value,
+            "blockers": self.blockers,
+            "bytes_before": self.bytes_before,
+            "steps": steps,
+        }
+        return json.dumps(document, indent=2, ensure_ascii=False)
+
+
+def title_of(transforms: Iterable[Transform], preset: Preset | None) -> str:
+    """Return a request in words: the name of its preset, else its transforms."""
+    return f"preset {preset.name!r}" if preset is not None else ", ".join(map(repr, transforms)) or "nothing"
+
+
+def compose(transforms: tuple[Transform, ...], preset: Preset | str | None) -> tuple[Transform, ...]:
+    """Return the transforms of a request in the order they run.
+
+    A transform given beside a preset takes the place of the preset's own in the same slot.
+
+    Raises:
+        UnknownNameError: There is no such preset.
+        ConflictError: Two of `transforms` want one slot.
+        TypeError: Something given is not a transform.
+    """
+    by_slot: dict[str, Transform] = {}
+    for transform in transforms:
+        if not isinstance(transform, Transform):
+            hint = f"; for a preset write preset={transform!r}" if isinstance(transform, str) else ""
+            raise TypeError(f"expected transforms such as Compile(), got {transform!r}{hint}")
+        if transform.slot in by_slot:
+            raise ConflictError(transform.slot, (by_slot[transform.slot], transform))
+        by_slot[transform.slot] = transform
+    if preset is not None:
+        for transform in find_preset(preset).transforms:
+            by_slot.setdefault(transform.slot, transform)
+    return tuple(sorted(by_slot.values(), key=lambda t: (t.phase, t.slot)))
+
+
+def plan(
+    pipe: Pipeline,
+    *transforms: Transform,
+    preset: Preset | str | None = None,
+    context: Context | None = None,
+) -> Plan:
+    """Say what `optimize` would do with the same arguments. Changes nothing and needs no accelerator.
+
+    Args:
+        pipe: A diffusers pipeline, as it is now.
+        *transforms: Transforms, in any order; beside a preset they replace those in the same slot.
+        preset: A preset or its name.
+        context: The machine to plan for; default this one. ``Context.named("h200")`` plans for another.
+
+    Returns:
+        The plan; print it.
+
+    Raises:
+        UnknownNameError: There is no such preset.
+        ConflictError: Two transforms want one slot.
+    """
+    wanted = compose(transforms, preset)
+    check_pipeline(pipe)
+    return plan_steps(
+        pipe, wanted, find_preset(preset) if preset is not None else None, context or Context.detect(pipe)
+    )
+
+
+def plan_steps(pipe: Pipeline, wanted: tuple[Transform, ...], preset: Preset | None, context: Context) -> Plan:
+    """Ask every transform, each in the context that the ones before it leave behind."""
+    from ernie_accel.families import family_of
+
+    steps: list[Step] = []
+    for transform in wanted:
+        reasons = tuple(transform.unsupported(pipe, context))
+        steps.append(Step(transform, reasons, None if reasons else transform.preview(pipe, context)))
+        if not reasons:
+            context = context.after(transform)
+    family = family_of(pipe)
+    return Plan(
+        pipe_class=type(pipe).__name__,
+        family=family.name if family else None,
+        context=context,
+        steps=tuple(steps),
+        blockers=tuple(_blockers(pipe)),
+        preset=preset,
+        bytes_before=pipe_bytes(pipe),
+    )
+
+
+def check_pipeline(pipe: Pipeline) -> None:
+    """Refuse what is no pipeline at the door, with what was found.
+
+    Raises:
+        ErnieAccelError: `pipe` has no components.
+    """
+    if not isinstance(getattr(pipe, "components", None), dict):
+        raise ErnieAccelError(
+            f"expected a diffusers pipeline (with .components), got {type(pipe).__name__}. "
+            "Load one with DiffusionPipeline.from_pretrained(...); to optimize a bare model, put it into its pipeline."
+        )
+
+
+def _blockers(pipe: Pipeline) -> Iterator[str]:
+    names = bare_float8(pipe)
+    if names:
+        yield (
+            f"{', '.join(names)}: weights were cast to float8 without scales (torch_dtype=torch.float8_...), and no "
+            "kernel can run that. Load with torch_dtype=torch.bfloat16 and quantize instead: "
+            "ernie_accel.optimize(pipe, preset='turbo-fp8'), or ernie_accel.Quantize('fp8') among your transforms"
+        )

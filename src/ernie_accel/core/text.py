@@ -1,0 +1,58 @@
+"""Lay out plans and reports as plain-text tables that a person reads and a log file keeps."""
+
+from __future__ import annotations
+
+import collections
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+
+def width(text: str) -> int:
+    """Return the columns `text` takes in a terminal (East Asian wide characters take two)."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset[int] = frozenset()) -> str:
+    """Return `rows` under `header`, columns padded to their widest cell, those in `right` flushed right."""
+    lines = [header, *rows]
+    widths = [max(width(line[i]) for line in lines) for i in range(len(header))]
+
+    def pad(text: str, column: int) -> str:
+        gap = " " * (widths[column] - width(text))
+        return gap + text if column in right else text + gap
+
+    return "\n".join("  ".join(pad(cell, i) for i, cell in enumerate(line)).rstrip() for line in lines)
+
+
+def human_bytes(count: int) -> str:
+    """Return a number of bytes in decimal units, as file sizes of checkpoints are given."""
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def summarise(names: Sequence[str], most: int = 3) -> str:
+    """Return `names` in few words: numbered siblings fold into one with a count, and many into a number.
+
+    >>> summarise(["transformer.layers.0", "transformer.layers.1", "vae"])
+    'transformer.layers.* (2), vae'
+    >>> summarise(["unet.a", "unet.b", "unet.c", "unet.d"])
+    '4 in unet'
+    """
+    folded: dict[str, list[str]] = {}
+    for name in names:
+        folded.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", name), []).append(name)
+    shown = [group[0] if len(group) == 1 else f"{pattern} ({len(group)})" for pattern, group in folded.items()]
+    if len(shown) > most and all("." in name and " " not in name for name in names):
+        roots = collections.Counter(name.split(".")[0] for name in names)
+        return ", ".join(f"{count} in {root}" for root, count in roots.items())
+    return ", ".join(shown)
+
+
+def effect_text(effect: str, floor_db: float | None) -> str:
+    """Return an effect with its declared floor, as tables show it."""
+    return effect if floor_db is None else f"{effect}, >= {floor_db:g} dB"

@@ -1,0 +1,149 @@
+"""What a transform is: one opt-in change to a pipeline, with its order, its effect and its receipt.
+
+A concrete transform is a frozen dataclass with four class-level facts and three methods. Its repr is a line of a
+plan, it compares by value and it survives a round trip through JSON. See ``docs/adding-a-transform.md``.
+"""
+
+from __future__ import annotations
+
+import enum
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ernie_accel.core.components import Pipeline
+
+if TYPE_CHECKING:
+    from ernie_accel.core.context import Context
+
+
+class Phase(enum.IntEnum):
+    """When a transform runs. One linear order, so that no two transforms need to know each other."""
+
+    DTYPE = 10
+    REWRITE = 20
+    QUANTIZE = 30
+    SCHEDULER = 40
+    ATTENTION = 50
+    LAYOUT = 60
+    MEMORY = 70
+    CALL = 80
+    COMPILE = 90
+    WARMUP = 100
+
+
+class Effect(enum.Enum):
+    """What a transform does to the picture, from nothing to another picture. Each is earned by a test."""
+
+    EXACT = "exact"
+    """Bitwise the same output."""
+    ROUNDING = "rounding"
+    """The same arithmetic in another order: within the spread between two stock attention kernels."""
+    LOSSY = "lossy"
+    """The same picture with a declared floor in dB (``Transform.floor_db``)."""
+    RESAMPLES = "resamples"
+    """Another picture by design: other steps, guidance or scheduler."""
+
+    @property
+    def severity(self) -> int:
+        """0 for EXACT up to 3 for RESAMPLES, for comparing."""
+        return list(Effect).index(self)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What `Transform.apply` would do, found out without doing it.
+
+    Attributes:
+        changes: What would change: module paths, or settings as "name old -> new". Empty: nothing is left to do.
+        bytes_after: Bytes of the pipe's weights afterwards; None where they stay the same.
+        note: What a reader of the plan should know; with no changes, why there is nothing to do.
+    """
+
+    changes: tuple[str, ...]
+    bytes_after: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """The receipt of one transform.
+
+    Attributes:
+        changed: What changed, in the words of `Preview.changes`. Never empty: changing nothing is an error.
+        undo: Gives the original back bit for bit, or None.
+        no_undo: Where `undo` is None, the reason why.
+        skipped: What was left as it was although asked for, with the reason of each.
+        note: What the reader of a report should know.
+        seconds: Wall time of `Transform.apply`; filled in by ``optimize``.
+        bytes_before: Bytes of the pipe's weights before; filled in by ``optimize``.
+        bytes_after: Bytes of the pipe's weights after; filled in by ``optimize``.
+    """
+
+    changed: tuple[str, ...]
+    undo: Callable[[], None] | None = field(default=None, repr=False, compare=False)
+    no_undo: str | None = None
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+    seconds: float = 0.0
+    bytes_before: int = 0
+    bytes_after: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.undo is None) == (self.no_undo is None):
+            raise TypeError("a receipt has either an undo or the reason why there is none (no_undo=...)")
+
+
+@dataclass(frozen=True)
+class Transform(ABC):
+    """One opt-in change to a pipeline. Concrete transforms are final, frozen dataclasses.
+
+    Class-level facts:
+        phase: When it runs.
+        slot: What it occupies; a pipe has at most one transform per slot.
+        effect: What it does to the picture.
+        extra: The pip extra it needs, or None.
+    """
+
+    phase: ClassVar[Phase]
+    slot: ClassVar[str]
+    effect: ClassVar[Effect]
+    extra: ClassVar[str | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        missing = [fact for fact in ("phase", "slot", "effect") if not hasattr(cls, fact)]
+        if missing and ABC not in cls.__bases__:
+            raise TypeError(f"{cls.__name__} must say its {', '.join(missing)} as class attributes")
+
+    @property
+    def floor_db(self) -> float | None:
+        """For a LOSSY transform, the promised signal-to-noise ratio of the latents in dB; else None."""
+        return None
+
+    @abstractmethod
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        """Return every reason why this cannot run on this pipe and machine; empty if it can. Changes nothing."""
+
+    @abstractmethod
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        """Return what `apply` would change; asked only if it is supported. Changes nothing."""
+
+    @abstractmethod
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        """Change the pipe in place and return the receipt. Leave the pipe untouched if it raises (see `Undo`)."""
+
+    def __repr__(self) -> str:
+        """Write the call that makes this transform: the main argument, then what differs from the defaults."""
+        shown = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            default = f.default_factory() if f.default_factory is not MISSING else f.default
+            if f.repr and value != default:
+                shown.append(f"{f.name}={value!r}" if f.kw_only else repr(value))
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the transform as plain data: its class name under "transform", and all its fields."""
+        return {"transform": type(self).__name__} | {f.name: getattr(self, f.name) for f in fields(self)}

@@ -1,0 +1,37 @@
+"""ERNIE-Image and ERNIE-Image-Turbo: one 8B single-stream DiT, a Mistral 3 text encoder, a prompt enhancer."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from ernie_accel.families.family import CallSettings, Family
+
+ERNIE_IMAGE = Family(
+    name="ERNIE-Image",
+    transformer_classes=("ErnieImageTransformer2DModel",),
+    modes=MappingProxyType(
+        {
+            "turbo": CallSettings(8, 1.0, "the model card of ERNIE-Image-Turbo"),
+            "quality": CallSettings(50, 4.0, "the model card of ERNIE-Image"),
+        }
+    ),
+    size_multiple=16,
+    sizes=((1024, 1024), (848, 1264), (1264, 848), (1200, 896), (896, 1200), (768, 1376), (1376, 768)),
+    keep_precise=MappingProxyType(
+        {
+            # Everything outside the blocks, and the first block's attention and gate/up: the exclusion list of the
+            # published fp8 checkpoints of ERNIE-Image-Turbo.
+            "transformer": (
+                r"x_embedder\b",
+                r"text_proj\b",
+                r"time_embedding\b",
+                r"adaLN_modulation\b",
+                r"final_norm\b",
+                r"final_linear\b",
+                r"layers\.0\.self_attention\b",
+                r"layers\.0\.mlp\.(gate|up)_proj\b",
+            ),
+        }
+    ),
+    max_prompt_tokens=2048,
+)

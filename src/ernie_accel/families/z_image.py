@@ -1,0 +1,26 @@
+"""Z-Image-Turbo: a 6B single-stream DiT with two refiners, a Qwen 3 text encoder."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+from ernie_accel.families.family import CallSettings, Family
+
+Z_IMAGE = Family(
+    name="Z-Image",
+    transformer_classes=("ZImageTransformer2DModel",),
+    modes=MappingProxyType({"turbo": CallSettings(9, 0.0, "the model card of Z-Image-Turbo")}),
+    size_multiple=16,
+    sizes=((1024, 1024), (1280, 720), (720, 1280)),
+    keep_precise=MappingProxyType(
+        {
+            "transformer": (
+                r"all_x_embedder\b",
+                r"all_final_layer\b",
+                r"t_embedder\b",
+                r"cap_embedder\b",
+                r".*adaLN_modulation\b",
+            ),
+        }
+    ),
+)

@@ -1,0 +1,121 @@
+"""Change what ``pipe(prompt)`` does when the caller says nothing: steps, guidance, prompt enhancer."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field, fields
+from functools import wraps
+from typing import Any, ClassVar
+
+from ernie_accel.core.components import Pipeline
+from ernie_accel.core.context import Context
+from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.undo import Undo
+
+MODES = ("turbo", "quality")
+
+
+@dataclass(frozen=True, repr=False)
+class CallDefaults(Transform):
+    """Give the call of this one pipe other defaults. Arguments that the caller passes always win.
+
+    A call is looked up on the class, so the instance gets a class of its own: a subclass of the same name whose
+    signature shows the new defaults. The original class is not touched.
+
+    Attributes:
+        mode: "turbo" (a distilled checkpoint) or "quality" (a base one): the family's own settings.
+        num_inference_steps: Denoising steps, >= 1; this and the following win over the mode's.
+        guidance_scale: Classifier-free guidance.
+        use_pe: Whether prompts are enhanced (ERNIE-Image).
+        negative_prompt: What the picture should not show.
+    """
+
+    phase: ClassVar[Phase] = Phase.CALL
+    slot: ClassVar[str] = "call-defaults"
+    effect: ClassVar[Effect] = Effect.RESAMPLES
+
+    mode: str | None = None
+    num_inference_steps: int | None = field(default=None, kw_only=True)
+    guidance_scale: float | None = field(default=None, kw_only=True)
+    use_pe: bool | None = field(default=None, kw_only=True)
+    negative_prompt: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.mode is not None and self.mode not in MODES:
+            raise UnknownNameError("mode", self.mode, MODES)
+        if self.num_inference_steps is not None and self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be >= 1, got {self.num_inference_steps}")
+        if all(getattr(self, f.name) is None for f in fields(self)):
+            raise ValueError("CallDefaults() changes nothing: give a mode ('turbo', 'quality') or an argument")
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        from ernie_accel.families import family_of
+
+        family = family_of(pipe)
+        if self.mode is not None and family is None:
+            unknown = f"no {self.mode} settings are known for {type(pipe).__name__}"
+            return [f"{unknown}: give values, as in CallDefaults(num_inference_steps=8, guidance_scale=1.0)"]
+        if self.mode is not None and family is not None and self.mode not in family.modes:
+            return [f"{family.name} has no {self.mode!r} settings; it has {', '.join(family.modes)}"]
+        accepted = inspect.signature(type(pipe).__call__).parameters
+        return [
+            f"{type(pipe).__name__} takes no argument {name!r}" for name in self._wanted(pipe) if name not in accepted
+        ]
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        changes = self._changes(pipe)
+        return Preview(changes, note="" if changes else "the pipe's own defaults are these")
+
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        changes = self._changes(pipe)
+        with Undo() as undo:
+            undo.push(_class_setter(pipe, type(pipe)))
+            object.__setattr__(pipe, "__class__", _with_defaults(type(pipe), self._wanted(pipe)))
+        return Applied(changes, undo=undo)
+
+    def _wanted(self, pipe: Pipeline) -> dict[str, Any]:
+        """Return the arguments by name: those of the mode, overridden by those given."""
+        from ernie_accel.families import family_of
+
+        family = family_of(pipe)
+        wanted: dict[str, Any] = {}
+        if self.mode is not None and family is not None:
+            settings = family.modes[self.mode]
+            wanted["num_inference_steps"] = settings.num_inference_steps
+            if settings.guidance_scale is not None:
+                wanted["guidance_scale"] = settings.guidance_scale
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "mode"}
+        return wanted | {name: value for name, value in given.items() if value is not None}
+
+    def _changes(self, pipe: Pipeline) -> tuple[str, ...]:
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        return tuple(
+            f"{name} {parameters[name].default} -> {value}"
+            for name, value in self._wanted(pipe).items()
+            if parameters[name].default != value
+        )
+
+
+def _with_defaults(cls: type, defaults: dict[str, Any]) -> type:
+    """Return a subclass of `cls`, of the same name, whose ``__call__`` has other defaults."""
+    stock = cls.__call__
+    signature = inspect.signature(stock)
+    parameters = [
+        parameter.replace(default=defaults[name]) if name in defaults else parameter
+        for name, parameter in signature.parameters.items()
+    ]
+
+    @wraps(stock)
+    def __call__(self: Pipeline, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        return stock(self, *args, **{name: v for name, v in defaults.items() if name not in given}, **kwargs)
+
+    __call__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    # The name stays: save_pretrained writes it, and from_pretrained looks it up in diffusers.
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls)(cls.__name__, (cls,), {"__call__": __call__, **names})
+
+
+def _class_setter(pipe: Pipeline, cls: type) -> Any:
+    return lambda: object.__setattr__(pipe, "__class__", cls)

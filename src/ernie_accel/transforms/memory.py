@@ -1,0 +1,120 @@
+"""Decode pictures piece by piece, so that the VAE's peak memory stays small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ernie_accel.core.components import Pipeline
+from ernie_accel.core.context import Context
+from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.undo import Undo
+
+
+@dataclass(frozen=True, repr=False)
+class SliceVae(Transform):
+    """Decode a batch one picture at a time. Peak memory of a batch falls to that of one picture.
+
+    Other batch sizes may select other convolution kernels, so this is rounding, not exact.
+    """
+
+    phase: ClassVar[Phase] = Phase.MEMORY
+    slot: ClassVar[str] = "vae-slicing"
+    effect: ClassVar[Effect] = Effect.ROUNDING
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        return _vae_lacks(pipe, "use_slicing", "slicing")
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        return _preview(pipe, {"use_slicing": True})
+
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        return _apply(pipe, {"use_slicing": True})
+
+
+@dataclass(frozen=True, repr=False)
+class TileVae(Transform):
+    """Decode a picture in overlapping tiles that are blended. Peak memory falls to that of one tile.
+
+    Group normalisation sees one tile at a time, so colours may differ a little between tiles; pictures no larger than
+    a tile are not touched.
+
+    Attributes:
+        tile_px: Side of a tile in pixels, a multiple of the VAE's scale factor; None keeps the VAE's own.
+        overlap: Fraction of a tile that overlaps its neighbour, 0 < overlap < 1.
+    """
+
+    phase: ClassVar[Phase] = Phase.MEMORY
+    slot: ClassVar[str] = "vae-tiling"
+    effect: ClassVar[Effect] = Effect.LOSSY
+
+    tile_px: int | None = field(default=None, kw_only=True)
+    overlap: float = field(default=0.25, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.overlap < 1:
+            raise ValueError(f"overlap must lie between 0 and 1, got {self.overlap}")
+        if self.tile_px is not None and self.tile_px <= 0:
+            raise ValueError(f"tile_px must be > 0, got {self.tile_px}")
+
+    @property
+    def floor_db(self) -> float:
+        """PSNR of the decoded picture against the untiled one; earned on the embedded model with 2x2 tiles."""
+        return 20.0
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        reasons = _vae_lacks(pipe, "use_tiling", "tiling")
+        if reasons or self.tile_px is None:
+            return reasons
+        if not hasattr(pipe.vae, "tile_sample_min_size"):
+            return [f"{type(pipe.vae).__name__} has no single tile size; leave tile_px out to use its own"]
+        factor = _pixels_per_latent(pipe)
+        if self.tile_px % factor:
+            below = self.tile_px - self.tile_px % factor
+            return [f"tile_px={self.tile_px} is no multiple of the {factor} pixels of a latent: use {below or factor}"]
+        return []
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        return _preview(pipe, self._settings(pipe))
+
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        return _apply(pipe, self._settings(pipe))
+
+    def _settings(self, pipe: Pipeline) -> dict[str, Any]:
+        settings: dict[str, Any] = {"use_tiling": True}
+        if hasattr(pipe.vae, "tile_overlap_factor"):
+            settings["tile_overlap_factor"] = self.overlap
+        if self.tile_px is not None:
+            settings["tile_sample_min_size"] = self.tile_px
+            settings["tile_latent_min_size"] = self.tile_px // _pixels_per_latent(pipe)
+        return settings
+
+
+def _pixels_per_latent(pipe: Pipeline) -> int:
+    """Return how many pixels one latent of the VAE covers along a side (each level but the last halves)."""
+    return int(2 ** (len(pipe.vae.config.block_out_channels) - 1))
+
+
+def _vae_lacks(pipe: Pipeline, switch: str, what: str) -> list[str]:
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        return [f"{type(pipe).__name__} has no component 'vae'"]
+    return [] if hasattr(vae, switch) else [f"{type(vae).__name__} cannot do {what}"]
+
+
+def _preview(pipe: Pipeline, settings: dict[str, Any]) -> Preview:
+    changes = _changes(pipe, settings)
+    return Preview(changes, note="" if changes else "the VAE is set so already")
+
+
+def _apply(pipe: Pipeline, settings: dict[str, Any]) -> Applied:
+    changes = _changes(pipe, settings)
+    with Undo() as undo:
+        for name, value in settings.items():
+            undo.setattr(pipe.vae, name, value)
+    return Applied(changes, undo=undo)
+
+
+def _changes(pipe: Pipeline, settings: dict[str, Any]) -> tuple[str, ...]:
+    old = {name: getattr(pipe.vae, name) for name in settings}
+    return tuple(f"vae.{name} {old[name]} -> {new}" for name, new in settings.items() if old[name] != new)
