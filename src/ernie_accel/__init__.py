@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ernie_accel import batch, demo
+    from ernie_accel.batch.errors import BatchInputError, BatchOutputError
     from ernie_accel.core.context import Context
     from ernie_accel.core.errors import (
         ApplyError,
-        BatchInputError,
-        BatchOutputError,
         ConflictError,
         ErnieAccelError,
         MissingExtraError,
@@ -47,11 +46,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ernie_accel.batch.errors": ("BatchInputError", "BatchOutputError"),
     "ernie_accel.core.context": ("Context",),
     "ernie_accel.core.errors": (
         "ApplyError",
-        "BatchInputError",
-        "BatchOutputError",
         "ConflictError",
         "ErnieAccelError",
         "MissingExtraError",

@@ -9,8 +9,8 @@
     ├── ApplyError                        a transform failed; everything was undone; carries the report
     ├── RestoreError                      the original cannot be given back; says why
     ├── MissingExtraError (ImportError)   an optional package is needed; names the pip extra
-    ├── BatchInputError (ValueError)      a table of prompts with mistakes; lists all of them with their lines
-    └── BatchOutputError (OSError)        pictures cannot be written where they were asked for
+    ├── BatchInputError (ValueError)      rows with mistakes, all of them with their lines   (batch/errors.py)
+    └── BatchOutputError (OSError)        pictures cannot be written where they should go    (batch/errors.py)
 
 Messages repeat the input, say what was found, what was expected and the fix; the same facts are attributes.
 """
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ApplyError",
-    "BatchInputError",
-    "BatchOutputError",
     "ConflictError",
     "ErnieAccelError",
     "MissingExtraError",
@@ -128,29 +125,3 @@ class MissingExtraError(ErnieAccelError, ImportError):
     def __init__(self, package: str, extra: str) -> None:
         self.package, self.extra = package, extra
         super().__init__(f"{package} is not installed: pip install 'ernie-accel[{extra}]'")
-
-
-class BatchInputError(ErnieAccelError, ValueError):
-    """A table of prompts has mistakes; nothing was rendered.
-
-    Attributes:
-        path: The file.
-        problems: All mistakes as (line or None, message); lines count from 1.
-    """
-
-    def __init__(self, path: str | Path, problems: Iterable[tuple[int | None, str]]) -> None:
-        self.path, self.problems = Path(path), tuple(problems)
-        places = (str(path) if line is None else f"{path}:{line}" for line, _ in self.problems)
-        super().__init__("\n".join(f"{place}: {text}" for place, (_, text) in zip(places, self.problems, strict=True)))
-
-
-class BatchOutputError(ErnieAccelError, OSError):
-    """Pictures cannot be written where they were asked for; nothing half-written is left.
-
-    Attributes:
-        path: The file or folder.
-    """
-
-    def __init__(self, path: str | Path, message: str) -> None:
-        self.path = Path(path)
-        super().__init__(message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.transform import Transform
 from ernie_accel.transforms.call_defaults import CallDefaults
@@ -92,3 +93,12 @@ def find_preset(preset: Preset | str) -> Preset:
     if preset not in presets:
         raise UnknownNameError("preset", preset, presets)
     return presets[preset]
+
+
+def fitting_preset(context: Context) -> Preset:
+    """Return the Turbo preset that pays most on a machine and can run there."""
+    if context.device == "cpu":
+        return presets["turbo-fp32"]  # few CPUs multiply in bfloat16
+    if (context.capability or (0, 0)) >= (8, 9) and not context.missing("torchao"):
+        return presets["turbo-fp8"]
+    return presets["turbo-bf16"]

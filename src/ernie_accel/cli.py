@@ -1,0 +1,189 @@
+"""The command line: ``ernie-accel demo | plan | optimize | batch | info``. Each command is a thin shell of the API."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ernie_accel.core.errors import ErnieAccelError
+
+if TYPE_CHECKING:
+    from ernie_accel.core.components import Pipeline
+    from ernie_accel.core.report import Report
+
+app = typer.Typer(
+    help="Make a diffusers generation script fast, lean and trustworthy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+#: Width and height of the embedded model's pictures where nobody asks for others; diffusers' default is 1024.
+EMBEDDED_SIZE_PX = (128, 128)
+
+Model = Annotated[str | None, typer.Option(help="Pipeline folder or hub id; without it the embedded model.")]
+PresetName = Annotated[
+    str | None, typer.Option(help="Preset, see `ernie-accel info`; default: what pays here.")
+]
+Dtype = Annotated[str, typer.Option(help="Load weights as float32, bfloat16, float16; auto: float32 on the CPU.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the (first) picture.")]
+Skip = Annotated[bool, typer.Option("--skip-unsupported", help="Leave out what cannot run here instead of refusing.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option(help="Where the contact sheet goes.")] = Path("ernie-accel-demo.png"),
+    preset: PresetName = None,
+) -> None:
+    """Render the same prompts stock and optimized with the embedded model, and measure both."""
+    from ernie_accel.core.context import Context
+    from ernie_accel.core.preset import find_preset, fitting_preset
+    from ernie_accel.demo.show import STEPS, show
+
+    context = Context.detect()
+    chosen = find_preset(preset) if preset else fitting_preset(context)
+    typer.echo(f"Rendering on {context} with preset {chosen.name!r}; the first optimized picture compiles ...")
+    showing = show(out, chosen, device=context.device)
+    typer.echo(f"\n{showing.plan}\n\n{showing.report}\n")
+    count = len(showing.stock_ms)
+    typer.echo(f"Measured in this run: {count} pictures each, in turn, 128x128 px, {STEPS} steps; median, min, max:")
+    for name, times in (("stock", showing.stock_ms), ("optimized", showing.optimized_ms)):
+        typer.echo(f"  {name:10}{statistics.median(times):8.1f} ms {min(times):8.1f} {max(times):8.1f}")
+    verdict = "faster" if showing.ratio > 1 else "not faster on this machine"
+    typer.echo(
+        f"  ratio     {showing.ratio:8.2f} x  {verdict}; the first optimized picture took {showing.first_call_s:.1f} s"
+    )
+    typer.echo(f"Contact sheet: {showing.sheet.resolve()}")
+
+
+@app.command("plan")
+def plan_command(
+    preset: PresetName = None,
+    model: Model = None,
+    device: Annotated[str | None, typer.Option(help="Plan for a device: h200, rtx3060, ascend910b, ...")] = None,
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Say what a preset would do to a pipeline, here or on a named device. Exit code 1 if it cannot run."""
+    from ernie_accel.core.context import Context
+    from ernie_accel.core.loading import load_pipeline
+    from ernie_accel.core.plan import plan
+    from ernie_accel.core.preset import find_preset, fitting_preset
+
+    context = Context.named(device) if device else Context.detect()
+    chosen = find_preset(preset) if preset else fitting_preset(context)
+    the_plan = plan(load_pipeline(model, dtype), preset=chosen, context=context)
+    typer.echo(the_plan.to_json() if as_json else str(the_plan))
+    if not the_plan.ok:
+        raise typer.Exit(1)
+
+
+@app.command("optimize")
+def optimize_command(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    out: Annotated[Path, typer.Option(help="Where the picture goes (PNG).")] = Path("picture.png"),
+    preset: PresetName = None,
+    model: Model = None,
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    width: Annotated[int | None, typer.Option(min=16, help="In pixels.")] = None,
+    height: Annotated[int | None, typer.Option(min=16, help="In pixels.")] = None,
+    skip_unsupported: Skip = False,
+    as_json: AsJson = False,
+) -> None:
+    """Optimize a pipeline, draw one picture with it, and print the report."""
+    from ernie_accel.batch import Row, produce
+
+    default = EMBEDDED_SIZE_PX if model is None else (None, None)
+    size = {"width": width or default[0], "height": height or default[1]}
+    row = Row(line=1, index=0, prompt=prompt, file_name=out.name, seed=seed, **size)
+    pipe, the_report = _load_and_optimize(model, dtype, preset, skip_unsupported)
+    result = next(produce(pipe, [row], out.parent, overwrite=True, progress=False))
+    if result.error is not None:
+        raise ErnieAccelError(f"the picture failed: {result.error}")
+    typer.echo(the_report.to_json() if as_json else str(the_report))
+    typer.echo(f"{result.path} in {result.seconds:.1f} s, compilation included", err=as_json)
+
+
+@app.command("batch")
+def batch_command(
+    table: Annotated[Path, typer.Argument(help="UTF-8 CSV with a column `prompt` and any others.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
+    preset: PresetName = None,
+    model: Model = None,
+    dtype: Dtype = "auto",
+    pattern: Annotated[str | None, typer.Option(help="File names: '{sku}.png', '{name}_{index:04d}.png'.")] = None,
+    seed: Seed = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace pictures that exist.")] = False,
+    skip_unsupported: Skip = False,
+) -> None:
+    """Make one picture per row of a CSV. Exit code 3 if some rows failed."""
+    from ernie_accel.batch import produce, read_table
+
+    rows = read_table(table, pattern=pattern, default_size=EMBEDDED_SIZE_PX if model is None else None)
+    pipe, the_report = _load_and_optimize(model, dtype, preset, skip_unsupported)
+    typer.echo(str(the_report))
+    start = time.perf_counter()
+    results = list(produce(pipe, rows, out, seed=seed, overwrite=overwrite))
+    failed = [result for result in results if result.error is not None]
+    for result in failed:
+        typer.echo(f"{table}:{result.row.line}: {result.row.file_name} failed: {result.error}", err=True)
+    done, seconds = len(results) - len(failed), time.perf_counter() - start
+    typer.echo(f"{done} succeeded, {len(failed)} failed, in {seconds:.1f} s: {out.resolve()}")
+    if failed:
+        raise typer.Exit(3)
+
+
+@app.command("info")
+def info_command() -> None:
+    """Say what is installed, which presets can run here, and why others cannot."""
+    from ernie_accel import __version__, demo
+    from ernie_accel.core.context import OPTIONAL_PACKAGES, Context
+    from ernie_accel.core.plan import plan
+    from ernie_accel.core.preset import presets
+
+    context = Context.detect()
+    typer.echo(f"ernie-accel {__version__} on {context}")
+    for package, version in context.versions.items():
+        typer.echo(f"  {package:16} {version}")
+    for package in OPTIONAL_PACKAGES:
+        for reason in context.missing(package):
+            typer.echo(f"  {package:16} - {reason}")
+    pipe = demo.load()
+    typer.echo("Presets:")
+    for preset in presets.values():
+        the_plan = plan(pipe, preset=preset, context=context)
+        typer.echo(f"  {preset.name:16} {'can run here' if the_plan.ok else 'cannot run here'}: {preset.summary}")
+        for line in the_plan.problem_lines():
+            typer.echo(f"    {line}")
+
+
+def _load_and_optimize(
+    model: str | None, dtype: str, preset: str | None, skip_unsupported: bool
+) -> tuple[Pipeline, Report]:
+    """Load and optimize a pipeline; a preset that does not exist is refused before anything is loaded."""
+    from ernie_accel.core.context import Context
+    from ernie_accel.core.loading import load_pipeline
+    from ernie_accel.core.optimize import optimize, report
+    from ernie_accel.core.preset import find_preset, fitting_preset
+
+    chosen = find_preset(preset) if preset else fitting_preset(Context.detect())
+    pipe = load_pipeline(model, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    optimize(pipe, preset=chosen, on_unsupported="skip" if skip_unsupported else "error")
+    return pipe, report(pipe)
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one message and exit code 2, not a traceback."""
+    try:
+        app()
+    except ErnieAccelError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(2) from None

@@ -1,0 +1,54 @@
+"""Load the pipeline that a command names: a local folder, a hub id, or the embedded model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ernie_accel.core.components import Pipeline
+from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
+from ernie_accel.transforms.dtype import DTYPES
+
+DEVICES = ("auto", "cpu", "cuda", "npu")
+
+
+def load_pipeline(model: str | None = None, dtype: str = "auto", device: str = "auto") -> Pipeline:
+    """Load a diffusers pipeline onto a device, safetensors only and without remote code.
+
+    Args:
+        model: A folder that `save_pretrained` wrote, or a hub id; None for the embedded model.
+        dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on an accelerator and float32 on the CPU.
+        device: "cpu", "cuda" or "npu"; "auto" is CUDA where there is one.
+
+    Raises:
+        UnknownNameError: `dtype` or `device` is unknown.
+        ErnieAccelError: There is no such model, or it is no pipeline.
+    """
+    import torch
+
+    if dtype not in ("auto", *DTYPES):
+        raise UnknownNameError("dtype", dtype, ("auto", *DTYPES))
+    if device not in DEVICES:
+        raise UnknownNameError("device", device, DEVICES)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch_dtype = DTYPES["float32" if device == "cpu" else "bfloat16"] if dtype == "auto" else DTYPES[dtype]
+    return _from_anywhere(model, torch_dtype).to(device)
+
+
+def _from_anywhere(model: str | None, torch_dtype: Any) -> Pipeline:
+    if model is None:
+        from ernie_accel import demo
+
+        return demo.load(dtype=torch_dtype)
+    folder = Path(model)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise ErnieAccelError(f"{model} holds no pipeline: there is no model_index.json, as save_pretrained writes it")
+    if not folder.exists() and model.count("/") != 1:
+        raise ErnieAccelError(f"there is no folder {model!r}, and it is no hub id either (owner/name)")
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.from_pretrained(model, torch_dtype=torch_dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ErnieAccelError(f"cannot load {model!r}: {error}") from error
