@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from ernie_accel.batch import BatchInputError, BatchOutputError, Row, produce
+from ernie_accel.batch.atomic import write_atomically
 
 
 class StubPipe:
@@ -289,3 +290,21 @@ def test_progress_is_shown_on_stderr_unless_switched_off(tmp_path, capsys):
     assert re.search(r"100%.*2/2 .*failed=1", shown.err)
     run(StubPipe(), [make_row(0)], tmp_path / "b")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file size limits are POSIX")
+def test_a_file_cut_off_in_the_middle_is_not_left_behind(tmp_path):
+    import resource
+
+    (tmp_path / "0.png").write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (4096, limits[1])
+    )  # as a full disk: the first 4096 bytes go through
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_atomically(tmp_path / "0.png", b"x" * 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "0.png").read_bytes() == b"old"
+    assert names(tmp_path) == ["0.png"]
