@@ -19,10 +19,8 @@ def randomize(module: torch.nn.Module, seed: int = 0, std: float = 0.05) -> None
 def tiny_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
-    words = {
-        word: i
-        for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *"a red blue big small circle square on".split()])
-    }
+    names = ["<pad>", "<s>", "</s>", "<unk>", "a", "red", "blue", "big", "small", "circle", "square", "on"]
+    words = {name: number for number, name in enumerate(names)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ernie_accel.batch import BatchInputError, BatchOutputError, Row, produce
-from ernie_accel.batch.atomic import write_atomically
+from ernie_accel.core.atomic import write_atomically
 
 
 class StubPipe:
@@ -34,9 +34,7 @@ class StubPipe:
         guidance_scale=4.0,
         generator=None,
     ):
-        self.calls.append(
-            {name: value for name, value in locals().items() if name not in ("self", "generator")}
-        )
+        self.calls.append({name: value for name, value in locals().items() if name not in ("self", "generator")})
         if prompt == "fail":
             raise RuntimeError("CUDA out of memory")
         if prompt == "interrupt":
@@ -167,17 +165,13 @@ def test_an_interrupt_passes_and_leaves_whole_pictures_only(tmp_path):
 def test_a_failed_write_leaves_the_old_picture_and_no_other_file(tmp_path, monkeypatch, stage, failure):
     run(StubPipe(), [make_row(0)], tmp_path)
     old = (tmp_path / "0.png").read_bytes()
-    results = produce(
-        StubPipe(), [make_row(0, seed=3), make_row(1)], tmp_path, overwrite=True, progress=False
-    )
+    results = produce(StubPipe(), [make_row(0, seed=3), make_row(1)], tmp_path, overwrite=True, progress=False)
 
     def fail(*_):
         raise failure
 
     monkeypatch.setattr(os, stage, fail)
-    with pytest.raises(
-        KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else BatchOutputError
-    ) as caught:
+    with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else BatchOutputError) as caught:
         next(results)
     assert names(tmp_path) == ["0.png"]
     assert (tmp_path / "0.png").read_bytes() == old
@@ -266,9 +260,7 @@ def test_what_the_pipe_cannot_do_is_told_before_anything_is_rendered(tmp_path):
 
 
 def test_a_pipe_without_a_generator_cannot_keep_seeds(tmp_path):
-    with pytest.raises(
-        BatchInputError, match="function takes no generator, without which no row can be made"
-    ):
+    with pytest.raises(BatchInputError, match="function takes no generator, without which no row can be made"):
         produce(lambda prompt: None, [make_row(0)], tmp_path)
     assert run(lambda **settings: StubPipe()(**settings), [make_row(0, steps=2)], tmp_path)[0].error is None
 
@@ -298,9 +290,7 @@ def test_a_file_cut_off_in_the_middle_is_not_left_behind(tmp_path):
 
     (tmp_path / "0.png").write_bytes(b"old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (4096, limits[1])
-    )  # as a full disk: the first 4096 bytes go through
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # as a full disk: the first 4096 bytes go through
     try:
         with pytest.raises(OSError, match="File too large"):
             write_atomically(tmp_path / "0.png", b"x" * 10_000)

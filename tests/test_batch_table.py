@@ -120,12 +120,7 @@ def test_rows_are_immutable_hashable_and_picklable(write):
 
 def test_all_problems_come_in_one_error(write):
     path = write(
-        "sku,prompt,seed,width,height\n"
-        "A,a cup,7,1024,1024\n"
-        "a,a mug,x,1000,1024\n"
-        "../up,,1,,\n"
-        "D,a jug,1\n"
-        "E,a pot,-1,,8\n"
+        "sku,prompt,seed,width,height\nA,a cup,7,1024,1024\na,a mug,x,1000,1024\n../up,,1,,\nD,a jug,1\nE,a pot,-1,,8\n"
     )
     with pytest.raises(BatchInputError) as caught:
         read_table(path)
@@ -301,8 +296,7 @@ def test_the_size_multiple_and_the_default_size_are_checked(write):
         ("{skew}.png", " uses {skew}, but there is no such column; valid here: {sku}, {prompt}, {index}"),
         (
             "{sku.__class__}.png",
-            " uses {sku.__class__}, but attributes and indices are refused; "
-            "valid here: {sku}, {prompt}, {index}",
+            " uses {sku.__class__}, but attributes and indices are refused; valid here: {sku}, {prompt}, {index}",
         ),
         (
             "{sku[0]}.png",

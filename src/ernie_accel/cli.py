@@ -27,9 +27,7 @@ app = typer.Typer(
 EMBEDDED_SIZE_PX = (128, 128)
 
 Model = Annotated[str | None, typer.Option(help="Pipeline folder or hub id; without it the embedded model.")]
-PresetName = Annotated[
-    str | None, typer.Option(help="Preset, see `ernie-accel info`; default: what pays here.")
-]
+PresetName = Annotated[str | None, typer.Option(help="Preset, see `ernie-accel info`; default: what pays here.")]
 Dtype = Annotated[str, typer.Option(help="Load weights as float32, bfloat16, float16; auto: float32 on the CPU.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the (first) picture.")]
 Skip = Annotated[bool, typer.Option("--skip-unsupported", help="Leave out what cannot run here instead of refusing.")]
@@ -100,9 +98,9 @@ def optimize_command(
     """Optimize a pipeline, draw one picture with it, and print the report."""
     from ernie_accel.batch import Row, produce
 
-    default = EMBEDDED_SIZE_PX if model is None else (None, None)
-    size = {"width": width or default[0], "height": height or default[1]}
-    row = Row(line=1, index=0, prompt=prompt, file_name=out.name, seed=seed, **size)
+    usual = EMBEDDED_SIZE_PX if model is None else (None, None)
+    width, height = width or usual[0], height or usual[1]
+    row = Row(line=1, index=0, prompt=prompt, file_name=out.name, seed=seed, width=width, height=height)
     pipe, the_report = _load_and_optimize(model, dtype, preset, skip_unsupported)
     result = next(produce(pipe, [row], out.parent, overwrite=True, progress=False))
     if result.error is not None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ernie_accel.core.errors import ErnieAccelError
+
 Problem = tuple[int | None, str]
 """The 1-based line of the input file (None: the file as a whole), and what is wrong, with the fix."""
 
 MAX_SHOWN = 100
 
 
-class BatchInputError(ValueError):
+class BatchInputError(ErnieAccelError, ValueError):
     """The rows cannot be used; nothing was rendered.
 
     Attributes:
@@ -30,7 +32,7 @@ class BatchInputError(ValueError):
         return _listing(heading, self.problems, "Fix these and run again; nothing was rendered.")
 
 
-class BatchOutputError(Exception):
+class BatchOutputError(ErnieAccelError):
     """The output folder cannot take the pictures, or could not take one of them.
 
     Attributes:

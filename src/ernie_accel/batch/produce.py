@@ -14,12 +14,12 @@ from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 
-from ernie_accel.batch.atomic import write_atomically
 from ernie_accel.batch.errors import BatchInputError, BatchOutputError, Problem
 from ernie_accel.batch.naming import collision_key
 from ernie_accel.batch.table import MAX_SEED, Row
+from ernie_accel.core.atomic import write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -220,8 +220,6 @@ def _prepare_folder(out: Path, rows: Sequence[Row], overwrite: bool) -> None:
         if path.is_dir():
             problems.append((row.line, f"{row.file_name!r} is a folder; move it or choose another output"))
         elif not overwrite and (path.exists() or path.is_symlink()):
-            problems.append(
-                (row.line, f"{row.file_name!r} exists; allow overwriting or choose another output")
-            )
+            problems.append((row.line, f"{row.file_name!r} exists; allow overwriting or choose another output"))
     if problems:
         raise BatchOutputError(out, problems)

@@ -354,9 +354,7 @@ def _by(sides: Mapping[str, int]) -> str:
     return "x".join(str(side) for side in sides.values())
 
 
-def _name_problem_in_table(
-    file_name: str, pattern: str, line: int, taken: dict[str, tuple[int, str]]
-) -> str | None:
+def _name_problem_in_table(file_name: str, pattern: str, line: int, taken: dict[str, tuple[int, str]]) -> str | None:
     """Return why a row cannot have its file name, by itself or beside the rows before (kept in `taken`)."""
     what = f"file name {_shown(file_name)} (from {pattern!r})"
     if reason := name_problem(file_name):

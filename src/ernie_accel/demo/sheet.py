@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ernie_accel.batch.atomic import write_atomically
+from ernie_accel.core.atomic import write_atomically
 
 _PAPER, _INK, _MUTED, _EDGE = "#ffffff", "#1f2328", "#656d76", "#d0d7de"
 _MAX_CAPTION_LINES = 6
@@ -101,9 +101,7 @@ def _draw(columns: Sequence[Column], rows: Sequence[str], cell: int) -> Image.Im
     captions = [_Block.caption(column.caption, cell) for column in columns]
 
     label_width = max(label.width for label in labels) + gap
-    row_heights = [
-        max(label.height, *(column[i].height for column in pictures)) for i, label in enumerate(labels)
-    ]
+    row_heights = [max(label.height, *(column[i].height for column in pictures)) for i, label in enumerate(labels)]
     width = margin + label_width + len(columns) * (cell + gap) - gap + margin
     height = margin + sum(row_heights) + len(rows) * gap + max(block.height for block in captions) + margin
     sheet = Image.new("RGB", (width, height), _PAPER)
@@ -182,9 +180,7 @@ def _fonts(size: int) -> tuple[ImageFont.FreeTypeFont, ...]:
     """Return Pillow's own font and then every system font of the list that is installed."""
     own = ImageFont.load_default(size)
     if not isinstance(own, ImageFont.FreeTypeFont):
-        raise RuntimeError(
-            "this Pillow was built without FreeType; reinstall it: pip install --force-reinstall pillow"
-        )
+        raise RuntimeError("this Pillow was built without FreeType; reinstall it: pip install --force-reinstall pillow")
     found = [own]
     for name in _SYSTEM_FONTS:
         try:

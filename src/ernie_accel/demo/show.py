@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ernie_accel.demo.sheet import Column, contact_sheet
-
 from ernie_accel import demo
 from ernie_accel.core.optimize import optimize, report
 from ernie_accel.core.plan import Plan, plan
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Report
+from ernie_accel.demo.sheet import Column, contact_sheet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -74,7 +73,9 @@ def show(sheet: Path, preset: Preset | str, device: str = "cpu", rounds: int = 2
 
     _render(stock, PROMPTS[0], 0)
     first_call_s = _render(fast, PROMPTS[0], 0)[1] / 1e3
-    stock_ms, fast_ms, columns = [], [], []
+    stock_ms: list[float] = []
+    fast_ms: list[float] = []
+    columns: list[Column] = []
     for _ in range(rounds):
         columns.clear()
         for seed, prompt in enumerate(PROMPTS):
@@ -84,7 +85,7 @@ def show(sheet: Path, preset: Preset | str, device: str = "cpu", rounds: int = 2
             fast_ms.append(ms)
             columns.append(Column(prompt, (stock_image, fast_image)))
     labels = [f"{name}\n{statistics.median(ms):.0f} ms" for name, ms in (("stock", stock_ms), ("optimized", fast_ms))]
-    contact_sheet(columns, sheet, row_labels=labels)
+    contact_sheet(columns, sheet, rows=labels)
     return Showing(sheet, the_plan, report(fast), tuple(stock_ms), tuple(fast_ms), first_call_s)
 
 
