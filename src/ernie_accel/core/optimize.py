@@ -108,6 +108,9 @@ class _Carried:
     report: Report
     pipe_id: int
 
+    def __deepcopy__(self, memo: dict[int, object]) -> _Carried:
+        return self
+
 
 def _remember(pipe: Pipeline, the_report: Report) -> None:
     object.__setattr__(pipe, _ATTRIBUTE, _Carried(the_report, id(pipe)))  # past the pipeline's config bookkeeping
