@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import CallDefaults, CastDtype, Compile, MakeContiguous, SliceVae, SwapScheduler, TileVae
+from ernie_accel import CallDefaults, CastDtype, Compile, MakeContiguous, Quantize, SliceVae, SwapScheduler, TileVae
 from tests.examples import differences, snapshot
 from tests.pipelines import picture
 
@@ -51,6 +51,20 @@ def test_what_both_wishes_begin_with_is_not_done_again(ernie):
     ernie_accel.optimize(ernie, CastDtype("bf16"), SliceVae())
     assert ernie_accel.report(ernie).entries[0].applied is receipt
     assert applied(ernie) == ["CastDtype('bfloat16')", "SliceVae()"]
+
+
+def test_a_plan_for_an_optimized_pipe_says_what_stays_and_what_is_undone_first(ernie):
+    ernie_accel.optimize(ernie, CastDtype("bf16"), Quantize("int8-weight-only"), SliceVae())
+    same = ernie_accel.plan(ernie, CastDtype("bf16"), Quantize("int8-weight-only"), SliceVae())
+    assert same.ok
+    assert [step.verdict for step in same.steps] == ["in place"] * 3
+    assert same.undoes == ()
+    other = ernie_accel.plan(ernie, CastDtype("bf16"), TileVae())
+    assert [step.verdict for step in other.steps] == ["in place", "apply"]
+    assert other.undoes == (Quantize("int8-weight-only"), SliceVae())
+    assert "First undoes Quantize('int8-weight-only'), SliceVae()." in str(other)
+    ernie_accel.optimize(ernie, CastDtype("bf16"), TileVae())
+    assert applied(ernie) == ["CastDtype('bfloat16')", "TileVae()"]
 
 
 def test_a_transform_beside_a_preset_takes_its_slot(ernie):
@@ -133,6 +147,14 @@ def test_skip_leaves_out_what_cannot_run_and_says_why(ernie):
     assert entries["CastDtype"].status == entries["Compile"].status == "applied"
     assert entries["MakeContiguous"].status == "nothing to do"
     assert "needs CUDA compute capability" in str(ernie_accel.report(ernie))
+
+
+def test_what_was_skipped_is_still_an_error_where_errors_are_asked_for(ernie):
+    ernie_accel.optimize(ernie, preset="turbo-fp8", on_unsupported="skip")
+    once = snapshot(ernie)
+    with pytest.raises(ernie_accel.UnsupportedError, match="Quantize"):
+        ernie_accel.optimize(ernie, preset="turbo-fp8")
+    assert differences(once, snapshot(ernie)) == []
 
 
 def test_what_cannot_be_undone_says_so_and_is_not_half_undone(ernie):
