@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -178,10 +179,10 @@ def _load_and_optimize(
     return pipe, report(pipe)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; an error of ours is one message and exit code 2, not a traceback."""
     try:
-        app()
+        app(arguments)
     except ErnieAccelError as error:
         typer.echo(f"error: {error}", err=True)
         raise SystemExit(2) from None
