@@ -207,7 +207,7 @@ def caption(scene: Scene, rng: random.Random, language: str | None = None) -> st
 
 
 def full_caption(scene: Scene, language: str) -> str:
-    """Write the one canonical caption of a scene, in the prompt enhancer's style."""
+    """Write the one canonical caption of a scene, objects in the scene's order: the prompt enhancer's style."""
     return _CaptionWriter(language, None).write(scene)
 
 
@@ -235,8 +235,9 @@ class _CaptionWriter:
         by_place: dict[str, list[Object]] = {}
         for o in scene.objects:
             by_place.setdefault(o.place, []).append(o)
-        places = sorted(by_place, key=PLACES.index)
+        places = list(by_place)
         if self._rng is not None:
+            places.sort(key=PLACES.index)
             self._rng.shuffle(places)
         return [(self._group(by_place[p]), self._place(p)) for p in places]
 
@@ -358,8 +359,7 @@ def random_request(
     if alike:
         shape = scene.objects[0].shape
         return Request(_counted(shape, language, rng), (RequestedObject(shape=shape),) * 2), scene
-    asked = [_forget(o, rng) for o in scene.objects]
-    rng.shuffle(asked)
+    asked = [_forget(o, rng) for o in scene.objects]  # in the scene's order, which the answer keeps
     background = scene.background if rng.random() < 0.25 else None
     return Request(_short_text(asked, background, language, rng), tuple(asked), background), scene
 

@@ -357,8 +357,12 @@ def _name(background: Background) -> str:
 def unseen_prompts(n: int, seed: int = 0) -> list[tuple[str, Scene]]:
     """Return `n` captions, half English and half Chinese, of scenes that training never saw."""
     rng = random.Random(f"unseen-{seed}")
-    scenes = [random_scene(rng, CANVASES[i % len(CANVASES)], held_out=True) for i in range(n)]
-    return [(caption(s, rng, "en" if i // len(CANVASES) % 2 else "zh"), s) for i, s in enumerate(scenes)]
+    prompts = []
+    for i in range(n):
+        scene = random_scene(rng, CANVASES[i % len(CANVASES)], held_out=True)
+        language = "en" if i // len(CANVASES) % 2 else "zh"
+        prompts.append((caption(scene, rng, language), scene))
+    return prompts
 
 
 def adherence(

@@ -15,6 +15,7 @@ hour; `--toy` runs every stage on a CPU in half a minute, and draws nothing reco
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -71,16 +72,16 @@ class Recipe:
 
     scenes: int = 60_000
     captions: int = 4
-    dialogues: int = 200_000
+    dialogues: int = 400_000
     vae_steps: int = 4_500
     vae_batch: int = 128
     vae_lr: float = 2e-3
-    dit_steps: int = 16_000
+    dit_steps: int = 20_000
     dit_batch: int = 512
     dit_lr: float = 1e-3
     empty_share: float = 0.1
     ema: float = 0.999
-    pe_steps: int = 5_000
+    pe_steps: int = 20_000
     pe_batch: int = 256
     pe_lr: float = 2e-3
     eval_prompts: int = 1_000
@@ -129,13 +130,11 @@ def train(out: Path, recipe: Recipe, device: str, *, resume: bool = False) -> Er
     ):
         if is_new:
             train_vae(vae, data[0].scenes.to(device), recipe)
-    with clock("latents"):
-        pool = LatentPool(vae, data, recipe, device)
     with clock("transformer"), _stage(
         stages / "transformer.safetensors", _Denoiser, recipe.seed + 1, device, resume
     ) as (denoiser, is_new):
         if is_new:
-            train_denoiser(denoiser, pool, recipe)
+            train_denoiser(denoiser, LatentPool(vae, data, recipe, device), recipe)
     with clock("enhancer"), _stage(
         stages / "enhancer.safetensors", architecture.build_prompt_enhancer, recipe.seed + 2, device, resume
     ) as (enhancer, is_new):
@@ -413,8 +412,6 @@ def train_enhancer(enhancer: Ministral3ForCausalLM, lessons: Dialogues, recipe: 
 
 
 def _enhancer_tokenizer(tokenizer: Any) -> Any:
-    import copy
-
     twin = copy.deepcopy(tokenizer)
     twin.chat_template = architecture.CHAT_TEMPLATE
     twin.model_max_length = architecture.MAX_ENHANCED_TOKENS
@@ -436,10 +433,10 @@ def save_pipeline(
         pe=enhancer,
         pe_tokenizer=enhancer_tokenizer,
     )
-    statistics = vae.bn.float().state_dict()
-    statistics = {name: value.clone() for name, value in statistics.items()}
-    pipe.to("cpu", torch.float16)
-    vae.bn.float().load_state_dict(statistics)
+    statistics = copy.deepcopy(vae.bn).cpu()
+    for part in (vae, denoiser, enhancer):
+        part.to("cpu", torch.float16)
+    vae.bn = statistics
     vae.to(memory_format=torch.contiguous_format)
     pipe.save_pretrained(folder, safe_serialization=True)
 
