@@ -4,13 +4,13 @@ download. Importing this module imports neither torch nor diffusers."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from diffusers import ErnieImagePipeline
 
-__all__ = ["MODEL_FOLDER", "load"]
+__all__ = ["MODEL_FOLDER", "load", "load_folder"]
 
 MODEL_FOLDER = Path(__file__).parent / "model"
 """Where the weights lie, in the layout of `save_pretrained`, as float16 safetensors."""
@@ -29,14 +29,24 @@ def load(dtype: torch.dtype | None = None, prompt_enhancer: bool = True) -> Erni
     Returns:
         A stock `diffusers.ErnieImagePipeline`.
     """
+    return load_folder(MODEL_FOLDER, dtype, prompt_enhancer)
+
+
+def load_folder(
+    folder: Path, dtype: torch.dtype | None = None, prompt_enhancer: bool = True
+) -> ErnieImagePipeline:
+    """Load a pipeline that `ernie_accel.demo.train` saved; arguments as for :func:`load`."""
+    from importlib.metadata import version
+
     import torch
     from diffusers import ErnieImagePipeline
 
-    left_out = {} if prompt_enhancer else {"pe": None, "pe_tokenizer": None}
-    return ErnieImagePipeline.from_pretrained(
-        MODEL_FOLDER,
-        torch_dtype=dtype if dtype is not None else torch.float32,
-        local_files_only=True,
-        use_safetensors=True,
-        **left_out,
+    # diffusers renamed the argument; the old name still works there, with a warning.
+    name = "dtype" if tuple(map(int, version("diffusers").split(".")[:2])) >= (0, 42) else "torch_dtype"
+    options: dict[str, Any] = {name: dtype if dtype is not None else torch.float32}
+    if not prompt_enhancer:
+        options |= {"pe": None, "pe_tokenizer": None}
+    pipe: ErnieImagePipeline = ErnieImagePipeline.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, **options
     )
+    return pipe

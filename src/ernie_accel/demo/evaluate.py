@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 import random
 from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ernie_accel.demo.captions import LANGUAGES, Request, caption, parse, random_request, same_content
@@ -108,3 +111,30 @@ def chat_text(tokenizer: Any, prompt: str, width: int, height: int) -> str:
     content = json.dumps({"prompt": prompt, "width": width, "height": height}, ensure_ascii=False)
     message = [{"role": "user", "content": content}]
     return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=False))
+
+
+def describe(pipe: ErnieImagePipeline, folder: Path) -> dict[str, Any]:
+    """Return what figures depend on: hardware, versions, and the sizes of the model in `folder`."""
+    import torch
+
+    on_gpu = pipe.transformer.device.type == "cuda"
+    return {
+        "hardware": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "tokenizers")},
+        "parameters": {
+            name: sum(p.numel() for p in part.parameters())
+            for name, part in pipe.components.items()
+            if isinstance(part, torch.nn.Module)
+        },
+        "stored_bytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
+    }
+
+
+def summary(figures: dict[str, Any]) -> str:
+    """Return one line for each figure, confusion left out."""
+    lines = []
+    for name, value in figures.items():
+        short = {k: round(v, 4) if isinstance(v, float) else v for k, v in value.items() if k != "confusion"}
+        lines.append(f"{name}: {json.dumps(short, ensure_ascii=False)}")
+    return "\n".join(lines)

@@ -43,7 +43,7 @@ NOTHING = "nothing"
 """What the judge reads where no object colour fills the asked place."""
 ATTRIBUTES = ("colour and place", "shape", "size")
 
-_WINDOW_PX = 72
+_WINDOW_PX = 64
 _TEMPLATE_PX = 48
 _RADII_PX = (7.5, 8.5, 9.5, 10.5, 11.5, 12.7, 14.7, 16.0, 17.0, 18.0, 19.0, 20.5)
 _LARGE_FROM_PX = (RADIUS_PX["small"] * RADIUS_PX["large"]) ** 0.5
@@ -124,11 +124,10 @@ def judge(
     for canvas, rows in _rows_by_canvas(wanted).items():
         for i in rows:
             if pictures[i].shape != (3, *canvas):
-                raise ValueError(
-                    f"Picture {i} has shape {tuple(pictures[i].shape)}; its scene asks for (3, {canvas[0]}, {canvas[1]})."
-                )
-        found = _judge_canvas(torch.stack([pictures[i] for i in rows]), [wanted[i] for i in rows])
-        for i, verdict in zip(rows, found, strict=True):
+                found = tuple(pictures[i].shape)
+                raise ValueError(f"Picture {i} has shape {found}; its scene asks for {(3, *canvas)}.")
+        batch = torch.stack([pictures[i] for i in rows])
+        for i, verdict in zip(rows, _judge_canvas(batch, [wanted[i] for i in rows]), strict=True):
             verdicts[i] = verdict
     return [v for v in verdicts if v is not None]
 
@@ -310,7 +309,11 @@ class Adherence:
 
 def summarize(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> Adherence:
     """Count verdicts, one a scene, in order."""
-    pairs = [(o, v) for s, verdict in zip(scenes, verdicts, strict=True) for o, v in zip(s.objects, verdict.objects, strict=True)]
+    pairs = [
+        pair
+        for scene, verdict in zip(scenes, verdicts, strict=True)
+        for pair in zip(scene.objects, verdict.objects, strict=True)
+    ]
     placed = [v for _, v in pairs if v.is_placed]
     return Adherence(
         pictures=len(verdicts),
@@ -355,7 +358,7 @@ def _name(background: Background) -> str:
 
 
 def unseen_prompts(n: int, seed: int = 0) -> list[tuple[str, Scene]]:
-    """Return `n` captions, half English and half Chinese, of scenes that training never saw."""
+    """Return `n` captions, half English and half Chinese, of scenes held out from training, with the scenes."""
     rng = random.Random(f"unseen-{seed}")
     prompts = []
     for i in range(n):

@@ -2,7 +2,7 @@
 
 Stages, each with its own seed and its own weights in FOLDER/stages, which `--resume` takes up again:
 
-1. tokenizer: byte-level BPE on captions;
+1. tokenizer: byte-level BPE on captions; and the captions themselves;
 2. vae: reconstruct drawings, with a little noise on the latents; then the patchified latents' statistics;
 3. transformer: encode a pool of drawings once, then flow matching from the pool, together with the text encoder;
 4. enhancer: next-token prediction on short prompts answered by full captions;
@@ -18,15 +18,11 @@ import argparse
 import copy
 import json
 import math
-import os
-import platform
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +30,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_model, save_model
 from torch import nn
+from transformers import AutoTokenizer
 
-from ernie_accel.demo import architecture
+from ernie_accel.demo import architecture, load_folder
 from ernie_accel.demo.corpus import TEXT_TOKENS, CaptionedScenes, Dialogues, captioned_scenes, dialogues
-from ernie_accel.demo.evaluate import evaluate
+from ernie_accel.demo.evaluate import describe, evaluate, summary
 from ernie_accel.demo.judge import unseen_prompts
 from ernie_accel.demo.scenes import CANVASES, SceneBatch, render_batch
 
@@ -118,7 +115,7 @@ def train(out: Path, recipe: Recipe, device: str, *, resume: bool = False) -> Er
     stages.mkdir(parents=True, exist_ok=True)
 
     with clock("tokenizer"):
-        tokenizer = architecture.build_tokenizer(architecture.corpus(recipe.seed, 20_000))
+        tokenizer = _tokenizer(stages / "tokenizer", recipe, resume)
         enhancer_tokenizer = _enhancer_tokenizer(tokenizer)
     with clock("captions"):
         data = [captioned_scenes(tokenizer, c, recipe.scenes, recipe.captions, recipe.workers) for c in CANVASES]
@@ -411,6 +408,15 @@ def train_enhancer(enhancer: Ministral3ForCausalLM, lessons: Dialogues, recipe: 
         progress(step, loss)
 
 
+def _tokenizer(folder: Path, recipe: Recipe, resume: bool) -> Any:
+    """Train the tokenizer, or take an earlier run's: weights know tokens by number."""
+    if resume and folder.exists():
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = architecture.build_tokenizer(architecture.corpus(recipe.seed, 20_000))
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 def _enhancer_tokenizer(tokenizer: Any) -> Any:
     twin = copy.deepcopy(tokenizer)
     twin.chat_template = architecture.CHAT_TEMPLATE
@@ -443,10 +449,8 @@ def save_pipeline(
 
 def _reload(folder: Path, device: str) -> ErnieImagePipeline:
     """Load the stored files as users do, for strict float32 on `device`."""
-    from diffusers import ErnieImagePipeline
-
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    pipe = ErnieImagePipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    pipe = load_folder(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
 
@@ -470,26 +474,14 @@ def save_sheet(pipe: ErnieImagePipeline, file: Path, columns: int = 8, rows: int
 def _write_figures(
     out: Path, pipe: ErnieImagePipeline, figures: dict[str, Any], recipe: Recipe, seconds: dict[str, float]
 ) -> None:
-    on_gpu = torch.cuda.is_available()
     record = {
-        "command": "python -m ernie_accel.demo.train " + " ".join(a for a in sys.argv[1:] if a.startswith("--")),
-        "hardware": torch.cuda.get_device_name() if on_gpu else f"CPU, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers", "tokenizers")},
         "recipe": vars(recipe),
         "stage_seconds": seconds,
-        "parameters": {
-            name: sum(p.numel() for p in part.parameters())
-            for name, part in pipe.components.items()
-            if isinstance(part, nn.Module)
-        },
-        "stored_bytes": sum(f.stat().st_size for f in (out / "model").rglob("*") if f.is_file()),
+        **describe(pipe, out / "model"),
         "figures": figures,
     }
     (out / "figures.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name, value in figures.items():
-        summary = {k: v for k, v in value.items() if k != "confusion"}
-        _log(f"{name}: {json.dumps(summary, ensure_ascii=False)}")
+    _log(summary(figures))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
