@@ -25,7 +25,6 @@ from ernie_accel.demo.scenes import (
     CANVASES,
     COLOURS,
     MAX_OBJECTS,
-    PLACES,
     TINTS,
     Background,
     Object,

@@ -32,18 +32,14 @@ def load(dtype: torch.dtype | None = None, prompt_enhancer: bool = True) -> Erni
     return load_folder(MODEL_FOLDER, dtype, prompt_enhancer)
 
 
-def load_folder(
-    folder: Path, dtype: torch.dtype | None = None, prompt_enhancer: bool = True
-) -> ErnieImagePipeline:
+def load_folder(folder: Path, dtype: torch.dtype | None = None, prompt_enhancer: bool = True) -> ErnieImagePipeline:
     """Load a pipeline that `ernie_accel.demo.train` saved; arguments as for :func:`load`."""
-    from importlib.metadata import version
-
     import torch
     from diffusers import ErnieImagePipeline
 
-    # diffusers renamed the argument; the old name still works there, with a warning.
-    name = "dtype" if tuple(map(int, version("diffusers").split(".")[:2])) >= (0, 42) else "torch_dtype"
-    options: dict[str, Any] = {name: dtype if dtype is not None else torch.float32}
+    from ernie_accel.core.loading import dtype_argument
+
+    options: dict[str, Any] = {**dtype_argument(dtype if dtype is not None else torch.float32)}
     if not prompt_enhancer:
         options |= {"pe": None, "pe_tokenizer": None}
     pipe: ErnieImagePipeline = ErnieImagePipeline.from_pretrained(
