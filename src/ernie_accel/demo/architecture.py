@@ -2,9 +2,8 @@
 each.
 
 The real checkpoint's knobs are kept (text width unlike the transformer's so that there is a `text_proj`, QK
-norm,
-rotary axes for text, row and column, a VAE of factor 16 with its patchified statistics); only the widths
-shrink. Every width is a multiple of 32, as 4-bit formats with groups of 32 ask.
+norm, rotary axes for text, row and column, a VAE of factor 16 with its patchified statistics); only the
+widths shrink. Every width is a multiple of 32, as 4-bit formats with groups of 32 ask.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
 """The judge: does a picture hold the asked shapes and colours at the asked places? Read from pixels alone.
 
 Because scenes are procedural, prompt adherence is a measurement and not an opinion, and the same figure
-tells what
-a quantization really costs. Each pixel is named by its nearest colour; the pixels of the asked colour around
-the
-asked place are compared with every shape at many radii and positions (intersection over union, hidden parts
-left out), and what is left of the picture with every background there is.
+tells what a quantization really costs. Each pixel is named by its nearest colour; the pixels of the asked
+colour around the asked place are compared with every shape at many radii and positions (intersection over
+union, hidden parts left out), and what is left of the picture with every background there is.
 """
 
 from __future__ import annotations

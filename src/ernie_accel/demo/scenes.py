@@ -2,8 +2,8 @@
 truth.
 
 A scene is one to four flat objects on a 3x3 grid over a plain, graded or textured background. Everything a
-caption can ask for is a discrete attribute of :class:`Scene`, so that a picture can be judged exactly. Only a
-little jitter of position and radius is left to chance, as in any set of hand-made drawings.
+caption can ask for is a discrete attribute of :class:`Scene`, so that a picture can be judged exactly. Only
+a little jitter of position and radius is left to chance, as in any set of hand-made drawings.
 """
 
 from __future__ import annotations
