@@ -3,8 +3,8 @@ prompts.
 
 `caption` and `parse` are a pair: whatever `caption` writes, `parse` reads as the same objects and
 background. A :class:`Request` is what a person in a hurry types ("red circle", "两个圆形"); the
-prompt enhancer turns it into a `full_caption`, and `Request.is_kept_by` tells whether the result still holds what was
-asked.
+prompt enhancer turns it into a `full_caption`, and `Request.is_kept_by` tells whether the result still holds
+what was asked.
 """
 
 from __future__ import annotations
