@@ -1,8 +1,10 @@
-"""The language of the scenes: English and Chinese captions, the parser that reads them back, and short prompts.
+"""The language of the scenes: English and Chinese captions, the parser that reads them back, and short
+prompts.
 
-`caption` and `parse` are a pair: whatever `caption` writes, `parse` reads as the same objects and background. A
-:class:`Request` is what a person in a hurry types ("red circle", "两个圆形"); the prompt enhancer turns it into a
-`full_caption`, and `Request.is_kept_by` tells whether the result still holds what was asked.
+`caption` and `parse` are a pair: whatever `caption` writes, `parse` reads as the same objects and
+background. A :class:`Request` is what a person in a hurry types ("red circle", "两个圆形"); the
+prompt enhancer turns it into a `full_caption`, and `Request.is_kept_by` tells whether the result still holds
+what was asked.
 """
 
 from __future__ import annotations
@@ -18,8 +20,6 @@ from ernie_accel.demo.scenes import (
     MAX_OBJECTS,
     PLACES,
     SHAPES,
-    SIZES,
-    TEXTURES,
     TINTS,
     Background,
     Object,
@@ -32,7 +32,8 @@ LANGUAGES = ("en", "zh")
 # The first word of each entry is the one that `full_caption` uses.
 _WORDS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
     "en": {
-        "colour": {c: (c,) for c in COLOURS} | {"purple": ("purple", "violet"), "cyan": ("cyan", "turquoise")},
+        "colour": {c: (c,) for c in COLOURS}
+        | {"purple": ("purple", "violet"), "cyan": ("cyan", "turquoise")},
         "shape": {s: (s,) for s in SHAPES} | {"circle": ("circle", "disc"), "cross": ("cross", "plus sign")},
         "size": {"small": ("small", "little"), "large": ("large", "big")},
         "place": {
@@ -93,9 +94,51 @@ _WORDS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
     },
 }
 _FILLERS = {
-    "en": "a an one the at in on of with and there is from to fading gradient plain background corner side edge "
-    "picture drawing image showing".split(),
-    "zh": "一个 一幅画 图片 画面 的 有 在 是 和 上 从 渐变 到 纯色 背景 前面".split(),
+    "en": [
+        "a",
+        "an",
+        "one",
+        "the",
+        "at",
+        "in",
+        "on",
+        "of",
+        "with",
+        "and",
+        "there",
+        "is",
+        "from",
+        "to",
+        "fading",
+        "gradient",
+        "plain",
+        "background",
+        "corner",
+        "side",
+        "edge",
+        "picture",
+        "drawing",
+        "image",
+        "showing",
+    ],
+    "zh": [
+        "一个",
+        "一幅画",
+        "图片",
+        "画面",
+        "的",
+        "有",
+        "在",
+        "是",
+        "和",
+        "上",
+        "从",
+        "渐变",
+        "到",
+        "纯色",
+        "背景",
+        "前面",
+    ],
 }
 _PUNCTUATION = ",.:;，。：；、"
 _PARTLY_VISIBLE = "in front"
@@ -106,7 +149,9 @@ def _build_lexicon() -> tuple[re.Pattern[str], dict[str, tuple[str, str]]]:
     meaning: dict[str, tuple[str, str]] = {}
     patterns: dict[str, str] = {}
     for language in LANGUAGES:
-        phrases = {p: (kind, key) for kind, t in _WORDS[language].items() for key, ps in t.items() for p in ps}
+        phrases = {
+            p: (kind, key) for kind, t in _WORDS[language].items() for key, ps in t.items() for p in ps
+        }
         meaning |= phrases
         for phrase in (*phrases, *_FILLERS[language]):
             patterns[phrase] = rf"\b{phrase}\b" if language == "en" else phrase
@@ -127,8 +172,9 @@ def parse(text: str, canvas: tuple[int, int] = (128, 128)) -> Scene | None:
     """Read a full caption of the grammar.
 
     Returns:
-        The scene, its objects in the order of places and then back to front, with the given (height, width); None
-        if the text has a word the grammar does not know, or an object without its colour, shape, size or place.
+        The scene, its objects in the order of places and then back to front, with the given (height, width);
+        None if the text has a word the grammar does not know, or an object without its colour, shape, size or
+        place.
     """
     words = _read_words(text.strip().lower())
     if words is None:
@@ -207,7 +253,9 @@ def caption(scene: Scene, rng: random.Random, language: str | None = None) -> st
 
 
 def full_caption(scene: Scene, language: str) -> str:
-    """Write the one canonical caption of a scene, objects in the scene's order: the prompt enhancer's style."""
+    """Write the one canonical caption of a scene, objects in the scene's order: the prompt enhancer's
+    style.
+    """
     return _CaptionWriter(language, None).write(scene)
 
 
@@ -222,7 +270,11 @@ class _CaptionWriter:
     def write(self, scene: Scene) -> str:
         groups = self._groups(scene)
         text = self._english(groups, scene.background) if self._is_english else self._chinese(groups, scene)
-        return text[0].upper() + text[1:] if self._is_english and self._pick("keep", "capital") == "capital" else text
+        return (
+            text[0].upper() + text[1:]
+            if self._is_english and self._pick("keep", "capital") == "capital"
+            else text
+        )
 
     def _pick(self, *choices: str) -> str:
         return choices[0] if self._rng is None else self._rng.choice(choices)
@@ -246,15 +298,23 @@ class _CaptionWriter:
         if len(front_to_back) == 1:
             return front_to_back[0]
         link = self._word("in front", "in front")
-        return f"{front_to_back[0]} {link} {front_to_back[1]}" if self._is_english else (
-            f"{front_to_back[0]}{link}{front_to_back[1]}前面"
+        return (
+            f"{front_to_back[0]} {link} {front_to_back[1]}"
+            if self._is_english
+            else (f"{front_to_back[0]}{link}{front_to_back[1]}前面")
         )
 
     def _object(self, o: Object) -> str:
-        colour, shape, size = self._word("colour", o.colour), self._word("shape", o.shape), self._word("size", o.size)
+        colour, shape, size = (
+            self._word("colour", o.colour),
+            self._word("shape", o.shape),
+            self._word("size", o.size),
+        )
         if self._is_english:
             return f"a {size} {colour} {shape}"
-        return self._pick(f"一个{colour}的{size}{shape}", f"一个{size}的{colour}{shape}", f"{colour}{size}{shape}")
+        return self._pick(
+            f"一个{colour}的{size}{shape}", f"一个{size}的{colour}{shape}", f"{colour}{size}{shape}"
+        )
 
     def _place(self, place: str) -> str:
         word = self._word("place", place)
@@ -302,7 +362,11 @@ class _CaptionWriter:
         if style == "background first":
             return f"{setting}上，" + "，".join(f"{where}是{what}" for what, where in groups)
         if style == "list":
-            return self._pick("", "一幅画：") + "、".join(f"{what}在{where}" for what, where in groups) + f"，{setting}"
+            return (
+                self._pick("", "一幅画：")
+                + "、".join(f"{what}在{where}" for what, where in groups)
+                + f"，{setting}"
+            )
         return f"画面{'。画面'.join(f'的{where}有{what}' for what, where in groups)}。背景是{setting}。"
 
 
@@ -354,7 +418,9 @@ def random_request(
         scene = random_scene(rng, held_out=held_out)
         places = {o.place for o in scene.objects}
         alike = len(scene.objects) == 2 and scene.objects[0].shape == scene.objects[1].shape
-        if len(places) == len(scene.objects) and (alike or rng.random() < (0.9, 0.5, 0.2, 0.1)[len(places) - 1]):
+        if len(places) == len(scene.objects) and (
+            alike or rng.random() < (0.9, 0.5, 0.2, 0.1)[len(places) - 1]
+        ):
             break
     if alike:
         shape = scene.objects[0].shape
@@ -405,5 +471,9 @@ def _short_text(
         setting = _CaptionWriter(language, rng)._background(background)
         text += f" on a {setting}" if english else f"，{setting}"
     if rng.random() < 0.1:
-        text = rng.choice(("draw ", "please draw ", "I want ")) + text if english else rng.choice(("画", "请画")) + text
+        text = (
+            rng.choice(("draw ", "please draw ", "I want ")) + text
+            if english
+            else rng.choice(("画", "请画")) + text
+        )
     return text

@@ -61,7 +61,9 @@ class Dialogues:
 def captioned_scenes(
     tokenizer: Any, canvas: tuple[int, int], count: int, captions: int, workers: int
 ) -> CaptionedScenes:
-    """Draw `count` scenes of one canvas from the training split, each with several captions in both languages."""
+    """Draw `count` scenes of one canvas from the training split, each with several captions in both
+    languages.
+    """
     seed = f"captions-{canvas}"
     jobs = [(_caption_chunk, tokenizer, seed, (canvas, captions), n, i) for i, n in enumerate(_chunks(count))]
     scenes, tokens, lengths = zip(*_run(jobs, workers), strict=True)

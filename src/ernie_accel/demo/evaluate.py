@@ -23,7 +23,11 @@ TEMPERATURE, TOP_P = 0.6, 0.95
 
 
 def evaluate(
-    pipe: ErnieImagePipeline, prompts: int, requests: int, steps: Sequence[int] = (8, 4, 20), batch_size: int = 16
+    pipe: ErnieImagePipeline,
+    prompts: int,
+    requests: int,
+    steps: Sequence[int] = (8, 4, 20),
+    batch_size: int = 16,
 ) -> dict[str, Any]:
     """Measure the judge, the pictures and the prompt enhancer; plain data, ready for JSON.
 
@@ -34,7 +38,9 @@ def evaluate(
         steps: Numbers of denoising steps.
         batch_size: Prompts a call.
     """
-    figures: dict[str, Any] = {"judge_on_true_drawings": judge_true_drawings(max(prompts // len(CANVASES), 1))}
+    figures: dict[str, Any] = {
+        "judge_on_true_drawings": judge_true_drawings(max(prompts // len(CANVASES), 1))
+    }
     for n in steps:
         result = adherence(pipe, prompts, n, batch_size=batch_size)
         figures[f"adherence_{n}_steps"] = dataclasses.asdict(result)
@@ -59,8 +65,8 @@ def enhancer_success(pipe: ErnieImagePipeline, n: int, seed: int = 0) -> dict[st
     """Return how often the prompt enhancer does its work, with the pipeline's sampling.
 
     Returns:
-        `expanded` by language: short prompts that became a full caption of the grammar which holds all that was
-        asked and no other object. `kept` by language: full captions that came back with the same content.
+        `expanded` by language: short prompts that became a full caption of the grammar which holds all that
+        was asked and no other object. `kept` by language: full captions that came back with the same content.
         `failures`: up to ten pairs of prompt and answer.
     """
     rng = random.Random(f"unseen-{seed}")
@@ -81,8 +87,12 @@ def enhancer_success(pipe: ErnieImagePipeline, n: int, seed: int = 0) -> dict[st
     return figures
 
 
-def expand(pipe: ErnieImagePipeline, prompts: Sequence[str], seed: int = 0, batch_size: int = 128) -> list[str]:
-    """Enhance prompts in batches, as the pipeline does one by one; the global random state is left as it was."""
+def expand(
+    pipe: ErnieImagePipeline, prompts: Sequence[str], seed: int = 0, batch_size: int = 128
+) -> list[str]:
+    """Enhance prompts in batches, as the pipeline does one by one; the global random state is left as it
+    was.
+    """
     import torch
 
     tokenizer, enhancer = pipe.pe_tokenizer, pipe.pe
@@ -91,7 +101,9 @@ def expand(pipe: ErnieImagePipeline, prompts: Sequence[str], seed: int = 0, batc
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             texts = [chat_text(tokenizer, p, 128, 128) for p in prompts[start : start + batch_size]]
-            inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(enhancer.device)
+            inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(
+                enhancer.device
+            )
             made = enhancer.generate(
                 **inputs,
                 max_new_tokens=tokenizer.model_max_length,
