@@ -48,9 +48,7 @@ def test_noise_and_rounding_do_not_mislead() -> None:
     scenes = [random_scene(rng, (128, 128)) for _ in range(100)]
     pictures = render(scenes, generator)
     noisy = (pictures + 0.04 * torch.randn(pictures.shape, generator=generator)).clamp(0, 1)
-    assert (
-        summarize(judge([to_pil(p) for p in noisy], scenes), scenes).object_fraction >= LEAST_ON_TRUE_DRAWINGS
-    )
+    assert summarize(judge([to_pil(p) for p in noisy], scenes), scenes).object_fraction >= LEAST_ON_TRUE_DRAWINGS
 
 
 @pytest.mark.parametrize("attribute", CHOICES)
@@ -66,9 +64,7 @@ def test_one_wrong_attribute_is_refused(attribute: str) -> None:
         used = {getattr(o, attribute) for o in scene.objects} if attribute in ("place", "colour") else set()
         own = getattr(scene.objects[k], attribute)
         paired = len({o.place for o in scene.objects}) < len(scene.objects)
-        if (
-            attribute in ("place", "size") and paired
-        ):  # there, another place or size would move the partner too
+        if attribute in ("place", "size") and paired:  # there, another place or size would move the partner too
             continue
         value = rng.choice([v for v in CHOICES[attribute] if v != own and v not in used])
         objects = list(scene.objects)
@@ -79,9 +75,7 @@ def test_one_wrong_attribute_is_refused(attribute: str) -> None:
     verdicts = judge(render(drawn, torch.Generator().manual_seed(2)), asked)
     refused = [not v.objects[k].is_right for v, k in zip(verdicts, changed, strict=True)]
     assert sum(refused) >= 99
-    others = [
-        o.is_right for v, k in zip(verdicts, changed, strict=True) for i, o in enumerate(v.objects) if i != k
-    ]
+    others = [o.is_right for v, k in zip(verdicts, changed, strict=True) for i, o in enumerate(v.objects) if i != k]
     assert sum(others) / len(others) > 0.95
     assert not any(v.is_right for v, r in zip(verdicts, refused, strict=True) if r)
 

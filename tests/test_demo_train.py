@@ -32,9 +32,7 @@ def tokenizer() -> Any:
 def test_a_toy_run_leaves_a_pipeline_that_draws(out: Path) -> None:
     pipe = load_folder(out / "model")
     pipe.set_progress_bar_config(disable=True)
-    pictures = pipe(
-        "red circle", height=128, width=128, num_inference_steps=2, guidance_scale=1.0, use_pe=False
-    )
+    pictures = pipe("red circle", height=128, width=128, num_inference_steps=2, guidance_scale=1.0, use_pe=False)
     assert pictures.images[0].size == (128, 128)
     assert (out / "sheet.png").exists()
 
