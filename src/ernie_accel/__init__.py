@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ernie_accel.transforms.layout import MakeContiguous
     from ernie_accel.transforms.memory import SliceVae, TileVae
     from ernie_accel.transforms.quantize import Quantize
+    from ernie_accel.transforms.rewrite import RewriteBlocks
     from ernie_accel.transforms.scheduler import SwapScheduler
 
 __version__ = "0.1.0"
@@ -71,6 +72,7 @@ _HOMES = {
     "ernie_accel.transforms.layout": ("MakeContiguous",),
     "ernie_accel.transforms.memory": ("SliceVae", "TileVae"),
     "ernie_accel.transforms.quantize": ("Quantize",),
+    "ernie_accel.transforms.rewrite": ("RewriteBlocks",),
     "ernie_accel.transforms.scheduler": ("SwapScheduler",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -98,6 +100,7 @@ __all__ = [
     "Quantize",
     "Report",
     "RestoreError",
+    "RewriteBlocks",
     "SliceVae",
     "SwapScheduler",
     "TileVae",

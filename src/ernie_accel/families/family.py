@@ -35,6 +35,7 @@ class Family:
         keep_precise: Regular expressions of the linear layers of each component that quantization leaves out, found
             by the field by breaking them. They match from the start of the module path.
         max_prompt_tokens: What the tokenizer accepts.
+        rewritten: Name of the module with its rewritten blocks (see ``RewriteBlocks``), or None.
     """
 
     name: str
@@ -44,3 +45,4 @@ class Family:
     sizes: tuple[tuple[int, int], ...]
     keep_precise: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     max_prompt_tokens: int | None = None
+    rewritten: str | None = None

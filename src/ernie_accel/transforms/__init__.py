@@ -17,6 +17,7 @@ TRANSFORMS: Mapping[str, str] = {
     "Compile": "ernie_accel.transforms.compile",
     "MakeContiguous": "ernie_accel.transforms.layout",
     "Quantize": "ernie_accel.transforms.quantize",
+    "RewriteBlocks": "ernie_accel.transforms.rewrite",
     "SliceVae": "ernie_accel.transforms.memory",
     "SwapScheduler": "ernie_accel.transforms.scheduler",
     "TileVae": "ernie_accel.transforms.memory",
