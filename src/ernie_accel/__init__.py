@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ernie_accel.transforms.call_defaults import CallDefaults
     from ernie_accel.transforms.compile import Compile
     from ernie_accel.transforms.dtype import CastDtype
+    from ernie_accel.transforms.fuse_kernels import FuseKernels
     from ernie_accel.transforms.layout import MakeContiguous
     from ernie_accel.transforms.memory import SliceVae, TileVae
     from ernie_accel.transforms.quantize import Quantize
@@ -69,6 +70,7 @@ _HOMES = {
     "ernie_accel.transforms.call_defaults": ("CallDefaults",),
     "ernie_accel.transforms.compile": ("Compile",),
     "ernie_accel.transforms.dtype": ("CastDtype",),
+    "ernie_accel.transforms.fuse_kernels": ("FuseKernels",),
     "ernie_accel.transforms.layout": ("MakeContiguous",),
     "ernie_accel.transforms.memory": ("SliceVae", "TileVae"),
     "ernie_accel.transforms.quantize": ("Quantize",),
@@ -91,6 +93,7 @@ __all__ = [
     "Effect",
     "ErnieAccelError",
     "Family",
+    "FuseKernels",
     "MakeContiguous",
     "MissingExtraError",
     "Phase",

@@ -35,4 +35,5 @@ ERNIE_IMAGE = Family(
     ),
     max_prompt_tokens=2048,
     rewritten="ernie_accel.families.ernie_image_blocks",
+    kernels="ernie_accel.families.ernie_image_kernels",
 )

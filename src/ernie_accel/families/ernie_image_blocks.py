@@ -243,6 +243,7 @@ class RewrittenErnieBlock(nn.Module):
             mask_b11s: True where a token is real [B, 1, 1, S]; None if all are.
         """
         shift_sa, scale_sa, gate_sa, shift_mlp, scale_mlp, gate_mlp = modulation
+        h_bsh: Tensor
         h_bsh = (self.adaLN_sa_ln(x_bsh).float() * scale_sa + shift_sa).to(x_bsh.dtype)
         h_bsh = self.self_attention(h_bsh, cos_bs1d, sin_bs1d, mask_b11s)
         x_bsh = x_bsh + (gate_sa * h_bsh.float()).to(x_bsh.dtype)

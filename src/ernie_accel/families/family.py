@@ -36,6 +36,7 @@ class Family:
             by the field by breaking them. They match from the start of the module path.
         max_prompt_tokens: What the tokenizer accepts.
         rewritten: Name of the module with its rewritten blocks (see ``RewriteBlocks``), or None.
+        kernels: Name of the module with its blocks on fused kernels (see ``FuseKernels``), or None.
     """
 
     name: str
@@ -46,3 +47,4 @@ class Family:
     keep_precise: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     max_prompt_tokens: int | None = None
     rewritten: str | None = None
+    kernels: str | None = None

@@ -15,6 +15,7 @@ TRANSFORMS: Mapping[str, str] = {
     "CallDefaults": "ernie_accel.transforms.call_defaults",
     "CastDtype": "ernie_accel.transforms.dtype",
     "Compile": "ernie_accel.transforms.compile",
+    "FuseKernels": "ernie_accel.transforms.fuse_kernels",
     "MakeContiguous": "ernie_accel.transforms.layout",
     "Quantize": "ernie_accel.transforms.quantize",
     "RewriteBlocks": "ernie_accel.transforms.rewrite",
