@@ -19,10 +19,8 @@ def randomize(module: torch.nn.Module, seed: int = 0, std: float = 0.05) -> None
 def tiny_tokenizer() -> Any:
     from transformers import PreTrainedTokenizerFast
 
-    words = {
-        word: i
-        for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *"a red blue big small circle square on".split()])
-    }
+    names = ["<pad>", "<s>", "</s>", "<unk>", "a", "red", "blue", "big", "small", "circle", "square", "on"]
+    words = {name: number for number, name in enumerate(names)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
@@ -87,7 +85,9 @@ def tiny_ernie(*, layers: int = 2, dtype: torch.dtype = torch.float32) -> Any:
     encoder = Mistral3Model(Mistral3Config(text_config=text, vision_config=vision))
     for part in (transformer, vae, encoder):
         randomize(part)
-        part.to(dtype).eval().requires_grad_(False)
+        if dtype != torch.float32:
+            part.to(dtype)
+        part.eval().requires_grad_(False)
     pipe = ErnieImagePipeline(
         transformer=transformer,
         vae=vae,

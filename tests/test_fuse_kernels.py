@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import picture, tiny_ernie, tiny_flux
 
 import ernie_accel
 from ernie_accel.core.components import pipe_bytes
+from tests.pipelines import picture, tiny_ernie, tiny_flux
 
 H200 = ernie_accel.Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6"})
 

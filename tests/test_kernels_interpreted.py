@@ -1,4 +1,4 @@
-"""Run the kernel tests in Triton's interpreter, in a process of their own: it is switched on when triton is imported."""
+"""Run the kernel tests in Triton's interpreter, in a process of its own: importing triton switches it on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 def test_kernels_equal_their_twins_in_the_interpreter() -> None:
     tests = Path(__file__).with_name("gpu") / "test_kernels.py"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", str(tests), "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", str(tests), "-p", "no:cacheprovider"],
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

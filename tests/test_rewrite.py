@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import picture, tiny_ernie, tiny_flux
 
 import ernie_accel
 from ernie_accel.core.components import pipe_bytes
 from ernie_accel.families.ernie_image_blocks import prompt_lengths, remember_lengths
+from tests.pipelines import picture, tiny_ernie, tiny_flux
 
 LORA_TARGETS = ["to_q", "to_v", "gate_proj", "linear_fc2", "to_out.0"]
 

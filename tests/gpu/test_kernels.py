@@ -15,10 +15,6 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 # The interpreter loses the carry where rounding to bfloat16 or float8 reaches the next power of two, and NaN in float8.
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a CUDA device or TRITON_INTERPRET=1"),
-]
 EPS = 1e-6
 SIZES = [(1, 5, 64), (2, 7, 96), (3, 1, 33)] + ([(1, 300, 4096), (2, 130, 3840)] if DEVICE == "cuda" else [])
 

@@ -55,6 +55,7 @@ class FusedLinear(nn.Linear):
         self.weight = nn.Parameter(fused, requires_grad=first.weight.requires_grad)
         self._parts = dict(parts)  # a plain dict: torch must not see them
         self._sizes = sizes
+        self._strides = [part.weight.stride() for part in parts.values()]
         for part in parts.values():
             part.weight.data = part.weight.data.new_empty(0)
 
@@ -65,8 +66,9 @@ class FusedLinear(nn.Linear):
 
     def split(self) -> dict[str, nn.Linear]:
         """Give every part its rows of the weight again, as copies, and return the parts by name."""
-        for part, rows in zip(self._parts.values(), torch.split(self.weight.data, self._sizes), strict=True):
-            part.weight.data = rows.clone()
+        all_rows = torch.split(self.weight.data, self._sizes)
+        for part, rows, stride in zip(self._parts.values(), all_rows, self._strides, strict=True):
+            part.weight.data = rows.new_empty_strided(rows.shape, stride).copy_(rows)
         return self._parts
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -1,0 +1,59 @@
+"""Tell what stops a batch, bad input rows or an unusable folder, with every problem found in one message."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ernie_accel.core.errors import ErnieAccelError
+
+Problem = tuple[int | None, str]
+"""The 1-based line of the input file (None: the file as a whole), and what is wrong, with the fix."""
+
+MAX_SHOWN = 100
+
+
+class BatchInputError(ErnieAccelError, ValueError):
+    """The rows cannot be used; nothing was rendered.
+
+    Attributes:
+        path: The input file; None for rows that did not come from one file.
+        problems: Every problem found, as ``(line or None, message)``. The text shows 100.
+    """
+
+    def __init__(self, path: Path | None, problems: Sequence[Problem]) -> None:
+        self.path = path
+        self.problems = tuple(problems)
+        super().__init__(path, self.problems)  # these, not the text, so that the error survives pickling
+
+    def __str__(self) -> str:
+        """Return the heading, one line per problem, and what to do."""
+        heading = "Cannot use " + ("the rows" if self.path is None else f"'{self.path}'")
+        return _listing(heading, self.problems, "Fix these and run again; nothing was rendered.")
+
+
+class BatchOutputError(ErnieAccelError):
+    """The output folder cannot take the pictures, or could not take one of them.
+
+    Attributes:
+        path: The output folder.
+        problems: Every problem found, as ``(line of the row or None, message)``. The text shows 100.
+    """
+
+    def __init__(self, path: Path, problems: Sequence[Problem]) -> None:
+        self.path = path
+        self.problems = tuple(problems)
+        super().__init__(path, self.problems)
+
+    def __str__(self) -> str:
+        """Return the heading, one line per problem, and what stays true."""
+        return _listing(f"Cannot write to '{self.path}'", self.problems, "No picture was left half-written.")
+
+
+def _listing(heading: str, problems: Sequence[Problem], ending: str) -> str:
+    count = f"{len(problems)} problem" + ("" if len(problems) == 1 else "s")
+    lines = [f"{heading} ({count}):"]
+    lines += [f"  {'' if line is None else f'line {line}: '}{text}" for line, text in problems[:MAX_SHOWN]]
+    if len(problems) > MAX_SHOWN:
+        lines.append(f"  ... and {len(problems) - MAX_SHOWN} more")
+    return "\n".join([*lines, ending])

@@ -1,0 +1,118 @@
+"""Name pictures by patterns like ``{sku}.png``, and refuse every name that could leave the output folder.
+
+The rules are those of the strictest system, everywhere: a table that works on Linux also works on Windows and
+macOS, and a folder can be copied between them.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections.abc import Collection, Iterator, Mapping
+
+MAX_NAME_BYTES = 255
+"""The longest file name in bytes of UTF-8 that ext4, XFS, APFS and NTFS all take."""
+
+_FORBIDDEN = '/\\<>:"|?*'
+_CONTROLS = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: controls, lone surrogates, line separators
+# https://learn.microsoft.com/windows/win32/fileio/naming-a-file#naming-conventions
+_RESERVED = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
+    f"{device}{digit}" for device in ("COM", "LPT") for digit in "123456789¹²³"
+}
+_INDEX_SPEC = re.compile(r"(0?[1-9])?d?")
+
+
+def default_pattern(columns: Collection[str]) -> str:
+    """Return ``{sku}.png`` for a table with a ``sku`` column, else ``{index:05d}.png``."""
+    return "{sku}.png" if "sku" in columns else "{index:05d}.png"
+
+
+def pattern_problems(pattern: str, columns: Collection[str]) -> list[str]:
+    """Return every reason why a naming pattern cannot name the rows of a table (empty list: it can).
+
+    Args:
+        pattern: Text with ``{column}`` fields, and ``{index}`` or ``{index:05d}`` for the 0-based row number.
+        columns: The table's column names.
+    """
+    heading = f"naming pattern {pattern!r}"
+    try:
+        pieces = list(_pieces(pattern))
+    except ValueError as error:
+        return [f"{heading} cannot be read ({error}); write it like '{{sku}}.png'"]
+    valid = ", ".join(f"{{{name}}}" for name in dict.fromkeys([*columns, "index"]))
+    problems = []
+    for literal, field, suffix in pieces:
+        if reason := _bad_characters(literal):
+            problems.append(f"{heading} {reason}; pictures go straight into the output folder")
+        if field is None:
+            continue
+        if field == "index" and field in columns:
+            problems.append(f"{heading} uses {{index}}, the row number; rename the column of that name")
+        elif field == "index":
+            if not _INDEX_SPEC.fullmatch(suffix.removeprefix(":")):
+                problems.append(f"{heading} has {{index{suffix}}}; expected {{index}} or {{index:05d}}")
+        elif field not in columns:
+            why = "attributes and indices are refused" if set(field) & set(".[") else "there is no such column"
+            problems.append(f"{heading} uses {{{field}}}, but {why}; valid here: {valid}")
+        elif suffix:
+            problems.append(f"{heading} has {{{field}{suffix}}}; columns go in as they are: {{{field}}}")
+    literal, field, _ = pieces[-1] if pieces else ("", None, "")
+    if field is None and not literal.lower().endswith(".png"):
+        problems.append(f"{heading} does not end in '.png', the only format written; end it so")
+    return problems
+
+
+def fill_pattern(pattern: str, columns: Mapping[str, str], index: int) -> str:
+    """Return the file name of one row, by a pattern that `pattern_problems` found nothing wrong with."""
+    name = ""
+    for literal, field, suffix in _pieces(pattern):
+        name += literal
+        if field == "index":
+            name += format(index, suffix.removeprefix(":"))
+        elif field is not None:
+            name += columns[field]
+    return name
+
+
+def name_problem(name: str) -> str | None:
+    """Return why `name` cannot be a picture's file name, directly inside the output folder (None: it can)."""
+    reasons = []
+    stem, suffix = name[:-4], name[-4:]
+    if suffix.lower() != ".png":
+        stem = name
+        reasons.append("does not end in '.png'")
+    if reason := _bad_characters(name):
+        reasons.append(reason)
+    if ".." in name:
+        reasons.append("has '..'")
+    if not stem:
+        reasons.append("has nothing before '.png'")
+    elif stem.startswith((".", " ")):
+        reasons.append("starts with a dot or space")
+    if stem.endswith((".", " ")):
+        reasons.append("has a dot or space at its end")
+    if stem.split(".")[0].rstrip(" ").upper() in _RESERVED:
+        reasons.append("is a device name on Windows")
+    # "replace": a lone surrogate is refused above, and must not break the count here.
+    if (size := len(name.encode("utf-8", "replace"))) > MAX_NAME_BYTES:
+        reasons.append(f"takes {size} bytes, more than the {MAX_NAME_BYTES} a file name may have")
+    return " and ".join(reasons) or None
+
+
+def collision_key(name: str) -> str:
+    """Return what two names share when some file system holds them for one (case, Unicode composition)."""
+    # Canonical caseless matching, Unicode Standard section 3.13, definition D145.
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
+
+
+def _pieces(pattern: str) -> Iterator[tuple[str, str | None, str]]:
+    """Yield (literal text, the field after it or None, what follows the field's name: '!r', ':05d')."""
+    # Only parsed, never `str.format`: that would follow attributes such as {sku.__class__}.
+    for literal, field, spec, conversion in string.Formatter().parse(pattern):
+        yield literal, field, (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+
+
+def _bad_characters(text: str) -> str | None:
+    bad = [c for c in dict.fromkeys(text) if c in _FORBIDDEN or unicodedata.category(c) in _CONTROLS]
+    return "has " + ", ".join("NUL" if c == "\0" else repr(c) for c in bad) if bad else None

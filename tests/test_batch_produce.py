@@ -1,0 +1,300 @@
+"""Each row becomes one whole picture or one named failure, and nothing else is left in the folder."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import re
+import stat
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from ernie_accel.batch import BatchInputError, BatchOutputError, Row, produce
+from ernie_accel.core.atomic import write_atomically
+
+
+class StubPipe:
+    """Called like ErnieImagePipeline; the picture's colour is the first number of the generator."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict] = []
+
+    def __call__(
+        self,
+        prompt=None,
+        negative_prompt="",
+        height=64,
+        width=64,
+        num_inference_steps=50,
+        guidance_scale=4.0,
+        generator=None,
+    ):
+        self.calls.append({name: value for name, value in locals().items() if name not in ("self", "generator")})
+        if prompt == "fail":
+            raise RuntimeError("CUDA out of memory")
+        if prompt == "interrupt":
+            raise KeyboardInterrupt
+        if prompt == "two":
+            return SimpleNamespace(images=[Image.new("RGB", (8, 8))] * 2)
+        colour = tuple(torch.randint(256, (3,), generator=generator).tolist())
+        return SimpleNamespace(images=[Image.new("RGB", (width, height), colour)])
+
+
+class PlainPipe:
+    def __call__(self, prompt, generator=None, width=64, height=64):
+        return SimpleNamespace(images=[Image.new("RGB", (width, height))])
+
+
+def make_row(index: int, prompt: str = "a cup", **settings) -> Row:
+    settings.setdefault("file_name", f"{index}.png")
+    return Row(line=index + 2, index=index, prompt=prompt, **settings)
+
+
+def run(pipe, rows, out, **options):
+    return list(produce(pipe, rows, out, progress=False, **options))
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_each_row_becomes_a_picture_that_carries_how_it_was_made(tmp_path):
+    row = make_row(
+        0,
+        "一只杯子 · café",
+        negative_prompt="blurry",
+        seed=7,
+        width=32,
+        height=48,
+        steps=8,
+        guidance_scale=1.0,
+    )
+    (result,) = run(StubPipe(), [row], tmp_path / "new" / "out")
+    assert (result.row, result.seed, result.error) == (row, 7, None)
+    assert result.path == tmp_path / "new" / "out" / "0.png"
+    assert result.seconds > 0
+    with Image.open(result.path) as picture:
+        picture.load()
+        assert picture.size == (32, 48)
+        settings = json.loads(picture.text.pop("settings"))
+        assert picture.text == {
+            "prompt": "一只杯子 · café",
+            "negative_prompt": "blurry",
+            "seed": "7",
+        }
+    assert settings == {
+        "guidance_scale": 1.0,
+        "height": 48,
+        "num_inference_steps": 8,
+        "pipeline": "StubPipe",
+        "width": 32,
+    }
+
+
+def test_what_a_row_leaves_open_is_left_to_the_pipe(tmp_path):
+    pipe = StubPipe()
+    run(pipe, [make_row(0)], tmp_path)
+    assert pipe.calls == [
+        {
+            "prompt": "a cup",
+            "negative_prompt": "",
+            "height": 64,
+            "width": 64,
+            "num_inference_steps": 50,
+            "guidance_scale": 4.0,
+        }
+    ]
+
+
+def test_a_picture_depends_on_its_own_seed_only(tmp_path):
+    rows = [make_row(i) for i in range(3)]
+    together = run(StubPipe(), rows, tmp_path / "a", seed=5)
+    assert [result.seed for result in together] == [5, 6, 7]
+    (alone,) = run(StubPipe(), [make_row(9, seed=6)], tmp_path / "b", seed=100)
+    (resumed,) = run(StubPipe(), rows[2:], tmp_path / "c", seed=5)
+    pixels = [Image.open(result.path).tobytes() for result in together]
+    assert len(set(pixels)) == 3
+    assert Image.open(alone.path).tobytes() == pixels[1]
+    assert Image.open(resumed.path).tobytes() == pixels[2]
+
+
+def test_the_global_random_state_is_left_alone(tmp_path):
+    before = torch.random.get_rng_state(), random.getstate()
+    run(StubPipe(), [make_row(0)], tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error"),
+    [
+        ("fail", "RuntimeError: CUDA out of memory"),
+        ("two", "TypeError: the pipe returned list of 2 in .images; expected a list of one PIL picture"),
+    ],
+)
+def test_a_failing_row_does_not_stop_the_others(tmp_path, prompt, error):
+    results = run(StubPipe(), [make_row(0), make_row(1, prompt), make_row(2)], tmp_path)
+    assert [result.error for result in results] == [None, error, None]
+    assert [result.path for result in results] == [tmp_path / "0.png", None, tmp_path / "2.png"]
+    assert names(tmp_path) == ["0.png", "2.png"]
+
+
+def test_nothing_is_rendered_before_it_is_asked_for(tmp_path):
+    pipe = StubPipe()
+    results = produce(pipe, [make_row(0), make_row(1)], tmp_path, progress=False)
+    assert pipe.calls == []
+    next(results)
+    assert len(pipe.calls) == 1
+    assert names(tmp_path) == ["0.png"]
+    results.close()
+
+
+def test_an_interrupt_passes_and_leaves_whole_pictures_only(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(StubPipe(), [make_row(0), make_row(1, "interrupt"), make_row(2)], tmp_path)
+    assert names(tmp_path) == ["0.png"]
+
+
+@pytest.mark.parametrize("stage", ["fsync", "replace"])
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_failed_write_leaves_the_old_picture_and_no_other_file(tmp_path, monkeypatch, stage, failure):
+    run(StubPipe(), [make_row(0)], tmp_path)
+    old = (tmp_path / "0.png").read_bytes()
+    results = produce(StubPipe(), [make_row(0, seed=3), make_row(1)], tmp_path, overwrite=True, progress=False)
+
+    def fail(*_):
+        raise failure
+
+    monkeypatch.setattr(os, stage, fail)
+    with pytest.raises(KeyboardInterrupt if isinstance(failure, KeyboardInterrupt) else BatchOutputError) as caught:
+        next(results)
+    assert names(tmp_path) == ["0.png"]
+    assert (tmp_path / "0.png").read_bytes() == old
+    if caught.type is BatchOutputError:
+        assert str(caught.value) == (
+            f"Cannot write to '{tmp_path}' (1 problem):\n"
+            "  line 2: '0.png' could not be written: No space left on device; "
+            "mend this and go on with the rows that are left; finished pictures stay\n"
+            "No picture was left half-written."
+        )
+
+
+def test_a_picture_that_cannot_be_encoded_fails_its_row_only(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("cannot write mode F as PNG")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", fail)
+        (result,) = run(StubPipe(), [make_row(0)], tmp_path)
+    assert result.error == "OSError: cannot write mode F as PNG"
+    assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits are POSIX")
+def test_pictures_get_the_permissions_of_any_new_file(tmp_path):
+    (result,) = run(StubPipe(), [make_row(0)], tmp_path)
+    (tmp_path / "other").touch()
+    assert stat.S_IMODE(result.path.stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)
+
+
+def test_existing_pictures_are_refused_before_anything_is_rendered(tmp_path):
+    (tmp_path / "1.png").write_text("mine")
+    (tmp_path / "2.png").mkdir()
+    (tmp_path / "3.png").symlink_to("nowhere")
+    pipe = StubPipe()
+    with pytest.raises(BatchOutputError) as caught:
+        produce(pipe, [make_row(i) for i in range(4)], tmp_path)
+    assert caught.value.problems == (
+        (3, "'1.png' exists; allow overwriting or choose another output"),
+        (4, "'2.png' is a folder; move it or choose another output"),
+        (5, "'3.png' exists; allow overwriting or choose another output"),
+    )
+    assert pipe.calls == []
+    assert names(tmp_path) == ["1.png", "2.png", "3.png"]
+
+
+def test_overwriting_replaces_a_link_and_not_what_it_leads_to(tmp_path):
+    target = tmp_path / "elsewhere.txt"
+    target.write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "0.png").symlink_to(target)
+    (result,) = run(StubPipe(), [make_row(0)], tmp_path / "out", overwrite=True)
+    assert not result.path.is_symlink()
+    assert target.read_text() == "mine"
+
+
+def test_an_unusable_folder_is_refused_before_anything_is_rendered(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(BatchOutputError, match="a file of this name is in the way; choose a folder"):
+            produce(StubPipe(), [make_row(0)], out)
+
+    def fail(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(BatchOutputError, match="  Permission denied; choose a folder that can be written to"):
+        produce(StubPipe(), [make_row(0)], tmp_path / "out")
+    assert names(tmp_path / "out") == []
+
+
+def test_what_the_pipe_cannot_do_is_told_before_anything_is_rendered(tmp_path):
+    rows = [make_row(0, width=32), make_row(1, negative_prompt="blurry", steps=8)]
+    with pytest.raises(BatchInputError) as caught:
+        produce(PlainPipe(), rows, tmp_path / "out")
+    assert str(caught.value) == (
+        "Cannot use the rows (2 problems):\n"
+        "  line 3: asks for negative_prompt, which PlainPipe does not take; "
+        "it takes: prompt, generator, width, height\n"
+        "  line 3: asks for num_inference_steps, which PlainPipe does not take; "
+        "it takes: prompt, generator, width, height\n"
+        "Fix these and run again; nothing was rendered."
+    )
+    assert not (tmp_path / "out").exists()
+    assert run(PlainPipe(), rows[:1], tmp_path / "out")[0].error is None
+
+
+def test_a_pipe_without_a_generator_cannot_keep_seeds(tmp_path):
+    with pytest.raises(BatchInputError, match="function takes no generator, without which no row can be made"):
+        produce(lambda prompt: None, [make_row(0)], tmp_path)
+    assert run(lambda **settings: StubPipe()(**settings), [make_row(0, steps=2)], tmp_path)[0].error is None
+
+
+def test_rows_made_by_hand_are_checked_too(tmp_path):
+    rows = [make_row(0, file_name="a.png"), make_row(1, file_name="A.png"), make_row(2)]
+    with pytest.raises(BatchInputError) as caught:
+        produce(StubPipe(), rows, tmp_path, seed=2**64 - 2)
+    assert caught.value.problems == (
+        (4, "seed 18446744073709551616 is not within 0 to 18446744073709551615; choose another"),
+        (3, "file name 'A.png' is taken by line 2; change one"),
+    )
+
+
+def test_progress_is_shown_on_stderr_unless_switched_off(tmp_path, capsys):
+    list(produce(StubPipe(), [make_row(0), make_row(1, "fail")], tmp_path / "a"))
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert re.search(r"100%.*2/2 .*failed=1", shown.err)
+    run(StubPipe(), [make_row(0)], tmp_path / "b")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file size limits are POSIX")
+def test_a_file_cut_off_in_the_middle_is_not_left_behind(tmp_path):
+    import resource
+
+    (tmp_path / "0.png").write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # as a full disk: the first 4096 bytes go through
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_atomically(tmp_path / "0.png", b"x" * 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "0.png").read_bytes() == b"old"
+    assert names(tmp_path) == ["0.png"]

@@ -1,0 +1,386 @@
+"""A table is read exactly, or refused with every problem, its line and its fix."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+
+from ernie_accel.batch import BatchInputError, Row, read_table
+from ernie_accel.batch.naming import collision_key, name_problem
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write text (as UTF-8) or bytes to a CSV file and return its path."""
+
+    def write(content: str | bytes) -> Path:
+        path = tmp_path / "prompts.csv"
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write
+
+
+def problems_of(path, **options):
+    with pytest.raises(BatchInputError) as caught:
+        read_table(path, **options)
+    assert caught.value.path == Path(path)
+    return list(caught.value.problems)
+
+
+# What is read
+
+
+def test_every_setting_is_parsed_and_every_column_kept(write):
+    path = write(
+        "sku,name,style,prompt,seed,width,height,steps,guidance_scale,negative_prompt\n"
+        'A1,Mug,flat,"a mug, red",18446744073709551615,1264,848,8,4.5,blurry\n'
+        "A2,Cup,,a cup,,,,,,\n"
+    )
+    first, second = read_table(path)
+    assert (first.line, first.index, first.prompt, first.file_name) == (2, 0, "a mug, red", "A1.png")
+    assert (first.seed, first.width, first.height) == (2**64 - 1, 1264, 848)
+    assert (first.steps, first.guidance_scale, first.negative_prompt) == (8, 4.5, "blurry")
+    assert first.columns["style"] == "flat"
+    assert list(first.columns)[:3] == ["sku", "name", "style"]
+    assert (second.line, second.index, second.file_name) == (3, 1, "A2.png")
+    assert {second.seed, second.width, second.height, second.steps, second.guidance_scale} == {None}
+    assert second.negative_prompt is None
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"], ids=["plain", "bom"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["unix", "windows", "old-mac"])
+def test_boms_and_line_ends_make_no_difference(write, bom, end):
+    path = write(bom + end.join(["prompt,sku", "一只红苹果,果", "ein Käfer,K"]).encode())
+    assert [(row.prompt, row.file_name, row.line) for row in read_table(path)] == [
+        ("一只红苹果", "果.png", 2),
+        ("ein Käfer", "K.png", 3),
+    ]
+
+
+def test_lines_stay_right_where_fields_span_lines_and_blank_lines_intervene(write):
+    path = write('prompt,sku\n"a\n\nb",1\n\n"c\r\nd",2\n,\ne,3\n')
+    assert [(row.line, row.index, row.prompt) for row in read_table(path)] == [
+        (2, 0, "a\n\nb"),
+        (6, 1, "c\r\nd"),
+        (9, 2, "e"),
+    ]
+
+
+def test_spaces_after_commas_do_not_break_quoting(write):
+    (row,) = read_table(write('sku, prompt\nA, "red, glossy"\n'))
+    assert row.prompt == "red, glossy"
+
+
+def test_trailing_unnamed_columns_of_a_spreadsheet_are_fine_while_empty(write):
+    path = write("sku,prompt,,\nA,a cup,,\n")
+    assert list(read_table(path)[0].columns) == ["sku", "prompt"]
+    assert problems_of(write("sku,prompt,,\nA,a cup,,x\n")) == [
+        (1, "column 4 has values but no name; name it or delete it (pandas: to_csv(..., index=False))")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("header", "pattern", "name"),
+    [
+        ("sku,prompt", None, "A.png"),
+        ("name,prompt", None, "00000.png"),
+        ("sku,prompt", "{index:02d}-{sku}.png", "00-A.png"),
+        ("sku,prompt", "{index}_{{x}}.PNG", "0_{x}.PNG"),
+        ("a.b,prompt", "{a.b}.png", "A.png"),
+    ],
+)
+def test_naming_patterns(write, header, pattern, name):
+    assert read_table(write(f"{header}\nA,a cup\n"), pattern=pattern)[0].file_name == name
+
+
+def test_default_size_fills_what_a_row_leaves_open(write):
+    path = write("prompt,width,height\na,,\nb,512,\nc,256,384\n")
+    sizes = [(row.width, row.height) for row in read_table(path, default_size=(1024, 768))]
+    assert sizes == [(1024, 768), (512, 768), (256, 384)]
+
+
+def test_rows_are_immutable_hashable_and_picklable(write):
+    (row,) = read_table(write("sku,prompt\nA,a cup\n"))
+    with pytest.raises(FrozenInstanceError):
+        row.prompt = "b"
+    with pytest.raises(TypeError):
+        row.columns["sku"] = "B"
+    assert pickle.loads(pickle.dumps(row)) == row
+    assert len({row, pickle.loads(pickle.dumps(row))}) == 1
+
+
+# What is refused
+
+
+def test_all_problems_come_in_one_error(write):
+    path = write(
+        "sku,prompt,seed,width,height\nA,a cup,7,1024,1024\na,a mug,x,1000,1024\n../up,,1,,\nD,a jug,1\nE,a pot,-1,,8\n"
+    )
+    with pytest.raises(BatchInputError) as caught:
+        read_table(path)
+    assert (
+        str(caught.value)
+        == f"""\
+Cannot use '{path}' (8 problems):
+  line 3: file name 'a.png' (from '{{sku}}.png') is taken by line 2 as 'A.png', the same name where letter \
+case or Unicode form is ignored; change one, or name pictures by '{{sku}}_{{index}}.png'
+  line 3: seed 'x' is not a whole number; write digits, e.g. 42, or leave it empty
+  line 3: size 1000x1024 is not made of multiples of 16 from 16 to 8192; the nearest valid size is 1008x1024
+  line 4: file name '../up.png' (from '{{sku}}.png') has '/' and has '..' and starts with a dot or space; \
+change the value, or name pictures by another column
+  line 4: prompt is empty; write what to draw, or delete the line
+  line 5: has 3 fields, the header has 5; nothing is given for 'width', 'height': add the value, or a comma \
+for each empty one
+  line 6: seed -1 is not within 0 to 18446744073709551615; write digits, e.g. 42, or leave it empty
+  line 6: height 8 is not made of multiples of 16 from 16 to 8192; the nearest valid height is 16
+Fix these and run again; nothing was rendered."""
+    )
+
+
+def test_long_lists_are_cut_in_the_text_only(write):
+    with pytest.raises(BatchInputError, match=r"\.\.\. and 50 more\n") as caught:
+        read_table(write("prompt,seed\n" + "a cup,x\n" * 150))
+    assert len(caught.value.problems) == 150
+
+
+def test_errors_survive_pickling(write):
+    with pytest.raises(BatchInputError) as caught:
+        read_table(write(""))
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copy), copy.path, copy.problems) == (
+        str(caught.value),
+        caught.value.path,
+        caught.value.problems,
+    )
+
+
+SAVE_AS = "save it as UTF-8 (in Excel: 'CSV UTF-8') and run again"
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "message"),
+    [
+        (b"", None, "is empty; expected a header such as 'sku,prompt' and a line per picture"),
+        (b"\xef\xbb\xbf", None, "is empty; expected a header such as 'sku,prompt' and a line per picture"),
+        (b"\n , \n\n", None, "is empty; expected a header such as 'sku,prompt' and a line per picture"),
+        (b"prompt\n", None, "has a header and no rows; add one line per picture"),
+        (b"prompt\nK\xe4fer\n", 2, f"is not UTF-8: byte 0xE4 at offset 8; {SAVE_AS}"),
+        (b"\xef\xbb\xbfprompt\r\nK\xe4", 2, f"is not UTF-8: byte 0xE4 at offset 12; {SAVE_AS}"),
+        ("prompt\na".encode("utf-16"), 1, f"is UTF-16, as Excel's 'Unicode Text' is; {SAVE_AS}"),
+        ("prompt\na".encode("utf-16-le"), 1, f"is UTF-16, as Excel's 'Unicode Text' is; {SAVE_AS}"),
+        (b"sku,prompt\nA,b\nx\0y,c\n", 3, "has a NUL character; remove it"),
+        (b"sku,name\nA,b\n", 1, "has no 'prompt' column; found: 'sku', 'name'"),
+        (
+            b"sku;prompt\nA;a, b\n",
+            1,
+            "has no 'prompt' column; found: 'sku;prompt'. The separator looks like ';'; "
+            "expected ',': save the file with commas",
+        ),
+        (
+            b"sku\tprompt\nA\tb\n",
+            1,
+            "has no 'prompt' column; found: 'sku\\tprompt'. The separator looks like '\\t'; "
+            "expected ',': save the file with commas",
+        ),
+        (
+            b'"sku";"prompt"\n"A";"b"\n',
+            1,
+            "is not valid CSV (',' expected after '\"'); the separator looks like ';', expected ','",
+        ),
+        (b"sku,prompt,sku\nA,b,C\n", 1, "has 2 columns named 'sku'; rename or delete all but one"),
+        (b"prompt,Seed\na,1\n", 1, "column 'Seed' would be ignored; rename it to 'seed'"),
+        (
+            b"prompt,num_inference_steps\na,1\n",
+            1,
+            "column 'num_inference_steps' would be ignored; rename it to 'steps'",
+        ),
+        (
+            b"sku,prompt\nA,red, glossy\n",
+            2,
+            'has 3 fields, the header has 2; put quotes around a value with a comma in it: "red, glossy"',
+        ),
+        (
+            b'sku,prompt\nA,"b\nB,c\n',
+            2,
+            "is not valid CSV (unexpected end of data); "
+            'close every quote, and double a quote inside quotes: "a 5"" plate"',
+        ),
+        (b'prompt\n""\n', 2, "prompt is empty; write what to draw, or delete the line"),
+    ],
+)
+def test_bad_files(write, content, line, message):
+    assert problems_of(write(content)) == [(line, message)]
+
+
+def test_missing_files_and_folders(tmp_path):
+    assert problems_of(tmp_path / "no.csv") == [(None, "does not exist; check the path")]
+    assert problems_of(tmp_path) == [(None, "is a folder; expected a CSV file")]
+    assert problems_of("a\0b.csv")[0][1].startswith("cannot be read: ")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("seed", "4.2", "seed '4.2' is not a whole number; write digits, e.g. 42, or leave it empty"),
+        ("seed", "1_0", "seed '1_0' is not a whole number; write digits, e.g. 42, or leave it empty"),
+        ("seed", "٣", "seed '٣' is not a whole number; write digits, e.g. 42, or leave it empty"),
+        (
+            "seed",
+            "18446744073709551616",
+            "seed 18446744073709551616 is not within 0 to 18446744073709551615; "
+            "write digits, e.g. 42, or leave it empty",
+        ),
+        ("width", "wide", "width 'wide' is not a whole number; write pixels, e.g. 1024, or leave it empty"),
+        ("steps", "0", "steps 0 is not within 1 to 1000; write digits, e.g. 8, or leave it empty"),
+        (
+            "steps",
+            "9" * 5000,
+            f"steps '{'9' * 77}...' is not a whole number; write digits, e.g. 8, or leave it empty",
+        ),
+        ("guidance_scale", "nan", "guidance_scale 'nan' is not a number; write e.g. 4.0, or leave it empty"),
+        (
+            "guidance_scale",
+            "-1",
+            "guidance_scale -1 is not within 0 to 100; write e.g. 4.0, or leave it empty",
+        ),
+    ],
+)
+def test_bad_numbers(write, column, value, message):
+    assert problems_of(write(f"prompt,{column}\na,{value}\n")) == [(2, message)]
+
+
+@pytest.mark.parametrize(
+    ("width", "nearest"),
+    [
+        (0, 16),
+        (-64, 16),
+        (8, 16),
+        (15, 16),
+        (1000, 1008),
+        (1001, 1008),
+        (999, 992),
+        (8200, 8192),
+        (10**12, 8192),
+    ],
+)
+def test_bad_sizes_name_the_nearest_valid_one(write, width, nearest):
+    (problem,) = problems_of(write(f"prompt,width\na,{width}\n"))
+    assert problem == (
+        2,
+        f"width {width} is not made of multiples of 16 from 16 to 8192; the nearest valid width is {nearest}",
+    )
+    assert read_table(write(f"prompt,width\na,{nearest}\n"))[0].width == nearest
+
+
+def test_the_size_multiple_and_the_default_size_are_checked(write):
+    path = write("prompt,width\na,48\nb,\n")
+    assert [line for line, _ in problems_of(path, size_multiple=32)] == [2]
+    assert problems_of(path, default_size=(1000, 1000)) == [
+        (
+            None,
+            "default size 1000x1000 is not made of multiples of 16 from 16 to 8192; "
+            "the nearest valid size is 1008x1008",
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("{skew}.png", " uses {skew}, but there is no such column; valid here: {sku}, {prompt}, {index}"),
+        (
+            "{sku.__class__}.png",
+            " uses {sku.__class__}, but attributes and indices are refused; valid here: {sku}, {prompt}, {index}",
+        ),
+        (
+            "{sku[0]}.png",
+            " uses {sku[0]}, but attributes and indices are refused; valid here: {sku}, {prompt}, {index}",
+        ),
+        ("{}.png", " uses {}, but there is no such column; valid here: {sku}, {prompt}, {index}"),
+        ("{sku!r}.png", " has {sku!r}; columns go in as they are: {sku}"),
+        ("{sku:>9999999999}.png", " has {sku:>9999999999}; columns go in as they are: {sku}"),
+        ("{index:099999999d}.png", " has {index:099999999d}; expected {index} or {index:05d}"),
+        ("{index:{sku}}.png", " has {index:{sku}}; expected {index} or {index:05d}"),
+        ("{sku.png", " cannot be read (expected '}' before end of string); write it like '{sku}.png'"),
+        ("{sku}.jpg", " does not end in '.png', the only format written; end it so"),
+        ("", " does not end in '.png', the only format written; end it so"),
+        ("a/{sku}.png", " has '/'; pictures go straight into the output folder"),
+    ],
+)
+def test_bad_naming_patterns(write, pattern, message):
+    path = write("sku,prompt\nA,a cup\n")
+    assert problems_of(path, pattern=pattern) == [(None, f"naming pattern {pattern!r}{message}")]
+
+
+def test_a_column_called_index_must_not_hide_the_row_number(write):
+    path = write("index,prompt\n7,a cup\n")
+    assert problems_of(path) == [
+        (
+            None,
+            "naming pattern '{index:05d}.png' uses {index}, the row number; rename the column of that name",
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("a/b.png", "has '/'"),
+        ("a\\b.png", "has '\\\\'"),
+        ("C:b.png", "has ':'"),
+        ("a..png", "has '..' and has a dot or space at its end"),
+        ("..png", "has '..' and starts with a dot or space and has a dot or space at its end"),
+        (".png", "has nothing before '.png'"),
+        ("", "does not end in '.png' and has nothing before '.png'"),
+        (".hidden.png", "starts with a dot or space"),
+        ("a .png", "has a dot or space at its end"),
+        ("a\0b.png", "has NUL"),
+        ("a\nb.png", "has '\\n'"),
+        ("a\x85b.png", "has '\\x85'"),
+        ("a\u2028b.png", "has '\\u2028'"),
+        ("a\ud800b.png", "has '\\ud800'"),
+        ("con.png", "is a device name on Windows"),
+        ("LPT1.front.png", "is a device name on Windows"),
+        ("COM¹.png", "is a device name on Windows"),
+        ("a.jpg", "does not end in '.png'"),
+        ("果" * 84 + ".png", "takes 256 bytes, more than the 255 a file name may have"),
+    ],
+)
+def test_names_that_could_leave_or_break_the_folder(write, name, reason):
+    assert name_problem(name) == reason
+    with pytest.raises(ValueError, match=r"expected one like 'red-mug\.png'$"):
+        Row(line=2, index=0, prompt="a", file_name=name)  # not even by hand
+
+
+@pytest.mark.parametrize("name", ["a.png", "果 1.png", "console.png", "a.b-c_(d)é.PNG", "x" * 251 + ".png"])
+def test_good_names(name):
+    assert name_problem(name) is None
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("a", "a"), ("A", "a"), ("é", "e\u0301"), ("STRASSE", "straße"), ("É", "e\u0301")]
+)
+def test_names_that_some_file_system_holds_for_one_are_duplicates(write, first, second):
+    assert collision_key(first) == collision_key(second)
+    ((line, message),) = problems_of(write(f"sku,prompt\n{first},a\n{second},b\n"))
+    assert line == 3
+    assert "is taken by line 2" in message
+
+
+@pytest.mark.parametrize("value", ["/etc/passwd", "..", "../x", "x/../y", "a\\..\\b", "nul", "."])
+def test_hostile_values_are_refused_in_tables(write, value):
+    ((line, message),) = problems_of(write(f"sku,prompt\n{value},a\n"))
+    assert line == 2
+    assert message.startswith(f"file name {value + '.png'!r} (from '{{sku}}.png') ")
+
+
+def test_a_table_is_checked_without_torch():
+    code = "import sys, ernie_accel.batch; print({'torch', 'diffusers', 'numpy'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout == "set()\n"
