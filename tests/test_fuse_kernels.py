@@ -106,7 +106,7 @@ def test_what_is_missing_is_said() -> None:
     reasons = "\n".join(fuse.unsupported(pipe, a100))
     for words in ("capability >= 8.9; this device has 8.0", "triton is not installed", "add RewriteBlocks", "bfloat16"):
         assert words in reasons
-    assert "no fused kernels" in fuse.unsupported(tiny_flux(), H200)[0]
+    assert "no fused kernels for FluxPipeline" in fuse.unsupported(tiny_flux(), H200)[0]
     planned = H200.after(ernie_accel.CastDtype("bf16"), ernie_accel.RewriteBlocks(fuse=False))
     assert fuse.unsupported(pipe, planned) == [
         "RewriteBlocks(fuse=False) leaves the linear layers apart: use RewriteBlocks()"
@@ -115,3 +115,15 @@ def test_what_is_missing_is_said() -> None:
         ernie_accel.FuseKernels("fp4")
     with pytest.raises(ernie_accel.ConflictError):
         ernie_accel.plan(pipe, fuse, ernie_accel.Quantize("fp8"))
+
+
+def test_bf16_kernels_do_nothing_where_they_cannot_run_and_compile_does_nothing_where_they_do() -> None:
+    pipe = tiny_ernie()
+    assert "no CUDA (cpu)" in ernie_accel.FuseKernels("bf16").preview(pipe, ernie_accel.Context("cpu", "a test")).note
+    verdicts = {
+        device.device: {type(step.transform).__name__: step.verdict for step in plan.steps}
+        for device in (H200, ernie_accel.Context("cpu", "a test"))
+        for plan in [ernie_accel.plan(pipe, preset="turbo-bf16", context=device)]
+    }
+    assert (verdicts["cuda"]["FuseKernels"], verdicts["cuda"]["Compile"]) == ("apply", "nothing to do")
+    assert (verdicts["cpu"]["FuseKernels"], verdicts["cpu"]["Compile"]) == ("nothing to do", "apply")

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ernie_accel.transforms.compile import Compile
     from ernie_accel.transforms.dtype import CastDtype
     from ernie_accel.transforms.fuse_kernels import FuseKernels
+    from ernie_accel.transforms.graphs import CaptureGraphs
     from ernie_accel.transforms.layout import MakeContiguous
     from ernie_accel.transforms.memory import SliceVae, TileVae
     from ernie_accel.transforms.quantize import Quantize
@@ -71,6 +72,7 @@ _HOMES = {
     "ernie_accel.transforms.compile": ("Compile",),
     "ernie_accel.transforms.dtype": ("CastDtype",),
     "ernie_accel.transforms.fuse_kernels": ("FuseKernels",),
+    "ernie_accel.transforms.graphs": ("CaptureGraphs",),
     "ernie_accel.transforms.layout": ("MakeContiguous",),
     "ernie_accel.transforms.memory": ("SliceVae", "TileVae"),
     "ernie_accel.transforms.quantize": ("Quantize",),
@@ -86,6 +88,7 @@ __all__ = [
     "BatchInputError",
     "BatchOutputError",
     "CallDefaults",
+    "CaptureGraphs",
     "CastDtype",
     "Compile",
     "ConflictError",

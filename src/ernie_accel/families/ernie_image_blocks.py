@@ -370,12 +370,39 @@ def forward(
     scale_bh, shift_bh = self.final_norm.linear(time_bh).chunk(2, -1)
     x_bsh = self.final_norm.norm(x_bsh[:, :image_tokens]) * (1 + scale_bh[:, None]) + shift_bh[:, None]
     patches = self.final_linear(x_bsh.to(hidden_states.dtype))
-    sample = (
+    sample: Tensor = (
         patches.view(batch, *grid, patch, patch, self.out_channels)
         .permute(0, 5, 1, 3, 2, 4)
         .reshape(batch, self.out_channels, height, width)
     )
     return ErnieImageTransformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+# What `CaptureGraphs` asks of a rewritten family.
+FORWARD_ARGUMENTS = ("hidden_states", "timestep", "text_bth", "text_lens", "return_dict")
+#: Read on the device in every step; the last one is a picture's embeddings.
+DEVICE_INPUTS = ("hidden_states", "timestep", "text_bth")
+
+
+def token_count(transformer: Any, arguments: Mapping[str, Any]) -> int:
+    """Return the image tokens of all pictures of a batch."""
+    batch, _, height, width = arguments["hidden_states"].shape
+    return int(batch * height * width // transformer.patch_size**2)
+
+
+def host_facts(arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return what `forward` decides on the host beside the shapes: the prompt lengths."""
+    return prompt_lengths(arguments["text_lens"])
+
+
+def cached_tensors(transformer: Any) -> list[Position]:
+    """Return what `forward` reads beside its arguments and weights, to keep it alive."""
+    return list(transformer._positions._known.values())
+
+
+def as_output(sample: Tensor, arguments: Mapping[str, Any]) -> ErnieImageTransformer2DModelOutput | tuple[Tensor]:
+    """Return `sample` in the form that the caller of `forward` asked for."""
+    return ErnieImageTransformer2DModelOutput(sample=sample) if arguments.get("return_dict", True) else (sample,)
 
 
 def is_rewritten(transformer: Any) -> bool:

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Rows a program of the norm kernel handles one after the other; the modulation vectors are read once for all.
-_ROWS = 4
+#: Rows that a program of the norm kernel handles together, and how many times; it reads the modulation vectors once.
+_ROWS, _LOOPS = 2, 4
 
 
 @triton.jit
@@ -25,38 +25,38 @@ def _fp8_scale(amax):
 def _norm_modulate_kernel(
     X, BRANCH, GATE, WEIGHT, SCALE, SHIFT, X_OUT, Y, Y_SCALE,
     tokens, width, eps,
-    HAS_BRANCH: tl.constexpr, QUANTIZE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, QUANTIZE: tl.constexpr, ROWS: tl.constexpr, LOOPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
     dtype = X.dtype.element_ty
-    weight = tl.load(WEIGHT + column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(SCALE + batch * width + column, mask=inside, other=0.0)
-    shift = tl.load(SHIFT + batch * width + column, mask=inside, other=0.0)
+    weight = tl.load(WEIGHT + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    scale = tl.load(SCALE + batch * width + column, mask=inside, other=0.0)[None, :]
+    shift = tl.load(SHIFT + batch * width + column, mask=inside, other=0.0)[None, :]
     if HAS_BRANCH:
-        gate = tl.load(GATE + batch * width + column, mask=inside, other=0.0)
-    for i in range(ROWS):
-        token = tl.program_id(0) * ROWS + i
-        if token < tokens:
-            row = batch * tokens + token
-            at = row * width + column
-            x = tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
-            if HAS_BRANCH:
-                branch = tl.load(BRANCH + at, mask=inside, other=0.0).to(tl.float32)
-                x = (x + (gate * branch).to(dtype).to(tl.float32)).to(dtype)
-                tl.store(X_OUT + at, x, mask=inside)
-                x = x.to(tl.float32)
-            inverse = tl.rsqrt(tl.sum(x * x, 0) / width + eps)
-            y = ((x * inverse).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
-            y = (y * scale + shift).to(dtype)
-            if QUANTIZE:
-                y = y.to(tl.float32)
-                fp8_scale = _fp8_scale(tl.max(tl.where(inside, tl.abs(y), 0.0), 0))
-                tl.store(Y + at, (y / fp8_scale).to(tl.float8e4nv), mask=inside)
-                tl.store(Y_SCALE + row, fp8_scale)
-            else:
-                tl.store(Y + at, y, mask=inside)
+        gate = tl.load(GATE + batch * width + column, mask=inside, other=0.0)[None, :]
+    for i in range(LOOPS):
+        token = (tl.program_id(0) * LOOPS + i) * ROWS + tl.arange(0, ROWS)
+        row = batch * tokens + token
+        at = row[:, None] * width + column[None, :]
+        here = (token < tokens)[:, None] & inside[None, :]
+        x = tl.load(X + at, mask=here, other=0.0).to(tl.float32)
+        if HAS_BRANCH:
+            branch = tl.load(BRANCH + at, mask=here, other=0.0).to(tl.float32)
+            x = (x + (gate * branch).to(dtype).to(tl.float32)).to(dtype)
+            tl.store(X_OUT + at, x, mask=here)
+            x = x.to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None]
+        y = ((x * inverse).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+        y = (y * scale + shift).to(dtype)
+        if QUANTIZE:
+            y = y.to(tl.float32)
+            fp8_scale = _fp8_scale(tl.max(tl.where(here, tl.abs(y), 0.0), 1))
+            tl.store(Y + at, (y / fp8_scale[:, None]).to(tl.float8e4nv), mask=here)
+            tl.store(Y_SCALE + row, fp8_scale, mask=token < tokens)
+        else:
+            tl.store(Y + at, y, mask=here)
 
 
 @triton.jit
@@ -183,7 +183,7 @@ def norm_modulate(
     x_out = x_bsh if branch_bsh is None else torch.empty_like(x_bsh)
     y = torch.empty_like(x_bsh, dtype=torch.float8_e4m3fn if quantize else x_bsh.dtype)
     y_scale = x_bsh.new_empty(batch * tokens, 1, dtype=torch.float32) if quantize else None
-    _norm_modulate_kernel[(triton.cdiv(tokens, _ROWS), batch)](
+    _norm_modulate_kernel[(triton.cdiv(tokens, _ROWS * _LOOPS), batch)](
         x_bsh,
         x_bsh if branch_bsh is None else branch_bsh.contiguous(),
         scale_b1h if gate_b1h is None else gate_b1h.contiguous(),
@@ -199,6 +199,7 @@ def norm_modulate(
         HAS_BRANCH=branch_bsh is not None,
         QUANTIZE=quantize,
         ROWS=_ROWS,
+        LOOPS=_LOOPS,
         BLOCK=triton.next_power_of_2(width),
         num_warps=_warps(width),
     )

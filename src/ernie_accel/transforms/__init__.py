@@ -13,6 +13,7 @@ from ernie_accel.core.transform import Transform
 #: Class name -> module.
 TRANSFORMS: Mapping[str, str] = {
     "CallDefaults": "ernie_accel.transforms.call_defaults",
+    "CaptureGraphs": "ernie_accel.transforms.graphs",
     "CastDtype": "ernie_accel.transforms.dtype",
     "Compile": "ernie_accel.transforms.compile",
     "FuseKernels": "ernie_accel.transforms.fuse_kernels",

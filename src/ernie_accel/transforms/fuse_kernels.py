@@ -32,7 +32,7 @@ class FuseKernels(Transform):
     takes seconds. Takes the place of ``Quantize("fp8")``. Needs `RewriteBlocks` before it.
 
     Attributes:
-        precision: "fp8", or "bf16" for the kernels without quantization.
+        precision: "fp8", or "bf16" for the kernels without quantization; these do nothing where they cannot run.
         exclude: Regular expressions of layers to leave in bfloat16, matched from the start of the path within the
             transformer; None takes the family's list.
         keep_originals: Keep the unquantized weights in host memory, so that ``restore`` is exact.
@@ -56,33 +56,13 @@ class FuseKernels(Transform):
         return 10.0 if self.precision == "fp8" else 25.0
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
-        reasons = []
-        need = (8, 9) if self.precision == "fp8" else (8, 0)
-        if (context.capability or (0, 0)) < need:
-            have = "{}.{}".format(*context.capability) if context.capability else f"no CUDA ({context.device})"
-            reasons.append(
-                f"{self.precision} kernels need CUDA compute capability >= {need[0]}.{need[1]}; this device has {have}"
-            )
-        if "triton" not in context.versions:
-            reasons.append("triton is not installed (it comes with CUDA builds of torch): pip install triton")
-        family = family_of(pipe)
-        if family is None or family.kernels is None:
-            return [
-                *reasons,
-                f"{family.name if family else type(pipe).__name__}: there are no fused kernels for it yet",
-            ]
-        rewrite = context.planned_one(RewriteBlocks)
-        if rewrite is None and not rewritten_blocks(pipe).is_rewritten(pipe.transformer):
-            reasons.append("it builds on the rewritten blocks: add RewriteBlocks()")
-        if rewrite is not None and not rewrite.fuse:
-            reasons.append(f"{rewrite!r} leaves the linear layers apart: use RewriteBlocks()")
-        cast = context.planned_one(CastDtype)
-        dtype = cast.dtype if cast is not None else str(pipe.transformer.dtype).removeprefix("torch.")
-        if dtype != "bfloat16":
-            reasons.append(f"the kernels take bfloat16 weights, found {dtype}: add CastDtype('bfloat16')")
-        return reasons
+        # Without the bf16 kernels a pipe computes the same thing more slowly, so there is nothing to refuse.
+        return self._why_not(pipe, context) if self.precision == "fp8" else []
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        reasons = self._why_not(pipe, context)
+        if reasons:
+            return Preview((), note="the kernels cannot run here: " + "; ".join(reasons))
         if _kernels(pipe).is_installed(pipe.transformer):
             return Preview((), note="the blocks run on the kernels already")
         cast = context.planned_one(CastDtype)
@@ -90,6 +70,10 @@ class FuseKernels(Transform):
         linears = [linear for _, linear in self._to_quantize(pipe)]
         saved = sum(linear.weight.numel() - 4 * linear.out_features for linear in linears)
         return Preview(_block_paths(pipe), total - saved if linears else None)
+
+    def runs_on_kernels(self, pipe: Pipeline, context: Context) -> bool:
+        """Return whether the blocks run on the kernels once this transform has had its turn."""
+        return not self._why_not(pipe, context)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         from ernie_accel.kernels.linear import Fp8Linear, why_not_fp8
@@ -112,6 +96,32 @@ class FuseKernels(Transform):
             return Applied(on_kernels, no_undo="keep_originals=False: the weights are gone", skipped=skipped)
         note = f"keeps {human_bytes(kept_bytes)} of originals in host memory for restore()" if kept_bytes else ""
         return Applied(on_kernels, undo=undo, skipped=skipped, note=note)
+
+    def _why_not(self, pipe: Pipeline, context: Context) -> list[str]:
+        reasons = []
+        need = (8, 9) if self.precision == "fp8" else (8, 0)
+        if (context.capability or (0, 0)) < need:
+            have = "{}.{}".format(*context.capability) if context.capability else f"no CUDA ({context.device})"
+            reasons.append(
+                f"{self.precision} kernels need CUDA compute capability >= {need[0]}.{need[1]}; this device has {have}"
+            )
+        if "triton" not in context.versions:
+            reasons.append("triton is not installed (it comes with CUDA builds of torch): pip install triton")
+        family = family_of(pipe)
+        if family is None or family.kernels is None:
+            name = family.name if family else type(pipe).__name__
+            instead = ": use Quantize('fp8') in its place" if self.precision == "fp8" else ""
+            return [*reasons, f"there are no fused kernels for {name} yet{instead}"]
+        rewrite = context.planned_one(RewriteBlocks)
+        if rewrite is None and not rewritten_blocks(pipe).is_rewritten(pipe.transformer):
+            reasons.append("it builds on the rewritten blocks: add RewriteBlocks()")
+        if rewrite is not None and not rewrite.fuse:
+            reasons.append(f"{rewrite!r} leaves the linear layers apart: use RewriteBlocks()")
+        cast = context.planned_one(CastDtype)
+        dtype = cast.dtype if cast is not None else str(pipe.transformer.dtype).removeprefix("torch.")
+        if dtype != "bfloat16":
+            reasons.append(f"the kernels take bfloat16 weights, found {dtype}: add CastDtype('bfloat16')")
+        return reasons
 
     def _to_quantize(self, pipe: Pipeline) -> Iterator[tuple[str, torch.nn.Linear]]:
         """Yield (path within the transformer, layer) of the blocks' linear layers that are to be fp8."""

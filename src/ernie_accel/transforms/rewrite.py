@@ -36,7 +36,7 @@ class RewriteBlocks(Transform):
         if family is None:
             return [f"{type(pipe).__name__} is of no known family, and blocks are rewritten family by family"]
         if family.rewritten is None:
-            return [f"{family.name}: its blocks have not been rewritten yet"]
+            return []  # nothing to do, which is no harm: the stock blocks compute the same
         blocks, transformer = rewritten_blocks(pipe), pipe.transformer
         if blocks.is_rewritten(transformer):
             return []
@@ -51,6 +51,9 @@ class RewriteBlocks(Transform):
         return reasons
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        family = family_of(pipe)
+        if family is None or family.rewritten is None:
+            return Preview((), note=f"{family.name if family else type(pipe).__name__}: no rewritten blocks yet")
         if rewritten_blocks(pipe).is_rewritten(pipe.transformer):
             return Preview((), note="the blocks are rewritten already")
         return Preview(_block_paths(pipe))
