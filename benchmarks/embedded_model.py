@@ -34,7 +34,9 @@ def main() -> None:
     figures = evaluate(pipe, options.prompts, options.requests, options.steps, batch_size)
     print(summary(figures))
     if options.out is not None:
-        chosen = f"--prompts {options.prompts} --requests {options.requests} --steps {' '.join(map(str, options.steps))}"
+        chosen = (
+            f"--prompts {options.prompts} --requests {options.requests} --steps {' '.join(map(str, options.steps))}"
+        )
         record = {"command": f"python benchmarks/embedded_model.py {chosen}", **describe(pipe, MODEL_FOLDER)}
         text = json.dumps(record | {"figures": figures}, indent=1, ensure_ascii=False)
         options.out.write_text(text + "\n", encoding="utf-8")

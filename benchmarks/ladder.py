@@ -35,13 +35,13 @@ def _compile_stock(pipe: Any) -> None:
     pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True)
 
 
-def _apply(transforms: Callable[[Any], list[Any]]) -> Callable[[Any], None]:
-    """Return a rung that optimizes a pipe by the transforms that `transforms` picks from the package."""
+def _apply(transforms: Callable[[Any], list[Any]], preset: str | None = None) -> Callable[[Any], None]:
+    """Return a rung that optimizes a pipe by the transforms that `transforms` picks from the package, and a preset."""
 
     def change(pipe: Any) -> None:
         import ernie_accel
 
-        ernie_accel.optimize(pipe, *transforms(ernie_accel))
+        ernie_accel.optimize(pipe, *transforms(ernie_accel), preset=preset)
 
     return change
 
@@ -52,10 +52,7 @@ RUNGS: dict[str, tuple[str, Callable[[Any], None]]] = {
     "stock+compile": ("+ compile_repeated_blocks", _compile_stock),
     "rewrite": ("RewriteBlocks", _apply(lambda a: [a.RewriteBlocks()])),
     "rewrite+compile": ("RewriteBlocks + Compile", _apply(lambda a: [a.RewriteBlocks(), a.Compile()])),
-    "kernels-bf16": (
-        "RewriteBlocks + FuseKernels('bf16')",
-        _apply(lambda a: [a.RewriteBlocks(), a.FuseKernels("bf16")]),
-    ),
+    "turbo-bf16": ("+ fused kernels in its place: the preset", _apply(lambda a: [], "turbo-bf16")),
     "torchao-fp8+compile": (
         "peer: torchao fp8 per row + regional compile",
         _apply(lambda a: [a.Quantize("fp8", keep_originals=False), a.Compile()]),
@@ -64,9 +61,9 @@ RUNGS: dict[str, tuple[str, Callable[[Any], None]]] = {
         "RewriteBlocks + torchao fp8 + Compile",
         _apply(lambda a: [a.RewriteBlocks(), a.Quantize("fp8", keep_originals=False), a.Compile()]),
     ),
-    "kernels-fp8": (
-        "RewriteBlocks + FuseKernels('fp8')",
-        _apply(lambda a: [a.RewriteBlocks(), a.FuseKernels("fp8", keep_originals=False)]),
+    "turbo-fp8": (
+        "+ fused fp8 kernels in its place: the preset",
+        _apply(lambda a: [a.FuseKernels("fp8", keep_originals=False)], "turbo-fp8"),
     ),
 }
 

@@ -22,9 +22,9 @@ def latents(pipe: Any, **kwargs: Any) -> torch.Tensor:
     return picture(pipe, output_type="latent", **kwargs)
 
 
-def fused(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+def fused(pipe: Any, precision: str = "fp8", **kwargs: Any) -> Any:
     return ernie_accel.optimize(
-        pipe, ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels(*args, **kwargs), context=H200
+        pipe, ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels(precision, **kwargs), context=H200
     )
 
 
@@ -46,7 +46,7 @@ def test_pictures_keep_the_promised_floor(precision: str, call: dict[str, Any]) 
 def test_fp8_halves_the_blocks_and_leaves_the_first_one_precise() -> None:
     pipe = tiny_ernie(dtype=torch.bfloat16, layers=3)
     before = pipe_bytes(pipe)
-    plan = ernie_accel.plan(pipe, ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels(), context=H200)
+    plan = ernie_accel.plan(pipe, ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels("fp8"), context=H200)
     fused(pipe)
     first, second, _ = pipe.transformer.layers
     assert type(second.self_attention.to_qkv).__name__ == "Fp8Linear"
@@ -64,7 +64,7 @@ def test_optimizing_twice_changes_nothing() -> None:
     pipe = fused(tiny_ernie(dtype=torch.bfloat16))
     block = pipe.transformer.layers[1]
     assert fused(pipe).transformer.layers[1] is block
-    assert ernie_accel.FuseKernels().preview(pipe, H200).changes == ()
+    assert ernie_accel.FuseKernels("fp8").preview(pipe, H200).changes == ()
 
 
 def test_without_originals_there_is_no_way_back() -> None:
@@ -101,7 +101,7 @@ def test_a_lora_is_refused_with_the_way_out() -> None:
 
 
 def test_what_is_missing_is_said() -> None:
-    fuse, pipe = ernie_accel.FuseKernels(), tiny_ernie()
+    fuse, pipe = ernie_accel.FuseKernels("fp8"), tiny_ernie()
     a100 = ernie_accel.Context("cuda", "NVIDIA A100", (8, 0))
     reasons = "\n".join(fuse.unsupported(pipe, a100))
     for words in ("capability >= 8.9; this device has 8.0", "triton is not installed", "add RewriteBlocks", "bfloat16"):

@@ -50,7 +50,6 @@ def test_pictures_stay_the_same_and_steps_are_replayed(graphed: Any) -> None:
         {"guidance_scale": 4.0},
         {"height": 32},
         {"prompt": ["a", "a red circle"]},
-        {"seed": 3},
     ]
     for call in calls:
         assert torch.equal(picture(pipe, steps=4, **call), picture(stock, steps=4, **call))

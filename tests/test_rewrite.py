@@ -236,3 +236,17 @@ def test_group_offloading_works_on_rewritten_blocks() -> None:
         onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1
     )
     assert torch.equal(picture(pipe), expected)
+
+
+def test_the_embedded_models_picture_stays_bitwise_the_same() -> None:
+    pipe = ernie_accel.demo.load()
+    pipe.set_progress_bar_config(disable=True)
+    call: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 4, "output_type": "pt", "use_pe": False}
+
+    def draw(**more: Any) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a red circle on a grey background", generator=generator, **(call | more)).images  # type: ignore[no-any-return]
+
+    expected = [draw(guidance_scale=scale) for scale in (1.0, 3.0)]
+    rewritten(pipe)
+    assert all(torch.equal(draw(guidance_scale=s), e) for s, e in zip((1.0, 3.0), expected, strict=True))

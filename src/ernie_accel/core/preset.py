@@ -77,7 +77,7 @@ presets = PresetTable(
     Preset(
         "turbo-fp8",
         "Few steps with fp8 linears on fused kernels: for a distilled (Turbo) checkpoint on capability 8.9 and above.",
-        (*_FAST_FP8, MakeContiguous(), CallDefaults("turbo"), CaptureGraphs()),
+        (*_FAST_FP8, MakeContiguous(), CallDefaults("turbo"), Compile(), CaptureGraphs()),
     ),
     Preset(
         "quality-bf16",

@@ -246,8 +246,10 @@ class _CaptionWriter:
         if len(front_to_back) == 1:
             return front_to_back[0]
         link = self._word("in front", "in front")
-        return f"{front_to_back[0]} {link} {front_to_back[1]}" if self._is_english else (
-            f"{front_to_back[0]}{link}{front_to_back[1]}前面"
+        return (
+            f"{front_to_back[0]} {link} {front_to_back[1]}"
+            if self._is_english
+            else (f"{front_to_back[0]}{link}{front_to_back[1]}前面")
         )
 
     def _object(self, o: Object) -> str:

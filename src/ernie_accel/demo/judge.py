@@ -225,9 +225,7 @@ def _best_ious(masks: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
     return (overlap / union.clamp(min=1)).amax((2, 3)).unflatten(1, templates.shape[:2])
 
 
-def _object_verdict(
-    scene: Scene, k: int, window: torch.Tensor, mask: torch.Tensor, iou: torch.Tensor
-) -> ObjectVerdict:
+def _object_verdict(scene: Scene, k: int, window: torch.Tensor, mask: torch.Tensor, iou: torch.Tensor) -> ObjectVerdict:
     asked = scene.objects[k]
     best = float(iou.max())
     is_placed = bool(mask.sum() >= _LEAST_PIXELS) and best >= _LEAST_IOU

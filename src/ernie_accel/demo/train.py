@@ -121,20 +121,27 @@ def train(out: Path, recipe: Recipe, device: str, *, resume: bool = False) -> Er
         data = [captioned_scenes(tokenizer, c, recipe.scenes, recipe.captions, recipe.workers) for c in CANVASES]
         lengths = torch.cat([d.lengths.flatten() for d in data]).float()
         _log(f"caption tokens: mean {lengths.mean():.0f}, shortest {lengths.min():.0f}, longest {lengths.max():.0f}")
-    with clock("vae"), _stage(stages / "vae.safetensors", architecture.build_vae, recipe.seed, device, resume) as (
-        vae,
-        is_new,
+    with (
+        clock("vae"),
+        _stage(stages / "vae.safetensors", architecture.build_vae, recipe.seed, device, resume) as (
+            vae,
+            is_new,
+        ),
     ):
         if is_new:
             train_vae(vae, data[0].scenes.to(device), recipe)
-    with clock("transformer"), _stage(
-        stages / "transformer.safetensors", _Denoiser, recipe.seed + 1, device, resume
-    ) as (denoiser, is_new):
+    with (
+        clock("transformer"),
+        _stage(stages / "transformer.safetensors", _Denoiser, recipe.seed + 1, device, resume) as (denoiser, is_new),
+    ):
         if is_new:
             train_denoiser(denoiser, LatentPool(vae, data, recipe, device), recipe)
-    with clock("enhancer"), _stage(
-        stages / "enhancer.safetensors", architecture.build_prompt_enhancer, recipe.seed + 2, device, resume
-    ) as (enhancer, is_new):
+    with (
+        clock("enhancer"),
+        _stage(
+            stages / "enhancer.safetensors", architecture.build_prompt_enhancer, recipe.seed + 2, device, resume
+        ) as (enhancer, is_new),
+    ):
         if is_new:
             lessons = dialogues(enhancer_tokenizer, recipe.dialogues, recipe.workers)
             train_enhancer(enhancer, lessons, recipe)
@@ -167,9 +174,7 @@ def _log(line: str) -> None:
 
 
 @contextmanager
-def _stage(
-    file: Path, build: Callable[[], Any], seed: int, device: str, resume: bool
-) -> Iterator[tuple[Any, bool]]:
+def _stage(file: Path, build: Callable[[], Any], seed: int, device: str, resume: bool) -> Iterator[tuple[Any, bool]]:
     """Yield a seeded module and whether it must be trained; save it at the end if it was."""
     torch.manual_seed(seed)
     module = build().to(device)
@@ -286,9 +291,7 @@ class TrainingBatch:
 class LatentPool:
     """All scenes encoded once, on the training device. A batch has one canvas and one padded caption length."""
 
-    def __init__(
-        self, vae: AutoencoderKLFlux2, data: Sequence[CaptionedScenes], recipe: Recipe, device: str
-    ) -> None:
+    def __init__(self, vae: AutoencoderKLFlux2, data: Sequence[CaptionedScenes], recipe: Recipe, device: str) -> None:
         generator = torch.Generator(device).manual_seed(recipe.seed + 10)
         mean = vae.bn.running_mean.view(1, -1, 1, 1)
         std = (vae.bn.running_var.view(1, -1, 1, 1) + _BN_EPS).sqrt()

@@ -42,7 +42,7 @@ class FuseKernels(Transform):
     slot: ClassVar[str] = "quantize"
     effect: ClassVar[Effect] = Effect.LOSSY
 
-    precision: str = "fp8"
+    precision: str
     exclude: tuple[str, ...] | None = field(default=None, kw_only=True)
     keep_originals: bool = field(default=True, kw_only=True)
 
@@ -103,7 +103,7 @@ class FuseKernels(Transform):
         if (context.capability or (0, 0)) < need:
             have = "{}.{}".format(*context.capability) if context.capability else f"no CUDA ({context.device})"
             reasons.append(
-                f"{self.precision} kernels need CUDA compute capability >= {need[0]}.{need[1]}; this device has {have}"
+                f"{self.precision} needs CUDA compute capability >= {need[0]}.{need[1]}; this device has {have}"
             )
         if "triton" not in context.versions:
             reasons.append("triton is not installed (it comes with CUDA builds of torch): pip install triton")
