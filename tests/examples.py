@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from ernie_accel import (
+    BatchPromptEncoding,
     CallDefaults,
     CastDtype,
     Compile,
+    CompileVae,
     MakeContiguous,
     Quantize,
     RewriteBlocks,
@@ -21,11 +23,13 @@ from ernie_accel import (
 )
 
 EXAMPLES: tuple[Transform, ...] = (
+    BatchPromptEncoding(),
     CallDefaults(num_inference_steps=3),
     CallDefaults("turbo", guidance_scale=2.0),
     CastDtype("bfloat16"),
     CastDtype("float16", components=("transformer",)),
     Compile(),
+    CompileVae(),
     MakeContiguous(),
     Quantize("int8-weight-only"),
     RewriteBlocks(),

@@ -14,7 +14,9 @@ from ernie_accel.transforms.dtype import CastDtype
 from ernie_accel.transforms.fuse_kernels import FuseKernels
 from ernie_accel.transforms.graphs import CaptureGraphs
 from ernie_accel.transforms.layout import MakeContiguous
+from ernie_accel.transforms.prompts import BatchPromptEncoding
 from ernie_accel.transforms.rewrite import RewriteBlocks
+from ernie_accel.transforms.vae import CompileVae
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class PresetTable(Mapping[str, Preset]):
 _FAST_BF16 = (CastDtype("bfloat16"), RewriteBlocks(), FuseKernels("bf16"))
 _FAST_FP8 = (CastDtype("bfloat16"), RewriteBlocks(), FuseKernels("fp8"))
 
+_FAST_PARTS = (BatchPromptEncoding(), Compile(), CompileVae(), CaptureGraphs())
+
 presets = PresetTable(
     Preset(
         "exact",
@@ -72,17 +76,17 @@ presets = PresetTable(
     Preset(
         "turbo-bf16",
         "Few steps in bfloat16, on fused kernels or compiled: for a distilled (Turbo) checkpoint on any recent card.",
-        (*_FAST_BF16, MakeContiguous(), CallDefaults("turbo"), Compile(), CaptureGraphs()),
+        (*_FAST_BF16, MakeContiguous(), CallDefaults("turbo"), *_FAST_PARTS),
     ),
     Preset(
         "turbo-fp8",
         "Few steps with fp8 linears on fused kernels: for a distilled (Turbo) checkpoint on capability 8.9 and above.",
-        (*_FAST_FP8, MakeContiguous(), CallDefaults("turbo"), Compile(), CaptureGraphs()),
+        (*_FAST_FP8, MakeContiguous(), CallDefaults("turbo"), *_FAST_PARTS),
     ),
     Preset(
         "quality-bf16",
         "The family's full steps and guidance in bfloat16, compiled: for a base (undistilled) checkpoint.",
-        (*_FAST_BF16, MakeContiguous(), CallDefaults("quality"), Compile(), CaptureGraphs()),
+        (*_FAST_BF16, MakeContiguous(), CallDefaults("quality"), *_FAST_PARTS),
     ),
 )
 

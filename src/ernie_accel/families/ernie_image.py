@@ -34,6 +34,7 @@ ERNIE_IMAGE = Family(
         }
     ),
     max_prompt_tokens=2048,
+    encodes_one_by_one=True,
     rewritten="ernie_accel.families.ernie_image_blocks",
     kernels="ernie_accel.families.ernie_image_kernels",
 )
