@@ -318,7 +318,7 @@ def main() -> None:
         for name in wanted:
             cache = Path(folder) / name.removesuffix(" again")
             row = run(["--rung", name.removesuffix(" again"), *common], cache)
-            rows.append({"rung": name} | row)
+            rows.append(row | {"rung": name})
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     result = {
         "device": torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU",
@@ -335,7 +335,7 @@ def main() -> None:
 
 
 def run(arguments: list[str], cache: Path | None = None) -> dict[str, Any]:
-    """Run this script in a process of its own, with its compiled code in `cache`; return what it printed, or its error."""
+    """Run this script in a process of its own, with its compiled code in `cache`; return its result."""
     folders = (
         {} if cache is None else {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache)}
     )
