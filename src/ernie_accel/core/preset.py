@@ -71,7 +71,7 @@ presets = PresetTable(
     Preset(
         "turbo-fp32",
         "Few steps, compiled, in the precision the pipe came in: for CPUs, where bfloat16 seldom pays.",
-        (MakeContiguous(), CallDefaults("turbo"), Compile()),
+        (RewriteBlocks(), MakeContiguous(), CallDefaults("turbo"), Compile()),
     ),
     Preset(
         "turbo-bf16",
