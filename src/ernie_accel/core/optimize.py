@@ -19,7 +19,7 @@ from typing import Literal
 from ernie_accel.core.components import Pipeline, pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ApplyError, RestoreError, UnknownNameError, UnsupportedError
-from ernie_accel.core.plan import Step, check_pipeline, compose, plan_steps, title_of
+from ernie_accel.core.plan import Step, check_pipeline, compose, machine_for, plan_steps, title_of
 from ernie_accel.core.preset import Preset, find_preset
 from ernie_accel.core.report import Entry, Report
 from ernie_accel.core.transform import Transform
@@ -62,7 +62,7 @@ def optimize(
     wanted = compose(transforms, preset)
     check_pipeline(pipe)
     named = find_preset(preset) if preset is not None else None
-    machine = context or Context.detect(pipe)
+    machine = context or machine_for(pipe, wanted)
 
     old = report(pipe)
     kept, removed = _split(old.entries, wanted)

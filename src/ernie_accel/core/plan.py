@@ -208,9 +208,13 @@ def plan(
     """
     wanted = compose(transforms, preset)
     check_pipeline(pipe)
-    return plan_steps(
-        pipe, wanted, find_preset(preset) if preset is not None else None, context or Context.detect(pipe)
-    )
+    named = find_preset(preset) if preset is not None else None
+    return plan_steps(pipe, wanted, named, context or machine_for(pipe, wanted))
+
+
+def machine_for(pipe: Pipeline, wanted: Iterable[Transform]) -> Context:
+    """Look at the device the pipe lives on, or at the one that a transform among `wanted` will move it to."""
+    return Context.detect(pipe, next((t.moves_to for t in wanted if t.moves_to is not None), None))
 
 
 def plan_steps(pipe: Pipeline, wanted: tuple[Transform, ...], preset: Preset | None, context: Context) -> Plan:
