@@ -11,8 +11,9 @@ whole wish anew: what both wishes begin with stays, the rest of the old one is u
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,7 +23,7 @@ from ernie_accel.core.errors import ApplyError, RestoreError, UnknownNameError, 
 from ernie_accel.core.plan import Step, check_pipeline, compose, machine_for, plan_steps, title_of
 from ernie_accel.core.preset import Preset, find_preset
 from ernie_accel.core.report import Entry, Report
-from ernie_accel.core.transform import Transform
+from ernie_accel.core.transform import Phase, Transform
 
 _ATTRIBUTE = "_ernie_accel"
 
@@ -99,6 +100,30 @@ def restore(pipe: Pipeline) -> Pipeline:
     if _ATTRIBUTE in vars(pipe):
         object.__delattr__(pipe, _ATTRIBUTE)
     return pipe
+
+
+def adopt(pipe: Pipeline, the_report: Report) -> None:
+    """Have `pipe` carry the report of what was done to it elsewhere (in a saved folder)."""
+    _remember(pipe, the_report)
+
+
+@contextlib.contextmanager
+def suspended(pipe: Pipeline, after: Phase) -> Iterator[tuple[Entry, ...]]:
+    """Undo, for the time of a with-block, what was applied after a phase; yield the entries that stay.
+
+    Raises:
+        RestoreError: Something cannot be undone; nothing was.
+    """
+    old = report(pipe)
+    stays = tuple(entry for entry in old.entries if entry.step.transform.phase <= after)
+    rest = old.entries[len(stays) :]
+    _undo(pipe, rest)
+    try:
+        yield stays
+    finally:
+        machine = old.context.after(*(entry.step.transform for entry in stays if entry.status != "skipped"))
+        if rest:
+            _remember(pipe, replace(old, entries=stays + _apply(pipe, [entry.step for entry in rest], machine)))
 
 
 @dataclass(frozen=True)

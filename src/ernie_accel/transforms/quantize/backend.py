@@ -128,6 +128,10 @@ class Backend(ABC):
     def quantize(self, scheme: str, linear: torch.nn.Linear) -> torch.nn.Module:
         """Return the layer that takes the place of `linear`, on its device; `linear` is not changed."""
 
+    def blank(self, scheme: str, linear: torch.nn.Linear) -> torch.nn.Module:
+        """Return a quantized layer for `linear`'s shape, dtype and device whose content is about to be copied in."""
+        return self.quantize(scheme, linear)
+
     @abstractmethod
     def dequantize(self, layer: torch.nn.Module) -> torch.Tensor:
         """Return the weight [N, K] that a layer of this backend holds, in a floating dtype."""
@@ -149,7 +153,7 @@ def plain_copy(linear: torch.nn.Linear, weight: torch.Tensor) -> torch.nn.Linear
     """Return a fresh ``nn.Linear`` with this weight [N, K] and a copy of the bias; nothing is shared or initialised."""
     copy = torch.nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
     copy.weight = torch.nn.Parameter(weight, requires_grad=False)
-    copy.bias = bias_of(linear)
+    copy.register_parameter("bias", bias_of(linear))
     copy.training = linear.training
     return copy
 

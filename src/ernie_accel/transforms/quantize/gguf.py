@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 
@@ -32,17 +32,15 @@ class Gguf(Backend):
 
     def quantize(self, scheme: str, linear: torch.nn.Linear) -> torch.nn.Module:
         import gguf
-        from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 
-        code = gguf.GGMLQuantizationType[scheme.removeprefix("gguf-").upper()]
         weight = linear.weight.detach()
-        blocks = torch.from_numpy(gguf.quants.quantize(weight.float().cpu().numpy(), code)).to(weight.device)
-        layer: torch.nn.Module = GGUFLinear(
-            linear.in_features, linear.out_features, compute_dtype=weight.dtype, device="meta"
-        )
-        layer.weight = GGUFParameter(blocks, quant_type=code)
-        layer.bias = bias_of(linear)
-        return layer.train(linear.training)
+        blocks = gguf.quants.quantize(weight.float().cpu().numpy(), _code(scheme))
+        return _layer(torch.from_numpy(blocks).to(weight.device), scheme, linear)
+
+    def blank(self, scheme: str, linear: torch.nn.Linear) -> torch.nn.Module:
+        row_bytes = linear.in_features // BLOCK * BLOCK_BYTES[scheme]
+        blocks = torch.empty(linear.out_features, row_bytes, dtype=torch.uint8, device=linear.weight.device)
+        return _layer(blocks, scheme, linear)
 
     def dequantize(self, layer: torch.nn.Module) -> torch.Tensor:
         from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
@@ -55,3 +53,21 @@ class Gguf(Backend):
 
     def holds(self, layer: torch.nn.Module) -> bool:
         return type(layer).__name__ == "GGUFLinear" and defined_in(layer, "diffusers")
+
+
+def _code(scheme: str) -> Any:
+    import gguf
+
+    return gguf.GGMLQuantizationType[scheme.removeprefix("gguf-").upper()]
+
+
+def _layer(blocks: torch.Tensor, scheme: str, linear: torch.nn.Linear) -> torch.nn.Module:
+    """Return diffusers' layer around encoded blocks, uint8 [N, K / 32 * bytes a block]."""
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    layer: torch.nn.Linear = GGUFLinear(
+        linear.in_features, linear.out_features, compute_dtype=linear.weight.dtype, device="meta"
+    )
+    layer.weight = GGUFParameter(blocks, quant_type=_code(scheme))
+    layer.register_parameter("bias", bias_of(linear))
+    return layer.train(linear.training)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -118,10 +117,11 @@ def sqnr_db(original: torch.Tensor, approximation: torch.Tensor) -> float:
     """
     signal = noise = 0.0
     rows = max(1, 2**22 // max(1, original[0].numel())) if original.ndim > 1 else len(original)
-    for x, y in zip(original.split(rows), approximation.split(rows), strict=True):
-        x32 = x.float()
-        signal += x32.square().sum(dtype=torch.float64).item()
-        noise += (x32 - y.float()).square().sum(dtype=torch.float64).item()
+    for start in range(0, len(original), rows):
+        x = original[start : start + rows].float()
+        y = approximation[start : start + rows].float()
+        signal += x.square().sum(dtype=torch.float64).item()
+        noise += (x - y).square().sum(dtype=torch.float64).item()
     return math.inf if noise == 0 else 10 * math.log10(max(signal, 1e-300) / noise)
 
 
@@ -150,8 +150,3 @@ def _shared_parameters(module: torch.nn.Module) -> set[int]:
             if parameter is not None:
                 (twice if id(parameter) in seen else seen).add(id(parameter))
     return twice
-
-
-def iterate_plain(sites: list[LinearSite]) -> Iterator[LinearSite]:
-    """Yield the sites that may be quantized and are not yet."""
-    return (site for site in sites if site.left_out is None and site.stored_as is None)

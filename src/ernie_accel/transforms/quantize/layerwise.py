@@ -42,7 +42,8 @@ class Layerwise(Backend):
         return layer
 
     def dequantize(self, layer: torch.nn.Module) -> torch.Tensor:
-        return layer.weight.detach().float()  # type: ignore[operator, union-attr, return-value]
+        weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+        return weight.detach().float()
 
     def tensors(self, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
         return {name: parameter.data for name, parameter in layer.named_parameters()}

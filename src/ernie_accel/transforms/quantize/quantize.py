@@ -114,13 +114,17 @@ class Quantize(Transform):
                 pipe.to(self.device)
         worst = min(receipts, key=lambda receipt: receipt.sqnr_db)
         note = f"{work.name}; weights at {worst.sqnr_db:.1f} dB SQNR or better (least: {worst.name})"
-        facts = {"skipped": work.left_out, "details": tuple(receipts)}
-        changed = tuple(receipt.name for receipt in receipts)
-        if not self.keep_originals:
-            return Applied(changed, no_undo="keep_originals=False: the weights are gone", note=note, **facts)
-        kept = sum(receipt.bytes_before for receipt in receipts)
-        note += f"; keeps {human_bytes(kept)} of originals in host memory for restore()"
-        return Applied(changed, undo=undo, note=note, **facts)
+        if self.keep_originals:
+            kept = sum(receipt.bytes_before for receipt in receipts)
+            note += f"; keeps {human_bytes(kept)} of originals in host memory for restore()"
+        return Applied(
+            tuple(receipt.name for receipt in receipts),
+            undo=undo if self.keep_originals else None,
+            no_undo=None if self.keep_originals else "keep_originals=False: the weights are gone",
+            skipped=work.left_out,
+            note=note,
+            details=tuple(receipts),
+        )
 
 
 class _Work:

@@ -44,14 +44,15 @@ class Quanto(Backend):
         from optimum import quanto
         from optimum.quanto.nn import QLinear
 
-        layer: torch.nn.Module = QLinear.from_module(linear, weights=getattr(quanto, _QTYPES[scheme]))
+        layer: Any = QLinear.from_module(linear, weights=getattr(quanto, _QTYPES[scheme]))
         layer.bias = bias_of(linear)
-        layer.freeze()  # type: ignore[operator]
-        layer.weight.requires_grad_(False)  # type: ignore[union-attr]
-        return layer.train(linear.training)
+        layer.freeze()
+        layer.weight.requires_grad_(False)
+        quantized: torch.nn.Module = layer.train(linear.training)
+        return quantized
 
     def dequantize(self, layer: torch.nn.Module) -> torch.Tensor:
-        return layer.weight.dequantize()  # type: ignore[no-any-return, operator, union-attr]
+        return layer.weight.dequantize()  # type: ignore[operator]
 
     def tensors(self, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
         return dict(_flatten(layer.weight, ""))

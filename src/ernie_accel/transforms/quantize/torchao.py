@@ -85,8 +85,9 @@ class TorchAO(Backend):
         return torch.nn.functional.linear(eye, weight).T
 
     def tensors(self, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
-        names, _ = layer.weight.__tensor_flatten__()
-        return {name: getattr(layer.weight, name) for name in names}
+        weight: Any = layer.weight
+        names, _ = weight.__tensor_flatten__()
+        return {name: getattr(weight, name) for name in names}
 
     def holds(self, layer: torch.nn.Module) -> bool:
         return isinstance(layer, torch.nn.Linear) and defined_in(layer.weight, "torchao")
