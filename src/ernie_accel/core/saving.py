@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from ernie_accel.core.carried import carry
 from ernie_accel.core.components import Pipeline, modules_of
 from ernie_accel.core.context import Context, installed_versions
 from ernie_accel.core.errors import SavedPipelineError
-from ernie_accel.core.optimize import adopt, optimize, report, suspended
-from ernie_accel.core.plan import Step, check_pipeline, title_of
+from ernie_accel.core.optimize import optimize, report, suspended
+from ernie_accel.core.plan import check_pipeline, title_of
 from ernie_accel.core.report import Entry, Report
+from ernie_accel.core.step import Step
 from ernie_accel.core.transform import Applied, LayerReceipt, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 
@@ -130,7 +132,7 @@ def load(
     receipts = tuple(receipt for component in components.values() for receipt in component.receipts.values())
     entries = tuple(_entry(t, data, receipts) for t, data in zip(transforms, manifest["transforms"], strict=True))
     early = tuple(entry for entry in entries if entry.step.transform.phase <= Phase.QUANTIZE)
-    adopt(pipe, Report(title_of(transforms, None), type(pipe).__name__, machine, early))
+    carry(pipe, Report(title_of(transforms, None), type(pipe).__name__, machine, early))
     if len(early) < len(entries):
         optimize(pipe, *transforms, on_unsupported=on_unsupported, context=machine)
     return pipe

@@ -66,9 +66,15 @@ class Quantize(Transform):
         """Say which scheme and backend would be taken on a machine (default: this one), and why; print it."""
         return choose(self.scheme, self.backend, context or Context.detect(device=self.device))
 
-    def breaks_graph(self, context: Context, dtype: torch.dtype) -> str | None:
-        """Return why the quantized layers cannot be compiled without graph breaks, or None."""
+    def breaks_graph(self, pipe: Pipeline, context: Context) -> str | None:
+        """Return why the layers it makes cannot be compiled without graph breaks, or None."""
         chosen = self.choose(context).chosen
+        cast = context.planned_one(CastDtype)
+        dtype = (
+            DTYPES[cast.dtype]
+            if cast
+            else next(modules_of(pipe, self.components)[self.components[0]].parameters()).dtype
+        )
         return None if chosen is None else BACKENDS[chosen.backend].breaks_graph(chosen.scheme, dtype)
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
