@@ -16,7 +16,7 @@ from ernie_accel.core.saving import MANIFEST, WEIGHTS
 from ernie_accel.transforms.quantize.choose import BACKENDS
 from ernie_accel.transforms.quantize.layers import RECEIPT
 from tests.pipelines import picture, tiny_ernie, tiny_flux
-from tests.test_quantize_backends import every_dtype, every_pair
+from tests.test_quantize_backends import every_pair
 
 
 def bits(pipe):
@@ -38,22 +38,20 @@ def assert_same_bits(a, b):
     assert a.keys() == b.keys()
     for name in a:
         assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
-        same = torch.equal(a[name].contiguous().view(torch.uint8), b[name].contiguous().view(torch.uint8))
-        assert same or a[name].numel() == 0, name
+        assert torch.equal(*(t.reshape(-1).contiguous().view(torch.uint8) for t in (a[name], b[name]))), name
 
 
-@every_dtype
 @every_pair
-def test_reload_is_bit_equal_for_every_backend(backend, scheme, dtype, tmp_path):
-    pipe = tiny_ernie(dtype=dtype)
+def test_reload_is_bit_equal_for_every_backend(backend, scheme, tmp_path):
+    pipe = tiny_ernie(dtype=torch.bfloat16)
     wish = Quantize(scheme, backend=backend.name, components=("transformer", "text_encoder"))
     ernie_accel.optimize(pipe, wish)
     assert ernie_accel.save(pipe, tmp_path / "saved") == tmp_path / "saved"
-    expected = picture(pipe)  # after saving, too: saving changes nothing
+    expected = picture(pipe, steps=1)  # after saving, too: saving changes nothing
     again = ernie_accel.load(tmp_path / "saved")
     again.set_progress_bar_config(disable=True)
     assert_same_bits(bits(pipe), bits(again))
-    assert torch.equal(picture(again), expected)
+    assert torch.equal(picture(again, steps=1), expected)
     old, new = (ernie_accel.report(p).entries[0].applied for p in (pipe, again))
     assert new.details == old.details
     assert new.changed == old.changed
