@@ -165,7 +165,7 @@ def test_demo_measures_and_never_flatters(capsys, tmp_path):
     assert re.search(r"^  stock +[\d.]+ ms", out, re.MULTILINE)
     assert re.search(r"^  optimized +[\d.]+ ms", out, re.MULTILINE)
     ratio, verdict = re.search(r"^  ratio +([\d.]+) x +(.*), median of the pairs", out, re.MULTILINE).groups()
-    assert verdict == "faster" if float(ratio) > 1 else "not faster on this machine" or ratio == "1.00"
+    assert verdict == ("faster" if float(ratio) > 1 else "not faster on this machine")
     assert "the first optimized picture took" in out
     assert str(sheet) in out
     with Image.open(sheet) as image:

@@ -58,10 +58,9 @@ def demo_command(
     typer.echo(f"Measured in this run: {count} pairs of pictures, 128x128 px, {STEPS} steps; median, min, max:")
     for name, times in (("stock", showing.stock_ms), ("optimized", showing.optimized_ms)):
         typer.echo(f"  {name:10}{statistics.median(times):8.1f} ms {min(times):8.1f} {max(times):8.1f}")
-    verdict = "faster, median of the pairs" if showing.ratio > 1 else "not faster on this machine, median of the pairs"
-    typer.echo(
-        f"  ratio     {showing.ratio:8.2f} x  {verdict}; the first optimized picture took {showing.first_call_s:.1f} s"
-    )
+    verdict = "faster" if round(showing.ratio, 2) > 1 else "not faster on this machine"
+    typer.echo(f"  ratio     {showing.ratio:8.2f} x  {verdict}, median of the pairs")
+    typer.echo(f"  the first optimized picture took {showing.first_call_s:.1f} s")
     typer.echo(f"Contact sheet: {showing.sheet.resolve()}")
 
 
