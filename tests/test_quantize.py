@@ -206,7 +206,11 @@ def test_auto_picks_by_hardware_and_says_why(context, scheme, backend):
         ("nvfp4", H200, "nvfp4 needs CUDA compute capability >= 10.0; this device has 9.0"),
         ("mxfp8", H200, "mxfp8 needs CUDA compute capability >= 10.0; this device has 9.0"),
         ("nf4", NPU, "bitsandbytes runs on cuda and cpu, not on npu"),
-        ("nf4", without(H200, "bitsandbytes"), "bitsandbytes is not installed: pip install 'ernie-accel[bitsandbytes]'"),
+        (
+            "nf4",
+            without(H200, "bitsandbytes"),
+            "bitsandbytes is not installed: pip install 'ernie-accel[bitsandbytes]'",
+        ),
         ("gguf-q8_0", without(H200, "gguf"), "gguf is not installed: pip install 'ernie-accel[gguf]'"),
         ("fp8", without(H200, "torchao"), "torchao is not installed: pip install 'ernie-accel[torchao]'"),
         (

@@ -84,7 +84,7 @@ class LayerReceipt:
         shape: (N, K) of the weight.
         bytes_before: Bytes of the layer before, bias included.
         bytes_after: Bytes afterwards, scales and bias included.
-        sqnr_db: Signal-to-quantization-noise ratio of the weight in dB; infinite if no bit was lost.
+        sqnr_db: Signal-to-quantization-noise ratio of the weight in dB, to 0.001; infinite if no bit was lost.
     """
 
     name: str
@@ -98,7 +98,7 @@ class LayerReceipt:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data; an infinite SQNR is None, for which JSON has a word."""
-        return asdict(self) | {"sqnr_db": round(self.sqnr_db, 3) if math.isfinite(self.sqnr_db) else None}
+        return asdict(self) | {"sqnr_db": self.sqnr_db if math.isfinite(self.sqnr_db) else None}
 
 
 @dataclass(frozen=True)

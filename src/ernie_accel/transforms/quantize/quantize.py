@@ -202,7 +202,7 @@ def _replace(site: LinearSite, work: _Work, device: str | None, undo: Undo) -> L
         shape=(linear.weight.shape[0], linear.weight.shape[1]),
         bytes_before=module_bytes(linear),
         bytes_after=module_bytes(layer),
-        sqnr_db=sqnr_db(source.weight.detach(), work.backend.dequantize(layer)),
+        sqnr_db=round(sqnr_db(source.weight.detach(), work.backend.dequantize(layer)), 3),
     )
     setattr(layer, RECEIPT, receipt)
     undo.push(_putter_back(site, stays_put=device is not None))
