@@ -199,7 +199,7 @@ def test_layers_that_cannot_run_here_are_refused_before_anything_large_is_read(s
 def test_nothing_foreign_is_overwritten(ernie, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(SavedPipelineError, match="was not written by ernie_accel.save; choose another"):
+    with pytest.raises(SavedPipelineError, match=r"was not written by ernie_accel\.save; choose another"):
         ernie_accel.save(ernie, tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
