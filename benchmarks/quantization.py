@@ -14,6 +14,7 @@ of single calls by CUDA events, after calls for most of a second, which bring th
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -224,6 +225,7 @@ class Bench:
         """Start measuring device memory; return what is in use."""
         if self.device == "cpu":
             return 0
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()

@@ -215,13 +215,25 @@ def test_auto_picks_by_hardware_and_says_why(context, scheme, backend):
         ("fp8", without(H200, "torchao"), "torchao is not installed: pip install 'ernie-accel[torchao]'"),
         (
             "int8-weight-only",
-            without(H200, "torchao", "optimum.quanto"),
+            without(H200, "optimum.quanto"),
             "optimum.quanto is not installed: pip install 'ernie-accel[quanto]'",
         ),
     ],
 )
 def test_what_cannot_run_says_why(scheme, context, reason, ernie):
     assert reason in Quantize(scheme).unsupported(ernie, context)
+
+
+def test_what_would_be_far_slower_on_cuda_is_not_chosen_there():
+    """Measured: benchmarks/results/quantization_h200_202611.md."""
+    choice = Quantize("int8-weight-only").choose(H200)
+    assert choice.chosen.backend == "quanto"
+    assert "500 times as long as bfloat16" in str(choice)
+    for scheme in ("fp8-weight-only", "int4"):
+        assert any("builds with nvcc" in reason for reason in BACKENDS["quanto"].unsupported(scheme, H200))
+    pipe = tiny_ernie(dtype=torch.bfloat16)
+    assert "tinygemm is made for single tokens" in str(ernie_accel.plan(pipe, Quantize("int4"), context=H200))
+    assert "faster only when compiled" in str(ernie_accel.plan(pipe, Quantize("fp8"), context=H200))
 
 
 def test_int4_on_the_cpu_goes_to_quanto_and_says_why_not_torchao():

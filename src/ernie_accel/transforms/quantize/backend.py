@@ -144,6 +144,10 @@ class Backend(ABC):
     def holds(self, layer: torch.nn.Module) -> bool:
         """Return whether `layer` is quantized by this library, whoever did it; imports nothing."""
 
+    def remark(self, scheme: str, device: str) -> str:
+        """Return what a reader of the plan should know of `scheme` on this torch device type; "" for nothing."""
+        return ""
+
     def breaks_graph(self, scheme: str, dtype: torch.dtype) -> str | None:
         """Return why ``torch.compile(fullgraph=True)`` cannot trace its layers, or None."""
         return None

@@ -105,6 +105,8 @@ class Quantize(Transform):
         total = pipe_bytes(pipe) - work.saved_by_cast(None)
         where = f" on its way to {self.device}" if self.device else ""
         note = f"{work.name}{where}; {', '.join(sizes)}; {_tell_left_out(work.left_out, len(work.sites))}"
+        remark = work.backend.remark(work.scheme, context.device)
+        note += f"; {remark}" if remark else ""
         return Preview(tuple(site.name for site in todo), total - sum(saved.values()), note)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:

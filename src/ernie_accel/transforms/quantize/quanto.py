@@ -1,4 +1,4 @@
-"""optimum-quanto: int8, fp8 and int4 weights on any device, without the ways it is known to crash."""
+"""optimum-quanto: int8 weights on CUDA and the CPU, fp8 and int4 on the CPU, without the ways it is known to crash."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, ClassVar, final
 
 import torch
 
+from ernie_accel.core.context import Context
 from ernie_accel.transforms.quantize.backend import Backend, LinearSpec, bias_of, defined_in
 
 _QTYPES = MappingProxyType({"int8-weight-only": "qint8", "fp8-weight-only": "qfloat8", "int4": "qint4"})
@@ -23,6 +24,15 @@ class Quanto(Backend):
     name: ClassVar[str] = "quanto"
     package: ClassVar[str | None] = "optimum.quanto"
     schemes: ClassVar[Mapping[str, tuple[int, int]]] = MappingProxyType(dict.fromkeys(_QTYPES, (0, 0)))
+
+    def unsupported(self, scheme: str, context: Context) -> list[str]:
+        reasons = super().unsupported(scheme, context)
+        if scheme != "int8-weight-only" and context.device == "cuda":
+            reasons.append(
+                f"on CUDA quanto repacks {scheme} for kernels that it builds with nvcc at the first picture, that "
+                "torch.compile cannot trace, and whose pictures change when the pipe has moved"
+            )
+        return reasons
 
     def layer_problem(self, scheme: str, spec: LinearSpec, device: str) -> str | None:
         if scheme == "int8-weight-only":

@@ -41,7 +41,20 @@ class TorchAO(Backend):
         if scheme == "int8" and context.capability is not None and context.capability < (8, 0):
             have = "{}.{}".format(*context.capability)
             reasons.insert(0, f"int8 needs CUDA compute capability >= 8.0; this device has {have}")
+        if scheme == "int8-weight-only" and context.device == "cuda":
+            # benchmarks/results/quantization_h200_202611.md: a block takes 2002 ms instead of 3.7 (torch 2.11).
+            reasons.append(
+                "torch.compile turns torchao's int8-weight-only into aten._weight_int8pack_mm, which on CUDA takes 500 "
+                "times as long as bfloat16"
+            )
         return reasons
+
+    def remark(self, scheme: str, device: str) -> str:
+        if scheme == "int4" and device == "cuda":
+            return "tinygemm is made for single tokens; 4000 rows take 17 times as long as in bfloat16, in nf4 as long"
+        if scheme in ("fp8", "int8") and device == "cuda":
+            return "faster only when compiled: add Compile()"
+        return ""
 
     def layer_problem(self, scheme: str, spec: LinearSpec, device: str) -> str | None:
         if scheme in _BFLOAT16_ONLY and spec.dtype != torch.bfloat16:
@@ -73,6 +86,8 @@ class TorchAO(Backend):
         if type(layer.weight) is torch.nn.Parameter:
             raise RuntimeError(f"torchao left a weight of shape {tuple(linear.weight.shape)} as it was ({scheme})")
         layer.weight.requires_grad_(False)
+        # A method bound to the layer and kept on it: a cycle, which would hold the weight until the next collection.
+        vars(layer).pop("extra_repr", None)
         return layer
 
     def dequantize(self, layer: torch.nn.Module) -> torch.Tensor:
