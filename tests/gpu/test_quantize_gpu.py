@@ -10,12 +10,15 @@ import torch
 import ernie_accel
 from ernie_accel import CastDtype, Compile, Context, Quantize
 from ernie_accel.core.components import module_bytes, pipe_bytes
+from ernie_accel.demo.judge import adherence
 from ernie_accel.transforms.quantize.backend import SCHEMES, LinearSpec
 from ernie_accel.transforms.quantize.choose import BACKENDS
 from ernie_accel.transforms.quantize.layers import sqnr_db
 from tests.pipelines import randomize, tiny_ernie
 from tests.test_saving import assert_same_bits, bits
 
+JUDGED = 128  # pictures
+FOUR_BITS = ("int4", "nf4", "fp4", "nvfp4", "gguf-q4_0")
 ROWS = 4224  # 1024x1024 pixels are 4096 image tokens, and 128 of text
 PAIRS = [(backend, scheme) for backend in BACKENDS.values() for scheme in backend.schemes]
 every_pair = pytest.mark.parametrize(("backend", "scheme"), PAIRS, ids=[f"{b.name}-{s}" for b, s in PAIRS])
@@ -131,3 +134,32 @@ def test_a_cast_and_fp8_from_the_cpu_in_one_wish():
     assert plan.ok, plan
     ernie_accel.optimize(pipe, CastDtype("bf16"), Quantize("auto", device="cuda"))
     assert picture(pipe).isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def demo():
+    pipe = ernie_accel.demo.load(torch.bfloat16, prompt_enhancer=False).to("cuda")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, adherence(pipe, n=JUDGED), scene_latents(pipe)
+
+
+def scene_latents(pipe):
+    prompt = ["a large red circle in the center on a grey background", "a small blue square in the top left"]
+    generator = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    size = {"height": 128, "width": 128, "num_inference_steps": 8, "guidance_scale": 1.0, "use_pe": False}
+    return pipe(prompt, generator=generator, output_type="latent", **size).images.float()
+
+
+@every_pair
+def test_the_judge_keeps_its_verdict_and_latents_their_floor(backend, scheme, demo):
+    if not run_or_refused(backend, scheme):
+        return
+    pipe, stock, latents = demo
+    ernie_accel.optimize(pipe, Quantize(scheme, backend=backend.name))
+    try:
+        found, db = adherence(pipe, n=JUDGED), sqnr_db(latents, scene_latents(pipe))
+    finally:
+        ernie_accel.restore(pipe)
+    print(f"quality {backend.name} {scheme}: latents {db:.1f} dB, held {found.object_fraction:.3f} of {stock.object_fraction:.3f}")
+    assert found.object_fraction >= (0.95 if scheme in FOUR_BITS else 0.99) * stock.object_fraction
+    assert db > SCHEMES[scheme].floor_db
