@@ -160,6 +160,7 @@ def test_the_judge_keeps_its_verdict_and_latents_their_floor(backend, scheme, de
         found, db = adherence(pipe, n=JUDGED), sqnr_db(latents, scene_latents(pipe))
     finally:
         ernie_accel.restore(pipe)
-    print(f"quality {backend.name} {scheme}: latents {db:.1f} dB, held {found.object_fraction:.3f} of {stock.object_fraction:.3f}")
+    held = f"{found.object_fraction:.4f} of {stock.object_fraction:.4f}"
+    print(f"quality {backend.name} {scheme}: latents {db:.1f} dB, objects right {held}")
     assert found.object_fraction >= (0.95 if scheme in FOUR_BITS else 0.99) * stock.object_fraction
     assert db > SCHEMES[scheme].floor_db

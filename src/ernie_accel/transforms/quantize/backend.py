@@ -41,7 +41,7 @@ SCHEMES: Mapping[str, Scheme] = MappingProxyType(
             Scheme("int8-weight-only", "int8 weights with a scale per row, multiplied in the pipe's dtype", 36, 36),
             Scheme("int4", "4-bit integers in groups, multiplied in the pipe's dtype", 17, 16),
             Scheme("nf4", "4-bit NormalFloat in blocks of 64 (QLoRA, arXiv 2305.14314)", 18, 18),
-            Scheme("fp4", "4-bit floats (e2m1) in blocks of 64", 16, 16),
+            Scheme("fp4", "4-bit floats (e2m1) in blocks of 64", 16, 6),
             Scheme("nvfp4", "e2m1 weights x e2m1 activations, an e4m3 scale per 16 values", 18, 10),
             Scheme("mxfp8", "e4m3 weights x e4m3 activations, a power-of-two scale per 32 values (OCP MX)", 28, 20),
             Scheme("gguf-q8_0", "llama.cpp's Q8_0: int8 in blocks of 32 with a float16 scale", 40, 36),
