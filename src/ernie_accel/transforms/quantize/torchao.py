@@ -42,11 +42,8 @@ class TorchAO(Backend):
             have = "{}.{}".format(*context.capability)
             reasons.insert(0, f"int8 needs CUDA compute capability >= 8.0; this device has {have}")
         if scheme == "int8-weight-only" and context.device == "cuda":
-            # benchmarks/results/quantization_h200_202611.md: a block takes 2002 ms instead of 3.7 (torch 2.11).
-            reasons.append(
-                "torch.compile turns torchao's int8-weight-only into aten._weight_int8pack_mm, which on CUDA takes 500 "
-                "times as long as bfloat16"
-            )
+            # benchmarks/results/quantization_h200_202611.md: a compiled block took 2002 ms instead of 3.7 (torch 2.11).
+            reasons.append("torchao's int8-weight-only, compiled on CUDA, takes 500 times as long as bfloat16")
         return reasons
 
     def remark(self, scheme: str, device: str) -> str:
