@@ -15,7 +15,7 @@ from ernie_accel.transforms.quantize.backend import SCHEMES
 from ernie_accel.transforms.quantize.layers import sqnr_db
 from tests.test_quantize_backends import every_pair
 
-PICTURES = 6
+PICTURES = 16
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import CallDefaults, CastDtype, Compile, MakeContiguous, Quantize, SwapScheduler
+from ernie_accel import CallDefaults, CastDtype, Compile, MakeContiguous, Quantize, RewriteBlocks, SwapScheduler
 from ernie_accel.core.components import modules_of
 from ernie_accel.core.errors import SavedPipelineError
 from ernie_accel.core.saving import MANIFEST, WEIGHTS
@@ -77,6 +77,20 @@ def test_the_transforms_travel_and_those_after_quantization_are_applied_again(tm
         ernie_accel.restore(again)
     with pytest.raises(ernie_accel.ErnieAccelError, match="its weights are quantized"):
         again.to(torch.float32)
+
+
+def test_rewritten_blocks_are_quantized_saved_and_rewritten_again(tmp_path):
+    pipe = tiny_ernie(dtype=torch.bfloat16)
+    original = bits(pipe)
+    ernie_accel.optimize(pipe, RewriteBlocks(), Quantize("int8-weight-only"))
+    changed = ernie_accel.report(pipe).entries[1].applied.changed
+    assert any("to_qkv" in name for name in changed)
+    again = ernie_accel.load(ernie_accel.save(pipe, tmp_path / "saved"))
+    again.set_progress_bar_config(disable=True)
+    assert_same_bits(bits(pipe), bits(again))
+    assert torch.equal(picture(again, steps=1), picture(pipe, steps=1))
+    ernie_accel.restore(pipe)
+    assert_same_bits(original, bits(pipe))
 
 
 def test_a_pipe_without_any_transform_travels_too(tmp_path):

@@ -140,8 +140,13 @@ def load(
 
 def _check_can_be_saved(pipe: Pipeline, folder: Path) -> None:
     """Refuse, before anything is written, what `load` could not rebuild."""
+    from ernie_accel.transforms.quantize import Quantize
     from ernie_accel.transforms.quantize.layers import holder_of
 
+    for entry in report(pipe).entries:
+        transform = entry.step.transform
+        if entry.applied is not None and transform.phase == Phase.QUANTIZE and not isinstance(transform, Quantize):
+            raise SavedPipelineError(folder, f"cannot save what {transform!r} made; save the pipe with Quantize(...)")
     for name, module in modules_of(pipe).items():
         library = type(module).__module__.split(".")[0]
         if library not in _LIBRARIES:
@@ -423,7 +428,10 @@ def _build(folder: Path, components: dict[str, _Component]) -> Pipeline:
     pipeline_class = getattr(diffusers, index["_class_name"], None)
     if pipeline_class is None:
         raise SavedPipelineError(folder, f"needs {index['_class_name']}, which diffusers here does not have")
-    models = {name: component.empty() for name, component in components.items()}
+    models: dict[str, Any] = {name: component.empty() for name, component in components.items()}
+    models |= {
+        name: None for name, of in index.items() if isinstance(of, list) and of[0] is None
+    }  # left out on purpose
     return pipeline_class.from_pretrained(folder, **models, local_files_only=True)
 
 

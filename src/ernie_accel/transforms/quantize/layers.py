@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 import torch
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ernie_accel.core.components import Pipeline, modules_of
 from ernie_accel.transforms.quantize.backend import Backend, LinearSpec
@@ -131,7 +132,7 @@ def _obstacle(path: str, layer: torch.nn.Module, shared: set[int]) -> str | None
         return "a LoRA adapter"
     if not isinstance(layer, torch.nn.Linear) or quantized_as(layer) is not None:
         return None
-    if type(layer) is not torch.nn.Linear:
+    if type(layer).forward is not torch.nn.Linear.forward or isinstance(layer, NonDynamicallyQuantizableLinear):
         return f"it is a {type(layer).__name__}, whose owner may read the weight itself"
     if id(layer.weight) in shared:
         return "it shares its weight with another layer"
