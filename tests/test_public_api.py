@@ -11,7 +11,7 @@ import pytest
 import ernie_accel
 from ernie_accel.transforms import TRANSFORMS
 
-VERBS = {"optimize", "plan", "report", "restore", "transform_from_json"}
+VERBS = {"load", "optimize", "plan", "report", "restore", "save", "transform_from_json"}
 MODULES = {"batch", "demo"}
 DATA = {"presets"}
 CLASSES = {
@@ -19,6 +19,7 @@ CLASSES = {
     "Context",
     "Effect",
     "Family",
+    "LayerReceipt",
     "Phase",
     "Plan",
     "Preset",
@@ -35,6 +36,7 @@ ERRORS = {
     "ErnieAccelError",
     "MissingExtraError",
     "RestoreError",
+    "SavedPipelineError",
     "UnknownNameError",
     "UnsupportedError",
 }

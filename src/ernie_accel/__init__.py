@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         ErnieAccelError,
         MissingExtraError,
         RestoreError,
+        SavedPipelineError,
         UnknownNameError,
         UnsupportedError,
     )
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from ernie_accel.core.plan import Plan, plan
     from ernie_accel.core.preset import Preset, presets
     from ernie_accel.core.report import Report
-    from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+    from ernie_accel.core.saving import load, save
+    from ernie_accel.core.transform import Applied, Effect, LayerReceipt, Phase, Preview, Transform
     from ernie_accel.core.undo import Undo
     from ernie_accel.families.family import Family
     from ernie_accel.transforms import transform_from_json
@@ -59,6 +61,7 @@ _HOMES = {
         "ErnieAccelError",
         "MissingExtraError",
         "RestoreError",
+        "SavedPipelineError",
         "UnknownNameError",
         "UnsupportedError",
     ),
@@ -66,7 +69,8 @@ _HOMES = {
     "ernie_accel.core.plan": ("Plan", "plan"),
     "ernie_accel.core.preset": ("Preset", "presets"),
     "ernie_accel.core.report": ("Report",),
-    "ernie_accel.core.transform": ("Applied", "Effect", "Phase", "Preview", "Transform"),
+    "ernie_accel.core.saving": ("load", "save"),
+    "ernie_accel.core.transform": ("Applied", "Effect", "LayerReceipt", "Phase", "Preview", "Transform"),
     "ernie_accel.core.undo": ("Undo",),
     "ernie_accel.families.family": ("Family",),
     "ernie_accel.transforms": ("transform_from_json",),
@@ -103,6 +107,7 @@ __all__ = [
     "ErnieAccelError",
     "Family",
     "FuseKernels",
+    "LayerReceipt",
     "MakeContiguous",
     "MissingExtraError",
     "Phase",
@@ -113,6 +118,7 @@ __all__ = [
     "Report",
     "RestoreError",
     "RewriteBlocks",
+    "SavedPipelineError",
     "SliceVae",
     "SwapScheduler",
     "TileVae",
@@ -122,11 +128,13 @@ __all__ = [
     "UnsupportedError",
     "batch",
     "demo",
+    "load",
     "optimize",
     "plan",
     "presets",
     "report",
     "restore",
+    "save",
     "transform_from_json",
 ]
 
