@@ -63,8 +63,12 @@ RUNGS: dict[str, tuple[str, Callable[[Any], None]]] = {
         "RewriteBlocks + torchao fp8 + Compile",
         _apply(lambda a: [a.RewriteBlocks(), a.Quantize("fp8", keep_originals=False), a.Compile()]),
     ),
+    "turbo-fp8 bf16-attention": (
+        "+ fused fp8 kernels in its place",
+        _apply(lambda a: [a.FuseKernels("fp8", attention="bf16", keep_originals=False)], "turbo-fp8"),
+    ),
     "turbo-fp8": (
-        "+ fused fp8 kernels in its place: the preset",
+        "+ fp8 attention by cuDNN where it is installed: the preset",
         _apply(lambda a: [a.FuseKernels("fp8", keep_originals=False)], "turbo-fp8"),
     ),
 }
@@ -356,7 +360,7 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for package in ("torch", "triton", "diffusers", "transformers", "torchao"):
+    for package in ("torch", "triton", "diffusers", "transformers", "torchao", "nvidia-cudnn-frontend"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
