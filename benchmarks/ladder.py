@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -326,7 +327,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     result = {
         "device": torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU",
-        "command": " ".join(["python", "benchmarks/ladder.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/ladder.py", "--size", arguments.size, "--only", ",".join(wanted)]),
         "commit": arguments.commit or _commit(),
         "versions": _versions(),
         "pixels": PIXELS[arguments.size],
