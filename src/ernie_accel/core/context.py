@@ -32,9 +32,10 @@ OPTIONAL_PACKAGES: Mapping[str, str] = MappingProxyType(
         "torch_npu": "npu",
         "ray": "ray",
         "httpx": "http",
+        "cudnn": "cudnn",
     }
 )
-_DISTRIBUTIONS = {"optimum.quanto": "optimum-quanto", "torch_npu": "torch-npu"}
+_DISTRIBUTIONS = {"optimum.quanto": "optimum-quanto", "torch_npu": "torch-npu", "cudnn": "nvidia-cudnn-frontend"}
 _BUNDLED_PACKAGES = ("triton",)  # with CUDA builds of torch
 _REQUIRED_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 
