@@ -11,8 +11,11 @@ from ernie_accel import (
     CallDefaults,
     CastDtype,
     Compile,
+    ElideMask,
+    ExpandAttentionMask,
     MakeContiguous,
     Quantize,
+    SetAttention,
     SliceVae,
     SwapScheduler,
     TileVae,
@@ -25,8 +28,11 @@ EXAMPLES: tuple[Transform, ...] = (
     CastDtype("bfloat16"),
     CastDtype("float16", components=("transformer",)),
     Compile(),
+    ElideMask(),
+    ExpandAttentionMask(),
     MakeContiguous(),
     Quantize("int8-weight-only"),
+    SetAttention("math"),
     SliceVae(),
     SwapScheduler("euler_ancestral"),
     SwapScheduler("euler", shift=5.0),
@@ -53,12 +59,13 @@ def snapshot(pipe: Any) -> dict[str, Any]:
     }
     return {
         "class": type(pipe),
+        "instance": sorted(vars(pipe)),
         "signature": str(inspect.signature(pipe.__call__)),
         "components": {name: id(part) for name, part in pipe.components.items()},
         "config": str(dict(pipe.config)),
         "scheduler": str(dict(pipe.scheduler.config)),
         "modules": {
-            f"{component}.{name}": (id(part), type(part), part._compiled_call_impl, _plain(part))
+            f"{component}.{name}": (id(part), type(part), part._compiled_call_impl, _plain(part), _behaviour(part))
             for component, module in modules.items()
             for name, part in module.named_modules()
         },
@@ -84,3 +91,15 @@ def _plain(module: torch.nn.Module) -> str:
     """Return the module's simple attributes, where switches such as `use_tiling` live."""
     simple = (bool, int, float, str, type(None))
     return str({k: v for k, v in vars(module).items() if isinstance(v, simple) and k != "_compiled_call_impl"})
+
+
+def _behaviour(module: torch.nn.Module) -> tuple[Any, ...]:
+    """Return what changes what a module does and is no tensor: hooks, a forward of its own, its processor."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    processor = getattr(module, "processor", None)
+    return (
+        *map(id, hooks),
+        vars(module).get("forward"),
+        type(processor),
+        str(getattr(processor, "_attention_backend", None)),
+    )

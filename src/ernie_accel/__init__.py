@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ernie_accel.core.undo import Undo
     from ernie_accel.families.family import Family
     from ernie_accel.transforms import transform_from_json
+    from ernie_accel.transforms.attention import ElideMask, ExpandAttentionMask, SetAttention
     from ernie_accel.transforms.call_defaults import CallDefaults
     from ernie_accel.transforms.compile import Compile
     from ernie_accel.transforms.dtype import CastDtype
@@ -65,6 +66,7 @@ _HOMES = {
     "ernie_accel.core.undo": ("Undo",),
     "ernie_accel.families.family": ("Family",),
     "ernie_accel.transforms": ("transform_from_json",),
+    "ernie_accel.transforms.attention": ("ElideMask", "ExpandAttentionMask", "SetAttention"),
     "ernie_accel.transforms.call_defaults": ("CallDefaults",),
     "ernie_accel.transforms.compile": ("Compile",),
     "ernie_accel.transforms.dtype": ("CastDtype",),
@@ -87,7 +89,9 @@ __all__ = [
     "ConflictError",
     "Context",
     "Effect",
+    "ElideMask",
     "ErnieAccelError",
+    "ExpandAttentionMask",
     "Family",
     "MakeContiguous",
     "MissingExtraError",
@@ -98,6 +102,7 @@ __all__ = [
     "Quantize",
     "Report",
     "RestoreError",
+    "SetAttention",
     "SliceVae",
     "SwapScheduler",
     "TileVae",

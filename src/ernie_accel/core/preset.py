@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.transform import Transform
+from ernie_accel.transforms.attention import ElideMask, ExpandAttentionMask
 from ernie_accel.transforms.call_defaults import CallDefaults
 from ernie_accel.transforms.compile import Compile
 from ernie_accel.transforms.dtype import CastDtype
@@ -75,6 +76,11 @@ presets = PresetTable(
         (CastDtype("bfloat16"), Quantize("fp8"), MakeContiguous(), CallDefaults("turbo"), Compile()),
     ),
     Preset(
+        "npu-bf16",
+        "Few steps in bfloat16 with masks as Ascend's kernels take them: for a distilled (Turbo) checkpoint on an NPU.",
+        (CastDtype("bfloat16"), ElideMask(), ExpandAttentionMask(), MakeContiguous(), CallDefaults("turbo")),
+    ),
+    Preset(
         "quality-bf16",
         "The family's full steps and guidance in bfloat16, compiled: for a base (undistilled) checkpoint.",
         (CastDtype("bfloat16"), MakeContiguous(), CallDefaults("quality"), Compile()),
@@ -99,6 +105,8 @@ def fitting_preset(context: Context) -> Preset:
     """Return the Turbo preset that pays most on a machine and can run there."""
     if context.device == "cpu":
         return presets["turbo-fp32"]  # few CPUs multiply in bfloat16
+    if context.device == "npu":
+        return presets["npu-bf16"]
     if (context.capability or (0, 0)) >= (8, 9) and not context.missing("torchao"):
         return presets["turbo-fp8"]
     return presets["turbo-bf16"]

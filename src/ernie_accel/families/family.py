@@ -23,6 +23,21 @@ class CallSettings:
 
 
 @dataclass(frozen=True)
+class AlwaysMasks:
+    """How a transformer that builds an attention mask for every forward learns what is padded.
+
+    Attributes:
+        lengths: Argument of its forward: tokens of each prompt [B].
+        text: Argument of its forward: the padded text [B, T, H].
+        pad_method: Method of the pipeline that makes both out of a list of [T, H], and so knows the lengths.
+    """
+
+    lengths: str
+    text: str
+    pad_method: str
+
+
+@dataclass(frozen=True)
 class Family:
     """What is known of one architecture.
 
@@ -35,6 +50,7 @@ class Family:
         keep_precise: Regular expressions of the linear layers of each component that quantization leaves out, found
             by the field by breaking them. They match from the start of the module path.
         max_prompt_tokens: What the tokenizer accepts.
+        always_masks: Set where stock diffusers builds a mask also for batches in which nothing is padded.
     """
 
     name: str
@@ -44,3 +60,4 @@ class Family:
     sizes: tuple[tuple[int, int], ...]
     keep_precise: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     max_prompt_tokens: int | None = None
+    always_masks: AlwaysMasks | None = None
