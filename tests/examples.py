@@ -8,21 +8,26 @@ from typing import Any
 import torch
 
 from ernie_accel import (
+    BatchPromptEncoding,
     CallDefaults,
     CastDtype,
     Compile,
     ElideMask,
     ExpandAttentionMask,
+    FreeAfterUse,
     MakeContiguous,
+    Offload,
     Quantize,
     SetAttention,
     SliceVae,
     SwapScheduler,
     TileVae,
     Transform,
+    TruncatePrompts,
 )
 
 EXAMPLES: tuple[Transform, ...] = (
+    BatchPromptEncoding(cache=4),
     CallDefaults(num_inference_steps=3),
     CallDefaults("turbo", guidance_scale=2.0),
     CastDtype("bfloat16"),
@@ -30,14 +35,20 @@ EXAMPLES: tuple[Transform, ...] = (
     Compile(),
     ElideMask(),
     ExpandAttentionMask(),
+    FreeAfterUse(),
     MakeContiguous(),
+    MakeContiguous(channels_last=("vae",)),
     Quantize("int8-weight-only"),
     SetAttention("math"),
     SliceVae(),
     SwapScheduler("euler_ancestral"),
     SwapScheduler("euler", shift=5.0),
     TileVae(tile_px=32),
+    TruncatePrompts(8, keep="tail"),
 )
+
+#: Transforms that need an accelerator; tests/gpu runs them.
+ELSEWHERE: tuple[Transform, ...] = (Offload("model"), Offload("group", blocks_per_group=2), Offload("stages"))
 
 
 def make_awkward(pipe: Any) -> None:

@@ -39,10 +39,14 @@ if TYPE_CHECKING:
     from ernie_accel.transforms.call_defaults import CallDefaults
     from ernie_accel.transforms.compile import Compile
     from ernie_accel.transforms.dtype import CastDtype
+    from ernie_accel.transforms.encode_prompts import BatchPromptEncoding
+    from ernie_accel.transforms.free_after_use import FreeAfterUse
     from ernie_accel.transforms.layout import MakeContiguous
     from ernie_accel.transforms.memory import SliceVae, TileVae
+    from ernie_accel.transforms.offload import Offload
     from ernie_accel.transforms.quantize import Quantize
     from ernie_accel.transforms.scheduler import SwapScheduler
+    from ernie_accel.transforms.truncate_prompts import TruncatePrompts
 
 __version__ = "0.1.0"
 
@@ -70,10 +74,14 @@ _HOMES = {
     "ernie_accel.transforms.call_defaults": ("CallDefaults",),
     "ernie_accel.transforms.compile": ("Compile",),
     "ernie_accel.transforms.dtype": ("CastDtype",),
+    "ernie_accel.transforms.encode_prompts": ("BatchPromptEncoding",),
+    "ernie_accel.transforms.free_after_use": ("FreeAfterUse",),
     "ernie_accel.transforms.layout": ("MakeContiguous",),
     "ernie_accel.transforms.memory": ("SliceVae", "TileVae"),
+    "ernie_accel.transforms.offload": ("Offload",),
     "ernie_accel.transforms.quantize": ("Quantize",),
     "ernie_accel.transforms.scheduler": ("SwapScheduler",),
+    "ernie_accel.transforms.truncate_prompts": ("TruncatePrompts",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _SUBPACKAGES = ("batch", "demo")
@@ -83,6 +91,7 @@ __all__ = [
     "ApplyError",
     "BatchInputError",
     "BatchOutputError",
+    "BatchPromptEncoding",
     "CallDefaults",
     "CastDtype",
     "Compile",
@@ -93,8 +102,10 @@ __all__ = [
     "ErnieAccelError",
     "ExpandAttentionMask",
     "Family",
+    "FreeAfterUse",
     "MakeContiguous",
     "MissingExtraError",
+    "Offload",
     "Phase",
     "Plan",
     "Preset",
@@ -107,6 +118,7 @@ __all__ = [
     "SwapScheduler",
     "TileVae",
     "Transform",
+    "TruncatePrompts",
     "Undo",
     "UnknownNameError",
     "UnsupportedError",

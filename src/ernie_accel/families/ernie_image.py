@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from ernie_accel.families.family import AlwaysMasks, CallSettings, Family
+from ernie_accel.families.family import AlwaysMasks, CallSettings, Family, PromptEncoding
 
 ERNIE_IMAGE = Family(
     name="ERNIE-Image",
@@ -35,4 +35,5 @@ ERNIE_IMAGE = Family(
     ),
     max_prompt_tokens=2048,
     always_masks=AlwaysMasks(lengths="text_lens", text="text_bth", pad_method="_pad_text"),
+    prompt_encoding=PromptEncoding(layers="language_model.layers", hidden_state=-2),
 )

@@ -38,6 +38,19 @@ class AlwaysMasks:
 
 
 @dataclass(frozen=True)
+class PromptEncoding:
+    """How a pipeline that encodes its prompts one by one uses its text encoder.
+
+    Attributes:
+        layers: Attribute path of the encoder's layers; the last one's result is not used.
+        hidden_state: Which of ``hidden_states`` conditions the picture.
+    """
+
+    layers: str
+    hidden_state: int
+
+
+@dataclass(frozen=True)
 class Family:
     """What is known of one architecture.
 
@@ -50,6 +63,7 @@ class Family:
         keep_precise: Regular expressions of the linear layers of each component that quantization leaves out, found
             by the field by breaking them. They match from the start of the module path.
         max_prompt_tokens: What the tokenizer accepts.
+        prompt_encoding: Set where stock diffusers encodes the prompts of a call one by one.
         always_masks: Set where stock diffusers builds a mask also for batches in which nothing is padded.
     """
 
@@ -61,3 +75,4 @@ class Family:
     keep_precise: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     max_prompt_tokens: int | None = None
     always_masks: AlwaysMasks | None = None
+    prompt_encoding: PromptEncoding | None = None

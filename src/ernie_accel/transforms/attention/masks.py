@@ -109,9 +109,9 @@ def masked_blocks(transformer: nn.Module) -> Iterator[tuple[str, nn.Module, int,
 def map_masks(transformer: nn.Module, change: Callable[[Tensor], Tensor | None], undo: Undo) -> None:
     """Let every block see ``change(mask)`` instead of its mask, in place; a block that gets no mask stays so."""
     hooks: dict[tuple[int, str], _MaskHook] = {}
-    for _, block, *at in masked_blocks(transformer):
+    for _, block, position, name in masked_blocks(transformer):
         # One object for all blocks: each of its own would make torch.compile compile each block anew.
-        hook = hooks.setdefault((at[0], at[1]), _MaskHook(change, *at))
+        hook = hooks.setdefault((position, name), _MaskHook(change, position, name))
         undo.push(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -294,7 +294,7 @@ def _by_mask(processor: Any, backend: Any) -> Any:
     from diffusers.models.attention_dispatch import AttentionBackendName
 
     made = copy.copy(processor)
-    cls: Hashable = type(processor)
+    cls: Any = type(processor)
     made.__class__ = _by_mask_class(cls)
     made._attention_backend = backend
     made.unmasked, made.masked = copy.copy(processor), copy.copy(processor)
