@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import Context, FreeAfterUse, MakeContiguous, Offload
+from ernie_accel import Context, FreeAfterUse, MakeContiguous, Offload, TileVae
 from ernie_accel.core.components import module_bytes
 from tests.pipelines import picture
 
@@ -111,3 +111,86 @@ def test_channels_last_names_components_that_are_there_and_asked_for(ernie):
     assert reasons[0].startswith("ErnieImagePipeline has no component 'unet'")
     odd = replace(MakeContiguous(channels_last=("vae",)), components=("transformer",))
     assert "which is not among components=('transformer',)" in odd.unsupported(ernie, Context.named("cpu"))[0]
+
+
+@pytest.mark.parametrize("mode", ["model", "sequential", "group", "stages"])
+def test_offloading_gives_the_same_bits_and_restores(ernie, mode):
+    """Onto the CPU itself, where the same hooks run; tests/gpu looks at the devices.
+
+    accelerate cannot run its "sequential" hooks where host and device are one, so only its way back is looked at.
+    """
+    latents = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    before = picture(ernie, latents=latents.clone(), steps=1)
+    attributes, places = set(vars(ernie)), {part: set(vars(part)) for part in ernie.transformer.modules()}
+    applied = Offload(mode).apply(ernie, Context.named("cpu"))
+    for _ in range(0 if mode == "sequential" else 2):
+        assert torch.equal(picture(ernie, latents=latents.clone(), steps=1), before)
+    applied.undo()
+    assert set(vars(ernie)) - {"_guidance_scale"} == attributes - {"_guidance_scale"}
+    for part, names in places.items():
+        assert set(vars(part)) - names <= {"_diffusers_hook"}  # an empty registry stays
+        assert not part._forward_pre_hooks
+    assert torch.equal(picture(ernie, latents=latents.clone(), steps=1), before)
+
+
+def test_stages_leave_when_denoising_begins(ernie, monkeypatch):
+    from accelerate.hooks import UserCpuOffloadHook
+
+    events = []
+    monkeypatch.setattr(UserCpuOffloadHook, "offload", lambda self: events.append("leave"))
+    Offload("stages").apply(ernie, Context.named("cpu"))
+    ernie.text_encoder.register_forward_pre_hook(lambda *_: events.append("encode"))
+    ernie.transformer.register_forward_hook(lambda *_: events.append("step"))
+    picture(ernie, steps=2)
+    assert events == ["encode", "leave", "step", "leave", "step"]
+
+
+def test_tiles_overlap_by_whole_latents(ernie):
+    """The trap: with half a latent of overlap, diffusers returns a picture of another size."""
+    ernie.vae.use_tiling, ernie.vae.tile_overlap_factor = True, 0.125
+    ernie.vae.tile_sample_min_size, ernie.vae.tile_latent_min_size = 32, 4
+    assert picture(ernie, steps=1).shape[-1] != 64
+    reasons = TileVae(tile_px=32, overlap=0.125).unsupported(ernie, Context.named("cpu"))
+    assert reasons[0].endswith(
+        "0.5 latents, which is not whole, so that pictures would change their size: use overlap=0.25"
+    )
+    assert TileVae(tile_px=32, overlap=0.25).unsupported(ernie, Context.named("cpu")) == []
+    ernie.vae.tile_latent_min_size = 6
+    assert "use overlap=0.333333" in TileVae().unsupported(ernie, Context.named("cpu"))[0]
+
+
+def test_tiling_stays_above_its_floor_on_the_embedded_model():
+    """2x2 tiles of four latents, the hardest case: PSNR of two pictures against the untiled ones."""
+    pipe = ernie_accel.demo.load(dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = [
+        "a large red circle in the center on a grey background",
+        "a small blue square on the left on a white background",
+    ]
+    latents = pipe(
+        prompts,
+        height=64,
+        width=64,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(0),
+    ).images
+
+    def decode():
+        return pipe(
+            prompts,
+            height=64,
+            width=64,
+            num_inference_steps=1,
+            guidance_scale=1.0,
+            output_type="pt",
+            latents=latents.clone(),
+            callback_on_step_end=lambda *_: {"latents": latents},
+        ).images
+
+    before = decode()
+    ernie_accel.optimize(pipe, TileVae(tile_px=32))
+    psnr_db = -10 * torch.log10((decode() - before).square().mean((1, 2, 3)))
+    assert psnr_db.min() > TileVae().floor_db
+    assert psnr_db.min() < 40  # it is not nothing either

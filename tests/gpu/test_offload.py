@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.pipelines import picture, tiny_ernie
 
 import ernie_accel
 from ernie_accel import Offload
+from tests.pipelines import picture, tiny_ernie
 
 
 def on_cuda(pipe):

@@ -64,15 +64,28 @@ class TileVae(Transform):
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = _vae_lacks(pipe, "use_tiling", "tiling")
-        if reasons or self.tile_px is None:
+        if reasons:
             return reasons
+        if self.tile_px is None:
+            return self._overlap_unsupported(pipe)
         if not hasattr(pipe.vae, "tile_sample_min_size"):
             return [f"{type(pipe.vae).__name__} has no single tile size; leave tile_px out to use its own"]
         factor = _pixels_per_latent(pipe)
         if self.tile_px % factor:
             below = self.tile_px - self.tile_px % factor
             return [f"tile_px={self.tile_px} is no multiple of the {factor} pixels of a latent: use {below or factor}"]
-        return []
+        return self._overlap_unsupported(pipe)
+
+    def _overlap_unsupported(self, pipe: Pipeline) -> list[str]:
+        """Return the reason if tiles would overlap by a part of a latent: pictures would change their size."""
+        if not hasattr(pipe.vae, "tile_overlap_factor"):
+            return []
+        tile = self._settings(pipe).get("tile_latent_min_size", pipe.vae.tile_latent_min_size)
+        if (tile * self.overlap).is_integer():
+            return []
+        whole = min(max(1, round(tile * self.overlap)), tile - 1) / tile
+        found = f"overlap={self.overlap:g} of a tile of {tile} latents is {tile * self.overlap:g} latents"
+        return [f"{found}, which is not whole, so that pictures would change their size: use overlap={whole:g}"]
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         return _preview(pipe, self._settings(pipe))

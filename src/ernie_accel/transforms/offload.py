@@ -78,6 +78,8 @@ class Offload(Transform):
         with Undo() as undo:
             for name in ("_offload_gpu_id", "_offload_device", "_all_hooks"):
                 undo.push(_attribute_setter(pipe, name))
+            for part in (part for module in modules_of(pipe).values() for part in module.modules()):
+                undo.push(_attribute_setter(part, "forward"))  # hooks, when removed, leave one on the instance
             if self.mode == "stages":
                 self._stage(pipe, device, undo)
             elif self.mode == "group":
