@@ -35,6 +35,9 @@ class BatchPromptEncoding(Transform):
     layer, whose output nothing uses, is skipped. Embeddings equal those of the loop within 5e-7 in float32. While this
     is in place, ``last_hidden_state`` of the text encoder is not what it was.
 
+    Pays:
+        With several prompts a call, or with guidance; the cache, with prompts or negative prompts that come again.
+
     Attributes:
         cache: Prompts whose embeddings are kept for later calls, >= 0, the least recently used going first.
         folder: Where they are kept, as safetensors; None for memory. Files are told apart by prompt, tokenizer result

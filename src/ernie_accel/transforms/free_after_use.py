@@ -37,6 +37,10 @@ class FreeAfterUse(Transform):
     Unlike ``Offload("stages")``, which needs host memory for them, this frees host memory, too: of ERNIE-Image's 31 GB
     in bfloat16, text encoder and prompt enhancer are 15. Saving a model brings its weights back first.
 
+    Pays:
+        Where memory is short, the host's too, and one call makes many pictures. Not for many calls of one picture
+        each, which read the weights anew: pass prompt_embeds, or use BatchPromptEncoding with a cache.
+
     Attributes:
         to: "disk": into one safetensors file a component, written at the first use; the next call that needs the
             weights reads them back. "nowhere": they are gone, and the next call that needs them says so.

@@ -16,6 +16,9 @@ class SliceVae(Transform):
     """Decode a batch one picture at a time. Peak memory of a batch falls to that of one picture.
 
     Other batch sizes may select other convolution kernels, so this is rounding, not exact.
+
+    Pays:
+        For batches of large pictures whose decoding runs out of memory. A single picture gains nothing.
     """
 
     phase: ClassVar[Phase] = Phase.MEMORY
@@ -38,6 +41,13 @@ class TileVae(Transform):
 
     Group normalisation sees one tile at a time, so colours may differ a little between tiles; pictures no larger than
     a tile are not touched.
+
+    Measured on the embedded model, overlap 0.25, the worse of two pictures against the same latents untiled: 20.4 dB
+    PSNR with 2x2 tiles of 32 pixels (4 latents, as few as can be), 26.6 dB with 64-pixel tiles at 128x128, 30.6 dB
+    with 96-pixel tiles. Of the seams, single pixels differ by up to half of the range: small tiles are a last resort.
+
+    Pays:
+        For pictures whose decoding runs out of memory, above 1024x1024 say. Take the largest tile that fits.
 
     Attributes:
         tile_px: Side of a tile in pixels, a multiple of the VAE's scale factor; None keeps the VAE's own.

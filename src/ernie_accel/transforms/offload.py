@@ -39,6 +39,10 @@ class Offload(Transform):
     "model", "sequential" and "group" are diffusers' own (``enable_model_cpu_offload`` and so on). "stages" is for cards
     that hold the transformer but not the 15 GB of ERNIE-Image's text encoder and prompt enhancer beside it.
 
+    Pays:
+        Only where the pipe does not fit otherwise: every mode is slower than none. Try a quantized transformer first,
+        then "stages", "model", "group" and "sequential", from the fastest to the leanest.
+
     Attributes:
         mode: A key of `MODES`.
         blocks_per_group: For "group", how many blocks travel together, >= 1.

@@ -26,6 +26,9 @@ class TruncatePrompts(Transform):
     prompt without any token is an error that names it (stock draws something for it, or crashes); an empty negative
     prompt is fine. Enhanced prompts are shortened after they were enhanced. Shorter prompts are not touched.
 
+    Pays:
+        For batches of prompts that nobody has read: one that is too long or empty does not spoil the others in silence.
+
     Attributes:
         max_tokens: Tokens that stay at most.
         keep: "head" keeps the beginning, "tail" the end.

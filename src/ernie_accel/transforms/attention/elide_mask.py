@@ -26,6 +26,10 @@ class ElideMask(Transform):
 
     Whoever calls the transformer with tensors of their own pays one read of the lengths for each; in a transformer
     compiled as a whole such calls keep their mask.
+
+    Pays:
+        With one prompt a call, or prompts of one length, and no guidance, on every accelerator. With guidance an empty
+        negative prompt is always padded, and nothing is gained. RewriteBlocks does the same by itself.
     """
 
     phase: ClassVar[Phase] = Phase.ATTENTION

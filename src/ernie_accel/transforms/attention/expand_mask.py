@@ -33,6 +33,9 @@ class ExpandAttentionMask(Transform):
 
     Expanded once for all blocks, and in ERNIE-Image once for all steps of a picture; it takes S * S bytes a prompt
     (18 MB at 1024x1024). Compiled blocks expand inside their graphs.
+
+    Pays:
+        On Ascend, where a padded batch does not run without it. Nowhere else: other kernels broadcast by themselves.
     """
 
     phase: ClassVar[Phase] = Phase.ATTENTION
