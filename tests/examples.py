@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from ernie_accel import (
+    Autocast,
     BatchPromptEncoding,
     CallDefaults,
     CastDtype,
+    CheckFinite,
     Compile,
     ElideMask,
     ExpandAttentionMask,
@@ -27,11 +29,13 @@ from ernie_accel import (
 )
 
 EXAMPLES: tuple[Transform, ...] = (
+    Autocast("bfloat16"),
     BatchPromptEncoding(cache=4),
     CallDefaults(num_inference_steps=3),
     CallDefaults("turbo", guidance_scale=2.0),
     CastDtype("bfloat16"),
     CastDtype("float16", components=("transformer",)),
+    CheckFinite(),
     Compile(),
     ElideMask(),
     ExpandAttentionMask(),

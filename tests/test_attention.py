@@ -314,3 +314,25 @@ def test_masks_and_compiling_go_together(ernie):
     before = picture(ernie, prompt=[SHORT, LONG])
     ernie_accel.optimize(ernie, ElideMask(), ExpandAttentionMask(), Compile())
     assert rel(picture(ernie, prompt=[SHORT, LONG]), before) < 1e-5
+
+
+def test_the_floor_of_sage_holds_for_its_scheme(ernie, monkeypatch):
+    """Queries and keys in int8, keys centred first (SageAttention, arXiv 2410.02367, sections 4.2 and 4.3).
+
+    The package needs CUDA, so its scheme is emulated: one scale for each head.
+    """
+    before = picture(ernie, output_type="latent", steps=8)
+    stock = torch.nn.functional.scaled_dot_product_attention
+
+    def int8(x_bnsd):
+        scale = x_bnsd.abs().amax((-2, -1), keepdim=True) / 127
+        return (x_bnsd / scale).round() * scale
+
+    def sage(query, key, value, **kwargs):
+        return stock(int8(query), int8(key - key.mean(-2, keepdim=True)), value, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", sage)
+    after = picture(ernie, output_type="latent", steps=8)
+    distance = (after - before).norm()
+    assert 0 < distance
+    assert 20 * torch.log10(before.norm() / distance) > SetAttention("sage").floor_db

@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from ernie_accel.families.family import Family
     from ernie_accel.transforms import transform_from_json
     from ernie_accel.transforms.attention import ElideMask, ExpandAttentionMask, SetAttention
+    from ernie_accel.transforms.autocast import Autocast
     from ernie_accel.transforms.call_defaults import CallDefaults
+    from ernie_accel.transforms.check_finite import CheckFinite
     from ernie_accel.transforms.compile import Compile
     from ernie_accel.transforms.dtype import CastDtype
     from ernie_accel.transforms.encode_prompts import BatchPromptEncoding
@@ -71,7 +73,9 @@ _HOMES = {
     "ernie_accel.families.family": ("Family",),
     "ernie_accel.transforms": ("transform_from_json",),
     "ernie_accel.transforms.attention": ("ElideMask", "ExpandAttentionMask", "SetAttention"),
+    "ernie_accel.transforms.autocast": ("Autocast",),
     "ernie_accel.transforms.call_defaults": ("CallDefaults",),
+    "ernie_accel.transforms.check_finite": ("CheckFinite",),
     "ernie_accel.transforms.compile": ("Compile",),
     "ernie_accel.transforms.dtype": ("CastDtype",),
     "ernie_accel.transforms.encode_prompts": ("BatchPromptEncoding",),
@@ -89,11 +93,13 @@ _SUBPACKAGES = ("batch", "demo")
 __all__ = [
     "Applied",
     "ApplyError",
+    "Autocast",
     "BatchInputError",
     "BatchOutputError",
     "BatchPromptEncoding",
     "CallDefaults",
     "CastDtype",
+    "CheckFinite",
     "Compile",
     "ConflictError",
     "Context",

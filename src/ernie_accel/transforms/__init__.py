@@ -12,9 +12,11 @@ from ernie_accel.core.transform import Transform
 
 #: Class name -> module.
 TRANSFORMS: Mapping[str, str] = {
+    "Autocast": "ernie_accel.transforms.autocast",
     "BatchPromptEncoding": "ernie_accel.transforms.encode_prompts",
     "CallDefaults": "ernie_accel.transforms.call_defaults",
     "CastDtype": "ernie_accel.transforms.dtype",
+    "CheckFinite": "ernie_accel.transforms.check_finite",
     "Compile": "ernie_accel.transforms.compile",
     "ElideMask": "ernie_accel.transforms.attention",
     "ExpandAttentionMask": "ernie_accel.transforms.attention",

@@ -151,7 +151,7 @@ class SetAttention(Transform):
 
     @property
     def floor_db(self) -> float | None:
-        """For "sage", SQNR of the latents; a bound on its int8 scheme, checked by emulating it."""
+        """For "sage", SQNR of the latents, checked on an emulation of its int8 scheme; the package needs CUDA."""
         return 15.0 if self.backend == "sage" else None
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
