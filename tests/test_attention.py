@@ -334,5 +334,5 @@ def test_the_floor_of_sage_holds_for_its_scheme(ernie, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", sage)
     after = picture(ernie, output_type="latent", steps=8)
     distance = (after - before).norm()
-    assert 0 < distance
+    assert distance > 0
     assert 20 * torch.log10(before.norm() / distance) > SetAttention("sage").floor_db
