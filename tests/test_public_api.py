@@ -68,7 +68,7 @@ def test_every_error_is_ours():
 
 
 def test_presets_list_themselves():
-    assert set(ernie_accel.presets) == {"exact", "turbo-fp32", "turbo-bf16", "turbo-fp8", "quality-bf16"}
+    assert set(ernie_accel.presets) == {"exact", "turbo-fp32", "turbo-bf16", "turbo-fp8", "npu-bf16", "quality-bf16"}
     for name, preset in ernie_accel.presets.items():
         assert preset.name == name
         assert f"{name} " in repr(ernie_accel.presets)

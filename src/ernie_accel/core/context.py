@@ -35,8 +35,17 @@ OPTIONAL_PACKAGES: Mapping[str, str] = MappingProxyType(
         "cudnn": "cudnn",
     }
 )
-_DISTRIBUTIONS = {"optimum.quanto": "optimum-quanto", "torch_npu": "torch-npu", "cudnn": "nvidia-cudnn-frontend"}
+_DISTRIBUTIONS = {
+    "optimum.quanto": "optimum-quanto",
+    "torch_npu": "torch-npu",
+    "cudnn": "nvidia-cudnn-frontend",
+    "flash_attn": "flash-attn",
+    "flash_attn_interface": "flash-attn-3",
+    "cache_dit": "cache-dit",
+}
 _BUNDLED_PACKAGES = ("triton",)  # with CUDA builds of torch
+#: Used where they are, but no extra brings them: they are built for one version of torch and one kind of card.
+_UNBROUGHT_PACKAGES = ("flash_attn", "flash_attn_interface", "sageattention", "xformers", "cache_dit")
 _REQUIRED_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 
 
@@ -139,7 +148,7 @@ class Context:
 def installed_versions() -> Mapping[str, str]:
     """Return the versions of all packages the library can use, without importing any of them."""
     versions = {}
-    for package in (*_REQUIRED_PACKAGES, *_BUNDLED_PACKAGES, *OPTIONAL_PACKAGES):
+    for package in (*_REQUIRED_PACKAGES, *_BUNDLED_PACKAGES, *OPTIONAL_PACKAGES, *_UNBROUGHT_PACKAGES):
         if _importable(package):
             try:
                 versions[package] = importlib.metadata.version(_DISTRIBUTIONS.get(package, package))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from ernie_accel.families.family import CallSettings, Family
+from ernie_accel.families.family import AlwaysMasks, CallSettings, Family, PromptEncoding
 
 ERNIE_IMAGE = Family(
     name="ERNIE-Image",
@@ -38,7 +38,8 @@ ERNIE_IMAGE = Family(
         }
     ),
     max_prompt_tokens=2048,
-    encodes_one_by_one=True,
     rewritten="ernie_accel.families.ernie_image_blocks",
     kernels="ernie_accel.families.ernie_image_kernels",
+    always_masks=AlwaysMasks(lengths="text_lens", text="text_bth", pad_method="_pad_text"),
+    prompt_encoding=PromptEncoding(layers="language_model.layers", hidden_state=-2),
 )

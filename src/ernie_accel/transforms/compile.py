@@ -22,6 +22,10 @@ class Compile(Transform):
     One graph serves all blocks and, with ``dynamic=True``, all prompt lengths and sizes; batch 1 and larger batches
     take one graph each. The first picture pays for it. State-dict keys stay the same.
 
+    Pays:
+        From a handful of pictures on: a step of the stock transformer takes 134 to 139 ms instead of 201 in bfloat16,
+        and quantized weights need it (fp8 takes 95 ms compiled, 223 without). The first call takes 8 to 10 s more.
+
     Attributes:
         components: Component names; their classes must declare ``_repeated_blocks`` as diffusers' models do.
         dynamic: Compile for any sequence length. False recompiles for each and gives up after the eighth.
