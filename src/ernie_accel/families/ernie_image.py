@@ -33,5 +33,14 @@ ERNIE_IMAGE = Family(
             ),
         }
     ),
+    # The files of the published checkpoint.
+    weight_bytes=MappingProxyType(
+        {
+            "transformer": 16_100_000_000,
+            "text_encoder": 7_700_000_000,
+            "pe": 6_900_000_000,
+            "vae": 300_000_000,
+        }
+    ),
     max_prompt_tokens=2048,
 )
