@@ -137,7 +137,7 @@ def test_a_folder_that_is_no_pipeline(capsys, tmp_path):
 def test_a_hub_id_without_a_network(capsys):
     code, _, err = run(capsys, "plan", "--model", "nobody/nothing")
     assert code == 2
-    assert err.startswith("error: cannot load 'nobody/nothing': ")
+    assert "error: cannot load 'nobody/nothing': " in err
 
 
 def test_a_saved_pipeline_can_be_named(capsys, tmp_path):
@@ -162,10 +162,10 @@ def test_demo_measures_and_never_flatters(capsys, tmp_path):
     sheet = tmp_path / "sheet.png"
     code, out, _ = run(capsys, "demo", "--out", sheet, "--preset", "exact")
     assert code == 0
-    medians = {name: float(ms) for name, ms in re.findall(r"^  (stock|optimized) +([\d.]+) ms", out, re.MULTILINE)}
-    ratio = float(re.search(r"^  ratio +([\d.]+) x", out, re.MULTILINE)[1])
-    assert ratio == pytest.approx(medians["stock"] / medians["optimized"], abs=0.02)
-    assert ("not faster on this machine" in out) == (ratio <= 1.0 and medians["stock"] <= medians["optimized"])
+    assert re.search(r"^  stock +[\d.]+ ms", out, re.MULTILINE)
+    assert re.search(r"^  optimized +[\d.]+ ms", out, re.MULTILINE)
+    ratio, verdict = re.search(r"^  ratio +([\d.]+) x +(.*), median of the pairs", out, re.MULTILINE).groups()
+    assert verdict == ("faster" if float(ratio) > 1 else "not faster on this machine")
     assert "the first optimized picture took" in out
     assert str(sheet) in out
     with Image.open(sheet) as image:

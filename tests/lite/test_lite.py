@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-from tests.pipelines import picture, tiny_ernie
 
 import ernie_accel
 from ernie_accel.core.context import OPTIONAL_PACKAGES, Context
+from tests.pipelines import picture, tiny_ernie
 
 
 @pytest.mark.parametrize("package", sorted(OPTIONAL_PACKAGES))
