@@ -9,6 +9,7 @@ import torch
 
 import ernie_accel
 from ernie_accel import CallDefaults, CastDtype, Compile, Context, Quantize, SwapScheduler, TileVae
+from ernie_accel.core.preset import CARDS
 from ernie_accel.transforms import transform_class
 
 
@@ -16,9 +17,9 @@ def test_an_unknown_preset_lists_the_valid_ones(ernie):
     with pytest.raises(ernie_accel.UnknownNameError) as caught:
         ernie_accel.optimize(ernie, preset="turbo-bf61")
     assert str(caught.value) == (
-        f"Unknown preset 'turbo-bf61'. Did you mean 'turbo-bf16'? Valid: {', '.join(ernie_accel.presets)}."
+        f"Unknown preset 'turbo-bf61'. Did you mean 'turbo-bf16'? Valid: {', '.join((*ernie_accel.presets, *CARDS))}."
     )
-    assert caught.value.valid == tuple(ernie_accel.presets)
+    assert caught.value.valid == (*ernie_accel.presets, *CARDS)
 
 
 @pytest.mark.parametrize(

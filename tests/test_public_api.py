@@ -11,7 +11,7 @@ import pytest
 import ernie_accel
 from ernie_accel.transforms import TRANSFORMS
 
-VERBS = {"optimize", "plan", "report", "restore", "transform_from_json"}
+VERBS = {"optimize", "plan", "recommend", "report", "restore", "transform_from_json"}
 MODULES = {"batch", "demo"}
 DATA = {"presets"}
 CLASSES = {
@@ -23,6 +23,7 @@ CLASSES = {
     "Plan",
     "Preset",
     "Preview",
+    "Recommendation",
     "Report",
     "Transform",
     "Undo",
@@ -66,7 +67,11 @@ def test_every_error_is_ours():
 
 
 def test_presets_list_themselves():
-    assert set(ernie_accel.presets) == {"exact", "turbo-fp32", "turbo-bf16", "turbo-fp8", "quality-bf16"}
+    assert set(ernie_accel.presets) == {
+        "exact",
+        *(f"turbo-{precision}" for precision in ("fp32", "bf16", "fp16", "fp8", "int8")),
+        *(f"quality-{precision}" for precision in ("bf16", "fp8", "int8")),
+    }
     for name, preset in ernie_accel.presets.items():
         assert preset.name == name
         assert f"{name} " in repr(ernie_accel.presets)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ernie_accel.core.optimize import optimize, report, restore
     from ernie_accel.core.plan import Plan, plan
     from ernie_accel.core.preset import Preset, presets
+    from ernie_accel.core.recommend import Recommendation, recommend
     from ernie_accel.core.report import Report
     from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
     from ernie_accel.core.undo import Undo
@@ -60,6 +61,7 @@ _HOMES = {
     "ernie_accel.core.optimize": ("optimize", "report", "restore"),
     "ernie_accel.core.plan": ("Plan", "plan"),
     "ernie_accel.core.preset": ("Preset", "presets"),
+    "ernie_accel.core.recommend": ("Recommendation", "recommend"),
     "ernie_accel.core.report": ("Report",),
     "ernie_accel.core.transform": ("Applied", "Effect", "Phase", "Preview", "Transform"),
     "ernie_accel.core.undo": ("Undo",),
@@ -96,6 +98,7 @@ __all__ = [
     "Preset",
     "Preview",
     "Quantize",
+    "Recommendation",
     "Report",
     "RestoreError",
     "SliceVae",
@@ -110,6 +113,7 @@ __all__ = [
     "optimize",
     "plan",
     "presets",
+    "recommend",
     "report",
     "restore",
     "transform_from_json",

@@ -45,7 +45,8 @@ def demo_command(
     import diffusers
 
     from ernie_accel.core.context import Context
-    from ernie_accel.core.preset import find_preset, fitting_preset
+    from ernie_accel.core.preset import find_preset
+    from ernie_accel.core.recommend import fitting_preset
     from ernie_accel.demo.show import STEPS, show
 
     diffusers.utils.logging.disable_progress_bar()  # two small pipelines load in a second
@@ -76,7 +77,8 @@ def plan_command(
     from ernie_accel.core.context import Context
     from ernie_accel.core.loading import load_pipeline
     from ernie_accel.core.plan import plan
-    from ernie_accel.core.preset import find_preset, fitting_preset
+    from ernie_accel.core.preset import find_preset
+    from ernie_accel.core.recommend import fitting_preset
 
     context = Context.named(device) if device else Context.detect()
     chosen = find_preset(preset) if preset else fitting_preset(context)
@@ -173,7 +175,8 @@ def _load_and_optimize(
     from ernie_accel.core.context import Context
     from ernie_accel.core.loading import load_pipeline
     from ernie_accel.core.optimize import optimize, report
-    from ernie_accel.core.preset import find_preset, fitting_preset
+    from ernie_accel.core.preset import find_preset
+    from ernie_accel.core.recommend import fitting_preset
 
     chosen = find_preset(preset) if preset else fitting_preset(Context.detect())
     pipe = load_pipeline(model, dtype)

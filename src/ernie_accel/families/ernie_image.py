@@ -33,13 +33,14 @@ ERNIE_IMAGE = Family(
             ),
         }
     ),
-    # The files of the published checkpoint.
+    # Files of the published checkpoint, as a derivative's card lists them (Xiejiehang/ERNIE-Image-NF4); the VAE is
+    # what remains of the whole.
     weight_bytes=MappingProxyType(
         {
-            "transformer": 16_100_000_000,
-            "text_encoder": 7_700_000_000,
-            "pe": 6_900_000_000,
-            "vae": 300_000_000,
+            "transformer": 16_067_025_160,
+            "text_encoder": 7_698_241_104,
+            "pe": 7_663_346_520,
+            "vae": 219_468_267,
         }
     ),
     max_prompt_tokens=2048,
