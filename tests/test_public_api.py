@@ -11,13 +11,14 @@ import pytest
 import ernie_accel
 from ernie_accel.transforms import TRANSFORMS
 
-VERBS = {"optimize", "plan", "recommend", "report", "restore", "transform_from_json"}
+VERBS = {"evaluate", "optimize", "plan", "recommend", "report", "restore", "transform_from_json"}
 MODULES = {"batch", "demo"}
 DATA = {"presets"}
 CLASSES = {
     "Applied",
     "Context",
     "Effect",
+    "Evaluation",
     "Family",
     "Phase",
     "Plan",
@@ -25,6 +26,7 @@ CLASSES = {
     "Preview",
     "Recommendation",
     "Report",
+    "Thresholds",
     "Transform",
     "Undo",
 }

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
     from ernie_accel.core.undo import Undo
     from ernie_accel.families.family import Family
+    from ernie_accel.fidelity.compare import evaluate
+    from ernie_accel.fidelity.evaluation import Evaluation, Thresholds
     from ernie_accel.transforms import transform_from_json
     from ernie_accel.transforms.call_defaults import CallDefaults
     from ernie_accel.transforms.compile import Compile
@@ -66,6 +68,8 @@ _HOMES = {
     "ernie_accel.core.transform": ("Applied", "Effect", "Phase", "Preview", "Transform"),
     "ernie_accel.core.undo": ("Undo",),
     "ernie_accel.families.family": ("Family",),
+    "ernie_accel.fidelity.compare": ("evaluate",),
+    "ernie_accel.fidelity.evaluation": ("Evaluation", "Thresholds"),
     "ernie_accel.transforms": ("transform_from_json",),
     "ernie_accel.transforms.call_defaults": ("CallDefaults",),
     "ernie_accel.transforms.compile": ("Compile",),
@@ -90,6 +94,7 @@ __all__ = [
     "Context",
     "Effect",
     "ErnieAccelError",
+    "Evaluation",
     "Family",
     "MakeContiguous",
     "MissingExtraError",
@@ -103,6 +108,7 @@ __all__ = [
     "RestoreError",
     "SliceVae",
     "SwapScheduler",
+    "Thresholds",
     "TileVae",
     "Transform",
     "Undo",
@@ -110,6 +116,7 @@ __all__ = [
     "UnsupportedError",
     "batch",
     "demo",
+    "evaluate",
     "optimize",
     "plan",
     "presets",

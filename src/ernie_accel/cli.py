@@ -1,4 +1,4 @@
-"""The command line: ``ernie-accel demo | plan | optimize | batch | info``. Each command is a thin shell of the API."""
+"""The command line: ``ernie-accel demo | plan | optimize | batch | evaluate | info``: thin shells of the API."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.fidelity.command import evaluate_command
 
 if TYPE_CHECKING:
     from ernie_accel.core.components import Pipeline
@@ -142,6 +143,9 @@ def batch_command(
     typer.echo(f"{done} succeeded, {len(failed)} failed, in {seconds:.1f} s: {out.resolve()}")
     if failed:
         raise typer.Exit(3)
+
+
+app.command("evaluate")(evaluate_command)
 
 
 @app.command("info")
