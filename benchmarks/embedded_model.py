@@ -1,9 +1,11 @@
-"""Claim: the embedded model draws what it is asked. On 1,000 unseen prompts, 8 steps, float32: at least 95 % of objects.
+"""Claim: the embedded model draws what it is asked. On 1,000 unseen prompts, 8 steps, float32: at least 95 %
+of objects.
 
     python benchmarks/embedded_model.py                       # all figures; minutes on a GPU
     python benchmarks/embedded_model.py --prompts 100 --requests 40 --steps 8 --device cpu    # under a minute
 
-Every prompt has its own noise, drawn on the CPU, so a shorter run draws a prefix of the longer one's pictures.
+Every prompt has its own noise, drawn on the CPU, so a shorter run draws a prefix of the longer one's
+pictures.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def main() -> None:
     figures = evaluate(pipe, options.prompts, options.requests, options.steps, batch_size)
     print(summary(figures))
     if options.out is not None:
-        chosen = f"--prompts {options.prompts} --requests {options.requests} --steps {' '.join(map(str, options.steps))}"
+        steps = " ".join(map(str, options.steps))
+        chosen = f"--prompts {options.prompts} --requests {options.requests} --steps {steps}"
         record = {"command": f"python benchmarks/embedded_model.py {chosen}", **describe(pipe, MODEL_FOLDER)}
         text = json.dumps(record | {"figures": figures}, indent=1, ensure_ascii=False)
         options.out.write_text(text + "\n", encoding="utf-8")

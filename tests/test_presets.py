@@ -13,7 +13,7 @@ from ernie_accel.core.preset import CARDS, find_preset, presets
 from ernie_accel.core.recommend import LADDER, card_of
 from ernie_accel.transforms.call_defaults import CallDefaults
 
-EVERYTHING = {"torch": "2.13.0", "torchao": "0.18", "scipy": "1.17"}
+EVERYTHING = {"torch": "2.13.0", "torchao": "0.18", "triton": "3.5", "scipy": "1.17"}
 
 
 def device(name, **changes):
@@ -82,7 +82,9 @@ def test_a_missing_package_leads_to_the_next_rung_and_is_named():
     context = replace(device("h200"), versions={"torch": "2.13.0"})
     found = ernie_accel.recommend(context)
     assert found.preset.name == "turbo-bf16"
-    assert found.rejected["turbo-fp8"] == ("torchao is not installed: pip install 'ernie-accel[torchao]'",)
+    assert found.rejected["turbo-fp8"] == (
+        "triton is not installed (it comes with CUDA builds of torch): pip install triton",
+    )
 
 
 def test_a_card_without_its_package_leads_to_the_next_rung():

@@ -41,10 +41,15 @@ if TYPE_CHECKING:
     from ernie_accel.transforms.call_defaults import CallDefaults
     from ernie_accel.transforms.compile import Compile
     from ernie_accel.transforms.dtype import CastDtype
+    from ernie_accel.transforms.fuse_kernels import FuseKernels
+    from ernie_accel.transforms.graphs import CaptureGraphs
     from ernie_accel.transforms.layout import MakeContiguous
     from ernie_accel.transforms.memory import SliceVae, TileVae
+    from ernie_accel.transforms.prompts import BatchPromptEncoding
     from ernie_accel.transforms.quantize import Quantize
+    from ernie_accel.transforms.rewrite import RewriteBlocks
     from ernie_accel.transforms.scheduler import SwapScheduler
+    from ernie_accel.transforms.vae import CompileVae
 
 __version__ = "0.1.0"
 
@@ -74,10 +79,15 @@ _HOMES = {
     "ernie_accel.transforms.call_defaults": ("CallDefaults",),
     "ernie_accel.transforms.compile": ("Compile",),
     "ernie_accel.transforms.dtype": ("CastDtype",),
+    "ernie_accel.transforms.fuse_kernels": ("FuseKernels",),
+    "ernie_accel.transforms.graphs": ("CaptureGraphs",),
     "ernie_accel.transforms.layout": ("MakeContiguous",),
     "ernie_accel.transforms.memory": ("SliceVae", "TileVae"),
+    "ernie_accel.transforms.prompts": ("BatchPromptEncoding",),
     "ernie_accel.transforms.quantize": ("Quantize",),
+    "ernie_accel.transforms.rewrite": ("RewriteBlocks",),
     "ernie_accel.transforms.scheduler": ("SwapScheduler",),
+    "ernie_accel.transforms.vae": ("CompileVae",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _SUBPACKAGES = ("batch", "demo")
@@ -87,15 +97,19 @@ __all__ = [
     "ApplyError",
     "BatchInputError",
     "BatchOutputError",
+    "BatchPromptEncoding",
     "CallDefaults",
+    "CaptureGraphs",
     "CastDtype",
     "Compile",
+    "CompileVae",
     "ConflictError",
     "Context",
     "Effect",
     "ErnieAccelError",
     "Evaluation",
     "Family",
+    "FuseKernels",
     "MakeContiguous",
     "MissingExtraError",
     "Phase",
@@ -106,6 +120,7 @@ __all__ = [
     "Recommendation",
     "Report",
     "RestoreError",
+    "RewriteBlocks",
     "SliceVae",
     "SwapScheduler",
     "Thresholds",

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from ernie_accel.core.components import Pipeline
-from ernie_accel.core.context import DEVICES, Context
+from ernie_accel.core.context import DEVICES, OPTIONAL_PACKAGES, Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.preset import CARDS, Card, Preset, card_preset, presets
 from ernie_accel.core.text import human_bytes
 from ernie_accel.transforms.call_defaults import MODES
 from ernie_accel.transforms.dtype import CastDtype
+from ernie_accel.transforms.fuse_kernels import FuseKernels
 from ernie_accel.transforms.quantize import Quantize
 
 
@@ -45,14 +46,14 @@ class Rung:
             if not low <= have <= high:
                 wanted = "{}.{}".format(*low) + (" and above" if high == _ANY else " to {}.{}".format(*high))
                 reasons.append(f"pays on CUDA compute capability {wanted}; this device has {have[0]}.{have[1]}")
-        return reasons + (context.missing(self.package) if self.package else [])
+        return reasons + _missing(context, self.package)
 
 
 _ANY = (99, 9)
 
 #: From the fastest down; the first that pays here and can run here is recommended.
 LADDER: tuple[Rung, ...] = (
-    Rung("fp8", "half the bytes of bf16, multiplied in fp8", ("cuda",), ((8, 9), _ANY), "torchao"),
+    Rung("fp8", "half the bytes of bf16, multiplied in fp8", ("cuda",), ((8, 9), _ANY), "triton"),
     Rung("int8", "half the bytes of bf16, multiplied in int8", ("cuda",), ((8, 6), (8, 8)), "torchao"),
     Rung("bf16", "the checkpoint's own precision on tensor cores", ("cuda", "npu"), ((8, 0), _ANY)),
     Rung("fp16", "tensor cores of this generation know no bfloat16", ("cuda",), ((7, 0), (7, 9))),
@@ -131,8 +132,13 @@ def _candidates(machine: Context, mode: str) -> list[tuple[Preset, tuple[str, ..
     return found
 
 
-def _missing(machine: Context, package: str | None) -> list[str]:
-    return machine.missing(package) if package else []
+def _missing(context: Context, package: str | None) -> list[str]:
+    """Return the reason why `package` cannot be imported; empty if it can, or if none is needed."""
+    if package is None or package in context.versions:
+        return []
+    if package in OPTIONAL_PACKAGES:
+        return context.missing(package)
+    return [f"{package} is not installed (it comes with CUDA builds of torch): pip install {package}"]
 
 
 def card_of(machine: Context) -> Card | None:
@@ -181,12 +187,14 @@ def _weight_bytes(pipe: Pipeline | None, preset: Preset, machine: Context) -> in
     from ernie_accel.families.ernie_image import ERNIE_IMAGE
 
     sizes_bf16 = dict(ERNIE_IMAGE.weight_bytes)
-    quantized = any(isinstance(transform, Quantize) for transform in preset.transforms)
+    quantized = any(
+        isinstance(transform, Quantize) or (isinstance(transform, FuseKernels) and transform.precision == "fp8")
+        for transform in preset.transforms
+    )
     cast = any(isinstance(transform, CastDtype) for transform in preset.transforms)
     transformer = sizes_bf16.pop("transformer")
-    return (transformer // 2 if quantized else transformer) * (1 if cast else 2) + sum(sizes_bf16.values()) * (
-        1 if cast else 2
-    )
+    in_bf16 = (transformer // 2 if quantized else transformer) + sum(sizes_bf16.values())
+    return in_bf16 if cast else 2 * in_bf16
 
 
 def fitting_preset(context: Context) -> Preset:

@@ -1,8 +1,9 @@
-"""The embedded model's parts, untrained: every true class of ERNIE-Image at a few hundred thousand weights each.
+"""The embedded model's parts, untrained: every true class of ERNIE-Image at a few hundred thousand weights
+each.
 
-The real checkpoint's knobs are kept (text width unlike the transformer's so that there is a `text_proj`, QK norm,
-rotary axes for text, row and column, a VAE of factor 16 with its patchified statistics); only the widths shrink.
-Every width is a multiple of 32, as 4-bit formats with groups of 32 ask.
+The real checkpoint's knobs are kept (text width unlike the transformer's so that there is a `text_proj`, QK
+norm, rotary axes for text, row and column, a VAE of factor 16 with its patchified statistics); only the
+widths shrink. Every width is a multiple of 32, as 4-bit formats with groups of 32 ask.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ CHAT_TEMPLATE = (
 
 
 def corpus(seed: int, lines: int) -> Iterator[str]:
-    """Yield the sentences that the tokenizer learns from: captions, short prompts, and the enhancer's JSON."""
+    """Yield the sentences that the tokenizer learns from: captions, short prompts, and the enhancer's
+    JSON.
+    """
     rng = random.Random(seed)
     for i in range(lines):
         if i % 4:
@@ -51,7 +54,9 @@ def corpus(seed: int, lines: int) -> Iterator[str]:
 
 
 def build_tokenizer(sentences: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer: any text encodes and decodes without loss, an empty one is one `<s>`."""
+    """Train a byte-level BPE tokenizer: any text encodes and decodes without loss, an empty one is one
+    `<s>`.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -144,7 +149,9 @@ def _language_config(intermediate_size: int, layers: int) -> dict[str, Any]:
 
 
 def build_text_encoder() -> Mistral3Model:
-    """Build the text encoder; the pipeline reads the output of the last layer but one. Its vision tower is idle."""
+    """Build the text encoder; the pipeline reads the output of the last layer but one. Its vision tower is
+    idle.
+    """
     from transformers import Mistral3Config, Mistral3Model
 
     vision = {

@@ -1,8 +1,10 @@
-"""The language of the scenes: English and Chinese captions, the parser that reads them back, and short prompts.
+"""The language of the scenes: English and Chinese captions, the parser that reads them back, and short
+prompts.
 
-`caption` and `parse` are a pair: whatever `caption` writes, `parse` reads as the same objects and background. A
-:class:`Request` is what a person in a hurry types ("red circle", "两个圆形"); the prompt enhancer turns it into a
-`full_caption`, and `Request.is_kept_by` tells whether the result still holds what was asked.
+`caption` and `parse` are a pair: whatever `caption` writes, `parse` reads as the same objects and
+background. A :class:`Request` is what a person in a hurry types ("red circle", "两个圆形"); the
+prompt enhancer turns it into a `full_caption`, and `Request.is_kept_by` tells whether the result still holds
+what was asked.
 """
 
 from __future__ import annotations
@@ -18,8 +20,6 @@ from ernie_accel.demo.scenes import (
     MAX_OBJECTS,
     PLACES,
     SHAPES,
-    SIZES,
-    TEXTURES,
     TINTS,
     Background,
     Object,
@@ -93,9 +93,51 @@ _WORDS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
     },
 }
 _FILLERS = {
-    "en": "a an one the at in on of with and there is from to fading gradient plain background corner side edge "
-    "picture drawing image showing".split(),
-    "zh": "一个 一幅画 图片 画面 的 有 在 是 和 上 从 渐变 到 纯色 背景 前面".split(),
+    "en": [
+        "a",
+        "an",
+        "one",
+        "the",
+        "at",
+        "in",
+        "on",
+        "of",
+        "with",
+        "and",
+        "there",
+        "is",
+        "from",
+        "to",
+        "fading",
+        "gradient",
+        "plain",
+        "background",
+        "corner",
+        "side",
+        "edge",
+        "picture",
+        "drawing",
+        "image",
+        "showing",
+    ],
+    "zh": [
+        "一个",
+        "一幅画",
+        "图片",
+        "画面",
+        "的",
+        "有",
+        "在",
+        "是",
+        "和",
+        "上",
+        "从",
+        "渐变",
+        "到",
+        "纯色",
+        "背景",
+        "前面",
+    ],
 }
 _PUNCTUATION = ",.:;，。：；、"
 _PARTLY_VISIBLE = "in front"
@@ -127,8 +169,9 @@ def parse(text: str, canvas: tuple[int, int] = (128, 128)) -> Scene | None:
     """Read a full caption of the grammar.
 
     Returns:
-        The scene, its objects in the order of places and then back to front, with the given (height, width); None
-        if the text has a word the grammar does not know, or an object without its colour, shape, size or place.
+        The scene, its objects in the order of places and then back to front, with the given (height, width);
+        None if the text has a word the grammar does not know, or an object without its colour, shape, size or
+        place.
     """
     words = _read_words(text.strip().lower())
     if words is None:
@@ -207,7 +250,9 @@ def caption(scene: Scene, rng: random.Random, language: str | None = None) -> st
 
 
 def full_caption(scene: Scene, language: str) -> str:
-    """Write the one canonical caption of a scene, objects in the scene's order: the prompt enhancer's style."""
+    """Write the one canonical caption of a scene, objects in the scene's order: the prompt enhancer's
+    style.
+    """
     return _CaptionWriter(language, None).write(scene)
 
 
@@ -246,12 +291,18 @@ class _CaptionWriter:
         if len(front_to_back) == 1:
             return front_to_back[0]
         link = self._word("in front", "in front")
-        return f"{front_to_back[0]} {link} {front_to_back[1]}" if self._is_english else (
-            f"{front_to_back[0]}{link}{front_to_back[1]}前面"
+        return (
+            f"{front_to_back[0]} {link} {front_to_back[1]}"
+            if self._is_english
+            else (f"{front_to_back[0]}{link}{front_to_back[1]}前面")
         )
 
     def _object(self, o: Object) -> str:
-        colour, shape, size = self._word("colour", o.colour), self._word("shape", o.shape), self._word("size", o.size)
+        colour, shape, size = (
+            self._word("colour", o.colour),
+            self._word("shape", o.shape),
+            self._word("size", o.size),
+        )
         if self._is_english:
             return f"a {size} {colour} {shape}"
         return self._pick(f"一个{colour}的{size}{shape}", f"一个{size}的{colour}{shape}", f"{colour}{size}{shape}")

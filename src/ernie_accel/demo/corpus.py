@@ -61,7 +61,9 @@ class Dialogues:
 def captioned_scenes(
     tokenizer: Any, canvas: tuple[int, int], count: int, captions: int, workers: int
 ) -> CaptionedScenes:
-    """Draw `count` scenes of one canvas from the training split, each with several captions in both languages."""
+    """Draw `count` scenes of one canvas from the training split, each with several captions in both
+    languages.
+    """
     seed = f"captions-{canvas}"
     jobs = [(_caption_chunk, tokenizer, seed, (canvas, captions), n, i) for i, n in enumerate(_chunks(count))]
     scenes, tokens, lengths = zip(*_run(jobs, workers), strict=True)
@@ -131,7 +133,8 @@ def _caption_ids(fast: Tokenizer, scene: Scene, rng: random.Random, language: st
 
 def _dialogue_chunk(tokenizer: Any, rng: random.Random, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     fast: Tokenizer = tokenizer.backend_tokenizer
-    rows, starts = [], []
+    rows: list[list[int]] = []
+    starts: list[int] = []
     while len(rows) < count:
         prompt, answer = _dialogue(rng)
         width, height = _requested_size(rng)

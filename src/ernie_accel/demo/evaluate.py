@@ -23,7 +23,11 @@ TEMPERATURE, TOP_P = 0.6, 0.95
 
 
 def evaluate(
-    pipe: ErnieImagePipeline, prompts: int, requests: int, steps: Sequence[int] = (8, 4, 20), batch_size: int = 16
+    pipe: ErnieImagePipeline,
+    prompts: int,
+    requests: int,
+    steps: Sequence[int] = (8, 4, 20),
+    batch_size: int = 16,
 ) -> dict[str, Any]:
     """Measure the judge, the pictures and the prompt enhancer; plain data, ready for JSON.
 
@@ -59,8 +63,8 @@ def enhancer_success(pipe: ErnieImagePipeline, n: int, seed: int = 0) -> dict[st
     """Return how often the prompt enhancer does its work, with the pipeline's sampling.
 
     Returns:
-        `expanded` by language: short prompts that became a full caption of the grammar which holds all that was
-        asked and no other object. `kept` by language: full captions that came back with the same content.
+        `expanded` by language: short prompts that became a full caption of the grammar which holds all that
+        was asked and no other object. `kept` by language: full captions that came back with the same content.
         `failures`: up to ten pairs of prompt and answer.
     """
     rng = random.Random(f"unseen-{seed}")
@@ -82,7 +86,9 @@ def enhancer_success(pipe: ErnieImagePipeline, n: int, seed: int = 0) -> dict[st
 
 
 def expand(pipe: ErnieImagePipeline, prompts: Sequence[str], seed: int = 0, batch_size: int = 128) -> list[str]:
-    """Enhance prompts in batches, as the pipeline does one by one; the global random state is left as it was."""
+    """Enhance prompts in batches, as the pipeline does one by one; the global random state is left as it
+    was.
+    """
     import torch
 
     tokenizer, enhancer = pipe.pe_tokenizer, pipe.pe

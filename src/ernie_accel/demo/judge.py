@@ -1,9 +1,9 @@
 """The judge: does a picture hold the asked shapes and colours at the asked places? Read from pixels alone.
 
-Because scenes are procedural, prompt adherence is a measurement and not an opinion, and the same figure tells what
-a quantization really costs. Each pixel is named by its nearest colour; the pixels of the asked colour around the
-asked place are compared with every shape at many radii and positions (intersection over union, hidden parts left
-out), and what is left of the picture with every background there is.
+Because scenes are procedural, prompt adherence is a measurement and not an opinion, and the same figure
+tells what a quantization really costs. Each pixel is named by its nearest colour; the pixels of the asked
+colour around the asked place are compared with every shape at many radii and positions (intersection over
+union, hidden parts left out), and what is left of the picture with every background there is.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ NOTHING = "nothing"
 """What the judge reads where no object colour fills the asked place."""
 ATTRIBUTES = ("colour and place", "shape", "size")
 
-_WINDOW_PX = 64
+_WINDOW_PX = 72
 _TEMPLATE_PX = 48
 _RADII_PX = (7.5, 8.5, 9.5, 10.5, 11.5, 12.7, 14.7, 16.0, 17.0, 18.0, 19.0, 20.5)
 _LARGE_FROM_PX = (RADIUS_PX["small"] * RADIUS_PX["large"]) ** 0.5
@@ -204,7 +204,9 @@ def _window(labels: torch.Tensor, x: float, y: float) -> torch.Tensor:
 
 @lru_cache(maxsize=1)
 def _templates() -> torch.Tensor:
-    """Return float32 [len(SHAPES), len(_RADII_PX), _TEMPLATE_PX, _TEMPLATE_PX]: every shape at every radius."""
+    """Return float32 [len(SHAPES), len(_RADII_PX), _TEMPLATE_PX, _TEMPLATE_PX]: every shape at every
+    radius.
+    """
     axis = torch.arange(_TEMPLATE_PX) - (_TEMPLATE_PX - 1) / 2
     radius = torch.tensor(_RADII_PX).view(-1, 1, 1)
     return (signed_distances(axis.view(1, 1, -1), axis.view(1, -1, 1), radius) < 0).float()
@@ -222,12 +224,11 @@ def _best_ious(masks: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
     overlap = F.conv2d(masks[:, None], kernel)
     template_area = F.conv2d(visible[:, None], kernel)
     union = template_area + masks.sum((1, 2)).view(-1, 1, 1, 1) - overlap
-    return (overlap / union.clamp(min=1)).amax((2, 3)).unflatten(1, templates.shape[:2])
+    best = (overlap / union.clamp(min=1)).amax((2, 3))
+    return best.view(len(best), *templates.shape[:2])
 
 
-def _object_verdict(
-    scene: Scene, k: int, window: torch.Tensor, mask: torch.Tensor, iou: torch.Tensor
-) -> ObjectVerdict:
+def _object_verdict(scene: Scene, k: int, window: torch.Tensor, mask: torch.Tensor, iou: torch.Tensor) -> ObjectVerdict:
     asked = scene.objects[k]
     best = float(iou.max())
     is_placed = bool(mask.sum() >= _LEAST_PIXELS) and best >= _LEAST_IOU
@@ -262,7 +263,9 @@ def _near_objects(scenes: Sequence[Scene]) -> torch.Tensor:
 
 
 def _judge_backgrounds(images: torch.Tensor, care: torch.Tensor) -> list[tuple[Background, float]]:
-    """Return the nearest background of each picture and its distance (root mean square, 0..1) where `care`."""
+    """Return the nearest background of each picture and its distance (root mean square, 0..1) where
+    `care`.
+    """
     height, width = images.shape[-2:]
     candidates = draw_backgrounds(height, width).flatten(1)
     names = all_backgrounds()
@@ -287,8 +290,8 @@ class Adherence:
         objects: Number of objects asked for.
         object_fraction: Objects right in colour, place, shape and size: the headline figure.
         picture_fraction: Pictures with every object and the background right, and nothing else in them.
-        by_attribute: Fraction right for each of "colour and place", "shape" and "size" (the latter two among the
-            objects found at their place), "background" and "no strays" (among pictures).
+        by_attribute: Fraction right for each of "colour and place", "shape" and "size" (the latter two among
+            the objects found at their place), "background" and "no strays" (among pictures).
         confusion: {attribute: {asked: {read: count}}}, wrong and right readings.
     """
 
@@ -358,7 +361,9 @@ def _name(background: Background) -> str:
 
 
 def unseen_prompts(n: int, seed: int = 0) -> list[tuple[str, Scene]]:
-    """Return `n` captions, half English and half Chinese, of scenes held out from training, with the scenes."""
+    """Return `n` captions, half English and half Chinese, of scenes held out from training, with the
+    scenes.
+    """
     rng = random.Random(f"unseen-{seed}")
     prompts = []
     for i in range(n):
@@ -379,8 +384,8 @@ def adherence(
 ) -> Adherence:
     """Measure how far a pipeline's pictures hold what unseen prompts ask for.
 
-    Each prompt has its own noise, drawn on the CPU, so the figure does not depend on batch size or device beyond
-    rounding. The prompt enhancer is off: the captions are full ones.
+    Each prompt has its own noise, drawn on the CPU, so the figure does not depend on batch size or device
+    beyond rounding. The prompt enhancer is off: the captions are full ones.
 
     Args:
         pipe: The embedded pipeline, or what a transform made of it. Called as it is, on its own device.

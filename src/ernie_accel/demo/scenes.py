@@ -1,8 +1,9 @@
-"""What the embedded model draws: scenes as plain data, their sampler, and the renderer that is the ground truth.
+"""What the embedded model draws: scenes as plain data, their sampler, and the renderer that is the ground
+truth.
 
 A scene is one to four flat objects on a 3x3 grid over a plain, graded or textured background. Everything a
-caption can ask for is a discrete attribute of :class:`Scene`, so that a picture can be judged exactly. Only a
-little jitter of position and radius is left to chance, as in any set of hand-made drawings.
+caption can ask for is a discrete attribute of :class:`Scene`, so that a picture can be judged exactly. Only
+a little jitter of position and radius is left to chance, as in any set of hand-made drawings.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ class Background:
 class Scene:
     """A picture's content.
 
-    `objects` are in drawing order. At most two share a place: then the first is large, the second is small and
-    lies in front of it, over its lower right part.
+    `objects` are in drawing order. At most two share a place: then the first is large, the second is small
+    and lies in front of it, over its lower right part.
     """
 
     objects: tuple[Object, ...]
@@ -121,9 +122,7 @@ def is_held_out(scene: Scene) -> bool:
     return zlib.crc32(repr((scene.objects, scene.background)).encode()) % _HELD_OUT_OF == 0
 
 
-def random_scene(
-    rng: random.Random, canvas: tuple[int, int] | None = None, *, held_out: bool | None = None
-) -> Scene:
+def random_scene(rng: random.Random, canvas: tuple[int, int] | None = None, *, held_out: bool | None = None) -> Scene:
     """Draw a scene.
 
     Args:
@@ -159,7 +158,9 @@ def _random_objects(rng: random.Random) -> tuple[Object, ...]:
 
 
 def _free_colour(rng: random.Random, objects: Sequence[Object], place: str) -> str:
-    """Choose a colour that no object at this place or at one beside it has: two of a colour must not merge."""
+    """Choose a colour that no object at this place or at one beside it has: two of a colour must not
+    merge.
+    """
     taken = {o.colour for o in objects if _beside(o.place, place)}
     return rng.choice([c for c in COLOURS if c not in taken])
 
@@ -192,14 +193,12 @@ class SceneBatch:
 
     def take(self, rows: torch.Tensor) -> SceneBatch:
         """Return the scenes at the int64 indices `rows`."""
-        return SceneBatch(
-            self.objects[rows], self.in_front[rows], self.background[rows], self.height, self.width
-        )
+        return SceneBatch(self.objects[rows], self.in_front[rows], self.background[rows], self.height, self.width)
 
     def to(self, device: torch.device | str) -> SceneBatch:
         """Return the same scenes on `device`."""
-        moved = (t.to(device) for t in (self.objects, self.in_front, self.background))
-        return SceneBatch(*moved, self.height, self.width)
+        objects, in_front = self.objects.to(device), self.in_front.to(device)
+        return SceneBatch(objects, in_front, self.background.to(device), self.height, self.width)
 
 
 def to_batch(scenes: Sequence[Scene]) -> SceneBatch:
@@ -271,7 +270,7 @@ def signed_distances(dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor) -
     """
     import torch
 
-    dx, dy, radius = torch.broadcast_tensors(dx, dy, radius)
+    dx, dy, radius = torch.broadcast_tensors(dx, dy, radius)  # type: ignore[no-untyped-call]
     across, down, from_centre = dx.abs(), dy.abs(), (dx * dx + dy * dy).sqrt()
     arm = 0.34 * radius
     bar, post = torch.maximum(across - radius, down - arm), torch.maximum(across - arm, down - radius)
@@ -326,5 +325,7 @@ def _grid(step: torch.Tensor, extent: int) -> torch.Tensor:
 
 
 def render(scenes: Sequence[Scene], generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draw scenes of one canvas on the CPU: float32 [N, 3, height, width] in 0..1; see :func:`render_batch`."""
+    """Draw scenes of one canvas on the CPU: float32 [N, 3, height, width] in 0..1; see
+    :func:`render_batch`.
+    """
     return render_batch(to_batch(scenes), generator)

@@ -4,12 +4,12 @@ Stages, each with its own seed and its own weights in FOLDER/stages, which `--re
 
 1. tokenizer: byte-level BPE on captions; and the captions themselves;
 2. vae: reconstruct drawings, with a little noise on the latents; then the patchified latents' statistics;
-3. transformer: encode a pool of drawings once, then flow matching from the pool, together with the text encoder;
-4. enhancer: next-token prediction on short prompts answered by full captions;
+3. transformer: encode a pool of drawings once, then flow matching from the pool, together with the text
+encoder; 4. enhancer: next-token prediction on short prompts answered by full captions;
 5. save the pipeline in float16, load it again, and measure that.
 
-Numbers of steps are fixed, not wall-clock budgets. On one NVIDIA H200 the full recipe takes about a quarter of an
-hour; `--toy` runs every stage on a CPU in half a minute, and draws nothing recognisable.
+Numbers of steps are fixed, not wall-clock budgets. On one NVIDIA H200 the full recipe takes about a quarter
+of an hour; `--toy` runs every stage on a CPU in half a minute, and draws nothing recognisable.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ TOY = Recipe(
 
 
 def train(out: Path, recipe: Recipe, device: str, *, resume: bool = False) -> ErnieImagePipeline:
-    """Run every stage; leave the pipeline in out/model, figures in out/figures.json, pictures in out/sheet.png.
+    """Run every stage; leave the pipeline in out/model, figures in out/figures.json, pictures in
+    out/sheet.png.
 
     Returns:
         The pipeline as loaded again from its files, in float32, on `device`.
@@ -120,21 +121,35 @@ def train(out: Path, recipe: Recipe, device: str, *, resume: bool = False) -> Er
     with clock("captions"):
         data = [captioned_scenes(tokenizer, c, recipe.scenes, recipe.captions, recipe.workers) for c in CANVASES]
         lengths = torch.cat([d.lengths.flatten() for d in data]).float()
-        _log(f"caption tokens: mean {lengths.mean():.0f}, shortest {lengths.min():.0f}, longest {lengths.max():.0f}")
-    with clock("vae"), _stage(stages / "vae.safetensors", architecture.build_vae, recipe.seed, device, resume) as (
-        vae,
-        is_new,
+        _log(f"caption tokens: mean {lengths.mean():.0f}, from {lengths.min():.0f} to {lengths.max():.0f}")
+    with (
+        clock("vae"),
+        _stage(stages / "vae.safetensors", architecture.build_vae, recipe.seed, device, resume) as (
+            vae,
+            is_new,
+        ),
     ):
         if is_new:
             train_vae(vae, data[0].scenes.to(device), recipe)
-    with clock("transformer"), _stage(
-        stages / "transformer.safetensors", _Denoiser, recipe.seed + 1, device, resume
-    ) as (denoiser, is_new):
+    with (
+        clock("transformer"),
+        _stage(stages / "transformer.safetensors", _Denoiser, recipe.seed + 1, device, resume) as (
+            denoiser,
+            is_new,
+        ),
+    ):
         if is_new:
             train_denoiser(denoiser, LatentPool(vae, data, recipe, device), recipe)
-    with clock("enhancer"), _stage(
-        stages / "enhancer.safetensors", architecture.build_prompt_enhancer, recipe.seed + 2, device, resume
-    ) as (enhancer, is_new):
+    with (
+        clock("enhancer"),
+        _stage(
+            stages / "enhancer.safetensors",
+            architecture.build_prompt_enhancer,
+            recipe.seed + 2,
+            device,
+            resume,
+        ) as (enhancer, is_new),
+    ):
         if is_new:
             lessons = dialogues(enhancer_tokenizer, recipe.dialogues, recipe.workers)
             train_enhancer(enhancer, lessons, recipe)
@@ -167,9 +182,7 @@ def _log(line: str) -> None:
 
 
 @contextmanager
-def _stage(
-    file: Path, build: Callable[[], Any], seed: int, device: str, resume: bool
-) -> Iterator[tuple[Any, bool]]:
+def _stage(file: Path, build: Callable[[], Any], seed: int, device: str, resume: bool) -> Iterator[tuple[Any, bool]]:
     """Yield a seeded module and whether it must be trained; save it at the end if it was."""
     torch.manual_seed(seed)
     module = build().to(device)
@@ -218,10 +231,11 @@ def _compiled(function: Callable[..., torch.Tensor], device: str) -> Callable[..
 
 
 def train_vae(vae: AutoencoderKLFlux2, scenes: SceneBatch, recipe: Recipe) -> None:
-    """Fit the VAE to drawings, then set its batch-norm statistics to those of the patchified latents, in place.
+    """Fit the VAE to drawings, then set its batch-norm statistics to those of the patchified latents, in
+    place.
 
-    A little noise on the latents and a weak pull to zero keep the latent space smooth, so that the transformer's
-    small errors stay small in pixels.
+    A little noise on the latents and a weak pull to zero keep the latent space smooth, so that the
+    transformer's small errors stay small in pixels.
     """
     device = vae.device.type
     generator = torch.Generator(device).manual_seed(recipe.seed)
@@ -234,7 +248,8 @@ def train_vae(vae: AutoencoderKLFlux2, scenes: SceneBatch, recipe: Recipe) -> No
         mean = vae.encode(pictures).latent_dist.mean
         rebuilt = vae.decode(mean + 0.1 * noise).sample.float()
         error = F.l1_loss(rebuilt, pictures) + F.mse_loss(rebuilt, pictures)
-        return error + 2e-4 * mean.float().pow(2).mean()
+        loss: torch.Tensor = error + 2e-4 * mean.float().pow(2).mean()
+        return loss
 
     compute_loss = _compiled(loss_of, device)
     for step in range(recipe.vae_steps):
@@ -257,10 +272,13 @@ def train_vae(vae: AutoencoderKLFlux2, scenes: SceneBatch, recipe: Recipe) -> No
 
 @torch.no_grad()
 def encode(vae: AutoencoderKLFlux2, scenes: SceneBatch, generator: torch.Generator, batch: int = 256) -> torch.Tensor:
-    """Draw scenes and return their patchified latents before normalization: float32 [N, 4C, H / 16, W / 16]."""
+    """Draw scenes and return their patchified latents before normalization: float32 [N, 4C, H / 16, W /
+    16].
+    """
     device = vae.device
     latents = []
-    for rows in torch.arange(len(scenes), device=device).split(batch):
+    for start in range(0, len(scenes), batch):
+        rows = torch.arange(start, min(start + batch, len(scenes)), device=device)
         pictures = render_batch(scenes.take(rows), generator) * 2 - 1
         with torch.autocast(device.type, torch.bfloat16):
             mean = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist.mean
@@ -284,11 +302,11 @@ class TrainingBatch:
 
 
 class LatentPool:
-    """All scenes encoded once, on the training device. A batch has one canvas and one padded caption length."""
+    """All scenes encoded once, on the training device. A batch has one canvas and one padded caption
+    length.
+    """
 
-    def __init__(
-        self, vae: AutoencoderKLFlux2, data: Sequence[CaptionedScenes], recipe: Recipe, device: str
-    ) -> None:
+    def __init__(self, vae: AutoencoderKLFlux2, data: Sequence[CaptionedScenes], recipe: Recipe, device: str) -> None:
         generator = torch.Generator(device).manual_seed(recipe.seed + 10)
         mean = vae.bn.running_mean.view(1, -1, 1, 1)
         std = (vae.bn.running_var.view(1, -1, 1, 1) + _BN_EPS).sqrt()
@@ -342,7 +360,7 @@ class _Denoiser(nn.Module):
 
 
 def train_denoiser(denoiser: _Denoiser, pool: LatentPool, recipe: Recipe) -> None:
-    """Fit transformer and text encoder by flow matching, and leave their running average in them, in place."""
+    """Fit transformer and text encoder by flow matching, and leave their running average, in place."""
     parameters = [*denoiser.transformer.parameters(), *denoiser.text_encoder.language_model.parameters()]
     device = parameters[0].device.type
     denoiser.train()
@@ -376,7 +394,7 @@ def train_denoiser(denoiser: _Denoiser, pool: LatentPool, recipe: Recipe) -> Non
 
 
 def _random_sigmas(n: int, generator: torch.Generator) -> torch.Tensor:
-    """Draw noise levels [n] in 0..1: logit-normal, then the scheduler's shift (Esser et al. 2024, section 3.1)."""
+    """Draw noise levels [n] in 0..1: logit-normal, then the scheduler's shift (Esser et al. 2024)."""
     u = torch.sigmoid(torch.randn(n, device=generator.device, generator=generator))
     return architecture.SHIFT * u / (1 + (architecture.SHIFT - 1) * u)
 
@@ -462,7 +480,13 @@ def save_sheet(pipe: ErnieImagePipeline, file: Path, columns: int = 8, rows: int
     prompts = [text for text, _ in unseen_prompts(columns * rows, seed=1)]
     noise = [torch.Generator().manual_seed(i) for i in range(len(prompts))]
     pictures = pipe(
-        prompts, height=128, width=128, num_inference_steps=8, guidance_scale=1.0, generator=noise, use_pe=False
+        prompts,
+        height=128,
+        width=128,
+        num_inference_steps=8,
+        guidance_scale=1.0,
+        generator=noise,
+        use_pe=False,
     ).images
     sheet = Image.new("RGB", (columns * 132, rows * 132), "white")
     for i, picture in enumerate(pictures):

@@ -63,6 +63,9 @@ class Family:
             the scheduler they mean.
         weight_bytes: Bytes of each component of the published bfloat16 checkpoint, for planning without a pipe.
         max_prompt_tokens: What the tokenizer accepts.
+        encodes_one_by_one: Whether the stock pipeline runs its causal text encoder once for each prompt of a batch.
+        rewritten: Name of the module with its rewritten blocks (see ``RewriteBlocks``), or None.
+        kernels: Name of the module with its blocks on fused kernels (see ``FuseKernels``), or None.
     """
 
     name: str
@@ -75,3 +78,6 @@ class Family:
     schedulers: tuple[str, ...] = ()
     weight_bytes: Mapping[str, int] = field(default_factory=dict)
     max_prompt_tokens: int | None = None
+    encodes_one_by_one: bool = False
+    rewritten: str | None = None
+    kernels: str | None = None
