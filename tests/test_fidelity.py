@@ -16,6 +16,7 @@ from tests.examples import differences, snapshot
 from tests.pipelines import PIPELINES, picture, tiny_ernie, tiny_flux
 
 PROMPTS = ["a red circle", "a big blue square on red"]
+CAST = f"CastDtype('bfloat16') (lossy, >= {CastDtype('bfloat16').floor_db:g} dB)"
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 3, "guidance_scale": 1.0}
 
 
@@ -142,7 +143,7 @@ def test_functions_that_load_are_timed_and_a_pipe_that_came_loaded_says_so(ernie
     assert found.baseline.load_s > 0
     assert found.candidate.load_s > 0
     assert found.candidate.optimize_s > 0
-    assert found.candidate.applied == ("CastDtype('bfloat16') (lossy, >= 15 dB)",)
+    assert found.candidate.applied == (CAST,)
     assert any("pays for imports" in note for note in found.notes)
     assert evaluate(ernie, SliceVae(), PROMPTS[0]).baseline.load_s is None
 
@@ -176,7 +177,7 @@ def test_what_was_in_place_before_is_in_place_again(ernie):
     ernie_accel.optimize(ernie, SliceVae(), MakeContiguous(), SwapScheduler("unipc"))
     found = evaluate(ernie, CastDtype("bfloat16"), PROMPTS[0])
     assert found.baseline.applied == ("SwapScheduler('unipc') (resamples)", "SliceVae() (rounding)")
-    assert found.candidate.applied[0] == "CastDtype('bfloat16') (lossy, >= 15 dB)"
+    assert found.candidate.applied[0] == CAST
     assert len(found.candidate.applied) == 3
     in_place = [repr(e.step.transform) for e in ernie_accel.report(ernie).entries if e.applied is not None]
     assert in_place == ["SwapScheduler('unipc')", "SliceVae()"]
@@ -186,6 +187,12 @@ def test_a_change_that_cannot_be_undone_keeps_its_figures_and_says_so(ernie):
     found = evaluate(ernie, CastDtype("bfloat16", keep_originals=False), PROMPTS[0])
     assert found.ok
     assert any("the pipe stays optimized: Cannot undo CastDtype" in note for note in found.notes)
+
+
+def test_what_cannot_run_is_refused_before_anything_is_drawn(ernie, monkeypatch):
+    monkeypatch.setattr(ernie.transformer, "forward", lambda *_, **__: pytest.fail("it drew"))
+    with pytest.raises(ernie_accel.UnsupportedError, match="needs CUDA compute capability"):
+        evaluate(ernie, [CastDtype("bfloat16"), Quantize("fp8")])
 
 
 def test_a_picture_that_fails_leaves_the_scheduler_as_it_was(ernie):

@@ -64,6 +64,7 @@ def test_a_preset_is_compared_at_its_own_steps_on_both_sides(capsys, tiny, tmp_p
     ("arguments", "message"),
     [
         ((), "there is nothing to compare"),
+        (("--candidate-dtype", "fp8"), "Unknown dtype 'fp8'"),
         (("--preset", "turbo-bf61"), "Did you mean 'turbo-bf16'"),
         (("--classic", "--prompts-file", "no/such/file"), "cannot read no/such/file"),
         (("--classic", "--pe", "on"), "Unknown pe 'on'"),

@@ -148,7 +148,7 @@ def test_stock_classes_die_on_ernies_sigmas(ernie, stock, error, message):
         picture(ernie)
 
 
-@pytest.mark.parametrize("stock", ["EulerDiscreteScheduler", "EDMEulerScheduler"])
+@pytest.mark.parametrize("stock", ["EulerDiscreteScheduler", "EDMEulerScheduler", "LTXEulerAncestralRFScheduler"])
 def test_stock_euler_classes_run_a_silently_wrong_schedule(ernie, stock):
     right = ernie.scheduler
     ernie.scheduler = getattr(diffusers, stock).from_config(right.config)
@@ -156,6 +156,18 @@ def test_stock_euler_classes_run_a_silently_wrong_schedule(ernie, stock):
     right.set_timesteps(sigmas=torch.linspace(1, 0, 4)[:-1])
     wrong = ernie.scheduler.sigmas.float()
     assert len(wrong) != 4 or not torch.allclose(wrong, right.sigmas, atol=1e-2)
+
+
+@pytest.mark.parametrize("settings", [{"solver_order": 3}, {"solver_type": "bh1"}], ids=str)
+def test_stock_unipc_of_order_3_or_with_bh1_gives_nan_from_sigma_1(settings):
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    scheduler = diffusers.UniPCMultistepScheduler(**flow, **settings)
+    scheduler.set_timesteps(6)
+    scheduler.sigmas = torch.linspace(1, 0, 7)
+    sample = torch.ones(1, 4)
+    for t in scheduler.timesteps:
+        sample = scheduler.step(0.5 * sample, t, sample).prev_sample
+    assert sample.isnan().any()
 
 
 def test_the_shift_does_not_become_flow_shift():

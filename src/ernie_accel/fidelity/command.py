@@ -50,6 +50,7 @@ def evaluate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Hold a dtype or a preset against the plain pipeline. Exit code 1 if a threshold is broken or NaN is found."""
+    from ernie_accel.core.loading import check_dtype
     from ernie_accel.core.preset import find_preset
     from ernie_accel.fidelity.compare import evaluate
     from ernie_accel.fidelity.evaluation import Thresholds
@@ -59,6 +60,8 @@ def evaluate_command(
         dtype, candidate_dtype = "float32", candidate_dtype or "bfloat16"
     if candidate_dtype is None and preset is None:
         raise ErnieAccelError("there is nothing to compare: give --preset, --candidate-dtype or --classic")
+    for name in (dtype, candidate_dtype or dtype):
+        check_dtype(name)
     transforms = find_preset(preset).transforms if preset else ()
     # The baseline is called as the candidate is, so that the figures are those of the change and not of fewer steps.
     same_call = tuple(transform for transform in transforms if isinstance(transform, CallDefaults))

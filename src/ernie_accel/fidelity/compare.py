@@ -14,9 +14,9 @@ import torch
 
 from ernie_accel.core.components import Pipeline, device_of, modules_of, pipe_bytes
 from ernie_accel.core.context import Context
-from ernie_accel.core.errors import ErnieAccelError, RestoreError, UnknownNameError
+from ernie_accel.core.errors import ErnieAccelError, RestoreError, UnknownNameError, UnsupportedError
 from ernie_accel.core.optimize import optimize, report, restore
-from ernie_accel.core.plan import compose
+from ernie_accel.core.plan import compose, plan
 from ernie_accel.core.preset import Preset, find_preset
 from ernie_accel.core.text import effect_text
 from ernie_accel.core.transform import Transform
@@ -90,15 +90,18 @@ def evaluate(
     settings = {name: value for name, value in asked.items() if value is not None} | dict(call or {})
     texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
 
+    change = _transforms(candidate) if _is_change(candidate) else None
     pipe, load_s = _loaded(baseline)
     context = Context.detect(pipe)
+    if change is not None:
+        _check(pipe, change)
     if pe == "fixed":
         texts = tuple(_enhanced(pipe, text, seed, settings) for text in texts)
     first = _drawn(pipe, texts, seed, settings, repeats)
     ours = _side("baseline", pipe, first, load_s)
     notes: list[str] = []
-    if _is_change(candidate):
-        with _changed(pipe, candidate, notes):
+    if change is not None:
+        with _changed(pipe, change, notes):
             second = _drawn(pipe, texts, seed, settings, repeats, first)
             theirs = _side("candidate", pipe, second, None)
     else:
@@ -247,16 +250,38 @@ def _loaded(source: Source) -> tuple[Pipeline, float | None]:
     return pipe, time.perf_counter() - start
 
 
-@contextmanager
-def _changed(pipe: Pipeline, change: Any, notes: list[str]) -> Iterator[None]:
-    """Apply `change` on top of what is in place, and afterwards give back what was in place."""
-    before = tuple(entry.step.transform for entry in report(pipe).entries if entry.applied is not None)
+def _transforms(change: Any) -> tuple[Transform, ...]:
+    """Return the transforms of a preset, or those given, one a slot."""
     if isinstance(change, (str, Preset)):
-        added = find_preset(change).transforms
-    else:
-        added = compose((change,) if isinstance(change, Transform) else tuple(change), None)
-    by_slot = {transform.slot: transform for transform in (*before, *added)}
-    optimize(pipe, *by_slot.values())
+        return find_preset(change).transforms
+    return compose((change,) if isinstance(change, Transform) else tuple(change), None)
+
+
+def _in_place(pipe: Pipeline) -> tuple[Transform, ...]:
+    return tuple(entry.step.transform for entry in report(pipe).entries if entry.applied is not None)
+
+
+def _on_top(before: tuple[Transform, ...], change: tuple[Transform, ...]) -> tuple[Transform, ...]:
+    """Return both; what changes replaces what is in place in the same slot."""
+    return tuple({transform.slot: transform for transform in (*before, *change)}.values())
+
+
+def _check(pipe: Pipeline, change: tuple[Transform, ...]) -> None:
+    """Refuse what cannot run before anything is drawn.
+
+    Raises:
+        UnsupportedError: A transform cannot run on this pipe and machine.
+    """
+    the_plan = plan(pipe, *_on_top(_in_place(pipe), change))
+    if not the_plan.ok:
+        raise UnsupportedError(the_plan)
+
+
+@contextmanager
+def _changed(pipe: Pipeline, change: tuple[Transform, ...], notes: list[str]) -> Iterator[None]:
+    """Apply `change` on top of what is in place, and afterwards give back what was in place."""
+    before = _in_place(pipe)
+    optimize(pipe, *_on_top(before, change))
     try:
         yield
     finally:

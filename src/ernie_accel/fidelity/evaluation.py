@@ -232,7 +232,7 @@ class Evaluation:
         lines += [f"Note: {note}." for note in self.notes]
         return "\n".join(lines) + "\n"
 
-    __str__ = to_markdown
+    __str__ = __repr__ = to_markdown
 
     def save(self, folder: str | Path) -> Path:
         """Write the page, the JSON, all pictures and a contact sheet into `folder`; see `artifacts.save`."""
