@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 import ernie_accel
 from ernie_accel import Context
@@ -12,6 +13,7 @@ from ernie_accel.core.context import DEVICES, GIB
 from ernie_accel.core.preset import CARDS, find_preset, presets
 from ernie_accel.core.recommend import LADDER, card_of
 from ernie_accel.transforms.call_defaults import CallDefaults
+from tests.pipelines import PIPELINES
 
 EVERYTHING = {"torch": "2.13.0", "torchao": "0.18", "triton": "3.5", "scipy": "1.17"}
 
@@ -96,17 +98,21 @@ def test_a_card_without_its_package_leads_to_the_next_rung():
 
 def test_with_a_pipe_its_own_reasons_count(flux):
     found = ernie_accel.recommend(device("h200"), flux)
-    assert found.preset.name == "exact"
-    assert any("no turbo settings are known for FluxPipeline" in r for r in found.rejected["turbo-bf16"])
-
-
-def test_a_pipe_that_cannot_run_at_all_is_told_apart(ernie):
-    import torch
-
-    ernie.transformer.layers[0].mlp.up_proj.weight.data = torch.zeros(256, 128).to(torch.float8_e4m3fn)
+    assert found.preset.name == "turbo-bf16"
     assert any(
-        "cast to float8 without scales" in r for r in ernie_accel.recommend(device("h200"), ernie).rejected["turbo-fp8"]
+        "on_unsupported='skip', which leaves out CallDefaults('turbo'): no turbo settings are known for FluxPipeline"
+        in w
+        for w in found.warnings
     )
+    assert any("FuseKernels('fp8')" in reason for reason in found.rejected["turbo-fp8"])
+
+
+def test_for_a_pipe_that_cannot_run_at_all_nothing_is_recommended_but_exact(ernie):
+    weight = ernie.transformer.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.to(torch.float8_e4m3fn)
+    found = ernie_accel.recommend(device("h200"), ernie)
+    assert found.preset.name == "exact"
+    assert found.rejected["turbo-bf16"] == ("the pipe cannot run",)
 
 
 def test_memory_that_is_too_small_is_warned_of(ernie):
@@ -139,6 +145,14 @@ def test_quality_recommends_quality():
     assert ernie_accel.recommend(device("rtx3090"), mode="quality").preset.name == "quality-int8"
     with pytest.raises(ernie_accel.UnknownNameError, match="Unknown mode 'fast'"):
         ernie_accel.recommend(mode="fast")
+
+
+def test_a_family_without_a_distilled_checkpoint_gets_quality_and_the_samplers_of_its_guides():
+    found = ernie_accel.recommend(device("h200"), PIPELINES["lumina2"]())
+    assert found.preset.name == "quality-bf16"
+    assert all(name.startswith("quality-") for name in found.rejected)
+    assert "guides sample with SwapScheduler('unipc') or SwapScheduler('dpmpp_2m_sde')" in str(found)
+    assert "leaves out Compile(): Lumina2Transformer2DModel declares no repeated blocks" in str(found)
 
 
 def test_this_machine_is_looked_up_where_none_is_given():

@@ -11,6 +11,9 @@ from ernie_accel.core.context import DEVICES, OPTIONAL_PACKAGES, Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.preset import CARDS, Card, Preset, card_preset, presets
 from ernie_accel.core.text import human_bytes
+from ernie_accel.core.transform import Transform
+from ernie_accel.families import family_of
+from ernie_accel.families.ernie_image import ERNIE_IMAGE
 from ernie_accel.transforms.call_defaults import MODES
 from ernie_accel.transforms.dtype import CastDtype
 from ernie_accel.transforms.fuse_kernels import FuseKernels
@@ -50,6 +53,8 @@ class Rung:
 
 
 _ANY = (99, 9)
+#: Slots that a preset can do without and still give the precision it is named after.
+_NOT_PRECISION = frozenset({"blocks", "call-defaults", "compile", "encode_prompts", "graphs", "layout", "vae_compile"})
 
 #: From the fastest down; the first that pays here and can run here is recommended.
 LADDER: tuple[Rung, ...] = (
@@ -92,29 +97,43 @@ class Recommendation:
     __repr__ = __str__
 
 
-def recommend(context: Context | None = None, pipe: Pipeline | None = None, *, mode: str = "turbo") -> Recommendation:
+def recommend(
+    context: Context | None = None, pipe: Pipeline | None = None, *, mode: str | None = None
+) -> Recommendation:
     """Choose a preset for a machine, and for a pipe if one is given. Changes nothing and needs no accelerator.
 
     Args:
         context: The machine; default this one. ``Context.named("rtx3060")`` asks for another.
         pipe: With a pipe every transform is asked whether it can run on it; without one only the machine is judged,
             and memory by the size of ERNIE-Image.
-        mode: "turbo" for a distilled checkpoint, "quality" for a base one. Nothing in a pipe tells the two apart.
+        mode: "turbo" for a distilled checkpoint, "quality" for a base one. Nothing in a pipe tells the two apart; None
+            is "turbo" unless the pipe's family has no distilled checkpoint.
 
     Raises:
         UnknownNameError: There is no such mode.
     """
-    if mode not in MODES:
+    if mode not in (None, *MODES):
         raise UnknownNameError("mode", mode, MODES)
+    family = family_of(pipe) if pipe is not None else None
+    if mode is None:
+        mode = next(iter(family.modes)) if family is not None and "turbo" not in family.modes else "turbo"
+    samplers = " or ".join(f"SwapScheduler({name!r})" for name in family.schedulers) if family is not None else ""
+    advice = (
+        (f"{family.name}'s guides sample with {samplers}: pass it beside the preset",) if family and samplers else ()
+    )
     machine = context or Context.detect(pipe)
     rejected: dict[str, tuple[str, ...]] = {}
-    for preset, why, problems in _candidates(machine, mode):
-        reasons = tuple(problems) or _refusals(pipe, preset, machine)
-        if not reasons:
-            return Recommendation(preset, machine, why, MappingProxyType(rejected), _warnings(pipe, preset, machine))
-        rejected[preset.name] = reasons
-    exact = presets["exact"]
-    return Recommendation(exact, machine, ("it runs everywhere",), MappingProxyType(rejected))
+    candidates = [(*candidate, _refused(pipe, candidate[0], machine)) for candidate in _candidates(machine, mode)]
+    # First what runs whole; else what gives the precision at least, with the rest of the preset left out.
+    for allowed in (frozenset[str](), _NOT_PRECISION):
+        rejected.clear()
+        for preset, why, problems, refused in candidates:
+            if not problems and refused is not None and {transform.slot for transform in refused} <= allowed:
+                left_out = [f"pass on_unsupported='skip', which leaves out {line}" for line in _lines(refused)]
+                warnings = (*left_out, *_memory_warnings(pipe, preset, machine))
+                return Recommendation(preset, machine, why + advice, MappingProxyType(rejected), warnings)
+            rejected[preset.name] = (*problems, *_lines(refused)) if refused is not None else ("the pipe cannot run",)
+    return Recommendation(presets["exact"], machine, ("nothing else can run",), MappingProxyType(rejected))
 
 
 def _candidates(machine: Context, mode: str) -> list[tuple[Preset, tuple[str, ...], list[str]]]:
@@ -151,19 +170,21 @@ def card_of(machine: Context) -> Card | None:
     return None
 
 
-def _refusals(pipe: Pipeline | None, preset: Preset, machine: Context) -> tuple[str, ...]:
-    """Return why the preset cannot run on `pipe`, as its transforms say."""
+def _refused(pipe: Pipeline | None, preset: Preset, machine: Context) -> Mapping[Transform, tuple[str, ...]] | None:
+    """Return the transforms that cannot run on `pipe`, with their reasons; None if the pipe cannot run at all."""
     if pipe is None:
-        return ()
+        return {}
     from ernie_accel.core.plan import plan
 
     the_plan = plan(pipe, preset=preset, context=machine)
-    return the_plan.blockers + tuple(
-        f"{transform!r}: {reason}" for transform, reasons in the_plan.problems.items() for reason in reasons
-    )
+    return None if the_plan.blockers else the_plan.problems
 
 
-def _warnings(pipe: Pipeline | None, preset: Preset, machine: Context) -> tuple[str, ...]:
+def _lines(refused: Mapping[Transform, tuple[str, ...]]) -> list[str]:
+    return [f"{transform!r}: {reason}" for transform, reasons in refused.items() for reason in reasons]
+
+
+def _memory_warnings(pipe: Pipeline | None, preset: Preset, machine: Context) -> tuple[str, ...]:
     if machine.memory_bytes is None:
         return ()
     weights = _weight_bytes(pipe, preset, machine)
@@ -184,8 +205,6 @@ def _weight_bytes(pipe: Pipeline | None, preset: Preset, machine: Context) -> in
         the_plan = plan(pipe, preset=preset, context=machine)
         sizes = [s.preview.bytes_after for s in the_plan.steps if s.preview and s.preview.bytes_after is not None]
         return sizes[-1] if sizes else the_plan.bytes_before
-    from ernie_accel.families.ernie_image import ERNIE_IMAGE
-
     sizes_bf16 = dict(ERNIE_IMAGE.weight_bytes)
     quantized = any(
         isinstance(transform, Quantize) or (isinstance(transform, FuseKernels) and transform.precision == "fp8")
