@@ -53,6 +53,10 @@ EXAMPLES: tuple[Transform, ...] = (
     SliceVae(),
     SwapScheduler("euler_ancestral"),
     SwapScheduler("euler", shift=5.0),
+    SwapScheduler("unipc"),
+    SwapScheduler("heun", karras=True),
+    SwapScheduler("dpmpp_sde", timestep_spacing="trailing"),
+    SwapScheduler("lcm"),
     TileVae(tile_px=32),
     TruncatePrompts(8, keep="tail"),
 )

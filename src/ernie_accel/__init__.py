@@ -31,11 +31,14 @@ if TYPE_CHECKING:
     from ernie_accel.core.optimize import optimize, report, restore
     from ernie_accel.core.plan import Plan, plan
     from ernie_accel.core.preset import Preset, presets
+    from ernie_accel.core.recommend import Recommendation, recommend
     from ernie_accel.core.report import Report
     from ernie_accel.core.saving import load, save
     from ernie_accel.core.transform import Applied, Effect, LayerReceipt, Phase, Preview, Transform
     from ernie_accel.core.undo import Undo
     from ernie_accel.families.family import Family
+    from ernie_accel.fidelity.compare import evaluate
+    from ernie_accel.fidelity.evaluation import Evaluation, Thresholds
     from ernie_accel.transforms import transform_from_json
     from ernie_accel.transforms.attention import ElideMask, ExpandAttentionMask, SetAttention
     from ernie_accel.transforms.autocast import Autocast
@@ -74,11 +77,14 @@ _HOMES = {
     "ernie_accel.core.optimize": ("optimize", "report", "restore"),
     "ernie_accel.core.plan": ("Plan", "plan"),
     "ernie_accel.core.preset": ("Preset", "presets"),
+    "ernie_accel.core.recommend": ("Recommendation", "recommend"),
     "ernie_accel.core.report": ("Report",),
     "ernie_accel.core.saving": ("load", "save"),
     "ernie_accel.core.transform": ("Applied", "Effect", "LayerReceipt", "Phase", "Preview", "Transform"),
     "ernie_accel.core.undo": ("Undo",),
     "ernie_accel.families.family": ("Family",),
+    "ernie_accel.fidelity.compare": ("evaluate",),
+    "ernie_accel.fidelity.evaluation": ("Evaluation", "Thresholds"),
     "ernie_accel.transforms": ("transform_from_json",),
     "ernie_accel.transforms.attention": ("ElideMask", "ExpandAttentionMask", "SetAttention"),
     "ernie_accel.transforms.autocast": ("Autocast",),
@@ -121,6 +127,7 @@ __all__ = [
     "ElideMask",
     "ErnieAccelError",
     "ExpandAttentionMask",
+    "Evaluation",
     "Family",
     "FuseKernels",
     "LayerReceipt",
@@ -133,6 +140,7 @@ __all__ = [
     "Preset",
     "Preview",
     "Quantize",
+    "Recommendation",
     "Report",
     "RestoreError",
     "RewriteBlocks",
@@ -140,6 +148,7 @@ __all__ = [
     "SetAttention",
     "SliceVae",
     "SwapScheduler",
+    "Thresholds",
     "TileVae",
     "Transform",
     "TruncatePrompts",
@@ -149,9 +158,11 @@ __all__ = [
     "batch",
     "demo",
     "load",
+    "evaluate",
     "optimize",
     "plan",
     "presets",
+    "recommend",
     "report",
     "restore",
     "save",

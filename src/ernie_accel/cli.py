@@ -1,4 +1,4 @@
-"""The command line: ``ernie-accel demo | plan | optimize | batch | info``. Each command is a thin shell of the API."""
+"""The command line: ``ernie-accel demo | plan | optimize | batch | evaluate | info``: thin shells of the API."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.fidelity.command import evaluate_command
 
 if TYPE_CHECKING:
     from ernie_accel.core.components import Pipeline
@@ -45,7 +46,8 @@ def demo_command(
     import diffusers
 
     from ernie_accel.core.context import Context
-    from ernie_accel.core.preset import find_preset, fitting_preset
+    from ernie_accel.core.preset import find_preset
+    from ernie_accel.core.recommend import fitting_preset
     from ernie_accel.demo.show import STEPS, show
 
     diffusers.utils.logging.disable_progress_bar()  # two small pipelines load in a second
@@ -76,7 +78,8 @@ def plan_command(
     from ernie_accel.core.context import Context
     from ernie_accel.core.loading import load_pipeline
     from ernie_accel.core.plan import plan
-    from ernie_accel.core.preset import find_preset, fitting_preset
+    from ernie_accel.core.preset import find_preset
+    from ernie_accel.core.recommend import fitting_preset
 
     context = Context.named(device) if device else Context.detect()
     chosen = find_preset(preset) if preset else fitting_preset(context)
@@ -142,6 +145,9 @@ def batch_command(
         raise typer.Exit(3)
 
 
+app.command("evaluate")(evaluate_command)
+
+
 @app.command("info")
 def info_command() -> None:
     """Say what is installed, which presets can run here, and why others cannot."""
@@ -173,7 +179,8 @@ def _load_and_optimize(
     from ernie_accel.core.context import Context
     from ernie_accel.core.loading import load_pipeline
     from ernie_accel.core.optimize import optimize, report
-    from ernie_accel.core.preset import find_preset, fitting_preset
+    from ernie_accel.core.preset import find_preset
+    from ernie_accel.core.recommend import fitting_preset
 
     chosen = find_preset(preset) if preset else fitting_preset(Context.detect())
     pipe = load_pipeline(model, dtype)

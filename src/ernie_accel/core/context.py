@@ -29,6 +29,7 @@ OPTIONAL_PACKAGES: Mapping[str, str] = MappingProxyType(
         "optimum.quanto": "quanto",
         "bitsandbytes": "bitsandbytes",
         "gguf": "gguf",
+        "scipy": "scipy",
         "torch_npu": "npu",
         "ray": "ray",
         "httpx": "http",

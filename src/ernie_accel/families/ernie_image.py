@@ -37,6 +37,16 @@ ERNIE_IMAGE = Family(
             "pe": (r"lm_head\b",),
         }
     ),
+    # Files of the published checkpoint, as a derivative's card lists them (Xiejiehang/ERNIE-Image-NF4); the VAE is
+    # what remains of the whole.
+    weight_bytes=MappingProxyType(
+        {
+            "transformer": 16_067_025_160,
+            "text_encoder": 7_698_241_104,
+            "pe": 7_663_346_520,
+            "vae": 219_468_267,
+        }
+    ),
     max_prompt_tokens=2048,
     rewritten="ernie_accel.families.ernie_image_blocks",
     kernels="ernie_accel.families.ernie_image_kernels",
