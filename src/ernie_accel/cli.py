@@ -102,7 +102,7 @@ def optimize_command(
     width, height = width or usual[0], height or usual[1]
     row = Row(line=1, index=0, prompt=prompt, file_name=out.name, seed=seed, width=width, height=height)
     pipe, the_report = _load_and_optimize(model, dtype, preset, skip_unsupported)
-    result = next(produce(pipe, [row], out.parent, overwrite=True, progress=False))
+    result = next(produce(pipe, [row], out.parent, overwrite=True, resume=False, progress=False))
     if result.error is not None:
         raise ErnieAccelError(f"the picture failed: {result.error}")
     typer.echo(the_report.to_json() if as_json else str(the_report))
