@@ -32,7 +32,8 @@ class PromptStage:
     def __init__(self, pipe: Any, *, free: bool = False) -> None:
         self._pipe = pipe
         self._free = free
-        self._homes: dict[str, Any] = {}  # components taken off the device, and the device they were on
+        self._device = pipe._execution_device  # now, while every component is in its place
+        self._freed: dict[str, tuple[Any, Any]] = {}  # components taken off the device, and where they were
         self._texts: OrderedDict[Hashable, str] = OrderedDict()
         self._embeds: OrderedDict[str, Any] = OrderedDict()  # [T, D] on the CPU
 
@@ -49,7 +50,7 @@ class PromptStage:
         texts += [request.negative_prompt or "" for request in requests if self._guided(request)]
         self._encode_missing(texts)
         if self._free:
-            self._move_off()
+            self._take_off()
 
     def length_class(self, request: Request) -> int:
         """Return the prompt's tokens rounded up to a power of two: within it, padding costs less than it saves."""
@@ -72,13 +73,13 @@ class PromptStage:
         """Forget the embeddings, and put back on the device what was taken off it."""
         self._texts.clear()
         self._embeds.clear()
-        for name, device in self._homes.items():
-            getattr(self._pipe, name).to(device)
-        self._homes.clear()
+        for name in tuple(self._freed):
+            self._put_back(name)
 
     @property
     def _enhances(self) -> bool:
-        return getattr(self._pipe, "pe", None) is not None and getattr(self._pipe, "pe_tokenizer", None) is not None
+        present = "pe" in self._freed or getattr(self._pipe, "pe", None) is not None
+        return present and getattr(self._pipe, "pe_tokenizer", None) is not None
 
     def _guided(self, request: Request) -> bool:
         if request.guidance_scale is not None:
@@ -114,8 +115,8 @@ class PromptStage:
             TopPLogitsWarper,
         )
 
-        self._move_on("pe")
-        tokenizer, device = self._pipe.pe_tokenizer, self._pipe._execution_device
+        self._put_back("pe")
+        tokenizer, device = self._pipe.pe_tokenizer, self._device
         ids = [tokenizer(self._chat(request))["input_ids"] for request in requests]
         longest = max(map(len, ids))
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -164,8 +165,8 @@ class PromptStage:
         """Return the embeddings [T, D] of each text; padding on the right is masked and cannot be seen (causal)."""
         import torch
 
-        self._move_on("text_encoder")
-        pipe, device = self._pipe, self._pipe._execution_device
+        self._put_back("text_encoder")
+        pipe, device = self._pipe, self._device
         ids = [pipe.tokenizer(t, add_special_tokens=True, truncation=True, padding=False)["input_ids"] for t in texts]
         start = pipe.tokenizer.bos_token_id or 0
         ids = [row or [start] for row in ids]
@@ -181,16 +182,19 @@ class PromptStage:
         while not self._free and len(kept) > _KEPT:
             kept.popitem(last=False)
 
-    def _move_off(self) -> None:
+    def _take_off(self) -> None:
         for name in ("text_encoder", "pe"):
             part = getattr(self._pipe, name, None)
-            if part is not None and part.device.type != "cpu":
-                self._homes[name] = part.device
+            if part is not None:
+                self._freed[name] = (part, part.device)
+                # Out of the pipe too: diffusers takes any component's device for the one to run on.
+                setattr(self._pipe, name, None)
                 part.to("cpu")
 
-    def _move_on(self, name: str) -> None:
-        if name in self._homes:
-            getattr(self._pipe, name).to(self._homes.pop(name))
+    def _put_back(self, name: str) -> None:
+        if name in self._freed:
+            part, device = self._freed.pop(name)
+            setattr(self._pipe, name, part.to(device))
 
 
 def _call_defaults(pipe: Any) -> dict[str, Any]:
