@@ -92,7 +92,6 @@ class Line:
         retries: int = 0,
         rerolls: int = 0,
         timeout_s: float | None = None,
-        ahead: int = 64,
     ) -> None:
         """Connect the parts; nothing begins before `advance`.
 
@@ -106,11 +105,10 @@ class Line:
             retries: Further attempts for a row that fails.
             rerolls: Further seeds for a row whose picture is sifted out.
             timeout_s: Seconds for a batch; None: no limit.
-            ahead: Rows whose prompts are prepared together, ahead of rendering.
         """
         self._engine, self._ledger, self._writer, self._schedule = engine, ledger, writer, schedule
         self._telemetry, self._out = telemetry, out
-        self._retries, self._rerolls, self._timeout_s, self._ahead = retries, rerolls, timeout_s, ahead
+        self._retries, self._rerolls, self._timeout_s = retries, rerolls, timeout_s
         # A single slot renders in the caller's thread: Ctrl-C then reaches a hung pipe, and CUDA has one thread.
         self._pool = ThreadPoolExecutor(engine.slots, "ernie-accel-slot") if engine.slots > 1 else None
         self._unprepared: deque[Task] = deque()
@@ -198,7 +196,7 @@ class Line:
     def _next_batch(self) -> list[Task]:
         """Return the next batch, full unless no more rows can come."""
         while not (tasks := self._schedule.next_batch(only_full=bool(self._unprepared))) and self._unprepared:
-            some = [self._unprepared.popleft() for _ in range(min(self._ahead, len(self._unprepared)))]
+            some = [self._unprepared.popleft() for _ in range(min(self._engine.ahead, len(self._unprepared)))]
             try:
                 self._engine.prepare([task.current() for task in some])
             # Broad on purpose, as around rendering: a prompt that cannot be encoded will fail its own row there.

@@ -68,12 +68,30 @@ def pattern_problems(pattern: str, columns: Collection[str]) -> list[str]:
     return problems
 
 
+def template_problems(template: str, columns: Collection[str]) -> list[str]:
+    """Return every reason why a prompt template cannot be filled from the rows of a table (empty list: it can)."""
+    heading = f"template {template!r}"
+    try:
+        pieces = list(_pieces(template))
+    except ValueError as error:
+        return [f"{heading} cannot be read ({error}); write it like 'a photo of {{name}}', and a brace as '{{{{'"]
+    fields = [(field, suffix) for _, field, suffix in pieces if field is not None]
+    problems = [] if fields else [f"{heading} names no column; every picture would have the same prompt"]
+    valid = ", ".join(f"{{{name}}}" for name in columns)
+    for field, suffix in fields:
+        if field not in columns:
+            problems.append(f"{heading} uses {{{field}}}, but there is no such column; valid here: {valid}")
+        elif suffix:
+            problems.append(f"{heading} has {{{field}{suffix}}}; columns go in as they are: {{{field}}}")
+    return problems
+
+
 def fill_pattern(pattern: str, columns: Mapping[str, str], index: int) -> str:
-    """Return the file name of one row, by a pattern that `pattern_problems` found nothing wrong with."""
+    """Return one row's file name or prompt, by a pattern or template that nothing was found wrong with."""
     name = ""
     for literal, field, suffix in _pieces(pattern):
         name += literal
-        if field == "index":
+        if field == "index" and field not in columns:
             name += format(index, suffix.removeprefix(":"))
         elif field is not None:
             name += columns[field]

@@ -35,6 +35,7 @@ def produce(
     overwrite: bool = False,
     resume: bool = True,
     batch_size: int | None = None,
+    free_encoders: bool = False,
     retries: int = 0,
     fail_fast: bool = False,
     timeout_s: float | None = None,
@@ -68,6 +69,8 @@ def produce(
             errors, before anything is rendered.
         resume: Keep a ledger in the folder. Without it nothing but pictures appears there, and every row is made.
         batch_size: Rows per batch; None: found by trying. Halved where memory runs out either way.
+        free_encoders: Enhance and encode all prompts first, and take text encoder and prompt enhancer off the device
+            while the pictures are made; with an `Engine`, give it to that.
         retries: Further attempts for a row that fails.
         fail_fast: Begin nothing more once a row has failed; what is under way is finished.
         timeout_s: Seconds for a batch; see `Engine.render` for what happens to one that takes longer.
@@ -90,7 +93,7 @@ def produce(
         EngineLostError: From the iterator, if the engine cannot render any more.
     """
     rows, out = tuple(rows), Path(out)
-    engine = pipe if isinstance(pipe, Engine) else LocalEngine(pipe, max_batch=batch_size)
+    engine = pipe if isinstance(pipe, Engine) else LocalEngine(pipe, max_batch=batch_size, free_encoders=free_encoders)
     tasks = tasks_of(rows, seed)
     if problems := [*_row_problems(tasks), *engine.problems([(task.row.line, task.request) for task in tasks])]:
         raise BatchInputError(None, problems)

@@ -14,6 +14,7 @@ MAX_SEED = 2**64 - 1  # the largest that torch.Generator.manual_seed takes
 MAX_SIDE = 8192  # pixels; beyond it a typing mistake is far likelier than a wish
 MAX_STEPS = 1000  # the training timesteps of every supported scheduler
 MAX_GUIDANCE = 100.0
+MAX_VARIANTS = 1000
 
 
 class Columns(Mapping[str, str]):

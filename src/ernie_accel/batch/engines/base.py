@@ -63,10 +63,12 @@ class Engine(ABC):
     Attributes:
         slots: How many batches can be under way at once.
         max_batch: The largest batch worth trying; 1: no batches.
+        ahead: How many rows `prepare` is handed at once, before they are rendered.
     """
 
     slots: int = 1
     max_batch: int = 1
+    ahead: int = 64
 
     @abstractmethod
     def render(self, requests: Sequence[Request], timeout_s: float | None = None) -> Sequence[Outcome]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from concurrent.futures import Future
@@ -60,6 +61,8 @@ class LocalEngine(Engine):
         self._as_tensors = is_pipeline and "output_type" in self._parameters
         self._prompts = _prompt_stage(pipe, free_encoders) if is_pipeline else None
         self._lost = False
+        if free_encoders:
+            self.ahead = sys.maxsize  # every row, since the encoders do not come back
 
     def render(self, requests: Sequence[Request], timeout_s: float | None = None) -> Sequence[Outcome]:
         """Call the pipe once for all requests; see `Engine.render`."""
