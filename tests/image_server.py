@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -113,7 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif deed == "refuse":
             self.answer(400, {"error": {"message": "prompt was refused by the safety checker", "code": 400}})
         elif deed == "reset":
-            self.connection.close()
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
         elif deed == "slow":
             time.sleep(1.5)
             self.close_connection = True

@@ -18,7 +18,7 @@ from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 
 
 def engine_for(*servers: ImageServer, **options) -> HttpEngine:
-    usual = {"server": servers[0].kind, "backoff_s": 0.01, "retries": 3}
+    usual = {"server": servers[0].kind, "backoff_s": 0.01, "retries": 3, "request_timeout_s": 10}
     return HttpEngine([server.address for server in servers], **(usual | options))
 
 
@@ -123,7 +123,7 @@ def test_a_dead_server_costs_no_row(tmp_path):
         unused.bind(("127.0.0.1", 0))
         dead = f"http://127.0.0.1:{unused.getsockname()[1]}"
     with ImageServer() as server:
-        engine = HttpEngine([dead, server.address], backoff_s=0.01)
+        engine = HttpEngine([dead, server.address], backoff_s=0.01, request_timeout_s=10)
         results = run(engine, sized_rows(12), tmp_path)
     assert [result.error for result in results] == [None] * 12
     assert len(server.requests) == 12
