@@ -11,9 +11,9 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from PIL import Image
-from stub_engine import picture_of
 
 from ernie_accel.batch.engines import Request
+from tests.stub_engine import picture_of
 
 SGLANG_FIELDS = {
     "prompt": str,

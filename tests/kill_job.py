@@ -1,4 +1,4 @@
-"""Kill a batch job at random moments, resume it each time, and check what it left: ``python kill_job.py FOLDER KILLS``.
+"""Kill a batch job at random moments, resume it each time, and check the end: ``python -m tests.kill_job FOLDER KILLS``.
 
 A program of its own, because it forks: a child runs the job and is killed, so no interpreter has to start 200 times.
 """
@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 from PIL import Image
-from stub_engine import StubEngine, make_rows, picture_of
 
 from ernie_accel.batch import produce
 from ernie_accel.batch.task import tasks_of
+from tests.stub_engine import StubEngine, make_rows, picture_of
 
 ROWS = 300
 

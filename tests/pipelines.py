@@ -85,7 +85,9 @@ def tiny_ernie(*, layers: int = 2, dtype: torch.dtype = torch.float32) -> Any:
     encoder = Mistral3Model(Mistral3Config(text_config=text, vision_config=vision))
     for part in (transformer, vae, encoder):
         randomize(part)
-        part.to(dtype).eval().requires_grad_(False)
+        if dtype != torch.float32:
+            part.to(dtype)
+        part.eval().requires_grad_(False)
     pipe = ErnieImagePipeline(
         transformer=transformer,
         vae=vae,

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pipelines import randomize, tiny_ernie, tiny_tokenizer
-from stub_engine import make_rows
 
 from ernie_accel.batch import Row, produce
 from ernie_accel.batch.engines import LocalEngine, Request
+from tests.pipelines import randomize, tiny_ernie, tiny_tokenizer
+from tests.stub_engine import make_rows
 
 PROMPTS = (
     "a big red circle on a small blue square on a big red square",

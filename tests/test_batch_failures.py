@@ -12,13 +12,13 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from pipelines import tiny_ernie
-from stub_engine import StubEngine, make_rows, picture_of
-from stub_pipes import StepPipe, load_nothing
 
 from ernie_accel.batch import BatchOutputError, produce
 from ernie_accel.batch.engines import EngineLostError, LocalEngine, WorkerLostError
 from ernie_accel.batch.engines.process import ProcessEngine
+from tests.pipelines import tiny_ernie
+from tests.stub_engine import StubEngine, make_rows, picture_of
+from tests.stub_pipes import StepPipe, load_nothing
 
 
 def run(engine, rows, out, **options):

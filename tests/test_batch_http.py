@@ -7,14 +7,14 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
-from image_server import ImageServer
 from PIL import Image
-from stub_engine import make_rows, picture_of
 
 from ernie_accel.batch import BatchInputError, produce
 from ernie_accel.batch.engines import Request
 from ernie_accel.batch.engines.http import HttpEngine
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
+from tests.image_server import ImageServer
+from tests.stub_engine import make_rows, picture_of
 
 
 def engine_for(*servers: ImageServer, **options) -> HttpEngine:

@@ -14,9 +14,8 @@ KILLS = 200
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the job's driver forks; Windows cannot")
 def test_a_job_killed_at_random_moments_loses_nothing_and_makes_nothing_twice(tmp_path):
-    driver = Path(__file__).parent / "kill_job.py"
-    run = subprocess.run(
-        [sys.executable, str(driver), str(tmp_path), str(KILLS)], capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, "-m", "tests.kill_job", str(tmp_path), str(KILLS)]
+    root = Path(__file__).parents[1]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=root)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith(f"{KILLS} kills over ")

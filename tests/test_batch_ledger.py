@@ -12,14 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from stub_engine import StubEngine, make_rows
 
 from ernie_accel.batch import BatchChangedError, BatchOutputError, produce
 from ernie_accel.batch.ledger import JOB_FOLDER
+from tests.stub_engine import StubEngine, make_rows
 
 
 def run(engine, rows, out, **options):
-    return list(produce(engine, rows, out, progress=False, **options))
+    results = list(produce(engine, rows, out, progress=False, **options))
+    return sorted(results, key=lambda result: result.row.index)
 
 
 def rendered(engine):
@@ -107,10 +108,10 @@ def test_a_second_process_is_refused_while_the_first_works(tmp_path):
     results = produce(StubEngine(), make_rows(9), tmp_path, progress=False, batch_size=1)
     next(results)
     code = (
-        "import sys; from stub_engine import *; from ernie_accel.batch import produce;"
+        "import sys; from tests.stub_engine import *; from ernie_accel.batch import produce;"
         "list(produce(StubEngine(), make_rows(9), sys.argv[1], progress=False))"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-c", code, str(tmp_path)]
     second = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert "another process is at work on this job; wait for it, or choose another output" in second.stderr

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import functools
 import sqlite3
+from pathlib import Path
 
 import pytest
-from stub_engine import make_rows
-from stub_pipes import StepPipe
 
 from ernie_accel.batch import produce
+from tests.stub_engine import make_rows
+from tests.stub_pipes import StepPipe
 
 ray = pytest.importorskip("ray", reason="the Ray engine is an extra")
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80_000_000)
+    environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}}  # actors import the stub from here
+    ray.init(
+        num_cpus=2,
+        runtime_env=environment,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=80_000_000,
+    )
     yield
     ray.shutdown()
 

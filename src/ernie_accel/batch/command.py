@@ -128,7 +128,7 @@ def run_job(job: Job) -> int:
     if interrupted:
         typer.echo("Interrupted; run the same command again to go on.", err=True)
         return EXIT_INTERRUPTED
-    return EXIT_FAILED if failed or skipped else 0
+    return EXIT_FAILED if failed else 0
 
 
 def _engine(job: Job) -> tuple[Engine, dict[str, str]]:

@@ -131,7 +131,7 @@ def installed_versions() -> Mapping[str, str]:
                 versions[package] = importlib.metadata.version(_DISTRIBUTIONS.get(package, package))
             except importlib.metadata.PackageNotFoundError:
                 versions[package] = "unknown"
-    return MappingProxyType(versions)
+    return versions
 
 
 def _importable(package: str) -> bool:

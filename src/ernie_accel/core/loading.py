@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 from pathlib import Path
-from typing import Any
+
+import torch
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from ernie_accel.transforms.dtype import DTYPES
 
 DEVICES = ("auto", "cpu", "cuda", "npu")
+
+
+def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return `dtype` under the name that the installed diffusers' ``from_pretrained`` wants."""
+    release = tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version("diffusers"))[:2])
+    return {"dtype" if release >= (0, 42) else "torch_dtype": dtype}
 
 
 def load_pipeline(model: str | None = None, dtype: str = "auto", device: str = "auto") -> Pipeline:
@@ -24,23 +33,21 @@ def load_pipeline(model: str | None = None, dtype: str = "auto", device: str = "
         UnknownNameError: `dtype` or `device` is unknown.
         ErnieAccelError: There is no such model, or it is no pipeline.
     """
-    import torch
-
     if dtype not in ("auto", *DTYPES):
         raise UnknownNameError("dtype", dtype, ("auto", *DTYPES))
     if device not in DEVICES:
         raise UnknownNameError("device", device, DEVICES)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch_dtype = DTYPES["float32" if device == "cpu" else "bfloat16"] if dtype == "auto" else DTYPES[dtype]
-    return _from_anywhere(model, torch_dtype).to(device)
+    name = dtype if dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
+    return _from_anywhere(model, DTYPES[name]).to(device)
 
 
-def _from_anywhere(model: str | None, torch_dtype: Any) -> Pipeline:
+def _from_anywhere(model: str | None, dtype: torch.dtype) -> Pipeline:
     if model is None:
         from ernie_accel import demo
 
-        return demo.load(dtype=torch_dtype)
+        return demo.load(dtype=dtype)
     folder = Path(model)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ErnieAccelError(f"{model} holds no pipeline: there is no model_index.json, as save_pretrained writes it")
@@ -49,6 +56,6 @@ def _from_anywhere(model: str | None, torch_dtype: Any) -> Pipeline:
     from diffusers import DiffusionPipeline
 
     try:
-        return DiffusionPipeline.from_pretrained(model, torch_dtype=torch_dtype, use_safetensors=True)
+        return DiffusionPipeline.from_pretrained(model, use_safetensors=True, **dtype_argument(dtype))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ErnieAccelError(f"cannot load {model!r}: {error}") from error

@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
+from ernie_accel.core.carried import carried_report, carry, drop, is_copy, split_entries
 from ernie_accel.core.components import Pipeline, pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ApplyError, RestoreError, UnknownNameError, UnsupportedError
-from ernie_accel.core.plan import Step, check_pipeline, compose, plan_steps, title_of
+from ernie_accel.core.plan import check_pipeline, compose, plan_steps, title_of
 from ernie_accel.core.preset import Preset, find_preset
 from ernie_accel.core.report import Entry, Report
+from ernie_accel.core.step import Step
 from ernie_accel.core.transform import Transform
-
-_ATTRIBUTE = "_ernie_accel"
 
 
 def optimize(
@@ -65,28 +65,26 @@ def optimize(
     machine = context or Context.detect(pipe)
 
     old = report(pipe)
-    kept, removed = _split(old.entries, wanted)
+    kept, removed = split_entries(old.entries, wanted)
     _undo(pipe, removed)
-    machine_then = machine.after(*(entry.step.transform for entry in kept if entry.status != "skipped"))
+    now = machine.after(*(entry.step.transform for entry in kept if not entry.step.reasons))
     try:
-        the_plan = plan_steps(pipe, wanted[len(kept) :], named, machine_then)
+        the_plan = plan_steps(pipe, wanted, named, machine, kept)
         if the_plan.blockers or (the_plan.problems and on_unsupported == "error"):
             raise UnsupportedError(the_plan)
-        added = _apply(pipe, the_plan.steps, machine_then)
+        added = _apply(pipe, the_plan.steps[len(kept) :], now)
     except BaseException:  # Ctrl-C too: a wish that failed leaves the pipe as the one before it made it
-        _remember(pipe, replace(old, entries=kept + _apply(pipe, [entry.step for entry in removed], machine_then)))
+        if removed:
+            carry(pipe, replace(old, entries=kept + _apply(pipe, [entry.step for entry in removed], now)))
         raise
-    _remember(pipe, Report(title_of(wanted, named), type(pipe).__name__, machine, kept + added))
+    carry(pipe, Report(title_of(wanted, named), type(pipe).__name__, machine, kept + added))
     return pipe
 
 
 def report(pipe: Pipeline) -> Report:
     """Return what has been applied to `pipe`, skipped and why; print it. Empty for an untouched pipe."""
     check_pipeline(pipe)
-    carried = vars(pipe).get(_ATTRIBUTE)
-    if isinstance(carried, _Carried):
-        return carried.report
-    return Report("nothing applied", type(pipe).__name__, Context.detect(pipe), ())
+    return carried_report(pipe) or Report("nothing applied", type(pipe).__name__, Context.detect(pipe), ())
 
 
 def restore(pipe: Pipeline) -> Pipeline:
@@ -96,29 +94,8 @@ def restore(pipe: Pipeline) -> Pipeline:
         RestoreError: A transform has no undo; nothing was undone.
     """
     _undo(pipe, report(pipe).entries)
-    if _ATTRIBUTE in vars(pipe):
-        object.__delattr__(pipe, _ATTRIBUTE)
+    drop(pipe)
     return pipe
-
-
-@dataclass(frozen=True)
-class _Carried:
-    """What an optimized pipe carries. The id tells the pipe itself from a deep copy, whose undo is not its own."""
-
-    report: Report
-    pipe_id: int
-
-
-def _remember(pipe: Pipeline, the_report: Report) -> None:
-    object.__setattr__(pipe, _ATTRIBUTE, _Carried(the_report, id(pipe)))  # past the pipeline's config bookkeeping
-
-
-def _split(entries: tuple[Entry, ...], wanted: tuple[Transform, ...]) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
-    """Return the entries that `wanted` begins with too, and the rest."""
-    same = 0
-    while same < min(len(entries), len(wanted)) and entries[same].step.transform == wanted[same]:
-        same += 1
-    return entries[:same], entries[same:]
 
 
 def _apply(pipe: Pipeline, steps: Iterable[Step], context: Context) -> tuple[Entry, ...]:
@@ -154,8 +131,7 @@ def _undo(pipe: Pipeline, entries: Iterable[Entry]) -> None:
             continue
         if entry.applied.undo is None:
             raise RestoreError(entry.step.transform, str(entry.applied.no_undo))
-        carried = vars(pipe).get(_ATTRIBUTE)
-        if isinstance(carried, _Carried) and carried.pipe_id != id(pipe):
+        if is_copy(pipe):
             raise RestoreError(entry.step.transform, "this pipe is a deep copy; restore the pipe it was copied from")
         undos.append(entry.applied.undo)
     for undo in reversed(undos):

@@ -4,37 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ernie_accel.core.carried import carried_report, split_entries
 from ernie_accel.core.components import Pipeline, bare_float8, pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ConflictError, ErnieAccelError
 from ernie_accel.core.preset import Preset, find_preset
+from ernie_accel.core.report import Entry
+from ernie_accel.core.step import Step
 from ernie_accel.core.text import effect_text, human_bytes, summarise, table
-from ernie_accel.core.transform import Effect, Preview, Transform
-
-
-@dataclass(frozen=True)
-class Step:
-    """One transform of a plan.
-
-    Attributes:
-        transform: The transform.
-        reasons: Why it cannot run; empty if it can.
-        preview: What it would change; None if it cannot run.
-    """
-
-    transform: Transform
-    reasons: tuple[str, ...]
-    preview: Preview | None
-
-    @property
-    def verdict(self) -> str:
-        """ "apply", "nothing to do" (the pipe is already so) or "unsupported"."""
-        if self.preview is None:
-            return "unsupported"
-        return "apply" if self.preview.changes else "nothing to do"
+from ernie_accel.core.transform import Effect, Transform
 
 
 @dataclass(frozen=True)
@@ -49,6 +30,8 @@ class Plan:
         blockers: Reasons why this pipe cannot run at all, whatever the transforms.
         preset: The preset the transforms came from, if any.
         bytes_before: Bytes of the pipe's weights now.
+        undoes: What an earlier `optimize` applied and this one would undo first. The steps are planned on the pipe as
+            it is now, with these still in place.
     """
 
     pipe_class: str
@@ -58,11 +41,12 @@ class Plan:
     blockers: tuple[str, ...]
     preset: Preset | None
     bytes_before: int
+    undoes: tuple[Transform, ...] = ()
 
     @property
     def problems(self) -> dict[Transform, tuple[str, ...]]:
         """The transforms that cannot run, each with all its reasons."""
-        return {step.transform: step.reasons for step in self.steps if step.reasons}
+        return {step.transform: step.reasons for step in self.steps if step.verdict == "unsupported"}
 
     @property
     def ok(self) -> bool:
@@ -93,6 +77,8 @@ class Plan:
         what = f"{self.pipe_class} ({self.family or 'of no known family'})"
         lines = [f"Plan: {self.title} for {what} on {self.context}"]
         lines += [f"  - {blocker}" for blocker in self.blockers]
+        if self.undoes:
+            lines.append(f"First undoes {', '.join(map(repr, self.undoes))}.")
         lines.append(table(("#", "transform", "effect", "what would change", "weights"), self._rows(), frozenset({0})))
         lines += list(self._footnotes())
         return "\n".join(lines)
@@ -103,6 +89,9 @@ class Plan:
         before = self.bytes_before
         for number, step in enumerate(self.steps, start=1):
             effect = effect_text(step.transform.effect.value, step.transform.floor_db)
+            if step.in_place:
+                yield str(number), repr(step.transform), "-", "in place already", ""
+                continue
             if step.preview is None:
                 yield str(number), repr(step.transform), "-", "cannot: see below", ""
                 continue
@@ -116,9 +105,9 @@ class Plan:
 
     def _footnotes(self) -> Iterator[str]:
         for number, step in enumerate(self.steps, start=1):
-            if step.preview is not None and step.preview.changes and step.preview.note:
+            if step.verdict == "apply" and step.preview is not None and step.preview.note:
                 yield f"{number}: {step.preview.note}"
-            for reason in step.reasons:
+            for reason in step.reasons if step.verdict == "unsupported" else ():
                 yield f"{number}: cannot: {reason}"
         if self.ok:
             yield f"Overall effect: {self.effect.value}."
@@ -151,6 +140,7 @@ class Plan:
             "effect": self.effect.value,
             "blockers": self.blockers,
             "bytes_before": self.bytes_before,
+            "undoes": [transform.to_json() for transform in self.undoes],
             "steps": steps,
         }
         return json.dumps(document, indent=2, ensure_ascii=False)
@@ -208,21 +198,38 @@ def plan(
     """
     wanted = compose(transforms, preset)
     check_pipeline(pipe)
-    return plan_steps(
-        pipe, wanted, find_preset(preset) if preset is not None else None, context or Context.detect(pipe)
-    )
+    named = find_preset(preset) if preset is not None else None
+    carried = carried_report(pipe)
+    kept, removed = split_entries(carried.entries, wanted) if carried else ((), ())
+    the_plan = plan_steps(pipe, wanted, named, context or Context.detect(pipe), kept)
+    return replace(the_plan, undoes=tuple(entry.step.transform for entry in removed if entry.applied is not None))
 
 
-def plan_steps(pipe: Pipeline, wanted: tuple[Transform, ...], preset: Preset | None, context: Context) -> Plan:
-    """Ask every transform, each in the context that the ones before it leave behind."""
+def plan_steps(
+    pipe: Pipeline,
+    wanted: tuple[Transform, ...],
+    preset: Preset | None,
+    context: Context,
+    kept: tuple[Entry, ...] = (),
+) -> Plan:
+    """Ask every transform, each in the context that the ones before it leave behind.
+
+    Args:
+        pipe: The pipeline; `kept` is in place on it.
+        wanted: All transforms in order, those of `kept` first.
+        preset: Where they came from.
+        context: The machine.
+        kept: What an earlier `optimize` did and that stays.
+    """
     from ernie_accel.families import family_of
 
-    steps: list[Step] = []
-    for transform in wanted:
-        reasons = tuple(transform.unsupported(pipe, context))
-        steps.append(Step(transform, reasons, None if reasons else transform.preview(pipe, context)))
+    steps = [replace(entry.step, in_place=not entry.step.reasons) for entry in kept]
+    now = context.after(*(entry.step.transform for entry in kept if not entry.step.reasons))
+    for transform in wanted[len(kept) :]:
+        reasons = tuple(transform.unsupported(pipe, now))
+        steps.append(Step(transform, reasons, None if reasons else transform.preview(pipe, now)))
         if not reasons:
-            context = context.after(transform)
+            now = now.after(transform)
     family = family_of(pipe)
     return Plan(
         pipe_class=type(pipe).__name__,

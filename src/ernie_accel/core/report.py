@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ernie_accel.core.context import Context
-from ernie_accel.core.plan import Step
+from ernie_accel.core.step import Step
 from ernie_accel.core.text import effect_text, human_bytes, summarise, table
 from ernie_accel.core.transform import Applied, Effect
 

@@ -66,8 +66,8 @@ class SwapScheduler(Transform):
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         changes = self._changes(pipe)
-        config = dict(pipe.scheduler.config) | SCHEDULERS[self.name] | self._shift()
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+        # As keywords: from_config drops what its first argument merely inherited as a default.
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, **self._settings())
         if scheduler.config.stochastic_sampling:
             # On the instance: the class stays diffusers' own, and what save_pretrained writes can be loaded.
             scheduler.step = MethodType(_seeded_step, scheduler)
@@ -75,13 +75,14 @@ class SwapScheduler(Transform):
             undo.setattr(pipe, "scheduler", scheduler)
         return Applied(changes, undo=undo, note=self._note())
 
-    def _shift(self) -> dict[str, float]:
-        return {} if self.shift is None else {"shift": self.shift}
+    def _settings(self) -> dict[str, Any]:
+        return SCHEDULERS[self.name] | ({} if self.shift is None else {"shift": self.shift})
 
     def _changes(self, pipe: Pipeline) -> tuple[str, ...]:
-        wanted = SCHEDULERS[self.name] | self._shift()
         have = pipe.scheduler.config
-        return tuple(f"scheduler.{key} {have[key]} -> {new}" for key, new in wanted.items() if have[key] != new)
+        return tuple(
+            f"scheduler.{key} {have[key]} -> {new}" for key, new in self._settings().items() if have[key] != new
+        )
 
     def _note(self) -> str:
         if self.name == "euler_ancestral":

@@ -1,0 +1,38 @@
+"""Without extras: nothing optional is installed, and each missing piece is named with the way to get it."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+import ernie_accel
+from ernie_accel.core.context import OPTIONAL_PACKAGES, Context
+from tests.pipelines import picture, tiny_ernie
+
+
+@pytest.mark.parametrize("package", sorted(OPTIONAL_PACKAGES))
+def test_this_environment_really_is_lite(package):
+    assert package not in Context.detect().versions
+    assert importlib.util.find_spec(package.split(".")[0]) is None
+
+
+@pytest.mark.parametrize(("package", "extra"), sorted(OPTIONAL_PACKAGES.items()))
+def test_a_missing_package_is_named_with_its_extra(package, extra):
+    assert Context.detect().missing(package) == [f"{package} is not installed: pip install 'ernie-accel[{extra}]'"]
+
+
+def test_quantizing_without_its_library_is_refused_with_the_extra():
+    pipe = tiny_ernie()
+    with pytest.raises(
+        ernie_accel.UnsupportedError, match=r"torchao is not installed: pip install 'ernie-accel\[torchao\]'"
+    ):
+        ernie_accel.optimize(pipe, ernie_accel.Quantize("int8-weight-only"))
+
+
+@pytest.mark.parametrize("preset", ["exact", "turbo-fp32", "turbo-bf16", "quality-bf16"])
+def test_presets_that_need_no_extra_work(preset):
+    pipe = tiny_ernie()
+    ernie_accel.optimize(pipe, ernie_accel.SliceVae(), preset=preset)
+    ernie_accel.restore(pipe)
+    assert picture(pipe).isfinite().all()

@@ -1,0 +1,171 @@
+"""The commands do what they say, and what goes wrong is one clear message before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from PIL import Image
+
+import ernie_accel
+from ernie_accel import cli, demo
+from ernie_accel.batch.engines.prompts import PromptStage
+
+
+def run(capsys, *arguments):
+    """Return (exit code, stdout, stderr) of a command."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(list(map(str, arguments)))
+    out, err = capsys.readouterr()
+    return caught.value.code or 0, out, err
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    monkeypatch.setattr(demo, "load", lambda **_: pytest.fail("a model was loaded"))
+
+
+@pytest.fixture
+def table(tmp_path):
+    path = tmp_path / "prompts.csv"
+    path.write_text(
+        "sku,seed,width,height,prompt\n"
+        "mug,1,128,128,a large red circle in the center on a grey background\n"
+        "cup,2,160,128,a small blue square on the left on a cream background\n",
+        encoding="utf-8-sig",
+    )
+    return path
+
+
+def test_plan_prints_the_plan_and_its_exit_code_says_whether_it_can_run(capsys):
+    code, out, _ = run(capsys, "plan", "--preset", "turbo-bf16", "--device", "h200")
+    assert code == 0
+    assert out.startswith("Plan: preset 'turbo-bf16' for ErnieImagePipeline (ERNIE-Image) on cuda (NVIDIA H200")
+    code, out, _ = run(capsys, "plan", "--preset", "turbo-fp8", "--device", "rtx3060")
+    assert code == 1
+    assert "fp8 needs CUDA compute capability >= 8.9; this device has 8.6" in out
+
+
+def test_plan_as_json(capsys):
+    code, out, _ = run(capsys, "plan", "--preset", "exact", "--json")
+    assert code == 0
+    assert json.loads(out)["plan"] == "exact"
+
+
+def test_optimize_draws_a_picture_and_prints_the_report(capsys, tmp_path):
+    picture = tmp_path / "new" / "red.png"
+    code, out, _ = run(capsys, "optimize", "a large red circle", "--preset", "exact", "--out", picture)
+    assert code == 0
+    assert out.startswith("Report: preset 'exact' on ErnieImagePipeline")
+    with Image.open(picture) as image:
+        assert image.size == (128, 128)
+        assert image.text["prompt"] == "a large red circle"
+
+
+def test_batch_makes_a_picture_per_row(capsys, tmp_path, table):
+    out_folder = tmp_path / "out"
+    code, out, _ = run(capsys, "batch", table, "--out", out_folder, "--preset", "exact")
+    assert code == 0
+    assert re.search(r"^2 succeeded, 0 failed, in [\d.]+ s: ", out, flags=re.MULTILINE)
+    sizes = {path.name: Image.open(path).size for path in out_folder.glob("*.png")}
+    assert sizes == {"mug.png": (128, 128), "cup.png": (160, 128)}
+
+
+def test_a_row_that_fails_is_told_and_the_exit_code_is_three(capsys, tmp_path, table, monkeypatch):
+    chat = PromptStage._chat
+
+    def fail_on_blue(self, request):
+        if "blue" in request.prompt:
+            raise RuntimeError("no blue today")
+        return chat(self, request)
+
+    monkeypatch.setattr(PromptStage, "_chat", fail_on_blue)
+    code, out, err = run(capsys, "batch", table, "--out", tmp_path / "out", "--preset", "exact")
+    assert code == 3
+    assert "1 succeeded, 1 failed" in out
+    assert f"{table}:3: cup.png failed: RuntimeError: no blue today" in err
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["mug.png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"sku,text\nmug,a red circle\n", "has no 'prompt' column"),
+        (b"", "is empty"),
+        (b"sku,prompt\nmug,\xff\xfe\n", "is not UTF-8"),
+        (b"sku,prompt\nmug,a\nmug,b\n", "line 3: file name 'mug.png' (from '{sku}.png') is taken by line 2"),
+        (b"sku,prompt\n../../mug,a\n", "line 2: file name '../../mug.png'"),
+        (b"sku,prompt\na/b,a\n", "line 2: file name 'a/b.png'"),
+        (b"sku,width,height,prompt\nmug,1000,1024,a\n", "the nearest valid size is 1008x1024"),
+    ],
+)
+def test_a_bad_table_is_told_before_anything_is_loaded(capsys, tmp_path, content, message, nothing_is_loaded):
+    path = tmp_path / "bad.csv"
+    path.write_bytes(content)
+    code, out, err = run(capsys, "batch", path, "--out", tmp_path / "out")
+    assert code == 2
+    assert message in err
+    assert str(path) in err
+    assert not (tmp_path / "out").exists()
+    assert "Traceback" not in err + out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("plan", "--preset", "turbo-bf61"), "error: Unknown preset 'turbo-bf61'. Did you mean 'turbo-bf16'?"),
+        (("plan", "--device", "h2000"), "error: Unknown device 'h2000'"),
+        (("plan", "--dtype", "fp8"), "error: Unknown dtype 'fp8'"),
+        (("optimize", "a red circle", "--preset", "nope"), "error: Unknown preset 'nope'"),
+        (("plan", "--model", "no/such/folder"), "error: there is no folder 'no/such/folder', and it is no hub id"),
+    ],
+)
+def test_unknown_names_are_told_before_anything_is_loaded(capsys, arguments, message, nothing_is_loaded):
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert err.startswith(message)
+
+
+def test_a_folder_that_is_no_pipeline(capsys, tmp_path):
+    code, _, err = run(capsys, "plan", "--model", tmp_path)
+    assert code == 2
+    assert err == f"error: {tmp_path} holds no pipeline: there is no model_index.json, as save_pretrained writes it\n"
+
+
+def test_a_hub_id_without_a_network(capsys):
+    code, _, err = run(capsys, "plan", "--model", "nobody/nothing")
+    assert code == 2
+    assert "error: cannot load 'nobody/nothing': " in err
+
+
+def test_a_saved_pipeline_can_be_named(capsys, tmp_path):
+    demo.load().save_pretrained(tmp_path / "saved")
+    code, out, _ = run(capsys, "plan", "--preset", "exact", "--model", tmp_path / "saved")
+    assert code == 0
+    assert "ERNIE-Image" in out
+
+
+def test_info_says_what_is_installed_and_what_can_run_here(capsys):
+    code, out, _ = run(capsys, "info")
+    assert code == 0
+    assert f"ernie-accel {ernie_accel.__version__}" in out
+    for name in ernie_accel.presets:
+        assert re.search(rf"^  {name} +can(not)? run here: ", out, flags=re.MULTILINE)
+    assert re.search(r"turbo-fp8 +cannot run here", out)
+    assert "fp8 needs CUDA compute capability >= 8.9" in out
+    assert re.search(r"torch_npu +- torch_npu is not installed: pip install 'ernie-accel\[npu\]'", out)
+
+
+def test_demo_measures_and_never_flatters(capsys, tmp_path):
+    sheet = tmp_path / "sheet.png"
+    code, out, _ = run(capsys, "demo", "--out", sheet, "--preset", "exact")
+    assert code == 0
+    assert re.search(r"^  stock +[\d.]+ ms", out, re.MULTILINE)
+    assert re.search(r"^  optimized +[\d.]+ ms", out, re.MULTILINE)
+    ratio, verdict = re.search(r"^  ratio +([\d.]+) x +(.*), median of the pairs", out, re.MULTILINE).groups()
+    assert verdict == ("faster" if float(ratio) > 1 else "not faster on this machine")
+    assert "the first optimized picture took" in out
+    assert str(sheet) in out
+    with Image.open(sheet) as image:
+        assert image.width > 800

@@ -1,0 +1,43 @@
+"""Every Python example of the README and the docs runs, in order, as a reader would paste it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+#: An example that cannot run everywhere stands behind this comment, with the reason.
+NOT_RUN = re.compile(r"<!-- not run: .+ -->\s*$")
+
+
+def examples(page: Path) -> list[tuple[int, str]]:
+    """Return (line, code) of the page's Python examples that are to be run."""
+    text = page.read_text(encoding="utf-8")
+    found = []
+    for match in re.finditer(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+        if not NOT_RUN.search(text[: match.start()]):
+            found.append((text[: match.start()].count("\n") + 2, match.group(1)))
+    return found
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if examples(p)], ids=lambda p: p.name)
+def test_examples_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.csv").write_text("sku,prompt\nmug,a large red circle in the center on a grey background\n")
+    namespace: dict = {}
+    for line, code in examples(page):
+        exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)  # so that a failure names the line
+    assert namespace
+
+
+def test_the_readme_has_examples_that_run():
+    assert examples(ROOT / "README.md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_within_the_repository_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []

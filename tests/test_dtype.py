@@ -1,0 +1,62 @@
+"""Casting equals loading in that dtype, tensor by tensor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ernie_accel
+from ernie_accel import CastDtype
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_it_equals_loading_with_torch_dtype(ernie, name, tmp_path):
+    from diffusers import ErnieImagePipeline
+
+    ernie.save_pretrained(tmp_path)
+    loaded = ErnieImagePipeline.from_pretrained(tmp_path, torch_dtype=getattr(torch, name), local_files_only=True)
+    ernie_accel.optimize(ernie, CastDtype(name))
+    for component in ("transformer", "vae", "text_encoder"):
+        ours, theirs = (
+            dict([*m.named_parameters(), *m.named_buffers()])
+            for m in (getattr(ernie, component), getattr(loaded, component))
+        )
+        assert ours.keys() == theirs.keys()
+        for tensor in ours:
+            assert ours[tensor].dtype == theirs[tensor].dtype, f"{component}.{tensor}"
+            assert torch.equal(ours[tensor], theirs[tensor]), f"{component}.{tensor}"
+
+
+def test_rope_frequencies_of_the_text_encoder_stay_in_float32(ernie):
+    frequencies = [b for n, b in ernie.text_encoder.named_buffers() if "inv_freq" in n]
+    assert frequencies
+    ernie_accel.optimize(ernie, CastDtype("bf16"))
+    assert all(b.dtype == torch.float32 for n, b in ernie.text_encoder.named_buffers() if "inv_freq" in n)
+
+
+def test_modules_that_a_model_keeps_in_float32_stay(ernie):
+    ernie.transformer._keep_in_fp32_modules = ["time_embedding"]
+    ernie_accel.optimize(ernie, CastDtype("bf16"))
+    assert ernie.transformer.time_embedding.linear_1.weight.dtype == torch.float32
+    assert ernie.transformer.final_linear.weight.dtype == torch.bfloat16
+
+
+def test_components_can_be_chosen(ernie):
+    ernie_accel.optimize(ernie, CastDtype("bf16", components=("transformer",)))
+    assert ernie.transformer.dtype == torch.bfloat16
+    assert ernie.vae.dtype == ernie.text_encoder.dtype == torch.float32
+
+
+def test_tied_weights_stay_tied(ernie):
+    ernie.transformer.layers[1].mlp.up_proj.weight = ernie.transformer.layers[0].mlp.up_proj.weight
+    ernie_accel.optimize(ernie, CastDtype("bf16"))
+    assert ernie.transformer.layers[1].mlp.up_proj.weight is ernie.transformer.layers[0].mlp.up_proj.weight
+    assert ernie.transformer.layers[1].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+def test_bfloat16_on_an_old_card_is_refused_with_the_way_out(ernie):
+    plan = ernie_accel.plan(ernie, CastDtype("bf16"), context=ernie_accel.Context.named("t4"))
+    assert plan.problems[CastDtype("bf16")] == (
+        "bfloat16 needs CUDA compute capability >= 8.0; this device has 7.5: use 'float16'",
+    )
+    assert ernie_accel.plan(ernie, CastDtype("fp16"), context=ernie_accel.Context.named("t4")).ok

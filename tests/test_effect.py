@@ -1,0 +1,68 @@
+"""Every declared effect is earned: EXACT bitwise, ROUNDING within the declared distance, LOSSY above its floor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ernie_accel
+from ernie_accel import CastDtype, Compile, Effect, MakeContiguous, Quantize, SliceVae
+from ernie_accel.core.preset import presets
+from ernie_accel.core.transform import ROUNDING_REL
+from tests.examples import EXAMPLES, make_awkward
+from tests.pipelines import picture
+
+TWO_PROMPTS = ["a red circle", "a big blue square on red"]
+
+
+def rel(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def db(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (20 * torch.log10(b.norm() / (a - b).norm())).item()
+
+
+@pytest.mark.parametrize("transform", [t for t in EXAMPLES if t.effect is Effect.EXACT], ids=repr)
+def test_exact_is_bitwise(transform, ernie):
+    make_awkward(ernie)
+    before = picture(ernie, prompt=TWO_PROMPTS, guidance_scale=3.0)
+    ernie_accel.optimize(ernie, transform)
+    assert torch.equal(picture(ernie, prompt=TWO_PROMPTS, guidance_scale=3.0), before)
+
+
+def test_the_exact_preset_holds_exact_transforms_only():
+    assert all(transform.effect is Effect.EXACT for transform in presets["exact"].transforms)
+
+
+@pytest.mark.parametrize("transform", [SliceVae(), Compile()], ids=repr)
+def test_rounding_stays_within_the_spread(transform, ernie):
+    assert transform.effect is Effect.ROUNDING
+    before = picture(ernie, prompt=TWO_PROMPTS)
+    ernie_accel.optimize(ernie, transform)
+    assert rel(picture(ernie, prompt=TWO_PROMPTS), before) < ROUNDING_REL["float32"]
+
+
+@pytest.mark.parametrize(
+    "transform", [CastDtype("bfloat16"), CastDtype("float16"), Quantize("int8-weight-only")], ids=repr
+)
+def test_lossy_stays_above_its_floor(transform, ernie):
+    before = picture(ernie, output_type="latent", steps=8)
+    ernie_accel.optimize(ernie, transform)
+    assert db(picture(ernie, output_type="latent", steps=8), before) > transform.floor_db
+
+
+def test_what_resamples_really_gives_another_picture(ernie):
+    before = picture(ernie)
+    for transform in (t for t in EXAMPLES if t.effect is Effect.RESAMPLES and t.slot == "scheduler"):
+        ernie_accel.optimize(ernie, transform)
+        assert rel(picture(ernie), before) > 1e-3
+        ernie_accel.restore(ernie)
+
+
+def test_a_plan_has_the_strongest_effect_of_what_it_would_apply(ernie):
+    assert ernie_accel.plan(ernie, MakeContiguous()).effect is Effect.EXACT
+    assert ernie_accel.plan(ernie, MakeContiguous(), SliceVae()).effect is Effect.ROUNDING
+    assert ernie_accel.plan(ernie, CastDtype("bf16"), SliceVae()).effect is Effect.LOSSY
+    assert ernie_accel.plan(ernie, CastDtype("fp32"), SliceVae()).effect is Effect.ROUNDING  # float32 already
+    assert ernie_accel.plan(ernie, preset="turbo-bf16").effect is Effect.RESAMPLES

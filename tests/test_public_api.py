@@ -1,0 +1,103 @@
+"""The public surface, name by name: a name that comes or goes is a decision and not an accident."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import ernie_accel
+from ernie_accel.transforms import TRANSFORMS
+
+VERBS = {"optimize", "plan", "report", "restore", "transform_from_json"}
+MODULES = {"batch", "demo"}
+DATA = {"presets"}
+CLASSES = {
+    "Applied",
+    "Context",
+    "Effect",
+    "Family",
+    "Phase",
+    "Plan",
+    "Preset",
+    "Preview",
+    "Report",
+    "Transform",
+    "Undo",
+}
+ERRORS = {
+    "ApplyError",
+    "BatchInputError",
+    "BatchOutputError",
+    "ConflictError",
+    "ErnieAccelError",
+    "MissingExtraError",
+    "RestoreError",
+    "UnknownNameError",
+    "UnsupportedError",
+}
+
+
+def test_all_is_exactly_this():
+    expected = VERBS | MODULES | DATA | CLASSES | ERRORS | set(TRANSFORMS)
+    assert set(ernie_accel.__all__) == expected
+    assert len(ernie_accel.__all__) == len(expected)
+
+
+@pytest.mark.parametrize("name", ernie_accel.__all__)
+def test_every_name_is_there_and_listed(name):
+    assert getattr(ernie_accel, name) is not None
+    assert name in dir(ernie_accel)
+
+
+def test_functions_stay_functions_whatever_is_imported():
+    for name in ("optimize", "plan", "report", "preset", "transform"):
+        importlib.import_module(f"ernie_accel.core.{name}")
+    assert callable(ernie_accel.optimize)
+    assert callable(ernie_accel.plan)
+    assert callable(ernie_accel.report)
+
+
+def test_every_error_is_ours():
+    for name in ERRORS:
+        assert issubclass(getattr(ernie_accel, name), ernie_accel.ErnieAccelError)
+
+
+def test_presets_list_themselves():
+    assert set(ernie_accel.presets) == {"exact", "turbo-fp32", "turbo-bf16", "turbo-fp8", "quality-bf16"}
+    for name, preset in ernie_accel.presets.items():
+        assert preset.name == name
+        assert f"{name} " in repr(ernie_accel.presets)
+        assert preset.summary in repr(ernie_accel.presets)
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_importing_loads_neither_torch_nor_diffusers_and_is_quick():
+    code = (
+        "import time, sys; start = time.perf_counter(); import ernie_accel; "
+        "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'PIL'} & set(sys.modules); "
+        "print(time.perf_counter() - start, *heavy)"
+    )
+    seconds, *heavy = min((run(code).split() for _ in range(3)), key=lambda out: float(out[0]))
+    assert heavy == []
+    assert float(seconds) < 0.2
+
+
+def test_the_command_line_and_the_batch_table_load_no_torch():
+    code = "import sys, ernie_accel.cli, ernie_accel.batch, ernie_accel.demo; print('torch' in sys.modules)"
+    assert run(code).strip() == "False"
+
+
+def test_optional_packages_are_not_imported_by_planning():
+    code = (
+        "import sys; from tests.pipelines import tiny_ernie; import ernie_accel; pipe = tiny_ernie()\n"
+        "print(ernie_accel.plan(pipe, preset='turbo-fp8', context=ernie_accel.Context.named('ascend910b')))\n"
+        "print(sorted(m for m in ('torch_npu', 'optimum', 'bitsandbytes', 'gguf', 'ray') if m in sys.modules))"
+    )
+    assert run(code).splitlines()[-1] == "[]"
