@@ -188,9 +188,9 @@ def test_encoders_leave_the_device_and_come_back():
     engine.prepare([request(0, guidance_scale=4.0)])
     assert pipe.text_encoder is None
     (picture,) = engine.render([request(0, guidance_scale=4.0)])
-    assert picture.tobytes() == expected.tobytes()
+    assert np.abs(pixels(picture) - pixels(expected)).max() <= 1
     assert pipe.text_encoder is None
     (unprepared,) = engine.render([request(1)])  # brings the encoder back for as long as it takes
-    assert unprepared.tobytes() == stock(tiny_ernie(), request(1)).tobytes()
+    assert np.abs(pixels(unprepared) - pixels(stock(tiny_ernie(), request(1)))).max() <= 1
     engine.close()
     assert pipe.text_encoder is encoder

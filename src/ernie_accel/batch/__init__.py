@@ -11,6 +11,7 @@ from __future__ import annotations
 from ernie_accel.batch.errors import BatchChangedError, BatchInputError, BatchOutputError
 from ernie_accel.batch.line import Result
 from ernie_accel.batch.produce import aproduce, produce
+from ernie_accel.batch.producer import Producer
 from ernie_accel.batch.row import Row
 from ernie_accel.batch.sift import Sift
 from ernie_accel.batch.table import read_table
@@ -19,6 +20,7 @@ __all__ = [
     "BatchChangedError",
     "BatchInputError",
     "BatchOutputError",
+    "Producer",
     "Result",
     "Row",
     "Sift",
