@@ -40,6 +40,8 @@ GENERAL_TAGS = (
     "caption",
 )
 
+_BLOCKS = ("character_1", "general_tags", "caption")  # character_2 and so on go before
+
 _STRUCTURED = re.compile(r"</?\s*(character_\d+|general_tags)\b")
 _BARE_AMPERSAND = re.compile(r"&(?!#?\w+;)")  # the model reads plain text: people write it as it is
 
@@ -72,7 +74,7 @@ def structure_problems(prompt: str) -> list[str]:
             problems += _block_problems(block, CHARACTER_TAGS)
         elif block.tag == "general_tags":
             problems += _block_problems(block, GENERAL_TAGS)
-        elif close := difflib.get_close_matches(block.tag, ("character_1", "general_tags", "caption"), n=1, cutoff=0.8):
+        elif block.tag not in _BLOCKS and (close := difflib.get_close_matches(block.tag, _BLOCKS, n=1, cutoff=0.8)):
             problems.append(f"structured prompt has a block <{block.tag}>; did you mean <{close[0]}>?")
     return problems
 

@@ -58,6 +58,8 @@ def read_table(
     records = _read_records(path)
     named = [name for name in records.columns if name]
     problems = list(records.problems)
+    if not named and (problems or records.row_problems):  # nothing was read; what follows would only repeat it
+        raise BatchInputError(path, sorted([*problems, *records.row_problems], key=_line))
     problems += [(records.header_line, message) for message in _name_problems(records.columns, template is not None)]
     problems += [(None, message) for message in _option_problems(named, template, folder_by)]
     if default_size is not None and (reason := size_problem(*default_size, size_multiple)):
@@ -187,7 +189,7 @@ def _records(text: str, problems: list[Problem]) -> Iterator[tuple[int, list[str
 
 def _separator(header: Sequence[str]) -> str | None:
     """Return what separates the columns, quoted for a message, if that does not seem to be a comma."""
-    if len(header) > 1:
+    if len(header) != 1:
         return None
     return next((repr(mark) for mark in (";", "\t", "|") if mark in header[0]), None)
 

@@ -10,7 +10,8 @@
     ├── RestoreError                      the original cannot be given back; says why
     ├── MissingExtraError (ImportError)   an optional package is needed; names the pip extra
     ├── BatchInputError (ValueError)      rows with mistakes, all of them with their lines   (batch/errors.py)
-    └── BatchOutputError                  pictures cannot be written where they should go    (batch/errors.py)
+    ├── BatchOutputError                  pictures cannot be written where they should go    (batch/errors.py)
+    └── BatchChangedError                 a job cannot go on with another input or settings  (batch/errors.py)
 
 Messages repeat the input, say what was found, what was expected and the fix; the same facts are attributes.
 """
