@@ -70,6 +70,7 @@ class _Facts:
         self.moments = sorted(entry.finished_at for entry in done if entry.finished_at is not None)
 
     def markdown(self) -> str:
+        """Return the report for a terminal, a ticket or a pull request."""
         lines = ["# Batch report", "", "| | |", "|---|---|"]
         lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in self.numbers]
         if self.reasons:
@@ -80,6 +81,7 @@ class _Facts:
         return "\n".join(lines) + "\n"
 
     def html(self, sheet: bytes | None) -> str:
+        """Return the report as one page that needs no other file; `sheet` is a contact sheet as PNG."""
         parts = [_HEAD, "<h1>Batch report</h1>", _table(self.numbers)]
         if self.reasons:
             parts += ["<h2>Why pictures are missing</h2>", _table([(str(n), reason) for reason, n in self.reasons])]

@@ -32,7 +32,10 @@ class RemoteError(ErnieAccelError):
 
 
 class ProcessEngine(Engine):
-    """A pipeline in a child process, loaded there by a function that can be pickled."""
+    """A pipeline in a child process, loaded there by a function that can be pickled.
+
+    It prepares nothing ahead: a batch's prompts are encoded with the batch, so that its timeout covers that as well.
+    """
 
     def __init__(self, load: Callable[[], Pipe], *, max_batch: int | None = None, load_timeout_s: float = 1800) -> None:
         """Start the child and load the pipeline in it.
@@ -59,12 +62,6 @@ class ProcessEngine(Engine):
             self._start()
         outcomes: Sequence[Outcome] = self._call("render", list(requests), timeout_s=timeout_s)
         return outcomes
-
-    def prepare(self, requests: Sequence[Request]) -> None:
-        """Have the child enhance and encode the prompts."""
-        if self._child is None:
-            self._start()
-        self._call("prepare", list(requests))
 
     def bucket(self, request: Request) -> Hashable:
         """Return the request's shape; the length of its prompt is known in the child only."""
