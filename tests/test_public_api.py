@@ -29,6 +29,7 @@ CLASSES = {
 }
 ERRORS = {
     "ApplyError",
+    "BatchChangedError",
     "BatchInputError",
     "BatchOutputError",
     "ConflictError",
