@@ -22,9 +22,7 @@ from ernie_accel.demo.evaluate import describe, evaluate, summary
 
 def main() -> None:
     """Measure the stored model and print, or write, the figures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=1000)
     parser.add_argument("--requests", type=int, default=500, help="short prompts for the prompt enhancer")
     parser.add_argument("--steps", type=int, nargs="+", default=[8, 4, 20])

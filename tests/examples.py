@@ -8,11 +8,14 @@ from typing import Any
 import torch
 
 from ernie_accel import (
+    BatchPromptEncoding,
     CallDefaults,
     CastDtype,
     Compile,
+    CompileVae,
     MakeContiguous,
     Quantize,
+    RewriteBlocks,
     SliceVae,
     SwapScheduler,
     TileVae,
@@ -20,13 +23,16 @@ from ernie_accel import (
 )
 
 EXAMPLES: tuple[Transform, ...] = (
+    BatchPromptEncoding(),
     CallDefaults(num_inference_steps=3),
     CallDefaults("turbo", guidance_scale=2.0),
     CastDtype("bfloat16"),
     CastDtype("float16", components=("transformer",)),
     Compile(),
+    CompileVae(),
     MakeContiguous(),
     Quantize("int8-weight-only"),
+    RewriteBlocks(),
     SliceVae(),
     SwapScheduler("euler_ancestral"),
     SwapScheduler("euler", shift=5.0),

@@ -19,7 +19,8 @@ every_transform = pytest.mark.parametrize("transform", EXAMPLES, ids=repr)
 
 
 def test_every_transform_of_the_catalogue_has_an_example():
-    assert {type(transform).__name__ for transform in EXAMPLES} == set(TRANSFORMS)
+    elsewhere = {"CaptureGraphs", "FuseKernels"}  # need a GPU and another transform before them: files of their own
+    assert {type(transform).__name__ for transform in EXAMPLES} == set(TRANSFORMS) - elsewhere
 
 
 @every_transform

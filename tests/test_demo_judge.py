@@ -53,7 +53,9 @@ def test_noise_and_rounding_do_not_mislead() -> None:
 
 @pytest.mark.parametrize("attribute", CHOICES)
 def test_one_wrong_attribute_is_refused(attribute: str) -> None:
-    """Draw scenes with one attribute of one object changed; judged against what was asked, that object is wrong."""
+    """Draw scenes with one attribute of one object changed; judged against what was asked, that object is
+    wrong.
+    """
     rng = random.Random(2)
     asked, drawn, changed = [], [], []
     while len(asked) < 100:

@@ -81,7 +81,10 @@ def test_pictures_hold_what_unseen_prompts_ask_for(pipe: Any) -> None:
 @pytest.mark.parametrize(
     ("prompt", "use_guidance"),
     [
-        ("a large red circle at the top left and a small blue square at the right on a pale pink background", True),
+        (
+            "a large red circle at the top left and a small blue square at the right on a cream background",
+            True,
+        ),
         ("左上角有一个红色的大圆形，右边有一个蓝色的小正方形，浅粉色背景", False),
     ],
 )
@@ -141,7 +144,8 @@ def test_expanding_leaves_the_global_random_state(pipe: Any) -> None:
 
 @pytest.mark.parametrize("name", ["tokenizer", "pe_tokenizer"])
 @pytest.mark.parametrize(
-    "text", ["a small red circle", "左上角有一个红色的大圆形", '{"prompt": "x", "width": 128}', "🎉 ünï\n\tçødé", ""]
+    "text",
+    ["a small red circle", "左上角有一个红色的大圆形", '{"prompt": "x", "width": 128}', "🎉 ünï\n\tçødé", ""],
 )
 def test_tokenizers_lose_nothing(pipe: Any, name: str, text: str) -> None:
     tokenizer = getattr(pipe, name)

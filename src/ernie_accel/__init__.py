@@ -38,10 +38,15 @@ if TYPE_CHECKING:
     from ernie_accel.transforms.call_defaults import CallDefaults
     from ernie_accel.transforms.compile import Compile
     from ernie_accel.transforms.dtype import CastDtype
+    from ernie_accel.transforms.fuse_kernels import FuseKernels
+    from ernie_accel.transforms.graphs import CaptureGraphs
     from ernie_accel.transforms.layout import MakeContiguous
     from ernie_accel.transforms.memory import SliceVae, TileVae
+    from ernie_accel.transforms.prompts import BatchPromptEncoding
     from ernie_accel.transforms.quantize import Quantize
+    from ernie_accel.transforms.rewrite import RewriteBlocks
     from ernie_accel.transforms.scheduler import SwapScheduler
+    from ernie_accel.transforms.vae import CompileVae
 
 __version__ = "0.1.0"
 
@@ -68,10 +73,15 @@ _HOMES = {
     "ernie_accel.transforms.call_defaults": ("CallDefaults",),
     "ernie_accel.transforms.compile": ("Compile",),
     "ernie_accel.transforms.dtype": ("CastDtype",),
+    "ernie_accel.transforms.fuse_kernels": ("FuseKernels",),
+    "ernie_accel.transforms.graphs": ("CaptureGraphs",),
     "ernie_accel.transforms.layout": ("MakeContiguous",),
     "ernie_accel.transforms.memory": ("SliceVae", "TileVae"),
+    "ernie_accel.transforms.prompts": ("BatchPromptEncoding",),
     "ernie_accel.transforms.quantize": ("Quantize",),
+    "ernie_accel.transforms.rewrite": ("RewriteBlocks",),
     "ernie_accel.transforms.scheduler": ("SwapScheduler",),
+    "ernie_accel.transforms.vae": ("CompileVae",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _SUBPACKAGES = ("batch", "demo")
@@ -82,14 +92,18 @@ __all__ = [
     "BatchChangedError",
     "BatchInputError",
     "BatchOutputError",
+    "BatchPromptEncoding",
     "CallDefaults",
+    "CaptureGraphs",
     "CastDtype",
     "Compile",
+    "CompileVae",
     "ConflictError",
     "Context",
     "Effect",
     "ErnieAccelError",
     "Family",
+    "FuseKernels",
     "MakeContiguous",
     "MissingExtraError",
     "Phase",
@@ -99,6 +113,7 @@ __all__ = [
     "Quantize",
     "Report",
     "RestoreError",
+    "RewriteBlocks",
     "SliceVae",
     "SwapScheduler",
     "TileVae",

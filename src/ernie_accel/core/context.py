@@ -35,6 +35,7 @@ OPTIONAL_PACKAGES: Mapping[str, str] = MappingProxyType(
     }
 )
 _DISTRIBUTIONS = {"optimum.quanto": "optimum-quanto", "torch_npu": "torch-npu"}
+_BUNDLED_PACKAGES = ("triton",)  # with CUDA builds of torch
 _REQUIRED_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 
 
@@ -125,7 +126,7 @@ class Context:
 def installed_versions() -> Mapping[str, str]:
     """Return the versions of all packages the library can use, without importing any of them."""
     versions = {}
-    for package in (*_REQUIRED_PACKAGES, *OPTIONAL_PACKAGES):
+    for package in (*_REQUIRED_PACKAGES, *_BUNDLED_PACKAGES, *OPTIONAL_PACKAGES):
         if _importable(package):
             try:
                 versions[package] = importlib.metadata.version(_DISTRIBUTIONS.get(package, package))

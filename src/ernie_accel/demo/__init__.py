@@ -1,5 +1,7 @@
-"""The embedded model: a real, trained ERNIE-Image pipeline of a few MB, so that a picture takes a minute,
-not a download. Importing this module imports neither torch nor diffusers."""
+"""The embedded model: a real, trained ERNIE-Image pipeline of a few MB, so that a picture takes a minute, no download.
+
+Importing this module imports neither torch nor diffusers.
+"""
 
 from __future__ import annotations
 

@@ -63,9 +63,7 @@ def build_tokenizer(sentences: Iterable[str]) -> PreTrainedTokenizerFast:
     special = [PAD, BOS, EOS, USER, OUTPUT]
     bpe = Tokenizer(models.BPE())
     each_hanzi = pre_tokenizers.Split(Regex("[\u4e00-\u9fff]"), "isolated")  # merges must not straddle words
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [each_hanzi, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([each_hanzi, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,

@@ -32,8 +32,7 @@ LANGUAGES = ("en", "zh")
 # The first word of each entry is the one that `full_caption` uses.
 _WORDS: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
     "en": {
-        "colour": {c: (c,) for c in COLOURS}
-        | {"purple": ("purple", "violet"), "cyan": ("cyan", "turquoise")},
+        "colour": {c: (c,) for c in COLOURS} | {"purple": ("purple", "violet"), "cyan": ("cyan", "turquoise")},
         "shape": {s: (s,) for s in SHAPES} | {"circle": ("circle", "disc"), "cross": ("cross", "plus sign")},
         "size": {"small": ("small", "little"), "large": ("large", "big")},
         "place": {
@@ -149,9 +148,7 @@ def _build_lexicon() -> tuple[re.Pattern[str], dict[str, tuple[str, str]]]:
     meaning: dict[str, tuple[str, str]] = {}
     patterns: dict[str, str] = {}
     for language in LANGUAGES:
-        phrases = {
-            p: (kind, key) for kind, t in _WORDS[language].items() for key, ps in t.items() for p in ps
-        }
+        phrases = {p: (kind, key) for kind, t in _WORDS[language].items() for key, ps in t.items() for p in ps}
         meaning |= phrases
         for phrase in (*phrases, *_FILLERS[language]):
             patterns[phrase] = rf"\b{phrase}\b" if language == "en" else phrase
@@ -270,11 +267,7 @@ class _CaptionWriter:
     def write(self, scene: Scene) -> str:
         groups = self._groups(scene)
         text = self._english(groups, scene.background) if self._is_english else self._chinese(groups, scene)
-        return (
-            text[0].upper() + text[1:]
-            if self._is_english and self._pick("keep", "capital") == "capital"
-            else text
-        )
+        return text[0].upper() + text[1:] if self._is_english and self._pick("keep", "capital") == "capital" else text
 
     def _pick(self, *choices: str) -> str:
         return choices[0] if self._rng is None else self._rng.choice(choices)
@@ -312,9 +305,7 @@ class _CaptionWriter:
         )
         if self._is_english:
             return f"a {size} {colour} {shape}"
-        return self._pick(
-            f"一个{colour}的{size}{shape}", f"一个{size}的{colour}{shape}", f"{colour}{size}{shape}"
-        )
+        return self._pick(f"一个{colour}的{size}{shape}", f"一个{size}的{colour}{shape}", f"{colour}{size}{shape}")
 
     def _place(self, place: str) -> str:
         word = self._word("place", place)
@@ -362,11 +353,7 @@ class _CaptionWriter:
         if style == "background first":
             return f"{setting}上，" + "，".join(f"{where}是{what}" for what, where in groups)
         if style == "list":
-            return (
-                self._pick("", "一幅画：")
-                + "、".join(f"{what}在{where}" for what, where in groups)
-                + f"，{setting}"
-            )
+            return self._pick("", "一幅画：") + "、".join(f"{what}在{where}" for what, where in groups) + f"，{setting}"
         return f"画面{'。画面'.join(f'的{where}有{what}' for what, where in groups)}。背景是{setting}。"
 
 
@@ -418,9 +405,7 @@ def random_request(
         scene = random_scene(rng, held_out=held_out)
         places = {o.place for o in scene.objects}
         alike = len(scene.objects) == 2 and scene.objects[0].shape == scene.objects[1].shape
-        if len(places) == len(scene.objects) and (
-            alike or rng.random() < (0.9, 0.5, 0.2, 0.1)[len(places) - 1]
-        ):
+        if len(places) == len(scene.objects) and (alike or rng.random() < (0.9, 0.5, 0.2, 0.1)[len(places) - 1]):
             break
     if alike:
         shape = scene.objects[0].shape
@@ -471,9 +456,5 @@ def _short_text(
         setting = _CaptionWriter(language, rng)._background(background)
         text += f" on a {setting}" if english else f"，{setting}"
     if rng.random() < 0.1:
-        text = (
-            rng.choice(("draw ", "please draw ", "I want ")) + text
-            if english
-            else rng.choice(("画", "请画")) + text
-        )
+        text = rng.choice(("draw ", "please draw ", "I want ")) + text if english else rng.choice(("画", "请画")) + text
     return text

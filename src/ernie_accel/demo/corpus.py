@@ -133,7 +133,8 @@ def _caption_ids(fast: Tokenizer, scene: Scene, rng: random.Random, language: st
 
 def _dialogue_chunk(tokenizer: Any, rng: random.Random, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     fast: Tokenizer = tokenizer.backend_tokenizer
-    rows, starts = [], []
+    rows: list[list[int]] = []
+    starts: list[int] = []
     while len(rows) < count:
         prompt, answer = _dialogue(rng)
         width, height = _requested_size(rng)

@@ -38,9 +38,7 @@ def evaluate(
         steps: Numbers of denoising steps.
         batch_size: Prompts a call.
     """
-    figures: dict[str, Any] = {
-        "judge_on_true_drawings": judge_true_drawings(max(prompts // len(CANVASES), 1))
-    }
+    figures: dict[str, Any] = {"judge_on_true_drawings": judge_true_drawings(max(prompts // len(CANVASES), 1))}
     for n in steps:
         result = adherence(pipe, prompts, n, batch_size=batch_size)
         figures[f"adherence_{n}_steps"] = dataclasses.asdict(result)
@@ -87,9 +85,7 @@ def enhancer_success(pipe: ErnieImagePipeline, n: int, seed: int = 0) -> dict[st
     return figures
 
 
-def expand(
-    pipe: ErnieImagePipeline, prompts: Sequence[str], seed: int = 0, batch_size: int = 128
-) -> list[str]:
+def expand(pipe: ErnieImagePipeline, prompts: Sequence[str], seed: int = 0, batch_size: int = 128) -> list[str]:
     """Enhance prompts in batches, as the pipeline does one by one; the global random state is left as it
     was.
     """
@@ -101,9 +97,7 @@ def expand(
         torch.manual_seed(seed)
         for start in range(0, len(prompts), batch_size):
             texts = [chat_text(tokenizer, p, 128, 128) for p in prompts[start : start + batch_size]]
-            inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(
-                enhancer.device
-            )
+            inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(enhancer.device)
             made = enhancer.generate(
                 **inputs,
                 max_new_tokens=tokenizer.model_max_length,

@@ -119,9 +119,7 @@ def judge(
     wanted = [scenes] if isinstance(scenes, Scene) else list(scenes)
     pictures = _as_tensors(images)
     if len(pictures) != len(wanted):
-        raise ValueError(
-            f"Got {len(pictures)} pictures and {len(wanted)} scenes; expected one scene for each."
-        )
+        raise ValueError(f"Got {len(pictures)} pictures and {len(wanted)} scenes; expected one scene for each.")
     verdicts: list[Verdict | None] = [None] * len(wanted)
     for canvas, rows in _rows_by_canvas(wanted).items():
         for i in rows:
@@ -186,9 +184,7 @@ def _judge_objects(labels: torch.Tensor, scenes: Sequence[Scene]) -> list[list[O
     masks, visible = [], []
     for (n, k), window in zip(asked, windows, strict=True):
         own = colours.index(scenes[n].objects[k].colour)
-        others = torch.tensor(
-            [colours.index(o.colour) for o in scenes[n].objects if o.colour != colours[own]]
-        )
+        others = torch.tensor([colours.index(o.colour) for o in scenes[n].objects if o.colour != colours[own]])
         masks.append(window == own)
         visible.append(~torch.isin(window, others.to(window.dtype)))
     iou = _best_ious(torch.stack(masks).float(), torch.stack(visible).float())
@@ -228,12 +224,11 @@ def _best_ious(masks: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
     overlap = F.conv2d(masks[:, None], kernel)
     template_area = F.conv2d(visible[:, None], kernel)
     union = template_area + masks.sum((1, 2)).view(-1, 1, 1, 1) - overlap
-    return (overlap / union.clamp(min=1)).amax((2, 3)).unflatten(1, templates.shape[:2])
+    best = (overlap / union.clamp(min=1)).amax((2, 3))
+    return best.view(len(best), *templates.shape[:2])
 
 
-def _object_verdict(
-    scene: Scene, k: int, window: torch.Tensor, mask: torch.Tensor, iou: torch.Tensor
-) -> ObjectVerdict:
+def _object_verdict(scene: Scene, k: int, window: torch.Tensor, mask: torch.Tensor, iou: torch.Tensor) -> ObjectVerdict:
     asked = scene.objects[k]
     best = float(iou.max())
     is_placed = bool(mask.sum() >= _LEAST_PIXELS) and best >= _LEAST_IOU

@@ -122,9 +122,7 @@ def is_held_out(scene: Scene) -> bool:
     return zlib.crc32(repr((scene.objects, scene.background)).encode()) % _HELD_OUT_OF == 0
 
 
-def random_scene(
-    rng: random.Random, canvas: tuple[int, int] | None = None, *, held_out: bool | None = None
-) -> Scene:
+def random_scene(rng: random.Random, canvas: tuple[int, int] | None = None, *, held_out: bool | None = None) -> Scene:
     """Draw a scene.
 
     Args:
@@ -195,9 +193,7 @@ class SceneBatch:
 
     def take(self, rows: torch.Tensor) -> SceneBatch:
         """Return the scenes at the int64 indices `rows`."""
-        return SceneBatch(
-            self.objects[rows], self.in_front[rows], self.background[rows], self.height, self.width
-        )
+        return SceneBatch(self.objects[rows], self.in_front[rows], self.background[rows], self.height, self.width)
 
     def to(self, device: torch.device | str) -> SceneBatch:
         """Return the same scenes on `device`."""

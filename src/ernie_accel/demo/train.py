@@ -119,9 +119,7 @@ def train(out: Path, recipe: Recipe, device: str, *, resume: bool = False) -> Er
         tokenizer = _tokenizer(stages / "tokenizer", recipe, resume)
         enhancer_tokenizer = _enhancer_tokenizer(tokenizer)
     with clock("captions"):
-        data = [
-            captioned_scenes(tokenizer, c, recipe.scenes, recipe.captions, recipe.workers) for c in CANVASES
-        ]
+        data = [captioned_scenes(tokenizer, c, recipe.scenes, recipe.captions, recipe.workers) for c in CANVASES]
         lengths = torch.cat([d.lengths.flatten() for d in data]).float()
         _log(f"caption tokens: mean {lengths.mean():.0f}, from {lengths.min():.0f} to {lengths.max():.0f}")
     with (
@@ -184,9 +182,7 @@ def _log(line: str) -> None:
 
 
 @contextmanager
-def _stage(
-    file: Path, build: Callable[[], Any], seed: int, device: str, resume: bool
-) -> Iterator[tuple[Any, bool]]:
+def _stage(file: Path, build: Callable[[], Any], seed: int, device: str, resume: bool) -> Iterator[tuple[Any, bool]]:
     """Yield a seeded module and whether it must be trained; save it at the end if it was."""
     torch.manual_seed(seed)
     module = build().to(device)
@@ -222,9 +218,7 @@ class _Progress:
             self._since = now
 
 
-def _descend(
-    optimizer: torch.optim.Optimizer, loss: torch.Tensor, parameters: Sequence[nn.Parameter]
-) -> None:
+def _descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor, parameters: Sequence[nn.Parameter]) -> None:
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -254,7 +248,8 @@ def train_vae(vae: AutoencoderKLFlux2, scenes: SceneBatch, recipe: Recipe) -> No
         mean = vae.encode(pictures).latent_dist.mean
         rebuilt = vae.decode(mean + 0.1 * noise).sample.float()
         error = F.l1_loss(rebuilt, pictures) + F.mse_loss(rebuilt, pictures)
-        return error + 2e-4 * mean.float().pow(2).mean()
+        loss: torch.Tensor = error + 2e-4 * mean.float().pow(2).mean()
+        return loss
 
     compute_loss = _compiled(loss_of, device)
     for step in range(recipe.vae_steps):
@@ -276,15 +271,14 @@ def train_vae(vae: AutoencoderKLFlux2, scenes: SceneBatch, recipe: Recipe) -> No
 
 
 @torch.no_grad()
-def encode(
-    vae: AutoencoderKLFlux2, scenes: SceneBatch, generator: torch.Generator, batch: int = 256
-) -> torch.Tensor:
+def encode(vae: AutoencoderKLFlux2, scenes: SceneBatch, generator: torch.Generator, batch: int = 256) -> torch.Tensor:
     """Draw scenes and return their patchified latents before normalization: float32 [N, 4C, H / 16, W /
     16].
     """
     device = vae.device
     latents = []
-    for rows in torch.arange(len(scenes), device=device).split(batch):
+    for start in range(0, len(scenes), batch):
+        rows = torch.arange(start, min(start + batch, len(scenes)), device=device)
         pictures = render_batch(scenes.take(rows), generator) * 2 - 1
         with torch.autocast(device.type, torch.bfloat16):
             mean = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist.mean
@@ -295,9 +289,7 @@ def encode(
 def _patchify(latents: torch.Tensor) -> torch.Tensor:
     """Fold 2 x 2 latents into channels, in the pipeline's order: [B, C, H, W] to [B, 4C, H / 2, W / 2]."""
     b, c, h, w = latents.shape
-    return (
-        latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
-    )
+    return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
 
 
 @dataclass(frozen=True)
@@ -314,15 +306,11 @@ class LatentPool:
     length.
     """
 
-    def __init__(
-        self, vae: AutoencoderKLFlux2, data: Sequence[CaptionedScenes], recipe: Recipe, device: str
-    ) -> None:
+    def __init__(self, vae: AutoencoderKLFlux2, data: Sequence[CaptionedScenes], recipe: Recipe, device: str) -> None:
         generator = torch.Generator(device).manual_seed(recipe.seed + 10)
         mean = vae.bn.running_mean.view(1, -1, 1, 1)
         std = (vae.bn.running_var.view(1, -1, 1, 1) + _BN_EPS).sqrt()
-        self._latents = [
-            ((encode(vae, d.scenes.to(device), generator) - mean) / std).bfloat16() for d in data
-        ]
+        self._latents = [((encode(vae, d.scenes.to(device), generator) - mean) / std).bfloat16() for d in data]
         self._tokens = [d.tokens.flatten(0, 1).to(device) for d in data]
         self._lengths = [d.lengths.flatten().to(device) for d in data]
         self._captions, self._recipe, self._generator = recipe.captions, recipe, generator
@@ -516,22 +504,16 @@ def _write_figures(
         **describe(pipe, out / "model"),
         "figures": figures,
     }
-    (out / "figures.json").write_text(
-        json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    (out / "figures.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     _log(summary(figures))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the trainer from the command line."""
     parser = argparse.ArgumentParser(prog="python -m ernie_accel.demo.train", description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for the model, its figures and the stages"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model, its figures and the stages")
     parser.add_argument("--toy", action="store_true", help="a few steps of each stage, on the CPU")
-    parser.add_argument(
-        "--resume", action="store_true", help="take up stages that an earlier run has finished"
-    )
+    parser.add_argument("--resume", action="store_true", help="take up stages that an earlier run has finished")
     for name in ("vae_steps", "dit_steps", "pe_steps", "workers"):
         parser.add_argument("--" + name.replace("_", "-"), type=int, help="instead of the recipe's")
     options = parser.parse_args(arguments)

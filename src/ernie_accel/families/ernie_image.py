@@ -29,9 +29,12 @@ ERNIE_IMAGE = Family(
                 r"final_norm\b",
                 r"final_linear\b",
                 r"layers\.0\.self_attention\b",
-                r"layers\.0\.mlp\.(gate|up)_proj\b",
+                r"layers\.0\.mlp\.(gate|up|gate_up)_proj\b",
             ),
         }
     ),
     max_prompt_tokens=2048,
+    encodes_one_by_one=True,
+    rewritten="ernie_accel.families.ernie_image_blocks",
+    kernels="ernie_accel.families.ernie_image_kernels",
 )

@@ -35,6 +35,9 @@ class Family:
         keep_precise: Regular expressions of the linear layers of each component that quantization leaves out, found
             by the field by breaking them. They match from the start of the module path.
         max_prompt_tokens: What the tokenizer accepts.
+        encodes_one_by_one: Whether the stock pipeline runs its causal text encoder once for each prompt of a batch.
+        rewritten: Name of the module with its rewritten blocks (see ``RewriteBlocks``), or None.
+        kernels: Name of the module with its blocks on fused kernels (see ``FuseKernels``), or None.
     """
 
     name: str
@@ -44,3 +47,6 @@ class Family:
     sizes: tuple[tuple[int, int], ...]
     keep_precise: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     max_prompt_tokens: int | None = None
+    encodes_one_by_one: bool = False
+    rewritten: str | None = None
+    kernels: str | None = None

@@ -12,11 +12,16 @@ from ernie_accel.core.transform import Transform
 
 #: Class name -> module.
 TRANSFORMS: Mapping[str, str] = {
+    "BatchPromptEncoding": "ernie_accel.transforms.prompts",
     "CallDefaults": "ernie_accel.transforms.call_defaults",
+    "CaptureGraphs": "ernie_accel.transforms.graphs",
     "CastDtype": "ernie_accel.transforms.dtype",
     "Compile": "ernie_accel.transforms.compile",
+    "CompileVae": "ernie_accel.transforms.vae",
+    "FuseKernels": "ernie_accel.transforms.fuse_kernels",
     "MakeContiguous": "ernie_accel.transforms.layout",
     "Quantize": "ernie_accel.transforms.quantize",
+    "RewriteBlocks": "ernie_accel.transforms.rewrite",
     "SliceVae": "ernie_accel.transforms.memory",
     "SwapScheduler": "ernie_accel.transforms.scheduler",
     "TileVae": "ernie_accel.transforms.memory",

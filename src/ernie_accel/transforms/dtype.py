@@ -51,7 +51,7 @@ class CastDtype(Transform):
     @property
     def floor_db(self) -> float:
         """SQNR of the final latents against the other dtype, same seed; earned on the embedded model in bfloat16."""
-        return 15.0
+        return 25.0
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = absent_components(pipe, self.components)
