@@ -1,4 +1,4 @@
-"""Kill a batch job at random moments, resume it each time, and check the end: ``python -m tests.kill_job FOLDER KILLS``.
+"""Kill a batch job at random moments, resume it each time, check the end: ``python -m tests.kill_job FOLDER KILLS``.
 
 A program of its own, because it forks: a child runs the job and is killed, so no interpreter has to start 200 times.
 """
