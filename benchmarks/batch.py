@@ -1,4 +1,4 @@
-"""Claim: a batch makes at least 1.5 times the pictures per minute of the loop that guides show (CPU, embedded model).
+"""Question: how many more pictures per minute does a batch make than the loop that guides show? The aim on a CPU: 1.5.
 
     python benchmarks/batch.py                                          # the embedded model; minutes on two cores
     python benchmarks/batch.py --full-size --size 512 --preset turbo-bf16    # the 8B model, random weights, on a GPU
