@@ -6,6 +6,7 @@ the pipeline lives in a child: a batch that is out of time has its child killed,
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import signal
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -148,6 +149,7 @@ def _serve(connection: Connection, load: Callable[[], Pipe], max_batch: int | No
     while True:
         try:
             if engine is None:
+                importlib.import_module("torch")  # now, as part of loading: a first batch must not pay for it
                 engine = LocalEngine(load(), max_batch=max_batch)
                 answer: Any = None
             elif call is not None:
