@@ -33,6 +33,7 @@ CLASSES = {
 }
 ERRORS = {
     "ApplyError",
+    "BatchChangedError",
     "BatchInputError",
     "BatchOutputError",
     "ConflictError",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ernie_accel import batch, demo
-    from ernie_accel.batch.errors import BatchInputError, BatchOutputError
+    from ernie_accel.batch.errors import BatchChangedError, BatchInputError, BatchOutputError
     from ernie_accel.core.context import Context
     from ernie_accel.core.errors import (
         ApplyError,
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ernie_accel.batch.errors": ("BatchInputError", "BatchOutputError"),
+    "ernie_accel.batch.errors": ("BatchChangedError", "BatchInputError", "BatchOutputError"),
     "ernie_accel.core.context": ("Context",),
     "ernie_accel.core.errors": (
         "ApplyError",
@@ -112,6 +112,7 @@ __all__ = [
     "Applied",
     "ApplyError",
     "Autocast",
+    "BatchChangedError",
     "BatchInputError",
     "BatchOutputError",
     "BatchPromptEncoding",
