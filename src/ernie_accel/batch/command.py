@@ -164,7 +164,8 @@ def _engine(job: Job) -> tuple[Engine, dict[str, str]]:
 def _preset_name(job: Job) -> str:
     """Return the preset to use; one that does not exist is refused before anything is loaded."""
     from ernie_accel.core.context import Context
-    from ernie_accel.core.preset import find_preset, fitting_preset
+    from ernie_accel.core.preset import find_preset
+    from ernie_accel.core.recommend import fitting_preset
 
     return (find_preset(job.preset) if job.preset else fitting_preset(Context.detect())).name
 
