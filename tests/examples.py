@@ -8,35 +8,62 @@ from typing import Any
 import torch
 
 from ernie_accel import (
+    Autocast,
     BatchPromptEncoding,
     CallDefaults,
+    CaptureGraphs,
     CastDtype,
+    CheckFinite,
     Compile,
     CompileVae,
+    ElideMask,
+    ExpandAttentionMask,
+    FreeAfterUse,
+    FuseKernels,
     MakeContiguous,
+    Offload,
     Quantize,
     RewriteBlocks,
+    SetAttention,
     SliceVae,
     SwapScheduler,
     TileVae,
     Transform,
+    TruncatePrompts,
 )
 
 EXAMPLES: tuple[Transform, ...] = (
-    BatchPromptEncoding(),
+    Autocast("bfloat16"),
+    BatchPromptEncoding(cache=4),
     CallDefaults(num_inference_steps=3),
     CallDefaults("turbo", guidance_scale=2.0),
     CastDtype("bfloat16"),
     CastDtype("float16", components=("transformer",)),
+    CheckFinite(),
     Compile(),
     CompileVae(),
+    ElideMask(),
+    ExpandAttentionMask(),
+    FreeAfterUse(),
     MakeContiguous(),
+    MakeContiguous(channels_last=("vae",)),
     Quantize("int8-weight-only"),
     RewriteBlocks(),
+    SetAttention("math"),
     SliceVae(),
     SwapScheduler("euler_ancestral"),
     SwapScheduler("euler", shift=5.0),
     TileVae(tile_px=32),
+    TruncatePrompts(8, keep="tail"),
+)
+
+#: Transforms that need an accelerator; tests/gpu runs them.
+ELSEWHERE: tuple[Transform, ...] = (
+    CaptureGraphs(),
+    FuseKernels("fp8"),
+    Offload("model"),
+    Offload("group", blocks_per_group=2),
+    Offload("stages"),
 )
 
 
@@ -59,13 +86,14 @@ def snapshot(pipe: Any) -> dict[str, Any]:
     }
     return {
         "class": type(pipe),
+        "instance": sorted(vars(pipe)),
         "signature": str(inspect.signature(pipe.__call__)),
         "components": {name: id(part) for name, part in pipe.components.items()},
         "config": str(dict(pipe.config)),
         "methods": {name: id(value) for name, value in vars(pipe).items() if inspect.isfunction(value)},
         "scheduler": str(dict(pipe.scheduler.config)),
         "modules": {
-            f"{component}.{name}": (id(part), type(part), part._compiled_call_impl, _plain(part))
+            f"{component}.{name}": (id(part), type(part), part._compiled_call_impl, _plain(part), _behaviour(part))
             for component, module in modules.items()
             for name, part in module.named_modules()
         },
@@ -91,3 +119,15 @@ def _plain(module: torch.nn.Module) -> str:
     """Return the module's simple attributes, where switches such as `use_tiling` live."""
     simple = (bool, int, float, str, type(None))
     return str({k: v for k, v in vars(module).items() if isinstance(v, simple) and k != "_compiled_call_impl"})
+
+
+def _behaviour(module: torch.nn.Module) -> tuple[Any, ...]:
+    """Return what changes what a module does and is no tensor: hooks, a forward of its own, its processor."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    processor = getattr(module, "processor", None)
+    return (
+        *map(id, hooks),
+        vars(module).get("forward"),
+        type(processor),
+        str(getattr(processor, "_attention_backend", None)),
+    )

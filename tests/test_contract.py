@@ -12,36 +12,36 @@ import ernie_accel
 from ernie_accel.core.components import pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.transforms import TRANSFORMS, transform_class
-from tests.examples import EXAMPLES, differences, make_awkward, snapshot
+from tests.examples import ELSEWHERE, EXAMPLES, differences, make_awkward, snapshot
 from tests.pipelines import picture
 
 every_transform = pytest.mark.parametrize("transform", EXAMPLES, ids=repr)
+wherever_it_runs = pytest.mark.parametrize("transform", EXAMPLES + ELSEWHERE, ids=repr)
 
 
 def test_every_transform_of_the_catalogue_has_an_example():
-    elsewhere = {"CaptureGraphs", "FuseKernels"}  # need a GPU and another transform before them: files of their own
-    assert {type(transform).__name__ for transform in EXAMPLES} == set(TRANSFORMS) - elsewhere
+    assert {type(transform).__name__ for transform in EXAMPLES + ELSEWHERE} == set(TRANSFORMS)
 
 
-@every_transform
+@wherever_it_runs
 def test_repr_is_the_call_that_makes_it(transform):
     assert eval(repr(transform), {name: transform_class(name) for name in TRANSFORMS}) == transform
 
 
-@every_transform
+@wherever_it_runs
 def test_it_survives_json(transform):
     data = json.loads(json.dumps(transform.to_json()))
     assert ernie_accel.transform_from_json(data) == transform
 
 
-@every_transform
+@wherever_it_runs
 def test_it_is_an_immutable_value(transform):
     assert hash(transform) == hash(dataclasses.replace(transform))
     with pytest.raises(dataclasses.FrozenInstanceError):
         transform.anything = 1
 
 
-@every_transform
+@wherever_it_runs
 def test_it_states_its_facts(transform):
     assert isinstance(transform.phase, ernie_accel.Phase)
     assert isinstance(transform.effect, ernie_accel.Effect)
@@ -50,7 +50,7 @@ def test_it_states_its_facts(transform):
     assert type(transform).__doc__
 
 
-@every_transform
+@wherever_it_runs
 @pytest.mark.parametrize("device", ["cpu", "h200", "rtx3060", "v100", "ascend910b"])
 def test_asking_changes_nothing(transform, device, ernie):
     make_awkward(ernie)
@@ -86,6 +86,13 @@ def test_restore_gives_the_original_back_bit_for_bit(transform, ernie):
     assert differences(before, snapshot(ernie)) == []
     assert torch.equal(picture(ernie), original)
     assert ernie_accel.report(ernie).entries == ()
+
+
+@pytest.mark.parametrize("transform", ELSEWHERE, ids=repr)
+def test_what_needs_an_accelerator_says_so(transform, ernie):
+    (step,) = ernie_accel.plan(ernie, transform).steps
+    assert step.verdict != "apply"
+    assert "cpu" in " ".join(step.reasons) or "cpu" in step.preview.note
 
 
 @every_transform

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -31,6 +32,13 @@ def test_examples_run(page, tmp_path, monkeypatch):
     for line, code in examples(page):
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)  # so that a failure names the line
     assert namespace
+
+
+def test_the_page_of_transforms_is_what_the_code_says():
+    spec = importlib.util.spec_from_file_location("generate_transforms", ROOT / "docs" / "generate_transforms.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run: python docs/generate_transforms.py"
 
 
 def test_the_readme_has_examples_that_run():

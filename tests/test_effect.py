@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import CastDtype, Compile, Effect, MakeContiguous, Quantize, SliceVae
+from ernie_accel import Autocast, CastDtype, Compile, Effect, MakeContiguous, Quantize, SliceVae
 from ernie_accel.core.preset import presets
 from ernie_accel.core.transform import ROUNDING_REL
 from tests.examples import EXAMPLES, make_awkward
@@ -44,7 +44,9 @@ def test_rounding_stays_within_the_spread(transform, ernie):
 
 
 @pytest.mark.parametrize(
-    "transform", [CastDtype("bfloat16"), CastDtype("float16"), Quantize("int8-weight-only")], ids=repr
+    "transform",
+    [Autocast("bfloat16"), CastDtype("bfloat16"), CastDtype("float16"), Quantize("int8-weight-only")],
+    ids=repr,
 )
 def test_lossy_stays_above_its_floor(transform, ernie):
     before = picture(ernie, output_type="latent", steps=8)

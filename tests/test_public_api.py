@@ -11,7 +11,7 @@ import pytest
 import ernie_accel
 from ernie_accel.transforms import TRANSFORMS
 
-VERBS = {"optimize", "plan", "report", "restore", "transform_from_json"}
+VERBS = {"load", "optimize", "plan", "report", "restore", "save", "transform_from_json"}
 MODULES = {"batch", "demo"}
 DATA = {"presets"}
 CLASSES = {
@@ -19,6 +19,7 @@ CLASSES = {
     "Context",
     "Effect",
     "Family",
+    "LayerReceipt",
     "Phase",
     "Plan",
     "Preset",
@@ -35,6 +36,7 @@ ERRORS = {
     "ErnieAccelError",
     "MissingExtraError",
     "RestoreError",
+    "SavedPipelineError",
     "UnknownNameError",
     "UnsupportedError",
 }
@@ -66,7 +68,7 @@ def test_every_error_is_ours():
 
 
 def test_presets_list_themselves():
-    assert set(ernie_accel.presets) == {"exact", "turbo-fp32", "turbo-bf16", "turbo-fp8", "quality-bf16"}
+    assert set(ernie_accel.presets) == {"exact", "turbo-fp32", "turbo-bf16", "turbo-fp8", "npu-bf16", "quality-bf16"}
     for name, preset in ernie_accel.presets.items():
         assert preset.name == name
         assert f"{name} " in repr(ernie_accel.presets)

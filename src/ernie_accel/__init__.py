@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         ErnieAccelError,
         MissingExtraError,
         RestoreError,
+        SavedPipelineError,
         UnknownNameError,
         UnsupportedError,
     )
@@ -31,21 +32,28 @@ if TYPE_CHECKING:
     from ernie_accel.core.plan import Plan, plan
     from ernie_accel.core.preset import Preset, presets
     from ernie_accel.core.report import Report
-    from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+    from ernie_accel.core.saving import load, save
+    from ernie_accel.core.transform import Applied, Effect, LayerReceipt, Phase, Preview, Transform
     from ernie_accel.core.undo import Undo
     from ernie_accel.families.family import Family
     from ernie_accel.transforms import transform_from_json
+    from ernie_accel.transforms.attention import ElideMask, ExpandAttentionMask, SetAttention
+    from ernie_accel.transforms.autocast import Autocast
     from ernie_accel.transforms.call_defaults import CallDefaults
+    from ernie_accel.transforms.check_finite import CheckFinite
     from ernie_accel.transforms.compile import Compile
     from ernie_accel.transforms.dtype import CastDtype
+    from ernie_accel.transforms.encode_prompts import BatchPromptEncoding
+    from ernie_accel.transforms.free_after_use import FreeAfterUse
     from ernie_accel.transforms.fuse_kernels import FuseKernels
     from ernie_accel.transforms.graphs import CaptureGraphs
     from ernie_accel.transforms.layout import MakeContiguous
     from ernie_accel.transforms.memory import SliceVae, TileVae
-    from ernie_accel.transforms.prompts import BatchPromptEncoding
+    from ernie_accel.transforms.offload import Offload
     from ernie_accel.transforms.quantize import Quantize
     from ernie_accel.transforms.rewrite import RewriteBlocks
     from ernie_accel.transforms.scheduler import SwapScheduler
+    from ernie_accel.transforms.truncate_prompts import TruncatePrompts
     from ernie_accel.transforms.vae import CompileVae
 
 __version__ = "0.1.0"
@@ -59,6 +67,7 @@ _HOMES = {
         "ErnieAccelError",
         "MissingExtraError",
         "RestoreError",
+        "SavedPipelineError",
         "UnknownNameError",
         "UnsupportedError",
     ),
@@ -66,22 +75,29 @@ _HOMES = {
     "ernie_accel.core.plan": ("Plan", "plan"),
     "ernie_accel.core.preset": ("Preset", "presets"),
     "ernie_accel.core.report": ("Report",),
-    "ernie_accel.core.transform": ("Applied", "Effect", "Phase", "Preview", "Transform"),
+    "ernie_accel.core.saving": ("load", "save"),
+    "ernie_accel.core.transform": ("Applied", "Effect", "LayerReceipt", "Phase", "Preview", "Transform"),
     "ernie_accel.core.undo": ("Undo",),
     "ernie_accel.families.family": ("Family",),
     "ernie_accel.transforms": ("transform_from_json",),
+    "ernie_accel.transforms.attention": ("ElideMask", "ExpandAttentionMask", "SetAttention"),
+    "ernie_accel.transforms.autocast": ("Autocast",),
     "ernie_accel.transforms.call_defaults": ("CallDefaults",),
+    "ernie_accel.transforms.check_finite": ("CheckFinite",),
     "ernie_accel.transforms.compile": ("Compile",),
     "ernie_accel.transforms.dtype": ("CastDtype",),
     "ernie_accel.transforms.fuse_kernels": ("FuseKernels",),
     "ernie_accel.transforms.graphs": ("CaptureGraphs",),
     "ernie_accel.transforms.layout": ("MakeContiguous",),
     "ernie_accel.transforms.memory": ("SliceVae", "TileVae"),
-    "ernie_accel.transforms.prompts": ("BatchPromptEncoding",),
+    "ernie_accel.transforms.encode_prompts": ("BatchPromptEncoding",),
+    "ernie_accel.transforms.free_after_use": ("FreeAfterUse",),
+    "ernie_accel.transforms.offload": ("Offload",),
     "ernie_accel.transforms.quantize": ("Quantize",),
     "ernie_accel.transforms.rewrite": ("RewriteBlocks",),
     "ernie_accel.transforms.scheduler": ("SwapScheduler",),
     "ernie_accel.transforms.vae": ("CompileVae",),
+    "ernie_accel.transforms.truncate_prompts": ("TruncatePrompts",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _SUBPACKAGES = ("batch", "demo")
@@ -89,22 +105,29 @@ _SUBPACKAGES = ("batch", "demo")
 __all__ = [
     "Applied",
     "ApplyError",
+    "Autocast",
     "BatchInputError",
     "BatchOutputError",
     "BatchPromptEncoding",
     "CallDefaults",
     "CaptureGraphs",
     "CastDtype",
+    "CheckFinite",
     "Compile",
     "CompileVae",
     "ConflictError",
     "Context",
     "Effect",
+    "ElideMask",
     "ErnieAccelError",
+    "ExpandAttentionMask",
     "Family",
     "FuseKernels",
+    "LayerReceipt",
+    "FreeAfterUse",
     "MakeContiguous",
     "MissingExtraError",
+    "Offload",
     "Phase",
     "Plan",
     "Preset",
@@ -113,20 +136,25 @@ __all__ = [
     "Report",
     "RestoreError",
     "RewriteBlocks",
+    "SavedPipelineError",
+    "SetAttention",
     "SliceVae",
     "SwapScheduler",
     "TileVae",
     "Transform",
+    "TruncatePrompts",
     "Undo",
     "UnknownNameError",
     "UnsupportedError",
     "batch",
     "demo",
+    "load",
     "optimize",
     "plan",
     "presets",
     "report",
     "restore",
+    "save",
     "transform_from_json",
 ]
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.transform import Transform
+from ernie_accel.transforms.attention import ElideMask, ExpandAttentionMask
 from ernie_accel.transforms.call_defaults import CallDefaults
 from ernie_accel.transforms.compile import Compile
 from ernie_accel.transforms.dtype import CastDtype
+from ernie_accel.transforms.encode_prompts import BatchPromptEncoding
 from ernie_accel.transforms.fuse_kernels import FuseKernels
 from ernie_accel.transforms.graphs import CaptureGraphs
 from ernie_accel.transforms.layout import MakeContiguous
-from ernie_accel.transforms.prompts import BatchPromptEncoding
 from ernie_accel.transforms.rewrite import RewriteBlocks
 from ernie_accel.transforms.vae import CompileVae
 
@@ -71,7 +72,7 @@ presets = PresetTable(
     Preset(
         "turbo-fp32",
         "Few steps, compiled, in the precision the pipe came in: for CPUs, where bfloat16 seldom pays.",
-        (MakeContiguous(), CallDefaults("turbo"), Compile()),
+        (RewriteBlocks(), MakeContiguous(), CallDefaults("turbo"), Compile()),
     ),
     Preset(
         "turbo-bf16",
@@ -82,6 +83,11 @@ presets = PresetTable(
         "turbo-fp8",
         "Few steps with fp8 linears on fused kernels: for a distilled (Turbo) checkpoint on capability 8.9 and above.",
         (*_FAST_FP8, MakeContiguous(), CallDefaults("turbo"), *_FAST_PARTS),
+    ),
+    Preset(
+        "npu-bf16",
+        "Few steps in bfloat16 with masks as Ascend's kernels take them: for a distilled (Turbo) checkpoint on an NPU.",
+        (CastDtype("bfloat16"), ElideMask(), ExpandAttentionMask(), MakeContiguous(), CallDefaults("turbo")),
     ),
     Preset(
         "quality-bf16",
@@ -108,6 +114,8 @@ def fitting_preset(context: Context) -> Preset:
     """Return the Turbo preset that pays most on a machine and can run there."""
     if context.device == "cpu":
         return presets["turbo-fp32"]  # few CPUs multiply in bfloat16
+    if context.device == "npu":
+        return presets["npu-bf16"]
     if (context.capability or (0, 0)) >= (8, 9) and "triton" in context.versions:
         return presets["turbo-fp8"]
     return presets["turbo-bf16"]

@@ -23,7 +23,7 @@ class Undo:
     """
 
     def __init__(self) -> None:
-        self._actions: list[Callable[[], None]] = []
+        self._actions: list[Callable[[], object]] = []
 
     def __enter__(self) -> Undo:
         return self
@@ -39,7 +39,7 @@ class Undo:
         while self._actions:
             self._actions.pop()()
 
-    def push(self, action: Callable[[], None]) -> None:
+    def push(self, action: Callable[[], object]) -> None:
         """Remember `action` as the way back of a change just made (or about to be made)."""
         self._actions.append(action)
 

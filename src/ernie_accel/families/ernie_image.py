@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from ernie_accel.families.family import CallSettings, Family
+from ernie_accel.families.family import AlwaysMasks, CallSettings, Family, PromptEncoding
 
 ERNIE_IMAGE = Family(
     name="ERNIE-Image",
@@ -31,10 +31,15 @@ ERNIE_IMAGE = Family(
                 r"layers\.0\.self_attention\b",
                 r"layers\.0\.mlp\.(gate|up|gate_up)_proj\b",
             ),
+            # Text-to-image never calls the vision half of the text encoder: nothing to gain, nothing measured.
+            "text_encoder": (r"vision_tower\b", r"multi_modal_projector\b"),
+            # Which token comes next is decided by small differences.
+            "pe": (r"lm_head\b",),
         }
     ),
     max_prompt_tokens=2048,
-    encodes_one_by_one=True,
     rewritten="ernie_accel.families.ernie_image_blocks",
     kernels="ernie_accel.families.ernie_image_kernels",
+    always_masks=AlwaysMasks(lengths="text_lens", text="text_bth", pad_method="_pad_text"),
+    prompt_encoding=PromptEncoding(layers="language_model.layers", hidden_state=-2),
 )

@@ -23,6 +23,34 @@ class CallSettings:
 
 
 @dataclass(frozen=True)
+class AlwaysMasks:
+    """How a transformer that builds an attention mask for every forward learns what is padded.
+
+    Attributes:
+        lengths: Argument of its forward: tokens of each prompt [B].
+        text: Argument of its forward: the padded text [B, T, H].
+        pad_method: Method of the pipeline that makes both out of a list of [T, H], and so knows the lengths.
+    """
+
+    lengths: str
+    text: str
+    pad_method: str
+
+
+@dataclass(frozen=True)
+class PromptEncoding:
+    """How a pipeline that encodes its prompts one by one uses its text encoder.
+
+    Attributes:
+        layers: Attribute path of the encoder's layers; the last one's result is not used.
+        hidden_state: Which of ``hidden_states`` conditions the picture.
+    """
+
+    layers: str
+    hidden_state: int
+
+
+@dataclass(frozen=True)
 class Family:
     """What is known of one architecture.
 
@@ -35,9 +63,10 @@ class Family:
         keep_precise: Regular expressions of the linear layers of each component that quantization leaves out, found
             by the field by breaking them. They match from the start of the module path.
         max_prompt_tokens: What the tokenizer accepts.
-        encodes_one_by_one: Whether the stock pipeline runs its causal text encoder once for each prompt of a batch.
         rewritten: Name of the module with its rewritten blocks (see ``RewriteBlocks``), or None.
         kernels: Name of the module with its blocks on fused kernels (see ``FuseKernels``), or None.
+        prompt_encoding: Set where stock diffusers encodes the prompts of a call one by one.
+        always_masks: Set where stock diffusers builds a mask also for batches in which nothing is padded.
     """
 
     name: str
@@ -47,6 +76,7 @@ class Family:
     sizes: tuple[tuple[int, int], ...]
     keep_precise: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     max_prompt_tokens: int | None = None
-    encodes_one_by_one: bool = False
     rewritten: str | None = None
     kernels: str | None = None
+    always_masks: AlwaysMasks | None = None
+    prompt_encoding: PromptEncoding | None = None

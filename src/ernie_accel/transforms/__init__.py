@@ -12,19 +12,27 @@ from ernie_accel.core.transform import Transform
 
 #: Class name -> module.
 TRANSFORMS: Mapping[str, str] = {
-    "BatchPromptEncoding": "ernie_accel.transforms.prompts",
+    "Autocast": "ernie_accel.transforms.autocast",
+    "BatchPromptEncoding": "ernie_accel.transforms.encode_prompts",
     "CallDefaults": "ernie_accel.transforms.call_defaults",
     "CaptureGraphs": "ernie_accel.transforms.graphs",
     "CastDtype": "ernie_accel.transforms.dtype",
+    "CheckFinite": "ernie_accel.transforms.check_finite",
     "Compile": "ernie_accel.transforms.compile",
     "CompileVae": "ernie_accel.transforms.vae",
     "FuseKernels": "ernie_accel.transforms.fuse_kernels",
+    "ElideMask": "ernie_accel.transforms.attention",
+    "ExpandAttentionMask": "ernie_accel.transforms.attention",
+    "FreeAfterUse": "ernie_accel.transforms.free_after_use",
     "MakeContiguous": "ernie_accel.transforms.layout",
+    "Offload": "ernie_accel.transforms.offload",
     "Quantize": "ernie_accel.transforms.quantize",
     "RewriteBlocks": "ernie_accel.transforms.rewrite",
+    "SetAttention": "ernie_accel.transforms.attention",
     "SliceVae": "ernie_accel.transforms.memory",
     "SwapScheduler": "ernie_accel.transforms.scheduler",
     "TileVae": "ernie_accel.transforms.memory",
+    "TruncatePrompts": "ernie_accel.transforms.truncate_prompts",
 }
 
 

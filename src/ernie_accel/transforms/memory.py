@@ -16,6 +16,9 @@ class SliceVae(Transform):
     """Decode a batch one picture at a time. Peak memory of a batch falls to that of one picture.
 
     Other batch sizes may select other convolution kernels, so this is rounding, not exact.
+
+    Pays:
+        For batches of large pictures whose decoding runs out of memory. A single picture gains nothing.
     """
 
     phase: ClassVar[Phase] = Phase.MEMORY
@@ -38,6 +41,13 @@ class TileVae(Transform):
 
     Group normalisation sees one tile at a time, so colours may differ a little between tiles; pictures no larger than
     a tile are not touched.
+
+    Measured on the embedded model, overlap 0.25, the worse of two pictures against the same latents untiled: 20.4 dB
+    PSNR with 2x2 tiles of 32 pixels (4 latents, as few as can be), 26.6 dB with 64-pixel tiles at 128x128, 30.6 dB
+    with 96-pixel tiles. Of the seams, single pixels differ by up to half of the range: small tiles are a last resort.
+
+    Pays:
+        For pictures whose decoding runs out of memory, above 1024x1024 say. Take the largest tile that fits.
 
     Attributes:
         tile_px: Side of a tile in pixels, a multiple of the VAE's scale factor; None keeps the VAE's own.
@@ -64,15 +74,28 @@ class TileVae(Transform):
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = _vae_lacks(pipe, "use_tiling", "tiling")
-        if reasons or self.tile_px is None:
+        if reasons:
             return reasons
+        if self.tile_px is None:
+            return self._overlap_unsupported(pipe)
         if not hasattr(pipe.vae, "tile_sample_min_size"):
             return [f"{type(pipe.vae).__name__} has no single tile size; leave tile_px out to use its own"]
         factor = _pixels_per_latent(pipe)
         if self.tile_px % factor:
             below = self.tile_px - self.tile_px % factor
             return [f"tile_px={self.tile_px} is no multiple of the {factor} pixels of a latent: use {below or factor}"]
-        return []
+        return self._overlap_unsupported(pipe)
+
+    def _overlap_unsupported(self, pipe: Pipeline) -> list[str]:
+        """Return the reason if tiles would overlap by a part of a latent: pictures would change their size."""
+        if not hasattr(pipe.vae, "tile_overlap_factor"):
+            return []
+        tile = self._settings(pipe).get("tile_latent_min_size", pipe.vae.tile_latent_min_size)
+        if (tile * self.overlap).is_integer():
+            return []
+        whole = min(max(1, round(tile * self.overlap)), tile - 1) / tile
+        found = f"overlap={self.overlap:g} of a tile of {tile} latents is {tile * self.overlap:g} latents"
+        return [f"{found}, which is not whole, so that pictures would change their size: use overlap={whole:g}"]
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         return _preview(pipe, self._settings(pipe))

@@ -1,0 +1,118 @@
+"""Write docs/transforms.md from the code: ``python docs/generate_transforms.py``; a test holds the file to it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+
+from ernie_accel import Effect, Transform
+from ernie_accel.core.context import OPTIONAL_PACKAGES
+from ernie_accel.transforms import TRANSFORMS, transform_class
+
+PAGE = Path(__file__).parent / "transforms.md"
+INTRODUCTION = """\
+# Transforms
+
+Every transform of the catalogue, in the order they run. This page is written by `docs/generate_transforms.py` from
+the docstrings; figures without another source were measured on an NVIDIA H200 at 1024x1024, batch 1.
+`ernie_accel.plan(pipe, ...)` says for your pipe and machine what each would change, or why it cannot run.
+"""
+
+
+def page() -> str:
+    """Return the whole page."""
+    classes = sorted(map(transform_class, TRANSFORMS), key=lambda cls: (cls.phase, cls.slot))
+    return INTRODUCTION + "".join("\n" + "\n".join(section(cls)) + "\n" for cls in classes)
+
+
+def section(cls: type[Transform]) -> Iterator[str]:
+    """Yield the lines of one transform."""
+    text, sections = split_docstring(inspect.getdoc(cls) or "")
+    yield f"## {cls.__name__}\n"
+    yield text.replace("``", "`")
+    if "Pays" in sections:
+        yield f"\n**When it pays:** {' '.join(sections['Pays'].split())}".replace("``", "`")
+    yield "\n| | |\n|---|---|"
+    yield f"| call | `{signature(cls)}` |"
+    yield f"| phase, slot | {cls.phase.name}, `{cls.slot}` |"
+    yield f"| effect | {effect(cls)} |"
+    yield f"| needs | {needs(cls)} |"
+    yield f"| undo | {undo(cls)} |"
+    if "Attributes" in sections:
+        yield ""
+        yield from (f"- {line}".replace("``", "`") for line in attributes(sections["Attributes"]))
+
+
+def split_docstring(doc: str) -> tuple[str, dict[str, str]]:
+    """Return the prose of a Google-style docstring, and its sections by name."""
+    sections: dict[str, str] = {}
+    prose, name = [], ""
+    for line in doc.splitlines():
+        if line.endswith(":") and line[:-1].isidentifier() and not line.startswith(" "):
+            name = line[:-1]
+            sections[name] = ""
+        elif name:
+            sections[name] += line + "\n"
+        else:
+            prose.append(line)
+    return "\n".join(prose).strip(), {name: textwrap.dedent(body).strip() for name, body in sections.items()}
+
+
+def attributes(body: str) -> Iterator[str]:
+    """Yield one Markdown line for each attribute."""
+    joined = body.replace("\n    ", " ")
+    for line in joined.splitlines():
+        name, _, what = line.partition(": ")
+        yield f"`{name}`: {what}"
+
+
+def signature(cls: type[Transform]) -> str:
+    """Return how the transform is written, with its defaults."""
+    return f"{cls.__name__}({', '.join(map(argument, (f for f in fields(cls) if f.init)))})"
+
+
+def argument(field: Field[object]) -> str:
+    """Return one argument of a call, with its default."""
+    default = field.default_factory() if field.default_factory is not MISSING else field.default
+    return field.name if default is MISSING else f"{field.name}={default!r}"
+
+
+def effect(cls: type[Transform]) -> str:
+    """Return the effect, and those of its arguments that change it."""
+    words = {
+        Effect.EXACT: "the same bits",
+        Effect.ROUNDING: "rounding only",
+        Effect.LOSSY: "loses bits, above a floor in dB that the plan shows",
+        Effect.RESAMPLES: "another picture by design",
+    }
+    other = [e for e in Effect if e is not cls.effect and f"Effect.{e.name}" in inspect.getsource(cls)]
+    also = "".join(f"; with some arguments `{e.value}`: {words[e]}" for e in other)
+    return f"`{cls.effect.value}`: {words[cls.effect]}{also}"
+
+
+def needs(cls: type[Transform]) -> str:
+    """Return the pip extra a transform needs."""
+    if cls.extra is not None:
+        return f"`pip install 'ernie-accel[{cls.extra}]'`"
+    source = inspect.getsource(inspect.getmodule(cls) or cls)
+    optional = [package for package in OPTIONAL_PACKAGES if f'"{package}"' in source]
+    return f"nothing; {', '.join(optional)} for some arguments" if optional else "nothing"
+
+
+def undo(cls: type[Transform]) -> str:
+    """Return whether it can be undone, from the receipts that `apply` writes."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    reasons = [
+        node.value.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.keyword) and node.arg == "no_undo" and isinstance(node.value, ast.Constant)
+    ]
+    return "; ".join(["exact", *(f"none with {reason}" for reason in reasons)])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,42 @@
+"""Do something around every call of one pipe. A call is looked up on the class, so the instance gets one of its own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeAlias
+
+from ernie_accel.core.components import Pipeline
+from ernie_accel.core.undo import Undo
+
+#: (call, all arguments by name, defaults included) -> result; ``call(arguments)`` does what the pipe did before.
+Around: TypeAlias = Callable[[Callable[[dict[str, Any]], Any], dict[str, Any]], Any]
+
+
+def wrap_call(pipe: Pipeline, attribute: str, undo: Undo) -> None:
+    """Let calls of `pipe` go through the `Around` in its attribute `attribute`, in place.
+
+    It is an attribute, and not an argument, so that a deep copy of the pipe calls its own copy. The pipe's new class is
+    a subclass of the same name and signature: save_pretrained writes the name, and from_pretrained looks it up.
+    """
+    cls = type(pipe)
+    stock = cls.__call__
+    signature = inspect.signature(stock)
+
+    @wraps(stock)
+    def __call__(self: Pipeline, *args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = dict(bound.arguments)
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                arguments |= arguments.pop(name)
+        del arguments[next(iter(signature.parameters))]  # self
+        return getattr(self, attribute)(lambda given: stock(self, **given), arguments)
+
+    __call__.__signature__ = signature  # type: ignore[attr-defined]
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    metaclass: Any = type(cls)
+    undo.push(lambda: object.__setattr__(pipe, "__class__", cls))
+    object.__setattr__(pipe, "__class__", metaclass(cls.__name__, (cls,), {"__call__": __call__, **names}))

@@ -1,0 +1,132 @@
+"""How an attention mask reaches the blocks of a transformer, and how to change it on the way without a class patch.
+
+A transformer builds the mask inside its forward and hands it to every block, so the only place to change it on one
+instance is the entry of each block: a forward pre-hook (`map_masks`). Whether anything is padded is known before, on
+the host, to the method of the pipeline that pads (`watch_padding`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ernie_accel.core.components import Pipeline
+from ernie_accel.core.undo import Undo
+from ernie_accel.families.family import AlwaysMasks
+
+#: What blocks call their mask argument: those of diffusers' transformers, and the rewritten ones.
+MASK_NAMES = ("attention_mask", "attn_mask", "mask_b11s")
+_MARK = "_ernie_accel_padding"
+
+
+class Padding:
+    """What is known on the host of one padded batch: hung on both its tensors, so that they are known as a pair.
+
+    Attributes:
+        padded: Whether any prompt is shorter than the batch is wide.
+    """
+
+    def __init__(self, padded: bool) -> None:
+        self.padded = padded
+
+
+class PaddingWatch:
+    """What the forward that is running knows of its padding. Hooks write it, blocks read it.
+
+    Attributes:
+        padding: Of the running forward; None if it is not known on the host.
+    """
+
+    def __init__(self, how: AlwaysMasks, transformer: nn.Module) -> None:
+        self.padding: Padding | None = None
+        self._how = how
+        names = list(inspect.signature(transformer.forward).parameters)
+        self._lengths_at, self._text_at = names.index(how.lengths), names.index(how.text)
+
+    @property
+    def elided(self) -> bool:
+        """Whether the running forward is known to pad nothing."""
+        return self.padding is not None and not self.padding.padded
+
+    def before_transformer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find out whether this forward pads; a forward pre-hook (with keywords) of the transformer."""
+        lengths_b = args[self._lengths_at] if len(args) > self._lengths_at else kwargs[self._how.lengths]
+        text_bth = args[self._text_at] if len(args) > self._text_at else kwargs[self._how.text]
+        padding = getattr(text_bth, _MARK, None)
+        if padding is not None and padding is getattr(lengths_b, _MARK, None):
+            self.padding = padding
+        elif torch.compiler.is_compiling():
+            self.padding = None  # reading the lengths would break the graph: the mask stays
+        else:  # not what the pipeline padded: look, once for this pair of tensors
+            self.padding = mark(text_bth, lengths_b, lengths_b.tolist())
+
+
+def mark(text_bth: Tensor, lengths_b: Tensor, lengths: list[int]) -> Padding:
+    """Hang onto both tensors whether `lengths`, the values of `lengths_b` [B], pad `text_bth` [B, T, H]."""
+    padding = Padding(any(length != text_bth.shape[1] for length in lengths))
+    for tensor in (text_bth, lengths_b):
+        setattr(tensor, _MARK, padding)
+    return padding
+
+
+def watch_padding(pipe: Pipeline, how: AlwaysMasks, undo: Undo) -> PaddingWatch:
+    """Let `pipe` keep, in place, what its padding method knows, and return where a running forward finds it."""
+    watch = PaddingWatch(how, pipe.transformer)
+    undo.setattr(pipe, how.pad_method, _marking(getattr(pipe, how.pad_method)))
+    handle = pipe.transformer.register_forward_pre_hook(watch.before_transformer, with_kwargs=True)
+    undo.push(handle.remove)
+    return watch
+
+
+def _marking(pad_text: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return a pipeline's padding method, ([T, H] of each prompt) -> (text_bth, lengths_b), that marks its result."""
+
+    @wraps(pad_text)
+    def pad_and_mark(text_hiddens: list[Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        text_bth, lengths_b = pad_text(text_hiddens, *args, **kwargs)
+        mark(text_bth, lengths_b, [hidden.shape[0] for hidden in text_hiddens])
+        return text_bth, lengths_b
+
+    return pad_and_mark
+
+
+def masked_blocks(transformer: nn.Module) -> Iterator[tuple[str, nn.Module, int, str]]:
+    """Yield (path, block, position and name of its mask argument) for every repeated block that takes a mask."""
+    for path, block in transformer.named_modules():
+        if type(block).__name__ not in (getattr(transformer, "_repeated_blocks", None) or ()):
+            continue
+        names = list(inspect.signature(block.forward).parameters)
+        found = next((name for name in MASK_NAMES if name in names), None)
+        if found is not None:
+            yield path, block, names.index(found), found
+
+
+def map_masks(transformer: nn.Module, change: Callable[[Tensor], Tensor | None], undo: Undo) -> None:
+    """Let every block see ``change(mask)`` instead of its mask, in place; a block that gets no mask stays so."""
+    hooks: dict[tuple[int, str], _MaskHook] = {}
+    for _, block, position, name in masked_blocks(transformer):
+        # One object for all blocks: each of its own would make torch.compile compile each block anew.
+        hook = hooks.setdefault((position, name), _MaskHook(change, position, name))
+        undo.push(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+
+
+class _MaskHook:
+    """A forward pre-hook (with keywords) that changes one argument; an object, so that a deep copy copies its state."""
+
+    def __init__(self, change: Callable[[Tensor], Tensor | None], position: int, name: str) -> None:
+        self._change, self._position, self._name = change, position, name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if len(args) > self._position:
+            if args[self._position] is None:
+                return None
+            changed = self._change(args[self._position])
+            return (*args[: self._position], changed, *args[self._position + 1 :]), kwargs
+        if kwargs.get(self._name) is None:
+            return None
+        return args, {**kwargs, self._name: self._change(kwargs[self._name])}

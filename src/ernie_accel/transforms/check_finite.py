@@ -1,0 +1,177 @@
+"""Notice NaN and infinity where they arise, instead of delivering a black picture."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ernie_accel.core.components import Pipeline, modules_of, weights_of
+from ernie_accel.core.context import Context
+from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.undo import Undo
+from ernie_accel.core.wrap_call import wrap_call
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, repr=False)
+class CheckFinite(Transform):
+    """Check the latents after every step and the decoded picture for NaN and infinity.
+
+    A call that breaks is made once more in float32, with the same noise and a UserWarning that names the step; if that
+    is not possible or breaks, too, an error names it. The check reads one number a step from the device.
+
+    Pays:
+        With float16, whose largest number is 65504, and with quantized models; in batches, where nobody looks at each
+        picture. A rerun needs memory for the weights in float32 beside those of the pipe.
+
+    Attributes:
+        rerun: Whether a call may be made again in float32. Quantized weights cannot.
+    """
+
+    phase: ClassVar[Phase] = Phase.CALL
+    slot: ClassVar[str] = "finite"
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    rerun: bool = field(default=True, kw_only=True)
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
+            return [f"{type(pipe).__name__} cannot tell when a step ends (it takes no callback_on_step_end)"]
+        if getattr(pipe, "vae", None) is None:
+            return [f"{type(pipe).__name__} has no component 'vae'"]
+        return []
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        return Preview(("call", "vae.decode"))
+
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        check = _Check(pipe, self.rerun)
+        with Undo() as undo:
+            undo.setattr(pipe.vae, "decode", check.decoding(pipe.vae.decode))
+            undo.setattr(pipe, "_around_finite", check.around)
+            wrap_call(pipe, "_around_finite", undo)
+        return Applied(("call", "vae.decode"), undo=undo)
+
+
+class _NotFiniteError(ErnieAccelError):
+    """Says where the first number that is not finite was seen."""
+
+
+class _Check:
+    """Looks at the calls of one pipe."""
+
+    def __init__(self, pipe: Pipeline, rerun: bool) -> None:
+        self._pipe, self._rerun = pipe, rerun
+
+    def around(self, call: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> Any:
+        """Call the pipe, and if it breaks once more in float32."""
+        noise = _Noise(arguments.get("generator"))
+        try:
+            return call(self._watching(arguments))
+        except _NotFiniteError as error:
+            why_not = self._why_no_rerun()
+            if why_not is not None:
+                raise ErnieAccelError(f"{error}. {why_not}") from error
+            found = str(error)
+        warnings.warn(f"{found}: the call is made again in float32", UserWarning, stacklevel=2)
+        noise.rewind()
+        with Undo() as undo:
+            for tensor in self._half_weights():
+                undo.set_data(tensor, tensor.data.float())
+            try:
+                return call(self._watching({name: _in_float32(value) for name, value in arguments.items()}))
+            except _NotFiniteError as error:
+                raise ErnieAccelError(f"{found}; also in float32, {error}") from error
+            finally:
+                undo()
+
+    def decoding(self, decode: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a VAE's ``decode`` that looks at what it returns."""
+
+        @wraps(decode)
+        def decode_and_look(*args: Any, **kwargs: Any) -> Any:
+            result = decode(*args, **kwargs)
+            look(result[0], f"the pixels that the VAE decoded in {_name(self._pipe.vae.dtype)}")
+            return result
+
+        return decode_and_look
+
+    def _watching(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call with a callback that looks at the latents before the caller's own does."""
+        theirs, wanted = arguments["callback_on_step_end"], list(arguments["callback_on_step_end_tensor_inputs"])
+        steps = arguments.get("num_inference_steps")
+
+        def look_and_call(pipe: Pipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            where = f"the latents after step {step + 1} of {steps} in {_name(pipe.transformer.dtype)}"
+            look(tensors["latents"], where)
+            if theirs is None:
+                return {}
+            given = {name: tensor for name, tensor in tensors.items() if name in wanted}
+            changed: dict[str, Any] = theirs(pipe, step, timestep, given)
+            return changed
+
+        inputs = wanted if "latents" in wanted else [*wanted, "latents"]
+        return {
+            **arguments,
+            "callback_on_step_end": look_and_call,
+            "callback_on_step_end_tensor_inputs": inputs,
+        }
+
+    def _half_weights(self) -> list[Tensor]:
+        modules = modules_of(self._pipe).values()
+        return [tensor for module in modules for _, tensor in weights_of(module) if tensor.dtype in _HALF]
+
+    def _why_no_rerun(self) -> str | None:
+        """Return why the call cannot be made again in float32; None if it can."""
+        if not self._rerun:
+            return "CheckFinite(rerun=False) makes no second try: use bfloat16 or float32"
+        if any(hasattr(t, "__tensor_flatten__") for m in modules_of(self._pipe).values() for t in m.parameters()):
+            return "Quantized weights cannot be computed in float32: quantize fewer layers (exclude=...), or none"
+        if not self._half_weights():
+            return "The weights are float32 already, so the checkpoint or the arguments are at fault"
+        return None
+
+
+class _Noise:
+    """The state of all generators a call draws from."""
+
+    def __init__(self, generator: Any) -> None:
+        given = generator if isinstance(generator, list) else [generator]
+        self._states = [(g, g.get_state()) for g in given if g is not None]
+        self._global = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def rewind(self) -> None:
+        """Let the next call draw the same noise."""
+        for generator, state in self._states:
+            generator.set_state(state)
+        torch.set_rng_state(self._global)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+
+def look(tensor: Tensor, what: str) -> None:
+    """Raise if `tensor` of any shape holds a number that is not finite; `what` says which tensor it is."""
+    if bool(torch.isfinite(tensor).all()):
+        return
+    nans, bad = int(torch.isnan(tensor).sum()), int((~torch.isfinite(tensor)).sum())
+    raise _NotFiniteError(f"{what} hold {nans} NaN and {bad - nans} infinite numbers of {tensor.numel()}")
+
+
+def _in_float32(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_in_float32(item) for item in value]
+    return value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,231 @@
+"""Encode all prompts of a call at once, each text once, and remember the last ones."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ernie_accel.core.atomic import write_atomically
+from ernie_accel.core.components import Pipeline
+from ernie_accel.core.context import Context
+from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.undo import Undo
+from ernie_accel.core.wrap_call import wrap_call
+from ernie_accel.families import family_of
+from ernie_accel.families.family import PromptEncoding
+
+#: A prompt as its tokenizer has it: token ids.
+Ids: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True, repr=False)
+class BatchPromptEncoding(Transform):
+    """Encode prompts and negative prompts of a call in one right-padded forward of the text encoder, each text once.
+
+    Stock ERNIE-Image encodes one by one, duplicates included: 8 prompts take 128 ms on an H200, batched 18. Its last
+    layer, whose output nothing uses, is skipped. Embeddings equal those of the loop within 5e-7 in float32. While this
+    is in place, ``last_hidden_state`` of the text encoder is not what it was.
+
+    Pays:
+        With several prompts a call, or with guidance; the cache, with prompts or negative prompts that come again.
+
+    Attributes:
+        cache: Prompts whose embeddings are kept for later calls, >= 0, the least recently used going first.
+        folder: Where they are kept, as safetensors; None for memory. Files are told apart by prompt, tokenizer result
+            and weights, so several checkpoints can share a folder.
+        batch_size: Prompts of one forward at most, >= 1.
+    """
+
+    phase: ClassVar[Phase] = Phase.REWRITE
+    slot: ClassVar[str] = "prompt-encoding"
+    effect: ClassVar[Effect] = Effect.ROUNDING
+
+    cache: int = field(default=0, kw_only=True)
+    folder: str | None = field(default=None, kw_only=True)
+    batch_size: int = field(default=32, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.cache < 0 or self.batch_size < 1:
+            raise ValueError(f"cache must be >= 0 and batch_size >= 1, got {self.cache} and {self.batch_size}")
+        if self.folder is not None and self.cache == 0:
+            raise ValueError(f"folder={self.folder!r} with cache=0 keeps nothing: give cache=1000, say")
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        family = family_of(pipe)
+        if family is None:
+            return [f"{type(pipe).__name__} is of no known family, and prompts are encoded family by family"]
+        if family.prompt_encoding is None:
+            return [f"{family.name} encodes the prompts of a call in one batch already"]
+        if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "tokenizer", None) is None:
+            return [f"{type(pipe).__name__} was loaded without text encoder or tokenizer"]
+        return []
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        return Preview(self._changes(pipe), note=self._note())
+
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        changes, how = self._changes(pipe), _encoding_of(pipe)
+        memory = _Files(self.cache, Path(self.folder), pipe.text_encoder) if self.folder else _Memory(self.cache)
+        encoder = _Encoder(pipe, how, memory, self.batch_size)
+        with Undo() as undo:
+            undo.setattr(_last_layer(pipe, how), "forward", _pass_on)
+            undo.setattr(pipe, "encode_prompt", encoder.encode_prompt)
+            undo.setattr(pipe, "_around_prompts", encoder.around)
+            wrap_call(pipe, "_around_prompts", undo)
+        return Applied(changes, undo=undo, note=self._note())
+
+    def _changes(self, pipe: Pipeline) -> tuple[str, ...]:
+        how = _encoding_of(pipe)
+        last = len(attrgetter(how.layers)(pipe.text_encoder)) - 1
+        return ("encode_prompt one by one -> batched", f"text_encoder.{how.layers}.{last} run -> skipped")
+
+    def _note(self) -> str:
+        where = f"in {self.folder}" if self.folder else "in memory"
+        return f"keeps the embeddings of {self.cache} prompts {where}" if self.cache else ""
+
+
+class _Encoder:
+    """What stands in for a pipeline's ``encode_prompt``."""
+
+    def __init__(self, pipe: Pipeline, how: PromptEncoding, memory: _Memory | _Files, batch_size: int) -> None:
+        self._pipe, self._how, self._memory, self._batch_size = pipe, how, memory, batch_size
+        self._upcoming: list[str] = []
+        self._of_this_call: dict[Ids, Tensor] | None = None  # None outside of a call of the pipe
+
+    def around(self, call: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> Any:
+        """Call the pipe, knowing which negative prompts it will ask for after the prompts."""
+        negative = arguments["negative_prompt"] or ""
+        needed = arguments["guidance_scale"] > 1.0 and arguments["negative_prompt_embeds"] is None
+        self._upcoming = [] if not needed else [negative] if isinstance(negative, str) else list(negative)
+        self._of_this_call = {}
+        try:
+            return call(arguments)
+        finally:
+            self._upcoming, self._of_this_call = [], None
+
+    @torch.no_grad()
+    def encode_prompt(
+        self, prompt: str | list[str], device: torch.device, num_images_per_prompt: int = 1
+    ) -> list[Tensor]:
+        """Return the embeddings [T, H] of each prompt, `num_images_per_prompt` times; as the pipeline's own method."""
+        prompts = [self._ids(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        upcoming, self._upcoming = [self._ids(text) for text in self._upcoming], []
+        found = {} if self._of_this_call is None else self._of_this_call
+        missing = []
+        for ids in dict.fromkeys([*prompts, *upcoming]):
+            if ids not in found:
+                known = self._memory.get(ids, device)
+                if known is None:
+                    missing.append(ids)
+                else:
+                    found[ids] = known
+        missing.sort(key=len)  # so that little is padded
+        for start in range(0, len(missing), self._batch_size):
+            found |= self._forward(missing[start : start + self._batch_size], device)
+        for ids in missing:
+            self._memory.put(ids, found[ids])
+        return [found[ids] for ids in prompts for _ in range(num_images_per_prompt)]
+
+    def _ids(self, text: str) -> Ids:
+        tokenizer = self._pipe.tokenizer
+        ids = tokenizer(text, add_special_tokens=True, truncation=True, padding=False)["input_ids"]
+        return tuple(ids) or (tokenizer.bos_token_id or 0,)  # an empty negative prompt; so does stock
+
+    def _forward(self, prompts: list[Ids], device: torch.device) -> dict[Ids, Tensor]:
+        """Return the hidden states [T, H] of each prompt out of one forward over [B, longest T]."""
+        longest = max(map(len, prompts))
+        pad = self._pipe.tokenizer.pad_token_id or 0
+        ids_bt = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in prompts], device=device)
+        mask_bt = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in prompts], device=device)
+        outputs = self._pipe.text_encoder(input_ids=ids_bt, attention_mask=mask_bt, output_hidden_states=True)
+        hidden_bth = outputs.hidden_states[self._how.hidden_state]
+        # Copies: a view of one prompt would keep the whole batch alive in the cache.
+        return {ids: hidden_bth[i, : len(ids)].clone() for i, ids in enumerate(prompts)}
+
+
+class _Memory:
+    """The embeddings of the last `size` prompts."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._kept: OrderedDict[Ids, Tensor] = OrderedDict()
+
+    def get(self, ids: Ids, device: torch.device) -> Tensor | None:
+        if ids not in self._kept:
+            return None
+        self._kept.move_to_end(ids)
+        return self._kept[ids].to(device)
+
+    def put(self, ids: Ids, hidden_th: Tensor) -> None:
+        self._kept[ids] = hidden_th
+        while len(self._kept) > self._size:
+            self._kept.popitem(last=False)
+
+
+class _Files:
+    """The embeddings of the last `size` prompts, one safetensors file each; when a file was last used is its mtime."""
+
+    def __init__(self, size: int, folder: Path, text_encoder: torch.nn.Module) -> None:
+        self._size, self._folder, self._model = size, folder, _fingerprint(text_encoder)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, ids: Ids, device: torch.device) -> Tensor | None:
+        from safetensors import SafetensorError, safe_open
+
+        file = self._file(ids)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                hidden_th: Tensor = opened.get_tensor("hidden").to(device)
+        except (FileNotFoundError, SafetensorError):  # not there, or cut off: encode it anew
+            return None
+        os.utime(file)
+        return hidden_th
+
+    def put(self, ids: Ids, hidden_th: Tensor) -> None:
+        from safetensors.torch import save
+
+        write_atomically(self._file(ids), save({"hidden": hidden_th.cpu().contiguous()}))
+        files = sorted(self._folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+        for file in files[: max(0, len(files) - self._size)]:
+            file.unlink(missing_ok=True)
+
+    def _file(self, ids: Ids) -> Path:
+        digest = hashlib.sha256(f"{self._model} {ids}".encode()).hexdigest()
+        return self._folder / f"{digest}.safetensors"
+
+
+def _fingerprint(module: torch.nn.Module, sample: int = 64) -> str:
+    """Return a digest of a model's weights: shapes, dtypes, and the first values of each."""
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        head = parameter.detach().flatten()[:sample].to("cpu", torch.float32)
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {head.tolist()}".encode())
+    return digest.hexdigest()
+
+
+def _encoding_of(pipe: Pipeline) -> PromptEncoding:
+    family = family_of(pipe)
+    if family is None or family.prompt_encoding is None:
+        raise LookupError(f"{type(pipe).__name__} has no prompt encoding that could be batched")
+    return family.prompt_encoding
+
+
+def _last_layer(pipe: Pipeline, how: PromptEncoding) -> Any:
+    return attrgetter(how.layers)(pipe.text_encoder)[-1]
+
+
+def _pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Stand in for the forward of a layer whose result nothing uses.
+
+    The layer itself has to stay: without it, ``hidden_states[-2]`` would silently be another layer's.
+    """
+    return hidden_states

@@ -1,0 +1,146 @@
+"""Keep on the accelerator only what is computing: weights wait in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+
+from ernie_accel.core.components import Pipeline, device_of, modules_of
+from ernie_accel.core.context import Context
+from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.undo import Undo
+
+#: Mode -> what is on the accelerator at a time.
+MODES: Mapping[str, str] = MappingProxyType(
+    {
+        "model": "one component at a time; moving ERNIE-Image's transformer in costs a second or so a picture",
+        "sequential": "one layer at a time; the least memory, and by far the slowest",
+        "group": "a few blocks at a time, the next ones on their way meanwhile where the device has streams",
+        "stages": "the transformer and the VAE all the time, text encoder and prompt enhancer only while they work",
+    }
+)
+#: Components that only work before the denoising starts.
+PROMPT_COMPONENTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "pe")
+
+#: What ``enable_group_offload`` hangs onto modules (diffusers/hooks/group_offloading.py).
+GROUP_OFFLOAD_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading", "lazy_leafs")
+
+
+@dataclass(frozen=True, repr=False)
+class Offload(Transform):
+    """Offload weights to host memory between uses. The arithmetic stays the same; time is traded for memory.
+
+    "model", "sequential" and "group" are diffusers' own (``enable_model_cpu_offload`` and so on). "stages" is for cards
+    that hold the transformer but not the 15 GB of ERNIE-Image's text encoder and prompt enhancer beside it.
+
+    Pays:
+        Only where the pipe does not fit otherwise: every mode is slower than none. Try a quantized transformer first,
+        then "stages", "model", "group" and "sequential", from the fastest to the leanest.
+
+    Attributes:
+        mode: A key of `MODES`.
+        blocks_per_group: For "group", how many blocks travel together, >= 1.
+    """
+
+    phase: ClassVar[Phase] = Phase.MEMORY
+    slot: ClassVar[str] = "offload"
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    mode: str
+    blocks_per_group: int = field(default=1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise UnknownNameError("mode of offloading", self.mode, MODES)
+        if self.blocks_per_group < 1:
+            raise ValueError(f"blocks_per_group must be >= 1, got {self.blocks_per_group}")
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        reasons = []
+        if context.device == "cpu":
+            reasons.append("there is no accelerator to offload from: this device is cpu")
+        if self.mode == "model" and getattr(pipe, "model_cpu_offload_seq", None) is None:
+            reasons.append(f"{type(pipe).__name__} does not say in which order its components work: use 'group'")
+        if self.mode == "stages" and not any(self._prompt_components(pipe)):
+            reasons.append(f"{type(pipe).__name__} has none of {', '.join(PROMPT_COMPONENTS)}")
+        moved = [name for name, module in modules_of(pipe).items() if hasattr(module, "_hf_hook")]
+        if moved:
+            reasons.append(f"{', '.join(moved)}: offloaded already; call pipe.remove_all_hooks() first")
+        return reasons
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        return Preview(self._changes(pipe), note=f"on the accelerator: {MODES[self.mode]}")
+
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        changes, device = self._changes(pipe), device_of(pipe)
+        with Undo() as undo:
+            for name in ("_offload_gpu_id", "_offload_device", "_all_hooks"):
+                undo.push(_attribute_setter(pipe, name))
+            for part in (part for module in modules_of(pipe).values() for part in module.modules()):
+                undo.push(_attribute_setter(part, "forward"))  # hooks, when removed, leave one on the instance
+            if self.mode == "stages":
+                self._stage(pipe, device, undo)
+            elif self.mode == "group":
+                undo.push(partial(_end_group_offload, pipe, device))
+                pipe.enable_group_offload(
+                    onload_device=device, num_blocks_per_group=self.blocks_per_group, use_stream=device.type == "cuda"
+                )
+            else:
+                undo.push(partial(_end_cpu_offload, pipe, device))
+                enable = pipe.enable_model_cpu_offload if self.mode == "model" else pipe.enable_sequential_cpu_offload
+                enable(device=device)
+        return Applied(changes, undo=undo, note=f"on the accelerator: {MODES[self.mode]}")
+
+    def _changes(self, pipe: Pipeline) -> tuple[str, ...]:
+        return tuple(self._prompt_components(pipe)) if self.mode == "stages" else tuple(modules_of(pipe))
+
+    def _prompt_components(self, pipe: Pipeline) -> Iterator[str]:
+        return (name for name in modules_of(pipe) if name in PROMPT_COMPONENTS)
+
+    def _stage(self, pipe: Pipeline, device: torch.device, undo: Undo) -> None:
+        from accelerate import cpu_offload_with_hook
+        from accelerate.hooks import remove_hook_from_module
+
+        hooks = []
+        for name in self._prompt_components(pipe):
+            module = modules_of(pipe)[name]
+            undo.push(partial(module.to, device))
+            undo.push(partial(remove_hook_from_module, module, recurse=True))
+            _, hook = cpu_offload_with_hook(module.to("cpu"), device)
+            hooks.append(hook)
+
+        def leave(*_: Any) -> None:
+            for hook in hooks:
+                hook.offload()
+
+        undo.push(pipe.transformer.register_forward_pre_hook(leave).remove)
+
+
+def _end_cpu_offload(pipe: Pipeline, device: torch.device) -> None:
+    pipe.remove_all_hooks()
+    pipe.to(device)
+
+
+def _end_group_offload(pipe: Pipeline, device: torch.device) -> None:
+    from diffusers.hooks import HookRegistry
+
+    for module in modules_of(pipe).values():
+        for part in module.modules():
+            if hasattr(part, "_diffusers_hook"):
+                registry = HookRegistry.check_if_exists_or_initialize(part)
+                for name in [name for name in registry.hooks if name in GROUP_OFFLOAD_HOOKS]:
+                    registry.remove_hook(name, recurse=False)
+        module.to(device)
+
+
+def _attribute_setter(owner: Any, name: str) -> Callable[[], None]:
+    """Return what gives `owner` its present attribute `name` back, or takes it away where it has none."""
+    if name in vars(owner):
+        return partial(object.__setattr__, owner, name, vars(owner)[name])
+    return lambda: object.__delattr__(owner, name) if name in vars(owner) else None

@@ -1,0 +1,142 @@
+"""Shorten prompts that are too long and say so, instead of cutting them without a word; refuse empty ones."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, ClassVar
+
+from ernie_accel.core.components import Pipeline
+from ernie_accel.core.context import Context
+from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
+from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.undo import Undo
+from ernie_accel.core.wrap_call import wrap_call
+
+KEEP = ("head", "tail")
+
+
+@dataclass(frozen=True, repr=False)
+class TruncatePrompts(Transform):
+    """Shorten every prompt to a number of tokens, as the pipe's own tokenizer counts them, special tokens included.
+
+    A shortened prompt is named in ``result.warnings`` and by a UserWarning; the picture is made all the same. A
+    prompt without any token is an error that names it (stock draws something for it, or crashes); an empty negative
+    prompt is fine. Enhanced prompts are shortened after they were enhanced. Shorter prompts are not touched.
+
+    Pays:
+        For batches of prompts that nobody has read: one that is too long or empty does not spoil the others in silence.
+
+    Attributes:
+        max_tokens: Tokens that stay at most.
+        keep: "head" keeps the beginning, "tail" the end.
+    """
+
+    phase: ClassVar[Phase] = Phase.REWRITE
+    slot: ClassVar[str] = "prompt-length"
+    effect: ClassVar[Effect] = Effect.RESAMPLES
+
+    max_tokens: int
+    keep: str = field(default="head", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.keep not in KEEP:
+            raise UnknownNameError("end of a prompt to keep", self.keep, KEEP)
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be >= 1, got {self.max_tokens}")
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        tokenizer = getattr(pipe, "tokenizer", None)
+        if tokenizer is None or not hasattr(pipe, "encode_prompt"):
+            return [f"{type(pipe).__name__} has no tokenizer (component 'tokenizer') to count with"]
+        special = len(tokenizer("")["input_ids"])
+        if self.max_tokens <= special:
+            return [f"max_tokens={self.max_tokens} leaves nothing beside the tokenizer's {special} special tokens"]
+        if self.max_tokens > tokenizer.model_max_length:
+            most = tokenizer.model_max_length
+            return [f"max_tokens={self.max_tokens}, but the tokenizer itself cuts at {most}: use at most {most}"]
+        return []
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        return Preview(self._changes(pipe), note="prompts within the limit are not touched")
+
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        changes, limit = self._changes(pipe), _Limit(self, pipe)
+        with Undo() as undo:
+            undo.setattr(pipe, "encode_prompt", limit.shortening(pipe.encode_prompt))
+            undo.setattr(pipe, "_around_lengths", limit.around)
+            wrap_call(pipe, "_around_lengths", undo)
+        return Applied(changes, undo=undo, note="prompts within the limit are not touched")
+
+    def _changes(self, pipe: Pipeline) -> tuple[str, ...]:
+        return (f"prompt tokens {pipe.tokenizer.model_max_length} -> {self.max_tokens}",)
+
+
+class _Limit:
+    """Shortens the prompts of one pipe and collects what it did during a call."""
+
+    def __init__(self, wanted: TruncatePrompts, pipe: Pipeline) -> None:
+        self._wanted, self._pipe = wanted, pipe
+        self._warnings: list[str] = []
+
+    def around(self, call: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> Any:
+        """Call the pipe with prompts that have tokens, and hang the warnings onto its result."""
+        prompt = arguments.get("prompt")
+        prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
+        for number, text in enumerate(prompts, start=1):
+            if not self._pipe.tokenizer(text, add_special_tokens=False)["input_ids"]:
+                raise ErnieAccelError(
+                    f"prompt {number} of {len(prompts)}, {text!r}, has no tokens: there is nothing to draw. Write what "
+                    "the picture shall show."
+                )
+        if arguments.get("negative_prompt"):
+            arguments = {**arguments, "negative_prompt": self._shorten_all(arguments["negative_prompt"])}
+        try:
+            result = call(arguments)
+            if hasattr(result, "images"):
+                result.warnings = tuple(dict.fromkeys(self._warnings))
+            return result
+        finally:
+            self._warnings = []
+
+    def shortening(self, encode_prompt: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a pipeline's ``encode_prompt`` that shortens its prompts."""
+
+        @wraps(encode_prompt)
+        def shorten_and_encode(prompt: Any, *args: Any, **kwargs: Any) -> Any:
+            return encode_prompt(prompt if prompt is None else self._shorten_all(prompt), *args, **kwargs)
+
+        return shorten_and_encode
+
+    def _shorten_all(self, prompt: str | list[str]) -> str | list[str]:
+        return self._shorten(prompt) if isinstance(prompt, str) else [self._shorten(text) for text in prompt]
+
+    def _shorten(self, text: str) -> str:
+        before = self._count(text)
+        if before <= self._wanted.max_tokens:
+            return text
+        room = self._wanted.max_tokens - self._count("")
+        short = self._cut(text, room)
+        while self._count(short) > self._wanted.max_tokens and room > 1:  # a cut may split into more tokens
+            room -= 1
+            short = self._cut(text, room)
+        lost = "end" if self._wanted.keep == "head" else "beginning"
+        start = text if len(text) <= 40 else f"{text[:40]}..."
+        warning = f"prompt {start!r} has {before} tokens; its {lost} was cut to leave {self._count(short)}"
+        self._warnings.append(warning)
+        warnings.warn(warning, UserWarning, stacklevel=2)
+        return short
+
+    def _count(self, text: str) -> int:
+        return len(self._pipe.tokenizer(text)["input_ids"])
+
+    def _cut(self, text: str, room: int) -> str:
+        """Return the part of `text` that its first or last `room` tokens cover."""
+        tokenizer, head = self._pipe.tokenizer, self._wanted.keep == "head"
+        if not tokenizer.is_fast:  # knows no character offsets
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            return str(tokenizer.decode(ids[:room] if head else ids[-room:]))
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return text[: offsets[room - 1][1]] if head else text[offsets[-room][0] :]

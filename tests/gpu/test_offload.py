@@ -1,0 +1,36 @@
+"""Offloading on a CUDA device: the same bits from less memory, and restore moves everything back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ernie_accel
+from ernie_accel import Offload
+from tests.pipelines import picture, tiny_ernie
+
+
+def on_cuda(pipe):
+    return {
+        name: {parameter.device.type for parameter in module.parameters()}
+        for name, module in pipe.components.items()
+        if isinstance(module, torch.nn.Module)
+    }
+
+
+@pytest.mark.parametrize("mode", ["model", "sequential", "group", "stages"])
+def test_the_same_bits_and_all_back_after_restore(mode):
+    pipe = tiny_ernie(layers=4).to("cuda")
+    latents = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0)).cuda()
+    before, places = picture(pipe, latents=latents.clone()), on_cuda(pipe)
+    weights = {name: p.clone() for name, p in pipe.transformer.named_parameters()}
+    ernie_accel.optimize(pipe, Offload(mode))
+    for _ in range(2):
+        assert torch.equal(picture(pipe, latents=latents.clone()), before)
+    resting = on_cuda(pipe)
+    assert "cuda" not in resting["text_encoder"]
+    assert ("cuda" in resting["transformer"]) == (mode == "stages")
+    ernie_accel.restore(pipe)
+    assert on_cuda(pipe) == places
+    assert all(torch.equal(p, weights[name]) for name, p in pipe.transformer.named_parameters())
+    assert torch.equal(picture(pipe, latents=latents.clone()), before)

@@ -1,0 +1,115 @@
+"""NaN and infinity are noticed where they arise; float32 helps where it can; autocast leaves the weights alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ernie_accel
+from ernie_accel import Autocast, CastDtype, CheckFinite, Context, Quantize
+from tests.pipelines import picture
+
+
+def break_transformer(pipe, *, step, only=torch.bfloat16, value=float("nan")):
+    """Let the transformer return one bad number at a step (from 1), while it computes in `only`."""
+    calls = []
+
+    def spoil(module, args, output):
+        calls.append(1)
+        if output[0].dtype == only and len(calls) == step:
+            output[0].view(-1)[0] = value
+        return output
+
+    pipe.transformer.register_forward_hook(spoil)
+
+
+@pytest.fixture
+def half(ernie):
+    ernie.vae.to(torch.bfloat16)
+    ernie.text_encoder.to(torch.bfloat16)
+    ernie.transformer.to(torch.bfloat16)
+    return ernie
+
+
+@pytest.mark.parametrize("generator", ["given", "global"])
+def test_a_broken_call_is_made_again_in_float32_with_the_same_noise(half, generator):
+    def make():
+        torch.manual_seed(4)
+        return picture(half, **({} if generator == "given" else {"generator": None}))
+
+    half.to(torch.float32)
+    want = make()
+    half.to(torch.bfloat16)
+    weights = {name: p.clone() for name, p in half.transformer.named_parameters()}
+    break_transformer(half, step=2)
+    ernie_accel.optimize(half, CheckFinite())
+    with pytest.warns(UserWarning, match="the latents after step 2 of 3 in bfloat16 hold 1 NaN and 0 infinite numbers"):
+        image = make()
+    assert ((image - want).norm() / want.norm()).item() < 5e-2  # the initial noise is drawn in the pipe's dtype
+    assert torch.isfinite(image).all()
+    assert all(torch.equal(p, weights[name]) for name, p in half.transformer.named_parameters())
+
+
+def test_a_call_that_breaks_in_float32_too_is_an_error(ernie):
+    break_transformer(ernie, step=1, only=torch.float32, value=float("inf"))
+    ernie_accel.optimize(ernie, CheckFinite())
+    message = r"after step 1 of 3 in float32 hold 0 NaN and 1 infinite numbers of 256. The weights are float32 already"
+    with pytest.raises(ernie_accel.ErnieAccelError, match=message):
+        picture(ernie)
+
+
+def test_without_a_rerun_it_is_an_error_that_names_the_step(half):
+    break_transformer(half, step=3)
+    ernie_accel.optimize(half, CheckFinite(rerun=False))
+    with pytest.raises(ernie_accel.ErnieAccelError, match="after step 3 of 3 in bfloat16"):
+        picture(half)
+
+
+def test_quantized_weights_are_not_run_again(half):
+    ernie_accel.optimize(half, Quantize("int8-weight-only"), CheckFinite())
+    break_transformer(half, step=1)
+    with pytest.raises(ernie_accel.ErnieAccelError, match="Quantized weights cannot be computed in float32"):
+        picture(half)
+
+
+def test_a_picture_that_the_vae_breaks_is_noticed(ernie):
+    ernie.vae.decoder.conv_out.bias.data[0] = float("nan")
+    ernie_accel.optimize(ernie, CheckFinite())
+    with pytest.raises(ernie_accel.ErnieAccelError, match="the pixels that the VAE decoded in float32 hold 4096 NaN"):
+        picture(ernie)
+
+
+def test_the_callers_callback_gets_what_it_asked_for(ernie):
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, sorted(tensors)))
+        return {}
+
+    ernie_accel.optimize(ernie, CheckFinite())
+    picture(ernie, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["pred"], steps=2)
+    picture(ernie, callback_on_step_end=callback, steps=1)
+    assert seen == [(0, ["pred"]), (1, ["pred"]), (0, ["latents"])]
+
+
+def test_autocast_computes_in_half_and_leaves_weights_and_angles_alone(ernie):
+    dtypes, angles = set(), set()
+    ernie.transformer.layers[0].mlp.up_proj.register_forward_hook(lambda *hook: dtypes.add(hook[2].dtype))
+    ernie.transformer.pos_embed.register_forward_hook(lambda *hook: angles.add(hook[2].dtype))
+    ernie_accel.optimize(ernie, Autocast("bfloat16"))
+    picture(ernie)
+    assert (dtypes, angles) == ({torch.bfloat16}, {torch.float32})
+    assert ernie.transformer.dtype == torch.float32
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_autocast_is_for_float32_weights(ernie):
+    context = Context.named("h200").after(CastDtype("bf16"))
+    reasons = Autocast("float16").unsupported(ernie, context)
+    assert reasons == ["the weights are bfloat16: autocast is for float32 weights"]
+    assert (
+        "bfloat16 needs CUDA compute capability >= 8.0"
+        in Autocast("bfloat16").unsupported(ernie, Context.named("v100"))[0]
+    )
+    with pytest.raises(ernie_accel.UnknownNameError, match="dtype of autocast"):
+        Autocast("float32")

@@ -1,0 +1,120 @@
+"""Ascend, on a stand-in for torch_npu that is as strict as the kernel; each in a process of its own.
+
+diffusers looks for torch_npu when it is imported, so the stand-in has to be there before.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STANDINS = Path(__file__).parent / "standins"
+
+START = """
+import torch, torch_npu, ernie_accel
+from ernie_accel import CastDtype, Context, ElideMask, ExpandAttentionMask, SetAttention
+from tests.pipelines import picture, tiny_ernie
+
+stock = torch.nn.functional.scaled_dot_product_attention
+def strict(query, key, value, attn_mask=None, **kwargs):
+    if attn_mask is not None:
+        torch_npu.check_mask_shape(attn_mask, query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    return stock(query, key, value, attn_mask=attn_mask, **kwargs)
+
+PROMPTS = ["a red circle", "a big blue square on a small red circle"]
+npu, pipe = Context.named("ascend910b"), tiny_ernie()
+pipe.text_encoder.set_attn_implementation("eager")  # only the transformer is looked at
+right = picture(pipe, prompt=PROMPTS)
+def rel(image):
+    return ((image - right).norm() / right.norm()).item()
+"""
+
+
+def run(code: str, path: tuple[Path, ...] = (STANDINS,)) -> list[str]:
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*path, root)))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\n")[:-1]
+
+
+def test_the_kernel_refuses_a_broadcast_mask_in_its_own_words():
+    code = START + (
+        "torch.nn.functional.scaled_dot_product_attention = strict\n"
+        "try: picture(pipe, prompt=PROMPTS)\nexcept RuntimeError as error: print(error)"
+    )
+    assert run(code)[-1].startswith(
+        "get unsupported atten_mask shape, the shape is [2, 1, 1, 25]. B=[2], N=[2], Sq=[25], Skv=[25], supported"
+    )
+
+
+def test_expanded_it_runs_through_torch_and_means_the_same():
+    code = START + (
+        "ernie_accel.optimize(pipe, ElideMask(), ExpandAttentionMask(), context=npu)\n"
+        "torch.nn.functional.scaled_dot_product_attention = strict\n"
+        "print(rel(picture(pipe, prompt=PROMPTS)), len(torch_npu.calls))"
+    )
+    distance, calls = run(code)[-1].split()
+    assert float(distance) < 1e-5
+    assert calls == "0"
+
+
+@pytest.mark.parametrize("elide", ["", "ElideMask(), "])
+def test_expanded_it_runs_through_the_fused_kernel_and_means_the_same(elide):
+    """True is masked out there, and attended in torch."""
+    code = START + (
+        "from ernie_accel.transforms.attention import set_attention\n"
+        f"machine = npu.after(CastDtype('bfloat16'))\n"
+        f"ernie_accel.optimize(pipe, {elide}ExpandAttentionMask(), SetAttention('npu'), context=machine)\n"
+        "print(rel(picture(pipe, prompt=PROMPTS)))\n"
+        "masks = list(torch_npu.calls); torch_npu.calls.clear()\n"
+        "print(len(masks), masks[0].dtype, list(masks[0].shape), masks[0][0, 0, 0].tolist().count(True))\n"
+        "picture(pipe, prompt=PROMPTS[:1])\n"
+        "print({mask is None for mask in torch_npu.calls})"
+    )
+    distance, facts, alone = run(code)[-3:]
+    assert float(distance) < 1e-5
+    assert facts == "6 torch.bool [2, 1, 25, 25] 6"  # six of the short prompt's nine text tokens are padding
+    assert alone == "{True}"
+
+
+def test_an_additive_mask_would_be_taken_for_its_opposite_and_is_not():
+    """The trap: diffusers inverts what it is given as if it were bool, and 0 of an additive mask attends."""
+    code = START + (
+        "from ernie_accel.transforms.attention.expand_mask import expand\n"
+        "from diffusers.models.attention_dispatch import dispatch_attention_fn as attend\n"
+        "q = torch.randn(1, 4, 2, 8)\n"
+        "keep = torch.tensor([[[[True, True, False, False]]]])\n"
+        "additive = torch.zeros(1, 1, 1, 4).masked_fill(~keep, float('-inf'))\n"
+        "want = attend(q, q, q, attn_mask=keep)\n"
+        "for mask in (additive, expand(additive)):\n"
+        "    print(torch.allclose(attend(q, q, q, attn_mask=mask, backend='_native_npu'), want, atol=1e-6))"
+    )
+    assert run(code)[-2:] == ["False", "True"]
+
+
+def test_the_preset_of_an_ascend_plans_and_runs():
+    code = START + (
+        "ernie_accel.optimize(pipe, preset='npu-bf16', context=npu)\n"
+        "torch.nn.functional.scaled_dot_product_attention = strict\n"
+        "import inspect; print(inspect.signature(pipe.__call__).parameters['num_inference_steps'].default)\n"
+        "print(pipe.transformer.dtype, rel(picture(pipe, prompt=PROMPTS)) < 0.1)"
+    )
+    assert run(code)[-2:] == ["8", "torch.bfloat16 True"]
+
+
+def test_without_ascend_drivers_nothing_imports_torch_npu():
+    """The wheel breaks ``import torch`` itself on such a machine."""
+    code = (
+        "import sys; from tests.pipelines import picture, tiny_ernie; import ernie_accel\n"
+        "pipe = tiny_ernie(); npu = ernie_accel.Context.named('ascend910b')\n"
+        "plan = ernie_accel.plan(pipe, ernie_accel.SetAttention('npu'), preset='npu-bf16', context=npu)\n"
+        "print(ernie_accel.SetAttention().why(pipe, npu))\n"
+        "ernie_accel.optimize(pipe, preset='npu-bf16'); picture(pipe)\n"
+        "print(plan.problems, 'torch_npu' in sys.modules)"
+    )
+    assert run(code, path=())[-1].endswith('on a machine with Ascend drivers",)} False')
