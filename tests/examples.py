@@ -94,6 +94,7 @@ def snapshot(pipe: Any) -> dict[str, Any]:
         "signature": str(inspect.signature(pipe.__call__)),
         "components": {name: id(part) for name, part in pipe.components.items()},
         "config": str(dict(pipe.config)),
+        "methods": {name: id(value) for name, value in vars(pipe).items() if inspect.isfunction(value)},
         "scheduler": str(dict(pipe.scheduler.config)),
         "modules": {
             f"{component}.{name}": (id(part), type(part), part._compiled_call_impl, _plain(part), _behaviour(part))

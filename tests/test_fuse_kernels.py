@@ -151,3 +151,13 @@ def test_the_choice_of_attention_is_said() -> None:
     assert "cudnn" in ernie_accel.FuseKernels("fp8", attention="fp8").unsupported(pipe, after)[0]
     with pytest.raises(ernie_accel.UnknownNameError):
         ernie_accel.FuseKernels("fp8", attention="int8")
+
+
+def test_a_pipe_with_a_lora_is_refused_and_the_bf16_kernels_leave_it_alone() -> None:
+    from peft import LoraConfig
+
+    pipe = tiny_ernie(dtype=torch.bfloat16)
+    pipe.transformer.add_adapter(LoraConfig(target_modules=["to_q"]))
+    after = H200.after(ernie_accel.RewriteBlocks())
+    assert ["a LoRA is loaded" in r for r in ernie_accel.FuseKernels("fp8").unsupported(pipe, after)] == [True]
+    assert "a LoRA is loaded" in ernie_accel.FuseKernels("bf16").preview(pipe, after).note

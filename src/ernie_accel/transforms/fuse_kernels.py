@@ -126,6 +126,11 @@ class FuseKernels(Transform):
             reasons.append("it builds on the rewritten blocks: add RewriteBlocks()")
         if rewrite is not None and not rewrite.fuse:
             reasons.append(f"{rewrite!r} leaves the linear layers apart: use RewriteBlocks()")
+        if getattr(pipe.transformer, "_hf_peft_config_loaded", False):
+            reasons.append(
+                "a LoRA is loaded, and the kernels have no layers for it: merge it (pipe.fuse_lora(), then "
+                "pipe.unload_lora_weights())"
+            )
         cast = context.planned_one(CastDtype)
         dtype = cast.dtype if cast is not None else str(pipe.transformer.dtype).removeprefix("torch.")
         if dtype != "bfloat16":
