@@ -20,7 +20,8 @@ wherever_it_runs = pytest.mark.parametrize("transform", EXAMPLES + ELSEWHERE, id
 
 
 def test_every_transform_of_the_catalogue_has_an_example():
-    assert {type(transform).__name__ for transform in EXAMPLES + ELSEWHERE} == set(TRANSFORMS)
+    elsewhere = {"CaptureGraphs", "FuseKernels"}  # need a GPU and another transform before them: files of their own
+    assert {type(transform).__name__ for transform in EXAMPLES + ELSEWHERE} == set(TRANSFORMS) - elsewhere
 
 
 @wherever_it_runs

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import CallDefaults, CastDtype, Compile, Context, Quantize, SwapScheduler, TileVae
+from ernie_accel import CallDefaults, CastDtype, Compile, Context, FuseKernels, Quantize, SwapScheduler, TileVae
 from ernie_accel.transforms import transform_class
 
 
@@ -88,14 +88,14 @@ def test_all_reasons_are_told_at_once(ernie):
         ernie_accel.optimize(ernie, preset="turbo-fp8", context=context)
     assert str(caught.value) == (
         "Cannot apply preset 'turbo-fp8':\n"
-        "  Quantize('fp8')\n"
+        "  FuseKernels('fp8')\n"
         "    - fp8 needs CUDA compute capability >= 8.9; this device has 8.0\n"
-        "    - torchao is not installed: pip install 'ernie-accel[torchao]'\n"
+        "    - triton is not installed (it comes with CUDA builds of torch): pip install triton\n"
         "  Compile()\n"
         "    - no compiler\n"
         "Fix these, choose another preset, or pass on_unsupported='skip'."
     )
-    assert set(caught.value.plan.problems) == {Quantize("fp8"), Compile()}
+    assert set(caught.value.plan.problems) == {FuseKernels("fp8"), Compile()}
 
 
 def test_a_float8_pipe_is_recognised(ernie):

@@ -43,12 +43,16 @@ if TYPE_CHECKING:
     from ernie_accel.transforms.dtype import CastDtype
     from ernie_accel.transforms.encode_prompts import BatchPromptEncoding
     from ernie_accel.transforms.free_after_use import FreeAfterUse
+    from ernie_accel.transforms.fuse_kernels import FuseKernels
+    from ernie_accel.transforms.graphs import CaptureGraphs
     from ernie_accel.transforms.layout import MakeContiguous
     from ernie_accel.transforms.memory import SliceVae, TileVae
     from ernie_accel.transforms.offload import Offload
     from ernie_accel.transforms.quantize import Quantize
+    from ernie_accel.transforms.rewrite import RewriteBlocks
     from ernie_accel.transforms.scheduler import SwapScheduler
     from ernie_accel.transforms.truncate_prompts import TruncatePrompts
+    from ernie_accel.transforms.vae import CompileVae
 
 __version__ = "0.1.0"
 
@@ -83,9 +87,13 @@ _HOMES = {
     "ernie_accel.transforms.layout": ("MakeContiguous",),
     "ernie_accel.transforms.memory": ("SliceVae", "TileVae"),
     "ernie_accel.transforms.offload": ("Offload",),
+    "ernie_accel.transforms.fuse_kernels": ("FuseKernels",),
+    "ernie_accel.transforms.graphs": ("CaptureGraphs",),
     "ernie_accel.transforms.quantize": ("Quantize",),
+    "ernie_accel.transforms.rewrite": ("RewriteBlocks",),
     "ernie_accel.transforms.scheduler": ("SwapScheduler",),
     "ernie_accel.transforms.truncate_prompts": ("TruncatePrompts",),
+    "ernie_accel.transforms.vae": ("CompileVae",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _SUBPACKAGES = ("batch", "demo")
@@ -98,9 +106,11 @@ __all__ = [
     "BatchOutputError",
     "BatchPromptEncoding",
     "CallDefaults",
+    "CaptureGraphs",
     "CastDtype",
     "CheckFinite",
     "Compile",
+    "CompileVae",
     "ConflictError",
     "Context",
     "Effect",
@@ -109,6 +119,7 @@ __all__ = [
     "ExpandAttentionMask",
     "Family",
     "FreeAfterUse",
+    "FuseKernels",
     "MakeContiguous",
     "MissingExtraError",
     "Offload",
@@ -119,6 +130,7 @@ __all__ = [
     "Quantize",
     "Report",
     "RestoreError",
+    "RewriteBlocks",
     "SetAttention",
     "SliceVae",
     "SwapScheduler",

@@ -43,6 +43,7 @@ _DISTRIBUTIONS = {
 }
 #: Used where they are, but no extra brings them: they are built for one version of torch and one kind of card.
 _UNBROUGHT_PACKAGES = ("flash_attn", "flash_attn_interface", "sageattention", "xformers", "cache_dit")
+_BUNDLED_PACKAGES = ("triton",)  # with CUDA builds of torch
 _REQUIRED_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 
 
@@ -133,7 +134,7 @@ class Context:
 def installed_versions() -> Mapping[str, str]:
     """Return the versions of all packages the library can use, without importing any of them."""
     versions = {}
-    for package in (*_REQUIRED_PACKAGES, *OPTIONAL_PACKAGES, *_UNBROUGHT_PACKAGES):
+    for package in (*_REQUIRED_PACKAGES, *_BUNDLED_PACKAGES, *OPTIONAL_PACKAGES, *_UNBROUGHT_PACKAGES):
         if _importable(package):
             try:
                 versions[package] = importlib.metadata.version(_DISTRIBUTIONS.get(package, package))

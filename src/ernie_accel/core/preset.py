@@ -12,8 +12,12 @@ from ernie_accel.transforms.attention import ElideMask, ExpandAttentionMask
 from ernie_accel.transforms.call_defaults import CallDefaults
 from ernie_accel.transforms.compile import Compile
 from ernie_accel.transforms.dtype import CastDtype
+from ernie_accel.transforms.encode_prompts import BatchPromptEncoding
+from ernie_accel.transforms.fuse_kernels import FuseKernels
+from ernie_accel.transforms.graphs import CaptureGraphs
 from ernie_accel.transforms.layout import MakeContiguous
-from ernie_accel.transforms.quantize import Quantize
+from ernie_accel.transforms.rewrite import RewriteBlocks
+from ernie_accel.transforms.vae import CompileVae
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,11 @@ class PresetTable(Mapping[str, Preset]):
         )
 
 
+_FAST_BF16 = (CastDtype("bfloat16"), RewriteBlocks(), FuseKernels("bf16"))
+_FAST_FP8 = (CastDtype("bfloat16"), RewriteBlocks(), FuseKernels("fp8"))
+
+_FAST_PARTS = (BatchPromptEncoding(), Compile(), CompileVae(), CaptureGraphs())
+
 presets = PresetTable(
     Preset(
         "exact",
@@ -67,13 +76,13 @@ presets = PresetTable(
     ),
     Preset(
         "turbo-bf16",
-        "Few steps in bfloat16, compiled: for a distilled (Turbo) checkpoint on any recent card.",
-        (CastDtype("bfloat16"), MakeContiguous(), CallDefaults("turbo"), Compile()),
+        "Few steps in bfloat16, on fused kernels or compiled: for a distilled (Turbo) checkpoint on any recent card.",
+        (*_FAST_BF16, MakeContiguous(), CallDefaults("turbo"), *_FAST_PARTS),
     ),
     Preset(
         "turbo-fp8",
-        "Few steps with fp8 linears, compiled: for a distilled (Turbo) checkpoint on capability 8.9 and above.",
-        (CastDtype("bfloat16"), Quantize("fp8"), MakeContiguous(), CallDefaults("turbo"), Compile()),
+        "Few steps with fp8 linears on fused kernels: for a distilled (Turbo) checkpoint on capability 8.9 and above.",
+        (*_FAST_FP8, MakeContiguous(), CallDefaults("turbo"), *_FAST_PARTS),
     ),
     Preset(
         "npu-bf16",
@@ -83,7 +92,7 @@ presets = PresetTable(
     Preset(
         "quality-bf16",
         "The family's full steps and guidance in bfloat16, compiled: for a base (undistilled) checkpoint.",
-        (CastDtype("bfloat16"), MakeContiguous(), CallDefaults("quality"), Compile()),
+        (*_FAST_BF16, MakeContiguous(), CallDefaults("quality"), *_FAST_PARTS),
     ),
 )
 
@@ -107,6 +116,6 @@ def fitting_preset(context: Context) -> Preset:
         return presets["turbo-fp32"]  # few CPUs multiply in bfloat16
     if context.device == "npu":
         return presets["npu-bf16"]
-    if (context.capability or (0, 0)) >= (8, 9) and not context.missing("torchao"):
+    if (context.capability or (0, 0)) >= (8, 9) and "triton" in context.versions:
         return presets["turbo-fp8"]
     return presets["turbo-bf16"]

@@ -29,11 +29,13 @@ ERNIE_IMAGE = Family(
                 r"final_norm\b",
                 r"final_linear\b",
                 r"layers\.0\.self_attention\b",
-                r"layers\.0\.mlp\.(gate|up)_proj\b",
+                r"layers\.0\.mlp\.(gate|up|gate_up)_proj\b",
             ),
         }
     ),
     max_prompt_tokens=2048,
     always_masks=AlwaysMasks(lengths="text_lens", text="text_bth", pad_method="_pad_text"),
     prompt_encoding=PromptEncoding(layers="language_model.layers", hidden_state=-2),
+    rewritten="ernie_accel.families.ernie_image_blocks",
+    kernels="ernie_accel.families.ernie_image_kernels",
 )

@@ -65,6 +65,8 @@ class Family:
         max_prompt_tokens: What the tokenizer accepts.
         prompt_encoding: Set where stock diffusers encodes the prompts of a call one by one.
         always_masks: Set where stock diffusers builds a mask also for batches in which nothing is padded.
+        rewritten: Name of the module with its rewritten blocks (see ``RewriteBlocks``), or None.
+        kernels: Name of the module with its blocks on fused kernels (see ``FuseKernels``), or None.
     """
 
     name: str
@@ -76,3 +78,5 @@ class Family:
     max_prompt_tokens: int | None = None
     always_masks: AlwaysMasks | None = None
     prompt_encoding: PromptEncoding | None = None
+    rewritten: str | None = None
+    kernels: str | None = None

@@ -12,6 +12,7 @@ from ernie_accel.core.components import Pipeline, absent_components, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
+from ernie_accel.transforms.fuse_kernels import FuseKernels
 
 
 @dataclass(frozen=True, repr=False)
@@ -54,6 +55,9 @@ class Compile(Transform):
         ]
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        kernels = context.planned_one(FuseKernels)
+        if self.components == ("transformer",) and kernels is not None and kernels.runs_on_kernels(pipe, context):
+            return Preview((), note="the blocks run on fused kernels, which need no compiling")
         changes = tuple(name for name, block in self._blocks(pipe) if not _is_compiled(block))
         return Preview(changes, note="the first picture compiles" if changes else "the blocks are compiled already")
 

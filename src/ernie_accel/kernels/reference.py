@@ -1,0 +1,73 @@
+"""What each kernel computes, in plain torch: the specification, and the path on devices without Triton."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+#: Largest finite value of float8_e4m3fn.
+FP8_MAX = 448.0
+#: Below this a row counts as zero; keeps the scale of an all-zero row finite and not zero.
+SMALLEST_AMAX = 1e-12
+
+
+def quantize_rows(x_bsk: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `x_bsk` in float8_e4m3fn, same shape, and its scales [B * S, 1] in float32."""
+    x = x_bsk.float()
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_AMAX) / FP8_MAX
+    return (x / scale).to(torch.float8_e4m3fn), scale.view(-1, 1)
+
+
+def norm_modulate(x_bsh: Tensor, weight_h: Tensor, scale_b1h: Tensor, shift_b1h: Tensor, eps: float) -> Tensor:
+    """Return ``rms_norm(x) * weight * scale + shift`` in the dtype of `x_bsh`.
+
+    Rounds where diffusers' RMSNorm does: after the norm, after the weight, at the end.
+
+    Args:
+        x_bsh: Hidden states.
+        weight_h: RMS norm weight, dtype of `x_bsh`.
+        scale_b1h: One plus the adaLN scale, float32.
+        shift_b1h: The adaLN shift, float32.
+        eps: Added to the mean square.
+    """
+    x = x_bsh.float()
+    normed = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(x_bsh.dtype) * weight_h
+    return (normed.float() * scale_b1h + shift_b1h).to(x_bsh.dtype)
+
+
+def gated_add(x_bsh: Tensor, branch_bsh: Tensor, gate_b1h: Tensor) -> Tensor:
+    """Return ``x + gate * branch``, the product in float32 and rounded once before the sum."""
+    return x_bsh + (gate_b1h * branch_bsh.float()).to(x_bsh.dtype)
+
+
+def qk_norm_rope(
+    qkv_bs3h: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return the queries and keys [B, S, N, D] of a fused projection, RMS-normed over D and rotated (half-split RoPE).
+
+    Computed in float32 and rounded once, at the end.
+
+    Args:
+        qkv_bs3h: Queries, keys and values side by side [B, S, 3 * N * D].
+        weight_q_d: RMS norm weight of the queries.
+        weight_k_d: RMS norm weight of the keys.
+        cos_bs1d: Cosines of the angles; dimension i and i + D / 2 belong together.
+        sin_bs1d: Sines.
+        heads: N.
+        eps: Added to the mean square.
+    """
+    out = []
+    for x, weight in zip(qkv_bs3h.chunk(3, -1)[:2], (weight_q_d, weight_k_d), strict=True):
+        x = x.float().view(*x.shape[:-1], heads, -1)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+        first, second = x.chunk(2, -1)
+        x = x * cos_bs1d.float() + torch.cat((-second, first), -1) * sin_bs1d.float()
+        out.append(x.to(qkv_bs3h.dtype))
+    return out[0], out[1]
+
+
+def gelu_mul(gate_up_bs2f: Tensor) -> Tensor:
+    """Return ``gelu(gate) * up`` [B, S, F] of both side by side [B, S, 2 * F]; rounds the GELU before the product."""
+    gate, up = gate_up_bs2f.chunk(2, -1)
+    return F.gelu(gate.contiguous()) * up

@@ -1,0 +1,163 @@
+"""Run the rewritten blocks on fused Triton kernels, with fp8 products: the fastest path on Hopper and Ada cards."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from ernie_accel.core.components import Pipeline, pipe_bytes
+from ernie_accel.core.context import Context
+from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.text import human_bytes
+from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.undo import Undo
+from ernie_accel.families import family_of
+from ernie_accel.transforms.dtype import CastDtype
+from ernie_accel.transforms.rewrite import RewriteBlocks, rewritten_blocks
+
+PRECISIONS = ("fp8", "bf16")
+
+
+@dataclass(frozen=True, repr=False)
+class FuseKernels(Transform):
+    """Run rewritten blocks on fused kernels, and store and multiply their linear layers in fp8.
+
+    Norm, modulation, residual, RoPE, GELU and the fp8 conversion of activations (one scale a row) are six launches a
+    block; the products run on the fp8 tensor cores. Nothing is compiled by ``torch.compile``, so the first picture
+    takes seconds. Takes the place of ``Quantize("fp8")``. Needs `RewriteBlocks` before it.
+
+    Attributes:
+        precision: "fp8", or "bf16" for the kernels without quantization; these do nothing where they cannot run.
+        exclude: Regular expressions of layers to leave in bfloat16, matched from the start of the path within the
+            transformer; None takes the family's list.
+        keep_originals: Keep the unquantized weights in host memory, so that ``restore`` is exact.
+    """
+
+    phase: ClassVar[Phase] = Phase.QUANTIZE
+    slot: ClassVar[str] = "quantize"
+    effect: ClassVar[Effect] = Effect.LOSSY
+
+    precision: str
+    exclude: tuple[str, ...] | None = field(default=None, kw_only=True)
+    keep_originals: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise UnknownNameError("precision", self.precision, PRECISIONS)
+
+    @property
+    def floor_db(self) -> float:
+        """SQNR of the final latents in dB against the pipe before, same seed."""
+        return 10.0 if self.precision == "fp8" else 25.0
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        # Without the bf16 kernels a pipe computes the same thing more slowly, so there is nothing to refuse.
+        return self._why_not(pipe, context) if self.precision == "fp8" else []
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        reasons = self._why_not(pipe, context)
+        if reasons:
+            return Preview((), note="the kernels cannot run here: " + "; ".join(reasons))
+        if _kernels(pipe).is_installed(pipe.transformer):
+            return Preview((), note="the blocks run on the kernels already")
+        cast = context.planned_one(CastDtype)
+        total = pipe_bytes(pipe) if cast is None else cast.preview(pipe, context).bytes_after or pipe_bytes(pipe)
+        linears = [linear for _, linear in self._to_quantize(pipe)]
+        saved = sum(linear.weight.numel() - 4 * linear.out_features for linear in linears)
+        return Preview(_block_paths(pipe), total - saved if linears else None)
+
+    def runs_on_kernels(self, pipe: Pipeline, context: Context) -> bool:
+        """Return whether the blocks run on the kernels once this transform has had its turn."""
+        return not self._why_not(pipe, context)
+
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        from ernie_accel.kernels.linear import Fp8Linear, why_not_fp8
+
+        transformer, kept_bytes = pipe.transformer, 0
+        with Undo() as undo:
+            skipped = _kernels(pipe).install(transformer, undo)
+            on_kernels = tuple(path for path in _block_paths(pipe) if path not in skipped)
+            for path, linear in list(self._to_quantize(pipe)):
+                if not f"transformer.{path}".startswith(tuple(f"{block}." for block in on_kernels)):
+                    continue
+                why_not = why_not_fp8(linear)
+                if why_not is not None:
+                    skipped[f"transformer.{path}"] = why_not
+                    continue
+                kept_bytes += linear.weight.numel() * linear.weight.element_size()
+                owner, _, name = path.rpartition(".")
+                _swap(transformer.get_submodule(owner), name, Fp8Linear(linear.weight), undo, self.keep_originals)
+        if not self.keep_originals and kept_bytes:
+            return Applied(on_kernels, no_undo="keep_originals=False: the weights are gone", skipped=skipped)
+        note = f"keeps {human_bytes(kept_bytes)} of originals in host memory for restore()" if kept_bytes else ""
+        return Applied(on_kernels, undo=undo, skipped=skipped, note=note)
+
+    def _why_not(self, pipe: Pipeline, context: Context) -> list[str]:
+        reasons = []
+        need = (8, 9) if self.precision == "fp8" else (8, 0)
+        if (context.capability or (0, 0)) < need:
+            have = "{}.{}".format(*context.capability) if context.capability else f"no CUDA ({context.device})"
+            reasons.append(
+                f"{self.precision} needs CUDA compute capability >= {need[0]}.{need[1]}; this device has {have}"
+            )
+        if "triton" not in context.versions:
+            reasons.append("triton is not installed (it comes with CUDA builds of torch): pip install triton")
+        family = family_of(pipe)
+        if family is None or family.kernels is None:
+            name = family.name if family else type(pipe).__name__
+            instead = ": use Quantize('fp8') in its place" if self.precision == "fp8" else ""
+            return [*reasons, f"there are no fused kernels for {name} yet{instead}"]
+        rewrite = context.planned_one(RewriteBlocks)
+        if rewrite is None and not rewritten_blocks(pipe).is_rewritten(pipe.transformer):
+            reasons.append("it builds on the rewritten blocks: add RewriteBlocks()")
+        if rewrite is not None and not rewrite.fuse:
+            reasons.append(f"{rewrite!r} leaves the linear layers apart: use RewriteBlocks()")
+        cast = context.planned_one(CastDtype)
+        dtype = cast.dtype if cast is not None else str(pipe.transformer.dtype).removeprefix("torch.")
+        if dtype != "bfloat16":
+            reasons.append(f"the kernels take bfloat16 weights, found {dtype}: add CastDtype('bfloat16')")
+        return reasons
+
+    def _to_quantize(self, pipe: Pipeline) -> Iterator[tuple[str, torch.nn.Linear]]:
+        """Yield (path within the transformer, layer) of the blocks' linear layers that are to be fp8."""
+        family = family_of(pipe)
+        exclude = self.exclude
+        if exclude is None:
+            exclude = family.keep_precise.get("transformer", ()) if family is not None else ()
+        for path, part in pipe.transformer.named_modules():
+            in_block = isinstance(part, torch.nn.Linear) and path.startswith("layers.")
+            if self.precision == "fp8" and in_block and not any(re.match(pattern, path) for pattern in exclude):
+                yield path, part
+
+
+def _kernels(pipe: Pipeline) -> Any:
+    """Return the module with the family's blocks on kernels; the family must have one."""
+    family = family_of(pipe)
+    if family is None or family.kernels is None:
+        raise LookupError(f"{type(pipe).__name__} has no blocks on fused kernels")
+    return importlib.import_module(family.kernels)
+
+
+def _block_paths(pipe: Pipeline) -> tuple[str, ...]:
+    return tuple(f"transformer.layers.{i}" for i in range(len(pipe.transformer.layers)))
+
+
+def _swap(owner: torch.nn.Module, name: str, new: torch.nn.Module, undo: Undo, keep: bool) -> None:
+    """Replace a linear layer by `new`; its weight waits on the host, or is dropped, until the undo."""
+    linear: torch.nn.Linear = getattr(owner, name)
+    original = linear.weight.data.cpu() if keep else None
+    linear.weight.data = linear.weight.data.new_empty(0)
+
+    def put_back() -> None:
+        if original is not None:
+            device = next(getattr(owner, name).buffers()).device  # the pipe may have moved since
+            linear.weight.data = original.to(device)
+        setattr(owner, name, linear)
+
+    undo.push(put_back)
+    setattr(owner, name, new)

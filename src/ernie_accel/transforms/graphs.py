@@ -1,0 +1,135 @@
+"""Replay the denoiser as one CUDA graph where launching its kernels takes longer than running them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ernie_accel.core.components import Pipeline
+from ernie_accel.core.context import Context
+from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.undo import Undo
+from ernie_accel.families import family_of
+from ernie_accel.transforms.rewrite import RewriteBlocks, rewritten_blocks
+
+#: Records calls: (forward, arguments) -> (replay, output that every replay overwrites).
+Record = Callable[[Callable[..., Any], Mapping[str, Any]], tuple[Callable[[], None], Tensor]]
+
+
+@dataclass(frozen=True, repr=False)
+class CaptureGraphs(Transform):
+    """Capture the transformer's forward into a CUDA graph for each image size and prompt length, and replay it.
+
+    The first step of a new shape runs as usual, the second is captured, the others are replays: of a picture of eight
+    steps, six need no launches. Pays below about 700 x 700 pixels; larger pictures keep the GPU busy anyway and run
+    as before. Only the last few shapes are kept. Moving or replacing weights is noticed with the next picture.
+
+    Attributes:
+        max_tokens: Images of more tokens (of 16 x 16 pixels), times the batch, are not captured.
+        keep: Shapes to keep graphs of.
+    """
+
+    phase: ClassVar[Phase] = Phase.COMPILE
+    slot: ClassVar[str] = "graphs"
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    max_tokens: int = field(default=2048, kw_only=True)
+    keep: int = field(default=4, kw_only=True)
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        return []  # where it cannot work it does nothing, and the pipe computes the same
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        if context.device != "cuda":
+            return Preview((), note=f"CUDA graphs need a CUDA device; this is {context.device}")
+        family = family_of(pipe)
+        if family is None or family.rewritten is None:
+            name = family.name if family else type(pipe).__name__
+            return Preview((), note=f"it builds on rewritten blocks, and there are none for {name} yet")
+        if context.planned_one(RewriteBlocks) is None and not rewritten_blocks(pipe).is_rewritten(pipe.transformer):
+            return Preview((), note="the stock forward cannot be captured: add RewriteBlocks()")
+        if isinstance(vars(pipe.transformer).get("forward"), GraphedForward):
+            return Preview((), note="the transformer's forward is captured already")
+        return Preview(("transformer.forward",))
+
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        transformer, blocks = pipe.transformer, rewritten_blocks(pipe)
+        with Undo() as undo:
+            graphed = GraphedForward(transformer, blocks, self.max_tokens, self.keep)
+            undo.setattr(transformer, "forward", graphed)
+        return Applied(("transformer.forward",), undo=undo)
+
+
+@dataclass
+class _Graph:
+    replay: Callable[[], None]
+    inputs: dict[str, Tensor]
+    output: Tensor
+    alive: Any
+    weights: tuple[int, ...]
+
+
+class GraphedForward:
+    """The forward of a rewritten transformer that replays graphs where it can; same arguments, same result."""
+
+    def __init__(self, transformer: Any, blocks: Any, max_tokens: int, keep: int, record: Record | None = None) -> None:
+        self._transformer, self._blocks, self._forward = transformer, blocks, transformer.forward
+        self._max_tokens, self._keep, self._record = max_tokens, keep, record or _record
+        self._graphs: OrderedDict[Any, _Graph | None] = OrderedDict()  # None: seen once, not yet captured
+        self._picture: tuple[Any, Any] = (None, None)  # the embeddings the weights were last checked for, and the key
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = dict(zip(self._blocks.FORWARD_ARGUMENTS, args, strict=False)) | kwargs
+        inputs = {name: arguments[name] for name in self._blocks.DEVICE_INPUTS}
+        tokens = self._blocks.token_count(self._transformer, arguments)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or tokens > self._max_tokens:
+            return self._forward(**arguments)
+        shapes = tuple((x.shape, x.dtype, x.device) for x in inputs.values())
+        key = (shapes, self._blocks.host_facts(arguments))
+        embeddings = inputs[self._blocks.DEVICE_INPUTS[-1]]
+        same_picture = self._picture[0] is embeddings and self._picture[1] == key
+        self._picture = (embeddings, key)
+
+        graph = self._graphs.get(key)
+        if graph is not None and not same_picture and graph.weights != self._weights():
+            self._graphs.clear()
+            graph = None
+        if graph is None:
+            if key not in self._graphs:
+                self._remember(key, None)
+                return self._forward(**arguments)
+            graph = self._capture(arguments, inputs)
+            self._remember(key, graph)
+        self._graphs.move_to_end(key)
+        for name, static in graph.inputs.items():
+            if not (same_picture and inputs[name] is embeddings):
+                static.copy_(inputs[name])
+        graph.replay()
+        return self._blocks.as_output(graph.output.clone(), arguments)
+
+    def _capture(self, arguments: dict[str, Any], inputs: dict[str, Tensor]) -> _Graph:
+        static = {name: x.clone() for name, x in inputs.items()}
+        replay, output = self._record(self._forward, arguments | static | {"return_dict": False})
+        self._picture = (None, None)  # fill all inputs before the first replay
+        return _Graph(replay, static, output, self._blocks.cached_tensors(self._transformer), self._weights())
+
+    def _remember(self, key: Any, graph: _Graph | None) -> None:
+        self._graphs[key] = graph
+        while len(self._graphs) > self._keep:
+            self._graphs.popitem(last=False)
+
+    def _weights(self) -> tuple[int, ...]:
+        tensors = [*self._transformer.parameters(), *self._transformer.buffers()]
+        return tuple(tensor.data_ptr() for tensor in tensors)
+
+
+def _record(forward: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[Callable[[], None], Tensor]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output: Tensor = forward(**arguments)[0]
+    return graph.replay, output

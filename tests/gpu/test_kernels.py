@@ -1,0 +1,180 @@
+"""The Triton kernels against their plain-torch twins: on a GPU, or interpreted on the CPU (TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from ernie_accel.kernels import reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+# The interpreter loses the carry where rounding to bfloat16 or float8 reaches the next power of two, and NaN in float8.
+DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
+
+EPS = 1e-6
+SIZES = [(1, 5, 64), (2, 7, 96), (3, 1, 33)] + ([(1, 300, 4096), (2, 130, 3840)] if DEVICE == "cuda" else [])
+
+
+def rand(*shape: int, dtype: torch.dtype = DTYPE, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def modulation(batch: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(rand(batch, 1, width, dtype=torch.float32, seed=s) for s in (1, 2, 3))  # type: ignore[return-value]
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    """Equal up to roundings: four units in the last place of a row's largest value, 1 % over all; GELU's 3e-5."""
+    unit = torch.finfo(got.dtype).eps
+    got, expected = got.double(), expected.double()
+    assert ((got - expected).abs() <= 4 * unit * expected.abs().amax(-1, keepdim=True) + 1e-4).all()
+    assert (got - expected).norm() <= 0.01 * expected.norm()
+
+
+def dequantize(values: Tensor, scale: Tensor) -> Tensor:
+    return values.float() * scale.view(*values.shape[:-1], 1)
+
+
+def close_fp8(got: tuple[Tensor, Tensor], expected: Tensor) -> None:
+    """Each value within half a step of float8 (three mantissa bits) and of the roundings of `close`; 4 % over all."""
+    values, scale = got
+    assert values.dtype == torch.float8_e4m3fn
+    assert scale.shape == (expected.shape[:-1].numel(), 1)
+    assert scale.dtype == torch.float32
+    expected = expected.float()
+    amax = expected.abs().amax(-1, keepdim=True)
+    torch.testing.assert_close(scale, amax.view(-1, 1) / 448, rtol=0.02, atol=0)
+    error = (dequantize(values, scale) - expected).abs()
+    steps = 8.5 if INTERPRETED else 1
+    assert (error <= steps * 2.0**-4 * expected.abs() + 4 * 2.0**-8 * amax).all()
+    assert error.norm() <= steps * 0.04 * expected.norm()
+
+
+@pytest.fixture
+def gpu() -> object:
+    pytest.importorskip("triton")
+    from ernie_accel.kernels import gpu
+
+    return gpu
+
+
+@pytest.mark.parametrize(("b", "s", "h"), SIZES)
+@pytest.mark.parametrize("with_branch", [False, True])
+def test_norm_modulate(gpu, b: int, s: int, h: int, with_branch: bool) -> None:
+    x, branch, weight = rand(b, s, h), rand(b, s, h, seed=9), rand(h, seed=4)
+    scale, shift, gate = modulation(b, h)
+    x_expected = reference.gated_add(x, branch, gate) if with_branch else x
+    expected = reference.norm_modulate(x_expected, weight, scale, shift, EPS)
+    args = (branch, gate) if with_branch else (None, None)
+    x_out, y, none = gpu.norm_modulate(x, *args, weight, scale, shift, EPS, False)
+    assert none is None
+    close(x_out, x_expected)
+    close(y, expected)
+    x_out, *quantized = gpu.norm_modulate(x, *args, weight, scale, shift, EPS, True)
+    close(x_out, x_expected)
+    close_fp8(tuple(quantized), expected)
+
+
+@pytest.mark.parametrize(("b", "s", "h"), SIZES)
+def test_gated_add(gpu, b: int, s: int, h: int) -> None:
+    x, branch, gate = rand(b, s, h), rand(b, s, h, seed=9), modulation(b, h)[0]
+    close(gpu.gated_add(x, branch, gate), reference.gated_add(x, branch, gate))
+
+
+@pytest.mark.parametrize(("b", "s", "h"), SIZES)
+def test_quantize_rows(gpu, b: int, s: int, h: int) -> None:
+    x = rand(b, s, h)
+    close_fp8(gpu.quantize_rows(x), x)
+    strided = rand(b, s, 2 * h)[..., :h]
+    close_fp8(gpu.quantize_rows(strided), strided)
+
+
+@pytest.mark.parametrize(("b", "s", "f"), [*SIZES, (1, 3, 12288), (1, 2, 5000)])
+def test_gelu_mul(gpu, b: int, s: int, f: int) -> None:
+    gate_up = rand(b, s, 2 * f)
+    expected = reference.gelu_mul(gate_up)
+    close(gpu.gelu_mul(gate_up, False)[0], expected)
+    close_fp8(gpu.gelu_mul(gate_up, True), expected)
+
+
+def test_gelu_is_within_3e_5(gpu) -> None:
+    gate = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e4, 1e4])]).to(DEVICE)
+    got = gpu.gelu_mul(torch.cat([gate, torch.ones_like(gate)])[None, None], False)[0][0, 0]
+    exact = torch.nn.functional.gelu(gate.double())
+    assert (got.double() - exact).abs().max() < 3e-5
+
+
+@pytest.mark.parametrize(("b", "s", "n", "d"), [(1, 5, 2, 64), (2, 3, 3, 48), (2, 9, 32, 128)])
+def test_qk_norm_rope(gpu, b: int, s: int, n: int, d: int) -> None:
+    qkv, weight_q, weight_k = rand(b, s, 3 * n * d), rand(d, seed=1), rand(d, seed=2)
+    angles = rand(b, s, 1, d, dtype=torch.float32, seed=3) * 3
+    cos, sin = angles.cos().to(DTYPE), angles.sin().to(DTYPE)
+    got = gpu.qk_norm_rope(qkv, weight_q, weight_k, cos, sin, n, EPS)
+    expected = reference.qk_norm_rope(qkv, weight_q, weight_k, cos, sin, n, EPS)
+    for a, e in zip(got, expected, strict=True):
+        close(a, e)
+
+
+def test_zero_rows_stay_zero_and_finite(gpu) -> None:
+    x = rand(1, 3, 64)
+    x[0, 1] = 0
+    values, scale = gpu.quantize_rows(x)
+    assert (values[0, 1].float() == 0).all()
+    assert scale.isfinite().all()
+    assert (scale > 0).all()
+    values, scale = gpu.gelu_mul(torch.zeros(1, 2, 128, device=DEVICE, dtype=DTYPE), True)
+    assert (values.float() == 0).all()
+    assert scale.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_with_nan_or_infinity_is_marked_and_others_are_not(gpu, bad: float) -> None:
+    x = rand(1, 4, 64)
+    x[0, 2, 5] = bad
+    scale, shift, gate = modulation(1, 64)
+    weight = rand(64)
+    for values, row_scale in (
+        gpu.quantize_rows(x),
+        gpu.norm_modulate(x, None, None, weight, scale, shift, EPS, True)[1:],
+        gpu.norm_modulate(rand(1, 4, 64, seed=5), x, gate, weight, scale, shift, EPS, True)[1:],
+        gpu.gelu_mul(torch.cat([x, rand(1, 4, 64, seed=8)], -1), True),
+    ):
+        result = dequantize(values, row_scale)
+        assert INTERPRETED or result[0, 2].isnan().any()
+        assert result[0, [0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="operators run their twin on the CPU")
+def test_operators_run_the_kernels_and_compile_to_one_graph() -> None:
+    from ernie_accel.kernels import ops
+    from ernie_accel.kernels.linear import Fp8Linear
+
+    x, weight = rand(2, 40, 256), rand(256, seed=1)
+    scale, shift, gate = modulation(2, 256)
+    linear = Fp8Linear(rand(512, 256) * 0.05)
+
+    def block(x: Tensor) -> Tensor:
+        x, *rows = ops.add_norm_modulate_fp8(x, x, gate, weight, scale, shift, EPS)
+        y = ops.linear_fp8(*rows, linear.weight, linear.weight_scale)
+        return ops.gelu_mul(y) + x
+
+    with torch.no_grad():
+        eager = block(x)
+        torch.testing.assert_close(torch.compile(block, fullgraph=True, dynamic=True)(x), eager, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="fp8 products need a GPU")
+def test_linear_fp8_equals_its_twin() -> None:
+    from ernie_accel.kernels import ops
+
+    x, x_scale = reference.quantize_rows(rand(2, 40, 256))
+    weight, weight_scale = reference.quantize_rows(rand(512, 256, seed=3))
+    weight_scale = weight_scale.view(1, -1)
+    got = ops.linear_fp8(x, x_scale, weight, weight_scale)
+    expected = ops.linear_fp8(x.cpu(), x_scale.cpu(), weight.cpu(), weight_scale.cpu())
+    assert (got.cpu().float() - expected.float()).norm() / expected.float().norm() < 1e-2

@@ -1,0 +1,129 @@
+"""`FuseKernels`: what it needs, what it changes and takes back; the numbers are those of the plain-torch twins here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import ernie_accel
+from ernie_accel.core.components import pipe_bytes
+from tests.pipelines import picture, tiny_ernie, tiny_flux
+
+H200 = ernie_accel.Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6"})
+
+
+def sqnr_db(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(20 * torch.log10(expected.norm() / (got - expected).norm()))
+
+
+def latents(pipe: Any, **kwargs: Any) -> torch.Tensor:
+    return picture(pipe, output_type="latent", **kwargs)
+
+
+def fused(pipe: Any, precision: str = "fp8", **kwargs: Any) -> Any:
+    return ernie_accel.optimize(
+        pipe, ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels(precision, **kwargs), context=H200
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+@pytest.mark.parametrize(
+    "call", [{}, {"prompt": ["a red circle on blue", "a"]}, {"guidance_scale": 4.0}], ids=["plain", "padded", "guided"]
+)
+def test_pictures_keep_the_promised_floor(precision: str, call: dict[str, Any]) -> None:
+    pipe = tiny_ernie(dtype=torch.bfloat16, layers=3)
+    expected = latents(pipe, **call)
+    got = latents(fused(pipe, precision), **call)
+    floor = ernie_accel.FuseKernels(precision).floor_db
+    assert floor is not None
+    assert sqnr_db(got, expected) > floor
+    assert not torch.equal(got, expected)
+    assert torch.equal(latents(ernie_accel.restore(pipe), **call), expected)
+
+
+def test_fp8_halves_the_blocks_and_leaves_the_first_one_precise() -> None:
+    pipe = tiny_ernie(dtype=torch.bfloat16, layers=3)
+    before = pipe_bytes(pipe)
+    plan = ernie_accel.plan(pipe, ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels("fp8"), context=H200)
+    fused(pipe)
+    first, second, _ = pipe.transformer.layers
+    assert type(second.self_attention.to_qkv).__name__ == "Fp8Linear"
+    assert type(second.mlp.linear_fc2).__name__ == "Fp8Linear"
+    assert type(first.self_attention.to_qkv).__name__ == "FusedLinear"
+    assert type(first.self_attention.to_out[0]).__name__ == "Linear"
+    assert type(first.mlp.gate_up_proj).__name__ == "FusedLinear"
+    assert type(first.mlp.linear_fc2).__name__ == "Fp8Linear"
+    assert pipe_bytes(pipe) < before
+    assert plan.steps[1].preview is not None
+    assert plan.steps[1].preview.bytes_after == pipe_bytes(pipe)
+
+
+def test_optimizing_twice_changes_nothing() -> None:
+    pipe = fused(tiny_ernie(dtype=torch.bfloat16))
+    block = pipe.transformer.layers[1]
+    assert fused(pipe).transformer.layers[1] is block
+    assert ernie_accel.FuseKernels("fp8").preview(pipe, H200).changes == ()
+
+
+def test_without_originals_there_is_no_way_back() -> None:
+    pipe = fused(tiny_ernie(dtype=torch.bfloat16), keep_originals=False)
+    with pytest.raises(ernie_accel.RestoreError, match="the weights are gone"):
+        ernie_accel.restore(pipe)
+
+
+def test_it_compiles_to_one_graph_for_all_prompt_lengths_but_the_precise_first_block() -> None:
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+    pipe = fused(tiny_ernie(dtype=torch.bfloat16, layers=4))
+    pipe.transformer.compile_repeated_blocks(
+        fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph.forward
+    )
+    with torch.no_grad():
+        for length in (9, 1, 300, 512, 2):
+            pipe.transformer(
+                torch.randn(1, 16, 4, 4, dtype=torch.bfloat16),
+                torch.full((1,), 500.0),
+                torch.randn(1, length, 64, dtype=torch.bfloat16),
+                torch.tensor([length]),
+            )
+    torch._dynamo.reset()
+    assert len(graphs) == 2
+
+
+def test_a_lora_is_refused_with_the_way_out() -> None:
+    from peft import LoraConfig
+
+    pipe = fused(tiny_ernie(dtype=torch.bfloat16))
+    with pytest.raises(ernie_accel.ErnieAccelError, match=r"Cannot load a LoRA: .*restore"):
+        pipe.transformer.add_adapter(LoraConfig(target_modules=["to_q"]))
+
+
+def test_what_is_missing_is_said() -> None:
+    fuse, pipe = ernie_accel.FuseKernels("fp8"), tiny_ernie()
+    a100 = ernie_accel.Context("cuda", "NVIDIA A100", (8, 0))
+    reasons = "\n".join(fuse.unsupported(pipe, a100))
+    for words in ("capability >= 8.9; this device has 8.0", "triton is not installed", "add RewriteBlocks", "bfloat16"):
+        assert words in reasons
+    assert "no fused kernels for FluxPipeline" in fuse.unsupported(tiny_flux(), H200)[0]
+    planned = H200.after(ernie_accel.CastDtype("bf16"), ernie_accel.RewriteBlocks(fuse=False))
+    assert fuse.unsupported(pipe, planned) == [
+        "RewriteBlocks(fuse=False) leaves the linear layers apart: use RewriteBlocks()"
+    ]
+    with pytest.raises(ernie_accel.UnknownNameError):
+        ernie_accel.FuseKernels("fp4")
+    with pytest.raises(ernie_accel.ConflictError):
+        ernie_accel.plan(pipe, fuse, ernie_accel.Quantize("fp8"))
+
+
+def test_bf16_kernels_do_nothing_where_they_cannot_run_and_compile_does_nothing_where_they_do() -> None:
+    pipe = tiny_ernie()
+    assert "no CUDA (cpu)" in ernie_accel.FuseKernels("bf16").preview(pipe, ernie_accel.Context("cpu", "a test")).note
+    verdicts = {
+        device.device: {type(step.transform).__name__: step.verdict for step in plan.steps}
+        for device in (H200, ernie_accel.Context("cpu", "a test"))
+        for plan in [ernie_accel.plan(pipe, preset="turbo-bf16", context=device)]
+    }
+    assert (verdicts["cuda"]["FuseKernels"], verdicts["cuda"]["Compile"]) == ("apply", "nothing to do")
+    assert (verdicts["cpu"]["FuseKernels"], verdicts["cpu"]["Compile"]) == ("nothing to do", "apply")

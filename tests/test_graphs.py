@@ -1,0 +1,108 @@
+"""`CaptureGraphs`: when it captures, replays and starts anew. A stand-in records calls instead of CUDA graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import ernie_accel
+from ernie_accel.families import ernie_image_blocks
+from ernie_accel.transforms.graphs import GraphedForward
+from tests.pipelines import picture, tiny_ernie, tiny_flux
+
+H200 = ernie_accel.Context("cuda", "NVIDIA H200", (9, 0))
+
+
+class Recorder:
+    """Records like a CUDA graph: a replay reads the recorded tensors and overwrites the recorded output."""
+
+    def __init__(self) -> None:
+        self.captures = self.replays = 0
+
+    def __call__(self, forward: Any, arguments: Any) -> Any:
+        self.captures += 1
+        output = torch.full_like(forward(**arguments)[0], float("nan"))
+
+        def replay() -> None:
+            self.replays += 1
+            output.copy_(forward(**arguments)[0])
+
+        return replay, output
+
+
+@pytest.fixture
+def graphed() -> Any:
+    pipe = ernie_accel.optimize(tiny_ernie(), ernie_accel.RewriteBlocks())
+    recorder = Recorder()
+    pipe.transformer.forward = GraphedForward(pipe.transformer, ernie_image_blocks, 64, 2, recorder)
+    return pipe, recorder
+
+
+def test_pictures_stay_the_same_and_steps_are_replayed(graphed: Any) -> None:
+    pipe, recorder = graphed
+    stock = tiny_ernie()
+    calls = [
+        {},
+        {"prompt": "a"},
+        {},
+        {"guidance_scale": 4.0},
+        {"height": 32},
+        {"prompt": ["a", "a red circle"]},
+    ]
+    for call in calls:
+        assert torch.equal(picture(pipe, steps=4, **call), picture(stock, steps=4, **call))
+    assert recorder.captures == len(calls) - 1  # two shapes are kept: the third call finds the first one's graph
+    assert recorder.replays == 3 * (len(calls) - 1) + 4
+    picture(pipe, steps=4)  # its graph has been dropped since
+    assert recorder.captures == len(calls)
+
+
+def test_a_known_shape_is_replayed_from_the_first_step(graphed: Any) -> None:
+    pipe, recorder = graphed
+    picture(pipe, steps=4)
+    picture(pipe, steps=4, seed=1)
+    assert (recorder.captures, recorder.replays) == (1, 7)
+
+
+def test_other_weights_are_noticed(graphed: Any) -> None:
+    pipe, recorder = graphed
+    stock = tiny_ernie()
+    picture(pipe, steps=4)
+    for part in (pipe.transformer.final_linear, stock.transformer.final_linear):
+        part.weight = torch.nn.Parameter(part.weight.detach() * 2, requires_grad=False)
+    assert torch.equal(picture(pipe, steps=4), picture(stock, steps=4))
+    assert recorder.captures == 2
+
+
+def test_large_images_run_as_before(graphed: Any) -> None:
+    pipe, recorder = graphed
+    assert torch.equal(picture(pipe, height=160, width=160), picture(tiny_ernie(), height=160, width=160))
+    assert recorder.captures == 0
+
+
+def test_both_ways_of_returning_work(graphed: Any) -> None:
+    pipe, _ = graphed
+    arguments = (torch.randn(1, 16, 4, 4), torch.full((1,), 500.0), torch.randn(1, 3, 64), torch.tensor([3]))
+    with torch.no_grad():
+        expected = tiny_ernie().transformer(*arguments).sample
+        for _ in range(3):
+            assert torch.equal(pipe.transformer(*arguments).sample, expected)
+        assert torch.equal(pipe.transformer(*arguments, return_dict=False)[0], expected)
+
+
+def test_where_it_cannot_work_the_plan_says_why() -> None:
+    capture = ernie_accel.CaptureGraphs()
+    assert "need a CUDA device" in capture.preview(tiny_ernie(), ernie_accel.Context("cpu", "a test")).note
+    assert "add RewriteBlocks()" in capture.preview(tiny_ernie(), H200).note
+    assert "none for FluxPipeline" in capture.preview(tiny_flux(), H200).note
+    assert capture.preview(tiny_ernie(), H200.after(ernie_accel.RewriteBlocks())).changes == ("transformer.forward",)
+
+
+def test_it_is_applied_and_undone() -> None:
+    pipe = ernie_accel.optimize(tiny_ernie(), ernie_accel.RewriteBlocks(), ernie_accel.CaptureGraphs(), context=H200)
+    assert isinstance(pipe.transformer.forward, GraphedForward)
+    assert ernie_accel.CaptureGraphs().preview(pipe, H200).changes == ()
+    ernie_accel.restore(pipe)
+    assert "forward" not in vars(pipe.transformer)
