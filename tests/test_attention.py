@@ -9,7 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import ernie_accel
-from ernie_accel import CastDtype, Compile, Context, ElideMask, ExpandAttentionMask, SetAttention
+from ernie_accel import CastDtype, Compile, Context, ElideMask, ExpandAttentionMask, RewriteBlocks, SetAttention
 from ernie_accel.transforms.attention.expand_mask import expand
 from ernie_accel.transforms.attention.set_attention import BACKENDS
 from tests.pipelines import picture, tiny_ernie, tiny_flux
@@ -156,6 +156,12 @@ def test_a_copied_pipe_watches_its_own_padding(ernie):
     assert all(mask is not None for mask in spied(other, prompt=[SHORT, LONG]).masks)
 
 
+def test_rewritten_blocks_have_no_idle_mask(ernie):
+    plan = ernie_accel.plan(ernie, RewriteBlocks(), ElideMask())
+    assert plan.steps[1].preview.note == "the rewritten blocks build a mask only for a batch that really pads"
+    assert ernie_accel.plan(ernie, RewriteBlocks(), SetAttention("flash")).ok
+
+
 def test_what_has_no_idle_masks_is_left_alone_or_refused(flux):
     (step,) = ernie_accel.plan(flux, ElideMask()).steps
     assert "FluxPipeline is of no known family" in step.reasons[0]
@@ -165,11 +171,15 @@ def test_what_has_no_idle_masks_is_left_alone_or_refused(flux):
 
 
 @pytest.mark.parametrize("backend", HERE)
-@pytest.mark.parametrize("extra", [(), (ExpandAttentionMask(),)], ids=["", "expanded"])
+@pytest.mark.parametrize(
+    "extra",
+    [(ElideMask(),), (ElideMask(), ExpandAttentionMask()), (RewriteBlocks(), ExpandAttentionMask())],
+    ids=repr,
+)
 def test_a_padded_batch_equals_each_prompt_alone(ernie, backend, extra):
     latents = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(1))
     alone = [picture(ernie, prompt=p, latents=latents[i : i + 1].clone()) for i, p in enumerate((SHORT, LONG))]
-    ernie_accel.optimize(ernie, ElideMask(), SetAttention(backend), *extra)
+    ernie_accel.optimize(ernie, SetAttention(backend), *extra)
     together = picture(ernie, prompt=[SHORT, LONG], latents=latents.clone())
     assert rel(together, torch.cat(alone)) < 1e-5
 

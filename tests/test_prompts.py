@@ -77,7 +77,7 @@ def test_the_guidance_of_call_defaults_is_seen(ernie):
 
 
 def test_large_batches_are_split_and_little_is_padded(ernie):
-    ernie_accel.optimize(ernie, BatchPromptEncoding(batch_size=2))
+    ernie_accel.optimize(ernie, BatchPromptEncoding(max_batch=2))
     seen = count_forwards(ernie)
     ernie.encode_prompt(PROMPTS, CPU)
     assert seen == [(2, 3), (1, 6)]
@@ -139,7 +139,8 @@ def test_a_file_that_was_cut_off_is_encoded_anew(ernie, tmp_path):
 def test_a_cache_that_keeps_nothing_is_a_mistake(flux):
     with pytest.raises(ValueError, match="folder='x' with cache=0 keeps nothing"):
         BatchPromptEncoding(folder="x")
-    assert "FluxPipeline is of no known family" in BatchPromptEncoding().unsupported(flux, Context.named("cpu"))[0]
+    (step,) = ernie_accel.plan(flux, BatchPromptEncoding()).steps
+    assert step.preview.note == "FluxPipeline encodes the prompts of a call together already"
 
 
 # TruncatePrompts

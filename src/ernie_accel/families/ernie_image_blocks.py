@@ -181,8 +181,10 @@ class RewrittenAttention(_Part, AttentionModuleMixin):  # type: ignore[misc]
 
     def attend(self, q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, mask_b11s: Tensor | None) -> Tensor:
         """Return the attention output [B, S, H] by the backend that was chosen for the model."""
+        # `SetAttention` gives kernels that take no mask a second processor for batches that need one.
+        processor = self.processor if mask_b11s is None else getattr(self.processor, "masked", self.processor)
         out_bsnd: Tensor = dispatch_attention_fn(
-            q_bsnd, k_bsnd, v_bsnd, attn_mask=mask_b11s, backend=self.processor._attention_backend
+            q_bsnd, k_bsnd, v_bsnd, attn_mask=mask_b11s, backend=processor._attention_backend
         )
         return out_bsnd.flatten(2, 3)
 

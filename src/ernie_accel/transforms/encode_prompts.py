@@ -42,7 +42,7 @@ class BatchPromptEncoding(Transform):
         cache: Prompts whose embeddings are kept for later calls, >= 0, the least recently used going first.
         folder: Where they are kept, as safetensors; None for memory. Files are told apart by prompt, tokenizer result
             and weights, so several checkpoints can share a folder.
-        batch_size: Prompts of one forward at most, >= 1.
+        max_batch: Prompts of one forward at most, >= 1.
     """
 
     phase: ClassVar[Phase] = Phase.REWRITE
@@ -51,31 +51,32 @@ class BatchPromptEncoding(Transform):
 
     cache: int = field(default=0, kw_only=True)
     folder: str | None = field(default=None, kw_only=True)
-    batch_size: int = field(default=32, kw_only=True)
+    max_batch: int = field(default=32, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.cache < 0 or self.batch_size < 1:
-            raise ValueError(f"cache must be >= 0 and batch_size >= 1, got {self.cache} and {self.batch_size}")
+        if self.cache < 0 or self.max_batch < 1:
+            raise ValueError(f"cache must be >= 0 and max_batch >= 1, got {self.cache} and {self.max_batch}")
         if self.folder is not None and self.cache == 0:
             raise ValueError(f"folder={self.folder!r} with cache=0 keeps nothing: give cache=1000, say")
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         family = family_of(pipe)
-        if family is None:
-            return [f"{type(pipe).__name__} is of no known family, and prompts are encoded family by family"]
-        if family.prompt_encoding is None:
-            return [f"{family.name} encodes the prompts of a call in one batch already"]
+        if family is None or family.prompt_encoding is None:
+            return []  # nothing to do
         if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "tokenizer", None) is None:
             return [f"{type(pipe).__name__} was loaded without text encoder or tokenizer"]
         return []
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        family = family_of(pipe)
+        if family is None or family.prompt_encoding is None:
+            return Preview((), note=f"{type(pipe).__name__} encodes the prompts of a call together already")
         return Preview(self._changes(pipe), note=self._note())
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         changes, how = self._changes(pipe), _encoding_of(pipe)
         memory = _Files(self.cache, Path(self.folder), pipe.text_encoder) if self.folder else _Memory(self.cache)
-        encoder = _Encoder(pipe, how, memory, self.batch_size)
+        encoder = _Encoder(pipe, how, memory, self.max_batch)
         with Undo() as undo:
             undo.setattr(_last_layer(pipe, how), "forward", _pass_on)
             undo.setattr(pipe, "encode_prompt", encoder.encode_prompt)
@@ -96,8 +97,8 @@ class BatchPromptEncoding(Transform):
 class _Encoder:
     """What stands in for a pipeline's ``encode_prompt``."""
 
-    def __init__(self, pipe: Pipeline, how: PromptEncoding, memory: _Memory | _Files, batch_size: int) -> None:
-        self._pipe, self._how, self._memory, self._batch_size = pipe, how, memory, batch_size
+    def __init__(self, pipe: Pipeline, how: PromptEncoding, memory: _Memory | _Files, max_batch: int) -> None:
+        self._pipe, self._how, self._memory, self._max_batch = pipe, how, memory, max_batch
         self._upcoming: list[str] = []
         self._of_this_call: dict[Ids, Tensor] | None = None  # None outside of a call of the pipe
 
@@ -129,8 +130,8 @@ class _Encoder:
                 else:
                     found[ids] = known
         missing.sort(key=len)  # so that little is padded
-        for start in range(0, len(missing), self._batch_size):
-            found |= self._forward(missing[start : start + self._batch_size], device)
+        for start in range(0, len(missing), self._max_batch):
+            found |= self._forward(missing[start : start + self._max_batch], device)
         for ids in missing:
             self._memory.put(ids, found[ids])
         return [found[ids] for ids in prompts for _ in range(num_images_per_prompt)]
@@ -141,12 +142,13 @@ class _Encoder:
         return tuple(ids) or (tokenizer.bos_token_id or 0,)  # an empty negative prompt; so does stock
 
     def _forward(self, prompts: list[Ids], device: torch.device) -> dict[Ids, Tensor]:
-        """Return the hidden states [T, H] of each prompt out of one forward over [B, longest T]."""
+        """Return the hidden states [T, H] of each prompt out of one forward over [B, longest T].
+
+        The encoder is causal, so no token sees the padding on its right, and no mask is needed.
+        """
         longest = max(map(len, prompts))
-        pad = self._pipe.tokenizer.pad_token_id or 0
-        ids_bt = torch.tensor([[*ids, *[pad] * (longest - len(ids))] for ids in prompts], device=device)
-        mask_bt = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in prompts], device=device)
-        outputs = self._pipe.text_encoder(input_ids=ids_bt, attention_mask=mask_bt, output_hidden_states=True)
+        ids_bt = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in prompts], device=device)
+        outputs = self._pipe.text_encoder(input_ids=ids_bt, output_hidden_states=True)
         hidden_bth = outputs.hidden_states[self._how.hidden_state]
         # Copies: a view of one prompt would keep the whole batch alive in the cache.
         return {ids: hidden_bth[i, : len(ids)].clone() for i, ids in enumerate(prompts)}
