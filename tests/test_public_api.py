@@ -11,7 +11,7 @@ import pytest
 import ernie_accel
 from ernie_accel.transforms import TRANSFORMS
 
-VERBS = {"evaluate", "optimize", "plan", "recommend", "report", "restore", "transform_from_json"}
+VERBS = {"evaluate", "load", "optimize", "plan", "recommend", "report", "restore", "save", "transform_from_json"}
 MODULES = {"batch", "demo"}
 DATA = {"presets"}
 CLASSES = {
@@ -20,6 +20,7 @@ CLASSES = {
     "Effect",
     "Evaluation",
     "Family",
+    "LayerReceipt",
     "Phase",
     "Plan",
     "Preset",
@@ -38,6 +39,7 @@ ERRORS = {
     "ErnieAccelError",
     "MissingExtraError",
     "RestoreError",
+    "SavedPipelineError",
     "UnknownNameError",
     "UnsupportedError",
 }
@@ -71,7 +73,7 @@ def test_every_error_is_ours():
 def test_presets_list_themselves():
     assert set(ernie_accel.presets) == {
         "exact",
-        *(f"turbo-{precision}" for precision in ("fp32", "bf16", "fp16", "fp8", "int8")),
+        *(f"turbo-{precision}" for precision in ("fp32", "bf16", "fp16", "fp8", "int8", "nvfp4", "q4")),
         *(f"quality-{precision}" for precision in ("bf16", "fp8", "int8")),
     }
     for name, preset in ernie_accel.presets.items():

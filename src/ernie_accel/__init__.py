@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         ErnieAccelError,
         MissingExtraError,
         RestoreError,
+        SavedPipelineError,
         UnknownNameError,
         UnsupportedError,
     )
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from ernie_accel.core.preset import Preset, presets
     from ernie_accel.core.recommend import Recommendation, recommend
     from ernie_accel.core.report import Report
-    from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+    from ernie_accel.core.saving import load, save
+    from ernie_accel.core.transform import Applied, Effect, LayerReceipt, Phase, Preview, Transform
     from ernie_accel.core.undo import Undo
     from ernie_accel.families.family import Family
     from ernie_accel.fidelity.compare import evaluate
@@ -62,6 +64,7 @@ _HOMES = {
         "ErnieAccelError",
         "MissingExtraError",
         "RestoreError",
+        "SavedPipelineError",
         "UnknownNameError",
         "UnsupportedError",
     ),
@@ -70,7 +73,8 @@ _HOMES = {
     "ernie_accel.core.preset": ("Preset", "presets"),
     "ernie_accel.core.recommend": ("Recommendation", "recommend"),
     "ernie_accel.core.report": ("Report",),
-    "ernie_accel.core.transform": ("Applied", "Effect", "Phase", "Preview", "Transform"),
+    "ernie_accel.core.saving": ("load", "save"),
+    "ernie_accel.core.transform": ("Applied", "Effect", "LayerReceipt", "Phase", "Preview", "Transform"),
     "ernie_accel.core.undo": ("Undo",),
     "ernie_accel.families.family": ("Family",),
     "ernie_accel.fidelity.compare": ("evaluate",),
@@ -110,6 +114,7 @@ __all__ = [
     "Evaluation",
     "Family",
     "FuseKernels",
+    "LayerReceipt",
     "MakeContiguous",
     "MissingExtraError",
     "Phase",
@@ -121,6 +126,7 @@ __all__ = [
     "Report",
     "RestoreError",
     "RewriteBlocks",
+    "SavedPipelineError",
     "SliceVae",
     "SwapScheduler",
     "Thresholds",
@@ -132,12 +138,14 @@ __all__ = [
     "batch",
     "demo",
     "evaluate",
+    "load",
     "optimize",
     "plan",
     "presets",
     "recommend",
     "report",
     "restore",
+    "save",
     "transform_from_json",
 ]
 

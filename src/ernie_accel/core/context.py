@@ -33,9 +33,10 @@ OPTIONAL_PACKAGES: Mapping[str, str] = MappingProxyType(
         "torch_npu": "npu",
         "ray": "ray",
         "httpx": "http",
+        "cudnn": "cudnn",
     }
 )
-_DISTRIBUTIONS = {"optimum.quanto": "optimum-quanto", "torch_npu": "torch-npu"}
+_DISTRIBUTIONS = {"optimum.quanto": "optimum-quanto", "torch_npu": "torch-npu", "cudnn": "nvidia-cudnn-frontend"}
 _BUNDLED_PACKAGES = ("triton",)  # with CUDA builds of torch
 _REQUIRED_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 
@@ -63,11 +64,23 @@ class Context:
     planned: tuple[Transform, ...] = ()
 
     @classmethod
-    def detect(cls, pipe: Pipeline | None = None) -> Context:
-        """Look at this machine: at the device `pipe` lives on, or at the best one where no pipe is given."""
+    def detect(cls, pipe: Pipeline | None = None, device: str | None = None) -> Context:
+        """Look at this machine: at the device `pipe` lives on, or at the best one where no pipe is given.
+
+        Args:
+            pipe: The pipeline.
+            device: Look at this one instead, where it exists ("cuda:1"); for a pipe that is about to move there.
+        """
         import torch
 
-        device = device_of(pipe) if pipe is not None else _best_device()
+        found = device_of(pipe) if pipe is not None else _best_device()
+        device_here = device is not None and (torch.device(device).type != "cuda" or torch.cuda.is_available())
+        return cls._of(torch.device(device) if device is not None and device_here else found)
+
+    @classmethod
+    def _of(cls, device: torch.device) -> Context:
+        import torch
+
         if device.type == "cuda":
             facts = torch.cuda.get_device_properties(device)
             return cls(

@@ -73,7 +73,7 @@ presets = PresetTable(
     Preset(
         "turbo-fp32",
         "Few steps, compiled, in the precision the pipe came in: for CPUs, where bfloat16 seldom pays.",
-        (MakeContiguous(), CallDefaults("turbo"), Compile()),
+        (RewriteBlocks(), MakeContiguous(), CallDefaults("turbo"), Compile()),
     ),
     Preset(
         "turbo-bf16",
@@ -94,6 +94,16 @@ presets = PresetTable(
         "turbo-int8",
         "Few steps with int8 linears, compiled: for a distilled (Turbo) checkpoint on capability 8.0 to 8.6.",
         (*_INT8, MakeContiguous(), CallDefaults("turbo"), Compile()),
+    ),
+    Preset(
+        "turbo-nvfp4",
+        "Few steps with nvfp4 linears, compiled: the fastest on capability 10.0 and above, at a visible cost.",
+        (CastDtype("bfloat16"), Quantize("nvfp4"), MakeContiguous(), CallDefaults("turbo"), Compile()),
+    ),
+    Preset(
+        "turbo-q4",
+        "Few steps with 4-bit weights (nf4), compiled: for memory and not for speed.",
+        (CastDtype("bfloat16"), Quantize("nf4"), MakeContiguous(), CallDefaults("turbo"), Compile()),
     ),
     Preset(
         "quality-bf16",
@@ -139,7 +149,7 @@ CARDS: Mapping[str, Card] = MappingProxyType(
             Card("rtx4090", "turbo-fp8", "multiplies in fp8; nothing is published for this card"),
             Card("rtx3090", "turbo-int8", "published: bf16 12.4 s, fp8 12.7 s (no fp8 units), int8 7.0 s"),
             Card("rtx3060", "turbo-int8", "published: bf16 43 s, fp8 28.7 s, int8 14.4 s"),
-            Card("rtx4060", "turbo-fp8", "multiplies in fp8; nothing is published for this card"),
+            Card("rtx4060", "turbo-q4", "in 8 bits the transformer alone (8 GB) fills the card; nothing is published"),
             Card("a100", "turbo-bf16", "has the memory for bf16; whether int8 is faster here nobody has published"),
             Card("a6000", "turbo-int8", "the same architecture as the RTX 3090, where int8 takes 0.56 of the time"),
             Card(
