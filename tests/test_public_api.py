@@ -75,7 +75,7 @@ def test_presets_list_themselves():
     assert set(ernie_accel.presets) == {
         "exact",
         "npu-bf16",
-        *(f"turbo-{precision}" for precision in ("fp32", "bf16", "fp16", "fp8", "int8")),
+        *(f"turbo-{precision}" for precision in ("fp32", "bf16", "fp16", "fp8", "int8", "nvfp4", "q4")),
         *(f"quality-{precision}" for precision in ("bf16", "fp8", "int8")),
     }
     for name, preset in ernie_accel.presets.items():

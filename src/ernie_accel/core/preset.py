@@ -102,6 +102,16 @@ presets = PresetTable(
         (CastDtype("bfloat16"), ElideMask(), ExpandAttentionMask(), MakeContiguous(), CallDefaults("turbo")),
     ),
     Preset(
+        "turbo-nvfp4",
+        "Few steps with nvfp4 linears, compiled: the fastest on capability 10.0 and above, at a visible cost.",
+        (CastDtype("bfloat16"), Quantize("nvfp4"), MakeContiguous(), CallDefaults("turbo"), Compile()),
+    ),
+    Preset(
+        "turbo-q4",
+        "Few steps with 4-bit weights (nf4), compiled: for memory and not for speed.",
+        (CastDtype("bfloat16"), Quantize("nf4"), MakeContiguous(), CallDefaults("turbo"), Compile()),
+    ),
+    Preset(
         "quality-bf16",
         "The family's full steps and guidance in bfloat16, compiled: for a base (undistilled) checkpoint.",
         (*_FAST_BF16, MakeContiguous(), CallDefaults("quality"), *_FAST_PARTS),
@@ -145,7 +155,7 @@ CARDS: Mapping[str, Card] = MappingProxyType(
             Card("rtx4090", "turbo-fp8", "multiplies in fp8; nothing is published for this card"),
             Card("rtx3090", "turbo-int8", "published: bf16 12.4 s, fp8 12.7 s (no fp8 units), int8 7.0 s"),
             Card("rtx3060", "turbo-int8", "published: bf16 43 s, fp8 28.7 s, int8 14.4 s"),
-            Card("rtx4060", "turbo-fp8", "multiplies in fp8; nothing is published for this card"),
+            Card("rtx4060", "turbo-q4", "in 8 bits the transformer alone (8 GB) fills the card; nothing is published"),
             Card("a100", "turbo-bf16", "has the memory for bf16; whether int8 is faster here nobody has published"),
             Card("a6000", "turbo-int8", "the same architecture as the RTX 3090, where int8 takes 0.56 of the time"),
             Card(

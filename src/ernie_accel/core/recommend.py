@@ -53,15 +53,18 @@ class Rung:
 
 
 _ANY = (99, 9)
+_FOUR_BITS = ("nvfp4", "nf4", "fp4", "int4")
 #: Slots that a preset can do without and still give the precision it is named after.
 _NOT_PRECISION = frozenset({"blocks", "call-defaults", "compile", "encode_prompts", "graphs", "layout", "vae_compile"})
 
-#: From the fastest down; the first that pays here and can run here is recommended.
+#: From the fastest down; the first that pays here and can run here is recommended. nvfp4 is left to the user: it is
+#: faster than fp8 where it can run, and the loss can be seen.
 LADDER: tuple[Rung, ...] = (
     Rung("fp8", "half the bytes of bf16, multiplied in fp8", ("cuda",), ((8, 9), _ANY), "triton"),
     Rung("int8", "half the bytes of bf16, multiplied in int8", ("cuda",), ((8, 6), (8, 8)), "torchao"),
     Rung("bf16", "the checkpoint's own precision on tensor cores", ("cuda", "npu"), ((8, 0), _ANY)),
     Rung("fp16", "tensor cores of this generation know no bfloat16", ("cuda",), ((7, 0), (7, 9))),
+    Rung("q4", "a quarter of the bytes: for memory and not for speed", ("cuda",), ((7, 5), _ANY), "bitsandbytes"),
     Rung("fp32", "few CPUs multiply in bfloat16", ("cpu", "mps", "xpu", "npu", "cuda")),
 )
 
@@ -213,7 +216,11 @@ def _weight_bytes(pipe: Pipeline | None, preset: Preset, machine: Context) -> in
     )
     cast = any(isinstance(transform, CastDtype) for transform in preset.transforms)
     transformer = sizes_bf16.pop("transformer")
-    in_bf16 = (transformer // 2 if quantized else transformer) + sum(sizes_bf16.values())
+    if any(isinstance(transform, Quantize) and transform.scheme in _FOUR_BITS for transform in preset.transforms):
+        transformer //= 4
+    elif quantized:
+        transformer //= 2
+    in_bf16 = transformer + sum(sizes_bf16.values())
     return in_bf16 if cast else 2 * in_bf16
 
 
