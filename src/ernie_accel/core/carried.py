@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ernie_accel.core.components import Pipeline
-from ernie_accel.core.report import Entry, Report
-from ernie_accel.core.transform import Transform
+from ernie_accel.core.report import Report
 
 _ATTRIBUTE = "_ernie_accel"
 
@@ -43,13 +42,3 @@ def drop(pipe: Pipeline) -> None:
     """Let `pipe` carry nothing."""
     if _ATTRIBUTE in vars(pipe):
         object.__delattr__(pipe, _ATTRIBUTE)
-
-
-def split_entries(
-    entries: tuple[Entry, ...], wanted: tuple[Transform, ...]
-) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
-    """Return the entries that `wanted` begins with too, and the rest."""
-    same = 0
-    while same < min(len(entries), len(wanted)) and entries[same].step.transform == wanted[same]:
-        same += 1
-    return entries[:same], entries[same:]

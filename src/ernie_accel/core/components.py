@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -12,7 +12,10 @@ from ernie_accel.core.errors import UnknownNameError
 #: A ``diffusers.DiffusionPipeline``; not imported here, because any object with its attributes will do.
 Pipeline: TypeAlias = Any
 
-FLOAT8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+def is_float8(dtype: torch.dtype) -> bool:
+    """Return whether `dtype` is one of torch's one-byte floating-point types."""
+    return dtype.is_floating_point and dtype.itemsize == 1
 
 
 def modules_of(pipe: Pipeline, names: Iterable[str] | None = None) -> dict[str, torch.nn.Module]:
@@ -44,19 +47,46 @@ def absent_components(pipe: Pipeline, names: Iterable[str] | None) -> list[str]:
     ]
 
 
-def weights_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the parameters and persistent buffers of `module`, that is, what a checkpoint holds, each once.
+class Weight(NamedTuple):
+    """The place of a parameter or buffer.
 
-    Non-persistent buffers (the float32 RoPE frequencies of text encoders) are left out: ``from_pretrained`` does not
-    load them, so a cast must not touch them.
+    Attributes:
+        path: Path within the component.
+        owner: The module that holds it.
+        name: Its name there.
     """
-    yield from module.named_parameters()
+
+    path: str
+    owner: torch.nn.Module
+    name: str
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor that is there now. ``module.to`` keeps parameter objects and replaces buffer objects."""
+        held: torch.Tensor = getattr(self.owner, self.name)
+        return held
+
+
+def weights_of(module: torch.nn.Module, *, all_buffers: bool = False) -> Iterator[Weight]:
+    """Yield the parameters and buffers of `module`, each tensor once.
+
+    Args:
+        module: A component.
+        all_buffers: Also buffers that no checkpoint holds (the float32 RoPE frequencies of text encoders).
+            ``from_pretrained`` does not load them, so a cast must not touch them.
+    """
     seen: set[int] = set()
-    for path, part in module.named_modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            if name not in part._non_persistent_buffers_set and id(buffer) not in seen:
-                seen.add(id(buffer))
-                yield f"{path}.{name}" if path else name, buffer
+    for path, owner in module.named_modules():
+        held = [(name, tensor) for name, tensor in owner._parameters.items() if tensor is not None]
+        held += [
+            (name, buffer)
+            for name, buffer in owner._buffers.items()
+            if buffer is not None and (all_buffers or name not in owner._non_persistent_buffers_set)
+        ]
+        for name, tensor in held:
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield Weight(f"{path}.{name}" if path else name, owner, name)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
@@ -96,12 +126,17 @@ def bare_float8(pipe: Pipeline) -> list[str]:
 
 def _is_bare_float8(module: torch.nn.Module) -> bool:
     return any(
-        type(parameter) is torch.nn.Parameter and parameter.dtype in FLOAT8_DTYPES and not _upcasts_in_a_hook(part)
+        type(parameter) is torch.nn.Parameter and is_float8(parameter.dtype) and not _has_casting_hook(part)
         for part in module.modules()
         for parameter in part.parameters(recurse=False)
     )
 
 
-def _upcasts_in_a_hook(module: torch.nn.Module) -> bool:
-    registry = getattr(module, "_diffusers_hook", None)
+def upcasts_in_a_hook(module: torch.nn.Module) -> bool:
+    """Return whether a part of `module` stores its weights by diffusers' layerwise casting."""
+    return any(map(_has_casting_hook, module.modules()))
+
+
+def _has_casting_hook(part: torch.nn.Module) -> bool:
+    registry = getattr(part, "_diffusers_hook", None)
     return registry is not None and registry.get_hook("layerwise_casting") is not None

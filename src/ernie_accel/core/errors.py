@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ernie_accel.core.plan import Plan
-    from ernie_accel.core.report import Report
+    from ernie_accel.core.report import Entry, Report
 
 __all__ = [
     "ApplyError",
@@ -98,11 +98,14 @@ class ApplyError(ErnieAccelError):
     Attributes:
         transform: The transform that failed.
         report: What had been applied until then, as a report.
+        left: What stays applied because it has no undo; empty: the pipe is as it was before.
     """
 
-    def __init__(self, transform: object, reason: str, report: Report) -> None:
-        self.transform, self.report = transform, report
-        super().__init__(f"{transform!r} failed: {reason}\nThe pipe is as it was before this call.\n{report}")
+    def __init__(self, transform: object, reason: str, report: Report, left: tuple[Entry, ...] = ()) -> None:
+        self.transform, self.report, self.left = transform, report, left
+        stays = ", ".join(repr(entry.step.transform) for entry in left if entry.applied is not None)
+        state = f"{stays} stays applied: no undo." if stays else "The pipe is as it was before this call."
+        super().__init__(f"{transform!r} failed: {reason}\n{state}\n{report}")
 
 
 class RestoreError(ErnieAccelError):

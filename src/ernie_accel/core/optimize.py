@@ -17,11 +17,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
-from ernie_accel.core.carried import carried_report, carry, drop, is_copy, split_entries
+import torch
+
+from ernie_accel.core.carried import carried_report, carry, drop, is_copy
 from ernie_accel.core.components import Pipeline, pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ApplyError, RestoreError, UnknownNameError, UnsupportedError
-from ernie_accel.core.plan import check_pipeline, compose, machine_for, plan_steps, title_of
+from ernie_accel.core.plan import check_pipeline, compose, keep_entries, machine_for, plan_steps, title_of
 from ernie_accel.core.preset import Preset, find_preset
 from ernie_accel.core.report import Entry, Report
 from ernie_accel.core.step import Step
@@ -37,8 +39,9 @@ def optimize(
 ) -> Pipeline:
     """Make a pipeline faster or leaner in place, and return it.
 
-    Everything is checked before anything is touched. Optimizing again with the same arguments changes nothing; with
-    others, what no longer belongs is undone first.
+    Everything is checked before anything is changed. Optimizing again with the same arguments changes nothing; with
+    others, what no longer belongs is undone first, and put back if the new wish is refused. What you change by hand on
+    an optimized pipe (fusing a LoRA, replacing a component) is not noticed: restore it first.
 
     Args:
         pipe: A diffusers pipeline.
@@ -55,7 +58,7 @@ def optimize(
         UnknownNameError: There is no such preset.
         ConflictError: Two transforms want one slot.
         UnsupportedError: A transform cannot run here (all reasons at once), or the pipe cannot run at all.
-        ApplyError: A transform failed; the pipe is as it was before this call.
+        ApplyError: A transform failed; the pipe is as it was before this call, or the error says what is not.
         RestoreError: An earlier transform would have to be undone and cannot be; nothing was undone.
     """
     if on_unsupported not in ("error", "skip"):
@@ -66,19 +69,22 @@ def optimize(
     machine = context or machine_for(pipe, wanted)
 
     old = report(pipe)
-    kept, removed = split_entries(old.entries, wanted)
-    _undo(pipe, removed)
+    kept, removed = keep_entries(pipe, old, wanted, machine)
+    _rewind(pipe, old, keep=len(kept))
     now = machine.after(*(entry.step.transform for entry in kept if not entry.step.reasons))
     try:
         the_plan = plan_steps(pipe, wanted, named, machine, kept)
         if the_plan.blockers or (the_plan.problems and on_unsupported == "error"):
             raise UnsupportedError(the_plan)
         added = _apply(pipe, the_plan.steps[len(kept) :], now)
-    except BaseException:  # Ctrl-C too: a wish that failed leaves the pipe as the one before it made it
-        if removed:
-            carry(pipe, replace(old, entries=kept + _apply(pipe, [entry.step for entry in removed], now)))
+    except BaseException as error:  # Ctrl-C too: a wish that failed leaves the pipe as the one before it made it
+        left = error.left if isinstance(error, ApplyError) else ()
+        _put_back(pipe, replace(old, entries=kept + left), () if left else removed, now)
         raise
-    carry(pipe, Report(title_of(wanted, named), type(pipe).__name__, machine, kept + added))
+    if wanted:
+        carry(pipe, Report(title_of(wanted, named), type(pipe).__name__, machine, kept + added))
+    else:
+        drop(pipe)
     return pipe
 
 
@@ -94,7 +100,7 @@ def restore(pipe: Pipeline) -> Pipeline:
     Raises:
         RestoreError: A transform has no undo; nothing was undone.
     """
-    _undo(pipe, report(pipe).entries)
+    _rewind(pipe, report(pipe), keep=0)
     drop(pipe)
     return pipe
 
@@ -108,18 +114,20 @@ def suspended(pipe: Pipeline, after: Phase) -> Iterator[None]:
     """
     old = report(pipe)
     stays = tuple(entry for entry in old.entries if entry.step.transform.phase <= after)
-    rest = old.entries[len(stays) :]
-    _undo(pipe, rest)
+    _rewind(pipe, old, keep=len(stays))
     try:
         yield
     finally:
         now = old.context.after(*(entry.step.transform for entry in stays if not entry.step.reasons))
-        if rest:
-            carry(pipe, replace(old, entries=stays + _apply(pipe, [entry.step for entry in rest], now)))
+        _put_back(pipe, replace(old, entries=stays), old.entries[len(stays) :], now)
 
 
 def _apply(pipe: Pipeline, steps: Iterable[Step], context: Context) -> tuple[Entry, ...]:
-    """Apply `steps` in order, or none of them."""
+    """Apply `steps` in order, or none of them.
+
+    Raises:
+        ApplyError: One failed. Those before it are undone, down to the last one that has no undo.
+    """
     done: list[Entry] = []
     for step in steps:
         if step.verdict != "apply":
@@ -127,32 +135,54 @@ def _apply(pipe: Pipeline, steps: Iterable[Step], context: Context) -> tuple[Ent
             continue
         before, start = pipe_bytes(pipe), time.perf_counter()
         try:
-            applied = step.transform.apply(pipe, context)
+            preview = step.transform.preview(pipe, context)  # again: a step before may have done this one's work
+            if not preview.changes:
+                done.append(Entry(replace(step, preview=preview), None))
+                continue
+            with torch.inference_mode(False):  # weights made inside would refuse gradients for ever
+                applied = step.transform.apply(pipe, context)
             if not applied.changed:
                 raise RuntimeError("it changed nothing, although its preview said it would")
         except BaseException as error:
-            _undo(pipe, done)
+            so_far = Report("applied before the failure", type(pipe).__name__, context, tuple(done))
+            while done and (done[-1].applied is None or done[-1].applied.undo is not None):
+                _undo(done.pop())
             if not isinstance(error, Exception):
                 raise
-            so_far = Report("applied before the failure", type(pipe).__name__, context, tuple(done))
-            raise ApplyError(step.transform, f"{type(error).__name__}: {error}", so_far) from error
+            raise ApplyError(step.transform, f"{type(error).__name__}: {error}", so_far, tuple(done)) from error
         seconds = time.perf_counter() - start
         applied = replace(applied, seconds=seconds, bytes_before=before, bytes_after=pipe_bytes(pipe))
-        done.append(Entry(step, applied))
+        done.append(Entry(replace(step, preview=preview), applied))
         context = context.after(step.transform)
     return tuple(done)
 
 
-def _undo(pipe: Pipeline, entries: Iterable[Entry]) -> None:
-    """Undo `entries`, the last one first; refuse before the first undo if one of them cannot be undone."""
-    undos = []
-    for entry in entries:
-        if entry.applied is None:
-            continue
-        if entry.applied.undo is None:
+def _rewind(pipe: Pipeline, carried: Report, keep: int) -> None:
+    """Undo all but the first `keep` entries, the last one first; the report that the pipe carries stays true.
+
+    Raises:
+        RestoreError: One of them cannot be undone; none was.
+    """
+    for entry in carried.entries[keep:]:
+        if entry.applied is not None and entry.applied.undo is None:
             raise RestoreError(entry.step.transform, str(entry.applied.no_undo))
-        if is_copy(pipe):
-            raise RestoreError(entry.step.transform, "this pipe is a deep copy; restore the pipe it was copied from")
-        undos.append(entry.applied.undo)
-    for undo in reversed(undos):
-        undo()
+        if entry.applied is not None and is_copy(pipe):
+            raise RestoreError(entry.step.transform, "this pipe is a copy; restore the pipe it was copied from")
+    for index in reversed(range(keep, len(carried.entries))):
+        _undo(carried.entries[index])
+        carry(pipe, replace(carried, entries=carried.entries[:index]))
+
+
+def _undo(entry: Entry) -> None:
+    if entry.applied is not None and entry.applied.undo is not None:
+        with torch.inference_mode(False):
+            entry.applied.undo()
+
+
+def _put_back(pipe: Pipeline, carried: Report, removed: tuple[Entry, ...], context: Context) -> None:
+    """Carry `carried`, and apply again what was undone for a wish that failed, or for a while."""
+    if carried.entries or removed:
+        carry(pipe, carried)
+    if removed:
+        again = _apply(pipe, [entry.step for entry in removed], context)
+        carry(pipe, replace(carried, entries=carried.entries + again))

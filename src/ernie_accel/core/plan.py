@@ -7,12 +7,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ernie_accel.core.carried import carried_report, split_entries
+from ernie_accel.core.carried import carried_report, is_copy
 from ernie_accel.core.components import Pipeline, bare_float8, pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ConflictError, ErnieAccelError
 from ernie_accel.core.preset import Preset, find_preset
-from ernie_accel.core.report import Entry
+from ernie_accel.core.report import Entry, Report
 from ernie_accel.core.step import Step
 from ernie_accel.core.text import effect_text, human_bytes, summarise, table
 from ernie_accel.core.transform import Effect, Transform
@@ -55,8 +55,8 @@ class Plan:
 
     @property
     def effect(self) -> Effect:
-        """The strongest effect of the steps that would be applied."""
-        effects = (step.transform.effect for step in self.steps if step.verdict == "apply")
+        """The strongest effect of the steps that would be applied, or are in place."""
+        effects = (step.transform.effect for step in self.steps if step.verdict in ("apply", "in place"))
         return max(effects, key=lambda effect: effect.severity, default=Effect.EXACT)
 
     @property
@@ -78,7 +78,8 @@ class Plan:
         lines = [f"Plan: {self.title} for {what} on {self.context}"]
         lines += [f"  - {blocker}" for blocker in self.blockers]
         if self.undoes:
-            lines.append(f"First undoes {', '.join(map(repr, self.undoes))}.")
+            undone = ", ".join(map(repr, self.undoes))
+            lines.append(f"First undoes {undone}. The rows ask the pipe as it is now, and are asked again after that.")
         lines.append(table(("#", "transform", "effect", "what would change", "weights"), self._rows(), frozenset({0})))
         lines += list(self._footnotes())
         return "\n".join(lines)
@@ -199,15 +200,54 @@ def plan(
     wanted = compose(transforms, preset)
     check_pipeline(pipe)
     named = find_preset(preset) if preset is not None else None
+    machine = context or machine_for(pipe, wanted)
     carried = carried_report(pipe)
-    kept, removed = split_entries(carried.entries, wanted) if carried else ((), ())
-    the_plan = plan_steps(pipe, wanted, named, context or machine_for(pipe, wanted), kept)
-    return replace(the_plan, undoes=tuple(entry.step.transform for entry in removed if entry.applied is not None))
+    kept, removed = keep_entries(pipe, carried, wanted, machine) if carried else ((), ())
+    the_plan = plan_steps(pipe, wanted, named, machine, kept)
+    stuck = tuple(_cannot_undo(pipe, removed))
+    undoes = tuple(entry.step.transform for entry in removed if entry.applied is not None)
+    return replace(the_plan, blockers=the_plan.blockers + stuck, undoes=undoes)
 
 
 def machine_for(pipe: Pipeline, wanted: Iterable[Transform]) -> Context:
     """Look at the device the pipe lives on, or at the one that a transform among `wanted` will move it to."""
     return Context.detect(pipe, next((t.moves_to for t in wanted if t.moves_to is not None), None))
+
+
+def keep_entries(
+    pipe: Pipeline, carried: Report, wanted: tuple[Transform, ...], machine: Context
+) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
+    """Return the entries of `carried` that `wanted` begins with too and that still hold, and the rest.
+
+    What was skipped holds while it is still unsupported; what had nothing to do, on the same machine.
+    """
+    same, now = 0, machine
+    for entry, transform in zip(carried.entries, wanted, strict=False):
+        skipped = entry.status == "skipped"
+        if entry.step.transform != transform or (skipped and not transform.unsupported(pipe, now)):
+            break
+        if entry.status == "nothing to do" and carried.context != machine:
+            break
+        same += 1
+        now = now if skipped else now.after(transform)
+    return carried.entries[:same], carried.entries[same:]
+
+
+def _as_it_stands(entry: Entry) -> Step:
+    return entry.step if entry.applied is None else replace(entry.step, in_place=True)
+
+
+def _ask(pipe: Pipeline, transform: Transform, context: Context) -> Step:
+    reasons = tuple(transform.unsupported(pipe, context))
+    return Step(transform, reasons, None if reasons else transform.preview(pipe, context))
+
+
+def _cannot_undo(pipe: Pipeline, entries: Iterable[Entry]) -> Iterator[str]:
+    for entry in entries:
+        if entry.applied is not None and entry.applied.undo is None:
+            yield f"{entry.step.transform!r} would have to be undone first: {entry.applied.no_undo}"
+        elif entry.applied is not None and is_copy(pipe):
+            yield f"{entry.step.transform!r} would have to be undone first, and this pipe is a copy without the undo"
 
 
 def plan_steps(
@@ -228,12 +268,12 @@ def plan_steps(
     """
     from ernie_accel.families import family_of
 
-    steps = [replace(entry.step, in_place=not entry.step.reasons) for entry in kept]
-    now = context.after(*(entry.step.transform for entry in kept if not entry.step.reasons))
-    for transform in wanted[len(kept) :]:
-        reasons = tuple(transform.unsupported(pipe, now))
-        steps.append(Step(transform, reasons, None if reasons else transform.preview(pipe, now)))
-        if not reasons:
+    steps: list[Step] = []
+    now = context
+    for position, transform in enumerate(wanted):
+        entry = kept[position] if position < len(kept) else None
+        steps.append(_ask(pipe, transform, now) if entry is None else _as_it_stands(entry))
+        if not steps[-1].reasons:
             now = now.after(transform)
     family = family_of(pipe)
     return Plan(

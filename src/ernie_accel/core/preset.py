@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.errors import ConflictError, UnknownNameError
 from ernie_accel.core.transform import Transform
 from ernie_accel.transforms.attention import ElideMask, ExpandAttentionMask
 from ernie_accel.transforms.call_defaults import CallDefaults
@@ -34,6 +34,13 @@ class Preset:
     name: str
     summary: str
     transforms: tuple[Transform, ...]
+
+    def __post_init__(self) -> None:
+        by_slot: dict[str, Transform] = {}
+        for transform in self.transforms:
+            if transform.slot in by_slot:
+                raise ConflictError(transform.slot, (by_slot[transform.slot], transform))
+            by_slot[transform.slot] = transform
 
 
 class PresetTable(Mapping[str, Preset]):
@@ -181,6 +188,8 @@ def find_preset(preset: Preset | str) -> Preset:
     """
     if isinstance(preset, Preset):
         return preset
+    if not isinstance(preset, str):
+        raise TypeError(f"expected a preset or its name, got {preset!r}")
     if preset in presets:
         return presets[preset]
     if preset in CARDS:

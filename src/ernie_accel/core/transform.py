@@ -154,6 +154,14 @@ class Transform(ABC):
         if missing and ABC not in cls.__bases__:
             raise TypeError(f"{cls.__name__} must say its {', '.join(missing)} as class attributes")
 
+    def __post_init__(self) -> None:
+        """Accept a list where component names are expected, and refuse a bare string, which would be its letters."""
+        names = getattr(self, "components", None)
+        if isinstance(names, str) or names == ():
+            raise ValueError(f"components takes a tuple of names, as in components=('transformer',); got {names!r}")
+        if isinstance(names, list):
+            object.__setattr__(self, "components", tuple(names))
+
     @property
     def floor_db(self) -> float | None:
         """For a LOSSY transform, the promised signal-to-noise ratio of the latents in dB; else None."""

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ernie_accel.core.components import Weight
+
 _ABSENT = object()
 
 
@@ -35,12 +37,16 @@ class Undo:
             self()
 
     def __call__(self) -> None:
-        """Take all changes back, the last one first."""
+        """Take all changes back, the last one first. If one raises, it and those before it are still to be undone."""
         while self._actions:
-            self._actions.pop()()
+            self._actions[-1]()
+            self._actions.pop()
 
     def push(self, action: Callable[[], object]) -> None:
-        """Remember `action` as the way back of a change just made (or about to be made)."""
+        """Remember `action` as the way back of a change just made (or about to be made).
+
+        An action that raised is called again by the next undo, so it must be repeatable.
+        """
         self._actions.append(action)
 
     def setattr(self, owner: Any, name: str, value: Any) -> None:
@@ -51,18 +57,18 @@ class Undo:
         self.push(lambda: delattr(owner, name) if old is _ABSENT else setattr(owner, name, old))
         setattr(owner, name, value)
 
-    def set_data(self, tensor: torch.Tensor, value: torch.Tensor, keep_on: str | None = None) -> None:
+    def set_data(self, weight: Weight, value: torch.Tensor, keep_on: str | None = None) -> None:
         """Give a parameter or buffer other values, dtype or strides in place; the tensor object stays the same.
 
         Args:
-            tensor: A parameter or buffer, any shape and dtype.
+            weight: Where it lives. It is looked up again by the undo, because ``module.to`` replaces buffers.
             value: What it shall hold, same shape.
             keep_on: Device to keep the old data on until the undo ("cpu" frees the accelerator); default: where it is.
         """
-        kept = tensor.data if keep_on is None else tensor.data.to(keep_on)
+        kept = weight.tensor.data if keep_on is None else weight.tensor.data.to(keep_on)
 
         def put_back() -> None:
-            tensor.data = kept.to(tensor.device)  # the pipe may have moved since
+            weight.tensor.data = kept.to(weight.tensor.device)
 
         self.push(put_back)
-        tensor.data = value
+        weight.tensor.data = value

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ernie_accel.core.components import Pipeline, modules_of, weights_of
+from ernie_accel.core.components import Pipeline, Weight, modules_of, weights_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
@@ -85,8 +85,8 @@ class _Check:
         warnings.warn(f"{found}: the call is made again in float32", UserWarning, stacklevel=2)
         noise.rewind()
         with Undo() as undo:
-            for tensor in self._half_weights():
-                undo.set_data(tensor, tensor.data.float())
+            for weight in self._half_weights():
+                undo.set_data(weight, weight.tensor.data.float())
             try:
                 return call(self._watching({name: _in_float32(value) for name, value in arguments.items()}))
             except _NotFiniteError as error:
@@ -126,9 +126,9 @@ class _Check:
             "callback_on_step_end_tensor_inputs": inputs,
         }
 
-    def _half_weights(self) -> list[Tensor]:
+    def _half_weights(self) -> list[Weight]:
         modules = modules_of(self._pipe).values()
-        return [tensor for module in modules for _, tensor in weights_of(module) if tensor.dtype in _HALF]
+        return [weight for module in modules for weight in weights_of(module) if weight.tensor.dtype in _HALF]
 
     def _why_no_rerun(self) -> str | None:
         """Return why the call cannot be made again in float32; None if it can."""

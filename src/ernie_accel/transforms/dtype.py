@@ -9,7 +9,16 @@ from typing import ClassVar
 
 import torch
 
-from ernie_accel.core.components import FLOAT8_DTYPES, Pipeline, absent_components, modules_of, pipe_bytes, weights_of
+from ernie_accel.core.components import (
+    Pipeline,
+    Weight,
+    absent_components,
+    is_float8,
+    modules_of,
+    pipe_bytes,
+    upcasts_in_a_hook,
+    weights_of,
+)
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.text import human_bytes
@@ -43,6 +52,7 @@ class CastDtype(Transform):
     keep_originals: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         name = _ALIASES.get(self.dtype, self.dtype)
         if name not in DTYPES:
             raise UnknownNameError("dtype", self.dtype, DTYPES)
@@ -55,53 +65,62 @@ class CastDtype(Transform):
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = absent_components(pipe, self.components)
+        if reasons:
+            return reasons
+        for name, module in modules_of(pipe, self.components).items():
+            if any(weight.tensor.device.type == "meta" for weight in weights_of(module)):
+                reasons.append(f"{name} is offloaded (its weights are on the meta device): cast before offloading")
+            if upcasts_in_a_hook(module):
+                reasons.append(f"{name} stores its weights by layerwise casting, and casting would break its hooks")
         if self.dtype == "bfloat16" and context.capability is not None and context.capability < (8, 0):
             have = "{}.{}".format(*context.capability)
             reasons.append(f"bfloat16 needs CUDA compute capability >= 8.0; this device has {have}: use 'float16'")
         return reasons
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
-        todo = dict(self._to_cast(pipe))
+        todo = dict(self.weights_to_cast(pipe))
         if not todo:
             return Preview((), note=f"all weights are {self.dtype} already")
         size = DTYPES[self.dtype].itemsize
-        saved = sum(t.numel() * (t.element_size() - size) for tensors in todo.values() for t in tensors)
+        tensors = [weight.tensor for weights in todo.values() for weight in weights]
+        saved = sum(tensor.numel() * (tensor.element_size() - size) for tensor in tensors)
         keeps = "keeps weights that lose bits in host memory for restore()" if self.keep_originals else ""
         return Preview(tuple(todo), pipe_bytes(pipe) - saved, keeps)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
-        todo = dict(self._to_cast(pipe))
+        todo = dict(self.weights_to_cast(pipe))
         lossy_bytes = 0
         with Undo() as undo:
-            for tensor in (tensor for tensors in todo.values() for tensor in tensors):
+            for weight in (weight for weights in todo.values() for weight in weights):
+                tensor = weight.tensor
                 cast = tensor.data.to(DTYPES[self.dtype])
                 reversible = torch.equal(cast.to(tensor.dtype), tensor.data)
+                lossy_bytes += 0 if reversible else tensor.numel() * tensor.element_size()
                 if reversible or not self.keep_originals:
-                    undo.push(partial(_cast_to, tensor, tensor.dtype))
+                    undo.push(partial(_cast_to, weight, tensor.dtype))
                     tensor.data = cast
                 else:
-                    undo.set_data(tensor, cast, keep_on="cpu")
-                lossy_bytes += 0 if reversible else tensor.numel() * tensor.element_size()
+                    undo.set_data(weight, cast, keep_on="cpu")
         if lossy_bytes and not self.keep_originals:
             return Applied(tuple(todo), no_undo="keep_originals=False: the bits that the cast dropped are gone")
         kept = f"keeps {human_bytes(lossy_bytes)} of originals in host memory for restore()" if lossy_bytes else ""
         return Applied(tuple(todo), undo=undo, note=kept)
 
-    def _to_cast(self, pipe: Pipeline) -> Iterator[tuple[str, list[torch.Tensor]]]:
-        """Yield (component, its tensors that are to be cast) for every component that has any."""
+    def weights_to_cast(self, pipe: Pipeline) -> Iterator[tuple[str, list[Weight]]]:
+        """Yield (component, its weights that are of another dtype now) for every component that has any."""
         for name, module in modules_of(pipe, self.components).items():
             stays = _float32_modules(module)
-            tensors = [
-                tensor
-                for path, tensor in weights_of(module)
-                if tensor.is_floating_point()
-                and tensor.dtype != DTYPES[self.dtype]
-                and tensor.dtype not in FLOAT8_DTYPES
-                and not hasattr(tensor, "__tensor_flatten__")  # a quantized tensor keeps its storage
-                and not stays.intersection(path.split("."))
+            weights = [
+                weight
+                for weight in weights_of(module)
+                if weight.tensor.is_floating_point()
+                and weight.tensor.dtype != DTYPES[self.dtype]
+                and not is_float8(weight.tensor.dtype)
+                and not hasattr(weight.tensor, "__tensor_flatten__")  # a quantized tensor keeps its storage
+                and not stays.intersection(weight.path.split("."))
             ]
-            if tensors:
-                yield name, tensors
+            if weights:
+                yield name, weights
 
 
 def _float32_modules(module: torch.nn.Module) -> set[str]:
@@ -110,5 +129,5 @@ def _float32_modules(module: torch.nn.Module) -> set[str]:
     return {name for names in declared for name in names}
 
 
-def _cast_to(tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    tensor.data = tensor.data.to(dtype)
+def _cast_to(weight: Weight, dtype: torch.dtype) -> None:
+    weight.tensor.data = weight.tensor.data.to(dtype)

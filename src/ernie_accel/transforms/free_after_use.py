@@ -57,6 +57,7 @@ class FreeAfterUse(Transform):
     folder: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.to not in PLACES:
             raise UnknownNameError("place to free weights to", self.to, PLACES)
 

@@ -8,10 +8,11 @@ from typing import ClassVar
 
 import torch
 
-from ernie_accel.core.components import Pipeline, absent_components, modules_of
+from ernie_accel.core.components import Pipeline, Weight, absent_components, modules_of, weights_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
+from ernie_accel.transforms.dtype import CastDtype
 
 #: Kernels load 16 bytes at a time; safetensors files are mapped into memory at any offset.
 ALIGNMENT_BYTES = 16
@@ -40,6 +41,7 @@ class MakeContiguous(Transform):
     channels_last: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.channels_last:
             object.__setattr__(self, "effect", Effect.ROUNDING)
 
@@ -54,30 +56,30 @@ class MakeContiguous(Transform):
         return reasons
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
-        changes = tuple(name for name, *_ in self._awkward(pipe))
+        cast = context.planned_one(CastDtype)  # lays out anew what it casts
+        recast = {id(w.tensor) for _, weights in cast.weights_to_cast(pipe) for w in weights} if cast else set()
+        changes = tuple(name for name, weight, _ in self._awkward(pipe) if id(weight.tensor) not in recast)
         return Preview(changes, note=self._note() if changes else "all weights are laid out and aligned so already")
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         awkward = list(self._awkward(pipe))
         with Undo() as undo:
-            for _, tensor, layout in awkward:
-                undo.set_data(tensor, tensor.data.clone(memory_format=layout))
+            for _, weight, layout in awkward:
+                undo.set_data(weight, weight.tensor.data.clone(memory_format=layout))
         return Applied(tuple(name for name, *_ in awkward), undo=undo, note=self._note())
 
     def _note(self) -> str:
         names = ", ".join(self.channels_last)
         return f"{names}: channels last pays only in a compiled model, and slows down one that is not" if names else ""
 
-    def _awkward(self, pipe: Pipeline) -> Iterator[tuple[str, torch.Tensor, torch.memory_format]]:
-        """Yield (name, tensor, the layout it should have) of every tensor that is not laid out so."""
-        seen: set[int] = set()
+    def _awkward(self, pipe: Pipeline) -> Iterator[tuple[str, Weight, torch.memory_format]]:
+        """Yield (name, weight, the layout it should have) of every weight that is not laid out so."""
         for component, module in modules_of(pipe, self.components).items():
-            for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-                last = component in self.channels_last and tensor.ndim == 4
+            for weight in weights_of(module, all_buffers=True):
+                last = component in self.channels_last and weight.tensor.ndim == 4
                 layout = torch.channels_last if last else torch.contiguous_format
-                if id(tensor) not in seen and _is_awkward(tensor, layout):
-                    seen.add(id(tensor))
-                    yield f"{component}.{name}", tensor, layout
+                if _is_awkward(weight.tensor, layout):
+                    yield f"{component}.{weight.path}", weight, layout
 
 
 def _is_awkward(tensor: torch.Tensor, layout: torch.memory_format) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ernie_accel.core.components import Pipeline
+from ernie_accel.core.components import Pipeline, weights_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
@@ -22,7 +22,7 @@ class CompileVae(Transform):
     """
 
     phase: ClassVar[Phase] = Phase.COMPILE
-    slot: ClassVar[str] = "vae_compile"
+    slot: ClassVar[str] = "vae-compile"
     effect: ClassVar[Effect] = Effect.ROUNDING
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
@@ -39,9 +39,9 @@ class CompileVae(Transform):
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         decoder = _decoder(pipe)
         with Undo() as undo:
-            for parameter in decoder.parameters():
-                if parameter.ndim == 4:
-                    undo.set_data(parameter, parameter.data.contiguous(memory_format=torch.channels_last))
+            for weight in weights_of(decoder):
+                if weight.tensor.ndim == 4:
+                    undo.set_data(weight, weight.tensor.data.contiguous(memory_format=torch.channels_last))
             undo.setattr(decoder, "_compiled_call_impl", None)  # what nn.Module.compile fills in
             decoder.compile(fullgraph=True)
         return Applied(("vae.decoder",), undo=undo, note="the first picture compiles")

@@ -50,6 +50,7 @@ class Quantize(Transform):
     keep_originals: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_names(self.scheme, self.backend)
 
     @property
