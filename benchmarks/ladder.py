@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -63,8 +64,12 @@ RUNGS: dict[str, tuple[str, Callable[[Any], None]]] = {
         "RewriteBlocks + torchao fp8 + Compile",
         _apply(lambda a: [a.RewriteBlocks(), a.Quantize("fp8", keep_originals=False), a.Compile()]),
     ),
+    "turbo-fp8 bf16-attention": (
+        "+ fused fp8 kernels in its place",
+        _apply(lambda a: [a.FuseKernels("fp8", attention="bf16", keep_originals=False)], "turbo-fp8"),
+    ),
     "turbo-fp8": (
-        "+ fused fp8 kernels in its place: the preset",
+        "+ fp8 attention by cuDNN where it is installed: the preset",
         _apply(lambda a: [a.FuseKernels("fp8", keep_originals=False)], "turbo-fp8"),
     ),
 }
@@ -322,7 +327,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     result = {
         "device": torch.cuda.get_device_name() if CUDA else f"{platform.machine()} CPU",
-        "command": " ".join(["python", "benchmarks/ladder.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/ladder.py", "--size", arguments.size, "--only", ",".join(wanted)]),
         "commit": arguments.commit or _commit(),
         "versions": _versions(),
         "pixels": PIXELS[arguments.size],
@@ -356,7 +361,7 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for package in ("torch", "triton", "diffusers", "transformers", "torchao"):
+    for package in ("torch", "triton", "diffusers", "transformers", "torchao", "nvidia-cudnn-frontend"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

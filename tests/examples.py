@@ -11,6 +11,7 @@ from ernie_accel import (
     Autocast,
     BatchPromptEncoding,
     CallDefaults,
+    CaptureGraphs,
     CastDtype,
     CheckFinite,
     Compile,
@@ -18,6 +19,7 @@ from ernie_accel import (
     ElideMask,
     ExpandAttentionMask,
     FreeAfterUse,
+    FuseKernels,
     MakeContiguous,
     Offload,
     Quantize,
@@ -39,24 +41,34 @@ EXAMPLES: tuple[Transform, ...] = (
     CastDtype("float16", components=("transformer",)),
     CheckFinite(),
     Compile(),
+    CompileVae(),
     ElideMask(),
     ExpandAttentionMask(),
     FreeAfterUse(),
-    CompileVae(),
     MakeContiguous(),
     MakeContiguous(channels_last=("vae",)),
     Quantize("int8-weight-only"),
-    SetAttention("math"),
     RewriteBlocks(),
+    SetAttention("math"),
     SliceVae(),
     SwapScheduler("euler_ancestral"),
     SwapScheduler("euler", shift=5.0),
+    SwapScheduler("unipc"),
+    SwapScheduler("heun", karras=True),
+    SwapScheduler("dpmpp_sde", timestep_spacing="trailing"),
+    SwapScheduler("lcm"),
     TileVae(tile_px=32),
     TruncatePrompts(8, keep="tail"),
 )
 
 #: Transforms that need an accelerator; tests/gpu runs them.
-ELSEWHERE: tuple[Transform, ...] = (Offload("model"), Offload("group", blocks_per_group=2), Offload("stages"))
+ELSEWHERE: tuple[Transform, ...] = (
+    CaptureGraphs(),
+    FuseKernels("fp8"),
+    Offload("model"),
+    Offload("group", blocks_per_group=2),
+    Offload("stages"),
+)
 
 
 def make_awkward(pipe: Any) -> None:
@@ -82,6 +94,7 @@ def snapshot(pipe: Any) -> dict[str, Any]:
         "signature": str(inspect.signature(pipe.__call__)),
         "components": {name: id(part) for name, part in pipe.components.items()},
         "config": str(dict(pipe.config)),
+        "methods": {name: id(value) for name, value in vars(pipe).items() if inspect.isfunction(value)},
         "scheduler": str(dict(pipe.scheduler.config)),
         "modules": {
             f"{component}.{name}": (id(part), type(part), part._compiled_call_impl, _plain(part), _behaviour(part))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -143,6 +144,179 @@ def tiny_flux() -> Any:
     return pipe
 
 
+def tiny_vae() -> Any:
+    """Return an AutoencoderKL that makes 8 pixels of each latent, as those of FLUX, Z-Image and Lumina 2 do."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(16, 16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=64,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.1,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
+
+
+def tiny_z_image() -> Any:
+    """Return a ZImagePipeline with one block of each kind; 64x64 pixels are 16 tokens, padded to 32."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Config, Qwen3Model
+
+    torch.manual_seed(0)
+    transformer = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=64,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[8, 12, 12],
+        axes_lens=[256, 64, 64],
+    )
+    encoder = Qwen3Model(
+        Qwen3Config(
+            vocab_size=32,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+        )
+    )
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    return _assembled(
+        ZImagePipeline,
+        transformer=transformer,
+        vae=tiny_vae(),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+
+
+def tiny_lumina2() -> Any:
+    """Return a Lumina2Pipeline, whose transformer is the one NewBie-image was made from; 64x64 pixels are 16 tokens."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+    from transformers import Gemma2Config, Gemma2Model
+
+    torch.manual_seed(0)
+    transformer = Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=64,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=32,
+        axes_dim_rope=(8, 12, 12),
+        axes_lens=(256, 64, 64),
+        cap_feat_dim=32,
+    )
+    encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=32,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+        )
+    )
+    return _assembled(
+        Lumina2Pipeline,
+        transformer=transformer,
+        vae=tiny_vae(),
+        text_encoder=encoder,
+        tokenizer=tiny_tokenizer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+    )
+
+
+class NextDiT(torch.nn.Module):
+    """A transformer of NewBie-image's architecture under a name of its own, with a pooled text embedding.
+
+    Neither class nor pipeline is in diffusers yet (its pull request 12803), so the family must know it by its shape.
+    """
+
+    def __init__(self, lumina2: Any, pooled_projection_dim: int = 16) -> None:
+        super().__init__()
+        self.forward_as = type(lumina2).forward
+        self.config = lumina2.config | {"pooled_projection_dim": pooled_projection_dim}
+        self.config = type(lumina2.config)(self.config)  # attributes too, as diffusers' configs have them
+        for name, child in lumina2.named_children():
+            self.add_module(name, child)
+        self.time_caption_embed = PooledEmbedding(lumina2.time_caption_embed, pooled_projection_dim)
+        self.gradient_checkpointing = False
+        self.out_channels = lumina2.out_channels
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward_as(self, *args, **kwargs)
+
+
+class PooledEmbedding(torch.nn.Module):
+    """Adds a projected pooled text embedding (here: ones) to the time embedding."""
+
+    def __init__(self, inner: torch.nn.Module, pooled_projection_dim: int) -> None:
+        super().__init__()
+        self.inner = inner
+        width = inner.timestep_embedder.linear_2.out_features
+        self.clip_text_pooled_proj = torch.nn.Linear(pooled_projection_dim, width)
+
+    def forward(self, *args: Any) -> Any:
+        embedded, caption = self.inner(*args)
+        weight = self.clip_text_pooled_proj.weight
+        return embedded + self.clip_text_pooled_proj(weight.new_ones(1, weight.shape[1])), caption
+
+
+def tiny_newbie() -> Any:
+    """Return a Lumina2Pipeline around a `NextDiT`: the `pooled_projection_dim` variant, known by duck typing."""
+    pipe = tiny_lumina2()
+    torch.manual_seed(0)
+    pipe.transformer = NextDiT(pipe.transformer).eval().requires_grad_(False)
+    return pipe
+
+
+def _assembled(cls: type, **parts: Any) -> Any:
+    """Return a pipeline of randomized, frozen parts."""
+    for part in parts.values():
+        if isinstance(part, torch.nn.Module):
+            randomize(part)
+            part.eval().requires_grad_(False)
+    pipe = cls(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+#: One tiny pipeline of every family, of every variant of it, and of an unknown one.
+PIPELINES = {
+    "ernie": tiny_ernie,
+    "z_image": tiny_z_image,
+    "lumina2": tiny_lumina2,
+    "newbie": tiny_newbie,
+    "flux": tiny_flux,
+}
+
+
 def picture(pipe: Any, *, seed: int = 0, steps: int = 3, **kwargs: Any) -> torch.Tensor:
     """Return a picture [B, 3, H, W] in [0, 1] of a tiny pipeline; the same seed gives the same picture."""
     arguments: dict[str, Any] = {
@@ -151,14 +325,16 @@ def picture(pipe: Any, *, seed: int = 0, steps: int = 3, **kwargs: Any) -> torch
         "output_type": "pt",
     }
     if type(pipe).__name__ == "FluxPipeline":
-        given = torch.Generator().manual_seed(7)
+        given, dtype = torch.Generator().manual_seed(7), pipe.transformer.dtype
         arguments |= {
-            "prompt_embeds": torch.randn(1, 5, 32, generator=given),
-            "pooled_prompt_embeds": torch.randn(1, 32, generator=given),
+            "prompt_embeds": torch.randn(1, 5, 32, generator=given).to(dtype),
+            "pooled_prompt_embeds": torch.randn(1, 32, generator=given).to(dtype),
             "height": 32,
             "width": 32,
         }
     else:
         arguments |= {"prompt": "a red circle on blue", "height": 64, "width": 64, "guidance_scale": 1.0}
+        if "max_sequence_length" in inspect.signature(type(pipe).__call__).parameters:
+            arguments["max_sequence_length"] = 48  # these pipelines pad to it
     images: torch.Tensor = pipe(**(arguments | kwargs)).images
     return images.float()

@@ -220,7 +220,7 @@ def test_bad_files(write, content, line, message):
 
 def test_missing_files_and_folders(tmp_path):
     assert problems_of(tmp_path / "no.csv") == [(None, "does not exist; check the path")]
-    assert problems_of(tmp_path) == [(None, "is a folder; expected a CSV file")]
+    assert problems_of(tmp_path) == [(None, "is a folder; expected a file such as prompts.csv")]
     assert problems_of("a\0b.csv")[0][1].startswith("cannot be read: ")
 
 

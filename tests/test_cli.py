@@ -10,6 +10,7 @@ from PIL import Image
 
 import ernie_accel
 from ernie_accel import cli, demo
+from ernie_accel.batch.engines.prompts import PromptStage
 
 
 def run(capsys, *arguments):
@@ -67,26 +68,24 @@ def test_batch_makes_a_picture_per_row(capsys, tmp_path, table):
     code, out, _ = run(capsys, "batch", table, "--out", out_folder, "--preset", "exact")
     assert code == 0
     assert re.search(r"^2 succeeded, 0 failed, in [\d.]+ s: ", out, flags=re.MULTILINE)
-    sizes = {path.name: Image.open(path).size for path in out_folder.iterdir()}
+    sizes = {path.name: Image.open(path).size for path in out_folder.glob("*.png")}
     assert sizes == {"mug.png": (128, 128), "cup.png": (160, 128)}
 
 
 def test_a_row_that_fails_is_told_and_the_exit_code_is_three(capsys, tmp_path, table, monkeypatch):
-    pipe = ernie_accel.demo.load()
-    enhance = pipe._enhance_prompt_with_pe
-    monkeypatch.setattr(demo, "load", lambda **_: pipe)
+    chat = PromptStage._chat
 
-    def fail_on_blue(prompt, *args, **kwargs):
-        if "blue" in prompt:
+    def fail_on_blue(self, request):
+        if "blue" in request.prompt:
             raise RuntimeError("no blue today")
-        return enhance(prompt, *args, **kwargs)
+        return chat(self, request)
 
-    monkeypatch.setattr(pipe, "_enhance_prompt_with_pe", fail_on_blue)
+    monkeypatch.setattr(PromptStage, "_chat", fail_on_blue)
     code, out, err = run(capsys, "batch", table, "--out", tmp_path / "out", "--preset", "exact")
     assert code == 3
     assert "1 succeeded, 1 failed" in out
     assert f"{table}:3: cup.png failed: RuntimeError: no blue today" in err
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mug.png"]
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["mug.png"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,18 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import CallDefaults, CastDtype, Compile, Context, FuseKernels, Quantize, SwapScheduler, TileVae
+from ernie_accel import (
+    CallDefaults,
+    CastDtype,
+    Compile,
+    CompileVae,
+    Context,
+    FuseKernels,
+    Quantize,
+    SwapScheduler,
+    TileVae,
+)
+from ernie_accel.core.preset import CARDS
 from ernie_accel.transforms import transform_class
 
 
@@ -16,9 +27,9 @@ def test_an_unknown_preset_lists_the_valid_ones(ernie):
     with pytest.raises(ernie_accel.UnknownNameError) as caught:
         ernie_accel.optimize(ernie, preset="turbo-bf61")
     assert str(caught.value) == (
-        f"Unknown preset 'turbo-bf61'. Did you mean 'turbo-bf16'? Valid: {', '.join(ernie_accel.presets)}."
+        f"Unknown preset 'turbo-bf61'. Did you mean 'turbo-bf16'? Valid: {', '.join((*ernie_accel.presets, *CARDS))}."
     )
-    assert caught.value.valid == tuple(ernie_accel.presets)
+    assert caught.value.valid == (*ernie_accel.presets, *CARDS)
 
 
 @pytest.mark.parametrize(
@@ -93,9 +104,11 @@ def test_all_reasons_are_told_at_once(ernie):
         "    - triton is not installed (it comes with CUDA builds of torch): pip install triton\n"
         "  Compile()\n"
         "    - no compiler\n"
+        "  CompileVae()\n"
+        "    - no compiler\n"
         "Fix these, choose another preset, or pass on_unsupported='skip'."
     )
-    assert set(caught.value.plan.problems) == {FuseKernels("fp8"), Compile()}
+    assert set(caught.value.plan.problems) == {FuseKernels("fp8"), Compile(), CompileVae()}
 
 
 def test_a_float8_pipe_is_recognised(ernie):

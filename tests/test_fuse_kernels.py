@@ -12,6 +12,7 @@ from ernie_accel.core.components import pipe_bytes
 from tests.pipelines import picture, tiny_ernie, tiny_flux
 
 H200 = ernie_accel.Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6"})
+WITH_CUDNN = ernie_accel.Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6", "cudnn": "1.32"})
 
 
 def sqnr_db(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -127,3 +128,36 @@ def test_bf16_kernels_do_nothing_where_they_cannot_run_and_compile_does_nothing_
     }
     assert (verdicts["cuda"]["FuseKernels"], verdicts["cuda"]["Compile"]) == ("apply", "nothing to do")
     assert (verdicts["cpu"]["FuseKernels"], verdicts["cpu"]["Compile"]) == ("nothing to do", "apply")
+
+
+@pytest.mark.parametrize("prompt", ["a red circle on blue", ["a red circle on blue", "a"]], ids=["plain", "padded"])
+def test_fp8_attention_keeps_the_floor_and_padded_batches_are_not_in_fp8(prompt: Any) -> None:
+    pipe = tiny_ernie(dtype=torch.bfloat16, layers=3)
+    expected = latents(pipe, prompt=prompt)
+    bf16_attention = latents(fused(pipe), prompt=prompt)
+    ernie_accel.restore(pipe)
+    transforms = (ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels("fp8"))
+    assert "attention in fp8 by cuDNN" in str(ernie_accel.plan(pipe, *transforms, context=WITH_CUDNN))
+    got = latents(ernie_accel.optimize(pipe, *transforms, context=WITH_CUDNN), prompt=prompt)
+    assert sqnr_db(got, expected) > 10
+    assert torch.equal(got, bf16_attention) == isinstance(prompt, list)
+
+
+def test_the_choice_of_attention_is_said() -> None:
+    pipe = tiny_ernie(dtype=torch.bfloat16)
+    after = H200.after(ernie_accel.RewriteBlocks())
+    assert "ernie-accel[cudnn]" in ernie_accel.FuseKernels("fp8").preview(pipe, after).note
+    assert ernie_accel.FuseKernels("fp8", attention="bf16").preview(pipe, after).note == "attention in bf16"
+    assert "cudnn" in ernie_accel.FuseKernels("fp8", attention="fp8").unsupported(pipe, after)[0]
+    with pytest.raises(ernie_accel.UnknownNameError):
+        ernie_accel.FuseKernels("fp8", attention="int8")
+
+
+def test_a_pipe_with_a_lora_is_refused_and_the_bf16_kernels_leave_it_alone() -> None:
+    from peft import LoraConfig
+
+    pipe = tiny_ernie(dtype=torch.bfloat16)
+    pipe.transformer.add_adapter(LoraConfig(target_modules=["to_q"]))
+    after = H200.after(ernie_accel.RewriteBlocks())
+    assert ["a LoRA is loaded" in r for r in ernie_accel.FuseKernels("fp8").unsupported(pipe, after)] == [True]
+    assert "a LoRA is loaded" in ernie_accel.FuseKernels("bf16").preview(pipe, after).note

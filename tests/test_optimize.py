@@ -126,7 +126,7 @@ def test_a_failure_is_one_error_that_carries_the_report(ernie):
 
 
 def test_ctrl_c_passes_and_leaves_a_whole_pipe(ernie):
-    ernie_accel.optimize(ernie, SwapScheduler("euler_ancestral"))
+    ernie_accel.optimize(ernie, SwapScheduler("lcm"))
     once = applied(ernie)
     with pytest.raises(KeyboardInterrupt):
         ernie_accel.optimize(ernie, CastDtype("bf16"), Raises(KeyboardInterrupt))
@@ -182,7 +182,7 @@ def test_weights_that_survive_the_cast_are_not_kept(ernie):
 
 
 def test_a_deep_copy_works_and_knows_that_the_undo_is_not_its_own(ernie):
-    ernie_accel.optimize(ernie, SwapScheduler("euler_ancestral"), CallDefaults("turbo"))
+    ernie_accel.optimize(ernie, SwapScheduler("lcm"), CallDefaults("turbo"))
     twin = copy.deepcopy(ernie)
     assert torch.equal(picture(twin), picture(ernie))
     with pytest.raises(ernie_accel.RestoreError, match="deep copy"):
@@ -217,7 +217,7 @@ def test_the_report_names_what_ran_where(ernie):
 def test_optimized_pipes_save_as_stock_pipes(ernie, tmp_path):
     from diffusers import ErnieImagePipeline
 
-    ernie_accel.optimize(ernie, SwapScheduler("euler_ancestral"), CallDefaults("turbo"), MakeContiguous(), Compile())
+    ernie_accel.optimize(ernie, SwapScheduler("lcm"), CallDefaults("turbo"), MakeContiguous(), Compile())
     ernie.save_pretrained(tmp_path)
     again = ErnieImagePipeline.from_pretrained(tmp_path, local_files_only=True)
     assert again.scheduler.config.stochastic_sampling

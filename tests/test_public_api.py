@@ -11,30 +11,36 @@ import pytest
 import ernie_accel
 from ernie_accel.transforms import TRANSFORMS
 
-VERBS = {"optimize", "plan", "report", "restore", "transform_from_json"}
+VERBS = {"evaluate", "load", "optimize", "plan", "recommend", "report", "restore", "save", "transform_from_json"}
 MODULES = {"batch", "demo"}
 DATA = {"presets"}
 CLASSES = {
     "Applied",
     "Context",
     "Effect",
+    "Evaluation",
     "Family",
+    "LayerReceipt",
     "Phase",
     "Plan",
     "Preset",
     "Preview",
+    "Recommendation",
     "Report",
+    "Thresholds",
     "Transform",
     "Undo",
 }
 ERRORS = {
     "ApplyError",
+    "BatchChangedError",
     "BatchInputError",
     "BatchOutputError",
     "ConflictError",
     "ErnieAccelError",
     "MissingExtraError",
     "RestoreError",
+    "SavedPipelineError",
     "UnknownNameError",
     "UnsupportedError",
 }
@@ -66,7 +72,12 @@ def test_every_error_is_ours():
 
 
 def test_presets_list_themselves():
-    assert set(ernie_accel.presets) == {"exact", "turbo-fp32", "turbo-bf16", "turbo-fp8", "npu-bf16", "quality-bf16"}
+    assert set(ernie_accel.presets) == {
+        "exact",
+        "npu-bf16",
+        *(f"turbo-{precision}" for precision in ("fp32", "bf16", "fp16", "fp8", "int8", "nvfp4", "q4")),
+        *(f"quality-{precision}" for precision in ("bf16", "fp8", "int8")),
+    }
     for name, preset in ernie_accel.presets.items():
         assert preset.name == name
         assert f"{name} " in repr(ernie_accel.presets)

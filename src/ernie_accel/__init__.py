@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ernie_accel import batch, demo
-    from ernie_accel.batch.errors import BatchInputError, BatchOutputError
+    from ernie_accel.batch.errors import BatchChangedError, BatchInputError, BatchOutputError
     from ernie_accel.core.context import Context
     from ernie_accel.core.errors import (
         ApplyError,
@@ -24,16 +24,21 @@ if TYPE_CHECKING:
         ErnieAccelError,
         MissingExtraError,
         RestoreError,
+        SavedPipelineError,
         UnknownNameError,
         UnsupportedError,
     )
     from ernie_accel.core.optimize import optimize, report, restore
     from ernie_accel.core.plan import Plan, plan
     from ernie_accel.core.preset import Preset, presets
+    from ernie_accel.core.recommend import Recommendation, recommend
     from ernie_accel.core.report import Report
-    from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+    from ernie_accel.core.saving import load, save
+    from ernie_accel.core.transform import Applied, Effect, LayerReceipt, Phase, Preview, Transform
     from ernie_accel.core.undo import Undo
     from ernie_accel.families.family import Family
+    from ernie_accel.fidelity.compare import evaluate
+    from ernie_accel.fidelity.evaluation import Evaluation, Thresholds
     from ernie_accel.transforms import transform_from_json
     from ernie_accel.transforms.attention import ElideMask, ExpandAttentionMask, SetAttention
     from ernie_accel.transforms.autocast import Autocast
@@ -57,7 +62,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ernie_accel.batch.errors": ("BatchInputError", "BatchOutputError"),
+    "ernie_accel.batch.errors": ("BatchChangedError", "BatchInputError", "BatchOutputError"),
     "ernie_accel.core.context": ("Context",),
     "ernie_accel.core.errors": (
         "ApplyError",
@@ -65,16 +70,21 @@ _HOMES = {
         "ErnieAccelError",
         "MissingExtraError",
         "RestoreError",
+        "SavedPipelineError",
         "UnknownNameError",
         "UnsupportedError",
     ),
     "ernie_accel.core.optimize": ("optimize", "report", "restore"),
     "ernie_accel.core.plan": ("Plan", "plan"),
     "ernie_accel.core.preset": ("Preset", "presets"),
+    "ernie_accel.core.recommend": ("Recommendation", "recommend"),
     "ernie_accel.core.report": ("Report",),
-    "ernie_accel.core.transform": ("Applied", "Effect", "Phase", "Preview", "Transform"),
+    "ernie_accel.core.saving": ("load", "save"),
+    "ernie_accel.core.transform": ("Applied", "Effect", "LayerReceipt", "Phase", "Preview", "Transform"),
     "ernie_accel.core.undo": ("Undo",),
     "ernie_accel.families.family": ("Family",),
+    "ernie_accel.fidelity.compare": ("evaluate",),
+    "ernie_accel.fidelity.evaluation": ("Evaluation", "Thresholds"),
     "ernie_accel.transforms": ("transform_from_json",),
     "ernie_accel.transforms.attention": ("ElideMask", "ExpandAttentionMask", "SetAttention"),
     "ernie_accel.transforms.autocast": ("Autocast",),
@@ -82,18 +92,18 @@ _HOMES = {
     "ernie_accel.transforms.check_finite": ("CheckFinite",),
     "ernie_accel.transforms.compile": ("Compile",),
     "ernie_accel.transforms.dtype": ("CastDtype",),
-    "ernie_accel.transforms.encode_prompts": ("BatchPromptEncoding",),
-    "ernie_accel.transforms.free_after_use": ("FreeAfterUse",),
-    "ernie_accel.transforms.layout": ("MakeContiguous",),
-    "ernie_accel.transforms.memory": ("SliceVae", "TileVae"),
-    "ernie_accel.transforms.offload": ("Offload",),
     "ernie_accel.transforms.fuse_kernels": ("FuseKernels",),
     "ernie_accel.transforms.graphs": ("CaptureGraphs",),
+    "ernie_accel.transforms.layout": ("MakeContiguous",),
+    "ernie_accel.transforms.memory": ("SliceVae", "TileVae"),
+    "ernie_accel.transforms.encode_prompts": ("BatchPromptEncoding",),
+    "ernie_accel.transforms.free_after_use": ("FreeAfterUse",),
+    "ernie_accel.transforms.offload": ("Offload",),
     "ernie_accel.transforms.quantize": ("Quantize",),
     "ernie_accel.transforms.rewrite": ("RewriteBlocks",),
     "ernie_accel.transforms.scheduler": ("SwapScheduler",),
-    "ernie_accel.transforms.truncate_prompts": ("TruncatePrompts",),
     "ernie_accel.transforms.vae": ("CompileVae",),
+    "ernie_accel.transforms.truncate_prompts": ("TruncatePrompts",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _SUBPACKAGES = ("batch", "demo")
@@ -102,6 +112,7 @@ __all__ = [
     "Applied",
     "ApplyError",
     "Autocast",
+    "BatchChangedError",
     "BatchInputError",
     "BatchOutputError",
     "BatchPromptEncoding",
@@ -117,9 +128,11 @@ __all__ = [
     "ElideMask",
     "ErnieAccelError",
     "ExpandAttentionMask",
+    "Evaluation",
     "Family",
-    "FreeAfterUse",
     "FuseKernels",
+    "LayerReceipt",
+    "FreeAfterUse",
     "MakeContiguous",
     "MissingExtraError",
     "Offload",
@@ -128,12 +141,15 @@ __all__ = [
     "Preset",
     "Preview",
     "Quantize",
+    "Recommendation",
     "Report",
     "RestoreError",
     "RewriteBlocks",
+    "SavedPipelineError",
     "SetAttention",
     "SliceVae",
     "SwapScheduler",
+    "Thresholds",
     "TileVae",
     "Transform",
     "TruncatePrompts",
@@ -142,11 +158,15 @@ __all__ = [
     "UnsupportedError",
     "batch",
     "demo",
+    "evaluate",
+    "load",
     "optimize",
     "plan",
     "presets",
+    "recommend",
     "report",
     "restore",
+    "save",
     "transform_from_json",
 ]
 

@@ -1,17 +1,18 @@
-"""The command line: ``ernie-accel demo | plan | optimize | batch | info``. Each command is a thin shell of the API."""
+"""The command line: ``ernie-accel demo | plan | optimize | batch | evaluate | info``: thin shells of the API."""
 
 from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ernie_accel.batch.command import batch_command
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.fidelity.command import evaluate_command
 
 if TYPE_CHECKING:
     from ernie_accel.core.components import Pipeline
@@ -45,7 +46,8 @@ def demo_command(
     import diffusers
 
     from ernie_accel.core.context import Context
-    from ernie_accel.core.preset import find_preset, fitting_preset
+    from ernie_accel.core.preset import find_preset
+    from ernie_accel.core.recommend import fitting_preset
     from ernie_accel.demo.show import STEPS, show
 
     diffusers.utils.logging.disable_progress_bar()  # two small pipelines load in a second
@@ -76,7 +78,8 @@ def plan_command(
     from ernie_accel.core.context import Context
     from ernie_accel.core.loading import load_pipeline
     from ernie_accel.core.plan import plan
-    from ernie_accel.core.preset import find_preset, fitting_preset
+    from ernie_accel.core.preset import find_preset
+    from ernie_accel.core.recommend import fitting_preset
 
     context = Context.named(device) if device else Context.detect()
     chosen = find_preset(preset) if preset else fitting_preset(context)
@@ -105,41 +108,18 @@ def optimize_command(
     usual = EMBEDDED_SIZE_PX if model is None else (None, None)
     width, height = width or usual[0], height or usual[1]
     row = Row(line=1, index=0, prompt=prompt, file_name=out.name, seed=seed, width=width, height=height)
-    pipe, the_report = _load_and_optimize(model, dtype, preset, skip_unsupported)
-    result = next(produce(pipe, [row], out.parent, overwrite=True, progress=False))
+    pipe, the_report = load_and_optimize(model, dtype, preset, skip_unsupported)
+    result = next(produce(pipe, [row], out.parent, overwrite=True, resume=False, progress=False))
     if result.error is not None:
         raise ErnieAccelError(f"the picture failed: {result.error}")
     typer.echo(the_report.to_json() if as_json else str(the_report))
     typer.echo(f"{result.path} in {result.seconds:.1f} s, compilation included", err=as_json)
 
 
-@app.command("batch")
-def batch_command(
-    table: Annotated[Path, typer.Argument(help="UTF-8 CSV with a column `prompt` and any others.")],
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
-    preset: PresetName = None,
-    model: Model = None,
-    dtype: Dtype = "auto",
-    pattern: Annotated[str | None, typer.Option(help="File names: '{sku}.png', '{name}_{index:04d}.png'.")] = None,
-    seed: Seed = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace pictures that exist.")] = False,
-    skip_unsupported: Skip = False,
-) -> None:
-    """Make one picture per row of a CSV. Exit code 3 if some rows failed."""
-    from ernie_accel.batch import produce, read_table
+app.command("batch")(batch_command)
 
-    rows = read_table(table, pattern=pattern, default_size=EMBEDDED_SIZE_PX if model is None else None)
-    pipe, the_report = _load_and_optimize(model, dtype, preset, skip_unsupported)
-    typer.echo(str(the_report))
-    start = time.perf_counter()
-    results = list(produce(pipe, rows, out, seed=seed, overwrite=overwrite))
-    failed = [result for result in results if result.error is not None]
-    for result in failed:
-        typer.echo(f"{table}:{result.row.line}: {result.row.file_name} failed: {result.error}", err=True)
-    done, seconds = len(results) - len(failed), time.perf_counter() - start
-    typer.echo(f"{done} succeeded, {len(failed)} failed, in {seconds:.1f} s: {out.resolve()}")
-    if failed:
-        raise typer.Exit(3)
+
+app.command("evaluate")(evaluate_command)
 
 
 @app.command("info")
@@ -166,14 +146,15 @@ def info_command() -> None:
             typer.echo(f"    {line}")
 
 
-def _load_and_optimize(
+def load_and_optimize(
     model: str | None, dtype: str, preset: str | None, skip_unsupported: bool
 ) -> tuple[Pipeline, Report]:
     """Load and optimize a pipeline; a preset that does not exist is refused before anything is loaded."""
     from ernie_accel.core.context import Context
     from ernie_accel.core.loading import load_pipeline
     from ernie_accel.core.optimize import optimize, report
-    from ernie_accel.core.preset import find_preset, fitting_preset
+    from ernie_accel.core.preset import find_preset
+    from ernie_accel.core.recommend import fitting_preset
 
     chosen = find_preset(preset) if preset else fitting_preset(Context.detect())
     pipe = load_pipeline(model, dtype)

@@ -120,6 +120,34 @@ def test_qk_norm_rope(gpu, b: int, s: int, n: int, d: int) -> None:
         close(a, e)
 
 
+@pytest.mark.parametrize(("b", "s", "n", "d"), [(1, 5, 2, 64), (2, 9, 32, 128)])
+def test_qkv_fp8(gpu, b: int, s: int, n: int, d: int) -> None:
+    qkv, weight_q, weight_k = rand(b, s, 3 * n * d), rand(d, seed=1), rand(d, seed=2)
+    angles = rand(b, s, 1, d, dtype=torch.float32, seed=3) * 3
+    cos, sin = angles.cos().to(DTYPE), angles.sin().to(DTYPE)
+    *got, scale = gpu.qkv_fp8(qkv, weight_q, weight_k, cos, sin, n, EPS)
+    *expected, expected_scale = reference.qkv_fp8(qkv, weight_q, weight_k, cos, sin, n, EPS)
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
+    for a, e in zip(got, expected, strict=True):
+        assert a.dtype == torch.float8_e4m3fn
+        assert (a.float() - e.float()).norm() <= (0.3 if INTERPRETED else 0.03) * e.float().norm()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="cuDNN needs a GPU")
+@pytest.mark.parametrize(("b", "s"), [(1, 4224), (1, 257), (2, 384)])
+def test_attention_fp8(b: int, s: int) -> None:
+    pytest.importorskip("cudnn")
+    from ernie_accel.kernels import ops
+
+    q, k, v = (rand(b, s, 4, 128, seed=seed) for seed in range(3))
+    qkv, weight = torch.cat([x.flatten(2, 3) for x in (q, k, v)], -1), torch.ones(128, device=DEVICE, dtype=DTYPE)
+    cos = torch.ones(b, s, 1, 128, device=DEVICE, dtype=DTYPE)
+    q8, k8, v8, scale = ops.qkv_fp8(qkv, weight, weight, cos, torch.zeros_like(cos), 4, EPS)
+    got = ops.attention_fp8(q8, k8, v8, scale).float()
+    expected = reference.attention_fp8(q8, k8, v8, scale).float()
+    assert (got - expected).norm() < 0.06 * expected.norm()
+
+
 def test_zero_rows_stay_zero_and_finite(gpu) -> None:
     x = rand(1, 3, 64)
     x[0, 1] = 0

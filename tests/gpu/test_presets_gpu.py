@@ -21,8 +21,11 @@ def pipe():
 
 
 def latents(pipe):
-    generator = torch.Generator().manual_seed(0)
-    return pipe(PROMPT, generator=generator, output_type="latent", **SETTINGS).images.float()
+    # The noise is given: drawn by the pipe, it would be other noise in another dtype.
+    side = SETTINGS["height"] // pipe.vae_scale_factor
+    shape = (1, pipe.transformer.config.in_channels, side, side)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to("cuda", pipe.transformer.dtype)
+    return pipe(PROMPT, latents=noise, output_type="latent", **SETTINGS).images.float()
 
 
 def sqnr_db(a, b):

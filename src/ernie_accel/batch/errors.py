@@ -50,6 +50,25 @@ class BatchOutputError(ErnieAccelError):
         return _listing(f"Cannot write to '{self.path}'", self.problems, "No picture was left half-written.")
 
 
+class BatchChangedError(ErnieAccelError):
+    """A job cannot go on, because finished pictures were made from another input or with other settings.
+
+    Attributes:
+        path: The output folder.
+        problems: Every change, as ``(line of the row or None, message)``. The text shows 100.
+    """
+
+    def __init__(self, path: Path, problems: Sequence[Problem]) -> None:
+        self.path = path
+        self.problems = tuple(problems)
+        super().__init__(path, self.problems)
+
+    def __str__(self) -> str:
+        """Return the heading, one line per change, and the ways out."""
+        fix = "Change it back, choose another output, or allow overwriting: then what changed is made again."
+        return _listing(f"Cannot go on with the job in '{self.path}': it has changed", self.problems, fix)
+
+
 def _listing(heading: str, problems: Sequence[Problem], ending: str) -> str:
     count = f"{len(problems)} problem" + ("" if len(problems) == 1 else "s")
     lines = [f"{heading} ({count}):"]

@@ -14,6 +14,11 @@ from collections.abc import Collection, Iterator, Mapping
 MAX_NAME_BYTES = 255
 """The longest file name in bytes of UTF-8 that ext4, XFS, APFS and NTFS all take."""
 
+REJECTED_FOLDER = "rejected"
+"""Where pictures go that did not pass the sifting; nothing else may."""
+
+RESERVED_FOLDERS = frozenset({REJECTED_FOLDER})
+
 _FORBIDDEN = '/\\<>:"|?*'
 _CONTROLS = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: controls, lone surrogates, line separators
 # https://learn.microsoft.com/windows/win32/fileio/naming-a-file#naming-conventions
@@ -63,12 +68,30 @@ def pattern_problems(pattern: str, columns: Collection[str]) -> list[str]:
     return problems
 
 
+def template_problems(template: str, columns: Collection[str]) -> list[str]:
+    """Return every reason why a prompt template cannot be filled from the rows of a table (empty list: it can)."""
+    heading = f"template {template!r}"
+    try:
+        pieces = list(_pieces(template))
+    except ValueError as error:
+        return [f"{heading} cannot be read ({error}); write it like 'a photo of {{name}}', and a brace as '{{{{'"]
+    fields = [(field, suffix) for _, field, suffix in pieces if field is not None]
+    problems = [] if fields else [f"{heading} names no column; every picture would have the same prompt"]
+    valid = ", ".join(f"{{{name}}}" for name in columns)
+    for field, suffix in fields:
+        if field not in columns:
+            problems.append(f"{heading} uses {{{field}}}, but there is no such column; valid here: {valid}")
+        elif suffix:
+            problems.append(f"{heading} has {{{field}{suffix}}}; columns go in as they are: {{{field}}}")
+    return problems
+
+
 def fill_pattern(pattern: str, columns: Mapping[str, str], index: int) -> str:
-    """Return the file name of one row, by a pattern that `pattern_problems` found nothing wrong with."""
+    """Return one row's file name or prompt, by a pattern or template that nothing was found wrong with."""
     name = ""
     for literal, field, suffix in _pieces(pattern):
         name += literal
-        if field == "index":
+        if field == "index" and field not in columns:
             name += format(index, suffix.removeprefix(":"))
         elif field is not None:
             name += columns[field]
@@ -76,18 +99,30 @@ def fill_pattern(pattern: str, columns: Mapping[str, str], index: int) -> str:
 
 
 def name_problem(name: str) -> str | None:
-    """Return why `name` cannot be a picture's file name, directly inside the output folder (None: it can)."""
-    reasons = []
+    """Return why `name` cannot be a picture's file name, directly inside a folder (None: it can)."""
     stem, suffix = name[:-4], name[-4:]
-    if suffix.lower() != ".png":
-        stem = name
-        reasons.append("does not end in '.png'")
+    if suffix.lower() == ".png":
+        return _part_problem(name, stem, "has nothing before '.png'")
+    reasons = ("does not end in '.png'", _part_problem(name, name, "has nothing before '.png'"))
+    return " and ".join(reason for reason in reasons if reason)
+
+
+def folder_problem(name: str) -> str | None:
+    """Return why `name` cannot be a sub-folder for pictures, directly inside the output folder (None: it can)."""
+    if collision_key(name) in RESERVED_FOLDERS:
+        return "is a folder the job itself uses"
+    return _part_problem(name, name, "is empty")
+
+
+def _part_problem(name: str, stem: str, if_empty: str) -> str | None:
+    """Return why `name` cannot be one part of a path; `stem` is what stands before the file type."""
+    reasons = []
     if reason := _bad_characters(name):
         reasons.append(reason)
     if ".." in name:
         reasons.append("has '..'")
     if not stem:
-        reasons.append("has nothing before '.png'")
+        reasons.append(if_empty)
     elif stem.startswith((".", " ")):
         reasons.append("starts with a dot or space")
     if stem.endswith((".", " ")):

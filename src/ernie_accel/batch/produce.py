@@ -1,225 +1,225 @@
-"""Make the pictures of a batch: a row that fails does not stop the others, and no picture is ever partial."""
+"""Make the pictures of a batch: ``produce`` streams them, ``aproduce`` awaits them, a job folder remembers them."""
 
 from __future__ import annotations
 
+import asyncio
 import inspect
-import io
-import json
-import logging
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
-
-from ernie_accel.batch.errors import BatchInputError, BatchOutputError, Problem
+from ernie_accel.batch.assembly import assemble, prepare_folder
+from ernie_accel.batch.engines.base import Engine
+from ernie_accel.batch.engines.local import LocalEngine, Pipe
+from ernie_accel.batch.errors import BatchInputError, Problem
+from ernie_accel.batch.ledger import Ledger
+from ernie_accel.batch.line import Line, Result
 from ernie_accel.batch.naming import collision_key
-from ernie_accel.batch.table import MAX_SEED, Row
-from ernie_accel.core.atomic import write_atomically
+from ernie_accel.batch.row import MAX_SEED, Row
+from ernie_accel.batch.sift import Sift
+from ernie_accel.batch.summary import write_manifest
+from ernie_accel.batch.task import Task, tasks_of
+from ernie_accel.batch.telemetry import Telemetry
+from ernie_accel.core.atomic import remove_leftovers
 
-_log = logging.getLogger(__name__)
-
-Pipe = Callable[..., Any]
-"""A diffusers pipeline: called with a prompt and keyword settings, it returns an object with `.images`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What became of one row.
-
-    Attributes:
-        row: The row.
-        seed: The seed its generator had.
-        seconds: From the call of the pipe to the finished file.
-        path: The picture; None if the row failed.
-        error: Why it failed; None if it did not.
-    """
-
-    row: Row
-    seed: int
-    seconds: float
-    path: Path | None = None
-    error: str | None = None
+__all__ = ["Result", "aproduce", "produce"]
 
 
 def produce(
-    pipe: Pipe,
+    pipe: Pipe | Engine,
     rows: Iterable[Row],
     out: str | Path,
     *,
     seed: int = 0,
     overwrite: bool = False,
+    resume: bool = True,
+    batch_size: int | None = None,
+    free_encoders: bool = False,
+    retries: int = 0,
+    fail_fast: bool = False,
+    timeout_s: float | None = None,
+    sift: Sift | None = None,
+    facts: Mapping[str, str] | None = None,
+    writers: int = 2,
     progress: bool = True,
+    log_json: str | Path | None = None,
+    prometheus: str | Path | None = None,
+    interval_s: float = 5.0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Result]:
-    """Check everything that can be checked now, and return an iterator that makes one picture per step.
+    """Check everything that can be checked now, and return an iterator that makes the pictures as it is advanced.
 
-    Nothing is rendered until the iterator is advanced::
+    Nothing is rendered until then::
 
         for result in produce(pipe, read_table("prompts.csv"), "out"):
             print(result.row.line, result.path or result.error)
 
-    A row whose picture cannot be made yields a `Result` with `error`, and the next one follows. Each row has
-    a generator of its own on the CPU, so that its noise depends neither on its neighbours nor on the device.
-    What a row leaves open is left to the pipe's own defaults. Each PNG carries text chunks: ``prompt``,
-    ``negative_prompt`` (if any), ``seed`` and ``settings`` (JSON).
+    A row whose picture cannot be made yields a `Result` with `error`, and the others follow. Each row has random
+    numbers of its own, so that neighbours, order and batch size change its picture by no more than rounding. What a
+    row leaves open is left to the pipe's own defaults. Called again, it goes on where it was stopped or killed; what
+    an earlier run finished is not made, nor yielded, again. ``manifest.jsonl`` and ``manifest.csv`` list all.
 
     Args:
-        pipe: A diffusers pipeline, or any callable like one.
+        pipe: A diffusers pipeline, any callable like one, or an engine (see `ernie_accel.batch.engines`).
         rows: What to make, as `read_table` returns.
         out: The folder; created if it is missing.
         seed: Rows that give none get ``seed + row.index``.
-        overwrite: Replace pictures that exist. Otherwise they are an error, before anything is rendered.
+        overwrite: Replace pictures that are not this job's, and make again what has changed. Otherwise both are
+            errors, before anything is rendered.
+        resume: Keep a ledger in the folder. Without it nothing but pictures appears there, and every row is made.
+        batch_size: Rows per batch; None: found by trying. Halved where memory runs out either way.
+        free_encoders: Enhance and encode all prompts first, and take text encoder and prompt enhancer off the device
+            while the pictures are made; with an `Engine`, give it to that.
+        retries: Further attempts for a row that fails.
+        fail_fast: Begin nothing more once a row has failed; what is under way is finished.
+        timeout_s: Seconds for a batch; see `Engine.render` for what happens to one that takes longer.
+        sift: Set pictures aside that are blank, blurred, ...; None: only those with NaN, which fail.
+        facts: What the PNGs say beside their rows' settings, such as model and preset; a job does not go on with
+            others.
+        writers: Threads that encode and write PNG.
         progress: Show a progress bar on stderr.
+        log_json: File to which a JSON line with the job's state is appended every `interval_s`.
+        prometheus: File that is rewritten as often, in Prometheus' text format.
+        interval_s: Seconds.
+        stop: Asked between batches; once it returns True, nothing more is begun, and what is under way is finished.
 
     Raises:
-        BatchInputError: If rows share a name, a seed is out of range, or a row asks for what the pipe's
-            ``__call__`` has no argument for.
-        BatchOutputError: If the folder cannot be used or holds such pictures already; and, from the iterator,
-            if a picture cannot be written (full disk), which ends the batch: the next one could not either.
+        BatchInputError: If rows share a name, a seed is out of range, or a row asks for what the engine cannot do.
+        BatchOutputError: If the folder cannot be used, another process works on it, or pictures are in the way; and,
+            from the iterator, if a picture cannot be written (full disk), which ends the batch: the next one could
+            not be either.
+        BatchChangedError: If finished pictures were made from other rows, facts or another kind of engine.
+        EngineLostError: From the iterator, if the engine cannot render any more.
     """
-    rows = tuple(rows)
-    out = Path(out)
-    if problems := [*_seed_problems(rows, seed), *_name_problems(rows), *_argument_problems(pipe, rows)]:
+    rows, out = tuple(rows), Path(out)
+    engine = pipe if isinstance(pipe, Engine) else LocalEngine(pipe, max_batch=batch_size, free_encoders=free_encoders)
+    tasks = tasks_of(rows, seed)
+    if problems := [*_row_problems(tasks), *engine.problems([(task.row.line, task.request) for task in tasks])]:
         raise BatchInputError(None, problems)
-    _prepare_folder(out, rows, overwrite)
-    return _produce(pipe, rows, out, seed, progress)
+    prepare_folder(out)
+    facts = {**(facts or {}), **engine.identity()}
+    with ExitStack() as undo:
+        ledger = Ledger(out, durable=resume)
+        undo.callback(ledger.close)
+        to_do = ledger.begin(tasks, facts | ({"sift": str(sift)} if sift else {}), overwrite=overwrite)
+        if resume:  # the ledger is locked: whatever is half-written here was killed
+            for folder in {(out / task.row.path).parent for task in tasks}:
+                remove_leftovers(folder)
+        telemetry = Telemetry(
+            len(to_do),
+            progress=progress,
+            log_json=None if log_json is None else Path(log_json),
+            prometheus=None if prometheus is None else Path(prometheus),
+            interval_s=interval_s,
+        )
+        line = assemble(
+            engine,
+            ledger,
+            telemetry,
+            out,
+            batch_size=batch_size,
+            retries=retries,
+            timeout_s=timeout_s,
+            sift=sift,
+            facts=facts,
+            writers=writers,
+        )
+        line.add(to_do)
+        undo.pop_all()
+    closing = engine.close if engine is not pipe else None
+    return _run(line, ledger, telemetry, out if resume else None, fail_fast, stop, closing)
 
 
-def _produce(pipe: Pipe, rows: Sequence[Row], out: Path, seed: int, progress: bool) -> Iterator[Result]:
-    failed = 0
-    with tqdm(total=len(rows), unit="picture", disable=not progress) as bar:
-        for row in rows:
-            result = _make(pipe, row, out, _seed_of(row, seed))
-            failed += result.error is not None
-            bar.set_postfix(failed=failed, refresh=False)
-            bar.update()
-            yield result
-
-
-def _make(pipe: Pipe, row: Row, out: Path, seed: int) -> Result:
-    start = time.perf_counter()
+def _run(
+    line: Line,
+    ledger: Ledger,
+    telemetry: Telemetry,
+    manifest_in: Path | None,
+    fail_fast: bool,
+    stop: Callable[[], bool],
+    close_engine: Callable[[], None] | None,
+) -> Iterator[Result]:
+    failed = False
     try:
-        png = _render(pipe, row, seed)
-    # Broad on purpose: a pipe can raise anything (out of memory, a kernel, a prompt it chokes on), and one
-    # row must not cost the others. Ctrl-C and SystemExit are no Exception and pass.
-    except Exception as error:
-        _log.debug("line %d failed", row.line, exc_info=True)
-        message = f"{type(error).__name__}: {error}".removesuffix(": ")
-        return Result(row=row, seed=seed, seconds=time.perf_counter() - start, error=message)
-    path = out / row.file_name
+        while True:
+            start_more = not (stop() or (fail_fast and failed))
+            if line.idle and not (start_more and line.waiting):
+                break
+            for result in line.advance(start_more=start_more):
+                failed = failed or (result.error is not None and not result.rejected)
+                yield result
+        if manifest_in is not None:
+            write_manifest(manifest_in, ledger.entries())
+    finally:
+        line.close()
+        telemetry.close()
+        ledger.close()
+        if close_engine is not None:
+            close_engine()
+
+
+async def aproduce(
+    pipe: Pipe | Engine,
+    rows: Iterable[Row],
+    out: str | Path,
+    *,
+    on_result: Callable[[Result], Any] | None = None,
+    **options: Any,
+) -> list[Result]:
+    """Run `produce` in a thread and return its results; cancelling finishes the batch under way and stops.
+
+    Args:
+        pipe: As for `produce`.
+        rows: As for `produce`.
+        out: As for `produce`.
+        on_result: Called with each result as it comes, in the event loop; may be a coroutine function.
+        **options: The other arguments of `produce`, but for `stop`.
+    """
+    cancelled = False
+    loop = asyncio.get_running_loop()
+
+    def run() -> list[Result]:
+        results = []
+        for result in produce(pipe, rows, out, stop=lambda: cancelled, **options):
+            results.append(result)
+            if on_result is not None:
+                loop.call_soon_threadsafe(arrived.put_nowait, result)
+        return results
+
+    async def tell() -> None:
+        while True:
+            told = on_result(await arrived.get()) if on_result is not None else None
+            if inspect.isawaitable(told):
+                await told
+            arrived.task_done()
+
+    arrived: asyncio.Queue[Result] = asyncio.Queue()
+    teller = asyncio.create_task(tell())
+    work = asyncio.create_task(asyncio.to_thread(run))
     try:
-        write_atomically(path, png)
-    except OSError as error:
-        reason = f"{row.file_name!r} could not be written: {error.strerror or error}"
-        fix = "mend this and go on with the rows that are left; finished pictures stay"
-        raise BatchOutputError(out, [(row.line, f"{reason}; {fix}")]) from error
-    return Result(row=row, seed=seed, seconds=time.perf_counter() - start, path=path)
+        results = await asyncio.shield(work)
+        await arrived.join()
+        return results
+    except asyncio.CancelledError:
+        cancelled = True
+        await work
+        raise
+    finally:
+        teller.cancel()
 
 
-def _render(pipe: Pipe, row: Row, seed: int) -> bytes:
-    """Return the finished PNG of a row."""
-    import torch  # here, so that checking a table does not wait for it
-
-    arguments = _arguments(row)
-    images = pipe(**arguments, generator=torch.Generator("cpu").manual_seed(seed)).images
-    if not (isinstance(images, Sequence) and len(images) == 1 and isinstance(images[0], Image.Image)):
-        raise TypeError(f"the pipe returned {_shown(images)} in .images; expected a list of one PIL picture")
-    picture = images[0]
-    settings = {name: value for name, value in arguments.items() if name not in ("prompt", "negative_prompt")}
-    settings |= {"width": picture.width, "height": picture.height, "pipeline": type(pipe).__name__}
-    texts = {"prompt": row.prompt, "seed": str(seed), "settings": json.dumps(settings, sort_keys=True)}
-    if row.negative_prompt is not None:
-        texts["negative_prompt"] = row.negative_prompt
-    return _encode_png(picture, texts)
-
-
-def _shown(images: object) -> str:
-    kind = type(images).__name__
-    return f"{kind} of {len(images)}" if isinstance(images, Sequence) else kind
-
-
-def _encode_png(picture: Image.Image, texts: dict[str, str]) -> bytes:
-    info = PngInfo()
-    for name, text in texts.items():
-        info.add_itxt(name, text)  # iTXt, not tEXt: UTF-8
-    file = io.BytesIO()  # in memory, so that what breaks from here on is the folder's fault, not the row's
-    picture.save(file, format="PNG", pnginfo=info)
-    return file.getvalue()
-
-
-def _arguments(row: Row) -> dict[str, Any]:
-    """Return what the row asks for by the names that diffusers pipelines use."""
-    arguments = {
-        "prompt": row.prompt,
-        "negative_prompt": row.negative_prompt,
-        "width": row.width,
-        "height": row.height,
-        "num_inference_steps": row.steps,
-        "guidance_scale": row.guidance_scale,
-    }
-    return {name: value for name, value in arguments.items() if value is not None}
-
-
-def _seed_of(row: Row, seed: int) -> int:
-    return seed + row.index if row.seed is None else row.seed
-
-
-def _seed_problems(rows: Sequence[Row], seed: int) -> list[Problem]:
-    seeds = [(row.line, _seed_of(row, seed)) for row in rows]
+def _row_problems(tasks: Sequence[Task]) -> list[Problem]:
+    """Return what only shows when all rows are together: seeds out of range, and names taken twice."""
+    # read_table has checked the names; rows made by hand, or from two tables, come here unchecked.
     fix = f"is not within 0 to {MAX_SEED}; choose another"
-    return [(line, f"seed {value} {fix}") for line, value in seeds if not 0 <= value <= MAX_SEED]
-
-
-def _name_problems(rows: Sequence[Row]) -> list[Problem]:
-    # read_table has checked this; rows made by hand, or from two tables, come here unchecked.
-    problems: list[Problem] = []
+    problems: list[Problem] = [
+        (task.row.line, f"seed {task.request.seed} {fix}") for task in tasks if not 0 <= task.request.seed <= MAX_SEED
+    ]
     taken: dict[str, Row] = {}
-    for row in rows:
-        first = taken.setdefault(collision_key(row.file_name), row)
+    for task in tasks:
+        row = task.row
+        first = taken.setdefault(collision_key(row.path), row)
         if first is not row:
-            reason = f"file name {row.file_name!r} is taken by line {first.line}; change one"
-            problems.append((row.line, reason))
+            problems.append((row.line, f"file name {row.path!r} is taken by line {first.line}; change one"))
     return problems
-
-
-def _argument_problems(pipe: Pipe, rows: Sequence[Row]) -> list[Problem]:
-    parameters = inspect.signature(pipe).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return []
-    name = type(pipe).__name__
-    takes = f"it takes: {', '.join(parameters)}"
-    problems: list[Problem] = []
-    for argument in ("prompt", "generator"):
-        if argument not in parameters:
-            problems.append((None, f"{name} takes no {argument}, without which no row can be made; {takes}"))
-    for row in rows:
-        for argument in _arguments(row):
-            if argument not in parameters and argument != "prompt":
-                problems.append((row.line, f"asks for {argument}, which {name} does not take; {takes}"))
-    return problems
-
-
-def _prepare_folder(out: Path, rows: Sequence[Row], overwrite: bool) -> None:
-    """Create the folder, and make sure that it can be written to and that no picture is in the way."""
-    probe = out / ".ernie-accel-probe.tmp"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(probe, b"")
-    except OSError as error:
-        in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
-        reason = "a file of this name is in the way" if in_the_way else f"{error.strerror or error}"
-        raise BatchOutputError(out, [(None, f"{reason}; choose a folder that can be written to")]) from error
-    probe.unlink()
-    problems: list[Problem] = []
-    for row in rows:
-        path = out / row.file_name
-        if path.is_dir():
-            problems.append((row.line, f"{row.file_name!r} is a folder; move it or choose another output"))
-        elif not overwrite and (path.exists() or path.is_symlink()):
-            problems.append((row.line, f"{row.file_name!r} exists; allow overwriting or choose another output"))
-    if problems:
-        raise BatchOutputError(out, problems)

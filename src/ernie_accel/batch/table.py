@@ -6,89 +6,18 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from ernie_accel.batch.check import RowCheck, size_problem
 from ernie_accel.batch.errors import BatchInputError, Problem
-from ernie_accel.batch.naming import (
-    collision_key,
-    default_pattern,
-    fill_pattern,
-    name_problem,
-    pattern_problems,
-)
-
-SETTINGS = ("prompt", "negative_prompt", "seed", "width", "height", "steps", "guidance_scale")
-"""The columns that say how a picture is made; every other column is the user's own."""
-
-MAX_SEED = 2**64 - 1  # the largest that torch.Generator.manual_seed takes
-MAX_SIDE = 8192  # pixels; beyond it a typing mistake is far likelier than a wish
-MAX_STEPS = 1000  # the training timesteps of every supported scheduler
-MAX_GUIDANCE = 100.0
+from ernie_accel.batch.formats import Records, read_json, read_json_lines, read_parquet
+from ernie_accel.batch.naming import default_pattern, pattern_problems, template_problems
+from ernie_accel.batch.row import SETTINGS, Columns, Row
 
 _UTF8_BOM = b"\xef\xbb\xbf"
 _SAVE_AS = "save it as UTF-8 (in Excel: 'CSV UTF-8') and run again"
-
-
-class Columns(Mapping[str, str]):
-    """The fields of one row by column name, as in the file; read-only, yet picklable for worker processes."""
-
-    __slots__ = ("_fields",)
-
-    def __init__(self, fields: Mapping[str, str]) -> None:
-        self._fields = dict(fields)
-
-    def __getitem__(self, name: str) -> str:
-        return self._fields[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._fields)
-
-    def __len__(self) -> int:
-        return len(self._fields)
-
-    def __repr__(self) -> str:
-        return f"Columns({self._fields!r})"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One picture to make. What is None is left to the pipeline's own defaults.
-
-    Attributes:
-        line: 1-based line of the input file where the row starts.
-        index: 0-based number of the row, which `{index}` in a naming pattern and derived seeds use.
-        prompt: What to draw; never empty.
-        file_name: Name of the picture, directly inside the output folder.
-        negative_prompt: What to keep away from.
-        seed: Of this row's own generator, 0 to 2**64 - 1.
-        width: In pixels.
-        height: In pixels.
-        steps: Denoising steps.
-        guidance_scale: Weight of the prompt against the negative prompt.
-        columns: Every named column of the file, unparsed.
-
-    Raises:
-        ValueError: If `file_name` could leave the output folder: no `Row` with such a name can exist.
-    """
-
-    line: int
-    index: int
-    prompt: str
-    file_name: str
-    negative_prompt: str | None = None
-    seed: int | None = None
-    width: int | None = None
-    height: int | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    columns: Mapping[str, str] = field(default_factory=lambda: Columns({}), hash=False)
-
-    def __post_init__(self) -> None:
-        if reason := name_problem(self.file_name):
-            raise ValueError(f"file name {self.file_name!r} {reason}; expected one like 'red-mug.png'")
 
 
 def read_table(
@@ -97,10 +26,15 @@ def read_table(
     pattern: str | None = None,
     size_multiple: int = 16,
     default_size: tuple[int, int] | None = None,
+    template: str | None = None,
+    folder_by: str | None = None,
+    skipped: list[Problem] | None = None,
 ) -> list[Row]:
-    """Read a UTF-8 CSV file with a `prompt` column and check all of it.
+    """Read a table with a `prompt` column, and check all of it.
 
-    Blank lines, and rows in which every one of several fields is empty (Excel leaves such), are passed over.
+    By the file's ending: ``.json`` (an array of objects), ``.jsonl`` (an object per line), ``.parquet``, and anything
+    else as UTF-8 CSV. Blank lines of a CSV, and rows in which every one of several fields is empty (Excel leaves
+    such), are passed over.
 
     Args:
         path: The file; a byte order mark is accepted.
@@ -108,65 +42,104 @@ def read_table(
             0-based row number. Default: `{sku}.png` if there is a `sku` column, else `{index:05d}.png`.
         size_multiple: Width and height must be divisible by this, in pixels (16 for ERNIE-Image).
         default_size: Width and height in pixels for rows that do not give theirs; None: the pipeline's own.
+        template: How prompts are made: text with `{column}` for any column. Without it the column `prompt` holds them.
+        folder_by: A column whose values are the sub-folders that pictures are sorted into.
+        skipped: A list to which the problems of single rows are added; such rows are left out, instead of refusing
+            the file. They keep their number, so that mending them later changes no other row.
 
     Returns:
-        At least one row, in the file's order, with file names that are distinct on every file system.
+        At least one row per picture, in the file's order, with file names that are distinct on every file system.
 
     Raises:
         BatchInputError: With every problem of the file.
+        MissingExtraError: A Parquet file needs pyarrow.
     """
     path = Path(path)
-    problems: list[Problem] = []
-    text = _read_text(path)
-    if "\0" in text:
-        lines = enumerate(io.StringIO(text, newline=""), start=1)
-        problems += [(n, "has a NUL character; remove it") for n, content in lines if "\0" in content]
-        text = text.replace("\0", "")  # csv refuses it before Python 3.11, which would hide what follows
-    records = _records(text, problems)
-
-    header_line, header = next(records, (1, []))
-    header = [name.strip() for name in header]
-    named = [name for name in header if name]
-    if not named and not problems:
-        problems.append((None, "is empty; expected a header such as 'sku,prompt' and a line per picture"))
-    if not named:
-        raise BatchInputError(path, problems)
-    problems += [(header_line, message) for message in _header_problems(header)]
-    if "prompt" not in header and _separator(header):
-        raise BatchInputError(path, problems)  # every row would be misread for the same reason
-
-    if default_size is not None and (reason := _size_problem(*default_size, size_multiple)):
+    records = _read_records(path)
+    named = [name for name in records.columns if name]
+    problems = list(records.problems)
+    if not named and (problems or records.row_problems):  # nothing was read; what follows would only repeat it
+        raise BatchInputError(path, sorted([*problems, *records.row_problems], key=_line))
+    problems += [(records.header_line, message) for message in _name_problems(records.columns, template is not None)]
+    problems += [(None, message) for message in _option_problems(named, template, folder_by)]
+    if default_size is not None and (reason := size_problem(*default_size, size_multiple)):
         problems.append((None, f"default {reason}"))
         default_size = None  # told once, not for every row
     pattern = default_pattern(named) if pattern is None else pattern
     bad_pattern = pattern_problems(pattern, named)
     problems += [(None, message) for message in bad_pattern]
 
+    check = RowCheck(
+        pattern=None if bad_pattern else pattern,
+        template=None if problems else template,
+        folder_by=None if problems else folder_by,
+        size_multiple=size_multiple,
+        default_size=default_size,
+    )
     rows: list[Row] = []
-    taken: dict[str, tuple[int, str]] = {}
+    row_problems = list(records.row_problems)
+    for index, (line, columns) in enumerate(records.rows):
+        if columns is not None:
+            made, messages = check.rows(line, index, columns)
+            rows += made
+            row_problems += [(line, message) for message in messages]
+    if skipped is not None and not problems:
+        skipped += sorted(row_problems, key=_line)
+        row_problems = [] if rows else row_problems
+    if not records.rows and not problems:
+        problems.append((None, "has a header and no rows; add one line per picture"))
+    if problems or row_problems:
+        raise BatchInputError(path, sorted([*problems, *row_problems], key=_line))
+    return rows
+
+
+def _line(problem: Problem) -> int:
+    return problem[0] or 0
+
+
+def _read_records(path: Path) -> Records:
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        if not path.is_file():
+            raise BatchInputError(path, [(None, "does not exist; check the path")])
+        return read_parquet(path)
+    text = _read_text(path)
+    if kind == ".json":
+        return read_json(path, text)
+    if kind in (".jsonl", ".ndjson"):
+        return read_json_lines(path, text)
+    return _read_csv(path, text)
+
+
+def _read_csv(path: Path, text: str) -> Records:
+    records = Records()
+    if "\0" in text:
+        lines = enumerate(io.StringIO(text, newline=""), start=1)
+        records.row_problems += [(n, "has a NUL character; remove it") for n, content in lines if "\0" in content]
+        text = text.replace("\0", "")  # csv refuses it before Python 3.11, which would hide what follows
+    lines_of_fields = _records(text, records.problems)
+    records.header_line, header = next(lines_of_fields, (1, []))
+    header = [name.strip() for name in header]
+    if not any(header):
+        problems = [*records.problems, *records.row_problems]
+        problems = problems or [(None, "is empty; expected a header such as 'sku,prompt' and a line per picture")]
+        raise BatchInputError(path, problems)
+    if "prompt" not in header and _separator(header):
+        # every row would be misread for the same reason
+        raise BatchInputError(path, [(records.header_line, message) for message in _name_problems(header, False)])
+    records.columns = header
     unnamed_with_data: set[int] = set()
-    for index, (line, fields) in enumerate(records):
+    for line, fields in lines_of_fields:
         if len(fields) != len(header):
-            problems.append((line, _ragged(fields, header)))
+            records.row_problems.append((line, _ragged(fields, header)))
+            records.rows.append((line, None))
             continue
         unnamed_with_data |= {i for i, name in enumerate(header) if not name and fields[i].strip()}
-        columns = Columns({name: value for name, value in zip(header, fields, strict=True) if name})
-        messages: list[str] = []
-        file_name = None if bad_pattern else fill_pattern(pattern, columns, index)
-        if file_name is not None and (reason := _name_problem_in_table(file_name, pattern, line, taken)):
-            messages.append(reason)
-        row = _checked_row(line, index, columns, file_name, size_multiple, default_size, messages)
-        problems += [(line, message) for message in messages]
-        if row is not None and not problems:
-            rows.append(row)
+        records.rows.append((line, Columns({k: v for k, v in zip(header, fields, strict=True) if k})))
     for i in sorted(unnamed_with_data):
         fix = "name it or delete it (pandas: to_csv(..., index=False))"
-        problems.append((header_line, f"column {i + 1} has values but no name; {fix}"))
-    if not rows and not problems:
-        problems.append((None, "has a header and no rows; add one line per picture"))
-    if problems:
-        raise BatchInputError(path, sorted(problems, key=lambda problem: problem[0] or 0))
-    return rows
+        records.problems.append((records.header_line, f"column {i + 1} has values but no name; {fix}"))
+    return records
 
 
 def _read_text(path: Path) -> str:
@@ -178,7 +151,7 @@ def _read_text(path: Path) -> str:
     except FileNotFoundError:
         refuse("does not exist; check the path")
     except IsADirectoryError:
-        refuse("is a folder; expected a CSV file")
+        refuse("is a folder; expected a file such as prompts.csv")
     except (OSError, ValueError) as error:  # ValueError: the path itself has a NUL
         refuse(f"cannot be read: {getattr(error, 'strerror', None) or error}")
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:2]:
@@ -216,14 +189,15 @@ def _records(text: str, problems: list[Problem]) -> Iterator[tuple[int, list[str
 
 def _separator(header: Sequence[str]) -> str | None:
     """Return what separates the columns, quoted for a message, if that does not seem to be a comma."""
-    if len(header) > 1:
+    if len(header) != 1:
         return None
     return next((repr(mark) for mark in (";", "\t", "|") if mark in header[0]), None)
 
 
-def _header_problems(header: Sequence[str]) -> list[str]:
+def _name_problems(header: Sequence[str], has_template: bool) -> list[str]:
+    """Return what is wrong with the names of the columns."""
     messages = []
-    if "prompt" not in header:
+    if "prompt" not in header and not has_template:
         found = ", ".join(repr(name) for name in header if name)
         message = f"has no 'prompt' column; found: {found}"
         if separator := _separator(header):
@@ -247,127 +221,9 @@ def _ragged(fields: Sequence[str], header: Sequence[str]) -> str:
     return message + f"nothing is given for {missing}: add the value, or a comma for each empty one"
 
 
-class _Settings:
-    """The settings of one row, parsed; what is wrong with them gathers in `messages`."""
-
-    def __init__(self, columns: Mapping[str, str]) -> None:
-        self._columns = columns
-        self.messages: list[str] = []
-
-    def text(self, name: str) -> str | None:
-        value = self._columns.get(name, "")
-        return value if value.strip() else None
-
-    def whole(self, name: str, low: int, high: int, fix: str) -> int | None:
-        text = (self.text(name) or "").strip()
-        if not text:
-            return None
-        # Not int() alone: it also takes '1_000' and the digits of other scripts, and balks at very long ones.
-        if not re.fullmatch(r"[+-]?[0-9]{1,30}", text):
-            self.messages.append(f"{name} {_shown(text)} is not a whole number; {fix}")
-        elif not low <= int(text) <= high:
-            self.messages.append(f"{name} {text} is not within {low} to {high}; {fix}")
-        else:
-            return int(text)
-        return None
-
-    def number(self, name: str, high: float, fix: str) -> float | None:
-        text = (self.text(name) or "").strip()
-        if not text:
-            return None
-        if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)", text):
-            self.messages.append(f"{name} {_shown(text)} is not a number; {fix}")
-        elif not 0 <= float(text) <= high:
-            self.messages.append(f"{name} {text} is not within 0 to {high:g}; {fix}")
-        else:
-            return float(text)
-        return None
-
-    def size(self, multiple: int, default: tuple[int, int] | None) -> tuple[int | None, int | None]:
-        # Any whole number passes here, so that a bad size is told with the nearest good one.
-        limit = 10**30
-        found = len(self.messages)
-        width = self.whole("width", -limit, limit, f"write pixels, e.g. {64 * multiple}, or leave it empty")
-        height = self.whole("height", -limit, limit, f"write pixels, e.g. {64 * multiple}, or leave it empty")
-        if default is not None and len(self.messages) == found:
-            width, height = default[0] if width is None else width, default[1] if height is None else height
-        if reason := _size_problem(width, height, multiple):
-            self.messages.append(reason)
-        return width, height
-
-
-def _checked_row(
-    line: int,
-    index: int,
-    columns: Columns,
-    file_name: str | None,
-    size_multiple: int,
-    default_size: tuple[int, int] | None,
-    messages: list[str],
-) -> Row | None:
-    """Return the row, or None with what is wrong with it added to `messages`."""
-    settings = _Settings(columns)
-    prompt = settings.text("prompt")
-    if prompt is None and "prompt" in columns:
-        settings.messages.append("prompt is empty; write what to draw, or delete the line")
-    seed = settings.whole("seed", 0, MAX_SEED, "write digits, e.g. 42, or leave it empty")
-    width, height = settings.size(size_multiple, default_size)
-    steps = settings.whole("steps", 1, MAX_STEPS, "write digits, e.g. 8, or leave it empty")
-    guidance_scale = settings.number("guidance_scale", MAX_GUIDANCE, "write e.g. 4.0, or leave it empty")
-    messages += settings.messages
-    if prompt is None or file_name is None or messages:
-        return None
-    return Row(
-        line=line,
-        index=index,
-        prompt=prompt,
-        file_name=file_name,
-        negative_prompt=settings.text("negative_prompt"),
-        seed=seed,
-        width=width,
-        height=height,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        columns=columns,
-    )
-
-
-def _size_problem(width: int | None, height: int | None, multiple: int) -> str | None:
-    """Return why a size cannot be made, with the nearest that can (None: it can, or is not given)."""
-    given = {name: side for name, side in (("width", width), ("height", height)) if side is not None}
-    nearest = {name: _nearest_side(side, multiple) for name, side in given.items()}
-    if nearest == given:
-        return None
-    what = "size" if len(given) == 2 else next(iter(given))
-    return (
-        f"{what} {_by(given)} is not made of multiples of {multiple} from {multiple} to {MAX_SIDE}; "
-        f"the nearest valid {what} is {_by(nearest)}"
-    )
-
-
-def _nearest_side(side: int, multiple: int) -> int:
-    nearest = (side + multiple // 2) // multiple * multiple  # a tie goes up: no detail is lost
-    return min(max(nearest, multiple), MAX_SIDE // multiple * multiple)
-
-
-def _by(sides: Mapping[str, int]) -> str:
-    return "x".join(str(side) for side in sides.values())
-
-
-def _name_problem_in_table(file_name: str, pattern: str, line: int, taken: dict[str, tuple[int, str]]) -> str | None:
-    """Return why a row cannot have its file name, by itself or beside the rows before (kept in `taken`)."""
-    what = f"file name {_shown(file_name)} (from {pattern!r})"
-    if reason := name_problem(file_name):
-        return f"{what} {reason}; change the value, or name pictures by another column"
-    first_line, first_name = taken.setdefault(collision_key(file_name), (line, file_name))
-    if first_line == line:
-        return None
-    taken_by = f"line {first_line}"
-    if first_name != file_name:
-        taken_by += f" as {_shown(first_name)}, the same name where letter case or Unicode form is ignored"
-    unique = pattern.removesuffix(".png") + "_{index}.png"
-    return f"{what} is taken by {taken_by}; change one, or name pictures by {unique!r}"
-
-
-def _shown(value: str) -> str:
-    return repr(value if len(value) <= 80 else value[:77] + "...")
+def _option_problems(columns: Sequence[str], template: str | None, folder_by: str | None) -> list[str]:
+    messages = [] if template is None else template_problems(template, columns)
+    if folder_by is not None and folder_by not in columns:
+        found = ", ".join(repr(name) for name in columns)
+        messages.append(f"pictures cannot be sorted by {folder_by!r}: there is no such column; found: {found}")
+    return messages

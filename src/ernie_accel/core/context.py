@@ -29,20 +29,23 @@ OPTIONAL_PACKAGES: Mapping[str, str] = MappingProxyType(
         "optimum.quanto": "quanto",
         "bitsandbytes": "bitsandbytes",
         "gguf": "gguf",
+        "scipy": "scipy",
         "torch_npu": "npu",
         "ray": "ray",
         "httpx": "http",
+        "cudnn": "cudnn",
     }
 )
 _DISTRIBUTIONS = {
     "optimum.quanto": "optimum-quanto",
     "torch_npu": "torch-npu",
+    "cudnn": "nvidia-cudnn-frontend",
     "flash_attn": "flash-attn",
     "flash_attn_interface": "flash-attn-3",
 }
+_BUNDLED_PACKAGES = ("triton",)  # with CUDA builds of torch
 #: Used where they are, but no extra brings them: they are built for one version of torch and one kind of card.
 _UNBROUGHT_PACKAGES = ("flash_attn", "flash_attn_interface", "sageattention", "xformers")
-_BUNDLED_PACKAGES = ("triton",)  # with CUDA builds of torch
 _REQUIRED_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 
 
@@ -69,11 +72,23 @@ class Context:
     planned: tuple[Transform, ...] = ()
 
     @classmethod
-    def detect(cls, pipe: Pipeline | None = None) -> Context:
-        """Look at this machine: at the device `pipe` lives on, or at the best one where no pipe is given."""
+    def detect(cls, pipe: Pipeline | None = None, device: str | None = None) -> Context:
+        """Look at this machine: at the device `pipe` lives on, or at the best one where no pipe is given.
+
+        Args:
+            pipe: The pipeline.
+            device: Look at this one instead, where it exists ("cuda:1"); for a pipe that is about to move there.
+        """
         import torch
 
-        device = device_of(pipe) if pipe is not None else _best_device()
+        found = device_of(pipe) if pipe is not None else _best_device()
+        device_here = device is not None and (torch.device(device).type != "cuda" or torch.cuda.is_available())
+        return cls._of(torch.device(device) if device is not None and device_here else found)
+
+    @classmethod
+    def _of(cls, device: torch.device) -> Context:
+        import torch
+
         if device.type == "cuda":
             facts = torch.cuda.get_device_properties(device)
             return cls(

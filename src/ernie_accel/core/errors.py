@@ -8,9 +8,11 @@
     ├── UnsupportedError                  a plan that cannot run here; carries the plan
     ├── ApplyError                        a transform failed; everything was undone; carries the report
     ├── RestoreError                      the original cannot be given back; says why
+    ├── SavedPipelineError                a folder that `load` cannot read, or a pipe that `save` cannot write
     ├── MissingExtraError (ImportError)   an optional package is needed; names the pip extra
     ├── BatchInputError (ValueError)      rows with mistakes, all of them with their lines   (batch/errors.py)
-    └── BatchOutputError                  pictures cannot be written where they should go    (batch/errors.py)
+    ├── BatchOutputError                  pictures cannot be written where they should go    (batch/errors.py)
+    └── BatchChangedError                 a job cannot go on with another input or settings  (batch/errors.py)
 
 Messages repeat the input, say what was found, what was expected and the fix; the same facts are attributes.
 """
@@ -31,6 +33,7 @@ __all__ = [
     "ErnieAccelError",
     "MissingExtraError",
     "RestoreError",
+    "SavedPipelineError",
     "UnknownNameError",
     "UnsupportedError",
 ]
@@ -47,13 +50,14 @@ class UnknownNameError(ErnieAccelError, ValueError):
         kind: What was looked for, as a noun ("preset").
         name: The name as given.
         valid: The names that exist.
+        note: What else helps to choose.
     """
 
-    def __init__(self, kind: str, name: object, valid: Iterable[str]) -> None:
-        self.kind, self.name, self.valid = kind, name, tuple(valid)
+    def __init__(self, kind: str, name: object, valid: Iterable[str], *, note: str = "") -> None:
+        self.kind, self.name, self.valid, self.note = kind, name, tuple(valid), note
         close = difflib.get_close_matches(str(name), self.valid, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        super().__init__(f"Unknown {kind} {name!r}.{hint} Valid: {', '.join(self.valid)}.")
+        super().__init__(f"Unknown {kind} {name!r}.{hint} Valid: {', '.join(self.valid)}.{note and ' ' + note}")
 
 
 class ConflictError(ErnieAccelError, ValueError):
@@ -112,6 +116,19 @@ class RestoreError(ErnieAccelError):
     def __init__(self, transform: object, reason: str) -> None:
         self.transform, self.reason = transform, reason
         super().__init__(f"Cannot undo {transform!r}: {reason}. Load the pipeline again to start from the original.")
+
+
+class SavedPipelineError(ErnieAccelError):
+    """A folder is not what `save` writes, is damaged, or needs another version; or a pipe cannot be saved.
+
+    Attributes:
+        folder: The folder.
+        reason: What was found.
+    """
+
+    def __init__(self, folder: object, reason: str) -> None:
+        self.folder, self.reason = str(folder), reason
+        super().__init__(f"{folder}: {reason}")
 
 
 class MissingExtraError(ErnieAccelError, ImportError):

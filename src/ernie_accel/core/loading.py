@@ -21,6 +21,16 @@ def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
     return {"dtype" if release >= (0, 42) else "torch_dtype": dtype}
 
 
+def check_dtype(dtype: str) -> None:
+    """Refuse a dtype that `load_pipeline` does not know.
+
+    Raises:
+        UnknownNameError: It is none of the names, nor "auto".
+    """
+    if dtype not in ("auto", *DTYPES):
+        raise UnknownNameError("dtype", dtype, ("auto", *DTYPES))
+
+
 def load_pipeline(model: str | None = None, dtype: str = "auto", device: str = "auto") -> Pipeline:
     """Load a diffusers pipeline onto a device, safetensors only and without remote code.
 
@@ -33,8 +43,7 @@ def load_pipeline(model: str | None = None, dtype: str = "auto", device: str = "
         UnknownNameError: `dtype` or `device` is unknown.
         ErnieAccelError: There is no such model, or it is no pipeline.
     """
-    if dtype not in ("auto", *DTYPES):
-        raise UnknownNameError("dtype", dtype, ("auto", *DTYPES))
+    check_dtype(dtype)
     if device not in DEVICES:
         raise UnknownNameError("device", device, DEVICES)
     if device == "auto":

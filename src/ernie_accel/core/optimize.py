@@ -11,8 +11,9 @@ whole wish anew: what both wishes begin with stays, the rest of the old one is u
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -20,11 +21,11 @@ from ernie_accel.core.carried import carried_report, carry, drop, is_copy, split
 from ernie_accel.core.components import Pipeline, pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ApplyError, RestoreError, UnknownNameError, UnsupportedError
-from ernie_accel.core.plan import check_pipeline, compose, plan_steps, title_of
+from ernie_accel.core.plan import check_pipeline, compose, machine_for, plan_steps, title_of
 from ernie_accel.core.preset import Preset, find_preset
 from ernie_accel.core.report import Entry, Report
 from ernie_accel.core.step import Step
-from ernie_accel.core.transform import Transform
+from ernie_accel.core.transform import Phase, Transform
 
 
 def optimize(
@@ -62,7 +63,7 @@ def optimize(
     wanted = compose(transforms, preset)
     check_pipeline(pipe)
     named = find_preset(preset) if preset is not None else None
-    machine = context or Context.detect(pipe)
+    machine = context or machine_for(pipe, wanted)
 
     old = report(pipe)
     kept, removed = split_entries(old.entries, wanted)
@@ -96,6 +97,25 @@ def restore(pipe: Pipeline) -> Pipeline:
     _undo(pipe, report(pipe).entries)
     drop(pipe)
     return pipe
+
+
+@contextlib.contextmanager
+def suspended(pipe: Pipeline, after: Phase) -> Iterator[None]:
+    """Undo, for the time of a with-block, what was applied after a phase, then apply it again.
+
+    Raises:
+        RestoreError: Something cannot be undone; nothing was.
+    """
+    old = report(pipe)
+    stays = tuple(entry for entry in old.entries if entry.step.transform.phase <= after)
+    rest = old.entries[len(stays) :]
+    _undo(pipe, rest)
+    try:
+        yield
+    finally:
+        now = old.context.after(*(entry.step.transform for entry in stays if not entry.step.reasons))
+        if rest:
+            carry(pipe, replace(old, entries=stays + _apply(pipe, [entry.step for entry in rest], now)))
 
 
 def _apply(pipe: Pipeline, steps: Iterable[Step], context: Context) -> tuple[Entry, ...]:

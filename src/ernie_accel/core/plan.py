@@ -201,8 +201,13 @@ def plan(
     named = find_preset(preset) if preset is not None else None
     carried = carried_report(pipe)
     kept, removed = split_entries(carried.entries, wanted) if carried else ((), ())
-    the_plan = plan_steps(pipe, wanted, named, context or Context.detect(pipe), kept)
+    the_plan = plan_steps(pipe, wanted, named, context or machine_for(pipe, wanted), kept)
     return replace(the_plan, undoes=tuple(entry.step.transform for entry in removed if entry.applied is not None))
+
+
+def machine_for(pipe: Pipeline, wanted: Iterable[Transform]) -> Context:
+    """Look at the device the pipe lives on, or at the one that a transform among `wanted` will move it to."""
+    return Context.detect(pipe, next((t.moves_to for t in wanted if t.moves_to is not None), None))
 
 
 def plan_steps(

@@ -1,11 +1,11 @@
-"""Named tuples of transforms. A preset is plain data: print it, edit it, replace a transform by passing another."""
+"""Named tuples of transforms, by mode and precision and by card. Plain data: print it, edit it, replace a part."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
-from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.transform import Transform
 from ernie_accel.transforms.attention import ElideMask, ExpandAttentionMask
@@ -16,6 +16,7 @@ from ernie_accel.transforms.encode_prompts import BatchPromptEncoding
 from ernie_accel.transforms.fuse_kernels import FuseKernels
 from ernie_accel.transforms.graphs import CaptureGraphs
 from ernie_accel.transforms.layout import MakeContiguous
+from ernie_accel.transforms.quantize import Quantize
 from ernie_accel.transforms.rewrite import RewriteBlocks
 from ernie_accel.transforms.vae import CompileVae
 
@@ -60,6 +61,7 @@ class PresetTable(Mapping[str, Preset]):
 
 _FAST_BF16 = (CastDtype("bfloat16"), RewriteBlocks(), FuseKernels("bf16"))
 _FAST_FP8 = (CastDtype("bfloat16"), RewriteBlocks(), FuseKernels("fp8"))
+_INT8 = (CastDtype("bfloat16"), Quantize("int8"))
 
 _FAST_PARTS = (BatchPromptEncoding(), Compile(), CompileVae(), CaptureGraphs())
 
@@ -72,7 +74,7 @@ presets = PresetTable(
     Preset(
         "turbo-fp32",
         "Few steps, compiled, in the precision the pipe came in: for CPUs, where bfloat16 seldom pays.",
-        (MakeContiguous(), CallDefaults("turbo"), Compile()),
+        (RewriteBlocks(), MakeContiguous(), CallDefaults("turbo"), Compile()),
     ),
     Preset(
         "turbo-bf16",
@@ -80,9 +82,19 @@ presets = PresetTable(
         (*_FAST_BF16, MakeContiguous(), CallDefaults("turbo"), *_FAST_PARTS),
     ),
     Preset(
+        "turbo-fp16",
+        "Few steps in float16, compiled: for a distilled (Turbo) checkpoint on cards without bfloat16.",
+        (CastDtype("float16"), MakeContiguous(), CallDefaults("turbo"), Compile()),
+    ),
+    Preset(
         "turbo-fp8",
         "Few steps with fp8 linears on fused kernels: for a distilled (Turbo) checkpoint on capability 8.9 and above.",
         (*_FAST_FP8, MakeContiguous(), CallDefaults("turbo"), *_FAST_PARTS),
+    ),
+    Preset(
+        "turbo-int8",
+        "Few steps with int8 linears, compiled: for a distilled (Turbo) checkpoint on capability 8.0 to 8.6.",
+        (*_INT8, MakeContiguous(), CallDefaults("turbo"), Compile()),
     ),
     Preset(
         "npu-bf16",
@@ -90,32 +102,93 @@ presets = PresetTable(
         (CastDtype("bfloat16"), ElideMask(), ExpandAttentionMask(), MakeContiguous(), CallDefaults("turbo")),
     ),
     Preset(
+        "turbo-nvfp4",
+        "Few steps with nvfp4 linears, compiled: the fastest on capability 10.0 and above, at a visible cost.",
+        (CastDtype("bfloat16"), Quantize("nvfp4"), MakeContiguous(), CallDefaults("turbo"), Compile()),
+    ),
+    Preset(
+        "turbo-q4",
+        "Few steps with 4-bit weights (nf4), compiled: for memory and not for speed.",
+        (CastDtype("bfloat16"), Quantize("nf4"), MakeContiguous(), CallDefaults("turbo"), Compile()),
+    ),
+    Preset(
         "quality-bf16",
         "The family's full steps and guidance in bfloat16, compiled: for a base (undistilled) checkpoint.",
         (*_FAST_BF16, MakeContiguous(), CallDefaults("quality"), *_FAST_PARTS),
     ),
+    Preset(
+        "quality-fp8",
+        "The family's full steps and guidance with fp8 linears on fused kernels: for a base checkpoint.",
+        (*_FAST_FP8, MakeContiguous(), CallDefaults("quality"), *_FAST_PARTS),
+    ),
+    Preset(
+        "quality-int8",
+        "The family's full steps and guidance with int8 linears, compiled: for a base checkpoint.",
+        (*_INT8, MakeContiguous(), CallDefaults("quality"), Compile()),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What one device should run.
+
+    Attributes:
+        device: A key of ``context.DEVICES``.
+        preset: Name of a preset.
+        why: The evidence, or that there is none.
+        extra: Transforms that this card needs beside those of the preset; they replace those in the same slot.
+    """
+
+    device: str
+    preset: str
+    why: str
+    extra: tuple[Transform, ...] = ()
+
+
+#: Device -> what to run there. The names are preset names, too: ``optimize(pipe, preset="rtx3090")``. Seconds are of
+#: one ERNIE-Image-Turbo picture at 1024x1024 in 8 steps, as its users publish them.
+CARDS: Mapping[str, Card] = MappingProxyType(
+    {
+        card.device: card
+        for card in (
+            Card("rtx4090", "turbo-fp8", "multiplies in fp8; nothing is published for this card"),
+            Card("rtx3090", "turbo-int8", "published: bf16 12.4 s, fp8 12.7 s (no fp8 units), int8 7.0 s"),
+            Card("rtx3060", "turbo-int8", "published: bf16 43 s, fp8 28.7 s, int8 14.4 s"),
+            Card("rtx4060", "turbo-q4", "in 8 bits the transformer alone (8 GB) fills the card; nothing is published"),
+            Card("a100", "turbo-bf16", "has the memory for bf16; whether int8 is faster here nobody has published"),
+            Card("a6000", "turbo-int8", "the same architecture as the RTX 3090, where int8 takes 0.56 of the time"),
+            Card(
+                "h100",
+                "turbo-fp8",
+                "measured on an H200: a step of the stock model takes 95 ms in fp8 and 134 ms in bf16, both compiled",
+            ),
+            Card(
+                "ascend910b",
+                "npu-bf16",
+                "masks as its kernels take them; no quantized kernels are known to work through diffusers here",
+            ),
+        )
+    }
 )
 
 
 def find_preset(preset: Preset | str) -> Preset:
-    """Return a preset by name, or the preset itself.
+    """Return a preset by its name or that of a card, or the preset itself.
 
     Raises:
-        UnknownNameError: There is no preset of that name.
+        UnknownNameError: There is no preset and no card of that name.
     """
     if isinstance(preset, Preset):
         return preset
-    if preset not in presets:
-        raise UnknownNameError("preset", preset, presets)
-    return presets[preset]
+    if preset in presets:
+        return presets[preset]
+    if preset in CARDS:
+        return card_preset(CARDS[preset])
+    raise UnknownNameError("preset", preset, (*presets, *CARDS))
 
 
-def fitting_preset(context: Context) -> Preset:
-    """Return the Turbo preset that pays most on a machine and can run there."""
-    if context.device == "cpu":
-        return presets["turbo-fp32"]  # few CPUs multiply in bfloat16
-    if context.device == "npu":
-        return presets["npu-bf16"]
-    if (context.capability or (0, 0)) >= (8, 9) and "triton" in context.versions:
-        return presets["turbo-fp8"]
-    return presets["turbo-bf16"]
+def card_preset(card: Card) -> Preset:
+    """Return what `card` should run, under the card's name."""
+    by_slot = {transform.slot: transform for transform in (*presets[card.preset].transforms, *card.extra)}
+    return Preset(card.device, f"{card.preset} for this card: {card.why}.", tuple(by_slot.values()))

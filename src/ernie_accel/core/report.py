@@ -121,6 +121,7 @@ def _entry_json(entry: Entry) -> dict[str, Any]:
         "changed": applied.changed,
         "skipped": dict(applied.skipped),
         "note": applied.note,
+        "details": [detail.to_json() for detail in applied.details],
         "ms": round(applied.seconds * 1e3, 3),
         "bytes_before": applied.bytes_before,
         "bytes_after": applied.bytes_after,

@@ -7,9 +7,10 @@ plan, it compares by value and it survives a round trip through JSON. See ``docs
 from __future__ import annotations
 
 import enum
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ernie_accel.core.components import Pipeline
@@ -72,6 +73,35 @@ class Preview:
 
 
 @dataclass(frozen=True)
+class LayerReceipt:
+    """What quantizing did to one layer.
+
+    Attributes:
+        name: Component and path, "transformer.layers.1.mlp.up_proj".
+        scheme: How its weight is stored, "fp8".
+        backend: The library that did it, "torchao".
+        dtype: Of the weight before, "bfloat16"; products give it still.
+        shape: (N, K) of the weight.
+        bytes_before: Bytes of the layer before, bias included.
+        bytes_after: Bytes afterwards, scales and bias included.
+        sqnr_db: Signal-to-quantization-noise ratio of the weight in dB, to 0.001; infinite if no bit was lost.
+    """
+
+    name: str
+    scheme: str
+    backend: str
+    dtype: str
+    shape: tuple[int, int]
+    bytes_before: int
+    bytes_after: int
+    sqnr_db: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data; an infinite SQNR is None, for which JSON has a word."""
+        return asdict(self) | {"sqnr_db": self.sqnr_db if math.isfinite(self.sqnr_db) else None}
+
+
+@dataclass(frozen=True)
 class Applied:
     """The receipt of one transform.
 
@@ -81,6 +111,7 @@ class Applied:
         no_undo: Where `undo` is None, the reason why.
         skipped: What was left as it was although asked for, with the reason of each.
         note: What the reader of a report should know.
+        details: One receipt a layer, where a transform changes layers one by one; in the JSON, not in the table.
         seconds: Wall time of `Transform.apply`; filled in by ``optimize``.
         bytes_before: Bytes of the pipe's weights before; filled in by ``optimize``.
         bytes_after: Bytes of the pipe's weights after; filled in by ``optimize``.
@@ -91,6 +122,7 @@ class Applied:
     no_undo: str | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
+    details: tuple[LayerReceipt, ...] = field(default=(), repr=False)
     seconds: float = 0.0
     bytes_before: int = 0
     bytes_after: int = 0
@@ -125,6 +157,11 @@ class Transform(ABC):
     @property
     def floor_db(self) -> float | None:
         """For a LOSSY transform, the promised signal-to-noise ratio of the latents in dB; else None."""
+        return None
+
+    @property
+    def moves_to(self) -> str | None:
+        """The device the pipe will live on once this ran, for which a plan is made; None leaves it where it is."""
         return None
 
     @abstractmethod

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.families.ernie_image import ERNIE_IMAGE
-from ernie_accel.families.family import CallSettings, Family
+from ernie_accel.families.family import CallSettings, Family, Shape
 from ernie_accel.families.newbie import NEWBIE
 from ernie_accel.families.z_image import Z_IMAGE
 
-__all__ = ["CallSettings", "FAMILIES", "Family", "family_of"]
+__all__ = ["CallSettings", "FAMILIES", "Family", "Shape", "family_of"]
 
 FAMILIES: tuple[Family, ...] = (ERNIE_IMAGE, Z_IMAGE, NEWBIE)
 
 
 def family_of(pipe: Pipeline) -> Family | None:
-    """Return the family whose transformer class `pipe` has, or None."""
+    """Return the family whose transformer class `pipe` has, else the one whose shape its transformer has, or None."""
     transformer = getattr(pipe, "transformer", None)
     names = {cls.__name__ for cls in type(transformer).__mro__}
-    return next((family for family in FAMILIES if names & set(family.transformer_classes)), None)
+    by_class = (family for family in FAMILIES if names & set(family.transformer_classes))
+    by_shape = (family for family in FAMILIES if family.shape is not None and family.shape.fits(transformer))
+    return next(by_class, None) or next(by_shape, None)

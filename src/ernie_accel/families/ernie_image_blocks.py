@@ -95,10 +95,9 @@ class _Part(nn.Module):
         self.register_load_state_dict_pre_hook(_join_parts)  # type: ignore[no-untyped-call]
 
     @property
-    def fused(self) -> FusedLinear | None:
-        """The fused layer, or None while the linear layers stand alone."""
-        layer = self._modules.get(self.fused_name)
-        return layer if isinstance(layer, FusedLinear) else None
+    def fused(self) -> nn.Module | None:
+        """The fused layer (or what quantization put in its place), or None while the linear layers stand alone."""
+        return self._modules.get(self.fused_name)
 
     def why_not_fused(self) -> str | None:
         """Return why the linear layers cannot be fused, or None."""
@@ -127,7 +126,7 @@ class _Part(nn.Module):
         """
         if self.fused is None:
             return
-        if not self.fused.is_plain:
+        if not isinstance(self.fused, FusedLinear) or not self.fused.is_plain:
             raise ErnieAccelError(
                 f"Cannot split {self.fused_name} into {', '.join(self.fusible)}: its weight is quantized. Undo the "
                 "quantization first (ernie_accel.restore(pipe)); to use a LoRA, load it before optimizing."

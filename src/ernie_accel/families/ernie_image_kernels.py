@@ -22,10 +22,12 @@ class KernelErnieBlock(RewrittenErnieBlock):
     """A `RewrittenErnieBlock` with fused layers, computed by fused kernels; its children are that block's own.
 
     Each product may be bfloat16 or fp8 (`Fp8Linear`); the kernel before it writes what it reads.
+    With `fp8_attention` the attention between two fp8 products is in fp8, too, where no prompt is padded.
     """
 
-    def __init__(self, block: RewrittenErnieBlock) -> None:
+    def __init__(self, block: RewrittenErnieBlock, fp8_attention: bool) -> None:
         nn.Module.__init__(self)
+        self.fp8_attention = fp8_attention
         for name, child in block.named_children():
             setattr(self, name, child)
 
@@ -50,9 +52,14 @@ class KernelErnieBlock(RewrittenErnieBlock):
             rows = ops.norm_modulate(x_bsh, norm_sa.weight, scale_sa, shift_sa, norm_sa.eps)
         qkv_bs3h = to_qkv(rows)
         norm_q, norm_k, heads = attention.norm_q, attention.norm_k, attention.heads
-        q_bsnd, k_bsnd = ops.qk_norm_rope(qkv_bs3h, norm_q.weight, norm_k.weight, cos_bs1d, sin_bs1d, heads, norm_q.eps)
-        v_bsnd = qkv_bs3h.chunk(3, -1)[2].unflatten(-1, (heads, -1))
-        branch_bsh = to_out(attention.attend(q_bsnd, k_bsnd, v_bsnd, mask_b11s))
+        qk = (qkv_bs3h, norm_q.weight, norm_k.weight, cos_bs1d, sin_bs1d, heads, norm_q.eps)
+        if self.fp8_attention and mask_b11s is None and isinstance(to_out, Fp8Linear):
+            *qkv_bsnd, scale = ops.qkv_fp8(*qk)
+            branch_bsh = to_out(Fp8Rows(ops.attention_fp8(*qkv_bsnd, scale), scale))
+        else:
+            q_bsnd, k_bsnd = ops.qk_norm_rope(*qk)
+            v_bsnd = qkv_bs3h.chunk(3, -1)[2].unflatten(-1, (heads, -1))
+            branch_bsh = to_out(attention.attend(q_bsnd, k_bsnd, v_bsnd, mask_b11s))
 
         add = (x_bsh, branch_bsh, gate_sa, norm_mlp.weight, scale_mlp, shift_mlp, norm_mlp.eps)
         if isinstance(gate_up, Fp8Linear):
@@ -71,7 +78,7 @@ def is_installed(transformer: Any) -> bool:
     return any(isinstance(layer, KernelErnieBlock) for layer in transformer.layers)
 
 
-def install(transformer: Any, undo: Undo) -> dict[str, str]:
+def install(transformer: Any, undo: Undo, fp8_attention: bool = False) -> dict[str, str]:
     """Put the rewritten blocks of `transformer` on the kernels in place; return what could not be: path -> reason."""
     skipped = {}
     for i, block in enumerate(transformer.layers):
@@ -80,7 +87,7 @@ def install(transformer: Any, undo: Undo) -> dict[str, str]:
             skipped[f"transformer.layers.{i}"] = "; ".join(str(part.why_not_fused()) for part in apart)
             continue
         undo.push(partial(transformer.layers.__setitem__, i, block))
-        transformer.layers[i] = KernelErnieBlock(block)
+        transformer.layers[i] = KernelErnieBlock(block, fp8_attention)
     undo.setattr(transformer, "_repeated_blocks", [*transformer._repeated_blocks, KernelErnieBlock.__name__])
     for method in ("load_lora_adapter", "add_adapter"):
         undo.setattr(transformer, method, MethodType(_refuse_lora, transformer))

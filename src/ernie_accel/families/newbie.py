@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from ernie_accel.families.family import CallSettings, Family
+from ernie_accel.families.family import CallSettings, Family, Shape
 
 NEWBIE = Family(
     name="NewBie-image",
     transformer_classes=("Lumina2Transformer2DModel",),
+    # Its pooled CLIP text embedding is what NewBie adds to Lumina 2: `pooled_projection_dim` in diffusers' open pull
+    # request 12803. Z-Image has the refiners too, and FLUX the setting; only this architecture has both.
+    shape=Shape(modules=("context_refiner", "noise_refiner", "layers"), config=("pooled_projection_dim",)),
     modes=MappingProxyType({"quality": CallSettings(28, None, "the authors' guides name 20 to 28 steps")}),
+    schedulers=("unipc", "dpmpp_2m_sde"),
     size_multiple=16,
     sizes=((1024, 1024),),
     keep_precise=MappingProxyType(
@@ -19,6 +23,13 @@ NEWBIE = Family(
                 r"time_caption_embed\b",
                 r"norm_out\b",
                 r".*norm1\.linear\b",
+                # The same parts by the names of the authors' own code, and the pooled embedding's.
+                r"t_embedder\b",
+                r"cap_embedder\b",
+                r"final_layer\b",
+                r".*adaLN_modulation\b",
+                r"(.*\.)?clip_text_pooled_proj\b",
+                r"time_text_embed\b",
             ),
         }
     ),

@@ -1,4 +1,4 @@
-"""Z-Image-Turbo: a 6B single-stream DiT with two refiners, a Qwen 3 text encoder."""
+"""Z-Image and Z-Image-Turbo: a 6B single-stream DiT with two refiners, a Qwen 3 text encoder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from ernie_accel.families.family import CallSettings, Family
 Z_IMAGE = Family(
     name="Z-Image",
     transformer_classes=("ZImageTransformer2DModel",),
-    modes=MappingProxyType({"turbo": CallSettings(9, 0.0, "the model card of Z-Image-Turbo")}),
+    modes=MappingProxyType(
+        {
+            "turbo": CallSettings(9, 0.0, "the model card of Z-Image-Turbo"),
+            "quality": CallSettings(50, 4.0, "the undistilled Z-Image: 28 to 50 steps, guidance 3 to 5"),
+        }
+    ),
     size_multiple=16,
     sizes=((1024, 1024), (1280, 720), (720, 1280)),
     keep_precise=MappingProxyType(

@@ -23,40 +23,39 @@ def _fp8_scale(amax):
 
 @triton.jit
 def _norm_modulate_kernel(
-    X, BRANCH, GATE, WEIGHT, SCALE, SHIFT, X_OUT, Y, Y_SCALE,
-    tokens, width, eps,
+    X, BRANCH, GATE, WEIGHT, SCALE, SHIFT, X_OUT, Y, Y_SCALE, tokens, eps, WIDTH: tl.constexpr,
     HAS_BRANCH: tl.constexpr, QUANTIZE: tl.constexpr, ROWS: tl.constexpr, LOOPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
+    start = batch * tokens * WIDTH  # 64 bits once; within a batch element 32 bits do
     column = tl.arange(0, BLOCK)
-    inside = column < width
+    inside = column < WIDTH
     dtype = X.dtype.element_ty
     weight = tl.load(WEIGHT + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    scale = tl.load(SCALE + batch * width + column, mask=inside, other=0.0)[None, :]
-    shift = tl.load(SHIFT + batch * width + column, mask=inside, other=0.0)[None, :]
+    scale = tl.load(SCALE + batch * WIDTH + column, mask=inside, other=0.0)[None, :]
+    shift = tl.load(SHIFT + batch * WIDTH + column, mask=inside, other=0.0)[None, :]
     if HAS_BRANCH:
-        gate = tl.load(GATE + batch * width + column, mask=inside, other=0.0)[None, :]
+        gate = tl.load(GATE + batch * WIDTH + column, mask=inside, other=0.0)[None, :]
     for i in range(LOOPS):
         token = (tl.program_id(0) * LOOPS + i) * ROWS + tl.arange(0, ROWS)
-        row = batch * tokens + token
-        at = row[:, None] * width + column[None, :]
+        at = token[:, None] * WIDTH + column[None, :]
         here = (token < tokens)[:, None] & inside[None, :]
-        x = tl.load(X + at, mask=here, other=0.0).to(tl.float32)
+        x = tl.load(X + start + at, mask=here, other=0.0).to(tl.float32)
         if HAS_BRANCH:
-            branch = tl.load(BRANCH + at, mask=here, other=0.0).to(tl.float32)
+            branch = tl.load(BRANCH + start + at, mask=here, other=0.0).to(tl.float32)
             x = (x + (gate * branch).to(dtype).to(tl.float32)).to(dtype)
-            tl.store(X_OUT + at, x, mask=here)
+            tl.store(X_OUT + start + at, x, mask=here)
             x = x.to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None]
+        inverse = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)[:, None]
         y = ((x * inverse).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
         y = (y * scale + shift).to(dtype)
         if QUANTIZE:
-            y = y.to(tl.float32)
-            fp8_scale = _fp8_scale(tl.max(tl.where(here, tl.abs(y), 0.0), 1))
-            tl.store(Y + at, (y / fp8_scale[:, None]).to(tl.float8e4nv), mask=here)
-            tl.store(Y_SCALE + row, fp8_scale, mask=token < tokens)
+            y = y.to(tl.float32)  # zero outside the row: so are weight, scale and shift
+            fp8_scale = _fp8_scale(tl.max(tl.abs(y), 1))
+            tl.store(Y + start + at, (y * (1.0 / fp8_scale)[:, None]).to(tl.float8e4nv), mask=here)
+            tl.store(Y_SCALE + batch * tokens + token, fp8_scale, mask=token < tokens)
         else:
-            tl.store(Y + at, y, mask=here)
+            tl.store(Y + start + at, y, mask=here)
 
 
 @triton.jit
@@ -79,7 +78,7 @@ def _quantize_rows_kernel(X, Y, Y_SCALE, width, BLOCK: tl.constexpr):
     inside = column < width
     x = tl.load(X + row * width + column, mask=inside, other=0.0).to(tl.float32)
     fp8_scale = _fp8_scale(tl.max(tl.abs(x), 0))
-    tl.store(Y + row * width + column, (x / fp8_scale).to(tl.float8e4nv), mask=inside)
+    tl.store(Y + row * width + column, (x * (1.0 / fp8_scale)).to(tl.float8e4nv), mask=inside)
     tl.store(Y_SCALE + row, fp8_scale)
 
 
@@ -95,9 +94,10 @@ def _gelu(x):
 
 
 @triton.jit
-def _gelu_mul_chunk(GATE_UP, row, column, width, inside):
-    gate = tl.load(GATE_UP + row * 2 * width + column, mask=inside, other=0.0)
-    up = tl.load(GATE_UP + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+def _gelu_mul_chunk(GATE, UP, column, width):
+    inside = column < width
+    gate = tl.load(GATE + column, mask=inside, other=0.0)
+    up = tl.load(UP + column, mask=inside, other=0.0).to(tl.float32)
     return _gelu(gate.to(tl.float32)).to(gate.dtype).to(tl.float32) * up
 
 
@@ -106,16 +106,18 @@ def _gelu_mul_quantize_kernel(GATE_UP, Y, Y_SCALE, width, CHUNKS: tl.constexpr, 
     """A row is up to four chunks of BLOCK, held in registers until its largest value is known."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    y0 = _gelu_mul_chunk(GATE_UP, row, column, width, column < width)
+    gate = GATE_UP + row * 2 * width
+    up = gate + width
+    y0 = _gelu_mul_chunk(gate, up, column, width)
     amax = tl.max(tl.abs(y0), 0)
     if CHUNKS > 1:
-        y1 = _gelu_mul_chunk(GATE_UP, row, column + BLOCK, width, column + BLOCK < width)
+        y1 = _gelu_mul_chunk(gate, up, column + BLOCK, width)
         amax = tl.maximum(amax, tl.max(tl.abs(y1), 0))
     if CHUNKS > 2:
-        y2 = _gelu_mul_chunk(GATE_UP, row, column + 2 * BLOCK, width, column + 2 * BLOCK < width)
+        y2 = _gelu_mul_chunk(gate, up, column + 2 * BLOCK, width)
         amax = tl.maximum(amax, tl.max(tl.abs(y2), 0))
     if CHUNKS > 3:
-        y3 = _gelu_mul_chunk(GATE_UP, row, column + 3 * BLOCK, width, column + 3 * BLOCK < width)
+        y3 = _gelu_mul_chunk(gate, up, column + 3 * BLOCK, width)
         amax = tl.maximum(amax, tl.max(tl.abs(y3), 0))
     fp8_scale = _fp8_scale(amax)
     inverse = 1.0 / fp8_scale
@@ -135,14 +137,16 @@ def _gelu_mul_kernel(GATE_UP, Y, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    y = _gelu_mul_chunk(GATE_UP, row, column, width, inside)
+    gate = GATE_UP + row * 2 * width
+    y = _gelu_mul_chunk(gate, gate + width, column, width)
     tl.store(Y + row * width + column, y.to(Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _qk_norm_rope_kernel(
-    QKV, WEIGHT_Q, WEIGHT_K, COS, SIN, Q, K, eps, heads, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr
-):
+    QKV, WEIGHT_Q, WEIGHT_K, COS, SIN, Q, K, V_AMAX, eps, heads, FIND_AMAX: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)
     dim = tl.arange(0, HALF)
@@ -165,6 +169,23 @@ def _qk_norm_rope_kernel(
         out = OUT + row * heads * D + at
         tl.store(out, (x1 * cos1 - x2 * sin1).to(OUT.dtype.element_ty), mask=inside)
         tl.store(out + D // 2, (x2 * cos2 + x1 * sin2).to(OUT.dtype.element_ty), mask=inside)
+    if FIND_AMAX:
+        source = QKV + row * 3 * heads * D + 2 * heads * D + at
+        v1 = tl.abs(tl.load(source, mask=inside, other=0.0).to(tl.float32))
+        v2 = tl.abs(tl.load(source + D // 2, mask=inside, other=0.0).to(tl.float32))
+        tl.atomic_max(V_AMAX, tl.max(tl.max(tl.maximum(v1, v2), 1), 0))
+
+
+@triton.jit
+def _quantize_values_kernel(QKV, V_AMAX, V, SCALE, width, BLOCK: tl.constexpr):
+    """The values of a fused projection with one scale for all, which is also written once a row."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    fp8_scale = _fp8_scale(tl.load(V_AMAX))
+    v = tl.load(QKV + row * 3 * width + 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(V + row * width + column, (v * (1.0 / fp8_scale)).to(tl.float8e4nv), mask=inside)
+    tl.store(SCALE + row, fp8_scale)
 
 
 def norm_modulate(
@@ -194,8 +215,8 @@ def norm_modulate(
         y,
         y if y_scale is None else y_scale,
         tokens,
-        width,
         eps,
+        WIDTH=width,
         HAS_BRANCH=branch_bsh is not None,
         QUANTIZE=quantize,
         ROWS=_ROWS,
@@ -249,11 +270,43 @@ def qk_norm_rope(
     qkv_bs3h: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Return queries and keys [B, S, N, D]."""
+    return _qk_norm_rope(qkv_bs3h, weight_q_d, weight_k_d, cos_bs1d, sin_bs1d, heads, eps, qkv_bs3h.dtype, None)
+
+
+def qkv_fp8(
+    qkv_bs3h: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return queries, keys and values in float8 [B, S, N, D], and the values' scale once for each row [B * S, 1]."""
+    qkv_bs3h = qkv_bs3h.contiguous()
+    amax = torch.zeros(1, device=qkv_bs3h.device)
+    fp8 = torch.float8_e4m3fn
+    q, k = _qk_norm_rope(qkv_bs3h, weight_q_d, weight_k_d, cos_bs1d, sin_bs1d, heads, eps, fp8, amax)
+    width = qkv_bs3h.shape[-1] // 3
+    rows = qkv_bs3h.numel() // (3 * width)
+    v, scale = torch.empty_like(q), amax.new_empty(rows, 1)
+    _quantize_values_kernel[(rows,)](
+        qkv_bs3h, amax, v, scale, width, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width)
+    )
+    return q, k, v, scale
+
+
+def _qk_norm_rope(
+    qkv_bs3h: Tensor,
+    weight_q_d: Tensor,
+    weight_k_d: Tensor,
+    cos_bs1d: Tensor,
+    sin_bs1d: Tensor,
+    heads: int,
+    eps: float,
+    dtype: torch.dtype,
+    v_amax: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     batch, tokens, width = qkv_bs3h.shape
     size = width // (3 * heads)
-    q, k = (qkv_bs3h.new_empty(batch, tokens, heads, size) for _ in range(2))
+    q, k = (qkv_bs3h.new_empty(batch, tokens, heads, size, dtype=dtype) for _ in range(2))
     _qk_norm_rope_kernel[(batch * tokens,)](
-        qkv_bs3h.contiguous(), weight_q_d, weight_k_d, cos_bs1d.contiguous(), sin_bs1d.contiguous(), q, k, eps, heads,
+        qkv_bs3h.contiguous(), weight_q_d, weight_k_d, cos_bs1d.contiguous(), sin_bs1d.contiguous(), q, k,
+        q if v_amax is None else v_amax, eps, heads, FIND_AMAX=v_amax is not None,
         D=size, HALF=triton.next_power_of_2(size // 2), HEADS=triton.next_power_of_2(heads), num_warps=4,
     )  # fmt: skip
     return q, k

@@ -241,6 +241,50 @@ def _(
     return q_bsnd, torch.empty_like(q_bsnd)
 
 
+@custom_op("ernie_accel::qkv_fp8", mutates_args=())
+def qkv_fp8(
+    qkv_bs3h: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return `reference.qkv_fp8`: (queries, keys, values, scale of the values)."""
+    return reference.qkv_fp8(qkv_bs3h, weight_q_d, weight_k_d, cos_bs1d, sin_bs1d, heads, eps)
+
+
+@qkv_fp8.register_kernel("cuda")
+def _(
+    qkv_bs3h: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from ernie_accel.kernels import gpu
+
+    return gpu.qkv_fp8(qkv_bs3h, weight_q_d, weight_k_d, cos_bs1d, sin_bs1d, heads, eps)
+
+
+@qkv_fp8.register_fake
+def _(
+    qkv_bs3h: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, tokens, width = qkv_bs3h.shape
+    q, k, v = (qkv_bs3h.new_empty(batch, tokens, heads, width // (3 * heads), dtype=FP8) for _ in range(3))
+    return q, k, v, qkv_bs3h.new_empty(batch * tokens, 1, dtype=torch.float32)
+
+
+@custom_op("ernie_accel::attention_fp8", mutates_args=())
+def attention_fp8(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor) -> Tensor:
+    """Return `reference.attention_fp8`: float8, with `scale` [B * S, 1] for its rows, too."""
+    return reference.attention_fp8(q_bsnd, k_bsnd, v_bsnd, scale)
+
+
+@attention_fp8.register_kernel("cuda")
+def _(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor) -> Tensor:
+    from ernie_accel.kernels import cudnn_attention
+
+    return cudnn_attention.attention_fp8(q_bsnd, k_bsnd, v_bsnd, scale)
+
+
+@attention_fp8.register_fake
+def _(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor) -> Tensor:
+    return q_bsnd.new_empty(*q_bsnd.shape[:2], q_bsnd.shape[2] * q_bsnd.shape[3])
+
+
 @custom_op("ernie_accel::linear_fp8", mutates_args=())
 def linear_fp8(x_bsk: Tensor, x_scale: Tensor, weight_nk: Tensor, weight_scale: Tensor) -> Tensor:
     """Return the bfloat16 product [B, S, N] of quantized rows [B, S, K] and a quantized weight [N, K].

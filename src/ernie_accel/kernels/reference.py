@@ -67,6 +67,29 @@ def qk_norm_rope(
     return out[0], out[1]
 
 
+def qkv_fp8(
+    qkv_bs3h: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return `qk_norm_rope` and the values in float8 [B, S, N, D], and the values' scale, once a row [B * S, 1].
+
+    Queries and keys need no scale: they are normed, and float8_e4m3fn reaches from 2 ** -9 to 448. The values share
+    one scale, because attention sums over their rows.
+    """
+    q, k = qk_norm_rope(qkv_bs3h, weight_q_d, weight_k_d, cos_bs1d, sin_bs1d, heads, eps)
+    v = qkv_bs3h.chunk(3, -1)[2].float()
+    scale = v.abs().amax().clamp_min(SMALLEST_AMAX) / FP8_MAX
+    v8 = (v / scale).to(torch.float8_e4m3fn).view(q.shape)
+    q8, k8 = (x.float().clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn) for x in (q, k))
+    return q8, k8, v8, scale.expand(q.shape[0] * q.shape[1], 1).contiguous()
+
+
+def attention_fp8(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor) -> Tensor:
+    """Return the attention output [B, S, N * D] in float8, with the scale of the values, which it cannot exceed."""
+    q, k, v = (x.float().transpose(1, 2) for x in (q_bsnd, k_bsnd, v_bsnd))
+    out_bsnd = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return out_bsnd.flatten(2, 3).to(torch.float8_e4m3fn)
+
+
 def gelu_mul(gate_up_bs2f: Tensor) -> Tensor:
     """Return ``gelu(gate) * up`` [B, S, F] of both side by side [B, S, 2 * F]; rounds the GELU before the product."""
     gate, up = gate_up_bs2f.chunk(2, -1)

@@ -48,11 +48,21 @@ class Compile(Transform):
             reasons.append(context.no_compile)
         if reasons:
             return reasons
-        return [
+        return self._broken_by_quantization(pipe, context) + [
             f"{type(module).__name__} declares no repeated blocks to compile (_repeated_blocks)"
             for module in modules_of(pipe, self.components).values()
             if not getattr(module, "_repeated_blocks", None)
         ]
+
+    def _broken_by_quantization(self, pipe: Pipeline, context: Context) -> list[str]:
+        from ernie_accel.transforms.quantize import Quantize
+
+        quantize = context.planned_one(Quantize)
+        if quantize is None or not self.fullgraph:
+            return []
+        why = quantize.breaks_graph(pipe, context) if set(self.components) & set(quantize.components) else None
+        fix = "take another backend or scheme, or Compile(fullgraph=False)"
+        return [] if why is None else [f"{quantize!r} comes before, and {why}: {fix}"]
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         kernels = context.planned_one(FuseKernels)

@@ -21,6 +21,7 @@ from ernie_accel.transforms.dtype import CastDtype
 from ernie_accel.transforms.rewrite import RewriteBlocks, rewritten_blocks
 
 PRECISIONS = ("fp8", "bf16")
+ATTENTIONS = ("auto", "fp8", "bf16")
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,6 +34,8 @@ class FuseKernels(Transform):
 
     Attributes:
         precision: "fp8", or "bf16" for the kernels without quantization; these do nothing where they cannot run.
+        attention: With precision "fp8": "fp8" (by cuDNN; needs the extra "cudnn" and capability 9.0), "bf16", or "auto"
+            for fp8 where that is possible; the plan says which it is.
         exclude: Regular expressions of layers to leave in bfloat16, matched from the start of the path within the
             transformer; None takes the family's list.
         keep_originals: Keep the unquantized weights in host memory, so that ``restore`` is exact.
@@ -43,12 +46,15 @@ class FuseKernels(Transform):
     effect: ClassVar[Effect] = Effect.LOSSY
 
     precision: str
+    attention: str = field(default="auto", kw_only=True)
     exclude: tuple[str, ...] | None = field(default=None, kw_only=True)
     keep_originals: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise UnknownNameError("precision", self.precision, PRECISIONS)
+        if self.attention not in ATTENTIONS:
+            raise UnknownNameError("attention", self.attention, ATTENTIONS)
 
     @property
     def floor_db(self) -> float:
@@ -69,7 +75,7 @@ class FuseKernels(Transform):
         total = pipe_bytes(pipe) if cast is None else cast.preview(pipe, context).bytes_after or pipe_bytes(pipe)
         linears = [linear for _, linear in self._to_quantize(pipe)]
         saved = sum(linear.weight.numel() - 4 * linear.out_features for linear in linears)
-        return Preview(_block_paths(pipe), total - saved if linears else None)
+        return Preview(_block_paths(pipe), total - saved if linears else None, self._attention_note(context))
 
     def runs_on_kernels(self, pipe: Pipeline, context: Context) -> bool:
         """Return whether the blocks run on the kernels once this transform has had its turn."""
@@ -80,7 +86,7 @@ class FuseKernels(Transform):
 
         transformer, kept_bytes = pipe.transformer, 0
         with Undo() as undo:
-            skipped = _kernels(pipe).install(transformer, undo)
+            skipped = _kernels(pipe).install(transformer, undo, self._fp8_attention(context))
             on_kernels = tuple(path for path in _block_paths(pipe) if path not in skipped)
             for path, linear in list(self._to_quantize(pipe)):
                 if not f"transformer.{path}".startswith(tuple(f"{block}." for block in on_kernels)):
@@ -94,7 +100,8 @@ class FuseKernels(Transform):
                 _swap(transformer.get_submodule(owner), name, Fp8Linear(linear.weight), undo, self.keep_originals)
         if not self.keep_originals and kept_bytes:
             return Applied(on_kernels, no_undo="keep_originals=False: the weights are gone", skipped=skipped)
-        note = f"keeps {human_bytes(kept_bytes)} of originals in host memory for restore()" if kept_bytes else ""
+        kept = f"keeps {human_bytes(kept_bytes)} of originals in host memory for restore()" if kept_bytes else ""
+        note = "; ".join(filter(None, (self._attention_note(context), kept)))
         return Applied(on_kernels, undo=undo, skipped=skipped, note=note)
 
     def _why_not(self, pipe: Pipeline, context: Context) -> list[str]:
@@ -112,16 +119,40 @@ class FuseKernels(Transform):
             name = family.name if family else type(pipe).__name__
             instead = ": use Quantize('fp8') in its place" if self.precision == "fp8" else ""
             return [*reasons, f"there are no fused kernels for {name} yet{instead}"]
+        if self.attention == "fp8":
+            reasons += self._why_no_fp8_attention(context)
         rewrite = context.planned_one(RewriteBlocks)
         if rewrite is None and not rewritten_blocks(pipe).is_rewritten(pipe.transformer):
             reasons.append("it builds on the rewritten blocks: add RewriteBlocks()")
         if rewrite is not None and not rewrite.fuse:
             reasons.append(f"{rewrite!r} leaves the linear layers apart: use RewriteBlocks()")
+        if getattr(pipe.transformer, "_hf_peft_config_loaded", False):
+            reasons.append(
+                "a LoRA is loaded, and the kernels have no layers for it: merge it (pipe.fuse_lora(), then "
+                "pipe.unload_lora_weights())"
+            )
         cast = context.planned_one(CastDtype)
         dtype = cast.dtype if cast is not None else str(pipe.transformer.dtype).removeprefix("torch.")
         if dtype != "bfloat16":
             reasons.append(f"the kernels take bfloat16 weights, found {dtype}: add CastDtype('bfloat16')")
         return reasons
+
+    def _why_no_fp8_attention(self, context: Context) -> list[str]:
+        reasons = [] if self.precision == "fp8" else ["fp8 attention goes with FuseKernels('fp8')"]
+        if (context.capability or (0, 0)) < (9, 0):
+            reasons.append("fp8 attention needs CUDA compute capability >= 9.0")
+        return reasons + context.missing("cudnn")
+
+    def _fp8_attention(self, context: Context) -> bool:
+        return self.attention != "bf16" and not self._why_no_fp8_attention(context)
+
+    def _attention_note(self, context: Context) -> str:
+        if self.precision != "fp8":
+            return ""
+        if self._fp8_attention(context):
+            return "attention in fp8 by cuDNN"
+        reasons = self._why_no_fp8_attention(context) if self.attention == "auto" else []
+        return ": ".join(["attention in bf16", *filter(None, ["; ".join(reasons)])])
 
     def _to_quantize(self, pipe: Pipeline) -> Iterator[tuple[str, torch.nn.Linear]]:
         """Yield (path within the transformer, layer) of the blocks' linear layers that are to be fp8."""

@@ -81,6 +81,7 @@ class GraphedForward:
         self._transformer, self._blocks, self._forward = transformer, blocks, transformer.forward
         self._max_tokens, self._keep, self._record = max_tokens, keep, record or _record
         self._graphs: OrderedDict[Any, _Graph | None] = OrderedDict()  # None: seen once, not yet captured
+        self._is_hooked = False  # weights that come and go while the forward runs cannot be captured
         self._picture: tuple[Any, Any] = (None, None)  # the embeddings the weights were last checked for, and the key
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -94,6 +95,12 @@ class GraphedForward:
         embeddings = inputs[self._blocks.DEVICE_INPUTS[-1]]
         same_picture = self._picture[0] is embeddings and self._picture[1] == key
         self._picture = (embeddings, key)
+        if not same_picture:
+            self._is_hooked = any(
+                _has_hook(part) for part in self._transformer.modules() if part is not self._transformer
+            )
+        if self._is_hooked:
+            return self._forward(**arguments)
 
         graph = self._graphs.get(key)
         if graph is not None and not same_picture and graph.weights != self._weights():
@@ -126,6 +133,11 @@ class GraphedForward:
     def _weights(self) -> tuple[int, ...]:
         tensors = [*self._transformer.parameters(), *self._transformer.buffers()]
         return tuple(tensor.data_ptr() for tensor in tensors)
+
+
+def _has_hook(part: torch.nn.Module) -> bool:
+    """Return whether accelerate or diffusers move or cast this module's weights when it is called."""
+    return hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook")
 
 
 def _record(forward: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[Callable[[], None], Tensor]:

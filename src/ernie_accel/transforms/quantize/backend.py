@@ -1,9 +1,11 @@
-"""What a quantization backend must answer: what it can do here, and how to store one linear layer."""
+"""What a quantization backend must answer: can it, quantize, dequantize, and which tensors hold the result."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -13,52 +15,159 @@ from ernie_accel.core.context import Context
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a weight is stored, and what its matrix product needs.
+    """How a weight is stored, and what is promised of it. The promises are earned by tests.
 
     Attributes:
         name: Name of the scheme.
-        bytes_per_weight: Bytes for one weight, without scales.
-        min_capability: Lowest CUDA compute capability that multiplies in it; None: any device.
-        floor_db: Promised SQNR of the final latents in dB against the unquantized pipe, same seed.
+        summary: What it stores and how it multiplies.
+        weight_db: Promised SQNR of a weight in dB, for a matrix of normally distributed values.
+        floor_db: Promised SQNR of the final latents in dB against the unquantized pipe, same seed, 8 steps; earned on
+            the embedded model, except for "nvfp4" and "mxfp8": cautious guesses, for want of the hardware.
     """
 
     name: str
-    bytes_per_weight: float
-    min_capability: tuple[int, int] | None
+    summary: str
+    weight_db: float
     floor_db: float
 
 
-SCHEMES: dict[str, Scheme] = {
-    scheme.name: scheme
-    for scheme in (
-        Scheme("fp8", 1, (8, 9), 10.0),
-        Scheme("fp8-weight-only", 1, None, 10.0),
-        Scheme("int8", 1, (8, 0), 10.0),
-        Scheme("int8-weight-only", 1, None, 10.0),
-    )
-}
+SCHEMES: Mapping[str, Scheme] = MappingProxyType(
+    {
+        scheme.name: scheme
+        for scheme in (
+            Scheme("fp8", "e4m3 weights x e4m3 activations, a scale per row, scaled at run time", 30, 25),
+            Scheme("fp8-weight-only", "e4m3 weights, multiplied in the pipe's dtype", 28, 30),
+            Scheme("int8", "int8 weights x int8 activations, a scale per row, scaled at run time", 36, 33),
+            Scheme("int8-weight-only", "int8 weights with a scale per row, multiplied in the pipe's dtype", 36, 36),
+            Scheme("int4", "4-bit integers in groups, multiplied in the pipe's dtype", 17, 16),
+            Scheme("nf4", "4-bit NormalFloat in blocks of 64 (QLoRA, arXiv 2305.14314)", 18, 18),
+            Scheme("fp4", "4-bit floats (e2m1) in blocks of 64", 16, 6),
+            Scheme("nvfp4", "e2m1 weights x e2m1 activations, an e4m3 scale per 16 values", 18, 10),
+            Scheme("mxfp8", "e4m3 weights x e4m3 activations, a power-of-two scale per 32 values (OCP MX)", 28, 20),
+            Scheme("gguf-q8_0", "llama.cpp's Q8_0: int8 in blocks of 32 with a float16 scale", 40, 36),
+            Scheme("gguf-q5_0", "llama.cpp's Q5_0: 5 bits in blocks of 32 with a float16 scale", 24, 22),
+            Scheme("gguf-q4_0", "llama.cpp's Q4_0: 4 bits in blocks of 32 with a float16 scale", 18, 17),
+        )
+    }
+)
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """What is known of a linear layer before it is touched.
+
+    Attributes:
+        out_features: Rows N of the weight [N, K].
+        in_features: Columns K.
+        dtype: Of the weight at the time of quantizing.
+        bias_bytes: Bytes of the bias at that time; 0 if there is none.
+    """
+
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    bias_bytes: int = 0
+
+    @property
+    def numel(self) -> int:
+        """Weights of the layer, N x K."""
+        return self.out_features * self.in_features
+
+    def not_multiple_of(self, inputs: int, outputs: int = 1) -> str | None:
+        """Return why the shape does not fit if K is no multiple of `inputs` or N none of `outputs`; else None."""
+        if self.in_features % inputs:
+            return f"its {self.in_features} inputs are no multiple of {inputs}"
+        if self.out_features % outputs:
+            return f"its {self.out_features} outputs are no multiple of {outputs}"
+        return None
 
 
 class Backend(ABC):
-    """One quantization library."""
+    """One quantization library, as four answers. Concrete ones are final and carry no state.
+
+    1. `unsupported`, `layer_problem`, `stored_bytes`: what can it do here, what not and why, and how large is it?
+    2. `quantize`: make the layer that takes a linear's place.
+    3. `dequantize`: what does such a layer hold?
+    4. `tensors`: which tensors are its content? They are saved, and a reload copies them into a blank layer of the
+       same scheme and shape; so no backend needs a file format of its own, and none reads one.
+
+    Class-level facts:
+        name: As in ``Quantize(backend=...)``.
+        package: What it imports; None if diffusers itself does the work.
+        schemes: The names of its schemes, each with the lowest CUDA compute capability it runs on; (0, 0) is any
+            device of `devices`.
+        devices: torch device types it runs on.
+    """
 
     name: ClassVar[str]
-    package: ClassVar[str]
-    schemes: ClassVar[tuple[str, ...]]
+    package: ClassVar[str | None]
+    schemes: ClassVar[Mapping[str, tuple[int, int]]]
+    devices: ClassVar[tuple[str, ...]] = ("cuda", "cpu")
 
-    @abstractmethod
-    def layer_problem(self, scheme: Scheme, linear: torch.nn.Linear) -> str | None:
-        """Return why `linear` cannot be stored in `scheme`, or None."""
-
-    @abstractmethod
-    def quantize(self, scheme: Scheme, linear: torch.nn.Linear) -> None:
-        """Replace the weight of `linear` in place; `linear` itself and its bias stay."""
-
-    def unsupported(self, scheme: Scheme, context: Context) -> list[str]:
-        """Return every reason why `scheme` cannot run on this machine."""
+    def unsupported(self, scheme: str, context: Context) -> list[str]:
+        """Return every reason why `scheme` cannot run on this machine; empty if it can."""
+        if scheme not in self.schemes:
+            return [f"{self.name} has no {scheme}; it has {', '.join(self.schemes)}"]
         reasons = []
-        if scheme.min_capability is not None and (context.capability or (0, 0)) < scheme.min_capability:
-            need = "{}.{}".format(*scheme.min_capability)
+        need = self.schemes[scheme]
+        if need > (0, 0) and (context.capability or (0, 0)) < need:
             have = "{}.{}".format(*context.capability) if context.capability else f"no CUDA ({context.device})"
-            reasons.append(f"{scheme.name} needs CUDA compute capability >= {need}; this device has {have}")
-        return reasons + context.missing(self.package)
+            reasons.append(f"{scheme} needs CUDA compute capability >= {need[0]}.{need[1]}; this device has {have}")
+        elif context.device not in self.devices:
+            reasons.append(f"{self.name} runs on {' and '.join(self.devices)}, not on {context.device}")
+        return reasons + (context.missing(self.package) if self.package else [])
+
+    @abstractmethod
+    def layer_problem(self, scheme: str, spec: LinearSpec, device: str) -> str | None:
+        """Return why a layer cannot be stored in `scheme` on `device` (a torch device type), or None."""
+
+    @abstractmethod
+    def stored_bytes(self, scheme: str, spec: LinearSpec) -> int:
+        """Return the bytes the layer will occupy, scales and bias included."""
+
+    @abstractmethod
+    def quantize(self, scheme: str, linear: torch.nn.Linear) -> torch.nn.Module:
+        """Return the layer that takes the place of `linear`, on its device; `linear` is not changed."""
+
+    def blank(self, scheme: str, linear: torch.nn.Linear) -> torch.nn.Module:
+        """Return a quantized layer for `linear`'s shape, dtype and device whose content is about to be copied in."""
+        return self.quantize(scheme, linear)
+
+    @abstractmethod
+    def dequantize(self, layer: torch.nn.Module) -> torch.Tensor:
+        """Return the weight [N, K] that a layer of this backend holds, in a floating dtype."""
+
+    @abstractmethod
+    def tensors(self, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """Return the tensors that are the layer's content, live, by a name that stays the same between versions."""
+
+    @abstractmethod
+    def holds(self, layer: torch.nn.Module) -> bool:
+        """Return whether `layer` is quantized by this library, whoever did it; imports nothing."""
+
+    def remark(self, scheme: str, device: str) -> str:
+        """Return what a reader of the plan should know of `scheme` on this torch device type; "" for nothing."""
+        return ""
+
+    def breaks_graph(self, scheme: str, dtype: torch.dtype) -> str | None:
+        """Return why ``torch.compile(fullgraph=True)`` cannot trace its layers, or None."""
+        return None
+
+
+def plain_copy(linear: torch.nn.Linear, weight: torch.Tensor) -> torch.nn.Linear:
+    """Return a fresh ``nn.Linear`` with this weight [N, K] and a copy of the bias; nothing is shared or initialised."""
+    copy = torch.nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    copy.weight = torch.nn.Parameter(weight, requires_grad=False)
+    copy.register_parameter("bias", bias_of(linear))
+    copy.training = linear.training
+    return copy
+
+
+def bias_of(linear: torch.nn.Linear) -> torch.nn.Parameter | None:
+    """Return a copy of the bias [N], or None."""
+    return None if linear.bias is None else torch.nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+
+
+def defined_in(obj: object, package: str) -> bool:
+    """Return whether the class of `obj`, or one it derives from, comes from `package`; imports nothing."""
+    return any(cls.__module__.split(".")[0] == package.split(".")[0] for cls in type(obj).__mro__)

@@ -1,0 +1,178 @@
+"""Check one row: its settings, its name, its structured prompt; every problem found is told with its fix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ernie_accel.batch.naming import collision_key, fill_pattern, folder_problem, name_problem
+from ernie_accel.batch.newbie import structure_problems
+from ernie_accel.batch.row import MAX_GUIDANCE, MAX_SEED, MAX_SIDE, MAX_STEPS, MAX_VARIANTS, Columns, Row
+
+
+@dataclass
+class RowCheck:
+    """How rows are checked, and the names that those before have taken.
+
+    Attributes:
+        pattern: How pictures are named; None if the pattern itself is bad, and names are not checked.
+        template: How prompts are made from columns; None: the column `prompt` holds them.
+        folder_by: The column that names a sub-folder.
+        size_multiple: Width and height must be divisible by this, in pixels.
+        default_size: Width and height in pixels for rows that do not give theirs.
+    """
+
+    pattern: str | None
+    template: str | None = None
+    folder_by: str | None = None
+    size_multiple: int = 16
+    default_size: tuple[int, int] | None = None
+    _taken: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def rows(self, line: int, index: int, columns: Columns) -> tuple[list[Row], list[str]]:
+        """Return the pictures that an input row asks for, or what is wrong with it."""
+        settings = Settings(columns)
+        prompt = settings.text("prompt") if self.template is None else fill_pattern(self.template, columns, index)
+        if prompt is not None and not prompt.strip():
+            prompt = None
+        if prompt is None and ("prompt" in columns or self.template is not None):
+            settings.messages.append("prompt is empty; write what to draw, or delete the line")
+        settings.messages += structure_problems(prompt or "")
+        seed = settings.whole("seed", 0, MAX_SEED, "write digits, e.g. 42, or leave it empty")
+        width, height = settings.size(self.size_multiple, self.default_size)
+        steps = settings.whole("steps", 1, MAX_STEPS, "write digits, e.g. 8, or leave it empty")
+        guidance_scale = settings.number("guidance_scale", MAX_GUIDANCE, "write e.g. 4.0, or leave it empty")
+        variants = (
+            settings.whole("variants", 1, MAX_VARIANTS, "write how many pictures, e.g. 4, or leave it empty") or 1
+        )
+        if seed is not None and seed + variants - 1 > MAX_SEED:
+            settings.messages.append(f"seed {seed} leaves no room for {variants} variants; choose a smaller one")
+        names = [] if self.pattern is None else self._names(line, index, columns, variants)
+        folder = columns.get(self.folder_by, "").strip() if self.folder_by else ""
+        messages = []
+        if folder and (reason := folder_problem(folder)):
+            messages.append(f"folder {shown(folder)} (from column {self.folder_by!r}) {reason}; change the value")
+            folder = ""
+        for name in names:
+            if self.pattern and (reason := self._name_problem(name, folder, line, self.pattern)):
+                messages.append(reason)
+        messages += settings.messages
+        if prompt is None or not names or messages:
+            return [], messages
+        return [
+            Row(
+                line=line,
+                index=index,
+                prompt=prompt,
+                file_name=name,
+                negative_prompt=settings.text("negative_prompt"),
+                seed=seed,
+                width=width,
+                height=height,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                variant=variant,
+                folder=folder,
+                columns=columns,
+            )
+            for variant, name in enumerate(names)
+        ], []
+
+    def _names(self, line: int, index: int, columns: Columns, variants: int) -> list[str]:
+        """Return a file name per variant; those of several are told apart by a number, counted from 1."""
+        name = fill_pattern(self.pattern or "", columns, index)
+        if variants == 1:
+            return [name]
+        stem, suffix = (name[:-4], name[-4:]) if name.lower().endswith(".png") else (name, "")
+        return [f"{stem}_v{variant + 1}{suffix}" for variant in range(variants)]
+
+    def _name_problem(self, name: str, folder: str, line: int, pattern: str) -> str | None:
+        """Return why a row cannot have its file name, by itself or beside the rows before."""
+        what = f"file name {shown(name)} (from {pattern!r})"
+        if reason := name_problem(name):
+            return f"{what} {reason}; change the value, or name pictures by another column"
+        first_line, first_name = self._taken.setdefault(collision_key(f"{folder}/{name}"), (line, name))
+        if first_line == line:
+            return None
+        taken_by = f"line {first_line}"
+        if first_name != name:
+            taken_by += f" as {shown(first_name)}, the same name where letter case or Unicode form is ignored"
+        unique = pattern.removesuffix(".png") + "_{index}.png"
+        return f"{what} is taken by {taken_by}; change one, or name pictures by {unique!r}"
+
+
+class Settings:
+    """The settings of one row, parsed; what is wrong with them gathers in `messages`."""
+
+    def __init__(self, columns: Mapping[str, str]) -> None:
+        self._columns = columns
+        self.messages: list[str] = []
+
+    def text(self, name: str) -> str | None:
+        value = self._columns.get(name, "")
+        return value if value.strip() else None
+
+    def whole(self, name: str, low: int, high: int, fix: str) -> int | None:
+        text = (self.text(name) or "").strip()
+        if not text:
+            return None
+        # Not int() alone: it also takes '1_000' and the digits of other scripts, and balks at very long ones.
+        if not re.fullmatch(r"[+-]?[0-9]{1,30}", text):
+            self.messages.append(f"{name} {shown(text)} is not a whole number; {fix}")
+        elif not low <= int(text) <= high:
+            self.messages.append(f"{name} {text} is not within {low} to {high}; {fix}")
+        else:
+            return int(text)
+        return None
+
+    def number(self, name: str, high: float, fix: str) -> float | None:
+        text = (self.text(name) or "").strip()
+        if not text:
+            return None
+        if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)", text):
+            self.messages.append(f"{name} {shown(text)} is not a number; {fix}")
+        elif not 0 <= float(text) <= high:
+            self.messages.append(f"{name} {text} is not within 0 to {high:g}; {fix}")
+        else:
+            return float(text)
+        return None
+
+    def size(self, multiple: int, default: tuple[int, int] | None) -> tuple[int | None, int | None]:
+        # Any whole number passes here, so that a bad size is told with the nearest good one.
+        limit = 10**30
+        found = len(self.messages)
+        width = self.whole("width", -limit, limit, f"write pixels, e.g. {64 * multiple}, or leave it empty")
+        height = self.whole("height", -limit, limit, f"write pixels, e.g. {64 * multiple}, or leave it empty")
+        if default is not None and len(self.messages) == found:
+            width, height = default[0] if width is None else width, default[1] if height is None else height
+        if reason := size_problem(width, height, multiple):
+            self.messages.append(reason)
+        return width, height
+
+
+def size_problem(width: int | None, height: int | None, multiple: int) -> str | None:
+    """Return why a size cannot be made, with the nearest that can (None: it can, or is not given)."""
+    given = {name: side for name, side in (("width", width), ("height", height)) if side is not None}
+    nearest = {name: _nearest_side(side, multiple) for name, side in given.items()}
+    if nearest == given:
+        return None
+    what = "size" if len(given) == 2 else next(iter(given))
+    return (
+        f"{what} {_by(given)} is not made of multiples of {multiple} from {multiple} to {MAX_SIDE}; "
+        f"the nearest valid {what} is {_by(nearest)}"
+    )
+
+
+def _nearest_side(side: int, multiple: int) -> int:
+    nearest = (side + multiple // 2) // multiple * multiple  # a tie goes up: no detail is lost
+    return min(max(nearest, multiple), MAX_SIDE // multiple * multiple)
+
+
+def _by(sides: Mapping[str, int]) -> str:
+    return "x".join(str(side) for side in sides.values())
+
+
+def shown(value: str) -> str:
+    """Return a value as messages quote it, cut where it is long."""
+    return repr(value if len(value) <= 80 else value[:77] + "...")

@@ -1,0 +1,198 @@
+"""The command ``ernie-accel batch``: options in, pictures and an exit code out."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ernie_accel.batch.job import Job, plan_job
+
+if TYPE_CHECKING:
+    from ernie_accel.batch.engines import Engine
+    from ernie_accel.batch.errors import Problem
+
+EXIT_FAILED, EXIT_INTERRUPTED = 3, 130
+
+
+def batch_command(
+    table: Annotated[Path, typer.Argument(help="CSV, JSON, JSONL or Parquet with a column `prompt`; or a job file.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; the job's ledger lives in it.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="File names: '{sku}.png', '{name}_{index:04d}.png'.")] = None,
+    template: Annotated[str | None, typer.Option(help="Prompts: 'a product photo of {name}, {style}'.")] = None,
+    folder_by: Annotated[str | None, typer.Option(help="Column to sort pictures by into sub-folders.")] = None,
+    skip_bad: Annotated[bool | None, typer.Option("--skip-bad", help="Leave out rows with mistakes.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the first row, for rows without one.")] = None,
+    overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace what exists or has changed.")] = None,
+    model: Annotated[str | None, typer.Option(help="Pipeline folder or hub id; default: the embedded model.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Preset, see `ernie-accel info`; default: what pays.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
+    skip_unsupported: Annotated[
+        bool | None, typer.Option("--skip-unsupported", help="Leave out what cannot run here instead of refusing.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures per batch; default: found by trying.")] = None,
+    free_encoders: Annotated[
+        bool | None, typer.Option("--free-encoders", help="Encode all prompts first, then free the encoders' memory.")
+    ] = None,
+    retries: Annotated[int | None, typer.Option(min=0, help="Further attempts for a row that fails.")] = None,
+    fail_fast: Annotated[bool | None, typer.Option("--fail-fast", help="Stop at the first row that fails.")] = None,
+    timeout: Annotated[float | None, typer.Option(min=0.1, help="Seconds for a batch, in a child process.")] = None,
+    endpoint: Annotated[list[str] | None, typer.Option(help="Image server to use instead; repeatable.")] = None,
+    server: Annotated[str | None, typer.Option(help="What the image servers run: sglang or vllm-omni.")] = None,
+    enhancer: Annotated[str | None, typer.Option(help="vLLM server with the prompt enhancer.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(min=1, help="Requests at once to each server.")] = None,
+    ray_actors: Annotated[int | None, typer.Option(min=1, help="Pipelines to run as Ray actors instead.")] = None,
+    ray_gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of each actor.")] = None,
+    sift: Annotated[bool | None, typer.Option("--sift", help="Set blank and grid-patterned pictures aside.")] = None,
+    blur: Annotated[float | None, typer.Option(help="Also blurred ones, of a Laplacian variance below this.")] = None,
+    duplicates: Annotated[int | None, typer.Option(help="Also near-duplicates, up to so many bits of 64.")] = None,
+    reroll: Annotated[int | None, typer.Option(min=0, help="Further seeds for a picture set aside.")] = None,
+    report: Annotated[bool | None, typer.Option(help="Write report.html and report.md at the end.")] = None,
+    gpu_price: Annotated[float | None, typer.Option(min=0, help="Price of a GPU-hour, for the report.")] = None,
+    power_price: Annotated[float | None, typer.Option(min=0, help="Price of a kWh, for the report.")] = None,
+    watts: Annotated[float | None, typer.Option(min=0, help="Power drawn, where it cannot be measured.")] = None,
+    log_json: Annotated[Path | None, typer.Option(help="Append the job's state as JSON lines.")] = None,
+    prometheus: Annotated[Path | None, typer.Option(help="Keep the job's state in Prometheus' text format.")] = None,
+) -> None:
+    """Make the pictures of a table; run again, it goes on. Exit codes: 0 all done, 3 some failed, 130 interrupted."""
+    given = dict(locals())
+    renamed = {"out": "output_dir", "pattern": "naming_pattern"}
+    given = {renamed.get(name, name): value for name, value in given.items() if name != "table" and value is not None}
+    if "endpoint" in given:
+        given["endpoint"] = tuple(given["endpoint"])
+    code = run_job(plan_job(table, given))
+    if code:
+        raise typer.Exit(code)
+
+
+def run_job(job: Job) -> int:
+    """Run a job, tell how it went, and return the exit code."""
+    from ernie_accel.batch import produce, read_table
+    from ernie_accel.batch.report import write_report
+    from ernie_accel.cli import EMBEDDED_SIZE_PX
+
+    here = not job.endpoint and job.model is None
+    skipped: list[Problem] = []
+    rows = read_table(
+        job.input_file,
+        pattern=job.naming_pattern,
+        template=job.template,
+        folder_by=job.folder_by,
+        default_size=EMBEDDED_SIZE_PX if here else None,
+        skipped=skipped if job.skip_bad else None,
+    )
+    for line, problem in skipped:
+        typer.echo(f"{job.input_file}:{line}: left out: {problem}", err=True)
+    engine, facts = _engine(job)
+    start, done, failed = time.perf_counter(), 0, 0
+    try:
+        with _interruptible() as interrupted:
+            results = produce(
+                engine,
+                rows,
+                job.output_dir,
+                seed=job.seed,
+                overwrite=job.overwrite,
+                batch_size=job.batch_size,
+                retries=job.retries,
+                fail_fast=job.fail_fast,
+                timeout_s=job.timeout,
+                sift=job.sifting(),
+                facts=facts,
+                log_json=job.log_json,
+                prometheus=job.prometheus,
+                stop=lambda: bool(interrupted),
+            )
+            for result in results:
+                done += result.error is None
+                failed += result.error is not None
+                if result.error is not None:
+                    where = f"{job.input_file}:{result.row.line}: {result.row.path}"
+                    typer.echo(f"{where} {'' if result.rejected else 'failed: '}{result.error}", err=True)
+    finally:
+        engine.close()
+    seconds = time.perf_counter() - start
+    before = len(rows) - done - failed
+    if job.report:
+        write_report(job.output_dir, gpu_price=job.gpu_price, power_price=job.power_price, watts=job.watts)
+    rest = f", {before} {'not begun' if interrupted else 'done before or not begun'}" if before else ""
+    typer.echo(f"{done} succeeded, {failed} failed{rest}, in {seconds:.1f} s: {job.output_dir.resolve()}")
+    if interrupted:
+        typer.echo("Interrupted; run the same command again to go on.", err=True)
+        return EXIT_INTERRUPTED
+    return EXIT_FAILED if failed else 0
+
+
+def _engine(job: Job) -> tuple[Engine, dict[str, str]]:
+    """Return the engine that a job asks for, and what its pictures shall say of how they were made."""
+    from ernie_accel.batch.engines import LocalEngine
+
+    facts = {"model": job.model or "embedded"}
+    if job.endpoint:
+        from ernie_accel.batch.engines.http import HttpEngine
+
+        http = HttpEngine(
+            job.endpoint, server=job.server, concurrency=job.max_concurrent, enhancer=job.enhancer, model=job.model
+        )
+        return http, ({"model": job.model} if job.model else {})
+    preset = _preset_name(job)
+    load = functools.partial(_load, job.model, job.dtype, preset, job.skip_unsupported)
+    facts["preset"] = preset
+    if job.ray_actors:
+        from ernie_accel.batch.engines.ray import RayEngine
+
+        return RayEngine(load, actors=job.ray_actors, num_gpus=job.ray_gpus, max_batch=job.batch_size), facts
+    if job.timeout is not None:
+        from ernie_accel.batch.engines.process import ProcessEngine
+
+        return ProcessEngine(load, max_batch=job.batch_size), facts
+    from ernie_accel.core.optimize import report
+
+    pipe = load()
+    typer.echo(str(report(pipe)))
+    return LocalEngine(pipe, max_batch=job.batch_size, free_encoders=job.free_encoders), facts
+
+
+def _preset_name(job: Job) -> str:
+    """Return the preset to use; one that does not exist is refused before anything is loaded."""
+    from ernie_accel.core.context import Context
+    from ernie_accel.core.preset import find_preset
+    from ernie_accel.core.recommend import fitting_preset
+
+    return (find_preset(job.preset) if job.preset else fitting_preset(Context.detect())).name
+
+
+def _load(model: str | None, dtype: str, preset: str, skip_unsupported: bool) -> Any:
+    """Load and optimize a pipeline, here or in another process."""
+    from ernie_accel.cli import load_and_optimize
+
+    return load_and_optimize(model, dtype, preset, skip_unsupported)[0]
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Take Ctrl-C as a wish to finish the batch, noted in the list yielded; a second one ends the process at once.
+
+    At once is safe: a job can be killed at any moment and goes on from its ledger.
+    """
+    signals: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if signals:
+            os._exit(EXIT_INTERRUPTED)
+        signals.append(number)
+        typer.echo("\nFinishing the batch under way; Ctrl-C again to stop at once.", err=True)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield signals
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,149 @@
+"""Define what the production line asks of whatever renders: one small interface, and the ways it can fail."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from PIL import Image
+
+from ernie_accel.batch.errors import Problem
+from ernie_accel.core.errors import ErnieAccelError
+
+Outcome: TypeAlias = Image.Image | Exception
+"""What became of one request of a batch: its picture, or why there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One picture, as an engine is asked for it. What is None is left to the model's own defaults.
+
+    Attributes:
+        prompt: What to draw.
+        seed: Of this picture's own random numbers, prompt enhancer included; 0 to 2**64 - 1.
+        negative_prompt: What to keep away from.
+        width: In pixels.
+        height: In pixels.
+        steps: Denoising steps.
+        guidance_scale: Weight of the prompt against the negative prompt.
+    """
+
+    prompt: str
+    seed: int
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what is given, prompt included, by the names that diffusers pipelines use."""
+        named = {
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "width": self.width,
+            "height": self.height,
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+    def shape(self) -> Hashable:
+        """Return what must be equal for two requests to go through a pipeline in one call."""
+        return (self.width, self.height, self.steps, self.guidance_scale, self.negative_prompt is None)
+
+
+class Engine(ABC):
+    """Renders batches of requests; the production line decides which rows go together, and when.
+
+    `render` is called from at most `slots` threads at once, `prepare` and `close` from one.
+
+    Attributes:
+        slots: How many batches can be under way at once.
+        max_batch: The largest batch worth trying; 1: no batches.
+        ahead: How many rows `prepare` is handed at once, before they are rendered.
+    """
+
+    slots: int = 1
+    max_batch: int = 1
+    ahead: int = 64
+
+    @abstractmethod
+    def render(self, requests: Sequence[Request], timeout_s: float | None = None) -> Sequence[Outcome]:
+        """Return one outcome per request, in their order; the requests are alike in `bucket`.
+
+        Args:
+            requests: At least one.
+            timeout_s: Seconds after which the batch is given up; None: wait for ever.
+
+        Raises:
+            BatchTimeoutError: The batch was given up; the engine can go on.
+            WorkerLostError: What rendered died; the engine can go on, with another.
+            EngineLostError: The engine cannot render anything any more.
+            Exception: Anything else that failed the batch as a whole, such as too little memory.
+        """
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Do ahead, for many requests at once, what rendering them will need. Failures show in `render`."""
+        return
+
+    def bucket(self, request: Request) -> Hashable:
+        """Return a key; only requests with the same key go together. Called after `prepare`."""
+        return request.shape()
+
+    def problems(self, requests: Sequence[tuple[int, Request]]) -> list[Problem]:
+        """Return why the requests, each with its input line, cannot be rendered, without rendering any."""
+        return []
+
+    @abstractmethod
+    def identity(self) -> Mapping[str, str]:
+        """Return the facts about this engine that change pictures; a job is not resumed with others."""
+
+    def close(self) -> None:
+        """Give back what the engine itself holds: processes, connections, threads."""
+        return
+
+
+class BatchTimeoutError(ErnieAccelError):
+    """A batch took longer than allowed and was given up.
+
+    Attributes:
+        timeout_s: The seconds it had.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        super().__init__(timeout_s)
+
+    def __str__(self) -> str:
+        """Return what was exceeded."""
+        return f"not finished after {self.timeout_s:g} s (--timeout) and given up"
+
+
+class WorkerLostError(ErnieAccelError):
+    """What rendered a batch died (a crash, a kill, a lost machine); the engine goes on with another."""
+
+
+class EngineLostError(ErnieAccelError):
+    """The engine cannot render anything any more; rows that are not finished stay pending."""
+
+
+class NotFiniteError(ErnieAccelError, ValueError):
+    """A picture has NaN or infinite values: the model's arithmetic overflowed."""
+
+    def __init__(self, count: int, total: int) -> None:
+        self.count, self.total = count, total
+        super().__init__(count, total)
+
+    def __str__(self) -> str:
+        """Return how much of the picture is broken."""
+        return f"{self.count} of the picture's {self.total} values are NaN or infinite; try bfloat16 instead of float16"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, on any device, whatever class it has."""
+    # CUDA raises torch.OutOfMemoryError, the CPU allocator a RuntimeError, Ascend a RuntimeError of its own.
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text

@@ -1,0 +1,204 @@
+"""Render with a pipeline in this process: in batches where the pipe can, every row with random numbers of its own."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+from collections.abc import Hashable, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from ernie_accel.batch.engines.base import (
+    BatchTimeoutError,
+    Engine,
+    EngineLostError,
+    NotFiniteError,
+    Outcome,
+    Request,
+)
+from ernie_accel.batch.errors import Problem
+
+if TYPE_CHECKING:
+    from ernie_accel.batch.engines.prompts import PromptStage
+
+Pipe = Any
+"""A diffusers pipeline: called with a prompt and keyword settings, it returns an object with `.images`."""
+
+MAX_BATCH = 32
+"""The largest batch that is tried with a diffusers pipeline; beyond it no measured device gained."""
+
+
+class LocalEngine(Engine):
+    """A diffusers pipeline, or any callable like one.
+
+    A diffusers pipeline gets batches; anything else one row at a time unless `max_batch` says that it takes lists.
+    Each row has a generator of its own on the CPU, so that its noise depends neither on its neighbours nor on the
+    device. For ERNIE-Image, prompts are enhanced and encoded ahead, in batches (see `PromptStage`).
+    """
+
+    def __init__(
+        self, pipe: Pipe, *, max_batch: int | None = None, free_encoders: bool = False, grace_s: float = 10.0
+    ) -> None:
+        """Wrap a pipe; nothing is changed in it.
+
+        Args:
+            pipe: The pipeline, on its device.
+            max_batch: The largest batch to try; None: 32 for a diffusers pipeline, else 1.
+            free_encoders: Take text encoder and prompt enhancer off the device once the prompts handed to `prepare`
+                are encoded, until `close`.
+            grace_s: Seconds that a batch which is out of time has to reach the end of its step.
+        """
+        self._pipe = pipe
+        self._grace_s = grace_s
+        self._parameters = inspect.signature(pipe).parameters
+        self._takes_any = any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
+        is_pipeline = isinstance(getattr(pipe, "components", None), Mapping)
+        self.max_batch = (MAX_BATCH if is_pipeline else 1) if max_batch is None else max_batch
+        self._as_tensors = is_pipeline and "output_type" in self._parameters
+        self._prompts = _prompt_stage(pipe, free_encoders) if is_pipeline else None
+        self._lost = False
+        if free_encoders:
+            self.ahead = sys.maxsize  # every row, since the encoders do not come back
+
+    def render(self, requests: Sequence[Request], timeout_s: float | None = None) -> Sequence[Outcome]:
+        """Call the pipe once for all requests; see `Engine.render`."""
+        if self._lost:
+            raise EngineLostError("the pipe is still inside a step that hung")
+        if timeout_s is None:
+            return self._render(requests, None)
+        expired = threading.Event()
+        future: Future[Sequence[Outcome]] = Future()
+        # A daemon, so that a step which never ends does not keep the program from ending.
+        threading.Thread(target=self._fulfil, args=(future, requests, expired), daemon=True).start()
+        try:
+            return future.result(timeout_s)
+        except FutureTimeoutError:
+            if future.done():  # the pipe itself raised a TimeoutError
+                raise
+        expired.set()  # a slow pipe stops at the end of its step; one that hangs does not
+        try:
+            return future.result(self._grace_s)
+        except _Expired:
+            raise BatchTimeoutError(timeout_s) from None
+        except FutureTimeoutError:
+            self._lost = True
+            raise EngineLostError(
+                f"a batch was not finished after {timeout_s:g} s and hangs inside a step, which nothing can end within "
+                "a process; the other rows stay pending. Run again, or use ProcessEngine, which replaces its process"
+            ) from None
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Enhance and encode the prompts, in batches."""
+        if self._prompts is not None:
+            self._prompts.prepare(requests)
+
+    def bucket(self, request: Request) -> Hashable:
+        """Return the request's shape and, where prompts are encoded ahead, the class of its length."""
+        length = self._prompts.length_class(request) if self._prompts is not None else 0
+        return (request.shape(), length)
+
+    def problems(self, requests: Sequence[tuple[int, Request]]) -> list[Problem]:
+        """Return what the requests ask for that the pipe's ``__call__`` has no argument for."""
+        if self._takes_any:
+            return []
+        name = type(self._pipe).__name__
+        takes = f"it takes: {', '.join(self._parameters)}"
+        problems: list[Problem] = [
+            (None, f"{name} takes no {argument}, without which no row can be made; {takes}")
+            for argument in ("prompt", "generator")
+            if argument not in self._parameters
+        ]
+        for line, request in requests:
+            for argument in request.arguments():
+                if argument not in self._parameters and argument != "prompt":
+                    problems.append((line, f"asks for {argument}, which {name} does not take; {takes}"))
+        return problems
+
+    def identity(self) -> Mapping[str, str]:
+        """Return the pipeline's class."""
+        return {"pipeline": type(self._pipe).__name__}
+
+    def close(self) -> None:
+        """Put text encoder and prompt enhancer back where they were."""
+        if self._prompts is not None:
+            self._prompts.close()
+
+    def _fulfil(self, future: Future[Sequence[Outcome]], requests: Sequence[Request], expired: threading.Event) -> None:
+        try:
+            future.set_result(self._render(requests, expired))
+        except BaseException as error:  # all of them: this thread has nobody else to tell
+            future.set_exception(error)
+
+    def _render(self, requests: Sequence[Request], expired: threading.Event | None) -> Sequence[Outcome]:
+        import torch  # here, so that checking a table does not wait for it
+
+        arguments = self._arguments(requests)
+        if expired is not None and ("callback_on_step_end" in self._parameters or self._takes_any):
+            arguments["callback_on_step_end"] = _stop_when(expired)
+        generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
+        images = self._pipe(**arguments, generator=generators[0] if len(requests) == 1 else generators).images
+        return _pictures(images, len(requests))
+
+    def _arguments(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Return the call's arguments; the requests are alike in all but prompt, negative prompt and seed."""
+        arguments = requests[0].arguments()
+        if self._as_tensors:
+            arguments["output_type"] = "pt"
+        if self._prompts is not None:
+            del arguments["prompt"]
+            arguments.pop("negative_prompt", None)
+            return arguments | self._prompts.arguments(requests)
+        if len(requests) > 1:
+            arguments["prompt"] = [request.prompt for request in requests]
+            if requests[0].negative_prompt is not None:
+                arguments["negative_prompt"] = [request.negative_prompt for request in requests]
+        return arguments
+
+
+def _prompt_stage(pipe: Pipe, free: bool) -> PromptStage | None:
+    from ernie_accel.batch.engines.prompts import PromptStage  # here, because it loads torch
+
+    return PromptStage.of(pipe, free=free)
+
+
+class _Expired(Exception):
+    """Raised inside a pipe, between two steps, to end a call that is out of time."""
+
+
+def _stop_when(expired: threading.Event) -> Any:
+    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if expired.is_set():
+            raise _Expired
+        return tensors
+
+    return callback
+
+
+def _pictures(images: Any, count: int) -> list[Outcome]:
+    """Return the pictures of a call: a tensor [B, 3, H, W] in 0 to 1, or a list of PIL pictures."""
+    if hasattr(images, "detach"):
+        return [_from_tensor(image) for image in images]
+    if not (isinstance(images, Sequence) and len(images) == count and all(isinstance(i, Image.Image) for i in images)):
+        expected = "one PIL picture" if count == 1 else f"{count} PIL pictures"
+        raise TypeError(f"the pipe returned {_shown(images)} in .images; expected a list of {expected}")
+    return list(images)
+
+
+def _from_tensor(image: Any) -> Outcome:
+    import torch
+
+    # Rounded where it is, so that a quarter of the bytes crosses the bus; the same arithmetic as diffusers' own.
+    finite = torch.isfinite(image)
+    bytes_hwc = (image.float() * 255).round().clamp(0, 255).nan_to_num().to(torch.uint8).permute(1, 2, 0)
+    if not bool(finite.all()):
+        return NotFiniteError(int((~finite).sum()), image.numel())
+    return Image.fromarray(bytes_hwc.cpu().contiguous().numpy())
+
+
+def _shown(images: object) -> str:
+    kind = type(images).__name__
+    return f"{kind} of {len(images)}" if isinstance(images, Sequence) else kind

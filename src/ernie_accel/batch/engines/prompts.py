@@ -1,0 +1,223 @@
+"""Enhance and encode ERNIE-Image's prompts ahead of the denoiser, in batches, each row as if it were alone."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+from ernie_accel.batch.engines.base import Request
+from ernie_accel.families import family_of
+from ernie_accel.families.ernie_image import ERNIE_IMAGE
+
+_ENCODE_BATCH = 16  # prompts in one call of the text encoder
+_ENHANCE_BATCH = 16  # prompts in one call of the prompt enhancer
+_KEPT = 1024  # prompts whose embeddings are kept in host memory, unless the encoders are freed
+
+# As `ErnieImagePipeline._enhance_prompt_with_pe` samples.
+_TEMPERATURE = 0.6
+_TOP_P = 0.95
+
+
+class PromptStage:
+    """Turns requests into `prompt_embeds` for an ERNIE-Image pipeline, and keeps them until they are used.
+
+    Stock enhances and encodes prompts one by one, and draws the enhancer's words from torch's global random numbers,
+    so that no seed covers them. Here each row's words come from its own seed, whatever else is in the batch, and the
+    global random numbers are not touched.
+    """
+
+    def __init__(self, pipe: Any, *, free: bool = False) -> None:
+        self._pipe = pipe
+        self._free = free
+        self._device = pipe._execution_device  # now, while every component is in its place
+        self._freed: dict[str, tuple[Any, Any]] = {}  # components taken off the device, and where they were
+        self._texts: OrderedDict[Hashable, str] = OrderedDict()
+        self._embeds: OrderedDict[str, Any] = OrderedDict()  # [T, D] on the CPU
+
+    @classmethod
+    def of(cls, pipe: Any, *, free: bool = False) -> PromptStage | None:
+        """Return the stage for a pipe, or None where its family encodes prompts within the call."""
+        family = family_of(pipe)
+        return cls(pipe, free=free) if family is ERNIE_IMAGE else None
+
+    def prepare(self, requests: Sequence[Request]) -> None:
+        """Enhance and encode what is not yet; with `free`, the encoders leave the device afterwards."""
+        self._enhance_missing(requests)
+        texts = [self._text(request) for request in requests]
+        texts += [request.negative_prompt or "" for request in requests if self._guided(request)]
+        self._encode_missing(texts)
+        if self._free:
+            self._take_off()
+
+    def length_class(self, request: Request) -> int:
+        """Return the prompt's tokens rounded up to a power of two: within it, padding costs less than it saves."""
+        text = self._texts.get(self._key(request), request.prompt)
+        embeds = self._embeds.get(text)
+        return 1 << (len(embeds) - 1).bit_length() if embeds is not None else 0
+
+    def arguments(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Return the embeddings of the requests as the pipeline's call takes them."""
+        if any(self._text_or_none(request) not in self._embeds for request in requests):
+            self.prepare(requests)
+        arguments = {"prompt_embeds": [self._embeds[self._text(request)] for request in requests]}
+        if self._guided(requests[0]):
+            negatives = [request.negative_prompt or "" for request in requests]
+            self._encode_missing(negatives)
+            arguments["negative_prompt_embeds"] = [self._embeds[text] for text in negatives]
+        return arguments
+
+    def close(self) -> None:
+        """Forget the embeddings, and put back on the device what was taken off it."""
+        self._texts.clear()
+        self._embeds.clear()
+        for name in tuple(self._freed):
+            self._put_back(name)
+
+    @property
+    def _enhances(self) -> bool:
+        present = "pe" in self._freed or getattr(self._pipe, "pe", None) is not None
+        return present and getattr(self._pipe, "pe_tokenizer", None) is not None
+
+    def _guided(self, request: Request) -> bool:
+        if request.guidance_scale is not None:
+            return request.guidance_scale > 1
+        return bool(_call_defaults(self._pipe)["guidance_scale"] > 1)
+
+    def _key(self, request: Request) -> Hashable:
+        """Return what an enhanced prompt depends on."""
+        return (request.prompt, request.seed, request.width, request.height)
+
+    def _text(self, request: Request) -> str:
+        return self._texts[self._key(request)] if self._enhances else request.prompt
+
+    def _text_or_none(self, request: Request) -> str | None:
+        return self._texts.get(self._key(request)) if self._enhances else request.prompt
+
+    def _enhance_missing(self, requests: Sequence[Request]) -> None:
+        if not self._enhances:
+            return
+        missing = {self._key(r): r for r in requests if self._key(r) not in self._texts}
+        keys = sorted(missing, key=lambda key: len(missing[key].prompt))  # alike in length: little padding
+        for some in _chunks(keys, _ENHANCE_BATCH):
+            texts = self._enhance([missing[key] for key in some])
+            self._texts.update(zip(some, texts, strict=True))
+        self._forget(self._texts)
+
+    def _enhance(self, requests: Sequence[Request]) -> list[str]:
+        """Return the enhanced prompts, sampled as stock does but from each row's own seed."""
+        import torch
+        from transformers.generation.logits_process import (
+            LogitsProcessorList,
+            TemperatureLogitsWarper,
+            TopPLogitsWarper,
+        )
+
+        self._put_back("pe")
+        tokenizer, device = self._pipe.pe_tokenizer, self._device
+        ids = [tokenizer(self._chat(request))["input_ids"] for request in requests]
+        longest = max(map(len, ids))
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        # Padded on the left, so that every row goes on where its own prompt ends.
+        padded = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
+        new_tokens = min(tokenizer.model_max_length, ERNIE_IMAGE.max_prompt_tokens or 2048)
+        with torch.no_grad():
+            output = self._pipe.pe.generate(
+                input_ids=padded,
+                attention_mask=mask,
+                max_new_tokens=new_tokens,
+                do_sample=False,  # the last processor has chosen already
+                logits_processor=LogitsProcessorList(
+                    [
+                        TemperatureLogitsWarper(_TEMPERATURE),
+                        TopPLogitsWarper(_TOP_P),
+                        _choose_by_seed([request.seed for request in requests], new_tokens, longest),
+                    ]
+                ),
+                pad_token_id=pad,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in output]
+
+    def _chat(self, request: Request) -> str:
+        parameters = _call_defaults(self._pipe)
+        content = {
+            "prompt": request.prompt,
+            "width": request.width or parameters["width"],
+            "height": request.height or parameters["height"],
+        }
+        messages = [{"role": "user", "content": json.dumps(content, ensure_ascii=False)}]
+        return str(self._pipe.pe_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+
+    def _encode_missing(self, texts: Iterable[str]) -> None:
+        wanted = dict.fromkeys(texts)
+        missing = sorted((text for text in wanted if text not in self._embeds), key=len)
+        for some in _chunks(missing, _ENCODE_BATCH):
+            self._embeds.update(zip(some, self._encode(some), strict=True))
+        for text in wanted:
+            self._embeds.move_to_end(text)
+        self._forget(self._embeds)
+
+    def _encode(self, texts: Sequence[str]) -> list[Any]:
+        """Return the embeddings [T, D] of each text; padding on the right is masked and cannot be seen (causal)."""
+        import torch
+
+        self._put_back("text_encoder")
+        pipe, device = self._pipe, self._device
+        ids = [pipe.tokenizer(t, add_special_tokens=True, truncation=True, padding=False)["input_ids"] for t in texts]
+        start = pipe.tokenizer.bos_token_id or 0
+        ids = [row or [start] for row in ids]
+        longest = max(map(len, ids))
+        padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=device)
+        with torch.no_grad():
+            output = pipe.text_encoder(input_ids=padded, attention_mask=mask, output_hidden_states=True)
+        hidden = output.hidden_states[-2].cpu()
+        return [hidden[i, : len(row)].clone() for i, row in enumerate(ids)]
+
+    def _forget(self, kept: OrderedDict[Any, Any]) -> None:
+        while not self._free and len(kept) > _KEPT:
+            kept.popitem(last=False)
+
+    def _take_off(self) -> None:
+        for name in ("text_encoder", "pe"):
+            part = getattr(self._pipe, name, None)
+            if part is not None:
+                self._freed[name] = (part, part.device)
+                # Out of the pipe too: diffusers takes any component's device for the one to run on.
+                setattr(self._pipe, name, None)
+                part.to("cpu")
+
+    def _put_back(self, name: str) -> None:
+        if name in self._freed:
+            part, device = self._freed.pop(name)
+            setattr(self._pipe, name, part.to(device))
+
+
+def _call_defaults(pipe: Any) -> dict[str, Any]:
+    return {name: parameter.default for name, parameter in inspect.signature(pipe).parameters.items()}
+
+
+def _chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def _choose_by_seed(seeds: Sequence[int], new_tokens: int, prompt_tokens: int) -> Any:
+    """Return a logits processor that samples each row by inverse transform, from one random number a row and token.
+
+    `generate` samples a whole batch from the global generator; then a row's words would depend on its neighbours.
+    """
+    import torch
+
+    draws = torch.stack([torch.rand(new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+    def choose(input_ids: Any, scores: Any) -> Any:
+        cumulative = scores.float().softmax(dim=-1).cumsum(dim=-1)
+        draw = draws[:, input_ids.shape[1] - prompt_tokens].to(scores.device)[:, None]
+        chosen = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen.clamp(max=scores.shape[1] - 1), 0.0)
+
+    return choose

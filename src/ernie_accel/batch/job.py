@@ -1,0 +1,213 @@
+"""Describe a whole job in one YAML or JSON file, so that it can be repeated, reviewed and scheduled.
+
+The keys are the long names of the command's options. The shape that guides for ComfyUI show is taken as well::
+
+    {"batch_mode": "csv", "input_file": "products.csv", "output_dir": "out",
+     "naming_pattern": "{sku}_{index}.png", "batch_size": 4, "max_concurrent": 2}
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from ernie_accel.batch.errors import BatchInputError, Problem
+from ernie_accel.batch.sift import Sift
+
+JOB_SUFFIXES = (".yaml", ".yml", ".json")
+
+_MODES = {"csv": (".csv", ".txt", ".tsv"), "json": (".json",), "jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Everything that ``ernie-accel batch`` can be asked for.
+
+    Attributes:
+        input_file: The table.
+        output_dir: Folder for the pictures.
+        naming_pattern: How pictures are named.
+        template: How prompts are made from columns.
+        folder_by: The column that pictures are sorted by into sub-folders.
+        skip_bad: Leave out rows with mistakes instead of refusing the table.
+        seed: Of the first row, for rows that give none.
+        overwrite: Replace pictures that exist, and make again what has changed.
+        model: Pipeline folder or hub id; None: the embedded model.
+        preset: Preset to optimize with; None: what pays here.
+        dtype: Of the weights.
+        skip_unsupported: Leave out transforms that cannot run here.
+        batch_size: Pictures per batch; None: found by trying.
+        free_encoders: Take the encoders off the device once all prompts are encoded.
+        retries: Further attempts for a row that fails.
+        fail_fast: Begin nothing more once a row has failed.
+        timeout: Seconds for a batch; the pipeline then lives in a child process.
+        endpoint: Image servers to use instead of a pipeline here.
+        server: What they run: sglang or vllm-omni.
+        enhancer: A vLLM server with the prompt enhancer.
+        max_concurrent: Requests at once to each image server.
+        ray_actors: Pipelines to run as Ray actors instead of one here.
+        ray_gpus: GPUs of each.
+        sift: Set blank and grid-patterned pictures aside.
+        blur: Also those whose Laplacian variance is below this.
+        duplicates: Also near-duplicates, of up to so many differing bits of 64.
+        reroll: Further seeds for a picture that was set aside.
+        report: Write report.html and report.md at the end.
+        gpu_price: Price of a GPU-hour, for the report.
+        power_price: Price of a kilowatt-hour, for the report.
+        watts: Power drawn, in watts, where it cannot be measured.
+        log_json: File for JSON lines.
+        prometheus: File in Prometheus' text format.
+    """
+
+    input_file: Path
+    output_dir: Path
+    naming_pattern: str | None = None
+    template: str | None = None
+    folder_by: str | None = None
+    skip_bad: bool = False
+    seed: int = 0
+    overwrite: bool = False
+    model: str | None = None
+    preset: str | None = None
+    dtype: str = "auto"
+    skip_unsupported: bool = False
+    batch_size: int | None = None
+    free_encoders: bool = False
+    retries: int = 0
+    fail_fast: bool = False
+    timeout: float | None = None
+    endpoint: tuple[str, ...] = ()
+    server: str = "sglang"
+    enhancer: str | None = None
+    max_concurrent: int = 4
+    ray_actors: int = 0
+    ray_gpus: float = 1.0
+    sift: bool = False
+    blur: float | None = None
+    duplicates: int | None = None
+    reroll: int = 0
+    report: bool = True
+    gpu_price: float | None = None
+    power_price: float | None = None
+    watts: float | None = None
+    log_json: Path | None = None
+    prometheus: Path | None = None
+
+    def sifting(self) -> Sift | None:
+        """Return what is sifted out; None: nothing was asked for."""
+        if not (self.sift or self.blur is not None or self.duplicates is not None or self.reroll):
+            return None
+        return Sift(blur_variance=self.blur, duplicate_bits=self.duplicates, reroll=self.reroll)
+
+
+_TYPES = get_type_hints(Job)
+_NAMES = tuple(field.name for field in fields(Job))
+
+
+def plan_job(table: Path, given: Mapping[str, Any]) -> Job:
+    """Return the job that a table or job file and the options of the command line make together.
+
+    Args:
+        table: A table, or a job file: YAML, or JSON that is an object.
+        given: Options by their names in `Job`; they go before what the file says.
+
+    Raises:
+        BatchInputError: With every mistake of the job file, or because there is no output folder.
+    """
+    described = _read_job(table)
+    options: dict[str, Any] = {"input_file": table} if described is None else described
+    options |= given
+    if "output_dir" not in options:
+        raise BatchInputError(table, [(None, "names no output folder; add --out, or output_dir to the job file")])
+    return Job(**options)
+
+
+def _read_job(path: Path) -> dict[str, Any] | None:
+    """Return the options in a job file, None if `path` is a table; relative paths start at the file's folder."""
+    if path.suffix.lower() not in JOB_SUFFIXES or not path.is_file():
+        return None
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BatchInputError(path, [(None, f"is not UTF-8 ({error.reason}); save it as UTF-8")]) from error
+    if path.suffix.lower() == ".json":
+        if not text.lstrip().startswith("{"):
+            return None
+        content = _parse_json(path, text)
+    else:
+        content = _parse_yaml(path, text)
+    if not isinstance(content, dict):
+        raise BatchInputError(path, [(None, "is no job; expected keys such as input_file and output_dir")])
+    problems: list[Problem] = []
+    mode = content.pop("batch_mode", None)
+    options = {
+        name: value
+        for name, value in ((name, _option(name, value, path.parent, problems)) for name, value in content.items())
+        if value is not None
+    }
+    if "input_file" not in content:
+        problems.append((None, "has no input_file; name the table"))
+    problems += _mode_problems(mode, options.get("input_file"))
+    if problems:
+        raise BatchInputError(path, problems)
+    return options
+
+
+def _parse_json(path: Path, text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise BatchInputError(path, [(error.lineno, f"is not valid JSON ({error.msg})")]) from error
+
+
+def _parse_yaml(path: Path, text: str) -> object:
+    import yaml  # here, because most batches need none
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or str(error)
+        raise BatchInputError(path, [(mark.line + 1 if mark else None, f"is not valid YAML ({reason})")]) from error
+
+
+def _option(name: str, value: object, folder: Path, problems: list[Problem]) -> Any:
+    """Return an option's value as `Job` holds it; None, and a problem noted, if it is not one."""
+    if name not in _NAMES:
+        close = difflib.get_close_matches(name, _NAMES, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"valid: batch_mode, {', '.join(_NAMES)}"
+        problems.append((None, f"key {name!r} is unknown; {hint}"))
+        return None
+    if value is None:
+        return None
+    hint = _TYPES[name]
+    if Path in (hint, *getattr(hint, "__args__", ())):
+        if isinstance(value, str):
+            return folder / value
+    elif name == "endpoint":
+        listed = [value] if isinstance(value, str) else value
+        if isinstance(listed, list) and all(isinstance(item, str) for item in listed):
+            return tuple(listed)
+    elif isinstance(value, hint) and (isinstance(value, bool) == (hint is bool)):
+        return value
+    elif isinstance(value, int) and not isinstance(value, bool) and isinstance(1.0, hint):
+        return float(value)
+    problems.append((None, f"{name} is {value!r}; expected {getattr(hint, '__name__', hint)}"))
+    return None
+
+
+def _mode_problems(mode: object, table: object) -> list[Problem]:
+    if mode is None:
+        return []
+    if mode not in _MODES:
+        return [(None, f"batch_mode is {mode!r}; expected one of {', '.join(_MODES)}")]
+    if isinstance(table, Path) and table.suffix.lower() not in _MODES[str(mode)]:
+        expected = " or ".join(_MODES[str(mode)])
+        return [
+            (None, f"batch_mode is {mode!r}, but input_file is {table.name!r}; expected a name ending in {expected}")
+        ]
+    return []

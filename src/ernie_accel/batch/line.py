@@ -1,0 +1,369 @@
+"""START HERE: the production line. Rows wait in the schedule, the engine renders them, the writer makes files.
+
+    schedule -> engine (in `slots` batches at once) -> writer -> ledger
+        ^_________________________|   a batch that fails comes back: smaller, alone, or for another attempt
+
+`produce` runs a line until it is empty; a `Producer` keeps one for as long as a service lives. Whatever happens,
+each row ends done, failed or rejected with its reason, or pending.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import time
+from collections import deque
+from collections.abc import Hashable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ernie_accel.batch.engines.base import (
+    Engine,
+    EngineLostError,
+    Outcome,
+    WorkerLostError,
+    is_out_of_memory,
+)
+from ernie_accel.batch.errors import BatchOutputError, Problem
+from ernie_accel.batch.ledger import Ledger
+from ernie_accel.batch.row import Row
+from ernie_accel.batch.schedule import Schedule
+from ernie_accel.batch.task import Task
+from ernie_accel.batch.telemetry import Telemetry
+from ernie_accel.batch.writer import Writer, Written, rejected_path
+from ernie_accel.core.errors import ErnieAccelError
+
+_log = logging.getLogger(__name__)
+
+REJECTED = "rejected: "
+"""How the errors of pictures that were sifted out begin."""
+
+_MAX_LOST = 2  # a row under which workers died this often again, alone, is taken to be the cause
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What became of one row.
+
+    Attributes:
+        row: The row.
+        seed: The seed that its picture was made with.
+        seconds: From the start of its batch to the finished file.
+        path: The picture; None if there is none in its place.
+        error: Why there is none; starts with "rejected: " where a picture was sifted out.
+        batch_size: Pictures rendered together with it, itself included.
+    """
+
+    row: Row
+    seed: int
+    seconds: float
+    path: Path | None = None
+    error: str | None = None
+    batch_size: int = 1
+
+    @property
+    def rejected(self) -> bool:
+        """Whether there is a picture, and it was sifted out."""
+        return self.error is not None and self.error.startswith(REJECTED)
+
+
+@dataclass(eq=False)
+class _Batch:
+    """A batch under way."""
+
+    tasks: list[Task]
+    start: float = field(default_factory=time.perf_counter)
+
+
+class Line:
+    """Moves rows from the schedule through the engine and the writer into the ledger; not thread-safe."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        ledger: Ledger,
+        writer: Writer,
+        schedule: Schedule,
+        telemetry: Telemetry,
+        out: Path,
+        *,
+        retries: int = 0,
+        rerolls: int = 0,
+        timeout_s: float | None = None,
+    ) -> None:
+        """Connect the parts; nothing begins before `advance`.
+
+        Args:
+            engine: Renders.
+            ledger: Keeps the states.
+            writer: Makes files.
+            schedule: Makes batches.
+            telemetry: Counts.
+            out: The output folder, for results and messages.
+            retries: Further attempts for a row that fails.
+            rerolls: Further seeds for a row whose picture is sifted out.
+            timeout_s: Seconds for a batch; None: no limit.
+        """
+        self._engine, self._ledger, self._writer, self._schedule = engine, ledger, writer, schedule
+        self._telemetry, self._out = telemetry, out
+        self._retries, self._rerolls, self._timeout_s = retries, rerolls, timeout_s
+        # A single slot renders in the caller's thread: Ctrl-C then reaches a hung pipe, and CUDA has one thread.
+        self._pool = ThreadPoolExecutor(engine.slots, "ernie-accel-slot") if engine.slots > 1 else None
+        self._unprepared: deque[Task] = deque()
+        self._rendering: dict[Future[Sequence[Outcome]], _Batch] = {}
+        self._entries: list[dict[str, object]] = []  # settled, and not in the ledger yet
+        self._unwritten: list[Problem] = []
+        self._fatal: Exception | None = None
+
+    def add(self, tasks: Iterable[Task]) -> None:
+        """Queue rows; those alike come together, otherwise they keep their order."""
+        shapes: dict[Hashable, list[Task]] = {}
+        for task in tasks:
+            shapes.setdefault(task.request.shape(), []).append(task)
+        for group in shapes.values():
+            self._unprepared.extend(group)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is being rendered or written."""
+        return not self._rendering and not self._writer.pending
+
+    @property
+    def waiting(self) -> int:
+        """How many rows have not been begun."""
+        return len(self._schedule) + len(self._unprepared)
+
+    def advance(self, *, start_more: bool = True) -> list[Result]:
+        """Begin batches while there are free slots, and return the rows that are final since the last call.
+
+        Blocks until there is something to return, or there is a free slot and more to begin.
+
+        Args:
+            start_more: Whether to begin batches; otherwise only what is under way is brought to its end.
+
+        Raises:
+            BatchOutputError: A picture or the ledger could not be written. Nothing more will be begun.
+            EngineLostError: The engine cannot go on. The same.
+        """
+        if start_more and self._fatal is None:
+            self._fill_slots()
+        busy = len(self._rendering) >= self._engine.slots or not (start_more and self.waiting)
+        if busy and not self.idle and self._fatal is None:
+            futures: list[Future[Any]] = [*self._rendering, *self._writer.pending]
+            concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
+        results = self._collect_rendered()
+        results += self._collect_written()
+        self._write_ledger()
+        if self._fatal is not None and self.idle and not results:
+            raise self._fatal
+        if self._fatal is not None and not self.idle:
+            under_way: list[Future[Any]] = [*self._rendering, *self._writer.pending]
+            concurrent.futures.wait(under_way)
+        return results
+
+    def close(self) -> list[Result]:
+        """Finish the pictures that are rendered, and make every other row that was begun pending again."""
+        results: list[Result] = []
+        try:
+            self._writer.close()
+            results += self._collect_written()
+            self._write_ledger()
+        finally:
+            unfinished = [task for batch in self._rendering.values() for task in batch.tasks]
+            self._rendering.clear()
+            self._ledger.pending([*unfinished, *self._schedule.drain()])
+            self._unprepared.clear()
+            if self._pool is not None:
+                self._pool.shutdown(wait=False, cancel_futures=True)
+        return results
+
+    def _fill_slots(self) -> None:
+        while len(self._rendering) < self._engine.slots and (tasks := self._next_batch()):
+            batch = _Batch(tasks)
+            future: Future[Sequence[Outcome]] = Future()
+            self._rendering[future] = batch  # before the ledger is written: an interrupt must find the rows
+            self._ledger.running(tasks)
+            self._telemetry.begun(len(tasks))
+            requests = [task.current() for task in tasks]
+            if self._pool is None:
+                _render_now(future, self._engine, requests, self._timeout_s)
+                return
+            del self._rendering[future]
+            self._rendering[self._pool.submit(self._engine.render, requests, self._timeout_s)] = batch
+
+    def _next_batch(self) -> list[Task]:
+        """Return the next batch, full unless no more rows can come."""
+        while not (tasks := self._schedule.next_batch(only_full=bool(self._unprepared))) and self._unprepared:
+            some = [self._unprepared.popleft() for _ in range(min(self._engine.ahead, len(self._unprepared)))]
+            try:
+                self._engine.prepare([task.current() for task in some])
+            # Broad on purpose, as around rendering: a prompt that cannot be encoded will fail its own row there.
+            except Exception:
+                _log.debug("preparing %d rows failed", len(some), exc_info=True)
+            self._schedule.add(some)
+        return tasks
+
+    def _collect_rendered(self) -> list[Result]:
+        results: list[Result] = []
+        for future in [future for future in self._rendering if future.done()]:
+            batch = self._rendering[future]
+            seconds = time.perf_counter() - batch.start
+            error = future.exception()
+            if error is not None:
+                results += self._batch_failed(batch, error)
+            else:
+                results += self._batch_rendered(batch, future.result(), seconds)
+            self._rendering.pop(future)
+            self._telemetry.ended(len(batch.tasks), seconds)
+        return results
+
+    def _batch_rendered(self, batch: _Batch, outcomes: Sequence[Outcome], seconds: float) -> list[Result]:
+        results: list[Result] = []
+        if len(outcomes) != len(batch.tasks):
+            wrong = TypeError(f"the engine returned {len(outcomes)} pictures for a batch of {len(batch.tasks)}")
+            return self._batch_failed(batch, wrong)
+        if not batch.tasks[0].alone:
+            self._schedule.sizer_of(batch.tasks[0]).succeeded(len(batch.tasks), seconds)
+        for task, outcome in zip(batch.tasks, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                results += self._row_failed(task, outcome, batch)
+            else:
+                self._writer.submit(task, outcome, batch_size=len(batch.tasks), start=batch.start)
+        return results
+
+    def _batch_failed(self, batch: _Batch, error: BaseException) -> list[Result]:
+        """Give the rows of a failed batch another chance: smaller, or each alone, so that one costs no other."""
+        tasks = batch.tasks
+        _log.debug("a batch of %d failed", len(tasks), exc_info=error)
+        if isinstance(error, EngineLostError):
+            self._fatal = error
+            return self._lost_with_engine(batch, error)
+        if not isinstance(error, Exception):
+            raise error
+        if is_out_of_memory(error):
+            self._schedule.sizer_of(tasks[0]).out_of_memory(len(tasks))
+            if len(tasks) > 1:
+                self._schedule.add(tasks, first=True)
+                return []
+        if isinstance(error, WorkerLostError):
+            return self._worker_lost(batch, error)
+        if len(tasks) == 1:
+            return self._row_failed(tasks[0], error, batch)
+        for task in tasks:
+            task.alone = True
+        self._schedule.add(tasks, first=True)
+        return []
+
+    def _worker_lost(self, batch: _Batch, error: WorkerLostError) -> list[Result]:
+        results: list[Result] = []
+        for task in batch.tasks:
+            task.lost += 1
+            task.alone = task.lost > 1 or len(batch.tasks) == 1
+            if task.lost > _MAX_LOST:
+                results.append(self._fail(task, error, batch))
+            else:
+                self._schedule.add([task], first=True)
+        return results
+
+    def _lost_with_engine(self, batch: _Batch, error: EngineLostError) -> list[Result]:
+        """Fail the row that took the engine down if it is known which; otherwise nobody is to blame."""
+        if len(batch.tasks) == 1:
+            return [self._fail(batch.tasks[0], error, batch)]
+        self._ledger.pending(batch.tasks)
+        return []
+
+    def _row_failed(self, task: Task, error: Exception, batch: _Batch) -> list[Result]:
+        task.attempts += 1
+        if task.attempts <= self._retries:
+            task.alone = True
+            self._schedule.add([task], first=True)
+            return []
+        return [self._fail(task, error, batch)]
+
+    def _fail(self, task: Task, error: Exception, batch: _Batch) -> Result:
+        _log.debug("line %d failed", task.row.line, exc_info=error)
+        seconds = time.perf_counter() - batch.start
+        return self._settle(task, "failed", seconds, len(batch.tasks), error=_described(error))
+
+    def _collect_written(self) -> list[Result]:
+        written = self._writer.collect()
+        results: list[Result] = []
+        for picture in written:
+            if isinstance(picture.error, OSError):
+                reason = picture.error.strerror or str(picture.error)
+                fix = "mend this and run again: finished pictures stay, and the others are made"
+                problem = f"{picture.task.row.path!r} could not be written: {reason}; {fix}"
+                self._unwritten.append((picture.task.row.line, problem))
+                self._fatal = BatchOutputError(self._out, sorted(self._unwritten))
+                self._ledger.pending([picture.task])
+            else:
+                results += self._picture_written(picture)
+        return results
+
+    def _picture_written(self, picture: Written) -> list[Result]:
+        task, finding = picture.task, picture.finding
+        if picture.error is not None:
+            return [self._settle(task, "failed", picture.seconds, picture.batch_size, error=str(picture.error))]
+        if finding is None or finding.reason is None:
+            digest = finding.hash if finding else None
+            return [self._settle(task, "done", picture.seconds, picture.batch_size, size=picture.bytes, digest=digest)]
+        if task.rerolls < self._rerolls:
+            task.rerolls += 1
+            self._schedule.add([task], first=True)
+            return []
+        error = f"{REJECTED}{finding.reason}; see {rejected_path(task)}"
+        return [self._settle(task, "rejected", picture.seconds, picture.batch_size, error=error)]
+
+    def _write_ledger(self) -> None:
+        """Enter what was settled, in one transaction; results are only shown after it."""
+        entries, self._entries = self._entries, []
+        self._ledger.settle(entries)
+
+    def _settle(
+        self,
+        task: Task,
+        state: str,
+        seconds: float,
+        batch_size: int,
+        *,
+        error: str | None = None,
+        size: int | None = None,
+        digest: str | None = None,
+    ) -> Result:
+        seed = task.current().seed
+        entry: dict[str, object] = {
+            "path": task.row.path,
+            "state": state,
+            "seed": str(seed),
+            "error": error,
+            "bytes": size,
+            "seconds": seconds,
+            "batch_size": batch_size,
+            "hash": digest,
+            "finished_at": time.time(),
+        }
+        self._entries.append(entry)
+        path = self._out / task.row.path if state == "done" else None
+        result = Result(row=task.row, seed=seed, seconds=seconds, path=path, error=error, batch_size=batch_size)
+        self._telemetry.settled(state, seconds)
+        return result
+
+
+def _render_now(
+    future: Future[Sequence[Outcome]], engine: Engine, requests: Sequence[Any], timeout_s: float | None
+) -> None:
+    """Render in this thread; what fails goes into the future, but Ctrl-C and SystemExit pass."""
+    try:
+        future.set_result(engine.render(requests, timeout_s))
+    # Broad on purpose: an engine can raise anything (out of memory, a kernel, a prompt it chokes on), and one
+    # batch must not cost the others.
+    except Exception as error:
+        future.set_exception(error)
+
+
+def _described(error: Exception) -> str:
+    """Return what to tell of an error; ours say all there is to say without their class."""
+    text = str(error) if isinstance(error, ErnieAccelError) else f"{type(error).__name__}: {error}".removesuffix(": ")
+    return f"{text}; not even alone did it fit, choose a smaller size" if is_out_of_memory(error) else text

@@ -1,0 +1,167 @@
+"""Hold a loaded pipe for as long as a service lives: rows come from any thread, and are batched as they come."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+
+from ernie_accel.batch.assembly import assemble, prepare_folder
+from ernie_accel.batch.engines.base import Engine
+from ernie_accel.batch.engines.local import LocalEngine, Pipe
+from ernie_accel.batch.errors import BatchInputError, BatchOutputError
+from ernie_accel.batch.ledger import Ledger
+from ernie_accel.batch.line import Result
+from ernie_accel.batch.row import Row
+from ernie_accel.batch.sift import Sift
+from ernie_accel.batch.task import Task, tasks_of
+from ernie_accel.batch.telemetry import Snapshot, Telemetry
+from ernie_accel.core.errors import ErnieAccelError
+
+
+class Producer:
+    """One production line that stays warm; use it as a context manager, or call `close`.
+
+        with Producer(pipe, "out") as producer:
+            future = producer.submit(Row(line=1, index=0, prompt="a red mug", file_name="mug.png"))
+            print(future.result().path)
+
+    Rows that wait together and are alike are rendered together. It keeps no ledger: a service has a database of its
+    own, and a picture is in its place when its future is done.
+    """
+
+    def __init__(
+        self,
+        pipe: Pipe | Engine,
+        out: str | Path,
+        *,
+        seed: int = 0,
+        overwrite: bool = False,
+        batch_size: int | None = None,
+        retries: int = 0,
+        timeout_s: float | None = None,
+        sift: Sift | None = None,
+        facts: Mapping[str, str] | None = None,
+        writers: int = 2,
+    ) -> None:
+        """Start the line's thread; the arguments are those of `produce`.
+
+        Raises:
+            BatchOutputError: The folder cannot be used.
+        """
+        self._out = Path(out)
+        prepare_folder(self._out)
+        self._engine = pipe if isinstance(pipe, Engine) else LocalEngine(pipe, max_batch=batch_size)
+        self._owns_engine = self._engine is not pipe
+        self._seed, self._overwrite = seed, overwrite
+        self._telemetry = Telemetry(0)
+        self._line = assemble(
+            self._engine,
+            Ledger(self._out, durable=False),
+            self._telemetry,
+            self._out,
+            batch_size=batch_size,
+            retries=retries,
+            timeout_s=timeout_s,
+            sift=sift,
+            facts={**(facts or {}), **self._engine.identity()},
+            writers=writers,
+        )
+        self._arrivals: queue.SimpleQueue[Task | None] = queue.SimpleQueue()  # None: no more will come
+        self._lock = threading.Lock()
+        self._futures: dict[str, Future[Result]] = {}
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="ernie-accel-producer", daemon=True)
+        self._thread.start()
+
+    def submit(self, row: Row) -> Future[Result]:
+        """Queue a row, from any thread, and return its future; a row that fails is a `Result` with its error.
+
+        Raises:
+            BatchInputError: The engine cannot do what the row asks for.
+            BatchOutputError: The picture exists, or is being made.
+            ErnieAccelError: The producer is closed.
+        """
+        (task,) = tasks_of([row], self._seed)
+        if problems := self._engine.problems([(row.line, task.request)]):
+            raise BatchInputError(None, problems)
+        path = self._out / row.path
+        future: Future[Result] = Future()
+        with self._lock:
+            if self._closed:
+                raise ErnieAccelError("the producer is closed; create another")
+            if row.path in self._futures:
+                raise BatchOutputError(self._out, [(row.line, f"{row.path!r} is being made; choose another name")])
+            if not self._overwrite and (path.exists() or path.is_symlink()):
+                reason = f"{row.path!r} exists; allow overwriting or choose another name"
+                raise BatchOutputError(self._out, [(row.line, reason)])
+            self._futures[row.path] = future
+            self._arrivals.put(task)
+        return future
+
+    def snapshot(self) -> Snapshot:
+        """Return counts, speed and latencies since the start."""
+        return self._telemetry.snapshot()
+
+    def close(self) -> None:
+        """Make what was submitted, then stop; from here on nothing can be submitted."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._arrivals.put(None)
+        self._thread.join()
+
+    def __enter__(self) -> Producer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _work(self) -> None:
+        """Run the line until it is closed or broken; whatever ends it, every future gets an answer."""
+        failure: BaseException = ErnieAccelError("the producer was closed before the picture was made")
+        try:
+            while self._take():
+                self._answer(self._line.advance())
+            while not self._line.idle or self._line.waiting:
+                self._answer(self._line.advance())
+        except BaseException as error:  # all of them: this thread has nobody else to tell
+            failure = error
+        finally:
+            self._answer(self._line.close())
+            if self._owns_engine:
+                self._engine.close()
+            with self._lock:
+                self._closed = True
+                left, self._futures = self._futures, {}
+            for future in left.values():
+                if not future.cancelled():
+                    future.set_exception(failure)
+
+    def _take(self) -> bool:
+        """Add what has arrived to the line, waiting only if it has nothing to do; False once no more will come."""
+        wait = self._line.idle and not self._line.waiting
+        while True:
+            try:
+                task = self._arrivals.get(block=wait)
+            except queue.Empty:
+                return True
+            if task is None:
+                return False
+            wait = False
+            if self._futures[task.row.path].set_running_or_notify_cancel():
+                self._line.add([task])
+            else:
+                with self._lock:
+                    del self._futures[task.row.path]
+
+    def _answer(self, results: Iterable[Result]) -> None:
+        for result in results:
+            with self._lock:
+                future = self._futures.pop(result.row.path)
+            future.set_result(result)

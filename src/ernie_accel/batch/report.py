@@ -1,0 +1,190 @@
+"""Write a job's report, for people: what was made, what failed and why, how fast, what it cost, and a contact sheet."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from ernie_accel.batch.ledger import JOB_FOLDER, Entry, Ledger
+from ernie_accel.batch.summary import write_summary
+from ernie_accel.batch.telemetry import percentile
+from ernie_accel.core.errors import ErnieAccelError
+
+_SHEET_PICTURES = 12
+_BARS = 40
+_MAX_FAILURES = 200
+
+
+def write_report(
+    out: Path,
+    *,
+    gpu_price: float | None = None,
+    power_price: float | None = None,
+    watts: float | None = None,
+) -> None:
+    """Write ``report.md`` and ``report.html`` from the ledger of a job nobody is working on.
+
+    Args:
+        out: The output folder.
+        gpu_price: Of one GPU-hour.
+        power_price: Of one kilowatt-hour.
+        watts: Power drawn; None: as NVML tells now, where it does.
+
+    Raises:
+        BatchOutputError: The ledger is in use, or the report cannot be written.
+    """
+    ledger = Ledger(out)
+    try:
+        entries, settings = list(ledger.entries()), ledger.settings()
+    finally:
+        ledger.close()
+    facts = _Facts(entries, settings, _costs(entries, gpu_price, power_price, watts))
+    write_summary(out / "report.md", facts.markdown())
+    write_summary(out / "report.html", facts.html(_sheet(out, entries)))
+
+
+class _Facts:
+    """What the report says, laid out once as tables."""
+
+    def __init__(self, entries: Sequence[Entry], settings: dict[str, str], costs: list[tuple[str, str]]) -> None:
+        done = [entry for entry in entries if entry.state == "done"]
+        latencies = sorted(entry.seconds for entry in done if entry.seconds is not None)
+        counts = Counter(entry.state for entry in entries)
+        self.numbers = [(state, str(counts[state])) for state in ("done", "failed", "rejected", "pending", "running")]
+        if rate := pictures_per_min(done):
+            self.numbers.append(("pictures per minute", f"{rate:.1f}"))
+        if latencies:
+            half, most = percentile(latencies, 0.5), percentile(latencies, 0.95)
+            self.numbers.append(("latency p50, p95", f"{half:.2f} s, {most:.2f} s"))
+        sizes = Counter(entry.batch_size for entry in done)
+        self.numbers.append(("batch sizes", ", ".join(f"{size}: {n}" for size, n in sorted(sizes.items(), key=str))))
+        self.numbers += [*costs, *sorted(settings.items())]
+        self.failures = [entry for entry in entries if entry.error is not None]
+        self.reasons = Counter(entry.error or "" for entry in self.failures).most_common()
+        self.latencies = latencies
+        self.moments = sorted(entry.finished_at for entry in done if entry.finished_at is not None)
+
+    def markdown(self) -> str:
+        """Return the report for a terminal, a ticket or a pull request."""
+        lines = ["# Batch report", "", "| | |", "|---|---|"]
+        lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in self.numbers]
+        if self.reasons:
+            lines += ["", "## Why pictures are missing", "", "| rows | reason |", "|---|---|"]
+            lines += [f"| {count} | {_cell(reason)} |" for reason, count in self.reasons[:_MAX_FAILURES]]
+            lines += ["", "| line | picture | reason |", "|---|---|---|"]
+            lines += [f"| {e.line} | {_cell(e.path)} | {_cell(e.error or '')} |" for e in self.failures[:_MAX_FAILURES]]
+        return "\n".join(lines) + "\n"
+
+    def html(self, sheet: bytes | None) -> str:
+        """Return the report as one page that needs no other file; `sheet` is a contact sheet as PNG."""
+        parts = [_HEAD, "<h1>Batch report</h1>", _table(self.numbers)]
+        if self.reasons:
+            parts += ["<h2>Why pictures are missing</h2>", _table([(str(n), reason) for reason, n in self.reasons])]
+            rows = [(f"line {entry.line}", f"{entry.path}: {entry.error}") for entry in self.failures[:_MAX_FAILURES]]
+            parts += ["<details><summary>Row by row</summary>", _table(rows), "</details>"]
+        parts += ["<h2>Pictures over time</h2>", _bars(self.moments, "from the first to the last picture")]
+        parts += ["<h2>Latency</h2>", _bars(self.latencies, "from the fastest to the slowest picture, in seconds")]
+        if sheet is not None:
+            picture = base64.b64encode(sheet).decode()
+            parts += ["<h2>Contact sheet</h2>", f'<img alt="contact sheet" src="data:image/png;base64,{picture}">']
+        return "\n".join(parts) + "\n</body></html>\n"
+
+
+_HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Batch report</title><style>
+body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1f2328}
+table{border-collapse:collapse}td{border:1px solid #d0d7de;padding:.3rem .6rem;vertical-align:top}img{max-width:100%}
+</style></head><body>"""
+
+
+def pictures_per_min(done: Sequence[Entry]) -> float | None:
+    """Return the pictures per minute of the time in which any was made; breaks between runs do not count."""
+    moments = sorted(entry.finished_at for entry in done if entry.finished_at is not None)
+    seconds = _working_seconds(done)
+    return 60 * len(moments) / seconds if seconds else None
+
+
+def _working_seconds(done: Sequence[Entry]) -> float:
+    """Return the seconds covered by the batches of the pictures, each counted once where they overlap."""
+    spans = sorted((e.finished_at - e.seconds, e.finished_at) for e in done if e.finished_at and e.seconds)
+    total, end = 0.0, float("-inf")
+    for first, last in spans:
+        total += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return total
+
+
+def _costs(
+    entries: Sequence[Entry], gpu_price: float | None, power_price: float | None, watts: float | None
+) -> list[tuple[str, str]]:
+    done = [entry for entry in entries if entry.state == "done"]
+    if not done or (gpu_price is None and power_price is None):
+        return []
+    hours_per_1000 = _working_seconds(done) / 3600 / len(done) * 1000
+    costs = []
+    if gpu_price is not None:
+        costs.append(("GPU cost per 1,000 pictures", f"{hours_per_1000 * gpu_price:.4g} at {gpu_price:g} an hour"))
+    if power_price is not None:
+        watts = _measured_watts() if watts is None else watts
+        if watts is None:
+            raise ErnieAccelError("--power-price needs the power drawn, which cannot be measured here; add --watts")
+        cost = hours_per_1000 * watts / 1000 * power_price
+        costs.append(("power cost per 1,000 pictures", f"{cost:.4g} at {watts:g} W and {power_price:g} a kWh"))
+    return costs
+
+
+def _measured_watts() -> float | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    try:
+        return float(torch.cuda.power_draw()) / 1000  # NVML tells milliwatts
+    except (ImportError, RuntimeError):
+        return None
+
+
+def _sheet(out: Path, entries: Sequence[Entry]) -> bytes | None:
+    """Return a contact sheet of pictures evenly spread over the job, as PNG; None if there are none."""
+    from ernie_accel.demo.sheet import Column, contact_sheet
+
+    done = [entry for entry in entries if entry.state == "done" and (out / entry.path).is_file()]
+    if not done:
+        return None
+    step = max(1, len(done) // _SHEET_PICTURES)
+    columns = []
+    for entry in done[::step][:_SHEET_PICTURES]:
+        with Image.open(out / entry.path) as picture:
+            picture.draft("RGB", (256, 256))
+            columns.append(Column(str(entry.request["prompt"]), [picture.convert("RGB")]))
+    path = contact_sheet(columns, out / JOB_FOLDER / "contact-sheet.png", rows=("",), cell=192)
+    return path.read_bytes()
+
+
+def _bars(values: Sequence[float], caption: str) -> str:
+    """Return a histogram of ascending values as inline SVG."""
+    if len(values) < 2 or values[0] == values[-1]:
+        return "<p>Too few pictures to draw.</p>"
+    width = (values[-1] - values[0]) / _BARS
+    counts = Counter(min(_BARS - 1, int((value - values[0]) / width)) for value in values)
+    highest = max(counts.values())
+    bars = "".join(
+        f'<rect x="{10 * i}" y="{100 - 100 * n / highest:.1f}" width="8" height="{100 * n / highest:.1f}">'
+        f"<title>{values[0] + i * width:.2f}: {n}</title></rect>"
+        for i, n in sorted(counts.items())
+    )
+    span = f"{width:.3g} s a bar, the highest {highest} pictures; {html.escape(caption)}"
+    return f'<svg viewBox="0 0 {10 * _BARS} 100" width="{10 * _BARS}" fill="#0969da">{bars}</svg><p>{span}</p>'
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    cells = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows)
+    return f"<table>{cells}</table>"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

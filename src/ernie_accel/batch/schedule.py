@@ -1,0 +1,127 @@
+"""Decide which rows go together, and how many: alike rows in buckets, each with the batch size found to be best."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+
+from ernie_accel.batch.task import Task
+
+_WORTH = 0.97  # a doubled batch must take no more than this part of the time per picture to be kept
+_GROW_AFTER = 8  # batches without trouble, after which a size that ran out of memory is tried again; then 16, 32, ...
+
+
+@dataclass
+class BatchSizer:
+    """Finds the batch size of one bucket: doubled while that pays, halved when memory runs out, later grown again.
+
+    Attributes:
+        limit: The largest size allowed.
+        size: The size to use now.
+    """
+
+    limit: int
+    size: int = 1
+    _settled: bool = False
+    _ceiling: int | None = None  # a size that ran out of memory
+    _since_trouble: int = 0
+    _patience: int = _GROW_AFTER
+    _seconds: dict[int, float] = field(default_factory=dict)  # the best time per picture of each size
+    _calls: dict[int, int] = field(default_factory=dict)
+
+    def succeeded(self, count: int, seconds: float) -> None:
+        """Note that a batch of `count` pictures took `seconds`."""
+        if count != self.size:
+            return  # the rest of a bucket says nothing about the size
+        self._calls[count] = self._calls.get(count, 0) + 1
+        each = seconds / count
+        self._seconds[count] = min(each, self._seconds.get(count, each))
+        self._since_trouble += 1
+        if self._ceiling is not None:
+            if self._since_trouble >= self._patience:
+                self._ceiling, self._settled, self._patience = None, False, 2 * self._patience
+                self.size = min(2 * self.size, self.limit)
+            return
+        if not self._settled and self._calls[count] >= 2:  # the first call of a size may compile or tune kernels
+            self._probe()
+
+    def out_of_memory(self, count: int) -> None:
+        """Note that a batch of `count` pictures did not fit."""
+        self._ceiling = min(count, self._ceiling or count)
+        self.size = max(1, min(self.size, count // 2))
+        self._since_trouble = 0
+
+    def _probe(self) -> None:
+        half = self._seconds.get(self.size // 2)
+        if half is not None and self._seconds[self.size] > _WORTH * half:
+            self.size //= 2
+            self._settled = True
+        elif self.size * 2 <= self.limit:
+            self.size *= 2
+        else:
+            self._settled = True
+
+
+class Schedule:
+    """The rows that wait, in buckets; one bucket is emptied before the next, so that nothing recompiles in turn."""
+
+    def __init__(
+        self, bucket_of: Callable[[Task], Hashable], *, limit: int, start: int = 1, probe: bool = True
+    ) -> None:
+        """Start empty.
+
+        Args:
+            bucket_of: A task's bucket; called when the task is added.
+            limit: The largest batch.
+            start: The batch size to begin with.
+            probe: Whether to look for a better size; otherwise `start` is kept while memory allows.
+        """
+        self._bucket_of = bucket_of
+        self._limit, self._start, self._probe = limit, min(start, limit), probe
+        self._buckets: dict[Hashable, deque[Task]] = {}
+        self._sizers: dict[Hashable, BatchSizer] = {}
+        self._alone: deque[Task] = deque()
+
+    def __len__(self) -> int:
+        """Return how many tasks wait."""
+        return len(self._alone) + sum(map(len, self._buckets.values()))
+
+    def add(self, tasks: Iterable[Task], *, first: bool = False) -> None:
+        """Add tasks, behind the others of their bucket or in front of them."""
+        for task in reversed(list(tasks)) if first else tasks:
+            queue = self._alone if task.alone else self._buckets.setdefault(self._bucket_of(task), deque())
+            if first:
+                queue.appendleft(task)
+            else:
+                queue.append(task)
+
+    def next_batch(self, *, only_full: bool = False) -> list[Task]:
+        """Remove and return the next batch; empty if nothing waits, or only part of one and `only_full`."""
+        if self._alone:
+            return [self._alone.popleft()]
+        self._buckets = {key: queue for key, queue in self._buckets.items() if queue}
+        for key, queue in self._buckets.items():
+            size = self.sizer(key).size
+            if len(queue) >= size or not only_full:
+                return [queue.popleft() for _ in range(min(size, len(queue)))]
+        return []
+
+    def drain(self) -> list[Task]:
+        """Remove and return everything that waits."""
+        waiting = list(itertools.chain(self._alone, *self._buckets.values()))
+        self._alone.clear()
+        self._buckets.clear()
+        return waiting
+
+    def sizer(self, key: Hashable) -> BatchSizer:
+        """Return the batch sizer of a bucket."""
+        if key not in self._sizers:
+            limit = self._limit if self._probe else self._start
+            self._sizers[key] = BatchSizer(limit=limit, size=self._start)
+        return self._sizers[key]
+
+    def sizer_of(self, task: Task) -> BatchSizer:
+        """Return the batch sizer of a task's bucket."""
+        return self.sizer(self._bucket_of(task))

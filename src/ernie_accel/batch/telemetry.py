@@ -1,0 +1,208 @@
+"""Show how a job is going: to people as a progress bar, to machines as JSON lines or Prometheus text."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ernie_accel.core.atomic import write_atomically
+from ernie_accel.core.text import human_bytes
+
+_RECENT = 1000  # latencies kept for the percentiles
+_WINDOW_S = 300.0  # over which the current speed is measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """The state of a job at one moment. Counts are of this run; None where nothing is known yet.
+
+    Attributes:
+        time: Unix time.
+        total: Rows of this run.
+        done: Pictures in place.
+        failed: Rows that failed.
+        rejected: Pictures sifted out.
+        pictures_per_min: Over the last five minutes.
+        eta_s: Seconds until the end at this speed.
+        batch_size: Of the last batch.
+        latency_p50_s: Median seconds from the start of a row's batch to its file.
+        latency_p95_s: The 95th percentile.
+        engine_idle: Part of the time, 0 to 1, in which nothing was rendered.
+        gpu_utilization: Percent, by NVML; only where its Python binding is installed.
+        gpu_memory_bytes: Allocated by torch, at the peak.
+    """
+
+    time: float
+    total: int
+    done: int
+    failed: int
+    rejected: int
+    pictures_per_min: float | None
+    eta_s: float | None
+    batch_size: int | None
+    latency_p50_s: float | None
+    latency_p95_s: float | None
+    engine_idle: float | None
+    gpu_utilization: int | None
+    gpu_memory_bytes: int | None
+
+
+class Telemetry:
+    """Counts what happens on a line and tells it, at most every few seconds, to whoever asked."""
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        progress: bool = False,
+        log_json: Path | None = None,
+        prometheus: Path | None = None,
+        interval_s: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start counting.
+
+        Args:
+            total: Rows to make.
+            progress: Show a bar on stderr.
+            log_json: Append one JSON line every `interval_s`, and a last one at the end.
+            prometheus: Rewrite this file in the text format, for node_exporter's textfile collector.
+            interval_s: Seconds.
+            clock: Seconds that never go back.
+        """
+        self._total, self._log_json, self._prometheus, self._interval_s = total, log_json, prometheus, interval_s
+        self._clock = clock
+        self._counts = {"done": 0, "failed": 0, "rejected": 0}
+        self._latencies: deque[float] = deque(maxlen=_RECENT)
+        self._finished: deque[float] = deque()
+        self._batch_size: int | None = None
+        self._under_way, self._busy_s, self._busy_since = 0, 0.0, 0.0
+        self._begin = self._told = clock()
+        self._first_batch: float | None = None
+        self._last_batch = self._begin
+        self._bar = tqdm(total=total, unit="picture", disable=not progress)
+
+    def begun(self, count: int) -> None:
+        """Note that a batch of `count` rows is being rendered."""
+        now = self._clock()
+        if self._under_way == 0:
+            self._busy_since = now
+        self._first_batch = now if self._first_batch is None else self._first_batch
+        self._under_way += 1
+        self._batch_size = count
+
+    def ended(self, count: int, seconds: float) -> None:
+        """Note that a batch of `count` rows is not being rendered any more, after `seconds`."""
+        self._under_way -= 1
+        self._last_batch = self._clock()
+        if self._under_way == 0:
+            self._busy_s += min(seconds, self._last_batch - self._busy_since)
+
+    def settled(self, state: str, seconds: float) -> None:
+        """Note that a row became "done", "failed" or "rejected", `seconds` after its batch began."""
+        now = self._clock()
+        self._counts[state] += 1
+        if state == "done":
+            self._latencies.append(seconds)
+            self._finished.append(now)
+        self._bar.update()
+        if now - self._told >= self._interval_s:
+            self._tell(now)
+
+    def snapshot(self) -> Snapshot:
+        """Return the state of the job now."""
+        now = self._clock()
+        while self._finished and self._finished[0] < now - _WINDOW_S:
+            self._finished.popleft()
+        span = min(now - self._begin, _WINDOW_S)
+        per_min = 60 * len(self._finished) / span if self._finished and span > 0 else None
+        left = self._total - sum(self._counts.values())
+        latencies = sorted(self._latencies)
+        spent = self._last_batch - self._first_batch if self._first_batch is not None else 0.0
+        gpu_utilization, gpu_memory_bytes = gpu_facts()
+        return Snapshot(
+            time=time.time(),
+            total=self._total,
+            **self._counts,
+            pictures_per_min=per_min,
+            eta_s=60 * left / per_min if per_min else None,
+            batch_size=self._batch_size,
+            latency_p50_s=percentile(latencies, 0.50),
+            latency_p95_s=percentile(latencies, 0.95),
+            engine_idle=max(0.0, 1 - self._busy_s / spent) if spent > 0 else None,
+            gpu_utilization=gpu_utilization,
+            gpu_memory_bytes=gpu_memory_bytes,
+        )
+
+    def close(self) -> Snapshot:
+        """Tell the last state, take the bar down, and return that state."""
+        self._tell(self._clock())
+        self._bar.close()
+        return self.snapshot()
+
+    def _tell(self, now: float) -> None:
+        self._told = now
+        state = self.snapshot()
+        if not self._bar.disable:
+            self._bar.set_postfix_str(in_words(state))
+        if self._log_json is not None:
+            with self._log_json.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(state)) + "\n")
+        if self._prometheus is not None:
+            write_atomically(self._prometheus, prometheus_text(state).encode())
+
+
+def percentile(ordered: list[float], part: float) -> float | None:
+    """Return the nearest-rank percentile of ascending values; None if there are none."""
+    return ordered[max(0, math.ceil(part * len(ordered)) - 1)] if ordered else None
+
+
+def in_words(state: Snapshot) -> str:
+    """Return the state in the few words that fit behind a progress bar."""
+    words = [f"failed={state.failed}"]
+    if state.rejected:
+        words.append(f"rejected={state.rejected}")
+    if state.pictures_per_min is not None:
+        words.append(f"{state.pictures_per_min:.1f}/min")
+    if state.batch_size is not None:
+        words.append(f"batch={state.batch_size}")
+    if state.latency_p50_s is not None and state.latency_p95_s is not None:
+        words.append(f"p50={state.latency_p50_s:.1f}s p95={state.latency_p95_s:.1f}s")
+    if state.gpu_utilization is not None:
+        words.append(f"gpu={state.gpu_utilization}%")
+    if state.gpu_memory_bytes is not None:
+        words.append(human_bytes(state.gpu_memory_bytes))
+    return ", ".join(words)
+
+
+def prometheus_text(state: Snapshot) -> str:
+    """Return the state in Prometheus' text format; what is not known is left out."""
+    lines = []
+    for name, value in asdict(state).items():
+        if value is None or name == "time":
+            continue
+        kind = "counter" if name in ("done", "failed", "rejected") else "gauge"
+        name = f"{name.removesuffix('_s')}_seconds" if name.endswith("_s") else name
+        metric = f"ernie_accel_pictures_{name}_total" if kind == "counter" else f"ernie_accel_{name}"
+        lines += [f"# TYPE {metric} {kind}", f"{metric} {value:g}"]
+    return "\n".join(lines) + "\n"
+
+
+def gpu_facts() -> tuple[int | None, int | None]:
+    """Return the GPU's utilisation in percent and torch's peak memory in bytes, each None where it is not known."""
+    torch = sys.modules.get("torch")  # not imported for this: a job on image servers has no torch
+    if torch is None or not torch.cuda.is_available():
+        return None, None
+    try:
+        utilization: int | None = int(torch.cuda.utilization())
+    except (ImportError, RuntimeError):  # the NVML binding is not installed, or has no rights
+        utilization = None
+    return utilization, int(torch.cuda.max_memory_allocated())

@@ -1,0 +1,142 @@
+"""Turn rendered pictures into files in threads of their own, so that the engine does not wait for PNG."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import io
+import json
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ernie_accel.batch.engines.base import Request
+from ernie_accel.batch.naming import REJECTED_FOLDER
+from ernie_accel.batch.sift import Finding
+from ernie_accel.batch.task import Task
+from ernie_accel.core.atomic import write_atomically
+
+if TYPE_CHECKING:
+    from ernie_accel.batch.sieve import Sieve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What became of one rendered picture.
+
+    Attributes:
+        task: The row it was made for.
+        batch_size: Pictures that were rendered with it.
+        seconds: From the start of its batch to the finished file.
+        bytes: Of the file.
+        finding: What looking at the picture found; None if that itself failed.
+        error: Why there is no file: an `OSError` is the folder's fault, anything else the row's.
+    """
+
+    task: Task
+    batch_size: int
+    seconds: float
+    bytes: int | None = None
+    finding: Finding | None = None
+    error: Exception | None = None
+
+
+class Writer:
+    """Encodes and writes pictures in threads, a bounded number of them ahead."""
+
+    def __init__(
+        self, out: Path, facts: Mapping[str, str], *, threads: int = 2, ahead: int = 8, sieve: Sieve | None = None
+    ) -> None:
+        """Start the threads.
+
+        Args:
+            out: The output folder; sub-folders are created as they are needed.
+            facts: Text chunks that every PNG carries beside those of its row: model, preset, version.
+            threads: Encoder threads; zlib and file writes release Python's lock.
+            ahead: Pictures that may wait for a thread; `submit` blocks beyond it, which bounds memory.
+            sieve: Looks at every picture; one that it rejects is written into the folder of the rejected.
+        """
+        self._out = out
+        self._facts = dict(facts)
+        self._ahead = ahead
+        self._sieve = sieve
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ernie-accel-writer")
+        self._pending: list[Future[Written]] = []
+
+    @property
+    def pending(self) -> list[Future[Written]]:
+        """The pictures that are being written, as futures to wait on."""
+        return self._pending
+
+    def submit(self, task: Task, picture: Image.Image, *, batch_size: int, start: float) -> None:
+        """Have a picture written; `start` is the `time.perf_counter()` at which its batch began."""
+        while sum(not future.done() for future in self._pending) >= self._ahead:
+            concurrent.futures.wait(self._pending, return_when=concurrent.futures.FIRST_COMPLETED)
+            concurrent.futures.wait([next(future for future in self._pending if not future.done())])
+        self._pending.append(self._pool.submit(self._write, task, picture, batch_size, start))
+
+    def collect(self) -> list[Written]:
+        """Return what has been finished since the last call."""
+        done = [future for future in self._pending if future.done()]
+        self._pending = [future for future in self._pending if not future.done()]
+        return [future.result() for future in done]
+
+    def close(self) -> None:
+        """Finish what was begun and stop the threads."""
+        self._pool.shutdown()
+
+    def _write(self, task: Task, picture: Image.Image, batch_size: int, start: float) -> Written:
+        finding: Finding | None = None
+        size: int | None = None
+        error: Exception | None = None
+        try:
+            finding = self._sieve.look(picture, task.row.path) if self._sieve else Finding()
+            request = task.current()
+            png = encode_png(picture, texts_of(request, picture, self._facts))
+        # Broad on purpose: whatever a picture does to the encoder is that row's failure and no other's.
+        except Exception as failure:
+            error = RuntimeError(f"{type(failure).__name__}: {failure}")
+        else:
+            try:
+                self._place(task, png, rejected=finding.reason is not None)
+                size = len(png)
+            except OSError as failure:
+                error = failure
+        seconds = time.perf_counter() - start
+        return Written(task=task, batch_size=batch_size, seconds=seconds, bytes=size, finding=finding, error=error)
+
+    def _place(self, task: Task, png: bytes, *, rejected: bool) -> None:
+        path = self._out / (rejected_path(task) if rejected else task.row.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, png)
+
+
+def rejected_path(task: Task) -> str:
+    """Return where a sifted-out picture goes, relative to the output folder; rerolls stand beside each other."""
+    stem = task.row.path.replace("/", "__").removesuffix(".png")
+    return f"{REJECTED_FOLDER}/{stem}{f'.{task.rerolls}' if task.rerolls else ''}.png"
+
+
+def texts_of(request: Request, picture: Image.Image, facts: Mapping[str, str]) -> dict[str, str]:
+    """Return what a PNG says of itself; nothing in it changes from run to run."""
+    settings = {k: v for k, v in request.arguments().items() if k not in ("prompt", "negative_prompt")}
+    settings |= {"width": picture.width, "height": picture.height}
+    texts = {"prompt": request.prompt, "seed": str(request.seed), "settings": json.dumps(settings, sort_keys=True)}
+    if request.negative_prompt is not None:
+        texts["negative_prompt"] = request.negative_prompt
+    return texts | dict(facts)
+
+
+def encode_png(picture: Image.Image, texts: Mapping[str, str]) -> bytes:
+    """Return a PNG that carries `texts`."""
+    info = PngInfo()
+    for name, text in texts.items():
+        info.add_itxt(name, text)  # iTXt, not tEXt: UTF-8
+    file = io.BytesIO()  # in memory, so that what breaks from here on is the folder's fault, not the row's
+    picture.save(file, format="PNG", pnginfo=info)
+    return file.getvalue()

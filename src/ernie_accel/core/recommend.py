@@ -1,0 +1,229 @@
+"""Choose a preset for a machine and say why this one, and why none of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from ernie_accel.core.components import Pipeline
+from ernie_accel.core.context import DEVICES, OPTIONAL_PACKAGES, Context
+from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.preset import CARDS, Card, Preset, card_preset, presets
+from ernie_accel.core.text import human_bytes
+from ernie_accel.core.transform import Transform
+from ernie_accel.families import family_of
+from ernie_accel.families.ernie_image import ERNIE_IMAGE
+from ernie_accel.transforms.call_defaults import MODES
+from ernie_accel.transforms.dtype import CastDtype
+from ernie_accel.transforms.fuse_kernels import FuseKernels
+from ernie_accel.transforms.quantize import Quantize
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One precision of the ladder, and where it pays. What can run is asked of the transforms, not told here.
+
+    Attributes:
+        precision: The part of a preset's name after the mode.
+        why: Why it is worth having.
+        devices: Device types.
+        capability: Lowest and highest CUDA compute capability, inclusive; None: any.
+        package: Optional package that its transforms need, or None.
+    """
+
+    precision: str
+    why: str
+    devices: tuple[str, ...]
+    capability: tuple[tuple[int, int], tuple[int, int]] | None = None
+    package: str | None = None
+
+    def problems(self, context: Context) -> list[str]:
+        """Return every reason why this is not for the machine of `context`."""
+        if context.device not in self.devices:
+            return [f"pays on {' and '.join(self.devices)}, and this is {context.device}"]
+        reasons = []
+        if self.capability is not None and context.device == "cuda":
+            low, high = self.capability
+            have = context.capability or (0, 0)
+            if not low <= have <= high:
+                wanted = "{}.{}".format(*low) + (" and above" if high == _ANY else " to {}.{}".format(*high))
+                reasons.append(f"pays on CUDA compute capability {wanted}; this device has {have[0]}.{have[1]}")
+        return reasons + _missing(context, self.package)
+
+
+_ANY = (99, 9)
+_FOUR_BITS = ("nvfp4", "nf4", "fp4", "int4")
+#: Slots that a preset can do without and still give the precision it is named after.
+_NOT_PRECISION = frozenset({"blocks", "call-defaults", "compile", "encode_prompts", "graphs", "layout", "vae_compile"})
+
+#: From the fastest down; the first that pays here and can run here is recommended. nvfp4 is left to the user: it is
+#: faster than fp8 where it can run, and the loss can be seen.
+LADDER: tuple[Rung, ...] = (
+    Rung("fp8", "half the bytes of bf16, multiplied in fp8", ("cuda",), ((8, 9), _ANY), "triton"),
+    Rung("int8", "half the bytes of bf16, multiplied in int8", ("cuda",), ((8, 6), (8, 8)), "torchao"),
+    Rung("bf16", "the checkpoint's own precision on tensor cores", ("cuda", "npu"), ((8, 0), _ANY)),
+    Rung("fp16", "tensor cores of this generation know no bfloat16", ("cuda",), ((7, 0), (7, 9))),
+    Rung("q4", "a quarter of the bytes: for memory and not for speed", ("cuda",), ((7, 5), _ANY), "bitsandbytes"),
+    Rung("fp32", "few CPUs multiply in bfloat16", ("cpu", "mps", "xpu", "npu", "cuda")),
+)
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A preset and why. Printing it explains the choice; pass `preset` to ``optimize``.
+
+    Attributes:
+        preset: The preset.
+        context: The machine it is for.
+        why: Reasons for it.
+        rejected: Presets that come before it and are not for this machine or pipe, each with its reasons.
+        warnings: What to expect although it is the best choice.
+    """
+
+    preset: Preset
+    context: Context
+    why: tuple[str, ...]
+    rejected: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"Recommended on {self.context}: preset {self.preset.name!r}", f"  {self.preset.summary}"]
+        lines += [f"  + {reason}" for reason in self.why]
+        lines += [f"  ! {warning}" for warning in self.warnings]
+        if self.rejected:
+            lines.append("Not:")
+        for name, reasons in self.rejected.items():
+            lines += [f"  {name}: {reason}" for reason in reasons]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def recommend(
+    context: Context | None = None, pipe: Pipeline | None = None, *, mode: str | None = None
+) -> Recommendation:
+    """Choose a preset for a machine, and for a pipe if one is given. Changes nothing and needs no accelerator.
+
+    Args:
+        context: The machine; default this one. ``Context.named("rtx3060")`` asks for another.
+        pipe: With a pipe every transform is asked whether it can run on it; without one only the machine is judged,
+            and memory by the size of ERNIE-Image.
+        mode: "turbo" for a distilled checkpoint, "quality" for a base one. Nothing in a pipe tells the two apart; None
+            is "turbo" unless the pipe's family has no distilled checkpoint.
+
+    Raises:
+        UnknownNameError: There is no such mode.
+    """
+    if mode not in (None, *MODES):
+        raise UnknownNameError("mode", mode, MODES)
+    family = family_of(pipe) if pipe is not None else None
+    if mode is None:
+        mode = next(iter(family.modes)) if family is not None and "turbo" not in family.modes else "turbo"
+    samplers = " or ".join(f"SwapScheduler({name!r})" for name in family.schedulers) if family is not None else ""
+    advice = (
+        (f"{family.name}'s guides sample with {samplers}: pass it beside the preset",) if family and samplers else ()
+    )
+    machine = context or Context.detect(pipe)
+    rejected: dict[str, tuple[str, ...]] = {}
+    candidates = [(*candidate, _refused(pipe, candidate[0], machine)) for candidate in _candidates(machine, mode)]
+    # First what runs whole; else what gives the precision at least, with the rest of the preset left out.
+    for allowed in (frozenset[str](), _NOT_PRECISION):
+        rejected.clear()
+        for preset, why, problems, refused in candidates:
+            if not problems and refused is not None and {transform.slot for transform in refused} <= allowed:
+                left_out = [f"pass on_unsupported='skip', which leaves out {line}" for line in _lines(refused)]
+                warnings = (*left_out, *_memory_warnings(pipe, preset, machine))
+                return Recommendation(preset, machine, why + advice, MappingProxyType(rejected), warnings)
+            rejected[preset.name] = (*problems, *_lines(refused)) if refused is not None else ("the pipe cannot run",)
+    return Recommendation(presets["exact"], machine, ("nothing else can run",), MappingProxyType(rejected))
+
+
+def _candidates(machine: Context, mode: str) -> list[tuple[Preset, tuple[str, ...], list[str]]]:
+    """Return (preset, why, what speaks against it on this machine): the card's own first, then the ladder."""
+    found: list[tuple[Preset, tuple[str, ...], list[str]]] = []
+    card = card_of(machine)
+    if card is not None and mode == "turbo":
+        own = presets[card.preset] if not card.extra else card_preset(card)
+        package = next((rung.package for rung in LADDER if card.preset.endswith(rung.precision)), None)
+        found.append((own, (f"{DEVICES[card.device].device_name}: {card.why}",), _missing(machine, package)))
+    for rung in LADDER:
+        on_npu = machine.device == "npu" and mode == "turbo"
+        name = f"npu-{rung.precision}" if on_npu else f"{mode}-{rung.precision}"
+        if name in presets and name not in {preset.name for preset, _, _ in found}:
+            found.append((presets[name], (rung.why,), rung.problems(machine)))
+    return found
+
+
+def _missing(context: Context, package: str | None) -> list[str]:
+    """Return the reason why `package` cannot be imported; empty if it can, or if none is needed."""
+    if package is None or package in context.versions:
+        return []
+    if package in OPTIONAL_PACKAGES:
+        return context.missing(package)
+    return [f"{package} is not installed (it comes with CUDA builds of torch): pip install {package}"]
+
+
+def card_of(machine: Context) -> Card | None:
+    """Return the entry of `CARDS` for this device, or None. Ti, SUPER and laptop variants are other cards."""
+    for card in CARDS.values():
+        name = DEVICES[card.device].device_name
+        rest = machine.device_name.removeprefix(name)
+        if machine.device_name.startswith(name) and not {"Ti", "SUPER", "Laptop"} & set(rest.split()):
+            return card
+    return None
+
+
+def _refused(pipe: Pipeline | None, preset: Preset, machine: Context) -> Mapping[Transform, tuple[str, ...]] | None:
+    """Return the transforms that cannot run on `pipe`, with their reasons; None if the pipe cannot run at all."""
+    if pipe is None:
+        return {}
+    from ernie_accel.core.plan import plan
+
+    the_plan = plan(pipe, preset=preset, context=machine)
+    return None if the_plan.blockers else the_plan.problems
+
+
+def _lines(refused: Mapping[Transform, tuple[str, ...]]) -> list[str]:
+    return [f"{transform!r}: {reason}" for transform, reasons in refused.items() for reason in reasons]
+
+
+def _memory_warnings(pipe: Pipeline | None, preset: Preset, machine: Context) -> tuple[str, ...]:
+    if machine.memory_bytes is None:
+        return ()
+    weights = _weight_bytes(pipe, preset, machine)
+    if weights < machine.memory_bytes:
+        return ()
+    return (
+        f"about {human_bytes(weights)} of weights do not fit into {human_bytes(machine.memory_bytes)}: keep what a "
+        "picture needs only once (text encoder, prompt enhancer) off the device, for instance with "
+        "pipe.enable_model_cpu_offload()",
+    )
+
+
+def _weight_bytes(pipe: Pipeline | None, preset: Preset, machine: Context) -> int:
+    """Return the bytes of all weights afterwards: planned on the pipe, or estimated for ERNIE-Image."""
+    if pipe is not None:
+        from ernie_accel.core.plan import plan
+
+        the_plan = plan(pipe, preset=preset, context=machine)
+        sizes = [s.preview.bytes_after for s in the_plan.steps if s.preview and s.preview.bytes_after is not None]
+        return sizes[-1] if sizes else the_plan.bytes_before
+    sizes_bf16 = dict(ERNIE_IMAGE.weight_bytes)
+    quantized = any(
+        isinstance(transform, Quantize) or (isinstance(transform, FuseKernels) and transform.precision == "fp8")
+        for transform in preset.transforms
+    )
+    cast = any(isinstance(transform, CastDtype) for transform in preset.transforms)
+    transformer = sizes_bf16.pop("transformer")
+    if any(isinstance(transform, Quantize) and transform.scheme in _FOUR_BITS for transform in preset.transforms):
+        transformer //= 4
+    elif quantized:
+        transformer //= 2
+    in_bf16 = transformer + sum(sizes_bf16.values())
+    return in_bf16 if cast else 2 * in_bf16
+
+
+def fitting_preset(context: Context) -> Preset:
+    """Return the Turbo preset that pays most on a machine and can run there."""
+    return recommend(context).preset

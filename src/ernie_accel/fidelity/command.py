@@ -1,0 +1,112 @@
+"""The command ``ernie-accel evaluate``: what its options mean, and nothing else."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ernie_accel.core.errors import ErnieAccelError
+
+if TYPE_CHECKING:
+    from ernie_accel.core.components import Pipeline
+    from ernie_accel.core.transform import Transform
+
+#: bfloat16 against float32, as people check a port: small, few steps, one seed.
+CLASSIC: dict[str, Any] = {"width": 256, "height": 256, "num_inference_steps": 8, "seed": 42}
+
+#: What the embedded model is good at.
+EMBEDDED: dict[str, Any] = {"width": 128, "height": 128, "num_inference_steps": 8, "guidance_scale": 1.0}
+
+Limit = Annotated[float | None, typer.Option(help="Exit code 1 beyond this.")]
+
+
+def evaluate_command(
+    prompts: Annotated[list[str] | None, typer.Argument(help="What to draw; default: the demo's prompts.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="One prompt a line, UTF-8.")] = None,
+    model: Annotated[str | None, typer.Option(help="Pipeline folder or hub id; default: the embedded model.")] = None,
+    dtype: Annotated[str, typer.Option(help="Load the baseline as float32, bfloat16, float16, auto.")] = "auto",
+    candidate_dtype: Annotated[
+        str | None, typer.Option(help="Load the candidate so; default: as the baseline.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Apply a preset to the candidate.")] = None,
+    classic: Annotated[bool, typer.Option("--classic", help="bf16 against fp32, 256x256, 8 steps, seed 42.")] = False,
+    width: Annotated[int | None, typer.Option(min=16, help="In pixels.")] = None,
+    height: Annotated[int | None, typer.Option(min=16, help="In pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of both.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance of both.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the first picture; default 42.")] = None,
+    pe: Annotated[str, typer.Option(help="Prompt enhancer: off, or fixed (written once for both).")] = "off",
+    repeats: Annotated[int, typer.Option(min=1, help="Times each picture is drawn and timed.")] = 1,
+    max_nmse: Limit = None,
+    min_psnr_db: Limit = None,
+    min_ssim: Limit = None,
+    min_sqnr_db: Limit = None,
+    min_speedup: Limit = None,
+    max_ms_per_step: Limit = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for pictures, sheet, Markdown and JSON.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Hold a dtype or a preset against the plain pipeline. Exit code 1 if a threshold is broken or NaN is found."""
+    from ernie_accel.core.loading import check_dtype
+    from ernie_accel.core.preset import find_preset
+    from ernie_accel.fidelity.compare import evaluate
+    from ernie_accel.fidelity.evaluation import Thresholds
+    from ernie_accel.transforms.call_defaults import CallDefaults
+
+    if classic:
+        dtype, candidate_dtype = "float32", candidate_dtype or "bfloat16"
+    if candidate_dtype is None and preset is None:
+        raise ErnieAccelError("there is nothing to compare: give --preset, --candidate-dtype or --classic")
+    for name in (dtype, candidate_dtype or dtype):
+        check_dtype(name)
+    transforms = find_preset(preset).transforms if preset else ()
+    # The baseline is called as the candidate is, so that the figures are those of the change and not of fewer steps.
+    same_call = tuple(transform for transform in transforms if isinstance(transform, CallDefaults))
+    given = {
+        "width": width,
+        "height": height,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+    }
+    usual = (EMBEDDED if model is None else {}) | (CLASSIC if classic else {})
+    evaluation = evaluate(
+        partial(_load, model, dtype, *same_call),
+        partial(_load, model, candidate_dtype or dtype, *transforms),
+        _prompts(prompts, prompts_file),
+        pe=pe,  # type: ignore[arg-type]  # checked there
+        repeats=repeats,
+        thresholds=Thresholds(max_nmse, min_psnr_db, min_ssim, min_sqnr_db, min_speedup, max_ms_per_step),
+        **(usual | {name: value for name, value in given.items() if value is not None}),
+    )
+    typer.echo(evaluation.to_json() if as_json else evaluation.to_markdown())
+    if out is not None:
+        typer.echo(f"{evaluation.save(out).resolve()}", err=as_json)
+    if not evaluation.ok:
+        raise typer.Exit(evaluation.exit_code)
+
+
+def _prompts(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
+    from ernie_accel.demo.show import PROMPTS
+
+    lines: list[str] = []
+    if file is not None:
+        try:
+            lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ErnieAccelError(f"cannot read {file}: {error}") from error
+        if not lines:
+            raise ErnieAccelError(f"{file} holds no prompt: write one a line")
+    return (*(given or ()), *lines) or PROMPTS
+
+
+def _load(model: str | None, dtype: str, *transforms: Transform) -> Pipeline:
+    from ernie_accel.core.loading import load_pipeline
+    from ernie_accel.core.optimize import optimize
+
+    pipe = load_pipeline(model, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return optimize(pipe, *transforms) if transforms else pipe

@@ -1,0 +1,40 @@
+"""Callables like a pipeline, in a module of their own so that child processes can load them."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from PIL import Image
+
+
+class StepPipe:
+    """Runs steps and calls back after each; the prompt says what goes wrong."""
+
+    def __init__(self, scratch: str = "") -> None:
+        self.scratch = scratch
+
+    def __call__(self, prompt, generator, width=32, height=32, callback_on_step_end=None):
+        if prompt == "crash":
+            os._exit(7)
+        if prompt == "crash once" and not Path(self.scratch, "crashed").exists():
+            Path(self.scratch, "crashed").touch()
+            os._exit(7)
+        if prompt == "fail":
+            raise LookupError("no such word")
+        if prompt == "hang":
+            time.sleep(60)
+        for step in range(200 if prompt == "slow" else 2):
+            time.sleep(0.01)
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, step, 0, {})
+        colour = (generator.initial_seed() % 256, 10, 20)
+        picture = Image.new("RGB", (width, height), colour)
+        picture.putpixel((0, 0), (os.getpid() % 256, 0, 0) if prompt == "pid" else (1, 2, 3))
+        return SimpleNamespace(images=[picture])
+
+
+def load_nothing():
+    raise FileNotFoundError("no weights here")

@@ -1,0 +1,170 @@
+"""A job remembers what is done: it goes on where it stopped, names what has changed, and one process owns it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ernie_accel.batch import BatchChangedError, BatchOutputError, produce
+from ernie_accel.batch.ledger import JOB_FOLDER
+from tests.stub_engine import StubEngine, make_rows
+
+
+def run(engine, rows, out, **options):
+    results = list(produce(engine, rows, out, progress=False, **options))
+    return sorted(results, key=lambda result: result.row.index)
+
+
+def rendered(engine):
+    return sum(map(len, engine.batches))
+
+
+def stop_after(count):
+    """Return a `stop` for `produce` that lets `count` batches begin."""
+    asked = iter([False] * count)
+    return lambda: next(asked, True)
+
+
+def test_a_stopped_job_goes_on_where_it_stopped(tmp_path):
+    rows = make_rows(10)
+    first = run(StubEngine(), rows, tmp_path, batch_size=2, stop=stop_after(2))
+    assert 0 < len(first) < 10
+    second = run(StubEngine(), rows, tmp_path, batch_size=2)
+    assert sorted(result.row.index for result in first + second) == list(range(10))
+    third = StubEngine()
+    assert run(third, rows, tmp_path) == []
+    assert third.batches == []
+
+
+def test_a_lost_or_truncated_picture_is_made_again(tmp_path):
+    rows = make_rows(4)
+    run(StubEngine(), rows, tmp_path)
+    whole = (tmp_path / "001.png").read_bytes()
+    (tmp_path / "001.png").write_bytes(whole[:100])
+    (tmp_path / "002.png").unlink()
+    again = run(StubEngine(), rows, tmp_path)
+    assert sorted(result.row.index for result in again) == [1, 2]
+    assert (tmp_path / "001.png").read_bytes() == whole
+
+
+def test_rows_may_be_added_to_a_finished_job(tmp_path):
+    run(StubEngine(), make_rows(3), tmp_path)
+    assert [result.row.index for result in run(StubEngine(), make_rows(5), tmp_path, batch_size=1)] == [3, 4]
+
+
+def test_what_has_changed_is_named_and_refused(tmp_path):
+    rows = make_rows(3)
+    run(StubEngine(), rows, tmp_path, facts={"preset": "exact"})
+    changed = [replace(rows[0], prompt="a jug", steps=4), rows[1]]
+    engine = StubEngine()
+    with pytest.raises(BatchChangedError) as caught:
+        run(engine, changed, tmp_path, facts={"preset": "turbo-fp8"})
+    assert str(caught.value) == (
+        f"Cannot go on with the job in '{tmp_path}': it has changed (3 problems):\n"
+        "  setting 'preset' was 'exact' and is now 'turbo-fp8'\n"
+        "  line 2: '000.png': prompt was 'cup 0' and is now 'a jug'; steps was None and is now 4\n"
+        "  '002.png' is in the folder's ledger and no longer in the input\n"
+        "Change it back, choose another output, or allow overwriting: then what changed is made again."
+    )
+    assert engine.batches == []
+    assert run(StubEngine(), rows, tmp_path, facts={"preset": "exact"}) == []  # the refusal has changed nothing
+
+
+def test_overwriting_makes_what_changed_again_and_nothing_else(tmp_path):
+    rows = make_rows(3)
+    run(StubEngine(), rows, tmp_path)
+    untouched = (tmp_path / "001.png").stat().st_mtime_ns
+    results = run(StubEngine(), [replace(rows[0], seed=77), *rows[1:]], tmp_path, overwrite=True)
+    assert [(result.row.index, result.seed) for result in results] == [(0, 77)]
+    assert (tmp_path / "001.png").stat().st_mtime_ns == untouched
+    engine = StubEngine()
+    run(engine, rows, tmp_path, overwrite=True, facts={"preset": "exact"})
+    assert rendered(engine) == 3  # another preset changes every picture
+
+
+def test_changes_before_anything_is_finished_are_no_obstacle(tmp_path):
+    rows = make_rows(2)
+    run(StubEngine(), rows, tmp_path, stop=lambda: True)
+    assert len(run(StubEngine(), [replace(rows[0], prompt="a jug")], tmp_path, facts={"preset": "x"})) == 1
+
+
+def test_failed_rows_are_tried_again_by_the_next_run(tmp_path):
+    def fail(requests, call):
+        raise RuntimeError("flaky")
+
+    assert [result.error for result in run(StubEngine(fail), make_rows(1), tmp_path)] == ["RuntimeError: flaky"]
+    assert [result.error for result in run(StubEngine(), make_rows(1), tmp_path)] == [None]
+
+
+def test_a_second_process_is_refused_while_the_first_works(tmp_path):
+    results = produce(StubEngine(), make_rows(9), tmp_path, progress=False, batch_size=1)
+    next(results)
+    code = (
+        "import sys; from tests.stub_engine import *; from ernie_accel.batch import produce;"
+        "list(produce(StubEngine(), make_rows(9), sys.argv[1], progress=False))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    second = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert "another process is at work on this job; wait for it, or choose another output" in second.stderr
+    results.close()
+    third = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert third.returncode == 0, third.stderr
+
+
+@pytest.mark.parametrize("content", [b"no database at all, but a text of some length" * 99, None])
+def test_a_ledger_that_cannot_be_read_is_named(tmp_path, content):
+    path = tmp_path / JOB_FOLDER / "ledger.sqlite"
+    path.parent.mkdir()
+    if content is None:
+        with sqlite3.connect(path) as ledger:
+            ledger.execute("PRAGMA user_version=99")
+        ledger.close()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(BatchOutputError, match=r"the job's ledger \.ernie-accel/ledger\.sqlite cannot be used"):
+        run(StubEngine(), make_rows(1), tmp_path)
+
+
+def test_without_resuming_nothing_but_pictures_is_left(tmp_path):
+    for _ in range(2):
+        assert len(run(StubEngine(), make_rows(2), tmp_path, resume=False, overwrite=True)) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000.png", "001.png"]
+
+
+def test_the_manifest_lists_every_row_with_its_own_columns(tmp_path):
+    rows = [replace(row, columns={"sku": f"S{row.index}", "prompt": "from a template"}) for row in make_rows(3)]
+
+    def fail(requests, call):
+        if requests[0].seed == 1:
+            raise ValueError("no")
+
+    run(StubEngine(fail), rows, tmp_path, batch_size=1)
+    lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert [(line["path"], line["state"], line["seed"], line["sku"]) for line in lines] == [
+        ("000.png", "done", 0, "S0"),
+        ("001.png", "failed", 1, "S1"),
+        ("002.png", "done", 2, "S2"),
+    ]
+    assert lines[1]["error"] == "ValueError: no"
+    assert lines[0]["bytes"] == (tmp_path / "000.png").stat().st_size
+    with (tmp_path / "manifest.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [(line["path"], line["prompt"], line["sku"]) for line in table] == [
+        (f"00{i}.png", f"cup {i}", f"S{i}") for i in range(3)
+    ]
+
+
+def test_the_largest_seed_survives_the_ledger(tmp_path):
+    (row,) = make_rows(1, seed=2**64 - 1)
+    run(StubEngine(), [row], tmp_path)
+    assert json.loads((tmp_path / "manifest.jsonl").read_text())["seed"] == 2**64 - 1
+    assert run(StubEngine(), [row], tmp_path) == []

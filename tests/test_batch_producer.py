@@ -1,0 +1,86 @@
+"""A service's producer takes rows from many threads, answers each, and says clearly when it cannot."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+
+from ernie_accel.batch import BatchInputError, BatchOutputError, Producer, aproduce
+from ernie_accel.batch.engines import EngineLostError, LocalEngine
+from ernie_accel.core.errors import ErnieAccelError
+from tests.stub_engine import StubEngine, make_rows
+from tests.stub_pipes import StepPipe
+
+
+def test_rows_from_many_threads_are_batched_and_each_is_answered(tmp_path):
+    engine = StubEngine(seconds=0.01, max_batch=8)
+    with Producer(engine, tmp_path, batch_size=8) as producer, ThreadPoolExecutor(8) as threads:
+        results = [future.result(30) for future in threads.map(producer.submit, make_rows(60))]
+    assert [result.row.index for result in results] == list(range(60))
+    assert all(result.path.is_file() for result in results)
+    assert len(engine.batches) < 60
+    assert producer.snapshot().done == 60
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{i:03d}.png" for i in range(60)]
+
+
+def test_a_failure_answers_its_own_row_only(tmp_path):
+    def before(requests, call):
+        if any(request.seed == 1 for request in requests):
+            raise ValueError("bad prompt")
+
+    with Producer(StubEngine(before), tmp_path) as producer:
+        futures = [producer.submit(row) for row in make_rows(3)]
+    assert [future.result().error for future in futures] == [None, "ValueError: bad prompt", None]
+
+
+def test_what_cannot_be_made_is_refused_at_once(tmp_path):
+    with Producer(LocalEngine(StepPipe()), tmp_path) as producer:
+        (row,) = make_rows(1)
+        with pytest.raises(BatchInputError, match="which StepPipe does not take"):
+            producer.submit(replace(row, negative_prompt="blurry"))
+        producer.submit(row).result(30)
+        with pytest.raises(BatchOutputError, match="exists; allow overwriting or choose another name"):
+            producer.submit(row)
+    with pytest.raises(ErnieAccelError, match="the producer is closed"):
+        producer.submit(make_rows(2)[1])
+
+
+def test_a_lost_engine_answers_everybody_and_closes(tmp_path):
+    def before(requests, call):
+        raise EngineLostError("the pipe hangs")
+
+    producer = Producer(StubEngine(before), tmp_path, batch_size=1)
+    futures = [producer.submit(row) for row in make_rows(3)]
+    outcomes = [future.exception(30) or future.result().error for future in futures]
+    assert "the pipe hangs" in {str(outcome) for outcome in outcomes}
+    producer.close()
+
+
+def test_aproduce_returns_all_results_and_tells_each(tmp_path):
+    told = []
+
+    async def main():
+        return await aproduce(StubEngine(), make_rows(5), tmp_path, on_result=told.append, progress=False)
+
+    results = asyncio.run(main())
+    assert sorted(result.row.index for result in results) == list(range(5))
+    assert told == results
+
+
+def test_cancelling_aproduce_finishes_the_batch_and_stops(tmp_path):
+    engine = StubEngine(seconds=0.02)
+
+    async def main():
+        work = asyncio.create_task(aproduce(engine, make_rows(200), tmp_path, batch_size=1, progress=False))
+        while not engine.batches:
+            await asyncio.sleep(0.01)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+
+    asyncio.run(main())
+    made = len(list(tmp_path.glob("*.png")))
+    assert 0 < made == len(engine.batches) < 200

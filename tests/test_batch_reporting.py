@@ -1,0 +1,160 @@
+"""What a job says of itself is true: progress, JSON lines, Prometheus text, reports, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ernie_accel.batch import produce
+from ernie_accel.batch.report import write_report
+from ernie_accel.batch.telemetry import Telemetry, percentile, prometheus_text
+from ernie_accel.core.errors import ErnieAccelError
+from tests.stub_engine import StubEngine, make_rows
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(("part", "expected"), [(0.5, 5), (0.95, 10), (0.0, 1), (1.0, 10)])
+def test_percentiles_are_nearest_ranks(part, expected):
+    assert percentile(list(range(1, 11)), part) == expected
+    assert percentile([], part) is None
+
+
+def test_counts_speed_and_idle_time_are_those_of_the_clock():
+    now = [0.0]
+    telemetry = Telemetry(10, clock=lambda: now[0])
+    for _ in range(3):
+        telemetry.begun(2)
+        now[0] += 9
+        telemetry.ended(2, 9)
+        for _ in range(2):
+            telemetry.settled("done", 9.0)
+        now[0] += 1
+    state = telemetry.snapshot()
+    assert (state.done, state.failed, state.batch_size) == (6, 0, 2)
+    assert state.pictures_per_min == pytest.approx(12)
+    assert state.eta_s == pytest.approx(20)
+    assert (state.latency_p50_s, state.latency_p95_s) == (9, 9)
+    assert state.engine_idle == pytest.approx(2 / 29)
+
+
+def test_machines_get_json_lines_and_prometheus_text(tmp_path):
+    log, metrics = tmp_path / "log.jsonl", tmp_path / "metrics.prom"
+    options = {"log_json": log, "prometheus": metrics, "interval_s": 0.0, "progress": False}
+    list(produce(StubEngine(), make_rows(5), tmp_path / "out", **options))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["done"] for line in lines][-1] == 5
+    assert len(lines) > 1
+    assert set(lines[0]) >= {"time", "total", "pictures_per_min", "eta_s", "batch_size", "latency_p95_s"}
+    text = metrics.read_text()
+    assert "ernie_accel_pictures_done_total 5\n" in text
+    assert re.search(r"^ernie_accel_latency_p95_seconds [\d.e-]+$", text, flags=re.MULTILINE)
+    for line in text.splitlines():
+        assert re.fullmatch(r"# TYPE \w+ (counter|gauge)|\w+ [\d.e+-]+", line)
+
+
+def test_what_is_not_known_is_left_out_of_the_metrics():
+    assert "eta" not in prometheus_text(Telemetry(3).snapshot())
+
+
+def test_the_report_tells_counts_reasons_and_cost(tmp_path):
+    def before(requests, call):
+        if any(request.seed == 2 for request in requests):
+            raise ValueError("<bad> | prompt")
+
+    list(produce(StubEngine(before, seconds=0.01), make_rows(6), tmp_path, progress=False, facts={"preset": "exact"}))
+    write_report(tmp_path, gpu_price=2.0, power_price=0.3, watts=700)
+    markdown, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
+    assert "| done | 5 |" in markdown
+    assert "| failed | 1 |" in markdown
+    assert "| preset | exact |" in markdown
+    assert "| 4 | 002.png | ValueError: <bad> \\| prompt |" in markdown
+    assert re.search(r"\| GPU cost per 1,000 pictures \| [\d.e-]+ at 2 an hour \|", markdown)
+    assert re.search(r"\| power cost per 1,000 pictures \| [\d.e-]+ at 700 W and 0.3 a kWh \|", markdown)
+    assert "&lt;bad&gt; | prompt" in page
+    assert "<bad>" not in page
+    assert page.count("data:image/png;base64,") == 1
+    assert page.count("<svg") == 2
+
+
+def test_a_power_price_needs_the_power(tmp_path):
+    list(produce(StubEngine(), make_rows(1), tmp_path, progress=False))
+    with pytest.raises(ErnieAccelError, match="add --watts"):
+        write_report(tmp_path, power_price=0.3)
+
+
+COMMAND = """
+import sys
+from ernie_accel.batch import command
+from tests.stub_engine import StubEngine
+def fail(requests, call):
+    print("batch", call, flush=True)
+    if any(r.prompt == "bad" for r in requests):
+        raise ValueError("no")
+seconds = float(sys.argv.pop(1))
+command._engine = lambda job: (StubEngine(fail, seconds=seconds), {})
+from ernie_accel.cli import main
+main(sys.argv[1:])
+"""
+
+
+def start(tmp_path, seconds, *arguments):
+    table = tmp_path / "t.csv"
+    if not table.exists():
+        table.write_text("prompt,seed\n" + "".join(f"cup {i},{i}\n" for i in range(20)))
+    command = [sys.executable, "-c", COMMAND, str(seconds), "batch", str(table), "--out", str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, "--batch-size", "2", *arguments], env=environment, **pipes)
+
+
+def wait_for(stream, text):
+    while text not in (line := stream.readline()):
+        assert line, f"the job ended before it said {text!r}"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+def test_an_interrupt_finishes_the_batch_and_a_second_run_the_job(tmp_path):
+    job = start(tmp_path, 0.5)
+    wait_for(job.stdout, "batch 2")
+    job.send_signal(signal.SIGINT)
+    out, err = job.communicate(timeout=30)
+    assert job.returncode == 130
+    assert "Finishing the batch under way; Ctrl-C again to stop at once." in err
+    assert "4 succeeded, 0 failed, 16 not begun" in out
+    assert len(list((tmp_path / "out").glob("*.png"))) == 4
+    again = start(tmp_path, 0.0)
+    out, _ = again.communicate(timeout=30)
+    assert again.returncode == 0
+    assert "16 succeeded, 0 failed, 4 done before" in out
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+def test_a_second_interrupt_ends_at_once(tmp_path):
+    job = start(tmp_path, 30)
+    wait_for(job.stdout, "batch 1")
+    begun = time.perf_counter()
+    job.send_signal(signal.SIGINT)
+    wait_for(job.stderr, "Ctrl-C again")
+    job.send_signal(signal.SIGINT)
+    job.communicate(timeout=10)
+    assert job.returncode == 130
+    assert time.perf_counter() - begun < 5
+
+
+def test_failed_rows_give_exit_code_three_and_fail_fast_stops(tmp_path):
+    (tmp_path / "t.csv").write_text("prompt\ngood\nbad\n" + "fine\n" * 8)
+    job = start(tmp_path, 0.0, "--fail-fast", "--batch-size", "1")
+    out, err = job.communicate(timeout=30)
+    assert job.returncode == 3
+    assert f"{tmp_path}/t.csv:3: 00001.png failed: ValueError: no" in err
+    assert "1 succeeded, 1 failed, 8 " in out
+    assert (tmp_path / "out" / "report.html").is_file()

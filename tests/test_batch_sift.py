@@ -1,0 +1,129 @@
+"""Clear failures are set aside with the reason, good pictures are not, and rerolls are counted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFilter
+
+from ernie_accel.batch import Sift, produce
+from ernie_accel.batch.sieve import Sieve, difference_hash, grid_strength, sharpness
+from ernie_accel.core.errors import ErnieAccelError
+from tests.stub_engine import StubEngine, make_rows
+
+
+def scene(seed: int = 0, size: int = 256) -> Image.Image:
+    """Return a gradient with shapes: smooth areas and sharp edges, as a good picture has."""
+    rng = np.random.default_rng(seed)
+    ramp = np.linspace(60, 200, size)[None, :, None] + np.linspace(-40, 40, size)[:, None, None]
+    picture = Image.fromarray(np.broadcast_to(ramp, (size, size, 3)).clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    for _ in range(6):
+        x, y, r = *rng.integers(20, size - 20, 2).tolist(), int(rng.integers(10, 50))
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=tuple(rng.integers(0, 255, 3).tolist()))
+    return picture
+
+
+def gridded(period: int) -> Image.Image:
+    """Return a scene whose every other patch is brighter, as broken tiling leaves it."""
+    pixels = np.asarray(scene(), dtype=np.int16)
+    row, column = np.indices(pixels.shape[:2]) // period
+    return Image.fromarray((pixels + 20 * ((row + column) % 2)[..., None]).clip(0, 255).astype(np.uint8))
+
+
+def look(picture, **thresholds):
+    return Sieve(Sift(**thresholds)).look(picture, "a.png").reason
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_good_pictures_pass(seed):
+    assert look(scene(seed), blur_variance=20.0) is None
+
+
+@pytest.mark.parametrize("colour", ["black", "white", "#808080"])
+def test_blank_pictures_are_rejected(colour):
+    assert look(Image.new("RGB", (64, 64), colour)) == "blank: grey values deviate by 0.00, less than 2"
+
+
+def test_blurred_pictures_are_rejected():
+    blurred = scene().filter(ImageFilter.GaussianBlur(8))
+    assert look(blurred, blur_variance=20.0).startswith("blurred: Laplacian variance ")
+    assert look(blurred) is None  # off unless asked for
+    assert sharpness(np.asarray(scene().convert("L"), np.float32)) > 20
+
+
+@pytest.mark.parametrize("period", [8, 16, 32])
+def test_grids_are_rejected(period):
+    assert look(gridded(period)).startswith(f"grid: steps every {period} px are ")
+    assert grid_strength(np.asarray(scene().convert("L"), np.float32))[0] < 2
+
+
+def test_near_duplicates_are_rejected_and_named():
+    sieve = Sieve(Sift(duplicate_bits=4))
+    assert sieve.look(scene(1), "a.png").reason is None
+    assert sieve.look(scene(2), "b.png").reason is None
+    assert sieve.look(scene(1).resize((200, 200)), "c.png").reason.startswith("near-duplicate of a.png: ")
+    assert sieve.look(scene(1), "a.png").reason is None  # the same picture, made again
+
+
+def test_hashes_of_earlier_runs_count():
+    known = [(f"{difference_hash(scene(1)):016x}", "old.png")]
+    assert "near-duplicate of old.png" in Sieve(Sift(duplicate_bits=0), known).look(scene(1), "new.png").reason
+
+
+@pytest.mark.parametrize("bad", [{"blank_std": -1}, {"duplicate_bits": 65}, {"reroll": -1}, {"grid_ratio": 0.5}])
+def test_thresholds_out_of_range_are_named(bad):
+    with pytest.raises(ErnieAccelError, match="is not within"):
+        Sift(**bad)
+
+
+class BlankFor(StubEngine):
+    """Draws nothing for some seeds."""
+
+    def __init__(self, *seeds: int) -> None:
+        super().__init__()
+        self.seeds = seeds
+
+    def render(self, requests, timeout_s=None):
+        pictures = super().render(requests, timeout_s)
+        size = (32, 32)
+        return [Image.new("RGB", size) if r.seed in self.seeds else p for r, p in zip(requests, pictures, strict=True)]
+
+
+def run(engine, rows, out, **options):
+    return sorted(produce(engine, rows, out, progress=False, **options), key=lambda result: result.row.index)
+
+
+def test_rejected_pictures_go_to_their_folder_with_the_reason(tmp_path):
+    good, bad, other = run(BlankFor(1), make_rows(3), tmp_path, sift=Sift())
+    assert (good.error, other.error) == (None, None)
+    assert bad.rejected
+    assert bad.path is None
+    assert bad.error == "rejected: blank: grey values deviate by 0.00, less than 2; see rejected/001.png"
+    assert (tmp_path / "rejected" / "001.png").is_file()
+    assert not (tmp_path / "001.png").exists()
+    again = BlankFor()
+    assert run(again, make_rows(3), tmp_path, sift=Sift()) == []  # it would only come out the same
+    assert again.batches == []
+
+
+def test_a_rejected_picture_is_tried_with_another_seed(tmp_path):
+    (result,) = run(BlankFor(0), make_rows(1), tmp_path, sift=Sift(reroll=2))
+    assert result.error is None
+    assert result.seed != 0
+    with Image.open(result.path) as picture:
+        assert picture.text["seed"] == str(result.seed)
+    assert [path.name for path in (tmp_path / "rejected").iterdir()] == ["000.png"]
+
+
+def test_rerolls_end(tmp_path):
+    class Blank(StubEngine):
+        def render(self, requests, timeout_s=None):
+            super().render(requests, timeout_s)
+            return [Image.new("RGB", (32, 32)) for _ in requests]
+
+    engine = Blank()
+    (result,) = run(engine, make_rows(1), tmp_path, sift=Sift(reroll=2))
+    assert result.rejected
+    assert len({batch[0].seed for batch in engine.batches}) == 3
+    assert len(list((tmp_path / "rejected").iterdir())) == 3

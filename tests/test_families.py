@@ -1,0 +1,105 @@
+"""Every pipeline has the family it should have; every transform runs on every family and back, or says why not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ernie_accel
+from ernie_accel.families import FAMILIES, family_of
+from ernie_accel.transforms.scheduler import SCHEDULERS
+from tests.examples import EXAMPLES, differences, snapshot
+from tests.pipelines import PIPELINES, picture, tiny_lumina2
+
+FAMILY_NAMES = {"ernie": "ERNIE-Image", "z_image": "Z-Image", "lumina2": "NewBie-image", "newbie": "NewBie-image"}
+
+every_pipeline = pytest.mark.parametrize("name", PIPELINES)
+
+
+@every_pipeline
+def test_each_pipeline_has_its_family(name):
+    family = family_of(PIPELINES[name]())
+    assert (family.name if family else None) == FAMILY_NAMES.get(name)
+
+
+def test_a_renamed_transformer_is_known_by_its_shape(monkeypatch):
+    pipe = PIPELINES["newbie"]()
+    assert "Lumina2" not in str(type(pipe.transformer).__mro__)
+    assert family_of(pipe).name == "NewBie-image"
+    pipe.transformer.config = {**pipe.transformer.config, "pooled_projection_dim": None}
+    assert family_of(pipe) is None
+
+
+def test_the_pooled_embedding_is_really_used():
+    plain, pooled = picture(tiny_lumina2()), picture(PIPELINES["newbie"]())
+    assert (plain - pooled).abs().max() > 1e-4
+
+
+def test_a_pipeline_without_a_transformer_has_no_family():
+    assert family_of(object()) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_what_is_known_of_a_family_is_usable(family):
+    assert family.modes
+    assert set(family.schedulers) <= set(SCHEDULERS)
+    for settings in family.modes.values():
+        assert settings.source
+        assert 1 <= settings.num_inference_steps <= 100
+    for width, height in family.sizes:
+        assert width % family.size_multiple == height % family.size_multiple == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "guidance"), [("ERNIE-Image", 8, 1.0), ("Z-Image", 9, 0.0)], ids=lambda value: str(value)
+)
+def test_each_turbo_has_its_steps_and_guidance(name, steps, guidance):
+    turbo = next(family for family in FAMILIES if family.name == name).modes["turbo"]
+    assert (turbo.num_inference_steps, turbo.guidance_scale) == (steps, guidance)
+
+
+def test_newbie_has_no_turbo_but_its_schedulers():
+    newbie = next(family for family in FAMILIES if family.name == "NewBie-image")
+    assert set(newbie.modes) == {"quality"}
+    assert 20 <= newbie.modes["quality"].num_inference_steps <= 28
+    assert newbie.schedulers == ("unipc", "dpmpp_2m_sde")
+
+
+def names_on(pipe):
+    """Return the names by which a reason can say what it found: of the pipe, its family, its parts."""
+    family = family_of(pipe)
+    return {type(pipe).__name__, *(type(part).__name__ for part in pipe.components.values())} - {"NoneType"} | (
+        {family.name} if family else set()
+    )
+
+
+def draws(transform):
+    """Return whether a pipe with this transform draws, and does so in milliseconds.
+
+    A cast of one component alone leaves two dtypes, which stock pipelines do not run; compiling every family takes
+    longer than all the rest, and is tested on one.
+    """
+    alone = transform.slot == "dtype" and transform.components is not None
+    return not alone and transform.phase is not ernie_accel.Phase.COMPILE
+
+
+@pytest.mark.parametrize("transform", EXAMPLES, ids=repr)
+@every_pipeline
+def test_every_transform_on_every_family_runs_and_is_undone_bit_for_bit_or_refuses_with_a_reason(transform, name):
+    pipe = PIPELINES[name]()
+    original, before = picture(pipe, steps=2), snapshot(pipe)
+    the_plan = ernie_accel.plan(pipe, transform)
+    assert differences(before, snapshot(pipe)) == []
+    if the_plan.ok:
+        ernie_accel.optimize(pipe, transform)
+        if draws(transform):
+            assert picture(pipe, steps=2).isfinite().all()
+        ernie_accel.restore(pipe)
+    else:
+        reasons = [reason for reasons in the_plan.problems.values() for reason in reasons]
+        # What runs on ERNIE-Image and not here is refused because of this pipe, so the reason names what it found.
+        assert all(any(word in reason for word in names_on(pipe)) for reason in reasons), reasons
+        with pytest.raises(ernie_accel.UnsupportedError):
+            ernie_accel.optimize(pipe, transform)
+    assert differences(before, snapshot(pipe)) == []
+    assert torch.equal(picture(pipe, steps=2), original)

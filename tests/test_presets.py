@@ -1,0 +1,159 @@
+"""Presets are plain data that holds together; a recommendation explains itself and is one that can run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ernie_accel
+from ernie_accel import Context
+from ernie_accel.core.context import DEVICES, GIB
+from ernie_accel.core.preset import CARDS, find_preset, presets
+from ernie_accel.core.recommend import LADDER, card_of
+from ernie_accel.transforms.call_defaults import CallDefaults
+from tests.pipelines import PIPELINES
+
+EVERYTHING = {"torch": "2.13.0", "torchao": "0.18", "bitsandbytes": "0.50", "triton": "3.5", "scipy": "1.17"}
+
+
+def device(name, **changes):
+    return replace(Context.named(name), versions=EVERYTHING, **changes)
+
+
+@pytest.mark.parametrize("preset", presets.values(), ids=lambda preset: preset.name)
+def test_a_preset_is_named_after_its_mode_and_holds_one_transform_a_slot(preset):
+    slots = [transform.slot for transform in preset.transforms]
+    assert len(slots) == len(set(slots))
+    mode, _, precision = preset.name.partition("-")
+    modes = [transform.mode for transform in preset.transforms if isinstance(transform, CallDefaults)]
+    assert modes == ([mode] if precision else [])
+
+
+def test_every_rung_is_a_preset():
+    assert {f"turbo-{rung.precision}" for rung in LADDER} <= set(presets)
+
+
+@pytest.mark.parametrize("card", CARDS.values(), ids=lambda card: card.device)
+def test_every_card_of_the_table_can_run_what_it_is_given(card, ernie):
+    assert card.preset in presets
+    assert card.device in DEVICES
+    plan = ernie_accel.plan(ernie, preset=card.device, context=device(card.device))
+    assert plan.ok, str(plan)
+    assert plan.preset.name == card.device
+    assert card.preset in plan.preset.summary
+    assert ernie_accel.recommend(device(card.device)).preset == presets[card.preset]
+    assert ernie_accel.recommend(device(card.device), ernie).preset == presets[card.preset]
+
+
+def test_a_card_is_a_preset_name():
+    assert find_preset("rtx3090").transforms == presets["turbo-int8"].transforms
+    with pytest.raises(ernie_accel.UnknownNameError, match="Did you mean 'rtx3090'"):
+        find_preset("rtx390")
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("cpu", "turbo-fp32"),
+        ("v100", "turbo-fp16"),
+        ("t4", "turbo-fp16"),
+        ("a100", "turbo-bf16"),
+        ("a6000", "turbo-int8"),
+        ("rtx3060", "turbo-int8"),
+        ("l40s", "turbo-fp8"),
+        ("h200", "turbo-fp8"),
+        ("rtx5090", "turbo-fp8"),
+        ("ascend910b", "turbo-bf16"),
+    ],
+)
+def test_what_is_recommended_where(name, preset):
+    assert ernie_accel.recommend(device(name)).preset.name == preset
+
+
+def test_a_recommendation_says_why_and_why_not():
+    text = str(ernie_accel.recommend(device("t4")))
+    assert text.startswith("Recommended on cuda (NVIDIA T4, capability 7.5, 16 GiB): preset 'turbo-fp16'\n")
+    assert "  + tensor cores of this generation know no bfloat16\n" in text
+    assert "  turbo-fp8: pays on CUDA compute capability 8.9 and above; this device has 7.5" in text
+    assert "  turbo-int8: pays on CUDA compute capability 8.6 to 8.8; this device has 7.5" in text
+
+
+def test_a_missing_package_leads_to_the_next_rung_and_is_named():
+    context = replace(device("h200"), versions={"torch": "2.13.0"})
+    found = ernie_accel.recommend(context)
+    assert found.preset.name == "turbo-bf16"
+    assert found.rejected["turbo-fp8"] == (
+        "triton is not installed (it comes with CUDA builds of torch): pip install triton",
+    )
+
+
+def test_a_card_without_its_package_leads_to_the_next_rung():
+    context = replace(device("rtx3090"), versions={"torch": "2.13.0"})
+    found = ernie_accel.recommend(context)
+    assert found.preset.name == "turbo-bf16"
+    assert "torchao is not installed" in str(found)
+
+
+def test_with_a_pipe_its_own_reasons_count(flux):
+    found = ernie_accel.recommend(device("h200"), flux)
+    assert found.preset.name == "turbo-bf16"
+    assert any(
+        "on_unsupported='skip', which leaves out CallDefaults('turbo'): no turbo settings are known for FluxPipeline"
+        in w
+        for w in found.warnings
+    )
+    assert any("FuseKernels('fp8')" in reason for reason in found.rejected["turbo-fp8"])
+
+
+def test_for_a_pipe_that_cannot_run_at_all_nothing_is_recommended_but_exact(ernie):
+    weight = ernie.transformer.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.to(torch.float8_e4m3fn)
+    found = ernie_accel.recommend(device("h200"), ernie)
+    assert found.preset.name == "exact"
+    assert found.rejected["turbo-bf16"] == ("the pipe cannot run",)
+
+
+def test_memory_that_is_too_small_is_warned_of(ernie):
+    assert ernie_accel.recommend(device("h200")).warnings == ()
+    (warning,) = ernie_accel.recommend(device("rtx4060")).warnings
+    assert warning.startswith("about 19.6 GB of weights do not fit into 8.6 GB")
+    assert ernie_accel.recommend(device("rtx4060"), ernie).warnings == ()  # this pipe is a tiny one
+    (warning,) = ernie_accel.recommend(device("rtx4060", memory_bytes=GIB // 1024), ernie).warnings
+    assert "do not fit into 1.0 MB" in warning
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA GeForce RTX 3060", "rtx3060"),
+        ("NVIDIA GeForce RTX 3060 Ti", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", None),
+    ],
+)
+def test_cards_are_known_by_the_names_that_drivers_give(name, card):
+    found = card_of(Context("cuda", name, (8, 0)))
+    assert (found.device if found else None) == card
+
+
+def test_quality_recommends_quality():
+    assert ernie_accel.recommend(device("h200"), mode="quality").preset.name == "quality-fp8"
+    assert ernie_accel.recommend(device("rtx3090"), mode="quality").preset.name == "quality-int8"
+    with pytest.raises(ernie_accel.UnknownNameError, match="Unknown mode 'fast'"):
+        ernie_accel.recommend(mode="fast")
+
+
+def test_a_family_without_a_distilled_checkpoint_gets_quality_and_the_samplers_of_its_guides():
+    found = ernie_accel.recommend(device("h200"), PIPELINES["lumina2"]())
+    assert found.preset.name == "quality-bf16"
+    assert all(name.startswith("quality-") for name in found.rejected)
+    assert "guides sample with SwapScheduler('unipc') or SwapScheduler('dpmpp_2m_sde')" in str(found)
+    assert "leaves out Compile(): Lumina2Transformer2DModel declares no repeated blocks" in str(found)
+
+
+def test_this_machine_is_looked_up_where_none_is_given():
+    assert ernie_accel.recommend().context.device in ("cpu", "cuda")

@@ -1,0 +1,154 @@
+"""Every known way in which quantizing goes wrong with the stock tools, and what happens here instead."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import ernie_accel
+from ernie_accel import CastDtype, Context, Quantize
+from ernie_accel.transforms.quantize.backend import LinearSpec
+from ernie_accel.transforms.quantize.choose import BACKENDS
+from ernie_accel.transforms.quantize.layers import sqnr_db
+from tests.pipelines import picture, tiny_ernie
+from tests.test_quantize_backends import linear
+
+OUTSIDE = "x_embedder", "text_proj", "time_embedding", "adaLN_modulation", "final_norm", "final_linear"
+
+
+def test_blocks_only_beats_all_linears_by_a_factor():
+    """Stock tools quantize every linear; adaLN, embedders and the final layer then cost most of the quality."""
+    pipe = tiny_ernie(layers=3)
+    before = picture(pipe, output_type="latent", steps=4)
+    errors = {}
+    for exclude in (None, ()):
+        ernie_accel.optimize(pipe, Quantize("nf4", exclude=exclude))
+        errors[exclude] = (picture(pipe, output_type="latent", steps=4) - before).norm()
+        ernie_accel.restore(pipe)
+    assert errors[()] > 3 * errors[None]
+
+
+def test_inductor_settings_stay_as_they_are(ernie):
+    """torchao's default switches coordinate-descent tuning on for the whole process: first call 34 s instead of 7."""
+    import torch._inductor.config as config
+
+    before = config.coordinate_descent_tuning, config.epilogue_fusion, config.force_fuse_int_mm_with_mul
+    precision = torch.get_float32_matmul_precision()
+    for scheme in ("int8", "int8-weight-only", "fp8-weight-only"):
+        ernie_accel.optimize(ernie, Quantize(scheme, backend="torchao"))
+    after = config.coordinate_descent_tuning, config.epilogue_fusion, config.force_fuse_int_mm_with_mul
+    assert after == before
+    assert torch.get_float32_matmul_precision() == precision
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "int4", "nvfp4", "mxfp8"])
+def test_torchao_kernels_that_take_bfloat16_only_refuse_float32_before_anything_is_touched(scheme, ernie):
+    context = Context.named("b200")
+    (reason,) = Quantize(scheme, backend="torchao").unsupported(ernie, context)
+    assert f"{scheme} starts from bfloat16 weights, and this is float32: add CastDtype('bfloat16')" in reason
+    assert ernie_accel.plan(ernie, CastDtype("bfloat16"), Quantize(scheme), context=context).ok
+    assert not ernie_accel.plan(ernie, CastDtype("float16"), Quantize(scheme), context=context).ok
+
+
+def test_quanto_int8_on_the_cpu_meets_no_row_it_would_read_past():
+    """torch._weight_int8pack_mm segfaults where K is no multiple of 16."""
+    problem = BACKENDS["quanto"].layer_problem("int8-weight-only", LinearSpec(64, 40, torch.bfloat16), "cpu")
+    assert problem == "its 40 inputs are no multiple of 16"
+
+
+def test_quanto_int8_from_a_weight_off_a_16_byte_boundary_does_not_crash():
+    """Mapped files start anywhere. In a process of its own: a segmentation fault would end the test run."""
+    script = """
+import torch
+from tests.test_quantize_backends import linear
+from ernie_accel.transforms.quantize.choose import BACKENDS
+layer = linear()
+memory = torch.empty(layer.weight.numel() + 1, dtype=torch.bfloat16)
+memory[1:] = layer.weight.flatten()
+layer.weight.data = memory[1:].view(256, 512)
+assert layer.weight.data_ptr() % 16
+quantized = BACKENDS["quanto"].quantize("int8-weight-only", layer)
+assert quantized.weight._data.data_ptr() % 16 == 0
+for rows in (1, 2, 7, 33):
+    assert quantized(torch.randn(rows, 512).to(torch.bfloat16)).isfinite().all()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_quanto_offers_no_quantized_activations():
+    """Uncalibrated, they give noise; and there is no data to calibrate on."""
+    assert {"int8", "fp8"}.isdisjoint(BACKENDS["quanto"].schemes)
+    quantized = BACKENDS["quanto"].quantize("int8-weight-only", linear())
+    assert quantized.activation_qtype is None
+
+
+def test_bitsandbytes_scales_are_buffers_that_move_and_are_saved():
+    """Linear8bitLt keeps them beside its tensors: a pipe that moves after its first picture leaves them behind."""
+    for scheme in BACKENDS["bitsandbytes"].schemes:
+        quantized = BACKENDS["bitsandbytes"].quantize(scheme, linear())
+        quantized(torch.randn(2, 512).to(torch.bfloat16))
+        assert set(quantized.state_dict()) == {"weight", "absmax", "bias"}
+        assert {tensor.device.type for tensor in quantized.to("meta").state_dict().values()} == {"meta"}
+
+
+def test_bitsandbytes_int8_survives_activations_beyond_float16():
+    """Its own quantizer takes float16 only: 1e5 is infinite there, and the whole row becomes NaN."""
+    layer = linear()
+    x = torch.randn(4, 512).to(torch.bfloat16) * 1e5
+    y = BACKENDS["bitsandbytes"].quantize("int8", layer)(x)
+    assert y.isfinite().all()
+    assert sqnr_db(layer(x).float(), y) > 30
+
+
+def test_bitsandbytes_matches_its_own_library():
+    """The layers here are other vessels for the same bits."""
+    import bitsandbytes as bnb
+
+    layer = linear(torch.float16, bias=False)
+    stock = bnb.nn.Linear8bitLt(512, 256, bias=False, has_fp16_weights=False)
+    stock.weight = bnb.nn.Int8Params(layer.weight.data.clone(), requires_grad=False, has_fp16_weights=False).to("cpu")
+    mine = BACKENDS["bitsandbytes"].quantize("int8", layer)
+    assert (mine.weight.int() - stock.weight.CB.int()).abs().max() <= 1  # halves may round either way
+    assert (mine.weight != stock.weight.CB).float().mean() < 1e-2
+    packed, state = bnb.functional.quantize_4bit(layer.weight.data, blocksize=64, quant_type="nf4")
+    nf4 = BACKENDS["bitsandbytes"].quantize("nf4", layer)
+    assert torch.equal(nf4.weight, packed)
+    assert torch.equal(nf4.absmax, state.absmax)
+
+
+def test_gguf_encodes_what_diffusers_decodes():
+    """No K-quants are offered: the gguf package cannot encode them."""
+    assert set(BACKENDS["gguf"].schemes) == {"gguf-q8_0", "gguf-q5_0", "gguf-q4_0"}
+    problem = BACKENDS["gguf"].layer_problem("gguf-q4_0", LinearSpec(64, 48, torch.bfloat16), "cpu")
+    assert problem == "its 48 inputs are no multiple of 32"
+
+
+def test_layerwise_casting_is_not_undone_by_a_cast_in_silence():
+    pipe = tiny_ernie(dtype=torch.bfloat16)
+    ernie_accel.optimize(pipe, Quantize("fp8-weight-only", backend="layerwise"))
+    with pytest.raises(ernie_accel.ErnieAccelError, match="quantized"):
+        pipe.to(torch.bfloat16)
+    weight = pipe.transformer.layers[1].mlp.up_proj.weight
+    picture(pipe)
+    assert weight.dtype == torch.float8_e4m3fn
+    assert ernie_accel.plan(pipe, Quantize("fp8-weight-only", backend="layerwise")).blockers == ()
+
+
+def test_bitsandbytes_needs_no_gpu_here():
+    """Diffusers' quantization_config route refuses it without one."""
+    pipe = tiny_ernie()
+    ernie_accel.optimize(pipe, Quantize("nf4"))
+    assert picture(pipe).isfinite().all()
+
+
+def test_asking_imports_no_backend():
+    script = """
+import sys
+from ernie_accel import Context, Quantize
+print(Quantize("auto").choose(Context.named("h200")), Quantize("int4").choose(Context.named("cpu")))
+assert not {"torchao", "optimum.quanto", "bitsandbytes", "gguf", "diffusers"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, stdout=subprocess.DEVNULL)

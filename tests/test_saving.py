@@ -1,0 +1,260 @@
+"""A saved pipe comes back bit for bit, whatever quantized it; a folder that is not whole is refused by name."""
+
+from __future__ import annotations
+
+import json
+import pickletools
+
+import pytest
+import torch
+
+import ernie_accel
+from ernie_accel import CallDefaults, CastDtype, Compile, MakeContiguous, Quantize, RewriteBlocks, SwapScheduler
+from ernie_accel.core.components import modules_of
+from ernie_accel.core.errors import SavedPipelineError
+from ernie_accel.core.saving import MANIFEST, WEIGHTS
+from ernie_accel.transforms.quantize.choose import BACKENDS
+from ernie_accel.transforms.quantize.layers import RECEIPT
+from tests.pipelines import picture, tiny_ernie, tiny_flux
+from tests.test_quantize_backends import every_pair
+
+
+def bits(pipe):
+    """Return every tensor of a pipe by name, quantized layers by the tensors they consist of."""
+    found = {}
+    for component, module in modules_of(pipe).items():
+        inside = []
+        for path, layer in module.named_modules():
+            if RECEIPT in vars(layer):
+                inside.append(f"{path}.")
+                backend = BACKENDS[vars(layer)[RECEIPT].backend]
+                found |= {f"{component}.{path}/{n}": t for n, t in backend.tensors(layer).items()}
+        named = [*module.named_parameters(), *module.named_buffers()]
+        found |= {f"{component}.{n}": t for n, t in named if not n.startswith(tuple(inside))}
+    return found
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape), name
+        assert torch.equal(*(t.reshape(-1).contiguous().view(torch.uint8) for t in (a[name], b[name]))), name
+
+
+@every_pair
+def test_reload_is_bit_equal_for_every_backend(backend, scheme, tmp_path):
+    pipe = tiny_ernie(dtype=torch.bfloat16)
+    wish = Quantize(scheme, backend=backend.name, components=("transformer", "text_encoder"))
+    ernie_accel.optimize(pipe, wish)
+    assert ernie_accel.save(pipe, tmp_path / "saved") == tmp_path / "saved"
+    expected = picture(pipe, steps=1)  # after saving, too: saving changes nothing
+    again = ernie_accel.load(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    assert_same_bits(bits(pipe), bits(again))
+    assert torch.equal(picture(again, steps=1), expected)
+    old, new = (ernie_accel.report(p).entries[0].applied for p in (pipe, again))
+    assert new.details == old.details
+    assert new.changed == old.changed
+    assert new.skipped == old.skipped
+
+
+def test_the_transforms_travel_and_those_after_quantization_are_applied_again(tmp_path):
+    wishes = CastDtype("bf16"), Quantize("int8-weight-only"), MakeContiguous(), SwapScheduler("euler", shift=5.0)
+    wishes += CallDefaults("turbo"), Compile()
+    pipe = tiny_ernie()
+    ernie_accel.optimize(pipe, *wishes)
+    before = str(ernie_accel.report(pipe).title)
+    ernie_accel.save(pipe, tmp_path / "saved")
+    assert pipe.scheduler.config.shift == 5.0
+    assert pipe.transformer.layers[0]._compiled_call_impl is not None
+    again = ernie_accel.load(tmp_path / "saved")
+    assert again.scheduler.config.shift == 5.0
+    assert again.transformer.layers[0]._compiled_call_impl is not None
+    report = ernie_accel.report(again)
+    assert report.title == before
+    assert [e.step.transform for e in report.entries] == [e.step.transform for e in ernie_accel.report(pipe).entries]
+    with pytest.raises(ernie_accel.RestoreError, match="the folder does not hold the originals"):
+        ernie_accel.restore(again)
+    with pytest.raises(ernie_accel.ErnieAccelError, match="its weights are quantized"):
+        again.to(torch.float32)
+
+
+def test_rewritten_blocks_are_quantized_saved_and_rewritten_again(tmp_path):
+    pipe = tiny_ernie(dtype=torch.bfloat16)
+    original = bits(pipe)
+    ernie_accel.optimize(pipe, RewriteBlocks(), Quantize("int8-weight-only"))
+    changed = ernie_accel.report(pipe).entries[1].applied.changed
+    assert any("to_qkv" in name for name in changed)
+    again = ernie_accel.load(ernie_accel.save(pipe, tmp_path / "saved"))
+    again.set_progress_bar_config(disable=True)
+    assert_same_bits(bits(pipe), bits(again))
+    assert torch.equal(picture(again, steps=1), picture(pipe, steps=1))
+    ernie_accel.restore(pipe)
+    assert_same_bits(original, bits(pipe))
+
+
+def test_a_pipe_without_any_transform_travels_too(tmp_path):
+    for make in (tiny_ernie, tiny_flux):
+        pipe = make()
+        ernie_accel.save(pipe, tmp_path / "saved")
+        again = ernie_accel.load(tmp_path / "saved")
+        again.set_progress_bar_config(disable=True)
+        assert_same_bits(bits(pipe), bits(again))
+        assert torch.equal(picture(again), picture(pipe))
+        assert ernie_accel.report(again).entries == ()
+
+
+def test_what_is_loaded_can_be_optimized_further_and_saved_again(tmp_path):
+    pipe = tiny_ernie()
+    ernie_accel.optimize(pipe, Quantize("nf4"))
+    ernie_accel.save(pipe, tmp_path / "one")
+    again = ernie_accel.load(tmp_path / "one")
+    ernie_accel.optimize(again, Quantize("nf4"), CallDefaults("turbo"))
+    ernie_accel.save(again, tmp_path / "two")
+    assert_same_bits(bits(pipe), bits(ernie_accel.load(tmp_path / "two")))
+    with pytest.raises(ernie_accel.RestoreError):
+        ernie_accel.optimize(again, Quantize("int8"))
+
+
+def test_weights_are_safetensors_and_the_rest_json(ernie, tmp_path):
+    ernie_accel.optimize(ernie, Quantize("int8-weight-only", backend="quanto"))
+    folder = ernie_accel.save(ernie, tmp_path / "saved")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt", ".model", ".jinja"}
+    for path in files:
+        with pytest.raises(ValueError, match=r".+"):
+            list(pickletools.genops(path.read_bytes()))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
+
+
+def test_loaded_tensors_start_where_kernels_can_read_them(ernie, tmp_path):
+    """Files are mapped at any offset; quanto's int8 on the CPU would crash on a weight off a 16-byte boundary."""
+    ernie_accel.optimize(ernie, Quantize("int8-weight-only", backend="quanto"))
+    again = ernie_accel.load(ernie_accel.save(ernie, tmp_path / "saved"))
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in bits(again).values())
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(ernie, tmp_path):
+    ernie_accel.optimize(ernie, Quantize("int8-weight-only"))
+    return ernie_accel.save(ernie, tmp_path / "saved")
+
+
+def truncate(folder):
+    file = folder / "transformer" / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def edit(**changes):
+    def do(folder):
+        manifest = json.loads((folder / MANIFEST).read_text())
+        (folder / MANIFEST).write_text(json.dumps(manifest | changes))
+
+    return do
+
+
+def name_foreign_class(folder):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["components"]["vae"] |= {"library": "os", "class": "system"}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def overwrite_header(folder):
+    file = folder / "transformer" / WEIGHTS
+    file.write_bytes(b"\xff" * file.stat().st_size)
+
+
+def other_layers(folder):
+    """Let the receipt of one layer tell another shape."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["components"]["transformer"]["layers"][0]["shape"] = [64, 64]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (truncate, r"is damaged: transformer/model.safetensors has \d+ bytes, expected \d+"),
+        (lambda folder: (folder / "vae" / WEIGHTS).unlink(), "is incomplete: vae/model.safetensors is missing"),
+        (lambda folder: (folder / MANIFEST).unlink(), "load it with DiffusionPipeline.from_pretrained"),
+        (lambda folder: (folder / MANIFEST).write_text("{"), "is no JSON"),
+        (edit(format="something else"), "is not of the format 'ernie_accel pipeline'"),
+        (edit(format_version=99), "is of format version 99; this library reads 1"),
+        (name_foreign_class, "names a class that is not here: os.system"),
+        (overwrite_header, "cannot be read"),
+        (other_layers, "the torchao installed here stores it as"),
+    ],
+)
+def test_a_damaged_or_foreign_folder_is_refused_by_name(damage, says, saved):
+    damage(saved)
+    with pytest.raises(SavedPipelineError, match=says) as caught:
+        ernie_accel.load(saved)
+    assert caught.value.folder == str(saved)
+    assert str(saved) in str(caught.value)
+
+
+def test_a_folder_that_is_not_there_is_refused_by_name(tmp_path):
+    with pytest.raises(SavedPipelineError, match="there is no such folder"):
+        ernie_accel.load(tmp_path / "nothing")
+
+
+def test_layers_that_cannot_run_here_are_refused_before_anything_large_is_read(saved):
+    manifest = json.loads((saved / MANIFEST).read_text())
+    for receipt in manifest["components"]["transformer"]["layers"]:
+        receipt["scheme"] = "fp8"
+    (saved / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(SavedPipelineError, match=r"cannot run on cpu.*fp8 needs CUDA compute capability >= 8.9"):
+        ernie_accel.load(saved)
+
+
+def test_nothing_foreign_is_overwritten(ernie, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(SavedPipelineError, match=r"was not written by ernie_accel\.save; choose another"):
+        ernie_accel.save(ernie, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_write_that_fails_leaves_the_old_folder_whole(saved, ernie, monkeypatch):
+    before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    monkeypatch.setattr(type(ernie.vae), "save_config", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        ernie_accel.save(ernie, saved)
+    assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == before
+    assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
+def test_lora_layers_are_refused_with_the_fix(ernie, tmp_path):
+    from peft import LoraConfig
+
+    ernie.transformer.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
+    with pytest.raises(SavedPipelineError, match=r"a LoRA layer: pipe.fuse_lora\(\)"):
+        ernie_accel.save(ernie, tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_that_others_quantized_are_refused(ernie, tmp_path):
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(ernie.transformer.layers[1].mlp.up_proj, Int8WeightOnlyConfig(version=2, set_inductor_config=False))
+    with pytest.raises(SavedPipelineError, match="quantized by torchao without ernie_accel"):
+        ernie_accel.save(ernie, tmp_path / "saved")
+
+
+def test_what_stock_tools_reload_as_garbage_is_why_this_exists(tmp_path):
+    """quanto's qint8 through plain ``save_pretrained``: it loads without an error and is another model."""
+    from diffusers import ErnieImageTransformer2DModel
+
+    pipe = tiny_ernie()
+    ernie_accel.optimize(pipe, Quantize("int8-weight-only", backend="quanto"))
+    expected = picture(pipe, output_type="latent")
+    pipe.transformer.save_pretrained(tmp_path / "plain")
+    ernie_accel.save(pipe, tmp_path / "saved")
+    again = ernie_accel.load(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(picture(again, output_type="latent"), expected)
+    again.transformer = ErnieImageTransformer2DModel.from_pretrained(tmp_path / "plain", low_cpu_mem_usage=False)
+    assert not torch.allclose(picture(again, output_type="latent"), expected, atol=1e-2)
