@@ -42,11 +42,10 @@ _DISTRIBUTIONS = {
     "cudnn": "nvidia-cudnn-frontend",
     "flash_attn": "flash-attn",
     "flash_attn_interface": "flash-attn-3",
-    "cache_dit": "cache-dit",
 }
 _BUNDLED_PACKAGES = ("triton",)  # with CUDA builds of torch
 #: Used where they are, but no extra brings them: they are built for one version of torch and one kind of card.
-_UNBROUGHT_PACKAGES = ("flash_attn", "flash_attn_interface", "sageattention", "xformers", "cache_dit")
+_UNBROUGHT_PACKAGES = ("flash_attn", "flash_attn_interface", "sageattention", "xformers")
 _REQUIRED_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 
 
