@@ -10,10 +10,12 @@ import random
 import signal
 import sqlite3
 import sys
+import threading
 import time
 from pathlib import Path
 
 from PIL import Image
+from tqdm import tqdm
 
 from ernie_accel.batch import produce
 from ernie_accel.batch.task import tasks_of
@@ -25,6 +27,16 @@ ROWS = 300
 def run_job(out: Path) -> None:
     for _ in produce(StubEngine(seconds=0.001), make_rows(ROWS), out, batch_size=3, progress=False):
         pass
+
+
+def run_to_the_end(out: Path) -> None:
+    """Run the job in a child, too: this process must not have threads or locks that its children inherit."""
+    child = os.fork()
+    if child == 0:
+        run_job(out)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, f"the undisturbed run ended with status {status}"
 
 
 def run_until_killed(out: Path, after_s: float) -> bool:
@@ -62,8 +74,9 @@ def main() -> None:
     folder, kills = Path(sys.argv[1]), int(sys.argv[2])
     moments = random.Random(0)
     undisturbed = folder / "undisturbed"
+    tqdm.set_lock(threading.RLock())  # its own is shared between processes, and a killed child may hold it for ever
     start = time.perf_counter()
-    run_job(undisturbed)
+    run_to_the_end(undisturbed)
     seconds = time.perf_counter() - start
     killed = jobs = 0
     while killed < kills:
@@ -72,7 +85,7 @@ def main() -> None:
         # A job survives many kills: each comes after a moment that is long enough for a few rows, or too short for one.
         while killed < kills and run_until_killed(out, moments.uniform(0, seconds / 8)):
             killed += 1
-        run_job(out)
+        run_to_the_end(out)
         check(out, undisturbed)
     print(f"{killed} kills over {jobs} jobs of {ROWS} rows")
 
