@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ernie_accel.core.components import Pipeline
-from ernie_accel.core.report import Report
+from ernie_accel.core.report import Entry, Report
 
 _ATTRIBUTE = "_ernie_accel"
 
@@ -19,6 +19,17 @@ class Carried:
 
     def __deepcopy__(self, memo: dict[int, object]) -> Carried:
         return self
+
+    def __reduce__(self) -> tuple[type[Carried], tuple[Report, int]]:
+        """Pickle the report without the way back, which is made of live objects."""
+        return Carried, (replace(self.report, entries=tuple(map(_without_undo, self.report.entries))), 0)
+
+
+def _without_undo(entry: Entry) -> Entry:
+    if entry.applied is None or entry.applied.undo is None:
+        return entry
+    stayed = "this pipe came out of a pickle, and its undo stayed behind"
+    return replace(entry, applied=replace(entry.applied, undo=None, no_undo=stayed))
 
 
 def carried_report(pipe: Pipeline) -> Report | None:

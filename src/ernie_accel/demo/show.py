@@ -49,10 +49,20 @@ class Showing:
     first_call_s: float
 
     @property
+    def ratios(self) -> tuple[float, ...]:
+        """Stock over optimized time of each pair of pictures, rendered one right after the other."""
+        return tuple(stock / fast for stock, fast in zip(self.stock_ms, self.optimized_ms, strict=True))
+
+    @property
     def ratio(self) -> float:
-        """Speed relative to stock: the median over pairs of pictures rendered one right after the other."""
-        pairs = zip(self.stock_ms, self.optimized_ms, strict=True)
-        return statistics.median(stock / optimized for stock, optimized in pairs)
+        """Speed relative to stock: the median over the pairs."""
+        return statistics.median(self.ratios)
+
+    @property
+    def ratio_quartiles(self) -> tuple[float, float]:
+        """The lower and the upper quartile over the pairs: if 1 lies between them, nothing can be said."""
+        low, _, high = statistics.quantiles(self.ratios, n=4)
+        return low, high
 
 
 def show(sheet: Path, preset: Preset | str, device: str = "cpu", rounds: int = 2) -> Showing:

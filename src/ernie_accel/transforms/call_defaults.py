@@ -112,9 +112,18 @@ def _with_defaults(cls: type, defaults: dict[str, Any]) -> type:
         return stock(self, *args, **{name: v for name, v in defaults.items() if name not in given}, **kwargs)
 
     __call__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+
     # The name stays: save_pretrained writes it, and from_pretrained looks it up in diffusers.
+    def __reduce_ex__(self: Pipeline, protocol: Any) -> Any:
+        return _rebuild, (cls, defaults), vars(self)  # pickle finds no class of this name that is this one
+
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls)(cls.__name__, (cls,), {"__call__": __call__, **names})
+    return type(cls)(cls.__name__, (cls,), {"__call__": __call__, "__reduce_ex__": __reduce_ex__, **names})
+
+
+def _rebuild(cls: type, defaults: dict[str, Any]) -> Any:
+    made = _with_defaults(cls, defaults)
+    return object.__new__(made)
 
 
 def _class_setter(pipe: Pipeline, cls: type) -> Any:
