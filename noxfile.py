@@ -22,7 +22,7 @@ def tests(session: nox.Session) -> None:
 def lite(session: nox.Session) -> None:
     """Run without any extra: every missing backend gives its clear error, and the rest works."""
     session.install(".", "pytest>=8")
-    core = ("test_optimize.py", "test_errors.py", "test_public_api.py", "test_batch_table.py")
+    core = ("test_call_defaults.py", "test_dtype.py", "test_errors.py", "test_public_api.py", "test_batch_table.py")
     session.run("python", "-m", "pytest", "tests/lite", *(f"tests/{name}" for name in core), *session.posargs)
 
 

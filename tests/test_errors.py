@@ -138,7 +138,6 @@ def test_float8_storage_that_upcasts_in_a_hook_is_no_such_pipe(ernie):
         (Compile(components=("text_encoder",)), "Mistral3Model declares no repeated blocks to compile"),
         (TileVae(tile_px=30), "tile_px=30 is no multiple of the 8 pixels of a latent: use 24"),
         (CallDefaults("quality", negative_prompt="x"), None),
-        (Quantize("int8-weight-only", components=("vae",)), "vae: no linear layer can be quantized"),
     ],
 )
 def test_reasons_name_what_was_found(transform, reason, ernie):
