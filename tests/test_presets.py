@@ -28,7 +28,8 @@ def test_a_preset_is_named_after_its_mode_and_holds_one_transform_a_slot(preset)
     assert len(slots) == len(set(slots))
     mode, _, precision = preset.name.partition("-")
     modes = [transform.mode for transform in preset.transforms if isinstance(transform, CallDefaults)]
-    assert modes == ([mode] if precision else [])
+    expected = "turbo" if mode == "npu" else mode  # named after the device, as the masks it needs are the device's
+    assert modes == ([expected] if precision else [])
 
 
 def test_every_rung_is_a_preset():
@@ -65,7 +66,7 @@ def test_a_card_is_a_preset_name():
         ("l40s", "turbo-fp8"),
         ("h200", "turbo-fp8"),
         ("rtx5090", "turbo-fp8"),
-        ("ascend910b", "turbo-bf16"),
+        ("ascend910b", "npu-bf16"),
     ],
 )
 def test_what_is_recommended_where(name, preset):
