@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -158,10 +159,12 @@ def installed_versions() -> Mapping[str, str]:
 
 
 def _importable(package: str) -> bool:
-    try:
+    parent, _, child = package.rpartition(".")
+    if not parent:
         return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # the parent of a dotted name is missing
-        return False
+    spec = importlib.util.find_spec(parent)  # asking for the dotted name would import the parent
+    folders = spec.submodule_search_locations if spec is not None else None
+    return any((Path(folder) / child).exists() for folder in folders or ())
 
 
 def _best_device() -> torch.device:

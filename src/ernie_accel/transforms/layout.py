@@ -56,9 +56,13 @@ class MakeContiguous(Transform):
         return reasons
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
-        cast = context.planned_one(CastDtype)  # lays out anew what it casts
+        cast = context.planned_one(CastDtype)  # gives what it casts new, aligned memory, with the strides it had
         recast = {id(w.tensor) for _, weights in cast.weights_to_cast(pipe) for w in weights} if cast else set()
-        changes = tuple(name for name, weight, _ in self._awkward(pipe) if id(weight.tensor) not in recast)
+        changes = tuple(
+            name
+            for name, weight, layout in self._awkward(pipe)
+            if id(weight.tensor) not in recast or not weight.tensor.is_contiguous(memory_format=layout)
+        )
         return Preview(changes, note=self._note() if changes else "all weights are laid out and aligned so already")
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
