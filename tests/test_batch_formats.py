@@ -45,8 +45,9 @@ def as_json_lines(folder):
 
 
 def as_parquet(folder):
-    pyarrow = pytest.importorskip("pyarrow", reason="reading Parquet is an extra")
-    parquet = pytest.importorskip("pyarrow.parquet", reason="reading Parquet is an extra")
+    import pyarrow
+    from pyarrow import parquet
+
     path = folder / "t.parquet"
     names = {name: None for record in RECORDS for name in record}  # a table has every column in every row
     parquet.write_table(pyarrow.Table.from_pylist([names | record for record in RECORDS]), path)

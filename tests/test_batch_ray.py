@@ -7,12 +7,11 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+import ray
 
 from ernie_accel.batch import produce
 from tests.stub_engine import make_rows
 from tests.stub_pipes import StepPipe
-
-ray = pytest.importorskip("ray", reason="the Ray engine is an extra")
 
 
 @pytest.fixture(scope="module")
