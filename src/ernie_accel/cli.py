@@ -43,14 +43,12 @@ def demo_command(
     preset: PresetName = None,
 ) -> None:
     """Render the same prompts stock and optimized with the embedded model, and measure both."""
-    import diffusers
-
     from ernie_accel.core.context import Context
     from ernie_accel.core.preset import find_preset
     from ernie_accel.core.recommend import fitting_preset
     from ernie_accel.demo.show import STEPS, show
 
-    diffusers.utils.logging.disable_progress_bar()  # two small pipelines load in a second
+    _load_quietly(None)
     context = Context.detect()
     chosen = find_preset(preset) if preset else fitting_preset(context)
     typer.echo(f"Rendering on {context} with preset {chosen.name!r}; the first optimized picture compiles ...")
@@ -86,6 +84,7 @@ def plan_command(
 
     context = Context.named(device) if device else Context.detect()
     chosen = find_preset(preset) if preset else fitting_preset(context)
+    _load_quietly(model)
     the_plan = plan(load_pipeline(model, dtype), preset=chosen, context=context)
     typer.echo(the_plan.to_json() if as_json else str(the_plan))
     if not the_plan.ok:
@@ -148,6 +147,7 @@ def info_command() -> None:
     for package in OPTIONAL_PACKAGES:
         for reason in context.missing(package):
             typer.echo(f"  {package:16} - {reason}")
+    _load_quietly(None)
     pipe = demo.load()
     typer.echo("Presets:")
     for preset in presets.values():
@@ -168,11 +168,20 @@ def load_and_optimize(
     from ernie_accel.core.recommend import fitting_preset
 
     chosen = find_preset(preset) if preset else fitting_preset(Context.detect())
+    _load_quietly(model)
     pipe = load_pipeline(model, dtype)
     pipe.set_progress_bar_config(disable=True)
     # A preset that nobody chose by name may lose a part that cannot run here; the report names it.
     optimize(pipe, preset=chosen, on_unsupported="skip" if skip_unsupported or preset is None else "error")
     return pipe, report(pipe)
+
+
+def _load_quietly(model: str | None) -> None:
+    """Show no loading bar for the embedded model, which loads in a second; a large one keeps it."""
+    if model is None:
+        import diffusers
+
+        diffusers.utils.logging.disable_progress_bar()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
