@@ -171,3 +171,31 @@ def test_demo_measures_and_never_flatters(capsys, tmp_path):
     assert str(sheet) in out
     with Image.open(sheet) as image:
         assert image.width > 800
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a red circle", "--out", "x.jpg"), "error: --out x.jpg: file name 'x.jpg' does not end in '.png'"),
+        (("a red circle", "--width", "100"), "error: size 100x128 is not made of multiples of 16"),
+        (("  ",), "error: the prompt is empty; write what to draw"),
+    ],
+)
+def test_a_picture_that_cannot_be_made_is_told_before_anything_is_loaded(
+    capsys, arguments, message, nothing_is_loaded, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, "optimize", *arguments)
+    assert code == 2
+    assert err.startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_compiler_the_default_preset_leaves_compiling_out_and_says_so(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("ernie_accel.core.context._why_no_cpu_compile", lambda: "no compiler here")
+    code, out, _ = run(capsys, "optimize", "a large red circle", "--out", tmp_path / "red.png")
+    assert code == 0
+    assert re.search(r"Compile\(\) +- +skipped +no compiler here", out)
+    code, _, err = run(capsys, "optimize", "a red circle", "--preset", "turbo-fp32", "--out", tmp_path / "x.png")
+    assert code == 2
+    assert err.rstrip().endswith("or pass --skip-unsupported.")
