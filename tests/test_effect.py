@@ -68,3 +68,12 @@ def test_a_plan_has_the_strongest_effect_of_what_it_would_apply(ernie):
     assert ernie_accel.plan(ernie, CastDtype("bf16"), SliceVae()).effect is Effect.LOSSY
     assert ernie_accel.plan(ernie, CastDtype("fp32"), SliceVae()).effect is Effect.ROUNDING  # float32 already
     assert ernie_accel.plan(ernie, preset="turbo-bf16").effect is Effect.RESAMPLES
+
+
+def test_a_cast_of_the_trained_model_stays_above_its_floor():
+    pipe = ernie_accel.demo.load(prompt_enhancer=False)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": "a large red circle in the center on a grey background", "height": 128, "width": 128}
+    before = picture(pipe, output_type="latent", steps=8, **call)
+    ernie_accel.optimize(pipe, CastDtype("bfloat16"))
+    assert db(picture(pipe, output_type="latent", steps=8, **call), before) > CastDtype("bfloat16").floor_db
