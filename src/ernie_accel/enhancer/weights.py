@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ernie_accel.enhancer.state import DecodeState
 from ernie_accel.kernels import decode
@@ -46,6 +47,14 @@ class KernelWeights:
             active_bn = decode.gate_up(x_bh, layer.gate, layer.up, layer.norm_mlp)
             x_bh = decode.linear(active_bn, (layer.down,), residual_bn=x_bh)
         return decode.linear(x_bh, (self.head,), norm=self.norm)
+
+    @staticmethod
+    def project(linear: Any, x_btk: Tensor) -> Tensor:
+        """Return the product [B, T, N] of many rows with the weight of `linear`, one of these."""
+        weight = _decode_weight(linear)
+        if isinstance(weight, str):
+            raise TypeError(weight)
+        return F.linear(x_btk, decode.dequantize(weight, x_btk.dtype))
 
 
 def kernel_weights(model: Any) -> KernelWeights | str:
