@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -153,9 +154,9 @@ def measure_all(names: list[str], arguments: argparse.Namespace, result: dict[st
         for name in names:
             left = end - time.monotonic()
             base = name.removesuffix(AGAIN)
-            kept = folder / "kept" / base
+            kept = folder / "kept" / file_name(base)
             # What has a folder of its own must find nothing elsewhere; the others keep what torch and Triton keep.
-            compiled = folder / "compiled" / (name if base.endswith(" cache") else base)
+            compiled = folder / "compiled" / file_name(name if base.endswith(" cache") else base)
             row: dict[str, Any] = {"error": f"not started: {arguments.seconds:.0f} s were over"}
             if left > 0:
                 command = [*common, "--worker", base, "--cache", str(kept)]
@@ -164,6 +165,11 @@ def measure_all(names: list[str], arguments: argparse.Namespace, result: dict[st
             print(json.dumps(result["rungs"][-1]), file=sys.stderr, flush=True)
             if arguments.save:
                 save(result, arguments.save)
+
+
+def file_name(name: str) -> str:
+    """Return a name without what a C++ compiler's command line takes for something else."""
+    return re.sub(r"[^\w+-]", "_", name)
 
 
 def run(arguments: list[str], compiled: Path, timeout: float) -> dict[str, Any]:

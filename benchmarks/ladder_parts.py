@@ -134,10 +134,12 @@ def measure_part(name: str, job: Job) -> dict[str, Any]:
     row = {"what": part.what, "group": group, "optimize_s": optimize_s, **part.measure(pipe, job)}
     out = row.pop("out", None)
     stock = job.folder / f"{group}.pt"
-    if out is not None and stock.exists():
-        row["sqnr_to_stock_db"] = sqnr_db(out, torch.load(stock))
-    elif out is not None:
+    if out is not None and name == f"{group}: stock":
         torch.save(out.cpu(), stock)
+    elif out is not None and stock.exists():
+        expected = torch.load(stock)
+        row["is_stock"] = torch.equal(out.cpu(), expected)
+        row["sqnr_to_stock_db"] = None if row["is_stock"] else sqnr_db(out, expected)  # JSON has no infinity
     return row
 
 

@@ -57,10 +57,15 @@ def _quantized(scheme: str, backend: str) -> Callable[[Any], None]:
     return change
 
 
-def _cache_dit(pipe: Any) -> None:
-    import cache_dit
+def _cache_dit(**options: Any) -> Callable[[Any], None]:
+    def change(pipe: Any) -> None:
+        import cache_dit
 
-    cache_dit.enable_cache(pipe)
+        if len(pipe.transformer.layers) <= cache_dit.DBCacheConfig().Fn_compute_blocks:  # the tiny model
+            options["Fn_compute_blocks"] = 1
+        cache_dit.enable_cache(pipe, cache_config=cache_dit.DBCacheConfig(**options))
+
+    return change
 
 
 PEERS: dict[str, Peer] = {
@@ -74,7 +79,10 @@ PEERS: dict[str, Peer] = {
     "quanto-qfloat8": Peer("quanto qfloat8, weights only", _quantized("fp8-weight-only", "quanto")),
     "bnb-int8": Peer("bitsandbytes LLM.int8", _quantized("int8", "bitsandbytes")),
     "bnb-nf4": Peer("bitsandbytes nf4, weights only", _quantized("nf4", "bitsandbytes")),
-    "cache-dit": Peer("cache-dit's defaults, bf16, approximate", _cache_dit, approximate=True),
+    "cache-dit": Peer("cache-dit's defaults (8 steps of warm-up), bf16", _cache_dit(), approximate=True),
+    "cache-dit warm-up 2": Peer(
+        "cache-dit with 2 steps of warm-up, bf16", _cache_dit(max_warmup_steps=2), approximate=True
+    ),
 }
 
 

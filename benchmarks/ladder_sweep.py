@@ -1,4 +1,4 @@
-"""Batches and sizes of pictures: what a rung gains away from one square picture, and what it compiles anew on the way."""
+"""Batches and sizes of pictures: what a rung gains beside one square picture, and what it compiles anew."""
 
 from __future__ import annotations
 

@@ -14,10 +14,8 @@ def text_of(result: Result) -> str:
     lines = [f"# {result['section'].capitalize()} on {result['device']}", "", f"`{result['command']}`", ""]
     lines += [f"{about}; commit {result['commit']}.", ""]
     if result["ceilings"]:
-        lines += [
-            "Ceilings: " + ", ".join(f"{name} {value:.1f}" for name, value in result["ceilings"].items()) + ".",
-            "",
-        ]
+        rates = ", ".join(f"{name} {value:.1f}" for name, value in result["ceilings"].items())
+        lines += [f"Ceilings: {rates}.", ""]
     return "\n".join(lines) + "\n" + tables(result) + "\n"
 
 
@@ -93,7 +91,7 @@ def _parts(result: Result) -> str:
             [
                 *(row["what"], f"{row['ms']:.1f}", _ratio(base and base["ms"], row["ms"])),
                 *(_number(row.get("ms_per_token"), 2), f"{row['first_call_s']:.1f}", _number(row["peak_gb"], 1)),
-                _number(row.get("sqnr_to_stock_db"), 1),
+                "bitwise" if row.get("is_stock") else _number(row.get("sqnr_to_stock_db"), 1),
             ]
         )
     return _table(head, lines)
@@ -110,9 +108,8 @@ def plot(result: Result) -> Any:
         groups = list(dict.fromkeys(row["group"] for row in rows))
         figure = Figure(figsize=(8, 0.5 * len(rows) + 1.2 * len(groups)), layout="constrained")
         sizes = [sum(row["group"] == group for row in rows) + 0.6 for group in groups]
-        for axes, group in zip(
-            figure.subplots(len(groups), height_ratios=sizes, squeeze=False)[:, 0], groups, strict=True
-        ):
+        panels = figure.subplots(len(groups), height_ratios=sizes, squeeze=False)[:, 0]
+        for axes, group in zip(panels, groups, strict=True):
             of_group = [row for row in rows if row["group"] == group]
             _bars(axes, [row["what"] for row in of_group], [row["ms"] for row in of_group], "ms")
         figure.suptitle(result["device"])

@@ -141,6 +141,12 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_changes(tran
     assert pipe.vae.decoder._compiled_call_impl is None and pipe.transformer.layers[0]._compiled_call_impl is None
 
 
+def test_a_space_in_the_path_is_refused_where_a_command_line_would_break_at_it(tmp_path):
+    wish = Compile(cache=tmp_path / "my cache")
+    assert ["space in" in reason for reason in wish.unsupported(tiny_ernie(), Context("cpu", "a test"))] == [True]
+    assert wish.unsupported(tiny_ernie(), Context("cuda", "a test")) == []
+
+
 @pytest.mark.parametrize("transform", [Compile, CompileVae])
 def test_a_folder_is_plain_data(transform, tmp_path):
     assert transform(cache=tmp_path) == transform(cache=str(tmp_path))

@@ -12,7 +12,7 @@ from ernie_accel.core.components import Pipeline, absent_components, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
-from ernie_accel.transforms.compile_cache import as_folder, compile_module, why_not_writable
+from ernie_accel.transforms.compile_cache import as_folder, compile_module, why_not_kept
 from ernie_accel.transforms.fuse_kernels import FuseKernels
 
 
@@ -54,7 +54,7 @@ class Compile(Transform):
         reasons = absent_components(pipe, self.components)
         if context.no_compile is not None:
             reasons.append(context.no_compile)
-        reasons += why_not_writable(self.cache)
+        reasons += why_not_kept(self.cache, context.device)
         if reasons:
             return reasons
         return self._broken_by_quantization(pipe, context) + [

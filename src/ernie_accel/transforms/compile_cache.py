@@ -67,11 +67,20 @@ def as_folder(cache: str | os.PathLike[str] | None) -> str | None:
     return None if cache is None else os.fspath(cache)
 
 
-def why_not_writable(folder: str | None) -> list[str]:
-    """Return the reason why files cannot be kept in `folder`, which need not be there yet; empty if they can."""
+def why_not_kept(folder: str | None, device: str) -> list[str]:
+    """Return why compiled code cannot be kept in `folder`, which need not be there yet; empty if it can.
+
+    Args:
+        folder: Where to; None keeps nothing.
+        device: Torch device type that is compiled for.
+    """
     if folder is None:
         return []
     place = Path(folder).absolute()
+    if device == "cpu" and any(letter.isspace() for letter in str(place)):
+        return [
+            f"cache={folder!r}: inductor's C++ compiler command breaks at the space in {place}; give another folder"
+        ]
     while not place.exists():
         place = place.parent
     if not place.is_dir():

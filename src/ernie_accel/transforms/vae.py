@@ -11,7 +11,7 @@ from ernie_accel.core.components import Pipeline, weights_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
-from ernie_accel.transforms.compile_cache import as_folder, compile_module, why_not_writable
+from ernie_accel.transforms.compile_cache import as_folder, compile_module, why_not_kept
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,7 +39,7 @@ class CompileVae(Transform):
         reasons = [] if context.no_compile is None else [context.no_compile]
         if not isinstance(_decoder(pipe), torch.nn.Module):
             reasons.append(f"{type(pipe).__name__} has no vae.decoder")
-        return reasons + why_not_writable(self.cache)
+        return reasons + why_not_kept(self.cache, context.device)
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         if _decoder(pipe)._compiled_call_impl is not None:
