@@ -121,6 +121,9 @@ PARTS: dict[str, Part] = {
         "8 prompts encoded, BatchPromptEncoding", optimized(lambda a, _: [a.BatchPromptEncoding()]), encode_ms
     ),
     "enhancer: stock": Part("one prompt enhanced, diffusers as it is", leave, enhance_part_ms),
+    "enhancer: RewriteEnhancer": Part(
+        "one prompt enhanced, RewriteEnhancer", optimized(lambda a, _: [a.RewriteEnhancer()]), enhance_part_ms
+    ),
 }
 
 
