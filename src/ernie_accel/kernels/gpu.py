@@ -16,6 +16,7 @@ from torch import Tensor
 #: quantizes: how often it does so, and its warps for a row of 4096. The fastest of 36 on an H200 (40 and 37 us).
 _ROWS = 2
 _LOOPS = {True: 8, False: 1}
+_MANY_ROWS = 2048  # with fewer, a program does it once: else there would be fewer programs than multiprocessors
 _NORM_WARPS = {True: 4, False: 8}
 
 
@@ -207,7 +208,8 @@ def norm_modulate(
     x_out = x_bsh if branch_bsh is None else torch.empty_like(x_bsh)
     y = torch.empty_like(x_bsh, dtype=torch.float8_e4m3fn if quantize else x_bsh.dtype)
     y_scale = x_bsh.new_empty(batch * tokens, 1, dtype=torch.float32) if quantize else None
-    _norm_modulate_kernel[(triton.cdiv(tokens, _ROWS * _LOOPS[quantize]), batch)](
+    loops = _LOOPS[quantize] if batch * tokens >= _MANY_ROWS else 1
+    _norm_modulate_kernel[(triton.cdiv(tokens, _ROWS * loops), batch)](
         x_bsh,
         x_bsh if branch_bsh is None else branch_bsh.contiguous(),
         scale_b1h if gate_b1h is None else gate_b1h.contiguous(),
@@ -223,7 +225,7 @@ def norm_modulate(
         HAS_BRANCH=branch_bsh is not None,
         QUANTIZE=quantize,
         ROWS=_ROWS,
-        LOOPS=_LOOPS[quantize],
+        LOOPS=loops,
         BLOCK=triton.next_power_of_2(width),
         num_warps=min(_warps(width), _NORM_WARPS[quantize]),
     )
