@@ -30,6 +30,7 @@ from ernie_accel import (
     TileVae,
     Transform,
     TruncatePrompts,
+    Warmup,
 )
 
 EXAMPLES: tuple[Transform, ...] = (
@@ -61,13 +62,14 @@ EXAMPLES: tuple[Transform, ...] = (
     TruncatePrompts(8, keep="tail"),
 )
 
-#: Transforms that need an accelerator; tests/gpu runs them.
+#: Transforms that have nothing to do to a plain pipe on the CPU, or need an accelerator; tests/gpu runs the latter.
 ELSEWHERE: tuple[Transform, ...] = (
     CaptureGraphs(),
     FuseKernels("fp8"),
     Offload("model"),
     Offload("group", blocks_per_group=2),
     Offload("stages"),
+    Warmup(sizes=((64, 64), (96, 64)), batch_sizes=(1, 2), prompt_lengths=(4,)),
 )
 
 

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from ernie_accel.transforms.scheduler import SwapScheduler
     from ernie_accel.transforms.truncate_prompts import TruncatePrompts
     from ernie_accel.transforms.vae import CompileVae
+    from ernie_accel.transforms.warm_up import Warmup
 
 __version__ = "0.1.0"
 
@@ -103,6 +104,7 @@ _HOMES = {
     "ernie_accel.transforms.rewrite": ("RewriteBlocks",),
     "ernie_accel.transforms.scheduler": ("SwapScheduler",),
     "ernie_accel.transforms.vae": ("CompileVae",),
+    "ernie_accel.transforms.warm_up": ("Warmup",),
     "ernie_accel.transforms.truncate_prompts": ("TruncatePrompts",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -156,6 +158,7 @@ __all__ = [
     "Undo",
     "UnknownNameError",
     "UnsupportedError",
+    "Warmup",
     "batch",
     "demo",
     "evaluate",

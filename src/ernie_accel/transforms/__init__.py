@@ -33,6 +33,7 @@ TRANSFORMS: Mapping[str, str] = {
     "SwapScheduler": "ernie_accel.transforms.scheduler",
     "TileVae": "ernie_accel.transforms.memory",
     "TruncatePrompts": "ernie_accel.transforms.truncate_prompts",
+    "Warmup": "ernie_accel.transforms.warm_up",
 }
 
 

@@ -64,9 +64,15 @@ class Compile(Transform):
         fix = "take another backend or scheme, or Compile(fullgraph=False)"
         return [] if why is None else [f"{quantize!r} comes before, and {why}: {fix}"]
 
-    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+    def compiles_on_first_call(self, pipe: Pipeline, context: Context) -> bool:
+        return not self._leaves_to_kernels(pipe, context) and any(self._blocks(pipe))
+
+    def _leaves_to_kernels(self, pipe: Pipeline, context: Context) -> bool:
         kernels = context.planned_one(FuseKernels)
-        if self.components == ("transformer",) and kernels is not None and kernels.runs_on_kernels(pipe, context):
+        return self.components == ("transformer",) and kernels is not None and kernels.runs_on_kernels(pipe, context)
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        if self._leaves_to_kernels(pipe, context):
             return Preview((), note="the blocks run on fused kernels, which need no compiling")
         changes = tuple(name for name, block in self._blocks(pipe) if not _is_compiled(block))
         return Preview(changes, note="the first picture compiles" if changes else "the blocks are compiled already")

@@ -65,6 +65,9 @@ class FuseKernels(Transform):
         # Without the bf16 kernels a pipe computes the same thing more slowly, so there is nothing to refuse.
         return self._why_not(pipe, context) if self.precision == "fp8" else []
 
+    def compiles_on_first_call(self, pipe: Pipeline, context: Context) -> bool:
+        return self.runs_on_kernels(pipe, context)  # Triton compiles each when it is first launched
+
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         reasons = self._why_not(pipe, context)
         if reasons:

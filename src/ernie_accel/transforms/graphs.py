@@ -44,6 +44,10 @@ class CaptureGraphs(Transform):
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         return []  # where it cannot work it does nothing, and the pipe computes the same
 
+    def compiles_on_first_call(self, pipe: Pipeline, context: Context) -> bool:
+        captured = isinstance(vars(pipe.transformer).get("forward"), GraphedForward)
+        return captured or bool(self.preview(pipe, context).changes)
+
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         if context.device != "cuda":
             return Preview((), note=f"CUDA graphs need a CUDA device; this is {context.device}")

@@ -31,6 +31,9 @@ class CompileVae(Transform):
             reasons.append(f"{type(pipe).__name__} has no vae.decoder")
         return reasons
 
+    def compiles_on_first_call(self, pipe: Pipeline, context: Context) -> bool:
+        return True
+
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         if _decoder(pipe)._compiled_call_impl is not None:
             return Preview((), note="the decoder is compiled already")
