@@ -10,6 +10,7 @@ import torch
 from ernie_accel import (
     Autocast,
     BatchPromptEncoding,
+    CacheSteps,
     CallDefaults,
     CaptureGraphs,
     CastDtype,
@@ -36,6 +37,7 @@ from ernie_accel import (
 EXAMPLES: tuple[Transform, ...] = (
     Autocast("bfloat16"),
     BatchPromptEncoding(cache=4),
+    CacheSteps(),
     CallDefaults(num_inference_steps=3),
     CallDefaults("turbo", guidance_scale=2.0),
     CastDtype("bfloat16"),

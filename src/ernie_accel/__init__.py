@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from ernie_accel.transforms import transform_from_json
     from ernie_accel.transforms.attention import ElideMask, ExpandAttentionMask, SetAttention
     from ernie_accel.transforms.autocast import Autocast
+    from ernie_accel.transforms.cache_steps import CacheSteps
     from ernie_accel.transforms.call_defaults import CallDefaults
     from ernie_accel.transforms.check_finite import CheckFinite
     from ernie_accel.transforms.compile import Compile
@@ -89,6 +90,7 @@ _HOMES = {
     "ernie_accel.transforms": ("transform_from_json",),
     "ernie_accel.transforms.attention": ("ElideMask", "ExpandAttentionMask", "SetAttention"),
     "ernie_accel.transforms.autocast": ("Autocast",),
+    "ernie_accel.transforms.cache_steps": ("CacheSteps",),
     "ernie_accel.transforms.call_defaults": ("CallDefaults",),
     "ernie_accel.transforms.check_finite": ("CheckFinite",),
     "ernie_accel.transforms.compile": ("Compile",),
@@ -118,6 +120,7 @@ __all__ = [
     "BatchInputError",
     "BatchOutputError",
     "BatchPromptEncoding",
+    "CacheSteps",
     "CallDefaults",
     "CaptureGraphs",
     "CastDtype",

@@ -33,4 +33,5 @@ NEWBIE = Family(
             ),
         }
     ),
+    text_argument="encoder_hidden_states",
 )

@@ -14,6 +14,7 @@ from ernie_accel.core.transform import Transform
 TRANSFORMS: Mapping[str, str] = {
     "Autocast": "ernie_accel.transforms.autocast",
     "BatchPromptEncoding": "ernie_accel.transforms.encode_prompts",
+    "CacheSteps": "ernie_accel.transforms.cache_steps",
     "CallDefaults": "ernie_accel.transforms.call_defaults",
     "CaptureGraphs": "ernie_accel.transforms.graphs",
     "CastDtype": "ernie_accel.transforms.dtype",

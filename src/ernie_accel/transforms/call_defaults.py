@@ -60,7 +60,7 @@ class CallDefaults(Transform):
             return [f"{family.name} has no {self.mode!r} settings; it has {', '.join(family.modes)}"]
         accepted = inspect.signature(type(pipe).__call__).parameters
         return [
-            f"{type(pipe).__name__} takes no argument {name!r}" for name in self._wanted(pipe) if name not in accepted
+            f"{type(pipe).__name__} takes no argument {name!r}" for name in self.wanted(pipe) if name not in accepted
         ]
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
@@ -71,10 +71,10 @@ class CallDefaults(Transform):
         changes = self._changes(pipe)
         with Undo() as undo:
             undo.push(_class_setter(pipe, type(pipe)))
-            object.__setattr__(pipe, "__class__", _with_defaults(type(pipe), self._wanted(pipe)))
+            object.__setattr__(pipe, "__class__", _with_defaults(type(pipe), self.wanted(pipe)))
         return Applied(changes, undo=undo)
 
-    def _wanted(self, pipe: Pipeline) -> dict[str, Any]:
+    def wanted(self, pipe: Pipeline) -> dict[str, Any]:
         """Return the arguments by name: those of the mode, overridden by those given."""
         from ernie_accel.families import family_of
 
@@ -92,7 +92,7 @@ class CallDefaults(Transform):
         parameters = inspect.signature(type(pipe).__call__).parameters
         return tuple(
             f"{name} {parameters[name].default} -> {value}"
-            for name, value in self._wanted(pipe).items()
+            for name, value in self.wanted(pipe).items()
             if parameters[name].default != value
         )
 
