@@ -93,6 +93,8 @@ class Family:
         max_prompt_tokens: What the tokenizer accepts.
         rewritten: Name of the module with its rewritten blocks (see ``RewriteBlocks``), or None.
         kernels: Name of the module with its blocks on fused kernels (see ``FuseKernels``), or None.
+        repeated_blocks: Class names of the repeated blocks, where the transformer's class does not declare them
+            (``_repeated_blocks``).
         text_argument: Argument of the transformer's forward that holds the encoded prompts, [B, T, H] or a
             list of [T, H].
         prompt_encoding: Set where stock diffusers encodes the prompts of a call one by one.
@@ -111,6 +113,7 @@ class Family:
     max_prompt_tokens: int | None = None
     rewritten: str | None = None
     kernels: str | None = None
+    repeated_blocks: tuple[str, ...] = ()
     text_argument: str | None = None
     always_masks: AlwaysMasks | None = None
     prompt_encoding: PromptEncoding | None = None

@@ -33,5 +33,6 @@ NEWBIE = Family(
             ),
         }
     ),
+    repeated_blocks=("Lumina2TransformerBlock",),
     text_argument="encoder_hidden_states",
 )

@@ -90,8 +90,9 @@ def evaluate(
     settings = {name: value for name, value in asked.items() if value is not None} | dict(call or {})
     texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
 
-    change = _transforms(candidate) if _is_change(candidate) else None
+    asked = _asked(candidate) if _is_change(candidate) else None
     pipe, load_s = _loaded(baseline)
+    change = asked.transforms_for(family_of(pipe)) if isinstance(asked, Preset) else asked
     context = Context.detect(pipe)
     if change is not None:
         _check(pipe, change)
@@ -250,10 +251,10 @@ def _loaded(source: Source) -> tuple[Pipeline, float | None]:
     return pipe, time.perf_counter() - start
 
 
-def _transforms(change: Any) -> tuple[Transform, ...]:
-    """Return the transforms of a preset, or those given, one a slot."""
+def _asked(change: Any) -> Preset | tuple[Transform, ...]:
+    """Return the preset, or the transforms given, one a slot."""
     if isinstance(change, (str, Preset)):
-        return find_preset(change).transforms
+        return find_preset(change)
     return compose((change,) if isinstance(change, Transform) else tuple(change), None)
 
 

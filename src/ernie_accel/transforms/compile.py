@@ -12,6 +12,7 @@ from ernie_accel.core.components import Pipeline, absent_components, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
+from ernie_accel.families import repeated_blocks
 from ernie_accel.transforms.fuse_kernels import FuseKernels
 
 
@@ -27,7 +28,8 @@ class Compile(Transform):
         and quantized weights need it (fp8 takes 95 ms compiled, 223 without). The first call takes 8 to 10 s more.
 
     Attributes:
-        components: Component names; their classes must declare ``_repeated_blocks`` as diffusers' models do.
+        components: Component names; their classes must declare ``_repeated_blocks`` as most of diffusers'
+            models do, or be those of a known family.
         dynamic: Compile for any sequence length. False recompiles for each and gives up after the eighth.
         fullgraph: Refuse graph breaks instead of running slowly.
         mode: As in ``torch.compile``; None is its default.
@@ -51,7 +53,7 @@ class Compile(Transform):
         return self._broken_by_quantization(pipe, context) + [
             f"{type(module).__name__} declares no repeated blocks to compile (_repeated_blocks)"
             for module in modules_of(pipe, self.components).values()
-            if not getattr(module, "_repeated_blocks", None)
+            if not repeated_blocks(module)
         ]
 
     def _broken_by_quantization(self, pipe: Pipeline, context: Context) -> list[str]:
@@ -94,8 +96,9 @@ class Compile(Transform):
 
     def _blocks(self, pipe: Pipeline) -> Iterator[tuple[str, torch.nn.Module]]:
         for component, module in modules_of(pipe, self.components).items():
+            names = repeated_blocks(module)
             for path, part in module.named_modules():
-                if type(part).__name__ in getattr(module, "_repeated_blocks", ()):
+                if type(part).__name__ in names:
                     yield f"{component}.{path}", part
 
 
