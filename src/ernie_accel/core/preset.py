@@ -70,16 +70,15 @@ class PresetTable(Mapping[str, Preset]):
         return len(self._presets)
 
     def __repr__(self) -> str:
-        return "\n".join(
-            f"{p.name:14} {p.summary}\n{'':14} {', '.join(map(repr, p.transforms))}" + _instead(p)
-            for p in self.values()
-        )
+        return "\n".join(line for preset in self.values() for line in _lines(preset))
 
 
-def _instead(preset: Preset) -> str:
-    if not preset.without_kernels:
-        return ""
-    return f"\n{'':14} without fused kernels {', '.join(map(repr, preset.without_kernels))}"
+def _lines(preset: Preset) -> Iterator[str]:
+    yield f"{preset.name:14} {preset.summary}"
+    yield f"{'':14} {', '.join(map(repr, preset.transforms))}"
+    if preset.without_kernels:
+        instead = ", ".join(map(repr, preset.without_kernels))
+        yield f"{'':14} for a family without fused kernels: {instead}"
 
 
 _FAST_BF16 = (CastDtype("bfloat16"), RewriteBlocks(), FuseKernels("bf16"))

@@ -12,6 +12,7 @@ from ernie_accel.core.errors import ErnieAccelError
 
 if TYPE_CHECKING:
     from ernie_accel.core.components import Pipeline
+    from ernie_accel.core.preset import Preset
     from ernie_accel.core.transform import Transform
 
 #: bfloat16 against float32, as people check a port: small, few steps, one seed.
@@ -64,9 +65,8 @@ def evaluate_command(
         check_dtype(name)
     found = find_preset(preset) if preset else None
     # The baseline is called as the candidate is, so that the figures are those of the change and not of fewer steps.
-    same_call = tuple(
-        transform for transform in (found.transforms if found else ()) if isinstance(transform, CallDefaults)
-    )
+    transforms = found.transforms if found is not None else ()
+    same_call = tuple(transform for transform in transforms if isinstance(transform, CallDefaults))
     given = {
         "width": width,
         "height": height,

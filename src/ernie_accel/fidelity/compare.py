@@ -20,6 +20,7 @@ from ernie_accel.core.plan import compose, plan
 from ernie_accel.core.preset import Preset, find_preset
 from ernie_accel.core.text import effect_text
 from ernie_accel.core.transform import Transform
+from ernie_accel.families import family_of
 from ernie_accel.fidelity import metrics
 from ernie_accel.fidelity.evaluation import Compared, Evaluation, Fidelity, Side, Thresholds, median_ms
 from ernie_accel.fidelity.render import PeakMemory, Rendering, accepts, render
@@ -90,7 +91,7 @@ def evaluate(
     settings = {name: value for name, value in asked.items() if value is not None} | dict(call or {})
     texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
 
-    asked = _asked(candidate) if _is_change(candidate) else None
+    asked = _asked_for(candidate) if _is_change(candidate) else None
     pipe, load_s = _loaded(baseline)
     change = asked.transforms_for(family_of(pipe)) if isinstance(asked, Preset) else asked
     context = Context.detect(pipe)
@@ -251,7 +252,7 @@ def _loaded(source: Source) -> tuple[Pipeline, float | None]:
     return pipe, time.perf_counter() - start
 
 
-def _asked(change: Any) -> Preset | tuple[Transform, ...]:
+def _asked_for(change: Any) -> Preset | tuple[Transform, ...]:
     """Return the preset, or the transforms given, one a slot."""
     if isinstance(change, (str, Preset)):
         return find_preset(change)

@@ -57,7 +57,9 @@ class CallDefaults(Transform):
             unknown = f"no {self.mode} settings are known for {type(pipe).__name__}"
             return [f"{unknown}: give values, as in CallDefaults(num_inference_steps=8, guidance_scale=1.0)"]
         if self.mode is not None and family is not None and self.mode not in family.modes:
-            return [f"{family.name} has no {self.mode!r} settings; it has {', '.join(family.modes)}"]
+            other = next(iter(family.modes))
+            has = f"{family.name} has no {self.mode!r} settings; it has {', '.join(family.modes)}"
+            return [f"{has}: use CallDefaults({other!r}), or a preset whose name begins with '{other}-'"]
         accepted = inspect.signature(type(pipe).__call__).parameters
         return [
             f"{type(pipe).__name__} takes no argument {name!r}" for name in self.wanted(pipe) if name not in accepted
