@@ -95,6 +95,8 @@ class Family:
         kernels: Name of the module with its blocks on fused kernels (see ``FuseKernels``), or None.
         repeated_blocks: Class names of the repeated blocks, where the transformer's class does not declare them
             (``_repeated_blocks``).
+        dispatched: Class name of an attention processor that passes diffusers' dispatcher by -> "module:class" of one
+            that goes through it.
         text_argument: Argument of the transformer's forward that holds the encoded prompts, [B, T, H] or a
             list of [T, H].
         prompt_encoding: Set where stock diffusers encodes the prompts of a call one by one.
@@ -114,6 +116,7 @@ class Family:
     rewritten: str | None = None
     kernels: str | None = None
     repeated_blocks: tuple[str, ...] = ()
+    dispatched: Mapping[str, str] = field(default_factory=dict)
     text_argument: str | None = None
     always_masks: AlwaysMasks | None = None
     prompt_encoding: PromptEncoding | None = None

@@ -34,5 +34,8 @@ NEWBIE = Family(
         }
     ),
     repeated_blocks=("Lumina2TransformerBlock",),
+    dispatched=MappingProxyType(
+        {"Lumina2AttnProcessor2_0": "ernie_accel.families.newbie_attention:DispatchedProcessor"}
+    ),
     text_argument="encoder_hidden_states",
 )

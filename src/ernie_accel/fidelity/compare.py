@@ -91,9 +91,9 @@ def evaluate(
     settings = {name: value for name, value in asked.items() if value is not None} | dict(call or {})
     texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
 
-    asked = _asked_for(candidate) if _is_change(candidate) else None
+    wish = _asked_for(candidate) if _is_change(candidate) else None
     pipe, load_s = _loaded(baseline)
-    change = asked.transforms_for(family_of(pipe)) if isinstance(asked, Preset) else asked
+    change = wish.transforms_for(family_of(pipe)) if isinstance(wish, Preset) else wish
     context = Context.detect(pipe)
     if change is not None:
         _check(pipe, change)
