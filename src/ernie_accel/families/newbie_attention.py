@@ -1,4 +1,4 @@
-"""Lumina 2's attention through diffusers' dispatcher, which its own processor passes by: the same numbers, any kernel."""
+"""Lumina 2's attention through diffusers' dispatcher, which its own processor passes by: any kernel, any mask."""
 
 from __future__ import annotations
 
@@ -71,6 +71,6 @@ class DispatchedProcessor:
             backend=self._attention_backend,
             parallel_config=self._parallel_config,
         )
-        out: Tensor = attn.to_out[0](out_bshd.flatten(2, 3).type_as(q_bshd))
-        out = attn.to_out[1](out)
-        return out
+        projection, dropout = attn.to_out
+        out_bsh: Tensor = dropout(projection(out_bshd.flatten(2, 3).type_as(q_bshd)))
+        return out_bsh

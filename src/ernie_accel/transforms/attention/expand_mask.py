@@ -14,7 +14,7 @@ from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
-from ernie_accel.transforms.attention.fused_npu import hang_on
+from ernie_accel.transforms.attention.fused_npu import prepared
 from ernie_accel.transforms.attention.masks import PaddingWatch, map_masks, masked_blocks, watch_padding
 from ernie_accel.transforms.attention.processors import passed_by, send_through_dispatcher
 
@@ -35,8 +35,8 @@ class ExpandAttentionMask(Transform):
 
     Expanded and inverted once for all blocks, and in ERNIE-Image once for all steps of a picture; both masks take
     S * S bytes a prompt (18 MB at 1024x1024). With ``SetAttention("npu")`` the inverse reaches the fused kernel as it
-    is; without this transform, diffusers looks in every layer whether a mask masks anything (which waits for the
-    device), expands it and inverts it. Compiled blocks expand inside their graphs.
+    is (or no mask, where nothing is padded); diffusers by itself looks in every layer whether a mask masks anything,
+    which waits for the device, expands it and inverts it. Compiled blocks expand inside their graphs.
 
     Pays:
         On Ascend, where a padded batch does not run without it. Nowhere else: other kernels broadcast by themselves.
@@ -89,7 +89,7 @@ class Expansion:
         known = self._expanded_b1ss
         same = known is not None and known.shape[-1] == mask.shape[-1] and known.device == mask.device
         if known is None or not same or self._source is not source:
-            self._source, known = source, hang_on(expand(mask))
+            self._source, known = source, prepared(expand(mask), pads=padding is None or padding.padded)
             self._expanded_b1ss = known
         return known
 

@@ -6,7 +6,6 @@ it and inverts it. What `ExpandAttentionMask` prepared needs none of that.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from types import FunctionType
@@ -18,16 +17,22 @@ from torch import Tensor
 _MARK = "_ernie_accel_masked_out"
 
 
-def hang_on(attended_b1ss: Tensor) -> Tensor:
-    """Return a mask, True where attended, that carries its inverse as the fused kernel wants it: True masked out."""
-    setattr(attended_b1ss, _MARK, ~attended_b1ss)
+def prepared(attended_b1ss: Tensor, pads: bool) -> Tensor:
+    """Return a mask, True where attended, that carries what the fused kernel wants in its place.
+
+    Args:
+        attended_b1ss: [B, 1, S, S].
+        pads: Whether it masks anything; if not, the kernel gets no mask, and else the inverse: True masked out.
+    """
+    setattr(attended_b1ss, _MARK, (~attended_b1ss if pads else None,))
     return attended_b1ss
 
 
 def with_prepared_masks(processor: Any) -> Any:
     """Return a copy of a processor whose calls to diffusers' dispatcher take a prepared mask straight to the kernel."""
-    made = copy.copy(processor)
-    made.__class__ = _prepared_class(type(processor))
+    cls: Any = type(processor)
+    made = object.__new__(_prepared_class(cls))  # copy.copy would leave its notes on the class
+    vars(made).update(vars(processor))
     return made
 
 
@@ -61,7 +66,7 @@ def attend(
         query: [B, S, N, D].
         key: [B, S, N, D].
         value: [B, S, N, D].
-        attn_mask: [B, 1, S, S], True where attended; prepared by `hang_on`, or any that diffusers takes.
+        attn_mask: [B, 1, S, S], True where attended; made by `prepared`, or any that diffusers takes.
         dropout_p: Probability of dropping a weight.
         is_causal: Not with a prepared mask.
         scale: Of the scores; None: 1 / sqrt(D).
@@ -71,8 +76,8 @@ def attend(
     Returns:
         [B, S, N, D].
     """
-    masked_out = None if torch.compiler.is_compiling() else getattr(attn_mask, _MARK, None)
-    if masked_out is None or is_causal or parallel_config is not None:
+    found = None if torch.compiler.is_compiling() else getattr(attn_mask, _MARK, None)
+    if found is None or is_causal or parallel_config is not None:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
         stock: Tensor = dispatch_attention_fn(
@@ -94,7 +99,7 @@ def attend(
         key,
         value,
         query.size(2),
-        atten_mask=masked_out,
+        atten_mask=found[0],
         input_layout="BSND",
         pse=None,
         scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,

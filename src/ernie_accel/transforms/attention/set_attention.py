@@ -183,9 +183,9 @@ class SetAttention(Transform):
             send_through_dispatcher(pipe.transformer, undo)
             for _, attention in _attentions(pipe):
                 if name == "npu":
-                    prepared = with_prepared_masks(attention.processor)
-                    prepared._attention_backend = backend
-                    undo.setattr(attention, "processor", prepared)
+                    processor = with_prepared_masks(attention.processor)
+                    processor._attention_backend = backend
+                    undo.setattr(attention, "processor", processor)
                 elif BACKENDS[name].takes_mask:
                     undo.setattr(attention.processor, "_attention_backend", backend)
                 else:
