@@ -25,7 +25,8 @@ class Compile(Transform):
 
     Pays:
         From a handful of pictures on: a step of the stock transformer takes 134 to 139 ms instead of 201 in bfloat16,
-        and quantized weights need it (fp8 takes 95 ms compiled, 223 without). The first call takes 8 to 10 s more.
+        and quantized weights need it (fp8 takes 95 ms compiled, 223 without). The first call takes 8 to 10 s more. Not
+        proven for Lumina 2, whose RoPE is complex and stays outside of the generated code.
 
     Attributes:
         components: Component names; their classes must declare ``_repeated_blocks`` as most of diffusers'

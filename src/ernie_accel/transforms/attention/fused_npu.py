@@ -31,7 +31,7 @@ def prepared(attended_b1ss: Tensor, pads: bool) -> Tensor:
 def with_prepared_masks(processor: Any) -> Any:
     """Return a copy of a processor whose calls to diffusers' dispatcher take a prepared mask straight to the kernel."""
     cls: Any = type(processor)
-    made = object.__new__(_prepared_class(cls))  # copy.copy would leave its notes on the class
+    made: Any = object.__new__(_prepared_class(cls))  # copy.copy would leave its notes on the class
     vars(made).update(vars(processor))
     return made
 
