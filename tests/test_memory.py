@@ -115,7 +115,9 @@ def test_channels_last_names_components_that_are_there_and_asked_for(ernie):
 
 def align_hooks(pipe):
     """Return the hooks by which accelerate moves the weights of every layer."""
-    hooks = [getattr(part, "_hf_hook", None) for m in (pipe.transformer, pipe.text_encoder, pipe.vae) for part in m.modules()]
+    hooks = [
+        getattr(part, "_hf_hook", None) for m in (pipe.transformer, pipe.text_encoder, pipe.vae) for part in m.modules()
+    ]
     return [each for hook in hooks for each in getattr(hook, "hooks", (hook,)) if hasattr(each, "execution_device")]
 
 

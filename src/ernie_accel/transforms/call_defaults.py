@@ -23,6 +23,10 @@ class CallDefaults(Transform):
     A call is looked up on the class, so the instance gets a class of its own: a subclass of the same name whose
     signature shows the new defaults. The original class is not touched.
 
+    Pays:
+        The most of all: 8 steps at guidance 1 instead of 50 at 4 are 8 forwards of one prompt in place of 50 of two.
+        Only for a checkpoint that was distilled for it: eight steps of a base checkpoint look bad.
+
     Attributes:
         mode: "turbo" (a distilled checkpoint) or "quality" (a base one): the family's own settings.
         num_inference_steps: Denoising steps, >= 1; this and the following win over the mode's.

@@ -32,6 +32,10 @@ class FuseKernels(Transform):
     block; the products run on the fp8 tensor cores. Nothing is compiled by ``torch.compile``, so the first picture
     takes seconds. Takes the place of ``Quantize("fp8")``. Needs `RewriteBlocks` before it.
 
+    Pays:
+        "fp8" on Hopper and Ada cards: a step takes 77 ms (75 with attention in fp8), where torchao's fp8, compiled,
+        takes 95 and stock 198; and nothing has to be compiled. "bf16" takes 122.5 ms, where compiled blocks take 125.
+
     Attributes:
         precision: "fp8", or "bf16" for the kernels without quantization; these do nothing where they cannot run.
         attention: With precision "fp8": "fp8" (by cuDNN; needs the extra "cudnn" and capability 9.0), "bf16", or "auto"
