@@ -51,6 +51,23 @@ class PromptEncoding:
 
 
 @dataclass(frozen=True)
+class PromptEnhancement:
+    """How a pipeline has a language model write longer prompts, one by one.
+
+    Attributes:
+        model: Component that writes.
+        tokenizer: Component with its tokenizer and chat template.
+        method: Method of the pipeline that enhances one prompt.
+        switch: Argument of the pipeline's call that turns it on and off.
+    """
+
+    model: str
+    tokenizer: str
+    method: str
+    switch: str
+
+
+@dataclass(frozen=True)
 class Shape:
     """What a denoiser looks like from outside, for duck typing: forks and remote code rename the class.
 
@@ -100,6 +117,7 @@ class Family:
         text_argument: Argument of the transformer's forward that holds the encoded prompts, [B, T, H] or a
             list of [T, H].
         prompt_encoding: Set where stock diffusers encodes the prompts of a call one by one.
+        prompt_enhancement: Set where the pipeline can have a language model rewrite prompts.
         always_masks: Set where stock diffusers builds a mask also for batches in which nothing is padded.
     """
 
@@ -120,3 +138,4 @@ class Family:
     text_argument: str | None = None
     always_masks: AlwaysMasks | None = None
     prompt_encoding: PromptEncoding | None = None
+    prompt_enhancement: PromptEnhancement | None = None
