@@ -11,7 +11,7 @@ import ernie_accel
 from ernie_accel import Context
 from ernie_accel.core.context import DEVICES, GIB
 from ernie_accel.core.preset import CARDS, find_preset, presets
-from ernie_accel.core.recommend import LADDER, card_of
+from ernie_accel.core.recommend import _NOT_PRECISION, LADDER, card_of
 from ernie_accel.transforms.call_defaults import CallDefaults
 from tests.pipelines import PIPELINES
 
@@ -46,6 +46,17 @@ def test_every_card_of_the_table_can_run_what_it_is_given(card, ernie):
     assert card.preset in plan.preset.summary
     assert ernie_accel.recommend(device(card.device)).preset == presets[card.preset]
     assert ernie_accel.recommend(device(card.device), ernie).preset == presets[card.preset]
+
+
+def test_what_a_recommendation_may_leave_out_are_slots_of_presets():
+    assert {transform.slot for preset in presets.values() for transform in preset.transforms} >= _NOT_PRECISION
+
+
+def test_a_pipe_without_a_vae_is_recommended_its_precision_all_the_same(ernie):
+    ernie.vae.decoder = None
+    found = ernie_accel.recommend(device("h200"), ernie)
+    assert found.preset.name == "turbo-fp8"
+    assert any("leaves out CompileVae()" in warning for warning in found.warnings)
 
 
 def test_a_card_is_a_preset_name():

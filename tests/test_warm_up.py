@@ -13,6 +13,7 @@ import torch._dynamo.testing
 import ernie_accel
 from ernie_accel import (
     BatchPromptEncoding,
+    CacheSteps,
     CallDefaults,
     CaptureGraphs,
     Compile,
@@ -27,6 +28,7 @@ from ernie_accel import (
 from ernie_accel.transforms.warm_up import prompt_of
 from tests.examples import differences, snapshot
 from tests.pipelines import PIPELINES, picture, tiny_ernie
+from tests.test_graphs import H200, Recorder
 
 SMALL = Warmup(sizes=((64, 64),))
 
@@ -71,6 +73,34 @@ def test_without_it_the_first_picture_compiles(graphs):
     assert graphs.frame_count == 0
     picture(pipe)
     assert graphs.frame_count > 0
+
+
+@pytest.mark.parametrize("cache", [(), (CacheSteps(),)], ids=repr)
+def test_the_first_picture_is_replayed_from_its_first_step(cache, monkeypatch):
+    """On a stand-in that records calls instead of CUDA graphs."""
+    recorder = Recorder()
+    monkeypatch.setattr("ernie_accel.transforms.graphs._record", recorder)
+    once = CallDefaults(num_inference_steps=24, guidance_scale=1.0)
+    expected = picture(ernie_accel.optimize(tiny_ernie(), RewriteBlocks(), once, *cache), steps=24)
+    wanted = Warmup(sizes=((64, 64),), prompt_lengths=(5,))  # as many tokens as the prompt of `picture`
+    pipe = ernie_accel.optimize(tiny_ernie(), RewriteBlocks(), once, CaptureGraphs(), *cache, wanted, context=H200)
+    assert (recorder.captures, recorder.replays) == (1, 1)
+    assert torch.equal(picture(pipe, steps=24), expected)
+    computed = sum(cache[0].computes(step, 24) for step in range(24)) if cache else 24
+    assert (recorder.captures, recorder.replays) == (1, 1 + computed)
+
+
+def test_more_graphs_than_are_kept_is_a_reason_with_the_number_to_keep(ernie):
+    def reasons(*planned, sizes=((64, 64), (96, 64), (64, 96))):
+        wanted = Warmup(sizes=sizes, batch_sizes=(1, 2))
+        return wanted.unsupported(ernie, H200.after(RewriteBlocks(), *planned))
+
+    assert reasons(CaptureGraphs()) == [
+        "CaptureGraphs() keeps 4 graphs, and 6 of these pictures are captured: use CaptureGraphs(keep=6)"
+    ]
+    assert reasons(CaptureGraphs(keep=6)) == []
+    assert reasons(CaptureGraphs(), sizes=((1024, 1024), (848, 1264), (1264, 848))) == []  # too large to be captured
+    assert reasons(Compile()) == []
 
 
 def test_every_combination_is_called_for_two_steps_and_each_shape_decoded_once(graphs, ernie):

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transfor
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
 from ernie_accel.transforms.free_after_use import FreeAfterUse
+from ernie_accel.transforms.graphs import CaptureGraphs
 from ernie_accel.transforms.truncate_prompts import TruncatePrompts
 
 #: The first step compiles, the second of the same shape is the one that `CaptureGraphs` records.
@@ -100,7 +101,19 @@ class Warmup(Transform):
         freed = context.planned_one(FreeAfterUse)
         if freed is not None and freed.to == "nowhere":
             reasons.append(f"{freed!r} comes before, and a warm-up would be the one call it allows: use to='disk'")
-        return reasons + self._bad_sizes(pipe) + self._bad_lengths(pipe, context)
+        return reasons + self._bad_sizes(pipe) + self._bad_lengths(pipe, context) + self._too_many(pipe, context)
+
+    def _too_many(self, pipe: Pipeline, context: Context) -> list[str]:
+        """Return the reason if graphs of the first combinations would be dropped for those of the last."""
+        graphs = context.planned_one(CaptureGraphs)
+        if graphs is None or not graphs.compiles_on_first_call(pipe, context):
+            return []
+        tokens = [each.width * each.height * each.batch // 256 for each in self._combinations(pipe)]
+        captured = sum(number <= graphs.max_tokens for number in tokens)
+        if captured <= graphs.keep:
+            return []
+        enough = replace(graphs, keep=captured)
+        return [f"{graphs!r} keeps {graphs.keep} graphs, and {captured} of these pictures are captured: use {enough!r}"]
 
     def _bad_sizes(self, pipe: Pipeline) -> list[str]:
         family = family_of(pipe)
