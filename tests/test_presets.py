@@ -52,13 +52,6 @@ def test_what_a_recommendation_may_leave_out_are_slots_of_presets():
     assert {transform.slot for preset in presets.values() for transform in preset.transforms} >= _NOT_PRECISION
 
 
-def test_a_pipe_without_a_vae_is_recommended_its_precision_all_the_same(ernie):
-    ernie.vae.decoder = None
-    found = ernie_accel.recommend(device("h200"), ernie)
-    assert found.preset.name == "turbo-fp8"
-    assert any("leaves out CompileVae()" in warning for warning in found.warnings)
-
-
 def test_a_card_is_a_preset_name():
     assert find_preset("rtx3090").transforms == presets["turbo-int8"].transforms
     with pytest.raises(ernie_accel.UnknownNameError, match="Did you mean 'rtx3090'"):
