@@ -10,6 +10,7 @@ import torch
 from ernie_accel import (
     Autocast,
     BatchPromptEncoding,
+    CacheSteps,
     CallDefaults,
     CaptureGraphs,
     CastDtype,
@@ -31,11 +32,13 @@ from ernie_accel import (
     TileVae,
     Transform,
     TruncatePrompts,
+    Warmup,
 )
 
 EXAMPLES: tuple[Transform, ...] = (
     Autocast("bfloat16"),
     BatchPromptEncoding(cache=4),
+    CacheSteps(),
     CallDefaults(num_inference_steps=3),
     CallDefaults("turbo", guidance_scale=2.0),
     CastDtype("bfloat16"),
@@ -63,13 +66,14 @@ EXAMPLES: tuple[Transform, ...] = (
     TruncatePrompts(8, keep="tail"),
 )
 
-#: Transforms that need an accelerator; tests/gpu runs them.
+#: Transforms that have nothing to do to a plain pipe on the CPU, or need an accelerator; tests/gpu runs the latter.
 ELSEWHERE: tuple[Transform, ...] = (
     CaptureGraphs(),
     FuseKernels("fp8"),
     Offload("model"),
     Offload("group", blocks_per_group=2),
     Offload("stages"),
+    Warmup(sizes=((64, 64), (96, 64)), batch_sizes=(1, 2), prompt_lengths=(4,)),
 )
 
 

@@ -12,7 +12,7 @@ import ernie_accel
 from ernie_accel import CastDtype, Compile, Context, ElideMask, ExpandAttentionMask, RewriteBlocks, SetAttention
 from ernie_accel.transforms.attention.expand_mask import expand
 from ernie_accel.transforms.attention.set_attention import BACKENDS
-from tests.pipelines import picture, tiny_ernie, tiny_flux
+from tests.pipelines import PIPELINES, picture, tiny_ernie, tiny_flux
 
 SHORT, LONG = "a red circle", "a big blue square on a small red circle"
 HERE = ("native", "math", "flash")  # the kernels that run on a CPU
@@ -346,3 +346,44 @@ def test_the_floor_of_sage_holds_for_its_scheme(ernie, monkeypatch):
     distance = (after - before).norm()
     assert distance > 0
     assert 20 * torch.log10(before.norm() / distance) > SetAttention("sage").floor_db
+
+
+@pytest.mark.parametrize("name", ["lumina2", "newbie"])
+def test_attention_of_lumina_2_goes_through_the_dispatcher_and_back(name):
+    """Its own processor calls torch's kernel itself; the stand-in computes the same bits on it."""
+    from ernie_accel.transforms.attention.processors import send_through_dispatcher
+
+    pipe = PIPELINES[name]()
+    call = {"prompt": [SHORT, LONG], "guidance_scale": 4.0, "negative_prompt": ["", "red"]}
+    before, stock = picture(pipe, **call), {type(p) for p in processors_of(pipe)}
+    assert {cls.__name__ for cls in stock} == {"Lumina2AttnProcessor2_0"}
+    with ernie_accel.Undo() as undo:
+        send_through_dispatcher(pipe.transformer, undo)
+    assert torch.equal(picture(pipe, **call), before)
+    undo()
+    assert {type(p) for p in processors_of(pipe)} == stock
+    ernie_accel.optimize(pipe, SetAttention("math"), ExpandAttentionMask())
+    assert {p._attention_backend.value for p in processors_of(pipe)} == {"_native_math"}
+    assert 0 < rel(picture(pipe, **call), before) < 1e-5
+    ernie_accel.restore(pipe)
+    assert {type(p) for p in processors_of(pipe)} == stock
+
+
+def processors_of(pipe):
+    return [part.processor for part in pipe.transformer.modules() if hasattr(part, "processor")]
+
+
+def test_what_runs_natively_already_is_left_to_its_own_processor():
+    pipe = PIPELINES["lumina2"]()
+    (step,) = ernie_accel.plan(pipe, SetAttention("native")).steps
+    assert step.verdict == "nothing to do"
+
+
+@pytest.mark.parametrize("name", ["lumina2", "newbie"])
+def test_blocks_of_lumina_2_compile_without_breaks(name):
+    pipe = PIPELINES[name]()
+    before = picture(pipe, steps=2)
+    ernie_accel.optimize(pipe, Compile(), SetAttention("math"))
+    changed = ernie_accel.report(pipe).entries[-1].applied.changed
+    assert len(changed) == 4  # two layers and two refiners
+    assert rel(picture(pipe, steps=2), before) < 1e-5

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ernie_accel.transforms import TRANSFORMS, transform_class
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: An example that cannot run everywhere stands behind this comment, with the reason.
@@ -49,3 +51,9 @@ def test_the_readme_has_examples_that_run():
 def test_links_within_the_repository_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("name", sorted(set(TRANSFORMS) - {"Quantize"}))  # each scheme pays elsewhere: quantization.md
+def test_every_transform_says_when_it_pays(name):
+    prose, _, pays = (transform_class(name).__doc__ or "").partition("Pays:")
+    assert prose.strip() and len(pays.split("Attributes:")[0].split()) > 5

@@ -82,6 +82,83 @@ def test_expanded_it_runs_through_the_fused_kernel_and_means_the_same(elide):
     assert alone == "{True}"
 
 
+COUNT = """
+from collections import Counter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__(); self.of = Counter()
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensor = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if tensor is not None and tensor.dtype == torch.bool and tensor.ndim >= 2:
+            self.of[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+def count(pipe, prompts=PROMPTS):
+    calls = Calls()
+    with calls:
+        picture(pipe, prompt=prompts, steps=3)
+    return [calls.of[name] for name in ("all", "bitwise_not", "clone")]
+"""
+
+
+@pytest.mark.parametrize("elide", ["", "ElideMask(), "])
+@pytest.mark.parametrize("fused", ["", "SetAttention('npu'), "])
+def test_a_padded_mask_is_prepared_once_for_all_layers_and_steps_on_both_paths(elide, fused):
+    """Two layers, three steps: diffusers' fused path looks at, expands and inverts the mask six times."""
+    code = (
+        START
+        + COUNT
+        + (
+            "machine = npu.after(CastDtype('bfloat16'))\n"
+            "ernie_accel.optimize(pipe, SetAttention('npu'), context=machine)\n"
+            "print(count(pipe))\n"
+            f"ernie_accel.optimize(pipe, {elide}{fused}ExpandAttentionMask(), context=machine)\n"
+            "print(count(pipe))"
+        )
+    )
+    stock, ours = run(code)[-2:]
+    assert stock == "[6, 6, 6]"
+    assert ours == "[0, 1, 1]"
+
+
+def test_processors_of_diffusers_and_their_modules_stay_as_they_were():
+    code = START + (
+        "from diffusers.models.transformers import transformer_ernie_image as module\n"
+        "processor = module.ErnieImageSingleStreamAttnProcessor\n"
+        "before = processor.__call__, module.dispatch_attention_fn, dict(vars(processor))\n"
+        "machine = npu.after(CastDtype('bfloat16'))\n"
+        "ernie_accel.optimize(pipe, ExpandAttentionMask(), SetAttention('npu'), context=machine)\n"
+        "picture(pipe, prompt=PROMPTS)\n"
+        "after = processor.__call__, module.dispatch_attention_fn, dict(vars(processor))\n"
+        "print(before == after)\n"
+        "print({type(layer.self_attention.processor) is processor for layer in pipe.transformer.layers})\n"
+        "ernie_accel.restore(pipe)\n"
+        "print({type(layer.self_attention.processor) is processor for layer in pipe.transformer.layers})\n"
+        "print(torch.equal(picture(pipe, prompt=PROMPTS), right))"
+    )
+    assert run(code)[-4:] == ["True", "{False}", "{True}", "True"]
+
+
+def test_lumina_2_runs_on_both_paths_and_means_the_same():
+    """Its own processor folds every mask to [B, 1, 1, S], which the kernel refuses."""
+    code = START + (
+        "from tests.pipelines import tiny_lumina2\n"
+        "pipe = tiny_lumina2(); right = picture(pipe, prompt=PROMPTS)\n"
+        "machine = npu.after(CastDtype('bfloat16'))\n"
+        "for fused in ((), (SetAttention('npu'),)):\n"
+        "    ernie_accel.optimize(pipe, ExpandAttentionMask(), *fused, context=machine)\n"
+        "    torch.nn.functional.scaled_dot_product_attention = stock if fused else strict\n"
+        "    torch_npu.calls.clear()\n"
+        "    print(rel(picture(pipe, prompt=PROMPTS)) < 1e-5, bool(torch_npu.calls))\n"
+        "    torch.nn.functional.scaled_dot_product_attention = stock\n"
+        "ernie_accel.restore(pipe)\n"
+        "print(torch.equal(picture(pipe, prompt=PROMPTS), right))"
+    )
+    assert run(code)[-3:] == ["True False", "True True", "True"]
+
+
 def test_an_additive_mask_would_be_taken_for_its_opposite_and_is_not():
     """The trap: diffusers inverts what it is given as if it were bool, and 0 of an additive mask attends."""
     code = START + (

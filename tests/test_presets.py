@@ -11,7 +11,7 @@ import ernie_accel
 from ernie_accel import Context
 from ernie_accel.core.context import DEVICES, GIB
 from ernie_accel.core.preset import CARDS, find_preset, presets
-from ernie_accel.core.recommend import LADDER, card_of
+from ernie_accel.core.recommend import _NOT_PRECISION, LADDER, card_of
 from ernie_accel.transforms.call_defaults import CallDefaults
 from tests.pipelines import PIPELINES
 
@@ -48,10 +48,75 @@ def test_every_card_of_the_table_can_run_what_it_is_given(card, ernie):
     assert ernie_accel.recommend(device(card.device), ernie).preset == presets[card.preset]
 
 
+def test_what_a_recommendation_may_leave_out_are_slots_of_presets():
+    assert {transform.slot for preset in presets.values() for transform in preset.transforms} >= _NOT_PRECISION
+
+
 def test_a_card_is_a_preset_name():
     assert find_preset("rtx3090").transforms == presets["turbo-int8"].transforms
     with pytest.raises(ernie_accel.UnknownNameError, match="Did you mean 'rtx3090'"):
         find_preset("rtx390")
+
+
+#: Where each preset of a precision can run, for planning.
+MACHINES = {
+    "turbo-fp32": "cpu",
+    "turbo-fp16": "t4",
+    "turbo-int8": "rtx3090",
+    "turbo-nvfp4": "b200",
+    "turbo-q4": "rtx4060",
+    "npu-bf16": "ascend910b",
+    "quality-int8": "rtx3090",
+}
+
+
+@pytest.mark.parametrize("family", ["ernie", "z_image", "lumina2", "newbie"])
+@pytest.mark.parametrize("name", presets)
+def test_every_preset_runs_on_every_family_that_has_its_mode(name, family):
+    pipe = PIPELINES[family]()
+    plan = ernie_accel.plan(pipe, preset=name, context=device(MACHINES.get(name, "h200")))
+    if family in ("lumina2", "newbie") and name.startswith(("turbo-", "npu-")):
+        (refused,) = plan.problems.items()  # there is no distilled NewBie-image
+        assert refused[0] == CallDefaults("turbo")
+        assert "a preset whose name begins with 'quality-'" in refused[1][0]
+    else:
+        assert plan.ok, str(plan)
+    nothing = {
+        type(step.transform).__name__: step.preview.note for step in plan.steps if step.verdict == "nothing to do"
+    }
+    if family != "ernie" and "RewriteBlocks" in {type(step.transform).__name__ for step in plan.steps}:
+        assert "no rewritten blocks yet" in nothing["RewriteBlocks"]
+
+
+@pytest.mark.parametrize("family", ["z_image", "lumina2"])
+@pytest.mark.parametrize("name", ["quality-bf16", "turbo-bf16", "turbo-fp32", "exact"])
+def test_on_a_family_without_rewritten_blocks_a_preset_really_runs_and_is_undone(name, family):
+    from tests.pipelines import picture
+
+    pipe = PIPELINES[family]()
+    before = picture(pipe, steps=2)
+    skip = "skip" if family == "lumina2" else "error"
+    ernie_accel.optimize(
+        pipe, preset=name, on_unsupported=skip, context=replace(Context.named("cpu"), versions=EVERYTHING)
+    )
+    assert {entry.status for entry in ernie_accel.report(pipe).entries} <= {"applied", "nothing to do", "skipped"}
+    assert "RewriteBlocks" not in {
+        type(entry.step.transform).__name__ for entry in ernie_accel.report(pipe).entries if entry.applied
+    }
+    ernie_accel.restore(pipe)
+    assert torch.equal(picture(pipe, steps=2), before)
+
+
+def test_a_family_without_kernels_gets_fp8_by_quantizing_and_keeps_what_is_given_beside_it():
+    h200 = device("h200")
+    for family, quantized in (("ernie", "FuseKernels('fp8')"), ("z_image", "Quantize('fp8')")):
+        steps = ernie_accel.plan(PIPELINES[family](), preset="turbo-fp8", context=h200).steps
+        assert [repr(step.transform) for step in steps if step.transform.slot == "quantize"] == [quantized]
+    own = ernie_accel.Quantize("int8-weight-only")
+    steps = ernie_accel.plan(PIPELINES["z_image"](), own, preset="h100", context=h200).steps
+    assert [step.transform for step in steps if step.transform.slot == "quantize"] == [own]
+    assert presets["turbo-fp8"].transforms_for(None) == presets["turbo-fp8"].transforms
+    assert "for a family without fused kernels: Quantize('fp8')" in repr(presets)
 
 
 @pytest.mark.parametrize(
@@ -150,10 +215,10 @@ def test_quality_recommends_quality():
 
 def test_a_family_without_a_distilled_checkpoint_gets_quality_and_the_samplers_of_its_guides():
     found = ernie_accel.recommend(device("h200"), PIPELINES["lumina2"]())
-    assert found.preset.name == "quality-bf16"
+    assert found.preset.name == "quality-fp8"
     assert all(name.startswith("quality-") for name in found.rejected)
     assert "guides sample with SwapScheduler('unipc') or SwapScheduler('dpmpp_2m_sde')" in str(found)
-    assert "leaves out Compile(): Lumina2Transformer2DModel declares no repeated blocks" in str(found)
+    assert "leaves out" not in str(found)
 
 
 def test_this_machine_is_looked_up_where_none_is_given():

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from ernie_accel.transforms import transform_from_json
     from ernie_accel.transforms.attention import ElideMask, ExpandAttentionMask, SetAttention
     from ernie_accel.transforms.autocast import Autocast
+    from ernie_accel.transforms.cache_steps import CacheSteps
     from ernie_accel.transforms.call_defaults import CallDefaults
     from ernie_accel.transforms.check_finite import CheckFinite
     from ernie_accel.transforms.compile import Compile
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from ernie_accel.transforms.scheduler import SwapScheduler
     from ernie_accel.transforms.truncate_prompts import TruncatePrompts
     from ernie_accel.transforms.vae import CompileVae
+    from ernie_accel.transforms.warm_up import Warmup
 
 __version__ = "0.1.0"
 
@@ -89,6 +91,7 @@ _HOMES = {
     "ernie_accel.transforms": ("transform_from_json",),
     "ernie_accel.transforms.attention": ("ElideMask", "ExpandAttentionMask", "SetAttention"),
     "ernie_accel.transforms.autocast": ("Autocast",),
+    "ernie_accel.transforms.cache_steps": ("CacheSteps",),
     "ernie_accel.transforms.call_defaults": ("CallDefaults",),
     "ernie_accel.transforms.check_finite": ("CheckFinite",),
     "ernie_accel.transforms.compile": ("Compile",),
@@ -105,6 +108,7 @@ _HOMES = {
     "ernie_accel.transforms.rewrite_enhancer": ("RewriteEnhancer",),
     "ernie_accel.transforms.scheduler": ("SwapScheduler",),
     "ernie_accel.transforms.vae": ("CompileVae",),
+    "ernie_accel.transforms.warm_up": ("Warmup",),
     "ernie_accel.transforms.truncate_prompts": ("TruncatePrompts",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -118,6 +122,7 @@ __all__ = [
     "BatchInputError",
     "BatchOutputError",
     "BatchPromptEncoding",
+    "CacheSteps",
     "CallDefaults",
     "CaptureGraphs",
     "CastDtype",
@@ -159,6 +164,7 @@ __all__ = [
     "Undo",
     "UnknownNameError",
     "UnsupportedError",
+    "Warmup",
     "batch",
     "demo",
     "evaluate",

@@ -25,6 +25,8 @@ def test_the_same_bits_and_all_back_after_restore(mode):
     before, places = picture(pipe, latents=latents.clone()), on_cuda(pipe)
     weights = {name: p.clone() for name, p in pipe.transformer.named_parameters()}
     ernie_accel.optimize(pipe, Offload(mode))
+    (entry,) = ernie_accel.report(pipe).entries
+    assert entry.status == "applied"
     for _ in range(2):
         assert torch.equal(picture(pipe, latents=latents.clone()), before)
     resting = on_cuda(pipe)

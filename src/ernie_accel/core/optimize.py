@@ -28,6 +28,7 @@ from ernie_accel.core.preset import Preset, find_preset
 from ernie_accel.core.report import Entry, Report
 from ernie_accel.core.step import Step
 from ernie_accel.core.transform import Phase, Transform
+from ernie_accel.families import family_of
 
 
 def optimize(
@@ -63,7 +64,7 @@ def optimize(
     """
     if on_unsupported not in ("error", "skip"):
         raise UnknownNameError("value of on_unsupported", on_unsupported, ("error", "skip"))
-    wanted = compose(transforms, preset)
+    wanted = compose(transforms, preset, family_of(pipe))
     check_pipeline(pipe)
     named = find_preset(preset) if preset is not None else None
     machine = context or machine_for(pipe, wanted)

@@ -16,6 +16,8 @@ from ernie_accel.core.report import Entry, Report
 from ernie_accel.core.step import Step
 from ernie_accel.core.text import effect_text, human_bytes, summarise, table
 from ernie_accel.core.transform import Effect, Transform
+from ernie_accel.families import family_of
+from ernie_accel.families.family import Family
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,10 @@ def title_of(transforms: Iterable[Transform], preset: Preset | None) -> str:
     return f"preset {preset.name!r}" if preset is not None else ", ".join(map(repr, transforms)) or "nothing"
 
 
-def compose(transforms: tuple[Transform, ...], preset: Preset | str | None) -> tuple[Transform, ...]:
-    """Return the transforms of a request in the order they run.
+def compose(
+    transforms: tuple[Transform, ...], preset: Preset | str | None, family: Family | None = None
+) -> tuple[Transform, ...]:
+    """Return the transforms of a request for a pipe of `family`, in the order they run.
 
     A transform given beside a preset takes the place of the preset's own in the same slot.
 
@@ -171,7 +175,7 @@ def compose(transforms: tuple[Transform, ...], preset: Preset | str | None) -> t
             raise ConflictError(transform.slot, (by_slot[transform.slot], transform))
         by_slot[transform.slot] = transform
     if preset is not None:
-        for transform in find_preset(preset).transforms:
+        for transform in find_preset(preset).transforms_for(family):
             by_slot.setdefault(transform.slot, transform)
     return tuple(sorted(by_slot.values(), key=lambda t: (t.phase, t.slot)))
 
@@ -197,7 +201,7 @@ def plan(
         UnknownNameError: There is no such preset.
         ConflictError: Two transforms want one slot.
     """
-    wanted = compose(transforms, preset)
+    wanted = compose(transforms, preset, family_of(pipe))
     check_pipeline(pipe)
     named = find_preset(preset) if preset is not None else None
     machine = context or machine_for(pipe, wanted)
@@ -266,8 +270,6 @@ def plan_steps(
         context: The machine.
         kept: What an earlier `optimize` did and that stays.
     """
-    from ernie_accel.families import family_of
-
     steps: list[Step] = []
     now = context
     for position, transform in enumerate(wanted):

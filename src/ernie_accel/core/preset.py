@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from ernie_accel.core.errors import ConflictError, UnknownNameError
 from ernie_accel.core.transform import Transform
+from ernie_accel.families.family import Family
 from ernie_accel.transforms.attention import ElideMask, ExpandAttentionMask
 from ernie_accel.transforms.call_defaults import CallDefaults
 from ernie_accel.transforms.compile import Compile
@@ -30,18 +31,26 @@ class Preset:
         name: ``<mode>-<precision>`` in kebab-case.
         summary: One sentence: what it is for.
         transforms: What it applies, in any order.
+        without_kernels: What takes the place of those in the same slots for a family that has no fused kernels.
     """
 
     name: str
     summary: str
     transforms: tuple[Transform, ...]
+    without_kernels: tuple[Transform, ...] = ()
 
     def __post_init__(self) -> None:
-        by_slot: dict[str, Transform] = {}
-        for transform in self.transforms:
-            if transform.slot in by_slot:
-                raise ConflictError(transform.slot, (by_slot[transform.slot], transform))
-            by_slot[transform.slot] = transform
+        for transforms in (self.transforms, self.without_kernels):
+            by_slot: dict[str, Transform] = {}
+            for transform in transforms:
+                if transform.slot in by_slot:
+                    raise ConflictError(transform.slot, (by_slot[transform.slot], transform))
+                by_slot[transform.slot] = transform
+
+    def transforms_for(self, family: Family | None) -> tuple[Transform, ...]:
+        """Return what it applies to a pipe of `family`; None is a pipe of no known family."""
+        instead = self.without_kernels if family is not None and family.kernels is None else ()
+        return tuple({transform.slot: transform for transform in (*self.transforms, *instead)}.values())
 
 
 class PresetTable(Mapping[str, Preset]):
@@ -62,13 +71,20 @@ class PresetTable(Mapping[str, Preset]):
         return len(self._presets)
 
     def __repr__(self) -> str:
-        return "\n".join(
-            f"{p.name:14} {p.summary}\n{'':14} {', '.join(map(repr, p.transforms))}" for p in self.values()
-        )
+        return "\n".join(line for preset in self.values() for line in _lines(preset))
+
+
+def _lines(preset: Preset) -> Iterator[str]:
+    yield f"{preset.name:14} {preset.summary}"
+    yield f"{'':14} {', '.join(map(repr, preset.transforms))}"
+    if preset.without_kernels:
+        instead = ", ".join(map(repr, preset.without_kernels))
+        yield f"{'':14} for a family without fused kernels: {instead}"
 
 
 _FAST_BF16 = (CastDtype("bfloat16"), RewriteBlocks(), FuseKernels("bf16"))
 _FAST_FP8 = (CastDtype("bfloat16"), RewriteBlocks(), FuseKernels("fp8"))
+_FP8_ELSEWHERE = (Quantize("fp8"),)
 _INT8 = (CastDtype("bfloat16"), Quantize("int8"))
 
 _FAST_PARTS = (BatchPromptEncoding(), Compile(), CompileVae(), CaptureGraphs(), RewriteEnhancer())
@@ -98,6 +114,7 @@ presets = PresetTable(
         "turbo-fp8",
         "Few steps with fp8 linears on fused kernels: for a distilled (Turbo) checkpoint on capability 8.9 and above.",
         (*_FAST_FP8, MakeContiguous(), CallDefaults("turbo"), *_FAST_PARTS),
+        _FP8_ELSEWHERE,
     ),
     Preset(
         "turbo-int8",
@@ -128,6 +145,7 @@ presets = PresetTable(
         "quality-fp8",
         "The family's full steps and guidance with fp8 linears on fused kernels: for a base checkpoint.",
         (*_FAST_FP8, MakeContiguous(), CallDefaults("quality"), *_FAST_PARTS),
+        _FP8_ELSEWHERE,
     ),
     Preset(
         "quality-int8",
@@ -200,5 +218,7 @@ def find_preset(preset: Preset | str) -> Preset:
 
 def card_preset(card: Card) -> Preset:
     """Return what `card` should run, under the card's name."""
-    by_slot = {transform.slot: transform for transform in (*presets[card.preset].transforms, *card.extra)}
-    return Preset(card.device, f"{card.preset} for this card: {card.why}.", tuple(by_slot.values()))
+    base = presets[card.preset]
+    by_slot = {transform.slot: transform for transform in (*base.transforms, *card.extra)}
+    summary = f"{card.preset} for this card: {card.why}."
+    return Preset(card.device, summary, tuple(by_slot.values()), base.without_kernels)

@@ -55,7 +55,7 @@ class Rung:
 _ANY = (99, 9)
 _FOUR_BITS = ("nvfp4", "nf4", "fp4", "int4")
 #: Slots that a preset can do without and still give the precision it is named after.
-_NOT_PRECISION = frozenset({"blocks", "call-defaults", "compile", "encode_prompts", "graphs", "layout", "vae_compile"})
+_NOT_PRECISION = frozenset({"blocks", "call-defaults", "compile", "graphs", "layout", "prompt-encoding", "vae-compile"})
 
 #: From the fastest down; the first that pays here and can run here is recommended. nvfp4 is left to the user: it is
 #: faster than fp8 where it can run, and the loss can be seen.

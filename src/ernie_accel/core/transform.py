@@ -172,6 +172,10 @@ class Transform(ABC):
         """The device the pipe will live on once this ran, for which a plan is made; None leaves it where it is."""
         return None
 
+    def compiles_on_first_call(self, pipe: Pipeline, context: Context) -> bool:
+        """Return whether the first picture after this pays for compiling or capturing; asked only if it can run."""
+        return False
+
     @abstractmethod
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         """Return every reason why this cannot run on this pipe and machine; empty if it can. Changes nothing."""

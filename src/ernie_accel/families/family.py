@@ -110,6 +110,12 @@ class Family:
         max_prompt_tokens: What the tokenizer accepts.
         rewritten: Name of the module with its rewritten blocks (see ``RewriteBlocks``), or None.
         kernels: Name of the module with its blocks on fused kernels (see ``FuseKernels``), or None.
+        repeated_blocks: Class names of the repeated blocks, where the transformer's class does not declare them
+            (``_repeated_blocks``).
+        dispatched: Class name of an attention processor that passes diffusers' dispatcher by -> "module:class" of one
+            that goes through it.
+        text_argument: Argument of the transformer's forward that holds the encoded prompts, [B, T, H] or a
+            list of [T, H].
         prompt_encoding: Set where stock diffusers encodes the prompts of a call one by one.
         prompt_enhancement: Set where the pipeline can have a language model rewrite prompts.
         always_masks: Set where stock diffusers builds a mask also for batches in which nothing is padded.
@@ -127,6 +133,9 @@ class Family:
     max_prompt_tokens: int | None = None
     rewritten: str | None = None
     kernels: str | None = None
+    repeated_blocks: tuple[str, ...] = ()
+    dispatched: Mapping[str, str] = field(default_factory=dict)
+    text_argument: str | None = None
     always_masks: AlwaysMasks | None = None
     prompt_encoding: PromptEncoding | None = None
     prompt_enhancement: PromptEnhancement | None = None

@@ -33,4 +33,9 @@ NEWBIE = Family(
             ),
         }
     ),
+    repeated_blocks=("Lumina2TransformerBlock",),
+    dispatched=MappingProxyType(
+        {"Lumina2AttnProcessor2_0": "ernie_accel.families.newbie_attention:DispatchedProcessor"}
+    ),
+    text_argument="encoder_hidden_states",
 )

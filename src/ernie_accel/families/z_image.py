@@ -28,4 +28,5 @@ Z_IMAGE = Family(
             ),
         }
     ),
+    text_argument="cap_feats",
 )

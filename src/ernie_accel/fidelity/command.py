@@ -12,6 +12,7 @@ from ernie_accel.core.errors import ErnieAccelError
 
 if TYPE_CHECKING:
     from ernie_accel.core.components import Pipeline
+    from ernie_accel.core.preset import Preset
     from ernie_accel.core.transform import Transform
 
 #: bfloat16 against float32, as people check a port: small, few steps, one seed.
@@ -62,8 +63,9 @@ def evaluate_command(
         raise ErnieAccelError("there is nothing to compare: give --preset, --candidate-dtype or --classic")
     for name in (dtype, candidate_dtype or dtype):
         check_dtype(name)
-    transforms = find_preset(preset).transforms if preset else ()
+    found = find_preset(preset) if preset else None
     # The baseline is called as the candidate is, so that the figures are those of the change and not of fewer steps.
+    transforms = found.transforms if found is not None else ()
     same_call = tuple(transform for transform in transforms if isinstance(transform, CallDefaults))
     given = {
         "width": width,
@@ -75,7 +77,7 @@ def evaluate_command(
     usual = (EMBEDDED if model is None else {}) | (CLASSIC if classic else {})
     evaluation = evaluate(
         partial(_load, model, dtype, *same_call),
-        partial(_load, model, candidate_dtype or dtype, *transforms),
+        partial(_load, model, candidate_dtype or dtype, preset=found),
         _prompts(prompts, prompts_file),
         pe=pe,  # type: ignore[arg-type]  # checked there
         repeats=repeats,
@@ -103,10 +105,10 @@ def _prompts(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
     return (*(given or ()), *lines) or PROMPTS
 
 
-def _load(model: str | None, dtype: str, *transforms: Transform) -> Pipeline:
+def _load(model: str | None, dtype: str, *transforms: Transform, preset: Preset | None = None) -> Pipeline:
     from ernie_accel.core.loading import load_pipeline
     from ernie_accel.core.optimize import optimize
 
     pipe = load_pipeline(model, dtype)
     pipe.set_progress_bar_config(disable=True)
-    return optimize(pipe, *transforms) if transforms else pipe
+    return optimize(pipe, *transforms, preset=preset) if transforms or preset else pipe

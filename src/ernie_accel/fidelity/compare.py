@@ -20,6 +20,7 @@ from ernie_accel.core.plan import compose, plan
 from ernie_accel.core.preset import Preset, find_preset
 from ernie_accel.core.text import effect_text
 from ernie_accel.core.transform import Transform
+from ernie_accel.families import family_of
 from ernie_accel.fidelity import metrics
 from ernie_accel.fidelity.evaluation import Compared, Evaluation, Fidelity, Side, Thresholds, median_ms
 from ernie_accel.fidelity.render import PeakMemory, Rendering, accepts, render
@@ -90,8 +91,9 @@ def evaluate(
     settings = {name: value for name, value in asked.items() if value is not None} | dict(call or {})
     texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
 
-    change = _transforms(candidate) if _is_change(candidate) else None
+    wish = _asked_for(candidate) if _is_change(candidate) else None
     pipe, load_s = _loaded(baseline)
+    change = wish.transforms_for(family_of(pipe)) if isinstance(wish, Preset) else wish
     context = Context.detect(pipe)
     if change is not None:
         _check(pipe, change)
@@ -250,10 +252,10 @@ def _loaded(source: Source) -> tuple[Pipeline, float | None]:
     return pipe, time.perf_counter() - start
 
 
-def _transforms(change: Any) -> tuple[Transform, ...]:
-    """Return the transforms of a preset, or those given, one a slot."""
+def _asked_for(change: Any) -> Preset | tuple[Transform, ...]:
+    """Return the preset, or the transforms given, one a slot."""
     if isinstance(change, (str, Preset)):
-        return find_preset(change).transforms
+        return find_preset(change)
     return compose((change,) if isinstance(change, Transform) else tuple(change), None)
 
 

@@ -14,6 +14,7 @@ from ernie_accel.core.transform import Transform
 TRANSFORMS: Mapping[str, str] = {
     "Autocast": "ernie_accel.transforms.autocast",
     "BatchPromptEncoding": "ernie_accel.transforms.encode_prompts",
+    "CacheSteps": "ernie_accel.transforms.cache_steps",
     "CallDefaults": "ernie_accel.transforms.call_defaults",
     "CaptureGraphs": "ernie_accel.transforms.graphs",
     "CastDtype": "ernie_accel.transforms.dtype",
@@ -34,6 +35,7 @@ TRANSFORMS: Mapping[str, str] = {
     "SwapScheduler": "ernie_accel.transforms.scheduler",
     "TileVae": "ernie_accel.transforms.memory",
     "TruncatePrompts": "ernie_accel.transforms.truncate_prompts",
+    "Warmup": "ernie_accel.transforms.warm_up",
 }
 
 

@@ -12,6 +12,7 @@ from ernie_accel.core.components import Pipeline, absent_components, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
+from ernie_accel.families import repeated_blocks
 from ernie_accel.transforms.compile_cache import as_folder, compile_module, why_not_kept
 from ernie_accel.transforms.fuse_kernels import FuseKernels
 
@@ -25,10 +26,12 @@ class Compile(Transform):
 
     Pays:
         From a handful of pictures on: a step of the stock transformer takes 134 to 139 ms instead of 201 in bfloat16,
-        and quantized weights need it (fp8 takes 95 ms compiled, 223 without). The first call takes 8 to 10 s more.
+        and quantized weights need it (fp8 takes 95 ms compiled, 223 without). The first call takes 8 to 10 s more. Not
+        proven for Lumina 2, whose RoPE is complex and stays outside of the generated code.
 
     Attributes:
-        components: Component names; their classes must declare ``_repeated_blocks`` as diffusers' models do.
+        components: Component names; their classes must declare ``_repeated_blocks`` as most of diffusers'
+            models do, or be those of a known family.
         dynamic: Compile for any sequence length. False recompiles for each and gives up after the eighth.
         fullgraph: Refuse graph breaks instead of running slowly.
         mode: As in ``torch.compile``; None is its default.
@@ -60,7 +63,7 @@ class Compile(Transform):
         return self._broken_by_quantization(pipe, context) + [
             f"{type(module).__name__} declares no repeated blocks to compile (_repeated_blocks)"
             for module in modules_of(pipe, self.components).values()
-            if not getattr(module, "_repeated_blocks", None)
+            if not repeated_blocks(module)
         ]
 
     def _broken_by_quantization(self, pipe: Pipeline, context: Context) -> list[str]:
@@ -73,9 +76,15 @@ class Compile(Transform):
         fix = "take another backend or scheme, or Compile(fullgraph=False)"
         return [] if why is None else [f"{quantize!r} comes before, and {why}: {fix}"]
 
-    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+    def compiles_on_first_call(self, pipe: Pipeline, context: Context) -> bool:
+        return not self._leaves_to_kernels(pipe, context) and any(self._blocks(pipe))
+
+    def _leaves_to_kernels(self, pipe: Pipeline, context: Context) -> bool:
         kernels = context.planned_one(FuseKernels)
-        if self.components == ("transformer",) and kernels is not None and kernels.runs_on_kernels(pipe, context):
+        return self.components == ("transformer",) and kernels is not None and kernels.runs_on_kernels(pipe, context)
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        if self._leaves_to_kernels(pipe, context):
             return Preview((), note="the blocks run on fused kernels, which need no compiling")
         changes = tuple(name for name, block in self._blocks(pipe) if not _is_compiled(block))
         return Preview(changes, note="the first picture compiles" if changes else "the blocks are compiled already")
@@ -97,8 +106,9 @@ class Compile(Transform):
 
     def _blocks(self, pipe: Pipeline) -> Iterator[tuple[str, torch.nn.Module]]:
         for component, module in modules_of(pipe, self.components).items():
+            names = repeated_blocks(module)
             for path, part in module.named_modules():
-                if type(part).__name__ in getattr(module, "_repeated_blocks", ()):
+                if type(part).__name__ in names:
                     yield f"{component}.{path}", part
 
 

@@ -26,8 +26,12 @@ class CaptureGraphs(Transform):
     """Capture the transformer's forward into a CUDA graph for each image size and prompt length, and replay it.
 
     The first step of a new shape runs as usual, the second is captured, the others are replays: of a picture of eight
-    steps, six need no launches. Pays below about 700 x 700 pixels; larger pictures keep the GPU busy anyway and run
-    as before. Only the last few shapes are kept. Moving or replacing weights is noticed with the next picture.
+    steps, six need no launches. Pictures above about 700 x 700 pixels keep the GPU busy anyway and run as before. Only
+    the last few shapes are kept. Moving or replacing weights is noticed with the next picture.
+
+    Pays:
+        Below about 700 x 700 pixels: a step at 256x256 takes 11.2 ms in compiled blocks, 10.9 with ``turbo-bf16``,
+        which adds it, and 7.7 with ``turbo-fp8``, where torchao's compiled fp8 without it takes 21.8.
 
     Attributes:
         max_tokens: Images of more tokens (of 16 x 16 pixels), times the batch, are not captured.
@@ -43,6 +47,10 @@ class CaptureGraphs(Transform):
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         return []  # where it cannot work it does nothing, and the pipe computes the same
+
+    def compiles_on_first_call(self, pipe: Pipeline, context: Context) -> bool:
+        captured = isinstance(vars(pipe.transformer).get("forward"), GraphedForward)
+        return captured or bool(self.preview(pipe, context).changes)
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         if context.device != "cuda":

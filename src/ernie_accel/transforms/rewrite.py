@@ -21,6 +21,10 @@ class RewriteBlocks(Transform):
     differently. Memory does not grow. State-dict keys stay those of diffusers. A LoRA may be loaded before (its layers
     stay unfused) or after (the layers are split again, which costs a little speed).
 
+    Pays:
+        Compiled, everywhere: a step takes 125 ms, where the compiled stock blocks take 133, and 11.2 instead of 12.4 ms
+        at 256x256. And ``FuseKernels`` and ``CaptureGraphs`` build on it.
+
     Attributes:
         fuse: Concatenate the weights of linear layers that read the same input.
     """

@@ -21,6 +21,9 @@ class CompileVae(Transform):
     The two belong together: channels-last alone slows the stock decoder down on an H200, because the norms between the
     convolutions have no kernel for it. The first picture compiles for one size, the first of another size for all.
 
+    Pays:
+        From 300 pictures on: decoding 1024x1024 takes 35 ms instead of 85, the first picture 15 s more.
+
     Attributes:
         cache: Folder to keep the compiled code in, as in `Compile`; they may share it.
     """
@@ -40,6 +43,9 @@ class CompileVae(Transform):
         if not isinstance(_decoder(pipe), torch.nn.Module):
             reasons.append(f"{type(pipe).__name__} has no vae.decoder")
         return reasons + why_not_kept(self.cache, context.device)
+
+    def compiles_on_first_call(self, pipe: Pipeline, context: Context) -> bool:
+        return True
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         if _decoder(pipe)._compiled_call_impl is not None:

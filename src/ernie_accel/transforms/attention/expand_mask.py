@@ -14,7 +14,9 @@ from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
+from ernie_accel.transforms.attention.fused_npu import prepared
 from ernie_accel.transforms.attention.masks import PaddingWatch, map_masks, masked_blocks, watch_padding
+from ernie_accel.transforms.attention.processors import passed_by, send_through_dispatcher
 
 #: An additive mask masks a token out by adding this or less; anything between it and 0 is a bias.
 MASKED_BELOW = -1e4
@@ -31,8 +33,10 @@ class ExpandAttentionMask(Transform):
     diffusers inverts what it is given, but takes 0 and -inf of an additive mask for the opposite of what they mean,
     so additive masks become bool here.
 
-    Expanded once for all blocks, and in ERNIE-Image once for all steps of a picture; it takes S * S bytes a prompt
-    (18 MB at 1024x1024). Compiled blocks expand inside their graphs.
+    Expanded and inverted once for all blocks, and in ERNIE-Image once for all steps of a picture; both masks take
+    S * S bytes a prompt (18 MB at 1024x1024). With ``SetAttention("npu")`` the inverse reaches the fused kernel as it
+    is (or no mask, where nothing is padded); diffusers by itself looks in every layer whether a mask masks anything,
+    which waits for the device, expands it and inverts it. Compiled blocks expand inside their graphs.
 
     Pays:
         On Ascend, where a padded batch does not run without it. Nowhere else: other kernels broadcast by themselves.
@@ -48,7 +52,7 @@ class ExpandAttentionMask(Transform):
             return [f"{type(pipe).__name__}: no block of its transformer takes an attention mask"]
         return [
             f"{name} folds every mask to [B, 1, 1, S] itself, after which it cannot be expanded"
-            for name in sorted({type(part.processor).__name__ for part in transformer.modules() if _folds_masks(part)})
+            for name in passed_by(transformer)
         ]
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
@@ -60,6 +64,7 @@ class ExpandAttentionMask(Transform):
         with Undo() as undo:
             how = family.always_masks if family is not None else None
             watch = watch_padding(pipe, how, undo) if how is not None else None
+            send_through_dispatcher(pipe.transformer, undo)
             map_masks(pipe.transformer, Expansion(watch), undo)
         return Applied(self._changes(pipe), undo=undo)
 
@@ -84,7 +89,7 @@ class Expansion:
         known = self._expanded_b1ss
         same = known is not None and known.shape[-1] == mask.shape[-1] and known.device == mask.device
         if known is None or not same or self._source is not source:
-            self._source, known = source, expand(mask)
+            self._source, known = source, prepared(expand(mask), pads=padding is None or padding.padded)
             self._expanded_b1ss = known
         return known
 
@@ -119,12 +124,3 @@ def is_attended(mask: Tensor) -> Tensor:
             f"attended and {MASKED_BELOW:g} or less for masked tokens. Pass a bool mask."
         )
     return attended
-
-
-def _folds_masks(part: torch.nn.Module) -> bool:
-    """Whether an attention's processor calls torch's kernel itself, past diffusers' dispatcher.
-
-    All such processors in diffusers' image transformers (Lumina 2) reshape the mask to [B, 1, 1, S] first.
-    """
-    processor = getattr(part, "processor", None)
-    return processor is not None and not hasattr(processor, "_attention_backend")

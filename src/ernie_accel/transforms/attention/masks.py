@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.undo import Undo
+from ernie_accel.families import repeated_blocks
 from ernie_accel.families.family import AlwaysMasks
 
 #: What blocks call their mask argument: those of diffusers' transformers, and the rewritten ones.
@@ -97,8 +98,9 @@ def _marking(pad_text: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tu
 
 def masked_blocks(transformer: nn.Module) -> Iterator[tuple[str, nn.Module, int, str]]:
     """Yield (path, block, position and name of its mask argument) for every repeated block that takes a mask."""
+    repeated = repeated_blocks(transformer)
     for path, block in transformer.named_modules():
-        if type(block).__name__ not in (getattr(transformer, "_repeated_blocks", None) or ()):
+        if type(block).__name__ not in repeated:
             continue
         names = list(inspect.signature(block.forward).parameters)
         found = next((name for name in MASK_NAMES if name in names), None)

@@ -19,6 +19,8 @@ from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.transforms.attention.elide_mask import why_no_idle_mask
+from ernie_accel.transforms.attention.fused_npu import with_prepared_masks
+from ernie_accel.transforms.attention.processors import attentions, send_through_dispatcher
 from ernie_accel.transforms.dtype import DTYPES, CastDtype
 
 HALF = (torch.bfloat16, torch.float16)
@@ -178,8 +180,13 @@ class SetAttention(Transform):
         _check_attention_backend_requirements(backend)
         changes, note = self._changes(pipe, name), self._note(pipe, context)
         with Undo() as undo:
+            send_through_dispatcher(pipe.transformer, undo)
             for _, attention in _attentions(pipe):
-                if BACKENDS[name].takes_mask:
+                if name == "npu":
+                    processor = with_prepared_masks(attention.processor)
+                    processor._attention_backend = backend
+                    undo.setattr(attention, "processor", processor)
+                elif BACKENDS[name].takes_mask:
                     undo.setattr(attention.processor, "_attention_backend", backend)
                 else:
                     undo.setattr(attention, "processor", _by_mask(attention.processor, backend))
@@ -257,17 +264,15 @@ def reasons_against(name: str, pipe: Pipeline, context: Context) -> list[str]:
 
 
 def _attentions(pipe: Pipeline) -> Iterator[tuple[str, Any]]:
-    """Yield (path, module) of every attention of the transformer that the dispatcher serves."""
-    transformer = getattr(pipe, "transformer", None)
-    for path, part in transformer.named_modules() if isinstance(transformer, nn.Module) else ():
-        if hasattr(getattr(part, "processor", None), "_attention_backend"):
-            yield path, part
+    return attentions(getattr(pipe, "transformer", None))
 
 
 def _name_of(processor: Any) -> str:
     """Return the diffusers name of the backend a processor uses; None on it stands for the process's default."""
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
+    if not hasattr(processor, "_attention_backend"):
+        return str(AttentionBackendName.NATIVE.value)  # passes the dispatcher by, to what that calls native
     backend = processor._attention_backend
     if backend is None:
         backend = _AttentionBackendRegistry.get_active_backend()[0]

@@ -32,10 +32,12 @@ class Solver(ABC):
     Class-level facts:
         evaluations: Model evaluations of a step. With two, a run of n steps evaluates 2n - 1 times: the last step,
             to sigma 0, needs one.
+        stochastic: Whether it adds noise on the way.
         advice: What a reader of a receipt should know.
     """
 
     evaluations: ClassVar[int] = 1
+    stochastic: ClassVar[bool] = False
     advice: ClassVar[str] = ""
 
     def __init__(self, sigmas: Sequence[float], noise: Noise) -> None:
@@ -71,6 +73,7 @@ class EulerAncestral(Solver):
     ``LTXEulerAncestralRFScheduler`` of diffusers.
     """
 
+    stochastic = True
     advice = "adds noise at every step, so it needs more steps than euler"
 
     def advance(self, i: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -91,6 +94,7 @@ class LCM(Solver):
     Source: arXiv 2303.01469, algorithm 1.
     """
 
+    stochastic = True
     advice = "only sound for distilled (few-step) checkpoints; others lose variance (contrast, texture)"
 
     def advance(self, i: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -183,6 +187,7 @@ class DPMpp3M(DPMpp2M):
 class DPMpp2MSDE(DPMpp2M):
     """SDE-DPM-Solver++(2M): the multistep method for the stochastic equation with the same distributions."""
 
+    stochastic = True
     advice = "adds noise at every step, so it needs 20 steps and more"
 
     def _update(self, x: torch.Tensor, s: float, t: float, slopes: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -198,6 +203,7 @@ class DPMppSDE(Solver):
     """
 
     evaluations = 2
+    stochastic = True
     advice = "adds noise at every step; two evaluations a step: n steps cost 2n - 1"
 
     def __init__(self, sigmas: Sequence[float], noise: Noise) -> None:

@@ -25,6 +25,11 @@ class SwapScheduler(Transform):
     comes from the initial latents, so that the pipeline's ``generator`` decides all of it and a picture made in a
     batch equals the same one made alone; stock diffusers uses the global generator.
 
+    Pays:
+        Second-order samplers from 20 steps on, where they halve the error of Euler at the same steps ("unipc",
+        "dpmpp_2m"; "heun" at twice the cost); at 9 steps and shift 4 next to nothing. Stochastic ones are a matter of
+        taste, and "lcm" and "euler_ancestral" of distilled checkpoints.
+
     Attributes:
         name: "euler", "euler_ancestral", "heun", "unipc", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_sde", "lcm".
         shift: Timestep shift, > 0; None keeps the checkpoint's.

@@ -1,0 +1,54 @@
+"""Which attentions of a transformer diffusers' dispatcher serves, and which a family's own processor lets it serve."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ernie_accel.core.undo import Undo
+from ernie_accel.families import family_of_transformer
+
+
+def attentions(transformer: object) -> Iterator[tuple[str, Any]]:
+    """Yield (path, module) of every attention that the dispatcher serves, or serves after `send_through_dispatcher`."""
+    for path, part in transformer.named_modules() if isinstance(transformer, nn.Module) else ():
+        processor = getattr(part, "processor", None)
+        if hasattr(processor, "_attention_backend") or _stand_in(transformer, processor) is not None:
+            yield path, part
+
+
+def passed_by(transformer: nn.Module) -> list[str]:
+    """Return the class names of processors that call torch's kernel themselves and have no stand-in.
+
+    All such processors in diffusers' image transformers reshape every mask to [B, 1, 1, S] first.
+    """
+    processors = [getattr(part, "processor", None) for part in transformer.modules()]
+    names = {
+        type(processor).__name__
+        for processor in processors
+        if processor is not None
+        and not hasattr(processor, "_attention_backend")
+        and _stand_in(transformer, processor) is None
+    }
+    return sorted(names)
+
+
+def send_through_dispatcher(transformer: nn.Module, undo: Undo) -> None:
+    """Give attentions whose processor passes the dispatcher by the family's stand-in for it, in place."""
+    for _, part in attentions(transformer):
+        stand_in = _stand_in(transformer, part.processor)
+        if stand_in is not None:
+            undo.setattr(part, "processor", stand_in())
+
+
+def _stand_in(transformer: object, processor: object) -> Any:
+    """Return the class that stands in for a processor's, or None."""
+    family = family_of_transformer(transformer)
+    path = family.dispatched.get(type(processor).__name__) if family is not None else None
+    if path is None:
+        return None
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
