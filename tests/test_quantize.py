@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import CastDtype, Compile, Context, Quantize
+from ernie_accel import CastDtype, Compile, Context, Quantize, RewriteBlocks
 from ernie_accel.core.components import modules_of, pipe_bytes
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.transforms.quantize.choose import BACKENDS
@@ -46,6 +46,40 @@ def test_plan_receipt_and_restore_agree(backend, scheme):
     ernie_accel.restore(pipe)
     assert differences(before, snapshot(pipe)) == []
     assert torch.equal(picture(pipe, steps=1), original)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_plan_and_receipt_agree_on_blocks_that_are_rewritten_before(fuse):
+    """Planned on stock blocks, the layers bear the names that they will have."""
+    wish = CastDtype("bf16"), RewriteBlocks(fuse=fuse), Quantize("int8-weight-only")
+    pipe = tiny_ernie()
+    preview = ernie_accel.plan(pipe, *wish).steps[2].preview
+    ernie_accel.optimize(pipe, *wish)
+    applied = ernie_accel.report(pipe).entries[2].applied
+    assert any(name.endswith(".to_qkv") for name in applied.changed) is fuse
+    assert preview.changes == applied.changed
+    assert preview.bytes_after == pipe_bytes(pipe)
+
+
+def test_excluding_a_part_excludes_the_layer_it_was_fused_into():
+    pipe, wish = tiny_ernie(), (RewriteBlocks(), Quantize("int8-weight-only", exclude=(r".*\.to_q$",)))
+    preview = ernie_accel.plan(pipe, *wish).steps[1].preview
+    ernie_accel.optimize(pipe, *wish)
+    applied = ernie_accel.report(pipe).entries[1].applied
+    assert preview.changes == applied.changed
+    assert applied.skipped == {f"transformer.layers.{i}.self_attention.to_qkv": "excluded" for i in range(2)}
+
+
+def test_a_lora_keeps_plan_and_receipt_in_agreement_too():
+    from peft import LoraConfig
+
+    pipe, wish = tiny_ernie(), (RewriteBlocks(), Quantize("int8-weight-only"))
+    pipe.transformer.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
+    preview = ernie_accel.plan(pipe, *wish).steps[1].preview
+    ernie_accel.optimize(pipe, *wish)
+    changed = ernie_accel.report(pipe).entries[1].applied.changed
+    assert preview.changes == changed
+    assert any("to_q.base_layer" in name for name in changed) and any("gate_up_proj" in name for name in changed)
 
 
 @every_pair

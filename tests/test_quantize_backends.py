@@ -74,6 +74,21 @@ def test_it_takes_as_many_bytes_as_it_said(backend, scheme, dtype):
         assert module_bytes(backend.quantize(scheme, layer)) == backend.stored_bytes(scheme, spec_of(layer))
 
 
+@every_dtype
+@every_pair
+def test_a_row_of_zeros_stays_one(backend, scheme, dtype):
+    """Pruned rows and padding: a scale taken from the largest magnitude is 0 there, and 0 / 0 is NaN."""
+    layer = linear(dtype, bias=False)
+    layer.weight.data[3] = 0
+    quantized = backend.quantize(scheme, layer)
+    assert not backend.dequantize(quantized)[3].any()
+    x = torch.randn(4, 512).to(dtype)
+    x[1] = 0
+    y = quantized(x)
+    assert y.isfinite().all()
+    assert not y[1].any() and not y[:, 3].any()
+
+
 @every_pair
 def test_it_leaves_the_original_alone(backend, scheme):
     layer = linear()

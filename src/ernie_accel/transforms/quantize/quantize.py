@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -14,11 +14,13 @@ from ernie_accel.core.context import Context
 from ernie_accel.core.text import human_bytes
 from ernie_accel.core.transform import Applied, Effect, LayerReceipt, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
+from ernie_accel.families import family_of
 from ernie_accel.transforms.dtype import DTYPES, CastDtype
 from ernie_accel.transforms.quantize.backend import SCHEMES, plain_copy
 from ernie_accel.transforms.quantize.choose import AUTO, AUTO_SCHEMES, BACKENDS, Choice, check_names, choose
 from ernie_accel.transforms.quantize.guard import refuse_casts
 from ernie_accel.transforms.quantize.layers import RECEIPT, LinearSite, linear_sites, sqnr_db
+from ernie_accel.transforms.rewrite import RewriteBlocks, rewritten_blocks
 
 
 @dataclass(frozen=True, repr=False)
@@ -145,7 +147,7 @@ class _Work:
             raise ValueError(f"{wish!r} cannot run here; unsupported() says why")
         self.scheme, self.backend = chosen.scheme, BACKENDS[chosen.backend]
         self.name = f"{chosen.scheme} by {chosen.backend}"
-        self.sites = linear_sites(pipe, wish.components, wish.exclude)
+        self.sites = linear_sites(pipe, wish.components, wish.exclude, _to_be_fused(pipe, context))
         self._pipe, self._context, self._device = pipe, context, wish.device or context.device
         cast = context.planned_one(CastDtype)
         self._cast = cast
@@ -188,6 +190,18 @@ class _Work:
         covered = component is None or self._cast.components is None or component in self._cast.components
         after = wish.preview(self._pipe, self._context).bytes_after if covered else None
         return 0 if after is None else pipe_bytes(self._pipe) - after
+
+
+def _to_be_fused(pipe: Pipeline, context: Context) -> Mapping[str, tuple[str, ...]]:
+    """Return the layers that a planned `RewriteBlocks` will have concatenated: path of the new one -> of its parts."""
+    family, rewrite = family_of(pipe), context.planned_one(RewriteBlocks)
+    if rewrite is None or not rewrite.fuse or family is None or family.rewritten is None:
+        return {}
+    blocks = rewritten_blocks(pipe)
+    found: Mapping[str, tuple[str, ...]] = (
+        {} if blocks.is_rewritten(pipe.transformer) else blocks.to_be_fused(pipe.transformer)
+    )
+    return found
 
 
 def _replace(site: LinearSite, work: _Work, device: str | None, undo: Undo) -> LayerReceipt:
