@@ -122,10 +122,14 @@ def test_a_plan_shows_bytes_per_component_what_stays_and_who_does_it(ernie):
     text = str(ernie_accel.plan(ernie, CastDtype("bf16"), wish))
     assert "int8-weight-only by torchao" in text
     assert "transformer 1.0 MB -> 821.8 kB, text_encoder 261.2 kB -> " in text
-    assert "kept precise in ERNIE-Image)" in text
+    first = "transformer.text_proj, transformer.time_embedding.linear_1 and "
+    assert f"kept precise in ERNIE-Image: {first}" in text
     plan = ernie_accel.plan(ernie, CastDtype("bf16"), wish)
     ernie_accel.optimize(ernie, CastDtype("bf16"), wish)
     assert pipe_bytes(ernie) == plan.steps[1].preview.bytes_after
+    applied = ernie_accel.report(ernie).entries[1].applied
+    assert plan.steps[1].preview.skipped == applied.skipped
+    assert json.loads(plan.to_json())["steps"][1]["skipped"] == applied.skipped
 
 
 def test_a_shape_that_does_not_fit_is_skipped_with_its_reason(ernie):
@@ -135,7 +139,8 @@ def test_a_shape_that_does_not_fit_is_skipped_with_its_reason(ernie):
         ernie_accel.optimize(ernie, Quantize(scheme))
         reason = ernie_accel.report(ernie).entries[0].applied.skipped["transformer.layers.1.odd"]
         assert reason == f"its 100 inputs are no multiple of {multiple}"
-        assert f"1 its 100 inputs are no multiple of {multiple}" in str(ernie_accel.plan(tiny(odd), Quantize(scheme)))
+        told = f"1 its 100 inputs are no multiple of {multiple}: transformer.layers.1.odd"
+        assert told in str(ernie_accel.plan(tiny(odd), Quantize(scheme)))
         assert ernie.transformer.layers[1].odd is odd
         ernie_accel.restore(ernie)
 
@@ -144,6 +149,38 @@ def tiny(odd):
     pipe = tiny_ernie()
     pipe.transformer.layers[1].register_module("odd", odd)
     return pipe
+
+
+def test_each_component_has_exclusions_of_its_own():
+    """Text encoder: what text-to-image never calls. Prompt enhancer: the head, which decides the next token."""
+    pipe = ernie_accel.demo.load(torch.bfloat16)
+    lengths = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    prompt = torch.arange(3, 9)[None]
+    wish = Quantize("int8-weight-only", components=("transformer", "text_encoder", "pe"))
+    ernie_accel.optimize(pipe, wish)
+    applied = ernie_accel.report(pipe).entries[0].applied
+    by_component = {name: [] for name in wish.components}
+    for name in applied.skipped:
+        by_component[name.split(".")[0]].append(name.split(".", 1)[1])
+    assert by_component["pe"] == ["lm_head"]
+    assert {path.split(".")[0] for path in by_component["text_encoder"]} == {"vision_tower", "multi_modal_projector"}
+    assert "final_linear" in by_component["transformer"] and "layers.0.self_attention.to_q" in by_component["transformer"]
+    assert set(applied.skipped.values()) == {"kept precise in ERNIE-Image"}
+    layers = range(pipe.pe.config.num_hidden_layers)
+    assert {name for name in applied.changed if name.startswith("pe.")} == {
+        f"pe.model.layers.{i}.{part}"
+        for i in layers
+        for part in (*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
+    }
+    assert pipe.pe.generate(prompt, **lengths).shape == (1, 10)
+    ernie_accel.restore(pipe)
+
+
+def test_the_head_stays_where_no_family_knows_the_model():
+    pipe = ernie_accel.demo.load(torch.bfloat16)
+    pipe.transformer.__class__ = type("Unknown", (type(pipe.transformer),), {})
+    changes = ernie_accel.plan(pipe, Quantize("int8-weight-only", components=("pe",))).steps[0].preview.changes
+    assert changes and not any("lm_head" in name for name in changes)
 
 
 def test_own_exclusions_replace_the_familys(ernie):

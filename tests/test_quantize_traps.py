@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,6 +77,29 @@ for rows in (1, 2, 7, 33):
     assert quantized(torch.randn(rows, 512).to(torch.bfloat16)).isfinite().all()
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_quanto_int4_on_the_cpu_needs_a_compiler_and_says_so(ernie):
+    """It builds a C++ extension at the first use; without a compiler it would fail half-way."""
+    bare = replace(Context.named("cpu"), no_compile="there is no C++ compiler")
+    (reason,) = BACKENDS["quanto"].unsupported("int4", bare)
+    assert "needs a C++ compiler, and none is on the PATH" in reason
+    assert BACKENDS["quanto"].unsupported("int8-weight-only", bare) == []
+    assert ernie_accel.plan(ernie, Quantize("int4"), context=bare).problems[Quantize("int4")][-1] == reason
+
+
+def test_quanto_int4_does_not_change_by_being_repacked():
+    """Every move packs it anew, through the plain format and back, and says itself that this loses bits: it loses none.
+
+    On the CPU it is tinygemm's packing, as in bfloat16 on CUDA.
+    """
+    packed = BACKENDS["quanto"].quantize("int4", linear()).weight
+    assert type(packed).__name__ == "TinyGemmWeightQBitsTensor"
+    plain = packed.weight_qbits_tensor()
+    arguments = plain._qtype, plain._axis, plain._group_size, plain.size(), plain.stride()
+    again = type(packed).create(*arguments, plain._data, plain._scale, plain._shift)
+    assert torch.equal(again._scale_shift, packed._scale_shift)
+    assert torch.equal(again.dequantize(), packed.dequantize())
 
 
 def test_quanto_offers_no_quantized_activations():

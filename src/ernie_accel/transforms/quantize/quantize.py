@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -21,6 +20,9 @@ from ernie_accel.transforms.quantize.choose import AUTO, AUTO_SCHEMES, BACKENDS,
 from ernie_accel.transforms.quantize.guard import refuse_casts
 from ernie_accel.transforms.quantize.layers import RECEIPT, LinearSite, linear_sites, sqnr_db
 from ernie_accel.transforms.rewrite import RewriteBlocks, rewritten_blocks
+
+#: Layers that the note of a plan names for each reason to leave some out; `Preview.skipped` has all.
+NAMED = 2
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,7 +112,7 @@ class Quantize(Transform):
         note = f"{work.name}{where}; {', '.join(sizes)}; {_tell_left_out(work.left_out, len(work.sites))}"
         remark = work.backend.remark(work.scheme, context.device)
         note += f"; {remark}" if remark else ""
-        return Preview(tuple(site.name for site in todo), total - sum(saved.values()), note)
+        return Preview(tuple(site.name for site in todo), total - sum(saved.values()), note, work.left_out)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         work = _Work(self, pipe, context)
@@ -258,7 +260,14 @@ def _mover(module: torch.nn.Module, device: torch.device) -> Callable[[], None]:
 
 
 def _tell_left_out(left_out: dict[str, str], total: int, component: str | None = None) -> str:
-    """Say how many of `total` layers are left out, counted by reason."""
-    reasons = [why for name, why in left_out.items() if component is None or name.startswith(f"{component}.")]
-    counts = ", ".join(f"{count} {why}" for why, count in collections.Counter(reasons).most_common())
-    return f"leaves {len(reasons)} of {total} linear layers as they are" + (f" ({counts})" if counts else "")
+    """Say how many of `total` layers are left out, by reason, and name the first of each."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in left_out.items():
+        if component is None or name.startswith(f"{component}."):
+            by_reason.setdefault(why, []).append(name)
+    reasons = []
+    for why, names in sorted(by_reason.items(), key=lambda item: -len(item[1])):
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        reasons.append(f"{len(names)} {why}: {', '.join(names[:NAMED])}{more}")
+    told = f" ({'; '.join(reasons)})" if reasons else ""
+    return f"leaves {sum(map(len, by_reason.values()))} of {total} linear layers as they are{told}"

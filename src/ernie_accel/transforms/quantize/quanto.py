@@ -28,9 +28,15 @@ class Quanto(Backend):
     def unsupported(self, scheme: str, context: Context) -> list[str]:
         reasons = super().unsupported(scheme, context)
         if scheme != "int8-weight-only" and context.device == "cuda":
+            # MarlinF8QBytesTensor and quanto::unpack of quanto 0.2.7; the first of them failed to compile on an H200.
             reasons.append(
-                f"on CUDA quanto repacks {scheme} for kernels that it builds with nvcc at the first picture, that "
-                "torch.compile cannot trace, and whose pictures change when the pipe has moved"
+                f"on CUDA quanto repacks {scheme} for kernels that it builds with nvcc at the first picture, and that "
+                "torch.compile cannot trace"
+            )
+        if scheme == "int4" and context.device == "cpu" and context.no_compile is not None:
+            reasons.append(
+                "quanto unpacks int4 with a kernel that it builds at the first use, which needs a C++ compiler, and "
+                "none is on the PATH"
             )
         return reasons
 
