@@ -138,5 +138,5 @@ def _int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     would overflow there.
     """
     absmax = x.abs().amax(dim=1).float()
-    scaled = x.float() * (127 / absmax.clamp(min=torch.finfo(torch.float32).tiny))[:, None]
+    scaled = x.float() * (127 / absmax.clamp(min=1e-30))[:, None]  # finite also for a row of zeros
     return scaled.round().to(torch.int8), absmax
