@@ -1,9 +1,9 @@
 """Every scheme on one full-size ERNIE-Image block against its bfloat16 output: time, bytes and fidelity.
 
 On a GPU: ``python benchmarks/quantization.py --out benchmarks/results/quantization_NAME``. On a CPU ``--tiny`` runs
-the same code in seconds; its times say nothing. Writes OUT.json and OUT.md (by default into the folder that the environment
-variable OUT names, if it is set), and prints the table as it grows. All pairs take six minutes on an H200; --only and
---schemes choose.
+the same code in seconds; its times say nothing. Writes OUT.json and OUT.md, by default into the folder that the
+environment variable OUT names, and prints the rows as they come. All pairs take six minutes on an H200; ``--only`` and
+``--schemes`` choose.
 
 Fidelity is that of what the block adds to the residual stream (output minus input): the stream itself would hide it.
 
