@@ -96,7 +96,7 @@ def test_schemes_that_need_a_card_keep_their_promises_in_emulation(scheme, demo)
 
 @pytest.mark.parametrize("scheme", ["int8-weight-only", "nf4", "fp4"])
 def test_blocks_only_beats_all_linears(scheme, demo):
-    """By 1.2 to 2.3 dB here: trained, the rest is less fragile than in a random model (test_quantize_traps.py)."""
+    """By 1 to 2 dB here: trained, the rest is less fragile than in a random model (test_quantize_traps.py)."""
     found = {}
     for exclude in (None, ()):
         with quantized(demo.pipe, scheme, exclude=exclude):

@@ -20,16 +20,21 @@ from tests.test_quantize_backends import linear
 OUTSIDE = "x_embedder", "text_proj", "time_embedding", "adaLN_modulation", "final_norm", "final_linear"
 
 
-def test_blocks_only_beats_all_linears_by_a_factor():
-    """Stock tools quantize every linear; adaLN, embedders and the final layer then cost most of the quality."""
+@pytest.mark.parametrize("scheme", ["int8-weight-only", "fp8-weight-only", "nf4"])
+def test_blocks_only_beats_all_linears_by_a_factor(scheme):
+    """Stock tools quantize every linear; adaLN, embedders and the final layer then cost most of the quality.
+
+    Here by a factor of 15 to 24 in the error of the latents; on the trained model by far less, see
+    test_quantize_quality.py.
+    """
     pipe = tiny_ernie(layers=3)
     before = picture(pipe, output_type="latent", steps=4)
     errors = {}
     for exclude in (None, ()):
-        ernie_accel.optimize(pipe, Quantize("nf4", exclude=exclude))
+        ernie_accel.optimize(pipe, Quantize(scheme, exclude=exclude))
         errors[exclude] = (picture(pipe, output_type="latent", steps=4) - before).norm()
         ernie_accel.restore(pipe)
-    assert errors[()] > 3 * errors[None]
+    assert errors[()] > 10 * errors[None]
 
 
 def test_inductor_settings_stay_as_they_are(ernie):
