@@ -254,6 +254,7 @@ def test_without_originals_restore_says_plainly_why_not(ernie):
         (H200, "fp8", "torchao"),
         (A100, "int8", "torchao"),
         (T4, "int8", "bitsandbytes"),
+        (Context.named("v100"), "int8-weight-only", "quanto"),
         (Context.named("cpu"), "int8-weight-only", "torchao"),
         (NPU, "fp8-weight-only", "layerwise"),
         (without(H200, "torchao"), "int8", "bitsandbytes"),
@@ -319,8 +320,11 @@ def test_unknown_names_get_the_valid_ones_and_those_that_run_here():
     with pytest.raises(ernie_accel.UnknownNameError, match=r"Unknown scheme 'int3'. Did you mean 'int\d'") as caught:
         Quantize("int3")
     assert "This machine can run" in str(caught.value)
-    with pytest.raises(ernie_accel.UnknownNameError, match="Valid: auto, torchao, bitsandbytes, quanto, gguf"):
+    with pytest.raises(
+        ernie_accel.UnknownNameError, match="Valid: auto, torchao, bitsandbytes, quanto, gguf"
+    ) as caught:
         Quantize("int8", backend="awq")
+    assert "This machine can run torchao, bitsandbytes, quanto, gguf, layerwise." in str(caught.value)
     with pytest.raises(ernie_accel.UnknownNameError, match="nf4 is done by bitsandbytes"):
         Quantize("nf4", backend="torchao")
     with pytest.raises(ernie_accel.UnknownNameError, match="gguf-q4_0"):

@@ -61,7 +61,7 @@ def test_torchao_kernels_that_take_bfloat16_only_refuse_float32_before_anything_
 
 def test_quanto_int8_on_the_cpu_meets_no_row_it_would_read_past():
     """torch._weight_int8pack_mm segfaults where K is no multiple of 16."""
-    problem = BACKENDS["quanto"].layer_problem("int8-weight-only", LinearSpec(64, 40, torch.bfloat16), "cpu")
+    problem = BACKENDS["quanto"].layer_problem("int8-weight-only", LinearSpec(64, 40, torch.bfloat16))
     assert problem == "its 40 inputs are no multiple of 16"
 
 
@@ -151,7 +151,7 @@ def test_bitsandbytes_matches_its_own_library():
 def test_gguf_encodes_what_diffusers_decodes():
     """No K-quants are offered: the gguf package cannot encode them."""
     assert set(BACKENDS["gguf"].schemes) == {"gguf-q8_0", "gguf-q5_0", "gguf-q4_0"}
-    problem = BACKENDS["gguf"].layer_problem("gguf-q4_0", LinearSpec(64, 48, torch.bfloat16), "cpu")
+    problem = BACKENDS["gguf"].layer_problem("gguf-q4_0", LinearSpec(64, 48, torch.bfloat16))
     assert problem == "its 48 inputs are no multiple of 32"
 
 

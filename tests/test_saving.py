@@ -28,6 +28,7 @@ from ernie_accel import (
 )
 from ernie_accel.core.components import modules_of
 from ernie_accel.core.errors import SavedPipelineError
+from ernie_accel.core.loading import load_pipeline
 from ernie_accel.core.saving import MANIFEST, WEIGHTS
 from ernie_accel.transforms.quantize.choose import BACKENDS
 from ernie_accel.transforms.quantize.layers import RECEIPT
@@ -189,6 +190,15 @@ def test_what_is_loaded_can_be_optimized_further_and_saved_again(tmp_path):
     assert_same_bits(bits(pipe), bits(ernie_accel.load(tmp_path / "two")))
     with pytest.raises(ernie_accel.RestoreError):
         ernie_accel.optimize(again, Quantize("int8"))
+
+
+def test_the_command_lines_loader_takes_a_saved_folder_too(ernie, tmp_path):
+    """Stock loading would look for other files, or find tensors of names it does not know."""
+    ernie_accel.optimize(ernie, Quantize("nf4"))
+    folder = ernie_accel.save(ernie, tmp_path / "saved")
+    assert_same_bits(bits(ernie), bits(load_pipeline(str(folder), device="cpu")))
+    with pytest.raises(ernie_accel.ErnieAccelError, match="keeps its dtypes; found dtype='bfloat16'"):
+        load_pipeline(str(folder), dtype="bfloat16", device="cpu")
 
 
 def test_weights_are_safetensors_and_the_rest_json(ernie, tmp_path):

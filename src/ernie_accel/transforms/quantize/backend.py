@@ -121,8 +121,8 @@ class Backend(ABC):
         return reasons + (context.missing(self.package) if self.package else [])
 
     @abstractmethod
-    def layer_problem(self, scheme: str, spec: LinearSpec, device: str) -> str | None:
-        """Return why a layer cannot be stored in `scheme` on `device` (a torch device type), or None."""
+    def layer_problem(self, scheme: str, spec: LinearSpec) -> str | None:
+        """Return why a layer of this shape and dtype cannot be stored in `scheme`, or None."""
 
     @abstractmethod
     def stored_bytes(self, scheme: str, spec: LinearSpec) -> int:

@@ -35,7 +35,7 @@ class BitsAndBytes(Backend):
             reasons.insert(0, f"int8 needs CUDA compute capability >= 7.5; this device has {have}")
         return reasons
 
-    def layer_problem(self, scheme: str, spec: LinearSpec, device: str) -> str | None:
+    def layer_problem(self, scheme: str, spec: LinearSpec) -> str | None:
         return spec.not_multiple_of(16, 16) if scheme == "int8" else spec.not_multiple_of(BLOCK)
 
     def stored_bytes(self, scheme: str, spec: LinearSpec) -> int:

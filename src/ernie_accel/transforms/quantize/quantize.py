@@ -150,7 +150,7 @@ class _Work:
         self.scheme, self.backend = chosen.scheme, BACKENDS[chosen.backend]
         self.name = f"{chosen.scheme} by {chosen.backend}"
         self.sites = linear_sites(pipe, wish.components, wish.exclude, _to_be_fused(pipe, context))
-        self._pipe, self._context, self._device = pipe, context, wish.device or context.device
+        self._pipe, self._context = pipe, context
         cast = context.planned_one(CastDtype)
         self._cast = cast
         self.cast_to = None if cast is None else DTYPES[cast.dtype]
@@ -163,7 +163,7 @@ class _Work:
     def _why_not(self, site: LinearSite) -> str | None:
         if site.left_out is not None:
             return site.left_out
-        return self.backend.layer_problem(self.scheme, site.spec(self._cast_of(site)), self._device)
+        return self.backend.layer_problem(self.scheme, site.spec(self._cast_of(site)))
 
     def _cast_of(self, site: LinearSite) -> torch.dtype | None:
         components = self._cast.components if self._cast else None

@@ -55,7 +55,7 @@ class TorchAO(Backend):
             return "faster only when compiled: add Compile()"
         return ""
 
-    def layer_problem(self, scheme: str, spec: LinearSpec, device: str) -> str | None:
+    def layer_problem(self, scheme: str, spec: LinearSpec) -> str | None:
         if scheme in _BFLOAT16_ONLY and spec.dtype != torch.bfloat16:
             return f"{scheme} starts from bfloat16 weights, and this is {_short(spec.dtype)}: add CastDtype('bfloat16')"
         if scheme in ("int4", "mxfp8"):
@@ -86,7 +86,8 @@ class TorchAO(Backend):
             raise RuntimeError(f"torchao left a weight of shape {tuple(linear.weight.shape)} as it was ({scheme})")
         layer.weight.requires_grad_(False)
         if scheme in ("fp8", "fp8-weight-only"):
-            mend_empty_rows(layer.weight.qdata, layer.weight.scale)
+            weight: Any = layer.weight
+            mend_empty_rows(weight.qdata, weight.scale)
         # A method bound to the layer and kept on it: a cycle, which would hold the weight until the next collection.
         vars(layer).pop("extra_repr", None)
         return layer
