@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 
 import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import CastDtype, Compile, Context, Quantize
-from ernie_accel.core.components import modules_of, pipe_bytes
+from ernie_accel import CastDtype, Compile, Context, Quantize, RewriteBlocks
+from ernie_accel.core.components import pipe_bytes
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.transforms.quantize.choose import BACKENDS
-from ernie_accel.transforms.quantize.layers import sqnr_db
+from ernie_accel.transforms.quantize.layers import linear_sites, sqnr_db
 from tests.examples import differences, snapshot
 from tests.pipelines import picture, tiny_ernie, tiny_flux
 from tests.test_quantize_backends import every_pair
@@ -46,6 +47,40 @@ def test_plan_receipt_and_restore_agree(backend, scheme):
     ernie_accel.restore(pipe)
     assert differences(before, snapshot(pipe)) == []
     assert torch.equal(picture(pipe, steps=1), original)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_plan_and_receipt_agree_on_blocks_that_are_rewritten_before(fuse):
+    """Planned on stock blocks, the layers bear the names that they will have."""
+    wish = CastDtype("bf16"), RewriteBlocks(fuse=fuse), Quantize("int8-weight-only")
+    pipe = tiny_ernie()
+    preview = ernie_accel.plan(pipe, *wish).steps[2].preview
+    ernie_accel.optimize(pipe, *wish)
+    applied = ernie_accel.report(pipe).entries[2].applied
+    assert any(name.endswith(".to_qkv") for name in applied.changed) is fuse
+    assert preview.changes == applied.changed
+    assert preview.bytes_after == pipe_bytes(pipe)
+
+
+def test_excluding_a_part_excludes_the_layer_it_was_fused_into():
+    pipe, wish = tiny_ernie(), (RewriteBlocks(), Quantize("int8-weight-only", exclude=(r".*\.to_q$",)))
+    preview = ernie_accel.plan(pipe, *wish).steps[1].preview
+    ernie_accel.optimize(pipe, *wish)
+    applied = ernie_accel.report(pipe).entries[1].applied
+    assert preview.changes == applied.changed
+    assert applied.skipped == {f"transformer.layers.{i}.self_attention.to_qkv": "excluded" for i in range(2)}
+
+
+def test_a_lora_keeps_plan_and_receipt_in_agreement_too():
+    from peft import LoraConfig
+
+    pipe, wish = tiny_ernie(), (RewriteBlocks(), Quantize("int8-weight-only"))
+    pipe.transformer.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
+    preview = ernie_accel.plan(pipe, *wish).steps[1].preview
+    ernie_accel.optimize(pipe, *wish)
+    changed = ernie_accel.report(pipe).entries[1].applied.changed
+    assert preview.changes == changed
+    assert any("to_q.base_layer" in name for name in changed) and any("gate_up_proj" in name for name in changed)
 
 
 @every_pair
@@ -88,10 +123,14 @@ def test_a_plan_shows_bytes_per_component_what_stays_and_who_does_it(ernie):
     text = str(ernie_accel.plan(ernie, CastDtype("bf16"), wish))
     assert "int8-weight-only by torchao" in text
     assert "transformer 1.0 MB -> 821.8 kB, text_encoder 261.2 kB -> " in text
-    assert "kept precise in ERNIE-Image)" in text
+    first = "transformer.text_proj, transformer.time_embedding.linear_1 and "
+    assert f"kept precise in ERNIE-Image: {first}" in text
     plan = ernie_accel.plan(ernie, CastDtype("bf16"), wish)
     ernie_accel.optimize(ernie, CastDtype("bf16"), wish)
     assert pipe_bytes(ernie) == plan.steps[1].preview.bytes_after
+    applied = ernie_accel.report(ernie).entries[1].applied
+    assert plan.steps[1].preview.skipped == applied.skipped
+    assert json.loads(plan.to_json())["steps"][1]["skipped"] == applied.skipped
 
 
 def test_a_shape_that_does_not_fit_is_skipped_with_its_reason(ernie):
@@ -101,7 +140,8 @@ def test_a_shape_that_does_not_fit_is_skipped_with_its_reason(ernie):
         ernie_accel.optimize(ernie, Quantize(scheme))
         reason = ernie_accel.report(ernie).entries[0].applied.skipped["transformer.layers.1.odd"]
         assert reason == f"its 100 inputs are no multiple of {multiple}"
-        assert f"1 its 100 inputs are no multiple of {multiple}" in str(ernie_accel.plan(tiny(odd), Quantize(scheme)))
+        told = f"1 its 100 inputs are no multiple of {multiple}: transformer.layers.1.odd"
+        assert told in str(ernie_accel.plan(tiny(odd), Quantize(scheme)))
         assert ernie.transformer.layers[1].odd is odd
         ernie_accel.restore(ernie)
 
@@ -110,6 +150,39 @@ def tiny(odd):
     pipe = tiny_ernie()
     pipe.transformer.layers[1].register_module("odd", odd)
     return pipe
+
+
+def test_each_component_has_exclusions_of_its_own():
+    """Text encoder: what text-to-image never calls. Prompt enhancer: the head, which decides the next token."""
+    pipe = ernie_accel.demo.load(torch.bfloat16)
+    lengths = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    prompt = torch.arange(3, 9)[None]
+    wish = Quantize("int8-weight-only", components=("transformer", "text_encoder", "pe"))
+    ernie_accel.optimize(pipe, wish)
+    applied = ernie_accel.report(pipe).entries[0].applied
+    by_component = {name: [] for name in wish.components}
+    for name in applied.skipped:
+        by_component[name.split(".")[0]].append(name.split(".", 1)[1])
+    assert by_component["pe"] == ["lm_head"]
+    assert {path.split(".")[0] for path in by_component["text_encoder"]} == {"vision_tower", "multi_modal_projector"}
+    assert {"final_linear", "layers.0.self_attention.to_q"} < set(by_component["transformer"])
+    assert set(applied.skipped.values()) == {"kept precise in ERNIE-Image"}
+    layers = range(pipe.pe.config.num_hidden_layers)
+    assert {name for name in applied.changed if name.startswith("pe.")} == {
+        f"pe.model.layers.{i}.{part}"
+        for i in layers
+        for part in (*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down")))
+    }
+    assert pipe.pe.generate(prompt, **lengths).shape == (1, 10)
+    ernie_accel.restore(pipe)
+
+
+def test_the_head_stays_where_no_family_knows_the_model(monkeypatch):
+    pipe = ernie_accel.demo.load(torch.bfloat16)
+    pipe.pe.lm_head.weight = torch.nn.Parameter(pipe.pe.lm_head.weight.clone())  # untied, so only the list keeps it
+    monkeypatch.setattr("ernie_accel.families.family_of", lambda pipe: None)
+    left_out = {site.name: site.left_out for site in linear_sites(pipe, ("pe",), None) if site.left_out}
+    assert left_out == {"pe.lm_head": "kept precise: outside blocks, or modulates"}
 
 
 def test_own_exclusions_replace_the_familys(ernie):
@@ -182,6 +255,7 @@ def test_without_originals_restore_says_plainly_why_not(ernie):
         (H200, "fp8", "torchao"),
         (A100, "int8", "torchao"),
         (T4, "int8", "bitsandbytes"),
+        (Context.named("v100"), "int8-weight-only", "quanto"),
         (Context.named("cpu"), "int8-weight-only", "torchao"),
         (NPU, "fp8-weight-only", "layerwise"),
         (without(H200, "torchao"), "int8", "bitsandbytes"),
@@ -247,8 +321,11 @@ def test_unknown_names_get_the_valid_ones_and_those_that_run_here():
     with pytest.raises(ernie_accel.UnknownNameError, match=r"Unknown scheme 'int3'. Did you mean 'int\d'") as caught:
         Quantize("int3")
     assert "This machine can run" in str(caught.value)
-    with pytest.raises(ernie_accel.UnknownNameError, match="Valid: auto, torchao, bitsandbytes, quanto, gguf"):
+    with pytest.raises(
+        ernie_accel.UnknownNameError, match="Valid: auto, torchao, bitsandbytes, quanto, gguf"
+    ) as caught:
         Quantize("int8", backend="awq")
+    assert "This machine can run torchao, bitsandbytes, quanto, gguf, layerwise." in str(caught.value)
     with pytest.raises(ernie_accel.UnknownNameError, match="nf4 is done by bitsandbytes"):
         Quantize("nf4", backend="torchao")
     with pytest.raises(ernie_accel.UnknownNameError, match="gguf-q4_0"):
@@ -323,18 +400,31 @@ def test_compile_refuses_in_the_plan_what_cannot_be_traced(ernie):
 # ---- on the way to a device -----------------------------------------------------------------------------------------
 
 
-def test_streaming_to_a_device_moves_everything_and_restore_takes_it_back(ernie):
-    before = snapshot(ernie)
-    places = []
-    real = torch.nn.Module.to
-    wish = Quantize("int8-weight-only", device="cpu")
+@every_pair
+def test_streaming_holds_one_unquantized_layer_and_moves_the_rest_last(backend, scheme, monkeypatch):
+    """The bytes on a device that has some are measured in tests/gpu."""
+    pipe = tiny_ernie(dtype=torch.bfloat16)
+    before, sources, alive, moved_after = snapshot(pipe), [], [], []
+    quantize, move = type(backend).quantize, type(pipe).to
+
+    def watch_quantize(self, name, linear):
+        alive.append(sum(source() is not None for source in sources))
+        sources.append(weakref.ref(linear))
+        return quantize(self, name, linear)
+
+    def watch_move(self, *args, **kwargs):
+        moved_after.append(len(sources))
+        return move(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(backend), "quantize", watch_quantize)
+    monkeypatch.setattr(type(pipe), "to", watch_move)
+    wish = Quantize(scheme, backend=backend.name, device="cpu")
     assert wish.moves_to == "cpu"
-    ernie_accel.optimize(ernie, wish)
-    places = {p.device.type for m in modules_of(ernie).values() for p in m.parameters()}
-    assert places == {"cpu"}
-    assert torch.nn.Module.to is real
-    ernie_accel.restore(ernie)
-    assert differences(before, snapshot(ernie)) == []
+    ernie_accel.optimize(pipe, wish)
+    assert alive == [0] * 8
+    assert moved_after == [8]
+    ernie_accel.restore(pipe)
+    assert differences(before, snapshot(pipe)) == []
 
 
 def test_a_device_that_is_not_there_is_refused(ernie):

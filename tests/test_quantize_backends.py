@@ -74,6 +74,21 @@ def test_it_takes_as_many_bytes_as_it_said(backend, scheme, dtype):
         assert module_bytes(backend.quantize(scheme, layer)) == backend.stored_bytes(scheme, spec_of(layer))
 
 
+@every_dtype
+@every_pair
+def test_a_row_of_zeros_stays_one(backend, scheme, dtype):
+    """Pruned rows and padding: a scale taken from the largest magnitude is 0 there, and 0 / 0 is NaN."""
+    layer = linear(dtype, bias=False)
+    layer.weight.data[3] = 0
+    quantized = backend.quantize(scheme, layer)
+    assert not backend.dequantize(quantized)[3].any()
+    x = torch.randn(4, 512).to(dtype)
+    x[1] = 0
+    y = quantized(x)
+    assert y.isfinite().all()
+    assert not y[1].any() and not y[:, 3].any()
+
+
 @every_pair
 def test_it_leaves_the_original_alone(backend, scheme):
     layer = linear()
@@ -137,7 +152,7 @@ def test_it_is_freed_as_soon_as_nobody_holds_it(backend, scheme):
 def test_odd_shapes_are_refused_with_their_reason_or_work(backend, scheme):
     for rows, columns in ((24, 40), (30, 64), (64, 72), (64, 16), (7, 96), (1, 33)):
         layer = linear(rows=rows, columns=columns)
-        problem = backend.layer_problem(scheme, spec_of(layer), "cpu")
+        problem = backend.layer_problem(scheme, spec_of(layer))
         if problem is None:
             assert backend.quantize(scheme, layer)(torch.randn(2, columns).to(torch.bfloat16)).shape == (2, rows)
         else:

@@ -1,68 +1,104 @@
 """What quantizing costs a trained model: latents above the declared floor, and prompts held as before.
 
+The captions leave nothing open. One that does ("a square in the top left", on any ground) may be drawn another way
+after the least change, and its latents then tell of that choice and not of the rounding.
 All pairs of scheme and backend are judged on more pictures in tests/gpu/test_quantize_gpu.py.
 """
 
 from __future__ import annotations
+
+import contextlib
 
 import pytest
 import torch
 
 import ernie_accel
 from ernie_accel import Quantize
-from ernie_accel.demo.judge import adherence
+from ernie_accel.demo.judge import judge, summarize, unseen_prompts
 from ernie_accel.transforms.quantize.backend import SCHEMES
 from ernie_accel.transforms.quantize.layers import sqnr_db
 from tests.test_quantize_backends import every_pair
+from tests.test_quantize_emulated import emulated, every_emulated
 
-PICTURES = 16
+PICTURES = 8
+MARGIN_DB = 2  # a floor is a promise for other pictures and devices too
+
+
+class Demo:
+    """The embedded model, and what it draws unquantized; in one batch of square pictures."""
+
+    def __init__(self, pictures=PICTURES, dtype=torch.float32, device="cpu"):
+        self.pipe = ernie_accel.demo.load(dtype, prompt_enhancer=False).to(device)
+        self.pipe.set_progress_bar_config(disable=True)
+        square = [(text, scene) for text, scene in unseen_prompts(8 * pictures) if scene.height == scene.width == 128]
+        self.captions, self.scenes = zip(*square[:pictures], strict=True)
+        assert len(self.scenes) == pictures
+        self.stock = self.draw()
+
+    def draw(self):
+        """Return the latents of all pictures, and the fraction of objects that are as asked."""
+        last = {}
+
+        def keep(pipe, step, timestep, given):
+            last["latents"] = given["latents"].float().cpu()
+            return given
+
+        arguments = {"height": 128, "width": 128, "num_inference_steps": 8, "guidance_scale": 1.0, "use_pe": False}
+        arguments |= {"output_type": "pt", "callback_on_step_end": keep}
+        noise = [torch.Generator().manual_seed(seed) for seed in range(len(self.captions))]
+        pictures = self.pipe(list(self.captions), generator=noise, **arguments).images
+        found = summarize(judge(list(pictures.float().cpu()), self.scenes), self.scenes)
+        return last["latents"], found.object_fraction
+
+    def measure(self):
+        """Return what the pipe draws now, against what it drew unquantized."""
+        latents, fraction = self.draw()
+        return {
+            "latents_db": sqnr_db(self.stock[0], latents),
+            "worst_picture_db": min(map(sqnr_db, self.stock[0], latents)),
+            "objects_right": fraction,
+            "objects_right_before": self.stock[1],
+        }
+
+    def check(self, scheme, found, margin_db=0):
+        """Hold what was measured to the promises of `scheme`."""
+        assert found["latents_db"] > SCHEMES[scheme].floor_db + margin_db
+        assert found["objects_right_before"] > 0.95
+        keeps = 0.95 if SCHEMES[scheme].bits < 8 else 0.99
+        assert found["objects_right"] >= keeps * found["objects_right_before"]
 
 
 @pytest.fixture(scope="module")
 def demo():
-    pipe = ernie_accel.demo.load(prompt_enhancer=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, latents(pipe)
+    return Demo()
 
 
-@pytest.fixture(scope="module")
-def stock_fraction(demo):
-    return adherence(demo[0], n=PICTURES, steps=4).object_fraction
-
-
-def latents(pipe):
-    generator = torch.Generator().manual_seed(0)
-    size = {"height": 128, "width": 128, "num_inference_steps": 4, "guidance_scale": 1.0, "use_pe": False}
-    prompt = "a large red circle in the center on a grey background"
-    return pipe(prompt, generator=generator, output_type="latent", **size).images.float()
-
-
-def quantized(pipe, measure, *args, **kwargs):
-    """Return what `measure` finds on the quantized pipe; the pipe is restored."""
+@contextlib.contextmanager
+def quantized(pipe, *args, **kwargs):
     ernie_accel.optimize(pipe, Quantize(*args, **kwargs))
     try:
-        return measure(pipe)
+        yield
     finally:
         ernie_accel.restore(pipe)
 
 
 @every_pair
-def test_latents_stay_above_the_declared_floor(backend, scheme, demo):
-    pipe, stock = demo
-    found = quantized(pipe, latents, scheme, backend=backend.name)
-    assert sqnr_db(stock, found) > SCHEMES[scheme].floor_db + 1
+def test_latents_stay_above_the_declared_floor_and_the_judge_keeps_its_verdict(backend, scheme, demo):
+    with quantized(demo.pipe, scheme, backend=backend.name):
+        demo.check(scheme, demo.measure(), MARGIN_DB)
 
 
-def test_blocks_only_beats_all_linears(demo):
-    """By little here: trained, the rest is less fragile than in a random model (see test_quantize_traps.py)."""
-    pipe, stock = demo
-    blocks = sqnr_db(stock, quantized(pipe, latents, "fp4"))
-    everything = sqnr_db(stock, quantized(pipe, latents, "fp4", exclude=()))
-    assert blocks > everything + 0.5
+@every_emulated
+def test_schemes_that_need_a_card_keep_their_promises_in_emulation(scheme, demo):
+    with emulated(demo.pipe, scheme):
+        demo.check(scheme, demo.measure(), MARGIN_DB)
 
 
-@pytest.mark.parametrize(("scheme", "keeps"), [("int8-weight-only", 0.99), ("nf4", 0.95)])
-def test_the_judge_finds_as_much_as_before(scheme, keeps, demo, stock_fraction):
-    found = quantized(demo[0], lambda pipe: adherence(pipe, n=PICTURES, steps=4), scheme)
-    assert stock_fraction > 0.8
-    assert found.object_fraction >= keeps * stock_fraction
+@pytest.mark.parametrize("scheme", ["int8-weight-only", "nf4", "fp4"])
+def test_blocks_only_beats_all_linears(scheme, demo):
+    """By 1 to 2 dB here: trained, the rest is less fragile than in a random model (test_quantize_traps.py)."""
+    found = {}
+    for exclude in (None, ()):
+        with quantized(demo.pipe, scheme, exclude=exclude):
+            found[exclude] = sqnr_db(demo.stock[0], demo.draw()[0])
+    assert found[None] > found[()] + 0.5

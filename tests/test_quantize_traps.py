@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,16 +20,21 @@ from tests.test_quantize_backends import linear
 OUTSIDE = "x_embedder", "text_proj", "time_embedding", "adaLN_modulation", "final_norm", "final_linear"
 
 
-def test_blocks_only_beats_all_linears_by_a_factor():
-    """Stock tools quantize every linear; adaLN, embedders and the final layer then cost most of the quality."""
+@pytest.mark.parametrize("scheme", ["int8-weight-only", "fp8-weight-only", "nf4"])
+def test_blocks_only_beats_all_linears_by_a_factor(scheme):
+    """Stock tools quantize every linear; adaLN, embedders and the final layer then cost most of the quality.
+
+    Here by a factor of 15 to 24 in the error of the latents; on the trained model by far less, see
+    test_quantize_quality.py.
+    """
     pipe = tiny_ernie(layers=3)
     before = picture(pipe, output_type="latent", steps=4)
     errors = {}
     for exclude in (None, ()):
-        ernie_accel.optimize(pipe, Quantize("nf4", exclude=exclude))
+        ernie_accel.optimize(pipe, Quantize(scheme, exclude=exclude))
         errors[exclude] = (picture(pipe, output_type="latent", steps=4) - before).norm()
         ernie_accel.restore(pipe)
-    assert errors[()] > 3 * errors[None]
+    assert errors[()] > 10 * errors[None]
 
 
 def test_inductor_settings_stay_as_they_are(ernie):
@@ -55,7 +61,7 @@ def test_torchao_kernels_that_take_bfloat16_only_refuse_float32_before_anything_
 
 def test_quanto_int8_on_the_cpu_meets_no_row_it_would_read_past():
     """torch._weight_int8pack_mm segfaults where K is no multiple of 16."""
-    problem = BACKENDS["quanto"].layer_problem("int8-weight-only", LinearSpec(64, 40, torch.bfloat16), "cpu")
+    problem = BACKENDS["quanto"].layer_problem("int8-weight-only", LinearSpec(64, 40, torch.bfloat16))
     assert problem == "its 40 inputs are no multiple of 16"
 
 
@@ -76,6 +82,29 @@ for rows in (1, 2, 7, 33):
     assert quantized(torch.randn(rows, 512).to(torch.bfloat16)).isfinite().all()
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+
+
+def test_quanto_int4_on_the_cpu_needs_a_compiler_and_says_so(ernie):
+    """It builds a C++ extension at the first use; without a compiler it would fail half-way."""
+    bare = replace(Context.named("cpu"), no_compile="there is no C++ compiler")
+    (reason,) = BACKENDS["quanto"].unsupported("int4", bare)
+    assert "needs a C++ compiler, and none is on the PATH" in reason
+    assert BACKENDS["quanto"].unsupported("int8-weight-only", bare) == []
+    assert ernie_accel.plan(ernie, Quantize("int4"), context=bare).problems[Quantize("int4")][-1] == reason
+
+
+def test_quanto_int4_does_not_change_by_being_repacked():
+    """Every move packs it anew, through the plain format and back, and says itself that this loses bits: it loses none.
+
+    On the CPU it is tinygemm's packing, as in bfloat16 on CUDA.
+    """
+    packed = BACKENDS["quanto"].quantize("int4", linear()).weight
+    assert type(packed).__name__ == "TinyGemmWeightQBitsTensor"
+    plain = packed.weight_qbits_tensor()
+    arguments = plain._qtype, plain._axis, plain._group_size, plain.size(), plain.stride()
+    again = type(packed).create(*arguments, plain._data, plain._scale, plain._shift)
+    assert torch.equal(again._scale_shift, packed._scale_shift)
+    assert torch.equal(again.dequantize(), packed.dequantize())
 
 
 def test_quanto_offers_no_quantized_activations():
@@ -122,7 +151,7 @@ def test_bitsandbytes_matches_its_own_library():
 def test_gguf_encodes_what_diffusers_decodes():
     """No K-quants are offered: the gguf package cannot encode them."""
     assert set(BACKENDS["gguf"].schemes) == {"gguf-q8_0", "gguf-q5_0", "gguf-q4_0"}
-    problem = BACKENDS["gguf"].layer_problem("gguf-q4_0", LinearSpec(64, 48, torch.bfloat16), "cpu")
+    problem = BACKENDS["gguf"].layer_problem("gguf-q4_0", LinearSpec(64, 48, torch.bfloat16))
     assert problem == "its 48 inputs are no multiple of 32"
 
 

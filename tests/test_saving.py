@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import json
 import pickletools
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import CallDefaults, CastDtype, Compile, MakeContiguous, Quantize, RewriteBlocks, SwapScheduler
+from ernie_accel import (
+    Applied,
+    CallDefaults,
+    CastDtype,
+    Compile,
+    Effect,
+    FuseKernels,
+    MakeContiguous,
+    Phase,
+    Preview,
+    Quantize,
+    RewriteBlocks,
+    SwapScheduler,
+    Transform,
+)
 from ernie_accel.core.components import modules_of
 from ernie_accel.core.errors import SavedPipelineError
+from ernie_accel.core.loading import load_pipeline
 from ernie_accel.core.saving import MANIFEST, WEIGHTS
 from ernie_accel.transforms.quantize.choose import BACKENDS
 from ernie_accel.transforms.quantize.layers import RECEIPT
@@ -93,6 +110,65 @@ def test_rewritten_blocks_are_quantized_saved_and_rewritten_again(tmp_path):
     assert_same_bits(original, bits(pipe))
 
 
+H200 = ernie_accel.Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6"})
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_blocks_on_fused_kernels_are_saved_and_loaded_bit_equal(precision, tmp_path, monkeypatch):
+    """As an H200 would; the kernels' plain-torch twins draw the pictures here."""
+    pipe = tiny_ernie(dtype=torch.bfloat16)
+    ernie_accel.optimize(pipe, RewriteBlocks(), FuseKernels(precision), context=H200)
+    folder = ernie_accel.save(pipe, tmp_path / "saved")
+    expected = picture(pipe, steps=1)
+    monkeypatch.setattr(ernie_accel.Context, "detect", lambda *args, **kwargs: H200)
+    again = ernie_accel.load(folder)
+    again.set_progress_bar_config(disable=True)
+    assert type(again.transformer.layers[1]) is type(pipe.transformer.layers[1])
+    assert_same_bits(bits(pipe), bits(again))
+    assert torch.equal(picture(again, steps=1), expected)
+    wishes = [[entry.step.transform for entry in ernie_accel.report(p).entries] for p in (pipe, again)]
+    assert wishes[0] == wishes[1]
+    if precision == "fp8":
+        with pytest.raises(ernie_accel.ErnieAccelError, match="its weights are quantized"):
+            again.to(torch.float16)
+    with pytest.raises(ernie_accel.RestoreError, match="the folder does not hold the originals"):
+        ernie_accel.restore(again)
+
+
+def test_fp8_kernels_that_cannot_run_here_are_refused_on_loading(tmp_path):
+    pipe = tiny_ernie(dtype=torch.bfloat16)
+    ernie_accel.optimize(pipe, RewriteBlocks(), FuseKernels("fp8"), context=H200)
+    folder = ernie_accel.save(pipe, tmp_path / "saved")
+    with pytest.raises(ernie_accel.UnsupportedError, match=r"fp8 needs CUDA compute capability >= 8\.9"):
+        ernie_accel.load(folder, device="cpu")
+
+
+@dataclass(frozen=True, repr=False)
+class RoundWeights(Transform):
+    """A quantization of one's own, of which the library knows only that it is one."""
+
+    phase: ClassVar[Phase] = Phase.QUANTIZE
+    slot: ClassVar[str] = "quantize"
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    def unsupported(self, pipe, context):
+        return []
+
+    def preview(self, pipe, context):
+        return Preview(("transformer",))
+
+    def apply(self, pipe, context):
+        return Applied(("transformer",), no_undo="a test")
+
+
+def test_what_other_quantizing_transforms_made_is_refused_with_the_fix(ernie, tmp_path):
+    ernie_accel.optimize(ernie, RoundWeights())
+    fix = r"cannot save what RoundWeights\(\) made, whose weights only it knows: restore\(pipe\), then optimize"
+    with pytest.raises(SavedPipelineError, match=fix):
+        ernie_accel.save(ernie, tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_pipe_without_any_transform_travels_too(tmp_path):
     for make in (tiny_ernie, tiny_flux):
         pipe = make()
@@ -114,6 +190,15 @@ def test_what_is_loaded_can_be_optimized_further_and_saved_again(tmp_path):
     assert_same_bits(bits(pipe), bits(ernie_accel.load(tmp_path / "two")))
     with pytest.raises(ernie_accel.RestoreError):
         ernie_accel.optimize(again, Quantize("int8"))
+
+
+def test_the_command_lines_loader_takes_a_saved_folder_too(ernie, tmp_path):
+    """Stock loading would look for other files, or find tensors of names it does not know."""
+    ernie_accel.optimize(ernie, Quantize("nf4"))
+    folder = ernie_accel.save(ernie, tmp_path / "saved")
+    assert_same_bits(bits(ernie), bits(load_pipeline(str(folder), device="cpu")))
+    with pytest.raises(ernie_accel.ErnieAccelError, match="keeps its dtypes; found dtype='bfloat16'"):
+        load_pipeline(str(folder), dtype="bfloat16", device="cpu")
 
 
 def test_weights_are_safetensors_and_the_rest_json(ernie, tmp_path):
@@ -167,6 +252,19 @@ def overwrite_header(folder):
     file.write_bytes(b"\xff" * file.stat().st_size)
 
 
+def drop_a_tensor(folder):
+    """Write the transformer's file without one of its tensors, and the sizes to match."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "transformer" / WEIGHTS
+    tensors = load_file(file)
+    del tensors["layers.0.self_attention.norm_q.weight"]
+    save_file(tensors, file)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["files"][f"transformer/{WEIGHTS}"] = file.stat().st_size
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
 def other_layers(folder):
     """Let the receipt of one layer tell another shape."""
     manifest = json.loads((folder / MANIFEST).read_text())
@@ -185,6 +283,7 @@ def other_layers(folder):
         (edit(format_version=99), "is of format version 99; this library reads 1"),
         (name_foreign_class, "names a class that is not here: os.system"),
         (overwrite_header, "cannot be read"),
+        (drop_a_tensor, "transformer/model.safetensors lacks layers.0.self_attention.norm_q.weight"),
         (other_layers, "the torchao installed here stores it as"),
     ],
 )

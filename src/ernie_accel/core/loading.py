@@ -10,6 +10,7 @@ import torch
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
+from ernie_accel.core.saving import MANIFEST, load
 from ernie_accel.transforms.dtype import DTYPES
 
 DEVICES = ("auto", "cpu", "cuda", "npu")
@@ -35,19 +36,26 @@ def load_pipeline(model: str | None = None, dtype: str = "auto", device: str = "
     """Load a diffusers pipeline onto a device, safetensors only and without remote code.
 
     Args:
-        model: A folder that `save_pretrained` wrote, or a hub id; None for the embedded model.
-        dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on an accelerator and float32 on the CPU.
+        model: A folder that `save_pretrained` or `ernie_accel.save` wrote, or a hub id; None for the embedded model.
+        dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on an accelerator and float32 on the CPU. What
+            `ernie_accel.save` wrote keeps its own.
         device: "cpu", "cuda" or "npu"; "auto" is CUDA where there is one.
 
     Raises:
         UnknownNameError: `dtype` or `device` is unknown.
-        ErnieAccelError: There is no such model, or it is no pipeline.
+        ErnieAccelError: There is no such model, or it is no pipeline, or it has another dtype of its own.
     """
     check_dtype(dtype)
     if device not in DEVICES:
         raise UnknownNameError("device", device, DEVICES)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if model is not None and (Path(model) / MANIFEST).is_file():
+        if dtype != "auto":
+            raise ErnieAccelError(
+                f"{model} was written by ernie_accel.save and keeps its dtypes; found dtype={dtype!r}"
+            )
+        return load(model, device=device)
     name = dtype if dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
     return _from_anywhere(model, DTYPES[name]).to(device)
 

@@ -128,6 +128,7 @@ class Plan:
                 "changes": step.preview.changes if step.preview else (),
                 "bytes_after": step.preview.bytes_after if step.preview else None,
                 "note": step.preview.note if step.preview else "",
+                "skipped": dict(step.preview.skipped) if step.preview else {},
             }
             for step in self.steps
         ]

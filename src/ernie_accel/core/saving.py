@@ -2,9 +2,10 @@
 
 A folder holds what ``save_pretrained`` would call configuration (``model_index.json``, a ``config.json`` a model, the
 scheduler, the tokenizers), one ``model.safetensors`` a model, and ``ernie_accel.json``: the transforms, the receipt of
-each quantized layer, and the size of every file. Loading builds the models empty, puts a blank quantized layer where a
-receipt says so, copies the saved bits into them, and applies the transforms that follow quantization again. No
-library's own file format is involved, so none of their ways to reload as noise is either.
+each quantized layer, and the size of every file. Loading builds the models empty, rewrites their blocks as they were
+when saved, puts a blank quantized layer where a receipt says so, copies the saved bits into them, and applies the
+transforms that follow quantization again. No library's own file format is involved, so none of their ways to reload as
+noise is either.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from ernie_accel.core.carried import carry
-from ernie_accel.core.components import Pipeline, modules_of
+from ernie_accel.core.components import Pipeline, modules_of, weights_of
 from ernie_accel.core.context import Context, installed_versions
 from ernie_accel.core.errors import SavedPipelineError
 from ernie_accel.core.optimize import optimize, report, suspended
@@ -116,7 +117,8 @@ def load(
     _check_can_run(source, components.values(), machine)
 
     pipe = _build(source, components)
-    rewrites = tuple(transform for transform in transforms if transform.phase == Phase.REWRITE)
+    saved = tuple(zip(transforms, manifest["transforms"], strict=True))
+    rewrites = tuple(_forgetful(transform) for transform, data in saved if data["changed"] and _rewrites(transform))
     if rewrites:  # they change the module tree, so the weights find their places only afterwards
         for component in components.values():
             _materialise(getattr(pipe, component.name), component.dtype)
@@ -130,7 +132,7 @@ def load(
 
         refuse_casts(pipe, quantized, Undo())
     receipts = tuple(receipt for component in components.values() for receipt in component.receipts.values())
-    entries = tuple(_entry(t, data, receipts) for t, data in zip(transforms, manifest["transforms"], strict=True))
+    entries = tuple(_entry(transform, data, receipts) for transform, data in saved)
     early = tuple(entry for entry in entries if entry.step.transform.phase <= Phase.QUANTIZE)
     carry(pipe, Report(title_of(transforms, None), type(pipe).__name__, machine, early))
     if len(early) < len(entries):
@@ -145,8 +147,10 @@ def _check_can_be_saved(pipe: Pipeline, folder: Path) -> None:
 
     for entry in report(pipe).entries:
         transform = entry.step.transform
-        if entry.applied is not None and transform.phase == Phase.QUANTIZE and not isinstance(transform, Quantize):
-            raise SavedPipelineError(folder, f"cannot save what {transform!r} made; save the pipe with Quantize(...)")
+        known = isinstance(transform, Quantize) or _rewrites(transform)
+        if entry.applied is not None and transform.phase == Phase.QUANTIZE and not known:
+            fix = "restore(pipe), then optimize it with Quantize(...) and save that"
+            raise SavedPipelineError(folder, f"cannot save what {transform!r} made, whose weights only it knows: {fix}")
     for name, module in modules_of(pipe).items():
         library = type(module).__module__.split(".")[0]
         if library not in _LIBRARIES:
@@ -377,7 +381,9 @@ class _Component:
         for name, tensor in (wrapped | {new: wrapped[old] for new, old in self.aliases.items()}).items():
             if not _place_tensor(module, name, tensor):
                 raise SavedPipelineError(self.folder, f"{self.name}/{WEIGHTS} has {name}, which the model has not")
-        unfilled = [name for name, tensor in module.named_parameters() if tensor.device.type == "meta"]
+        inside = tuple(f"{path}." for path in self.receipts)
+        expected = [weight.path for weight in weights_of(module) if not weight.path.startswith(inside)]
+        unfilled = [path for path in expected if path not in plain and path not in self.aliases]
         if unfilled:
             raise SavedPipelineError(self.folder, f"{self.name}/{WEIGHTS} lacks {', '.join(unfilled[:3])}")
 
@@ -433,6 +439,18 @@ def _build(folder: Path, components: dict[str, _Component]) -> Pipeline:
         name: None for name, of in index.items() if isinstance(of, list) and of[0] is None
     }  # left out on purpose
     return pipeline_class.from_pretrained(folder, **models, local_files_only=True)
+
+
+def _rewrites(transform: Transform) -> bool:
+    """Return whether a transform changes the module tree in a way that loading can repeat before there are weights."""
+    from ernie_accel.transforms.fuse_kernels import FuseKernels
+
+    return transform.phase == Phase.REWRITE or isinstance(transform, FuseKernels)
+
+
+def _forgetful(transform: Transform) -> Transform:
+    """Return the transform without the wish to keep originals: while a pipe is loaded they are no weights yet."""
+    return replace(transform, keep_originals=False) if hasattr(transform, "keep_originals") else transform  # type: ignore[call-arg]
 
 
 def _materialise(module: torch.nn.Module, dtype: torch.dtype) -> None:

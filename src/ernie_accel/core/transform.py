@@ -65,11 +65,13 @@ class Preview:
         changes: What would change: module paths, or settings as "name old -> new". Empty: nothing is left to do.
         bytes_after: Bytes of the pipe's weights afterwards; None where they stay the same.
         note: What a reader of the plan should know; with no changes, why there is nothing to do.
+        skipped: What would be left as it is although asked for, with the reason of each; in the JSON, not in the table.
     """
 
     changes: tuple[str, ...]
     bytes_after: int | None = None
     note: str = ""
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,11 @@ class FusedLinear(nn.Linear):
             part.weight.data = part.weight.data.new_empty(0)
 
     @property
+    def part_names(self) -> tuple[str, ...]:
+        """Names of the layers that this one stands for, beside it in its parent."""
+        return tuple(self._parts)
+
+    @property
     def is_plain(self) -> bool:
         """Whether the weight is an ordinary parameter, not a quantized one."""
         return type(self.weight) is nn.Parameter
@@ -423,6 +428,17 @@ def why_not(transformer: Any) -> list[str]:
     for other in sorted(cls.__name__ for cls in processors - {ErnieImageSingleStreamAttnProcessor}):
         reasons.append(f"the attention has a processor of its own, {other}, which rewritten blocks would not call")
     return reasons
+
+
+def to_be_fused(transformer: Any) -> dict[str, tuple[str, ...]]:
+    """Return which layers of a stock transformer `rewrite` would make one: path of the one -> paths of its parts."""
+    found = {}
+    for i, stock in enumerate(transformer.layers):
+        for name, part in RewrittenErnieBlock(stock).parts.items():
+            if part.why_not_fused() is None:
+                at = f"layers.{i}.{name}"
+                found[f"{at}.{part.fused_name}"] = tuple(f"{at}.{child}" for child in part.fusible)
+    return found
 
 
 def rewrite(pipe: Any, undo: Undo, fuse: bool) -> dict[str, str]:

@@ -18,6 +18,7 @@ from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transfor
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
 from ernie_accel.transforms.dtype import CastDtype
+from ernie_accel.transforms.quantize.guard import refuse_casts
 from ernie_accel.transforms.rewrite import RewriteBlocks, rewritten_blocks
 
 PRECISIONS = ("fp8", "bf16")
@@ -105,6 +106,8 @@ class FuseKernels(Transform):
                 kept_bytes += linear.weight.numel() * linear.weight.element_size()
                 owner, _, name = path.rpartition(".")
                 _swap(transformer.get_submodule(owner), name, Fp8Linear(linear.weight), undo, self.keep_originals)
+            if kept_bytes:
+                refuse_casts(pipe, ("transformer",), undo)
         if not self.keep_originals and kept_bytes:
             return Applied(on_kernels, no_undo="keep_originals=False: the weights are gone", skipped=skipped)
         kept = f"keeps {human_bytes(kept_bytes)} of originals in host memory for restore()" if kept_bytes else ""

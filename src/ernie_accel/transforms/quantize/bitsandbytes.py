@@ -35,7 +35,7 @@ class BitsAndBytes(Backend):
             reasons.insert(0, f"int8 needs CUDA compute capability >= 7.5; this device has {have}")
         return reasons
 
-    def layer_problem(self, scheme: str, spec: LinearSpec, device: str) -> str | None:
+    def layer_problem(self, scheme: str, spec: LinearSpec) -> str | None:
         return spec.not_multiple_of(16, 16) if scheme == "int8" else spec.not_multiple_of(BLOCK)
 
     def stored_bytes(self, scheme: str, spec: LinearSpec) -> int:
@@ -138,5 +138,5 @@ def _int8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     would overflow there.
     """
     absmax = x.abs().amax(dim=1).float()
-    scaled = x.float() * (127 / absmax.clamp(min=torch.finfo(torch.float32).tiny))[:, None]
+    scaled = x.float() * (127 / absmax.clamp(min=1e-30))[:, None]  # finite also for a row of zeros
     return scaled.round().to(torch.int8), absmax

@@ -102,7 +102,9 @@ def check_names(scheme: str, backend: str) -> None:
         UnknownNameError: There is no such scheme or backend, or the backend does not have the scheme.
     """
     if backend not in (AUTO, *BACKENDS):
-        raise UnknownNameError("backend", backend, (AUTO, *BACKENDS))
+        machine = Context.detect()
+        here = [b.name for b in BACKENDS.values() if any(not b.unsupported(name, machine) for name in b.schemes)]
+        raise UnknownNameError("backend", backend, (AUTO, *BACKENDS), note=f"This machine can run {', '.join(here)}.")
     if scheme == AUTO:
         return
     if scheme not in SCHEMES:

@@ -24,7 +24,7 @@ class Gguf(Backend):
     schemes: ClassVar[Mapping[str, tuple[int, int]]] = MappingProxyType(dict.fromkeys(BLOCK_BYTES, (0, 0)))
     devices: ClassVar[tuple[str, ...]] = ("cuda", "cpu", "npu", "mps", "xpu")
 
-    def layer_problem(self, scheme: str, spec: LinearSpec, device: str) -> str | None:
+    def layer_problem(self, scheme: str, spec: LinearSpec) -> str | None:
         return spec.not_multiple_of(BLOCK)
 
     def stored_bytes(self, scheme: str, spec: LinearSpec) -> int:

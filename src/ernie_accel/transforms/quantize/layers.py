@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -30,6 +32,8 @@ class LinearSite:
         layer: The layer, quantized or not.
         left_out: Why it must stay as it is; None if it may be quantized.
         stored_as: "scheme by backend" of a layer that is quantized already; else None.
+        parts: For a layer that is not there yet, the linear layers that will be concatenated to it; `layer` is the
+            first of them.
     """
 
     name: str
@@ -38,6 +42,7 @@ class LinearSite:
     layer: torch.nn.Module
     left_out: str | None
     stored_as: str | None
+    parts: tuple[torch.nn.Linear, ...] = ()
 
     @property
     def linear(self) -> torch.nn.Linear:
@@ -49,19 +54,27 @@ class LinearSite:
     def spec(self, cast_to: torch.dtype | None) -> LinearSpec:
         """Describe the layer as it will be when a cast to `cast_to` has run (None: no cast is planned)."""
         weight, bias = self.linear.weight, self.linear.bias
+        rows = sum(part.weight.shape[0] for part in self.parts or (self.linear,))
         dtype = cast_to or weight.dtype
         bias_bytes = 0 if bias is None else bias.numel() * (cast_to or bias.dtype).itemsize
-        return LinearSpec(weight.shape[0], weight.shape[1], dtype, bias_bytes)
+        return LinearSpec(rows, weight.shape[1], dtype, bias_bytes)
 
 
-def linear_sites(pipe: Pipeline, components: tuple[str, ...], exclude: tuple[str, ...] | None) -> list[LinearSite]:
+def linear_sites(
+    pipe: Pipeline,
+    components: tuple[str, ...],
+    exclude: tuple[str, ...] | None,
+    fused: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+) -> list[LinearSite]:
     """Return all linear layers of the components, in the pipe's order, whether they can be quantized or not.
 
     Args:
         pipe: The pipeline.
         components: Component names.
         exclude: Regular expressions matched from the start of the path within the component; None takes the
-            family's, or `GENERIC_EXCLUDE` where no family knows the component.
+            family's, or `GENERIC_EXCLUDE` where no family knows the component. A layer that is made of several is
+            left out if one of them is.
+        fused: Layers of the transformer that will be concatenated before: path of the new one -> paths of its parts.
     """
     from ernie_accel.families import family_of
 
@@ -74,16 +87,47 @@ def linear_sites(pipe: Pipeline, components: tuple[str, ...], exclude: tuple[str
             patterns = GENERIC_EXCLUDE if known is None else known
             why = f"kept precise in {family.name}" if family and known else "kept precise: outside blocks, or modulates"
         shared = _shared_parameters(module)
+        to_come = fused if component == "transformer" else {}
+        gone = {path for paths in to_come.values() for path in paths}
+        found = []
         for path, layer in module.named_modules():
             stored_as = quantized_as(layer)
-            if not isinstance(layer, torch.nn.Linear) and stored_as is None:
+            if path in gone or (not isinstance(layer, torch.nn.Linear) and stored_as is None):
                 continue
             parent, _, child = path.rpartition(".")
-            left_out = why if any(re.match(pattern, path) for pattern in patterns) else _obstacle(path, layer, shared)
-            sites.append(
+            beside = tuple(f"{parent}.{name}" for name in getattr(layer, "part_names", ()))
+            left_out = why if _matches(patterns, (path, *beside)) else _obstacle(path, layer, shared)
+            found.append(
                 LinearSite(f"{component}.{path}", module.get_submodule(parent), child, layer, left_out, stored_as)
             )
+        for path, paths in to_come.items():
+            site = _to_come(module, component, path, paths, patterns, why, shared)
+            within = site.name.removesuffix(site.child)
+            last = max((i for i, other in enumerate(found) if other.name.startswith(within)), default=len(found) - 1)
+            found.insert(last + 1, site)  # a new child is its parent's last
+        sites += found
     return sites
+
+
+def _matches(patterns: tuple[str, ...], paths: tuple[str, ...]) -> bool:
+    return any(re.match(pattern, path) for pattern in patterns for path in paths)
+
+
+def _to_come(
+    module: torch.nn.Module,
+    component: str,
+    path: str,
+    paths: tuple[str, ...],
+    patterns: tuple[str, ...],
+    why: str,
+    shared: set[int],
+) -> LinearSite:
+    """Return the site of a layer that will be made of those at `paths`."""
+    parent, _, child = path.rpartition(".")
+    parts = tuple(part for p in paths if isinstance(part := module.get_submodule(p), torch.nn.Linear))
+    obstacles = (_obstacle(p, part, shared) for p, part in zip(paths, parts, strict=True))
+    left_out = why if _matches(patterns, (path, *paths)) else next(filter(None, obstacles), None)
+    return LinearSite(f"{component}.{path}", module.get_submodule(parent), child, parts[0], left_out, None, parts)
 
 
 def quantized_as(layer: torch.nn.Module) -> str | None:

@@ -26,7 +26,7 @@ class Layerwise(Backend):
     schemes: ClassVar[Mapping[str, tuple[int, int]]] = MappingProxyType({"fp8-weight-only": (0, 0)})
     devices: ClassVar[tuple[str, ...]] = ("cuda", "cpu", "npu", "mps", "xpu")
 
-    def layer_problem(self, scheme: str, spec: LinearSpec, device: str) -> str | None:
+    def layer_problem(self, scheme: str, spec: LinearSpec) -> str | None:
         return None
 
     def stored_bytes(self, scheme: str, spec: LinearSpec) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -14,11 +13,16 @@ from ernie_accel.core.context import Context
 from ernie_accel.core.text import human_bytes
 from ernie_accel.core.transform import Applied, Effect, LayerReceipt, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
+from ernie_accel.families import family_of
 from ernie_accel.transforms.dtype import DTYPES, CastDtype
 from ernie_accel.transforms.quantize.backend import SCHEMES, plain_copy
 from ernie_accel.transforms.quantize.choose import AUTO, AUTO_SCHEMES, BACKENDS, Choice, check_names, choose
 from ernie_accel.transforms.quantize.guard import refuse_casts
 from ernie_accel.transforms.quantize.layers import RECEIPT, LinearSite, linear_sites, sqnr_db
+from ernie_accel.transforms.rewrite import RewriteBlocks, rewritten_blocks
+
+#: Layers that the note of a plan names for each reason to leave some out; `Preview.skipped` has all.
+NAMED = 2
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,7 +112,7 @@ class Quantize(Transform):
         note = f"{work.name}{where}; {', '.join(sizes)}; {_tell_left_out(work.left_out, len(work.sites))}"
         remark = work.backend.remark(work.scheme, context.device)
         note += f"; {remark}" if remark else ""
-        return Preview(tuple(site.name for site in todo), total - sum(saved.values()), note)
+        return Preview(tuple(site.name for site in todo), total - sum(saved.values()), note, work.left_out)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         work = _Work(self, pipe, context)
@@ -145,8 +149,8 @@ class _Work:
             raise ValueError(f"{wish!r} cannot run here; unsupported() says why")
         self.scheme, self.backend = chosen.scheme, BACKENDS[chosen.backend]
         self.name = f"{chosen.scheme} by {chosen.backend}"
-        self.sites = linear_sites(pipe, wish.components, wish.exclude)
-        self._pipe, self._context, self._device = pipe, context, wish.device or context.device
+        self.sites = linear_sites(pipe, wish.components, wish.exclude, _to_be_fused(pipe, context))
+        self._pipe, self._context = pipe, context
         cast = context.planned_one(CastDtype)
         self._cast = cast
         self.cast_to = None if cast is None else DTYPES[cast.dtype]
@@ -159,7 +163,7 @@ class _Work:
     def _why_not(self, site: LinearSite) -> str | None:
         if site.left_out is not None:
             return site.left_out
-        return self.backend.layer_problem(self.scheme, site.spec(self._cast_of(site)), self._device)
+        return self.backend.layer_problem(self.scheme, site.spec(self._cast_of(site)))
 
     def _cast_of(self, site: LinearSite) -> torch.dtype | None:
         components = self._cast.components if self._cast else None
@@ -188,6 +192,18 @@ class _Work:
         covered = component is None or self._cast.components is None or component in self._cast.components
         after = wish.preview(self._pipe, self._context).bytes_after if covered else None
         return 0 if after is None else pipe_bytes(self._pipe) - after
+
+
+def _to_be_fused(pipe: Pipeline, context: Context) -> Mapping[str, tuple[str, ...]]:
+    """Return the layers that a planned `RewriteBlocks` will have concatenated: path of the new one -> of its parts."""
+    family, rewrite = family_of(pipe), context.planned_one(RewriteBlocks)
+    if rewrite is None or not rewrite.fuse or family is None or family.rewritten is None:
+        return {}
+    blocks = rewritten_blocks(pipe)
+    found: Mapping[str, tuple[str, ...]] = (
+        {} if blocks.is_rewritten(pipe.transformer) else blocks.to_be_fused(pipe.transformer)
+    )
+    return found
 
 
 def _replace(site: LinearSite, work: _Work, device: str | None, undo: Undo) -> LayerReceipt:
@@ -244,7 +260,14 @@ def _mover(module: torch.nn.Module, device: torch.device) -> Callable[[], None]:
 
 
 def _tell_left_out(left_out: dict[str, str], total: int, component: str | None = None) -> str:
-    """Say how many of `total` layers are left out, counted by reason."""
-    reasons = [why for name, why in left_out.items() if component is None or name.startswith(f"{component}.")]
-    counts = ", ".join(f"{count} {why}" for why, count in collections.Counter(reasons).most_common())
-    return f"leaves {len(reasons)} of {total} linear layers as they are" + (f" ({counts})" if counts else "")
+    """Say how many of `total` layers are left out, by reason, and name the first of each."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in left_out.items():
+        if component is None or name.startswith(f"{component}."):
+            by_reason.setdefault(why, []).append(name)
+    reasons = []
+    for why, names in sorted(by_reason.items(), key=lambda item: -len(item[1])):
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        reasons.append(f"{len(names)} {why}: {', '.join(names[:NAMED])}{more}")
+    told = f" ({'; '.join(reasons)})" if reasons else ""
+    return f"leaves {sum(map(len, by_reason.values()))} of {total} linear layers as they are{told}"

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, final
 import torch
 
 from ernie_accel.core.context import Context
-from ernie_accel.transforms.quantize.backend import Backend, LinearSpec, bias_of, defined_in
+from ernie_accel.transforms.quantize.backend import Backend, LinearSpec, bias_of, defined_in, mend_empty_rows
 
 _QTYPES = MappingProxyType({"int8-weight-only": "qint8", "fp8-weight-only": "qfloat8", "int4": "qint4"})
 
@@ -28,13 +28,19 @@ class Quanto(Backend):
     def unsupported(self, scheme: str, context: Context) -> list[str]:
         reasons = super().unsupported(scheme, context)
         if scheme != "int8-weight-only" and context.device == "cuda":
+            # MarlinF8QBytesTensor and quanto::unpack of quanto 0.2.7; the first of them failed to compile on an H200.
             reasons.append(
-                f"on CUDA quanto repacks {scheme} for kernels that it builds with nvcc at the first picture, that "
-                "torch.compile cannot trace, and whose pictures change when the pipe has moved"
+                f"on CUDA quanto repacks {scheme} for kernels that it builds with nvcc at the first picture, and that "
+                "torch.compile cannot trace"
+            )
+        if scheme == "int4" and context.device == "cpu" and context.no_compile is not None:
+            reasons.append(
+                "quanto unpacks int4 with a kernel that it builds at the first use, which needs a C++ compiler, and "
+                "none is on the PATH"
             )
         return reasons
 
-    def layer_problem(self, scheme: str, spec: LinearSpec, device: str) -> str | None:
+    def layer_problem(self, scheme: str, spec: LinearSpec) -> str | None:
         if scheme == "int8-weight-only":
             # torch._weight_int8pack_mm on the CPU reads past a row that is no multiple of 16: a segmentation fault.
             return spec.not_multiple_of(16)
@@ -58,6 +64,8 @@ class Quanto(Backend):
         layer.bias = bias_of(linear)
         layer.freeze()
         layer.weight.requires_grad_(False)
+        if scheme == "fp8-weight-only":
+            mend_empty_rows(layer.weight._data, layer.weight._scale)
         quantized: torch.nn.Module = layer.train(linear.training)
         return quantized
 

@@ -10,11 +10,13 @@ from typing import Any, ClassVar, final
 import torch
 
 from ernie_accel.core.context import Context
-from ernie_accel.transforms.quantize.backend import Backend, LinearSpec, defined_in, plain_copy
+from ernie_accel.transforms.quantize.backend import Backend, LinearSpec, defined_in, mend_empty_rows, plain_copy
 
 INT4_GROUP = 32
 #: The tinygemm kernels pad K to this; torchao/quantization/quantize_/workflows/int4/int4_tile_packed_to_4d_tensor.py.
 TINYGEMM_K = 1024
+#: Rows of activations are scaled as if one value were at least this large; normal in bfloat16 after division by 448.
+LEAST_MAGNITUDE = 1e-12
 _BFLOAT16_ONLY = ("fp8", "int4", "nvfp4", "mxfp8")
 
 
@@ -53,7 +55,7 @@ class TorchAO(Backend):
             return "faster only when compiled: add Compile()"
         return ""
 
-    def layer_problem(self, scheme: str, spec: LinearSpec, device: str) -> str | None:
+    def layer_problem(self, scheme: str, spec: LinearSpec) -> str | None:
         if scheme in _BFLOAT16_ONLY and spec.dtype != torch.bfloat16:
             return f"{scheme} starts from bfloat16 weights, and this is {_short(spec.dtype)}: add CastDtype('bfloat16')"
         if scheme in ("int4", "mxfp8"):
@@ -83,6 +85,9 @@ class TorchAO(Backend):
         if type(layer.weight) is torch.nn.Parameter:
             raise RuntimeError(f"torchao left a weight of shape {tuple(linear.weight.shape)} as it was ({scheme})")
         layer.weight.requires_grad_(False)
+        if scheme in ("fp8", "fp8-weight-only"):
+            weight: Any = layer.weight
+            mend_empty_rows(weight.qdata, weight.scale)
         # A method bound to the layer and kept on it: a cycle, which would hold the weight until the next collection.
         vars(layer).pop("extra_repr", None)
         return layer
@@ -110,7 +115,10 @@ def _config(scheme: str) -> Any:
 
     # set_inductor_config=True, the default, switches coordinate-descent tuning on for the whole process.
     if scheme == "fp8":
-        return ao.Float8DynamicActivationFloat8WeightConfig(granularity=ao.PerRow(), set_inductor_config=False)
+        # Without a lower bound, the scale of an activation row of zeros is 0, and 0 / 0 is NaN.
+        return ao.Float8DynamicActivationFloat8WeightConfig(
+            granularity=ao.PerRow(), activation_value_lb=LEAST_MAGNITUDE, set_inductor_config=False
+        )
     if scheme == "fp8-weight-only":
         return ao.Float8WeightOnlyConfig(set_inductor_config=False)
     if scheme == "int8":
@@ -124,7 +132,8 @@ def _config(scheme: str) -> Any:
     from torchao.prototype import mx_formats
 
     if scheme == "nvfp4":
-        return mx_formats.NVFP4DynamicActivationNVFP4WeightConfig()
+        # The Triton kernel, the default, is that of the MSLK package: without it the first forward fails.
+        return mx_formats.NVFP4DynamicActivationNVFP4WeightConfig(use_triton_kernel=False)
     return mx_formats.MXDynamicActivationMXWeightConfig()
 
 
