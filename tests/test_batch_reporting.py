@@ -58,7 +58,7 @@ def test_machines_get_json_lines_and_prometheus_text(tmp_path):
     assert "ernie_accel_pictures_done_total 5\n" in text
     assert re.search(r"^ernie_accel_latency_p95_seconds [\d.e-]+$", text, flags=re.MULTILINE)
     for line in text.splitlines():
-        assert re.fullmatch(r"# TYPE \w+ (counter|gauge)|\w+ [\d.e+-]+", line)
+        assert re.fullmatch(r"# HELP \w+ .+|# TYPE \w+ (counter|gauge)|\w+ [\d.e+-]+", line)
 
 
 def test_what_is_not_known_is_left_out_of_the_metrics():

@@ -6,7 +6,7 @@ import functools
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,8 @@ from ernie_accel.batch.job import Job, plan_job
 if TYPE_CHECKING:
     from ernie_accel.batch.engines import Engine
     from ernie_accel.batch.errors import Problem
+    from ernie_accel.batch.metrics import MetricsServer
+    from ernie_accel.batch.row import Row
 
 EXIT_FAILED, EXIT_INTERRUPTED = 3, 130
 
@@ -61,6 +63,10 @@ def batch_command(
     watts: Annotated[float | None, typer.Option(min=0, help="Power drawn, where it cannot be measured.")] = None,
     log_json: Annotated[Path | None, typer.Option(help="Append the job's state as JSON lines.")] = None,
     prometheus: Annotated[Path | None, typer.Option(help="Keep the job's state in Prometheus' text format.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Serve the same at http://127.0.0.1:PORT/metrics; 0: any free.")
+    ] = None,
+    metrics_host: Annotated[str | None, typer.Option(help="Listen there instead; 0.0.0.0: on every network.")] = None,
 ) -> None:
     """Make the pictures of a table; run again, it goes on. Exit codes: 0 all done, 3 some failed, 130 interrupted."""
     given = dict(locals())
@@ -75,7 +81,7 @@ def batch_command(
 
 def run_job(job: Job) -> int:
     """Run a job, tell how it went, and return the exit code."""
-    from ernie_accel.batch import produce, read_table
+    from ernie_accel.batch import read_table
     from ernie_accel.batch.report import write_report
     from ernie_accel.cli import EMBEDDED_SIZE_PX
 
@@ -91,35 +97,10 @@ def run_job(job: Job) -> int:
     )
     for line, problem in skipped:
         typer.echo(f"{job.input_file}:{line}: left out: {problem}", err=True)
-    engine, facts = _engine(job)
-    start, done, failed = time.perf_counter(), 0, 0
-    try:
-        with _interruptible() as interrupted:
-            results = produce(
-                engine,
-                rows,
-                job.output_dir,
-                seed=job.seed,
-                overwrite=job.overwrite,
-                batch_size=job.batch_size,
-                retries=job.retries,
-                fail_fast=job.fail_fast,
-                timeout_s=job.timeout,
-                sift=job.sifting(),
-                facts=facts,
-                log_json=job.log_json,
-                prometheus=job.prometheus,
-                stop=lambda: bool(interrupted),
-            )
-            for result in results:
-                done += result.error is None
-                failed += result.error is not None
-                if result.error is not None:
-                    where = f"{job.input_file}:{result.row.line}: {result.row.path}"
-                    typer.echo(f"{where} {'' if result.rejected else 'failed: '}{result.error}", err=True)
-    finally:
-        engine.close()
-    seconds = time.perf_counter() - start
+    with _metrics(job) as metrics, _interruptible() as interrupted:
+        start = time.perf_counter()
+        done, failed = _make(job, rows, metrics, lambda: bool(interrupted))
+        seconds = time.perf_counter() - start
     before = len(rows) - done - failed
     if job.report:
         write_report(job.output_dir, gpu_price=job.gpu_price, power_price=job.power_price, watts=job.watts)
@@ -129,6 +110,54 @@ def run_job(job: Job) -> int:
         typer.echo("Interrupted; run the same command again to go on.", err=True)
         return EXIT_INTERRUPTED
     return EXIT_FAILED if failed else 0
+
+
+def _make(job: Job, rows: Sequence[Row], metrics: MetricsServer | None, stop: Callable[[], bool]) -> tuple[int, int]:
+    """Load what renders, make the pictures, and return how many were made and how many were not."""
+    from ernie_accel.batch import produce
+
+    engine, facts = _engine(job)
+    done = failed = 0
+    try:
+        results = produce(
+            engine,
+            rows,
+            job.output_dir,
+            seed=job.seed,
+            overwrite=job.overwrite,
+            batch_size=job.batch_size,
+            retries=job.retries,
+            fail_fast=job.fail_fast,
+            timeout_s=job.timeout,
+            sift=job.sifting(),
+            facts=facts,
+            log_json=job.log_json,
+            prometheus=job.prometheus,
+            metrics=metrics,
+            stop=stop,
+        )
+        for result in results:
+            done += result.error is None
+            failed += result.error is not None
+            if result.error is not None:
+                where = f"{job.input_file}:{result.row.line}: {result.row.path}"
+                typer.echo(f"{where} {'' if result.rejected else 'failed: '}{result.error}", err=True)
+    finally:
+        engine.close()
+    return done, failed
+
+
+@contextmanager
+def _metrics(job: Job) -> Iterator[MetricsServer | None]:
+    """Serve the job's metrics if that was asked for, from now: a port in use must not cost loading a model."""
+    from ernie_accel.batch.metrics import MetricsServer
+
+    if job.metrics_port is None:
+        yield None
+        return
+    with MetricsServer(job.metrics_port, host=job.metrics_host) as metrics:
+        typer.echo(f"Metrics: {metrics.url}", err=True)
+        yield metrics
 
 
 def _engine(job: Job) -> tuple[Engine, dict[str, str]]:

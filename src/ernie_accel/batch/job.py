@@ -61,6 +61,8 @@ class Job:
         watts: Power drawn, in watts, where it cannot be measured.
         log_json: File for JSON lines.
         prometheus: File in Prometheus' text format.
+        metrics_port: Port at which a Prometheus can scrape the same; 0: any that is free.
+        metrics_host: Address to listen at for that.
     """
 
     input_file: Path
@@ -96,6 +98,8 @@ class Job:
     watts: float | None = None
     log_json: Path | None = None
     prometheus: Path | None = None
+    metrics_port: int | None = None
+    metrics_host: str = "127.0.0.1"
 
     def sifting(self) -> Sift | None:
         """Return what is sifted out; None: nothing was asked for."""

@@ -15,6 +15,7 @@ from ernie_accel.batch.engines.local import LocalEngine, Pipe
 from ernie_accel.batch.errors import BatchInputError, Problem
 from ernie_accel.batch.ledger import Ledger
 from ernie_accel.batch.line import Line, Result
+from ernie_accel.batch.metrics import MetricsServer
 from ernie_accel.batch.naming import collision_key
 from ernie_accel.batch.row import MAX_SEED, Row
 from ernie_accel.batch.sift import Sift
@@ -45,6 +46,7 @@ def produce(
     progress: bool = True,
     log_json: str | Path | None = None,
     prometheus: str | Path | None = None,
+    metrics: MetricsServer | None = None,
     interval_s: float = 5.0,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Result]:
@@ -81,6 +83,7 @@ def produce(
         progress: Show a progress bar on stderr.
         log_json: File to which a JSON line with the job's state is appended every `interval_s`.
         prometheus: File that is rewritten as often, in Prometheus' text format.
+        metrics: Where a Prometheus can scrape the same; it stays open, to be closed by whoever opened it.
         interval_s: Seconds.
         stop: Asked between batches; once it returns True, nothing more is begun, and what is under way is finished.
 
@@ -126,6 +129,8 @@ def produce(
             writers=writers,
         )
         line.add(to_do)
+        if metrics is not None:
+            metrics.show(telemetry.snapshot)
         undo.pop_all()
     closing = engine.close if engine is not pipe else None
     return _run(line, ledger, telemetry, out if resume else None, fail_fast, stop, closing)
