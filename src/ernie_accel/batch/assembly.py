@@ -38,8 +38,7 @@ def assemble(
     if sift is not None:
         from ernie_accel.batch.sieve import Sieve  # here, because it loads numpy
 
-        known = [(entry.hash, entry.path) for entry in ledger.entries() if entry.state == "done" and entry.hash]
-        sieve = Sieve(sift, known)
+        sieve = Sieve(sift, ledger.hashes())
     writer = Writer(out, dict(facts or {}) | {"version": __version__}, threads=writers, ahead=4 * writers, sieve=sieve)
     limit = engine.max_batch if batch_size is None else min(batch_size, engine.max_batch)
     schedule = Schedule(

@@ -155,7 +155,7 @@ def _run(
                 failed = failed or (result.error is not None and not result.rejected)
                 yield result
         if manifest_in is not None:
-            write_manifest(manifest_in, ledger.entries())
+            write_manifest(manifest_in, ledger)
     finally:
         line.close()
         telemetry.close()

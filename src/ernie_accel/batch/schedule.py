@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
@@ -80,18 +80,22 @@ class Schedule:
         """
         self._bucket_of = bucket_of
         self._limit, self._start, self._probe = limit, min(start, limit), probe
-        self._buckets: dict[Hashable, deque[Task]] = {}
+        # Ordered dicts: taking the first of a dict whose first ones were deleted looks at all of those again.
+        self._buckets: OrderedDict[Hashable, deque[Task]] = OrderedDict()  # none is empty
+        self._maybe_full: OrderedDict[Hashable, None] = OrderedDict()  # buckets that got rows since they were looked at
         self._sizers: dict[Hashable, BatchSizer] = {}
         self._alone: deque[Task] = deque()
+        self._waiting = 0
 
     def __len__(self) -> int:
         """Return how many tasks wait."""
-        return len(self._alone) + sum(map(len, self._buckets.values()))
+        return self._waiting
 
     def add(self, tasks: Iterable[Task], *, first: bool = False) -> None:
         """Add tasks, behind the others of their bucket or in front of them."""
         for task in reversed(list(tasks)) if first else tasks:
-            queue = self._alone if task.alone else self._buckets.setdefault(self._bucket_of(task), deque())
+            self._waiting += 1
+            queue = self._alone if task.alone else self._bucket(self._bucket_of(task))
             if first:
                 queue.appendleft(task)
             else:
@@ -100,12 +104,15 @@ class Schedule:
     def next_batch(self, *, only_full: bool = False) -> list[Task]:
         """Remove and return the next batch; empty if nothing waits, or only part of one and `only_full`."""
         if self._alone:
+            self._waiting -= 1
             return [self._alone.popleft()]
-        self._buckets = {key: queue for key, queue in self._buckets.items() if queue}
-        for key, queue in self._buckets.items():
-            size = self.sizer(key).size
-            if len(queue) >= size or not only_full:
-                return [queue.popleft() for _ in range(min(size, len(queue)))]
+        # Each bucket is looked at once after it got rows, not at every batch: a job may have thousands of sizes.
+        candidates = self._maybe_full if only_full else self._buckets
+        while candidates:
+            key = next(iter(candidates))
+            if not only_full or len(self._buckets[key]) >= self.sizer(key).size:
+                return self._take(key)
+            del self._maybe_full[key]
         return []
 
     def drain(self) -> list[Task]:
@@ -113,7 +120,22 @@ class Schedule:
         waiting = list(itertools.chain(self._alone, *self._buckets.values()))
         self._alone.clear()
         self._buckets.clear()
+        self._maybe_full.clear()
+        self._waiting = 0
         return waiting
+
+    def _bucket(self, key: Hashable) -> deque[Task]:
+        self._maybe_full[key] = None
+        return self._buckets.setdefault(key, deque())
+
+    def _take(self, key: Hashable) -> list[Task]:
+        queue = self._buckets[key]
+        tasks = [queue.popleft() for _ in range(min(self.sizer(key).size, len(queue)))]
+        self._waiting -= len(tasks)
+        if not queue:
+            del self._buckets[key]
+            self._maybe_full.pop(key, None)
+        return tasks
 
     def sizer(self, key: Hashable) -> BatchSizer:
         """Return the batch sizer of a bucket."""
