@@ -182,7 +182,7 @@ def _engine(job: Job) -> tuple[Engine, dict[str, str]]:
     if job.timeout is not None:
         from ernie_accel.batch.engines.process import ProcessEngine
 
-        return ProcessEngine(load, max_batch=job.batch_size), facts
+        return ProcessEngine(load, max_batch=job.batch_size, free_encoders=job.free_encoders), facts
     from ernie_accel.core.optimize import report
 
     pipe = load()

@@ -98,7 +98,7 @@ class _Facts:
         lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in self.numbers]
         if self.reasons:
             lines += ["", "## Why pictures are missing", "", "| rows | reason |", "|---|---|"]
-            lines += [f"| {count} | {_cell(reason)} |" for reason, count in self.reasons[:_MAX_FAILURES]]
+            lines += [f"| {count} | {_cell(reason)} |" for reason, count in self.reasons]
             lines += ["", "| line | picture | reason |", "|---|---|---|"]
             lines += [f"| {e.line} | {_cell(e.path)} | {_cell(e.error or '')} |" for e in self.failures[:_MAX_FAILURES]]
         return "\n".join(lines) + "\n"
