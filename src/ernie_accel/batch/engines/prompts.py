@@ -228,7 +228,9 @@ def _chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def _choose_by_seed(seeds: Sequence[int], new_tokens: int, prompt_tokens: int, expired: threading.Event | None) -> Any:
+def _choose_by_seed(
+    seeds: Sequence[int], new_tokens: int, prompt_tokens: int, expired: threading.Event | None = None
+) -> Any:
     """Return a logits processor that samples each row by inverse transform, from one random number a row and token.
 
     `generate` samples a whole batch from the global generator; then a row's words would depend on its neighbours.
