@@ -39,10 +39,13 @@ def assemble(
         from ernie_accel.batch.sieve import Sieve  # here, because it loads numpy
 
         sieve = Sieve(sift, ledger.hashes())
-    writer = Writer(out, dict(facts or {}) | {"version": __version__}, threads=writers, ahead=4 * writers, sieve=sieve)
     limit = engine.max_batch if batch_size is None else min(batch_size, engine.max_batch)
+    # Room for two whole batches: with less, the engine would stand still until part of the first one is written.
+    ahead = max(4 * writers, 2 * limit * engine.slots)
+    writer = Writer(out, dict(facts or {}) | {"version": __version__}, threads=writers, ahead=ahead, sieve=sieve)
     schedule = Schedule(
         lambda task: engine.bucket(task.current()),
+        kin_of=lambda task: task.request.shape(),
         limit=limit,
         start=1 if batch_size is None else limit,
         probe=batch_size is None,

@@ -31,6 +31,11 @@ class BatchSizer:
     _seconds: dict[int, float] = field(default_factory=dict)  # the best time per picture of each size
     _calls: dict[int, int] = field(default_factory=dict)
 
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing is known of this bucket."""
+        return not self._calls and self._ceiling is None
+
     def succeeded(self, count: int, seconds: float) -> None:
         """Note that a batch of `count` pictures took `seconds`."""
         if count != self.size:
@@ -68,7 +73,13 @@ class Schedule:
     """The rows that wait, in buckets; one bucket is emptied before the next, so that nothing recompiles in turn."""
 
     def __init__(
-        self, bucket_of: Callable[[Task], Hashable], *, limit: int, start: int = 1, probe: bool = True
+        self,
+        bucket_of: Callable[[Task], Hashable],
+        *,
+        limit: int,
+        start: int = 1,
+        probe: bool = True,
+        kin_of: Callable[[Task], Hashable] | None = None,
     ) -> None:
         """Start empty.
 
@@ -77,7 +88,12 @@ class Schedule:
             limit: The largest batch.
             start: The batch size to begin with.
             probe: Whether to look for a better size; otherwise `start` is kept while memory allows.
+            kin_of: What buckets share that take about the same batch size: a new one begins with what the one before
+                it has found. None: every bucket begins with `start`.
         """
+        self._kin_of = kin_of
+        self._kin: dict[Hashable, Hashable] = {}  # of each bucket
+        self._latest: dict[Hashable, BatchSizer] = {}  # of each kin, the one that made the last batch
         self._bucket_of = bucket_of
         self._limit, self._start, self._probe = limit, min(start, limit), probe
         # Ordered dicts: taking the first of a dict whose first ones were deleted looks at all of those again.
@@ -95,7 +111,7 @@ class Schedule:
         """Add tasks, behind the others of their bucket or in front of them."""
         for task in reversed(list(tasks)) if first else tasks:
             self._waiting += 1
-            queue = self._alone if task.alone else self._bucket(self._bucket_of(task))
+            queue = self._alone if task.alone else self._bucket(task)
             if first:
                 queue.appendleft(task)
             else:
@@ -110,7 +126,7 @@ class Schedule:
         candidates = self._maybe_full if only_full else self._buckets
         while candidates:
             key = next(iter(candidates))
-            if not only_full or len(self._buckets[key]) >= self.sizer(key).size:
+            if not only_full or len(self._buckets[key]) >= self._size(key):
                 return self._take(key)
             del self._maybe_full[key]
         return []
@@ -124,18 +140,30 @@ class Schedule:
         self._waiting = 0
         return waiting
 
-    def _bucket(self, key: Hashable) -> deque[Task]:
+    def _bucket(self, task: Task) -> deque[Task]:
+        key = self._bucket_of(task)
+        if self._kin_of is not None and key not in self._kin:
+            self._kin[key] = self._kin_of(task)
         self._maybe_full[key] = None
         return self._buckets.setdefault(key, deque())
 
     def _take(self, key: Hashable) -> list[Task]:
         queue = self._buckets[key]
-        tasks = [queue.popleft() for _ in range(min(self.sizer(key).size, len(queue)))]
+        tasks = [queue.popleft() for _ in range(min(self._size(key), len(queue)))]
+        if key in self._kin:
+            self._latest[self._kin[key]] = self.sizer(key)
         self._waiting -= len(tasks)
         if not queue:
             del self._buckets[key]
             self._maybe_full.pop(key, None)
         return tasks
+
+    def _size(self, key: Hashable) -> int:
+        sizer = self.sizer(key)
+        latest = self._latest.get(self._kin[key]) if key in self._kin else None
+        if sizer.fresh and latest is not None:
+            sizer.size = latest.size
+        return sizer.size
 
     def sizer(self, key: Hashable) -> BatchSizer:
         """Return the batch sizer of a bucket."""
