@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ernie_accel.batch.errors import BatchOutputError
 from ernie_accel.batch.job import Job, plan_job
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from ernie_accel.batch.row import Row
 
 EXIT_FAILED, EXIT_INTERRUPTED = 3, 130
+
+_POWER_EVERY_S = 5.0
 
 
 def batch_command(
@@ -97,13 +101,17 @@ def run_job(job: Job) -> int:
     )
     for line, problem in skipped:
         typer.echo(f"{job.input_file}:{line}: left out: {problem}", err=True)
-    with _metrics(job) as metrics, _interruptible() as interrupted:
+    power = _Power(job)
+    _check_outputs(job)
+    with _metrics(job) as metrics:
+        engine, facts = _engine(job)
         start = time.perf_counter()
-        done, failed = _make(job, rows, metrics, lambda: bool(interrupted))
+        with _interruptible() as interrupted:
+            done, failed = _make(job, rows, engine, facts, metrics, lambda: bool(interrupted), power.look)
         seconds = time.perf_counter() - start
     before = len(rows) - done - failed
     if job.report:
-        write_report(job.output_dir, gpu_price=job.gpu_price, power_price=job.power_price, watts=job.watts)
+        write_report(job.output_dir, gpu_price=job.gpu_price, power_price=job.power_price, watts=power.watts)
     rest = f", {before} {'not begun' if interrupted else 'done before or not begun'}" if before else ""
     typer.echo(f"{done} succeeded, {failed} failed{rest}, in {seconds:.1f} s: {job.output_dir.resolve()}")
     if interrupted:
@@ -112,11 +120,54 @@ def run_job(job: Job) -> int:
     return EXIT_FAILED if failed else 0
 
 
-def _make(job: Job, rows: Sequence[Row], metrics: MetricsServer | None, stop: Callable[[], bool]) -> tuple[int, int]:
-    """Load what renders, make the pictures, and return how many were made and how many were not."""
+def _check_outputs(job: Job) -> None:
+    """Refuse a folder or file that cannot be written now, and not after the model was loaded."""
+    from ernie_accel.batch.assembly import prepare_folder
+
+    prepare_folder(job.output_dir)
+    for path in filter(None, (job.log_json, job.prometheus)):
+        prepare_folder(path.parent)
+        if path.is_dir():
+            raise BatchOutputError(path.parent, [(None, f"{path.name!r} is a folder; choose another name")])
+
+
+class _Power:
+    """The power drawn while pictures are made, for their cost; afterwards the GPU would be idle."""
+
+    def __init__(self, job: Job) -> None:
+        from ernie_accel.batch import report
+
+        self._given, self._samples, self._next = job.watts, list[float](), 0.0
+        self._wanted = job.report and job.power_price is not None and job.watts is None
+        if self._wanted and report.measured_watts() is None:
+            raise report.no_watts()
+
+    def look(self) -> None:
+        """Measure, at most every few seconds."""
+        from ernie_accel.batch import report
+
+        if self._wanted and time.monotonic() >= self._next and (watts := report.measured_watts()) is not None:
+            self._samples.append(watts)
+            self._next = time.monotonic() + _POWER_EVERY_S
+
+    @property
+    def watts(self) -> float | None:
+        """As given, or the mean of what was measured."""
+        return statistics.fmean(self._samples) if self._samples else self._given
+
+
+def _make(
+    job: Job,
+    rows: Sequence[Row],
+    engine: Engine,
+    facts: Mapping[str, str],
+    metrics: MetricsServer | None,
+    stop: Callable[[], bool],
+    look: Callable[[], None],
+) -> tuple[int, int]:
+    """Make the pictures, tell of those that failed, and return how many were made and how many were not."""
     from ernie_accel.batch import produce
 
-    engine, facts = _engine(job)
     done = failed = 0
     try:
         results = produce(
@@ -137,6 +188,7 @@ def _make(job: Job, rows: Sequence[Row], metrics: MetricsServer | None, stop: Ca
             stop=stop,
         )
         for result in results:
+            look()
             done += result.error is None
             failed += result.error is not None
             if result.error is not None:

@@ -33,7 +33,7 @@ def write_report(
         out: The output folder.
         gpu_price: Of one GPU-hour.
         power_price: Of one kilowatt-hour.
-        watts: Power drawn; None: as NVML tells now, where it does.
+        watts: Power drawn; None: as NVML tells now, when the job may be over.
 
     Raises:
         BatchOutputError: The ledger is in use, or the report cannot be written.
@@ -162,15 +162,21 @@ def _costs(
     if gpu_price is not None:
         costs.append(("GPU cost per 1,000 pictures", f"{hours_per_1000 * gpu_price:.4g} at {gpu_price:g} an hour"))
     if power_price is not None:
-        watts = _measured_watts() if watts is None else watts
+        watts = measured_watts() if watts is None else watts
         if watts is None:
-            raise ErnieAccelError("--power-price needs the power drawn, which cannot be measured here; add --watts")
+            raise no_watts()
         cost = hours_per_1000 * watts / 1000 * power_price
         costs.append(("power cost per 1,000 pictures", f"{cost:.4g} at {watts:g} W and {power_price:g} a kWh"))
     return costs
 
 
-def _measured_watts() -> float | None:
+def no_watts() -> ErnieAccelError:
+    """Return why the cost of the power cannot be told."""
+    return ErnieAccelError("--power-price needs the power drawn, which cannot be measured here; add --watts")
+
+
+def measured_watts() -> float | None:
+    """Return the power that the GPU draws now, in watts, as NVML tells it; None where it does not."""
     import torch
 
     if not torch.cuda.is_available():

@@ -7,6 +7,7 @@ import math
 import sys
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -85,6 +86,7 @@ class Telemetry:
         self._total, self._log_json, self._prometheus, self._interval_s = total, log_json, prometheus, interval_s
         self._clock = clock
         self._lock = threading.Lock()
+        self._warned = False
         self._counts = {"done": 0, "failed": 0, "rejected": 0}
         self._latencies: deque[float] = deque(maxlen=_RECENT)
         self._finished: deque[float] = deque()
@@ -167,11 +169,16 @@ class Telemetry:
         state = self.snapshot()
         if not self._bar.disable:
             self._bar.set_postfix_str(in_words(state))
-        if self._log_json is not None:
-            with self._log_json.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(state)) + "\n")
-        if self._prometheus is not None:
-            write_atomically(self._prometheus, prometheus_text(state).encode())
+        try:
+            if self._log_json is not None:
+                with self._log_json.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(state)) + "\n")
+            if self._prometheus is not None:
+                write_atomically(self._prometheus, prometheus_text(state).encode())
+        except OSError as error:  # pictures matter more than what is said of them
+            if not self._warned:
+                warnings.warn(f"the job's state could not be written: {error}; the job goes on", stacklevel=2)
+            self._warned = True
 
 
 def percentile(ordered: list[float], part: float) -> float | None:
