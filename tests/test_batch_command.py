@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from ernie_accel.batch import BatchInputError, BatchOutputError, command, report
 from ernie_accel.batch.job import plan_job
 from ernie_accel.core.errors import ErnieAccelError
-from tests.stub_engine import StubEngine
+from tests.stub_engine import StubEngine, picture_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -142,3 +143,15 @@ def test_an_interrupt_while_the_model_loads_ends_the_command_at_once(table):
     _, err = job.communicate(timeout=30)
     assert job.returncode == 130, err
     assert "Traceback" not in err
+
+
+def test_rejected_rows_are_counted_apart_and_give_exit_code_three(table, monkeypatch, capsys):
+    class Blank(StubEngine):
+        def render(self, requests, timeout_s=None):
+            return [Image.new("RGB", (32, 32)) if request.seed == 1 else picture_of(request) for request in requests]
+
+    monkeypatch.setattr(command, "_engine", lambda job: (Blank(), {}))
+    assert command.run_job(plan(table, sift=True)) == command.EXIT_FAILED
+    out, err = capsys.readouterr()
+    assert "2 succeeded, 0 failed, 1 rejected, in " in out
+    assert "t.csv:3: 00001.png rejected: blank: " in err

@@ -138,6 +138,16 @@ def test_a_rejected_picture_is_tried_with_another_seed(tmp_path):
     assert [path.name for path in (tmp_path / "rejected").iterdir()] == ["000.png"]
 
 
+def test_a_rejected_picture_leaves_no_older_one_in_its_place(tmp_path):
+    run(BlankFor(), make_rows(2), tmp_path, sift=Sift())
+    kept = (tmp_path / "000.png").read_bytes()
+    changed = [make_rows(1)[0], make_rows(2, seed=8)[1]]
+    (bad,) = run(BlankFor(8), changed, tmp_path, sift=Sift(), overwrite=True)
+    assert bad.rejected
+    assert not (tmp_path / "001.png").exists()
+    assert (tmp_path / "000.png").read_bytes() == kept
+
+
 def test_rerolls_end(tmp_path):
     class Blank(StubEngine):
         def render(self, requests, timeout_s=None):

@@ -107,17 +107,18 @@ def run_job(job: Job) -> int:
         engine, facts = _engine(job)
         start = time.perf_counter()
         with _interruptible() as interrupted:
-            done, failed = _make(job, rows, engine, facts, metrics, lambda: bool(interrupted), power.look)
+            done, failed, rejected = _make(job, rows, engine, facts, metrics, lambda: bool(interrupted), power.look)
         seconds = time.perf_counter() - start
-    before = len(rows) - done - failed
+    before = len(rows) - done - failed - rejected
     if job.report:
         write_report(job.output_dir, gpu_price=job.gpu_price, power_price=job.power_price, watts=power.watts)
-    rest = f", {before} {'not begun' if interrupted else 'done before or not begun'}" if before else ""
+    rest = f", {rejected} rejected" if rejected else ""
+    rest += f", {before} {'not begun' if interrupted else 'done before or not begun'}" if before else ""
     typer.echo(f"{done} succeeded, {failed} failed{rest}, in {seconds:.1f} s: {job.output_dir.resolve()}")
     if interrupted:
         typer.echo("Interrupted; run the same command again to go on.", err=True)
         return EXIT_INTERRUPTED
-    return EXIT_FAILED if failed else 0
+    return EXIT_FAILED if failed or rejected else 0
 
 
 def _check_outputs(job: Job) -> None:
@@ -164,11 +165,11 @@ def _make(
     metrics: MetricsServer | None,
     stop: Callable[[], bool],
     look: Callable[[], None],
-) -> tuple[int, int]:
-    """Make the pictures, tell of those that failed, and return how many were made and how many were not."""
+) -> tuple[int, int, int]:
+    """Make the pictures, tell of those that failed, and return how many were made, failed and were rejected."""
     from ernie_accel.batch import produce
 
-    done = failed = 0
+    done = failed = rejected = 0
     try:
         results = produce(
             engine,
@@ -190,13 +191,14 @@ def _make(
         for result in results:
             look()
             done += result.error is None
-            failed += result.error is not None
+            rejected += result.rejected
+            failed += result.error is not None and not result.rejected
             if result.error is not None:
                 where = f"{job.input_file}:{result.row.line}: {result.row.path}"
                 typer.echo(f"{where} {'' if result.rejected else 'failed: '}{result.error}", err=True)
     finally:
         engine.close()
-    return done, failed
+    return done, failed, rejected
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from ernie_accel.batch.ledger import JOB_FOLDER, Entry, Ledger
+from ernie_accel.batch.line import REJECTED
 from ernie_accel.batch.summary import write_summary
 from ernie_accel.batch.telemetry import percentile
 from ernie_accel.core.errors import ErnieAccelError
@@ -65,7 +66,7 @@ class _Facts:
         step = max(1, self.done // _SHEET_PICTURES)
         for entry in ledger.entries():
             if entry.error is not None:
-                reasons[entry.error] += 1
+                reasons[_reason(entry.error)] += 1
                 if len(self.failures) < _MAX_FAILURES:
                     self.failures.append(entry)
             if entry.state != "done":
@@ -122,6 +123,13 @@ _HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Bat
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1f2328}
 table{border-collapse:collapse}td{border:1px solid #d0d7de;padding:.3rem .6rem;vertical-align:top}img{max-width:100%}
 </style></head><body>"""
+
+
+def _reason(error: str) -> str:
+    """Return what rows with this error have in common: of a rejected picture the kind of flaw, not its measure."""
+    if not error.startswith(REJECTED):
+        return error
+    return REJECTED + error.removeprefix(REJECTED).partition(":")[0].partition(" of ")[0]
 
 
 def _most_common(reasons: Counter[str]) -> list[tuple[str, int]]:

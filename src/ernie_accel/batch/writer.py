@@ -114,6 +114,9 @@ class Writer:
         path = self._out / (rejected_path(task) if rejected else task.row.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, png)
+        if rejected:
+            # What an earlier run with other settings made would pass for this row's picture.
+            (self._out / task.row.path).unlink(missing_ok=True)
 
 
 def rejected_path(task: Task) -> str:
