@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ernie_accel.batch.assembly import assemble, prepare_folder
 from ernie_accel.batch.engines.base import Engine
@@ -178,40 +178,45 @@ async def aproduce(
         pipe: As for `produce`.
         rows: As for `produce`.
         out: As for `produce`.
-        on_result: Called with each result as it comes, in the event loop; may be a coroutine function.
+        on_result: Called with each result as it comes, in the event loop; may be a coroutine function. If it raises,
+            the batch under way is finished, and its error is passed on.
         **options: The other arguments of `produce`, but for `stop`.
     """
-    cancelled = False
+    stopped = False
     loop = asyncio.get_running_loop()
+    arrived: asyncio.Queue[Result] = asyncio.Queue()
 
     def run() -> list[Result]:
         results = []
-        for result in produce(pipe, rows, out, stop=lambda: cancelled, **options):
+        for result in produce(pipe, rows, out, stop=lambda: stopped, **options):
             results.append(result)
-            if on_result is not None:
-                loop.call_soon_threadsafe(arrived.put_nowait, result)
+            loop.call_soon_threadsafe(arrived.put_nowait, result)
         return results
 
-    async def tell() -> None:
+    async def tell() -> NoReturn:
         while True:
-            told = on_result(await arrived.get()) if on_result is not None else None
+            told = on_result(await arrived.get()) if on_result is not None else await arrived.get()
             if inspect.isawaitable(told):
                 await told
             arrived.task_done()
 
-    arrived: asyncio.Queue[Result] = asyncio.Queue()
-    teller = asyncio.create_task(tell())
     work = asyncio.create_task(asyncio.to_thread(run))
+    teller = asyncio.create_task(tell())
     try:
-        results = await asyncio.shield(work)
-        await arrived.join()
-        return results
-    except asyncio.CancelledError:
-        cancelled = True
-        await work
-        raise
+        # For either: a teller that failed takes nothing more from the queue, and would be waited for for ever.
+        await asyncio.wait({work, teller}, return_when=asyncio.FIRST_COMPLETED)
+        if not teller.done():
+            results = work.result()
+            all_told = asyncio.create_task(arrived.join())
+            await asyncio.wait({all_told, teller}, return_when=asyncio.FIRST_COMPLETED)
+            if all_told.done():
+                return results
+            all_told.cancel()
+        return teller.result()  # raises: it ends by an error only
     finally:
+        stopped = True
         teller.cancel()
+        await asyncio.wait({work})
 
 
 def _row_problems(tasks: Sequence[Task]) -> list[Problem]:
