@@ -31,11 +31,12 @@ def tiny_tokenizer() -> Any:
         eos_token="</s>",
         unk_token="<unk>",
         model_max_length=64,
+        chat_template="{% for message in messages %}{{ message['content'] }} on {% endfor %}",
     )
 
 
-def tiny_ernie(*, layers: int = 2, dtype: torch.dtype = torch.float32) -> Any:
-    """Return an ErnieImagePipeline of about 0.5 M parameters without prompt enhancer; 64x64 pixels are 16 tokens."""
+def tiny_ernie(*, layers: int = 2, dtype: torch.dtype = torch.float32, enhancer: bool = False) -> Any:
+    """Return an ErnieImagePipeline of about 0.5 M parameters; 64x64 pixels are 16 tokens."""
     from diffusers import (
         AutoencoderKLFlux2,
         ErnieImagePipeline,
@@ -84,7 +85,8 @@ def tiny_ernie(*, layers: int = 2, dtype: torch.dtype = torch.float32) -> Any:
         "patch_size": 14,
     }
     encoder = Mistral3Model(Mistral3Config(text_config=text, vision_config=vision))
-    for part in (transformer, vae, encoder):
+    pe = tiny_enhancer() if enhancer else None
+    for part in (transformer, vae, encoder, *filter(None, (pe,))):
         randomize(part)
         if dtype != torch.float32:
             part.to(dtype)
@@ -95,9 +97,30 @@ def tiny_ernie(*, layers: int = 2, dtype: torch.dtype = torch.float32) -> Any:
         text_encoder=encoder,
         tokenizer=tiny_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        pe=pe,
+        pe_tokenizer=tiny_tokenizer() if enhancer else None,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_enhancer(**settings: Any) -> Any:
+    """Return a Ministral3ForCausalLM of two layers for the tokenizer of `tiny_tokenizer`."""
+    from transformers import Ministral3Config, Ministral3ForCausalLM
+
+    config = {
+        "vocab_size": 32,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return Ministral3ForCausalLM(Ministral3Config(**config | settings))
 
 
 def tiny_flux() -> Any:
@@ -334,7 +357,10 @@ def picture(pipe: Any, *, seed: int = 0, steps: int = 3, **kwargs: Any) -> torch
         }
     else:
         arguments |= {"prompt": "a red circle on blue", "height": 64, "width": 64, "guidance_scale": 1.0}
-        if "max_sequence_length" in inspect.signature(type(pipe).__call__).parameters:
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        if "max_sequence_length" in parameters:
             arguments["max_sequence_length"] = 48  # these pipelines pad to it
+        if "use_pe" in parameters:
+            arguments["use_pe"] = False  # stock draws its words from the global random numbers
     images: torch.Tensor = pipe(**(arguments | kwargs)).images
     return images.float()

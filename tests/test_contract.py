@@ -13,10 +13,15 @@ from ernie_accel.core.components import pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.transforms import TRANSFORMS, transform_class
 from tests.examples import ELSEWHERE, EXAMPLES, differences, make_awkward, snapshot
-from tests.pipelines import picture
+from tests.pipelines import picture, tiny_ernie
 
 every_transform = pytest.mark.parametrize("transform", EXAMPLES, ids=repr)
 wherever_it_runs = pytest.mark.parametrize("transform", EXAMPLES + ELSEWHERE, ids=repr)
+
+
+@pytest.fixture
+def ernie():
+    return tiny_ernie(enhancer=True)  # with every component that a transform could change
 
 
 def test_every_transform_of_the_catalogue_has_an_example():

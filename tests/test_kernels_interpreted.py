@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import triton  # noqa: F401  no importorskip: what is missing fails
 
 
-def test_kernels_equal_their_twins_in_the_interpreter() -> None:
-    tests = Path(__file__).with_name("gpu") / "test_kernels.py"
+@pytest.mark.parametrize("name", ["test_kernels.py", "test_decode.py"])
+def test_kernels_equal_their_twins_in_the_interpreter(name: str) -> None:
+    tests = Path(__file__).with_name("gpu") / name
     done = subprocess.run(
         [sys.executable, "-m", "pytest", str(tests), "-p", "no:cacheprovider"],
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},

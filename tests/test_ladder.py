@@ -1,4 +1,4 @@
-"""The benchmark runs on a CPU, too: a tiny model, one process a rung, a table and files at the end."""
+"""The benchmark runs on a CPU, too: a tiny model, a process for everything, tables and files at the end."""
 
 from __future__ import annotations
 
@@ -6,19 +6,117 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
 
 
-def test_the_ladder_measures_and_saves(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "ladder.py"), "--size", "tiny", "--only", "stock,rewrite"]
-    done = subprocess.run(
-        [*command, "--save", str(tmp_path / "ladder")], capture_output=True, text=True, timeout=300, check=False
-    )
+def ladder(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / "ladder.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def measured(stem: Path, *arguments: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Run a section on the tiny model; return the result, and its rows by name."""
+    done = ladder("--size", "tiny", *arguments, "--save", stem)
     assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads((tmp_path / "ladder.json").read_text())
-    rows = {row["rung"]: row for row in result["rungs"]}
+    result = json.loads(stem.with_suffix(".json").read_text())
+    assert done.stdout.strip() in stem.with_suffix(".md").read_text()
+    assert stem.with_suffix(".png").exists() or "no plot: matplotlib is not installed" in done.stderr
+    return result, {row["rung"]: row for row in result["rungs"]}
+
+
+def test_the_ladder_measures_and_saves(tmp_path):
+    result, rows = measured(tmp_path / "ladder", "--only", "stock,rewrite", "--commit", "abc1234")
     assert set(rows) == {"stock", "rewrite"}
     assert rows["rewrite"]["sqnr_db"] > 30
     assert rows["rewrite"]["ms_64"] > 0
-    assert "| rewrite |" in (tmp_path / "ladder.md").read_text()
+    assert result["commit"] == "abc1234" and result["versions"]["torch"] == torch.__version__
+    assert result["command"] == "python benchmarks/ladder.py --size tiny --only stock,rewrite --seconds 240"
+    text = (tmp_path / "ladder.md").read_text()
+    assert "| rewrite |" in text and "commit abc1234" in text
+    assert ladder("--tables", tmp_path / "ladder.json").stdout.strip() in text
+
+
+def test_the_sweep_measures_batches_sizes_and_recompiles(tmp_path):
+    _, rows = measured(tmp_path / "sweep", "--sweep", "--only", "stock")
+    cells = rows["stock"]["cells"]
+    assert [(cell["width"], cell["height"], cell["batch"]) for cell in cells] == [(64, 64, 1), (64, 64, 2), (96, 64, 1)]
+    assert all(cell["ms_per_image"] == cell["ms"] / cell["batch"] > 0 for cell in cells)
+    assert (rows["stock"]["graphs"], rows["stock"]["graphs_for_prompt_lengths"]) == (0, 0)
+    assert "| 64 x 64 | 2 |" in (tmp_path / "sweep.md").read_text()
+
+
+def test_a_peer_that_fails_gets_a_row_with_its_error(tmp_path):
+    _, rows = measured(tmp_path / "peers", "--peers", "--only", "stock,torchao-fp8")
+    assert rows["stock"]["sqnr_db"] > 30 and rows["stock"]["latents_db"] > 20
+    assert rows["stock"]["ms"] > 0 and rows["stock"]["picture_step_ms"] > 0 and rows["stock"]["compiled"] is False
+    assert rows["torchao-fp8"] == {"rung": "torchao-fp8", "error": rows["torchao-fp8"]["error"]}
+    assert rows["torchao-fp8"]["error"].startswith("UnsupportedError: Cannot apply")
+    text = (tmp_path / "peers.md").read_text()
+    assert "| stock | diffusers as it is, bf16 | no |" in text and "- torchao-fp8: UnsupportedError" in text
+
+
+def test_the_parts_are_measured_alone_and_compared_to_stock(tmp_path):
+    _, rows = measured(
+        tmp_path / "parts", "--parts",
+        "--only", "prompts: stock,prompts: BatchPromptEncoding,enhancer: stock",
+    )  # fmt: skip
+    assert all(row["ms"] > 0 for row in rows.values())
+    batched = rows["prompts: BatchPromptEncoding"]
+    assert batched["is_stock"] or batched["sqnr_to_stock_db"] > 25
+    assert rows["enhancer: stock"]["ms_per_token"] == rows["enhancer: stock"]["ms"] / 8
+
+
+def test_nothing_starts_when_the_time_is_over(tmp_path):
+    done = ladder("--size", "tiny", "--parts", "--seconds", "0", "--save", tmp_path / "parts")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads((tmp_path / "parts.json").read_text())["rungs"]
+    assert len(rows) >= 6 and {row["error"] for row in rows} == {"not started: 0 s were over"}
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    done = ladder("--peers", "--only", "stock,sdnq-int9")
+    assert done.returncode != 0
+    assert "unknown in peers: sdnq-int9. Known: stock, " in done.stderr
+
+
+def test_the_enhancer_is_timed_for_exactly_the_asked_tokens(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from ladder_parts import add_enhancer, enhance_ms
+    from random_pipeline import random_pipeline
+
+    pipe = random_pipeline("tiny", "cpu", torch.bfloat16)
+    add_enhancer(pipe, "tiny")
+    lengths = []
+    generate = pipe.pe.generate
+    pipe.pe.generate = lambda **how: (
+        lengths.append(generate(**how).shape[1] - how["input_ids"].shape[1])
+        or torch.ones(1, how["input_ids"].shape[1] + lengths[-1], dtype=torch.long)
+    )
+    row = enhance_ms(pipe, 5)
+    assert set(lengths) == {5} and row["ms_per_token"] == row["ms"] / 5
+    pipe.pe.generate = lambda **how: torch.cat([how["input_ids"], how["input_ids"][:, :3]], dim=1)
+    with pytest.raises(RuntimeError, match=r"asked for 5 new tokens, got \[3\]"):
+        enhance_ms(pipe, 5)
+
+
+def test_what_could_not_be_compiled_is_measured_eager_and_says_why(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from ladder_peers import _compile
+
+    def refuse(**_: Any) -> None:
+        raise RuntimeError("no graph\nfor this layer")
+
+    transformer = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    transformer[0]._compiled_call_impl = lambda *_: None
+    transformer.compile_repeated_blocks = refuse
+    assert _compile(SimpleNamespace(transformer=transformer), lambda: None) == {
+        "not_compiled": "RuntimeError: no graph"
+    }
+    assert transformer[0]._compiled_call_impl is None

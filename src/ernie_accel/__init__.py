@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from ernie_accel.transforms.offload import Offload
     from ernie_accel.transforms.quantize import Quantize
     from ernie_accel.transforms.rewrite import RewriteBlocks
+    from ernie_accel.transforms.rewrite_enhancer import RewriteEnhancer
     from ernie_accel.transforms.scheduler import SwapScheduler
     from ernie_accel.transforms.truncate_prompts import TruncatePrompts
     from ernie_accel.transforms.vae import CompileVae
@@ -101,6 +102,7 @@ _HOMES = {
     "ernie_accel.transforms.offload": ("Offload",),
     "ernie_accel.transforms.quantize": ("Quantize",),
     "ernie_accel.transforms.rewrite": ("RewriteBlocks",),
+    "ernie_accel.transforms.rewrite_enhancer": ("RewriteEnhancer",),
     "ernie_accel.transforms.scheduler": ("SwapScheduler",),
     "ernie_accel.transforms.vae": ("CompileVae",),
     "ernie_accel.transforms.truncate_prompts": ("TruncatePrompts",),
@@ -145,6 +147,7 @@ __all__ = [
     "Report",
     "RestoreError",
     "RewriteBlocks",
+    "RewriteEnhancer",
     "SavedPipelineError",
     "SetAttention",
     "SliceVae",

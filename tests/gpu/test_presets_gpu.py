@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import Context
+from ernie_accel import Context, UnsupportedError
+from ernie_accel.core.components import pipe_bytes
 from ernie_accel.core.transform import ROUNDING_REL
 
 PROMPT = "a large red circle in the center on a grey background"
@@ -40,7 +41,16 @@ def test_the_device_is_seen(pipe):
     assert context.no_compile is None
 
 
-@pytest.mark.parametrize("name", ernie_accel.presets)
+BEYOND = [name for name in ("turbo-nvfp4",) if torch.cuda.get_device_capability() < (10, 0)]
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_a_preset_for_newer_cards_is_refused_with_the_reason(pipe, name):
+    with pytest.raises(UnsupportedError, match=r"needs CUDA compute capability >= 10\.0; this device has"):
+        ernie_accel.optimize(pipe, preset=name)
+
+
+@pytest.mark.parametrize("name", [name for name in ernie_accel.presets if name not in BEYOND])
 def test_a_preset_draws_the_scene_and_restores(pipe, name):
     before = latents(pipe)
     assert torch.equal(latents(pipe), before), "stock itself is not deterministic here"
@@ -57,10 +67,10 @@ def test_a_preset_draws_the_scene_and_restores(pipe, name):
 
 def test_originals_wait_in_host_memory(pipe):
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
+    before, weights = torch.cuda.memory_allocated(), pipe_bytes(pipe)
     ernie_accel.optimize(pipe, preset="turbo-bf16")
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_allocated() < 0.7 * before
+    assert before - torch.cuda.memory_allocated() > 0.4 * weights  # half of them, but for a few kernels' workspaces
     ernie_accel.restore(pipe)
 
 

@@ -18,6 +18,7 @@ from ernie_accel.transforms.graphs import CaptureGraphs
 from ernie_accel.transforms.layout import MakeContiguous
 from ernie_accel.transforms.quantize import Quantize
 from ernie_accel.transforms.rewrite import RewriteBlocks
+from ernie_accel.transforms.rewrite_enhancer import RewriteEnhancer
 from ernie_accel.transforms.vae import CompileVae
 
 
@@ -70,7 +71,7 @@ _FAST_BF16 = (CastDtype("bfloat16"), RewriteBlocks(), FuseKernels("bf16"))
 _FAST_FP8 = (CastDtype("bfloat16"), RewriteBlocks(), FuseKernels("fp8"))
 _INT8 = (CastDtype("bfloat16"), Quantize("int8"))
 
-_FAST_PARTS = (BatchPromptEncoding(), Compile(), CompileVae(), CaptureGraphs())
+_FAST_PARTS = (BatchPromptEncoding(), Compile(), CompileVae(), CaptureGraphs(), RewriteEnhancer())
 
 presets = PresetTable(
     Preset(
@@ -81,7 +82,7 @@ presets = PresetTable(
     Preset(
         "turbo-fp32",
         "Few steps, compiled, in the precision the pipe came in: for CPUs, where bfloat16 seldom pays.",
-        (RewriteBlocks(), MakeContiguous(), CallDefaults("turbo"), Compile()),
+        (RewriteBlocks(), MakeContiguous(), CallDefaults("turbo"), Compile(), RewriteEnhancer()),
     ),
     Preset(
         "turbo-bf16",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from ernie_accel.families.family import AlwaysMasks, CallSettings, Family, PromptEncoding
+from ernie_accel.families.family import AlwaysMasks, CallSettings, Family, PromptEncoding, PromptEnhancement
 
 ERNIE_IMAGE = Family(
     name="ERNIE-Image",
@@ -52,4 +52,7 @@ ERNIE_IMAGE = Family(
     kernels="ernie_accel.families.ernie_image_kernels",
     always_masks=AlwaysMasks(lengths="text_lens", text="text_bth", pad_method="_pad_text"),
     prompt_encoding=PromptEncoding(layers="language_model.layers", hidden_state=-2),
+    prompt_enhancement=PromptEnhancement(
+        model="pe", tokenizer="pe_tokenizer", method="_enhance_prompt_with_pe", switch="use_pe"
+    ),
 )

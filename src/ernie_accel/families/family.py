@@ -51,6 +51,23 @@ class PromptEncoding:
 
 
 @dataclass(frozen=True)
+class PromptEnhancement:
+    """How a pipeline has a language model write longer prompts, one by one.
+
+    Attributes:
+        model: Component that writes.
+        tokenizer: Component with its tokenizer and chat template.
+        method: Method of the pipeline that enhances one prompt.
+        switch: Argument of the pipeline's call that turns it on and off.
+    """
+
+    model: str
+    tokenizer: str
+    method: str
+    switch: str
+
+
+@dataclass(frozen=True)
 class Shape:
     """What a denoiser looks like from outside, for duck typing: forks and remote code rename the class.
 
@@ -94,6 +111,7 @@ class Family:
         rewritten: Name of the module with its rewritten blocks (see ``RewriteBlocks``), or None.
         kernels: Name of the module with its blocks on fused kernels (see ``FuseKernels``), or None.
         prompt_encoding: Set where stock diffusers encodes the prompts of a call one by one.
+        prompt_enhancement: Set where the pipeline can have a language model rewrite prompts.
         always_masks: Set where stock diffusers builds a mask also for batches in which nothing is padded.
     """
 
@@ -111,3 +129,4 @@ class Family:
     kernels: str | None = None
     always_masks: AlwaysMasks | None = None
     prompt_encoding: PromptEncoding | None = None
+    prompt_enhancement: PromptEnhancement | None = None

@@ -12,8 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Rows that a program of the norm kernel handles together, and how many times; it reads the modulation vectors once.
-_ROWS, _LOOPS = 2, 4
+#: Rows that a program of the norm kernel handles together; it reads the modulation vectors once. By whether it quantizes:
+#: how many times it does so, and its warps for a row of 4096. The fastest of 36 on an H200: 40 and 37 microseconds.
+_ROWS = 2
+_LOOPS = {True: 8, False: 1}
+_NORM_WARPS = {True: 4, False: 8}
 
 
 @triton.jit
@@ -204,7 +207,7 @@ def norm_modulate(
     x_out = x_bsh if branch_bsh is None else torch.empty_like(x_bsh)
     y = torch.empty_like(x_bsh, dtype=torch.float8_e4m3fn if quantize else x_bsh.dtype)
     y_scale = x_bsh.new_empty(batch * tokens, 1, dtype=torch.float32) if quantize else None
-    _norm_modulate_kernel[(triton.cdiv(tokens, _ROWS * _LOOPS), batch)](
+    _norm_modulate_kernel[(triton.cdiv(tokens, _ROWS * _LOOPS[quantize]), batch)](
         x_bsh,
         x_bsh if branch_bsh is None else branch_bsh.contiguous(),
         scale_b1h if gate_b1h is None else gate_b1h.contiguous(),
@@ -220,9 +223,9 @@ def norm_modulate(
         HAS_BRANCH=branch_bsh is not None,
         QUANTIZE=quantize,
         ROWS=_ROWS,
-        LOOPS=_LOOPS,
+        LOOPS=_LOOPS[quantize],
         BLOCK=triton.next_power_of_2(width),
-        num_warps=_warps(width),
+        num_warps=min(_warps(width), _NORM_WARPS[quantize]),
     )
     return x_out, y, y_scale
 
@@ -261,7 +264,7 @@ def gelu_mul(gate_up_bs2f: Tensor, quantize: bool) -> tuple[Tensor, Tensor | Non
     scale = gate_up_bs2f.new_empty(rows, 1, dtype=torch.float32)
     chunks, block = _chunks(width)
     _gelu_mul_quantize_kernel[(rows,)](
-        gate_up_bs2f, y, scale, width, CHUNKS=chunks, BLOCK=block, num_warps=_warps(block)
+        gate_up_bs2f, y, scale, width, CHUNKS=chunks, BLOCK=block, num_warps=2 * _warps(block)
     )
     return y, scale
 

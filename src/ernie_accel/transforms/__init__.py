@@ -28,6 +28,7 @@ TRANSFORMS: Mapping[str, str] = {
     "Offload": "ernie_accel.transforms.offload",
     "Quantize": "ernie_accel.transforms.quantize",
     "RewriteBlocks": "ernie_accel.transforms.rewrite",
+    "RewriteEnhancer": "ernie_accel.transforms.rewrite_enhancer",
     "SetAttention": "ernie_accel.transforms.attention",
     "SliceVae": "ernie_accel.transforms.memory",
     "SwapScheduler": "ernie_accel.transforms.scheduler",

@@ -12,6 +12,7 @@ from ernie_accel.core.components import Pipeline, absent_components, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
+from ernie_accel.transforms.compile_cache import as_folder, compile_module, why_not_kept
 from ernie_accel.transforms.fuse_kernels import FuseKernels
 
 
@@ -31,6 +32,8 @@ class Compile(Transform):
         dynamic: Compile for any sequence length. False recompiles for each and gives up after the eighth.
         fullgraph: Refuse graph breaks instead of running slowly.
         mode: As in ``torch.compile``; None is its default.
+        cache: Folder to keep the compiled code in, so that the next process need not compile; None leaves that to
+            torch and its own settings. It holds code that is run: nobody else must be able to write there.
     """
 
     phase: ClassVar[Phase] = Phase.COMPILE
@@ -41,11 +44,17 @@ class Compile(Transform):
     dynamic: bool = field(default=True, kw_only=True)
     fullgraph: bool = field(default=True, kw_only=True)
     mode: str | None = field(default=None, kw_only=True)
+    cache: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "cache", as_folder(self.cache))
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = absent_components(pipe, self.components)
         if context.no_compile is not None:
             reasons.append(context.no_compile)
+        reasons += why_not_kept(self.cache, context.device)
         if reasons:
             return reasons
         return self._broken_by_quantization(pipe, context) + [
@@ -78,7 +87,7 @@ class Compile(Transform):
             for name, block in blocks.items():
                 if name not in compiled:
                     undo.setattr(block, "_compiled_call_impl", None)  # what nn.Module.compile fills in
-                    block.compile(fullgraph=self.fullgraph, dynamic=self.dynamic, mode=self.mode)
+                    compile_module(block, self.cache, fullgraph=self.fullgraph, dynamic=self.dynamic, mode=self.mode)
         return Applied(
             tuple(name for name in blocks if name not in compiled),
             undo=undo,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +11,7 @@ from ernie_accel.core.components import Pipeline, weights_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
+from ernie_accel.transforms.compile_cache import as_folder, compile_module, why_not_kept
 
 
 @dataclass(frozen=True, repr=False)
@@ -19,17 +20,26 @@ class CompileVae(Transform):
 
     The two belong together: channels-last alone slows the stock decoder down on an H200, because the norms between the
     convolutions have no kernel for it. The first picture compiles for one size, the first of another size for all.
+
+    Attributes:
+        cache: Folder to keep the compiled code in, as in `Compile`; they may share it.
     """
 
     phase: ClassVar[Phase] = Phase.COMPILE
     slot: ClassVar[str] = "vae-compile"
     effect: ClassVar[Effect] = Effect.ROUNDING
 
+    cache: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "cache", as_folder(self.cache))
+
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = [] if context.no_compile is None else [context.no_compile]
         if not isinstance(_decoder(pipe), torch.nn.Module):
             reasons.append(f"{type(pipe).__name__} has no vae.decoder")
-        return reasons
+        return reasons + why_not_kept(self.cache, context.device)
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         if _decoder(pipe)._compiled_call_impl is not None:
@@ -43,7 +53,7 @@ class CompileVae(Transform):
                 if weight.tensor.ndim == 4:
                     undo.set_data(weight, weight.tensor.data.contiguous(memory_format=torch.channels_last))
             undo.setattr(decoder, "_compiled_call_impl", None)  # what nn.Module.compile fills in
-            decoder.compile(fullgraph=True)
+            compile_module(decoder, self.cache, fullgraph=True)
         return Applied(("vae.decoder",), undo=undo, note="the first picture compiles")
 
 

@@ -1,0 +1,154 @@
+"""The parts of a picture beside the denoiser, each alone: decoding, encoding prompts, enhancing a prompt."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ladder_measures import TEXT_TOKENS, Job, milliseconds, peak_gb, reset_peak, seconds, sqnr_db
+from ladder_rungs import Change, leave, optimized
+from random_pipeline import SIZES, prompt_of
+
+PROMPTS = 8
+NEW_TOKENS = {"full": 256, "tiny": 8}
+#: A chat template like the published one: "Output:" ends the user's turn, and no generation prompt follows.
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One way to do one part.
+
+    Attributes:
+        what: What it is.
+        change: Makes the stock pipe do it.
+        measure: (pipe, job) -> columns of the row; "out", if there, is compared to that of the group's first.
+    """
+
+    what: str
+    change: Change
+    measure: Callable[[Any, Job], dict[str, Any]]
+
+
+def decode_ms(pipe: Any, job: Job) -> dict[str, Any]:
+    """Time the VAE's decoder on the latents of one picture."""
+    side, channels = job.pixels[0] // pipe.vae_scale_factor * 2, pipe.vae.config.latent_channels
+    generator = torch.Generator().manual_seed(7)
+    latents = torch.randn(1, channels, side, side, generator=generator).to(job.device, torch.bfloat16)
+    return _timed(lambda: pipe.vae.decode(latents, return_dict=False)[0], 20)
+
+
+def encode_ms(pipe: Any, job: Job) -> dict[str, Any]:
+    """Time the encoding of eight prompts of 128 tokens, as the pipeline asks for it."""
+    prompts = [prompt_of(TEXT_TOKENS, seed) for seed in range(PROMPTS)]
+    device = torch.device(job.device)
+    return _timed(lambda: torch.stack(pipe.encode_prompt(prompts, device)), 10)
+
+
+def enhance_part_ms(pipe: Any, job: Job) -> dict[str, Any]:
+    """Time the enhancing of one prompt."""
+    return enhance_ms(pipe, NEW_TOKENS[job.size])
+
+
+def enhance_ms(pipe: Any, new_tokens: int) -> dict[str, Any]:
+    """Time the pipeline's prompt enhancer, through the method that its call uses, for exactly `new_tokens` tokens.
+
+    No token ends the text, and the pipeline asks for as many as the tokenizer's ``model_max_length``. What the
+    enhancer hands to the tokenizer's ``decode`` is counted, where it does.
+    """
+    tokenizer = pipe.pe_tokenizer
+    tokenizer.model_max_length = new_tokens
+    tokenizer.eos_token = None
+    pipe.pe.generation_config.eos_token_id = None
+    counted: list[int] = []
+    decode = tokenizer.decode
+
+    def counting(ids: Any, *args: Any, **kwargs: Any) -> Any:
+        counted.append(len(ids))
+        return decode(ids, *args, **kwargs)
+
+    tokenizer.decode = counting
+    device = next(pipe.pe.parameters()).device
+
+    def enhance() -> None:
+        pipe._enhance_prompt_with_pe(prompt_of(16), device)
+
+    try:
+        row: dict[str, Any] = {"first_call_s": seconds(enhance)}
+        reset_peak()
+        row["ms"] = statistics.median(seconds(enhance) for _ in range(3)) * 1e3
+    finally:
+        del tokenizer.decode
+    if set(counted) - {new_tokens}:
+        raise RuntimeError(f"asked for {new_tokens} new tokens, got {sorted(set(counted))}")
+    return row | {"ms_per_token": row["ms"] / new_tokens, "peak_gb": peak_gb()}
+
+
+def add_enhancer(pipe: Any, size: str) -> None:
+    """Give a random pipeline a prompt enhancer of the published architecture, with random weights, in place."""
+    from transformers import Ministral3Config, Ministral3ForCausalLM
+
+    device, before = next(pipe.transformer.parameters()).device, torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            enhancer = Ministral3ForCausalLM(Ministral3Config(**SIZES[size]["text"], tie_word_embeddings=True))
+    finally:
+        torch.set_default_dtype(before)
+    tokenizer = type(pipe.tokenizer)(
+        tokenizer_object=pipe.tokenizer.backend_tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    enhancer.to(device, torch.bfloat16).eval().requires_grad_(False)
+    pipe.register_modules(pe=enhancer, pe_tokenizer=tokenizer)
+
+
+def _channels_last(pipe: Any, cache: str) -> None:
+    pipe.vae.to(memory_format=torch.channels_last)
+
+
+#: "<part>: <way>" -> how it is done; the first of each part is stock, which the others are compared to. A rung of
+#: another transform is one line: "enhancer: name": Part("what", optimized(lambda a, _: [a.Name()]), enhance_part_ms).
+PARTS: dict[str, Part] = {
+    "vae: stock": Part("VAE decode, diffusers as it is", leave, decode_ms),
+    "vae: channels_last": Part("VAE decode, stock with channels-last weights", _channels_last, decode_ms),
+    "vae: CompileVae": Part("VAE decode, CompileVae", optimized(lambda a, _: [a.CompileVae()]), decode_ms),
+    "prompts: stock": Part("8 prompts encoded, the pipeline's loop", leave, encode_ms),
+    "prompts: BatchPromptEncoding": Part(
+        "8 prompts encoded, BatchPromptEncoding", optimized(lambda a, _: [a.BatchPromptEncoding()]), encode_ms
+    ),
+    "enhancer: stock": Part("one prompt enhanced, diffusers as it is", leave, enhance_part_ms),
+    "enhancer: RewriteEnhancer": Part(
+        "one prompt enhanced, RewriteEnhancer", optimized(lambda a, _: [a.RewriteEnhancer()]), enhance_part_ms
+    ),
+}
+
+
+@torch.no_grad()
+def measure_part(name: str, job: Job) -> dict[str, Any]:
+    """Measure one part in this process."""
+    part, group, pipe = PARTS[name], name.split(":")[0], job.pipeline()
+    if group == "enhancer":
+        add_enhancer(pipe, job.size)
+    optimize_s = seconds(lambda: part.change(pipe, str(job.cache)))
+    row = {"what": part.what, "group": group, "optimize_s": optimize_s, **part.measure(pipe, job)}
+    out = row.pop("out", None)
+    stock = job.folder / f"{group}.pt"
+    if out is not None and name == f"{group}: stock":
+        torch.save(out.cpu(), stock)
+    elif out is not None and stock.exists():
+        expected = torch.load(stock)
+        row["is_stock"] = torch.equal(out.cpu(), expected)
+        row["sqnr_to_stock_db"] = None if row["is_stock"] else sqnr_db(out, expected)  # JSON has no infinity
+    return row
+
+
+def _timed(step: Callable[[], torch.Tensor], repeats: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"first_call_s": seconds(step)}
+    for _ in range(3):
+        step()
+    reset_peak()
+    return row | {"ms": milliseconds(step, repeats), "peak_gb": peak_gb(), "out": step()}

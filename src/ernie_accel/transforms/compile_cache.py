@@ -1,0 +1,115 @@
+"""Keep what inductor compiles in a folder that the user names, without changing a setting of torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: What inductor and Triton read to find their files, and the part of the folder each gets.
+_VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+
+
+@dataclass(frozen=True)
+class InductorIn:
+    """A backend for ``torch.compile``: inductor, with its files in one folder.
+
+    A backend runs whenever a graph is compiled, so the settings hold for that time and no other: not while the model
+    runs, and not for what else is compiled in this process. Equal backends share their graphs, which lets the blocks
+    of a transformer take one.
+
+    Torch's one-file alternative (``torch.compiler.save_cache_artifacts``) would hold what the whole process compiled,
+    has to be written at a moment that somebody chooses, and is unpacked into the shared default folder.
+
+    Attributes:
+        folder: Where the files are. Processes may share it; files are told apart by torch version, device, graph.
+        mode: As in ``torch.compile``.
+        dynamic: As in ``torch.compile``.
+    """
+
+    folder: str
+    mode: str | None
+    dynamic: bool | None
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        from torch._inductor import compile as inductor
+        from torch._inductor import list_mode_options
+
+        options = list_mode_options(self.mode, self.dynamic) if self.mode else None
+        with _files_in(Path(self.folder)):
+            compiled: Callable[..., Any] = inductor(graph, inputs, options=options)
+        return compiled
+
+
+def compile_module(
+    module: torch.nn.Module,
+    folder: str | None,
+    *,
+    fullgraph: bool,
+    dynamic: bool | None = None,
+    mode: str | None = None,
+) -> None:
+    """Compile a module in place; with a folder, what inductor makes is kept there (see `InductorIn`)."""
+    if folder is None:
+        module.compile(fullgraph=fullgraph, dynamic=dynamic, mode=mode)
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)  # now: a folder that cannot be made must not fail the first picture
+    module.compile(backend=InductorIn(folder, mode, dynamic), fullgraph=fullgraph, dynamic=dynamic)
+
+
+def as_folder(cache: str | os.PathLike[str] | None) -> str | None:
+    """Return a folder as plain data, which a transform consists of."""
+    return None if cache is None else os.fspath(cache)
+
+
+def why_not_kept(folder: str | None, device: str) -> list[str]:
+    """Return why compiled code cannot be kept in `folder`, which need not be there yet; empty if it can.
+
+    Args:
+        folder: Where to; None keeps nothing.
+        device: Torch device type that is compiled for.
+    """
+    if folder is None:
+        return []
+    place = Path(folder).absolute()
+    if device == "cpu" and any(letter.isspace() for letter in str(place)):
+        return [
+            f"cache={folder!r}: inductor's C++ compiler command breaks at the space in {place}; give another folder"
+        ]
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        return [f"cache={folder!r}: {place} is a file; give a folder, which is made where it is missing"]
+    if not os.access(place, os.W_OK | os.X_OK):
+        return [f"cache={folder!r}: {place} cannot be written to; give another folder"]
+    return []
+
+
+@contextmanager
+def _files_in(folder: Path) -> Iterator[None]:
+    """Let inductor read and write its files in `folder` for the time of a with-block."""
+    import torch._functorch.config as autograd
+    import torch._inductor.config as inductor
+    from torch._inductor.utils import clear_caches
+
+    before = {name: os.environ.get(name) for name in _VARIABLES}
+    with ExitStack() as scope:
+        scope.enter_context(inductor.patch(fx_graph_cache=True))
+        scope.enter_context(autograd.patch(enable_autograd_cache=True))
+        try:
+            for name, part in _VARIABLES.items():
+                os.environ[name] = str(folder.absolute() / part)
+            clear_caches()  # what was compiled in another folder and is still in memory would be missing in this one
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+            clear_caches()

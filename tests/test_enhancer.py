@@ -1,0 +1,269 @@
+"""The rewritten prompt enhancer: stock's tokens, stock's distribution, and a row that never sees its neighbours."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+
+import ernie_accel
+from ernie_accel import FreeAfterUse, RewriteEnhancer, UnsupportedError
+from ernie_accel.enhancer import decoder
+from ernie_accel.enhancer.decoder import Decoder
+from ernie_accel.enhancer.enhancer import TEMPERATURE, TOP_P, PromptEnhancer, Wish, why_not
+from ernie_accel.enhancer.sampling import Sampling, choose, draws_for
+from tests.pipelines import picture, randomize, tiny_enhancer, tiny_ernie, tiny_tokenizer
+
+CPU = torch.device("cpu")
+PROMPTS = ["a red circle", "two blue squares on the left", "红色的圆", "a big green triangle and a small yellow star"]
+GREEDY = {"temperature": 1.0, "top_p": 1.0}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return ernie_accel.demo.load()
+
+
+def language_model(std=0.3, **settings):
+    model = tiny_enhancer(**settings).eval()
+    randomize(model, std=std)
+    return model
+
+
+def stock_greedy(model, ids, tokens, eos=2):
+    given = torch.tensor([ids])
+    mask = torch.ones_like(given)
+    out = model.generate(
+        input_ids=given, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=eos
+    )
+    return out[0, len(ids) :].tolist()
+
+
+# The same tokens -----------------------------------------------------------------------------------------------------
+
+
+def test_greedy_texts_of_the_trained_enhancer_are_those_of_stock_alone_and_together(trained):
+    stock = [trained._enhance_prompt_with_pe(prompt, CPU, 128, 96, **GREEDY) for prompt in PROMPTS]
+    enhancer = PromptEnhancer(trained.pe, trained.pe_tokenizer)
+    wishes = [Wish(prompt, 128, 96, seed) for seed, prompt in enumerate(PROMPTS)]
+    assert enhancer.enhance(wishes, **GREEDY) == stock
+    assert [enhancer.enhance([wish], **GREEDY)[0] for wish in wishes] == stock
+    assert len(set(stock)) == len(stock)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"num_key_value_heads": 4},
+        {"max_position_embeddings": 64},
+    ],
+    ids=str,
+)
+def test_greedy_tokens_are_those_of_stock_through_a_cache_that_grows_twice(settings, monkeypatch):
+    monkeypatch.setattr(decoder, "_ROOM", 8)
+    model = language_model(**settings)
+    prompts, tokens, never = [[5, 6, 7, 8, 9, 10], [11], [12, 13]], 50, 99
+    mine = Decoder(model).generate(prompts, tokens, [never], None, torch.zeros(3, tokens))
+    assert mine == [stock_greedy(model, ids, tokens, eos=never) for ids in prompts]
+
+
+def test_positions_beyond_the_trained_length_scale_the_queries_as_stock_does():
+    rope = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "rope_theta": 1000.0,
+        "original_max_position_embeddings": 16,
+        "llama_4_scaling_beta": 0.5,
+    }
+    model = language_model(rope_parameters=rope, max_position_embeddings=64)
+    (mine,) = Decoder(model).generate([[5, 6, 7]], 40, [31], None, torch.zeros(1, 40))
+    stock = stock_greedy(model, [5, 6, 7], 40, eos=31)
+    assert mine == stock[: len(mine)]
+    assert len(mine) > 20
+
+
+def test_a_row_stops_at_its_end_and_the_others_go_on():
+    model = language_model()
+    alone = [stock_greedy(model, [5 + i], 30) for i in range(12)]
+    mine = Decoder(model).generate([[5 + i] for i in range(12)], 30, [2], None, torch.zeros(12, 30))
+    assert mine == [row[:-1] if row[-1] == 2 else row for row in alone]
+    assert len(set(map(len, mine))) > 1
+
+
+def test_more_prompts_than_are_decoded_together():
+    model = language_model()
+    prompts = [[3 + i % 20, 4 + i % 7] for i in range(19)]
+    draws = draws_for(range(19), 12)
+    sampling = Sampling(0.6, 10, 0.9)
+    together = Decoder(model).generate(prompts, 12, [2], sampling, draws)
+    assert together == [
+        Decoder(model).generate([prompt], 12, [2], sampling, draws[i : i + 1])[0] for i, prompt in enumerate(prompts)
+    ]
+
+
+# The same distribution -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(50, 0.95), (3, 0.95), (0, 0.5), (0, 1.0), (1, 0.9), (50, 1e-9)])
+def test_tokens_are_drawn_from_the_distribution_that_transformers_computes(top_k, top_p):
+    model, ids = language_model(std=0.2), torch.tensor([[5, 6, 7]])
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=True, temperature=0.6,
+        top_k=top_k, top_p=top_p, pad_token_id=0, eos_token_id=2, output_scores=True, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    expected = out.scores[0][0].softmax(-1)
+    count = 20_000
+    draws = (torch.arange(count) + 0.5) / count  # every random number once: frequencies without noise
+    drawn = choose(out.logits[0].expand(count, -1), Sampling(0.6, top_k, top_p), draws)
+    frequency = torch.bincount(drawn, minlength=32) / count
+    torch.testing.assert_close(frequency, expected, atol=2 / count, rtol=0)
+
+
+def test_the_largest_random_number_still_draws_a_token_that_may_be_drawn():
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]])
+    last = torch.tensor([1.0 - 2**-24])
+    assert choose(logits, Sampling(1.0, 0, 0.6), last).item() == 1
+    assert choose(logits, Sampling(1.0, 2, 1.0), last).item() == 3
+
+
+def test_it_samples_with_what_the_checkpoint_says_or_transformers_default(trained):
+    enhancer, seen = PromptEnhancer(trained.pe, trained.pe_tokenizer), []
+    enhancer._decoder.generate = lambda ids, limit, eos, sampling, draws: seen.append(sampling) or [[5]]
+    enhancer.enhance([Wish("x", 64, 64, 0)])
+    trained.pe.generation_config.top_k = 7
+    enhancer.enhance([Wish("x", 64, 64, 0)])
+    trained.pe.generation_config.top_k = None
+    enhancer.enhance([Wish("x", 64, 64, 0)], **GREEDY)
+    assert seen == [Sampling(TEMPERATURE, 50, TOP_P), Sampling(TEMPERATURE, 7, TOP_P), None]
+    assert type(trained.pe.generation_config)._get_default_generation_params()["top_k"] == 50
+
+
+# Seeds ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_wish_gives_the_same_words_alone_among_others_and_again(trained):
+    enhancer = PromptEnhancer(trained.pe, trained.pe_tokenizer)
+    wishes = [Wish("a red circle", 128, 128, seed) for seed in range(12)]
+    together = enhancer.enhance(wishes)
+    before = torch.get_rng_state()
+    assert [enhancer.enhance([wish])[0] for wish in wishes[::-1]] == together[::-1]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(Counter(together)) > 6
+
+
+def revised(pipe, prompts, **arguments):
+    small = {"height": 64, "width": 64, "num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
+    return pipe(prompts, **(small | arguments)).revised_prompts
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_the_words_come_from_the_generators_of_the_call(trained):
+    pipe = copy.deepcopy(trained)
+    ernie_accel.optimize(pipe, RewriteEnhancer())
+    one, two = revised(pipe, PROMPTS[:2], generator=seeded(5, 6))
+    assert [one] == revised(pipe, PROMPTS[0], generator=seeded(5)[0])
+    assert [two] == revised(pipe, [PROMPTS[1]], generator=seeded(6))
+    assert [one, two] == revised(pipe, PROMPTS[:2], generator=seeded(5)[0])  # one generator: its seed, the next, ...
+    assert revised(pipe, PROMPTS[:2], generator=seeded(5, 5, 6, 6), num_images_per_prompt=2) == [one, two]
+    torch.manual_seed(3)
+    fresh = revised(pipe, PROMPTS[:2])
+    assert fresh != revised(pipe, PROMPTS[:2])
+    torch.manual_seed(3)
+    assert fresh == revised(pipe, PROMPTS[:2])
+
+
+# In the pipe ---------------------------------------------------------------------------------------------------------
+
+
+def test_use_pe_stays_what_it_is_and_restore_gives_stock_back(trained):
+    pipe = copy.deepcopy(trained)
+    before = picture(pipe)
+    ernie_accel.optimize(pipe, RewriteEnhancer())
+    assert torch.equal(picture(pipe), before)
+    assert revised(pipe, "a red circle", use_pe=False) is None
+    ernie_accel.restore(pipe)
+    assert "_enhance_prompt_with_pe" not in vars(pipe)
+    torch.manual_seed(0)
+    stock = revised(pipe, PROMPTS[:2])
+    torch.manual_seed(0)
+    assert stock == revised(trained, PROMPTS[:2])
+
+
+def test_the_method_alone_takes_what_the_method_of_the_pipeline_takes(trained):
+    pipe = copy.deepcopy(trained)
+    ernie_accel.optimize(pipe, RewriteEnhancer())
+    for arguments in ({}, {"width": 96, "height": 128}, {"system_prompt": "Be brief."}):
+        assert pipe._enhance_prompt_with_pe("a red circle", CPU, **arguments, **GREEDY) == (
+            trained._enhance_prompt_with_pe("a red circle", CPU, **arguments, **GREEDY)
+        )
+
+
+def test_an_error_of_the_call_leaves_no_texts_for_the_next(trained):
+    pipe = copy.deepcopy(trained)
+    ernie_accel.optimize(pipe, RewriteEnhancer())
+    with pytest.raises(ValueError, match="negative_prompt"):
+        revised(pipe, PROMPTS[:2], generator=seeded(1, 2), negative_prompt=["one too", "few or", "many"])
+    assert revised(pipe, PROMPTS[0], generator=seeded(5)[0]) == revised(pipe, PROMPTS[0], generator=seeded(5)[0])
+
+
+def test_weights_that_are_freed_after_use_come_back(trained):
+    pipe = copy.deepcopy(trained)
+    ernie_accel.optimize(pipe, RewriteEnhancer())
+    before = revised(pipe, PROMPTS[0], generator=seeded(1)[0])
+    ernie_accel.optimize(pipe, FreeAfterUse(), RewriteEnhancer())
+    for _ in range(2):
+        assert revised(pipe, PROMPTS[0], generator=seeded(1)[0]) == before
+        assert pipe.pe.lm_head.weight.numel() == 0
+
+
+def test_a_limit_of_new_tokens(trained):
+    pipe = copy.deepcopy(trained)
+    ernie_accel.optimize(pipe, RewriteEnhancer(max_new_tokens=3))
+    (text,) = revised(pipe, PROMPTS[0], generator=seeded(1)[0])
+    assert 1 <= len(pipe.pe_tokenizer(text, add_special_tokens=False)["input_ids"]) <= 3
+    with pytest.raises(ValueError, match=">= 1, got 0"):
+        RewriteEnhancer(max_new_tokens=0)
+
+
+def test_a_pipe_without_enhancer_has_nothing_to_do(ernie, flux):
+    for pipe in (ernie, flux):
+        (step,) = ernie_accel.plan(pipe, RewriteEnhancer()).steps
+        assert step.verdict == "nothing to do"
+        assert "has no prompt enhancer" in step.preview.note
+
+
+# What is refused -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda pe: setattr(pe.generation_config, "repetition_penalty", 1.2), "repetition_penalty=1.2"),
+        (lambda pe: setattr(pe.generation_config, "num_beams", 4), "num_beams=4"),
+        (lambda pe: setattr(pe.config, "sliding_window", 8), "slides over 8 tokens"),
+        (lambda pe: pe.config.rope_parameters.update(rope_type="dynamic"), "changes with the length"),
+        (lambda pe: setattr(pe.model.layers[0], "_hf_hook", object()), "layer by layer"),
+    ],
+)
+def test_an_enhancer_that_would_write_something_else_is_refused_with_the_reason(change, reason):
+    pipe = tiny_ernie(enhancer=True)
+    change(pipe.pe)
+    with pytest.raises(UnsupportedError, match=reason):
+        ernie_accel.optimize(pipe, RewriteEnhancer())
+
+
+def test_an_unknown_language_model_is_refused_by_name():
+    (reason,) = why_not(torch.nn.Linear(1, 1), tiny_tokenizer())
+    assert reason == "its prompt enhancer is a Linear, not a Ministral3ForCausalLM"
+
+
+def test_what_is_ignored_in_a_generation_config_is_without_effect_by_default():
+    assert why_not(tiny_enhancer(), tiny_tokenizer()) == []
