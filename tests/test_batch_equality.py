@@ -180,6 +180,13 @@ def test_words_are_drawn_from_the_enhancers_own_distribution():
     assert choose(torch.zeros(count, 3), masked).argmax(dim=-1).eq(1).all()
 
 
+@pytest.mark.parametrize(("top_k", "words"), [(1, 1), (None, 2), (0, 2)])
+def test_words_come_from_as_many_tokens_as_the_checkpoint_says(enhancing_pipe, monkeypatch, top_k, words):
+    monkeypatch.setattr(enhancing_pipe.pe.generation_config, "top_k", top_k)
+    texts = {enhanced(enhancing_pipe, [Request(**{**vars(request(0)), "seed": seed})])[0] for seed in range(8)}
+    assert len(texts) == 1 if words == 1 else len(texts) >= words
+
+
 def test_encoders_leave_the_device_and_come_back():
     pipe = tiny_ernie()
     encoder = pipe.text_encoder

@@ -18,6 +18,7 @@ _KEPT = 1024  # prompts whose embeddings are kept in host memory
 # As `ErnieImagePipeline._enhance_prompt_with_pe` samples.
 _TEMPERATURE = 0.6
 _TOP_P = 0.95
+_DEFAULT_TOP_K = 50  # what `generate` samples from where a checkpoint does not say, 0: from all
 
 
 class PromptStage:
@@ -134,6 +135,7 @@ class PromptStage:
         from transformers.generation.logits_process import (
             LogitsProcessorList,
             TemperatureLogitsWarper,
+            TopKLogitsWarper,
             TopPLogitsWarper,
         )
 
@@ -146,6 +148,8 @@ class PromptStage:
         padded = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
         new_tokens = min(tokenizer.model_max_length, ERNIE_IMAGE.max_prompt_tokens or 2048)
+        top_k = self._pipe.pe.generation_config.top_k
+        top_k = _DEFAULT_TOP_K if top_k is None else top_k
         with torch.no_grad():
             output = self._pipe.pe.generate(
                 input_ids=padded,
@@ -155,6 +159,7 @@ class PromptStage:
                 logits_processor=LogitsProcessorList(
                     [
                         TemperatureLogitsWarper(_TEMPERATURE),
+                        *([TopKLogitsWarper(top_k)] if top_k else []),
                         TopPLogitsWarper(_TOP_P),
                         _choose_by_seed([request.seed for request in requests], new_tokens, longest, expired),
                     ]
