@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ladder_measures import TEXT_TOKENS, Job, milliseconds, peak_gb, reset_peak, seconds, sqnr_db
+from ladder_measures import STEPS, TEXT_TOKENS, Job, milliseconds, peak_gb, reset_peak, seconds, sqnr_db
 from ladder_rungs import Change, leave, optimized
 from random_pipeline import SIZES, prompt_of
 
@@ -54,10 +55,54 @@ def enhance_part_ms(pipe: Any, job: Job) -> dict[str, Any]:
 
 
 def enhance_ms(pipe: Any, new_tokens: int) -> dict[str, Any]:
-    """Time the pipeline's prompt enhancer, through the method that its call uses, for exactly `new_tokens` tokens.
+    """Time the pipeline's prompt enhancer, through the method that its call uses, for exactly `new_tokens` tokens."""
+    device = next(pipe.pe.parameters()).device
+    with exactly(pipe, new_tokens):
+        row = _timed_alone(lambda: pipe._enhance_prompt_with_pe(prompt_of(16), device))
+    return row | {"ms_per_token": row["ms"] / new_tokens}
+
+
+def enhance_eight_ms(pipe: Any, job: Job) -> dict[str, Any]:
+    """Time the enhancing of the prompts of a call with eight; the time of a token is that of all eight."""
+    device, wishes = next(pipe.pe.parameters()).device, [prompt_of(16, seed) for seed in range(PROMPTS)]
+    around = getattr(pipe, "_around_enhancer", None)
+    arguments: dict[str, Any] = {"prompt": wishes, "prompt_embeds": None, "use_pe": True, "generator": None}
+    arguments |= {"num_images_per_prompt": 1, "width": 1024, "height": 1024}
+
+    def enhance() -> None:
+        if around is None:
+            for wish in wishes:
+                pipe._enhance_prompt_with_pe(wish, device)
+        else:
+            around(lambda given: None, arguments)
+
+    with exactly(pipe, NEW_TOKENS[job.size]):
+        row = _timed_alone(enhance)
+    return row | {"ms_per_token": row["ms"] / NEW_TOKENS[job.size]}
+
+
+def picture_ms(pipe: Any, job: Job) -> dict[str, Any]:
+    """Time a whole picture with prompt enhancer, whose text is then taken to be one of 128 tokens."""
+    side = job.pixels[0]
+    with exactly(pipe, NEW_TOKENS[job.size], then=prompt_of(TEXT_TOKENS)):
+        return _timed_alone(
+            lambda: pipe(
+                prompt_of(16), height=side, width=side, num_inference_steps=STEPS, guidance_scale=1.0, output_type="pt"
+            )
+        )
+
+
+@contextlib.contextmanager
+def exactly(pipe: Any, new_tokens: int, then: str | None = None) -> Iterator[None]:
+    """Let a pipe's enhancer write exactly `new_tokens` tokens for every prompt in a with-block, or raise.
 
     No token ends the text, and the pipeline asks for as many as the tokenizer's ``model_max_length``. What the
-    enhancer hands to the tokenizer's ``decode`` is counted, where it does.
+    enhancer hands to the tokenizer's ``decode`` is counted.
+
+    Args:
+        pipe: A pipeline with prompt enhancer.
+        new_tokens: How many.
+        then: What the tokens are decoded to; default: what they stand for.
     """
     tokenizer = pipe.pe_tokenizer
     tokenizer.model_max_length = new_tokens
@@ -68,23 +113,15 @@ def enhance_ms(pipe: Any, new_tokens: int) -> dict[str, Any]:
 
     def counting(ids: Any, *args: Any, **kwargs: Any) -> Any:
         counted.append(len(ids))
-        return decode(ids, *args, **kwargs)
+        return decode(ids, *args, **kwargs) if then is None else then
 
     tokenizer.decode = counting
-    device = next(pipe.pe.parameters()).device
-
-    def enhance() -> None:
-        pipe._enhance_prompt_with_pe(prompt_of(16), device)
-
     try:
-        row: dict[str, Any] = {"first_call_s": seconds(enhance)}
-        reset_peak()
-        row["ms"] = statistics.median(seconds(enhance) for _ in range(3)) * 1e3
+        yield
     finally:
         del tokenizer.decode
-    if set(counted) - {new_tokens}:
+    if set(counted) != {new_tokens}:
         raise RuntimeError(f"asked for {new_tokens} new tokens, got {sorted(set(counted))}")
-    return row | {"ms_per_token": row["ms"] / new_tokens, "peak_gb": peak_gb()}
 
 
 def add_enhancer(pipe: Any, size: str) -> None:
@@ -110,6 +147,11 @@ def _channels_last(pipe: Any, cache: str) -> None:
     pipe.vae.to(memory_format=torch.channels_last)
 
 
+def _fp8_enhancer(package: Any) -> list[Any]:
+    quantize = package.Quantize("fp8-weight-only", components=("pe",), keep_originals=False)
+    return [quantize, package.RewriteEnhancer()]
+
+
 #: "<part>: <way>" -> how it is done; the first of each part is stock, which the others are compared to. A rung of
 #: another transform is one line: "enhancer: name": Part("what", optimized(lambda a, _: [a.Name()]), enhance_part_ms).
 PARTS: dict[str, Part] = {
@@ -124,6 +166,27 @@ PARTS: dict[str, Part] = {
     "enhancer: RewriteEnhancer": Part(
         "one prompt enhanced, RewriteEnhancer", optimized(lambda a, _: [a.RewriteEnhancer()]), enhance_part_ms
     ),
+    "enhancer: RewriteEnhancer fp8": Part(
+        "one prompt enhanced, with fp8-weight-only", optimized(lambda a, _: _fp8_enhancer(a)), enhance_part_ms
+    ),
+    "8 prompts enhanced: stock": Part("8 prompts enhanced, the pipeline's loop", leave, enhance_eight_ms),
+    "8 prompts enhanced: RewriteEnhancer": Part(
+        "8 prompts enhanced, RewriteEnhancer", optimized(lambda a, _: [a.RewriteEnhancer()]), enhance_eight_ms
+    ),
+    "picture with enhancer: stock": Part("a picture with enhancer, diffusers as it is", leave, picture_ms),
+    "picture with enhancer: turbo-bf16": Part(
+        "a picture with enhancer, turbo-bf16", optimized(lambda a, _: [], "turbo-bf16"), picture_ms
+    ),
+    "picture with enhancer: turbo-fp8": Part(
+        "a picture with enhancer, turbo-fp8",
+        optimized(lambda a, _: [a.FuseKernels("fp8", keep_originals=False)], "turbo-fp8"),
+        picture_ms,
+    ),
+    "picture with enhancer: turbo-fp8, fp8 enhancer": Part(
+        "a picture with enhancer, turbo-fp8 and the enhancer in fp8-weight-only",
+        optimized(lambda a, _: [a.FuseKernels("fp8", keep_originals=False), *_fp8_enhancer(a)], "turbo-fp8"),
+        picture_ms,
+    ),
 }
 
 
@@ -131,7 +194,7 @@ PARTS: dict[str, Part] = {
 def measure_part(name: str, job: Job) -> dict[str, Any]:
     """Measure one part in this process."""
     part, group, pipe = PARTS[name], name.split(":")[0], job.pipeline()
-    if group == "enhancer":
+    if "enhance" in group:
         add_enhancer(pipe, job.size)
     optimize_s = seconds(lambda: part.change(pipe, str(job.cache)))
     row = {"what": part.what, "group": group, "optimize_s": optimize_s, **part.measure(pipe, job)}
@@ -144,6 +207,14 @@ def measure_part(name: str, job: Job) -> dict[str, Any]:
         row["is_stock"] = torch.equal(out.cpu(), expected)
         row["sqnr_to_stock_db"] = None if row["is_stock"] else sqnr_db(out, expected)  # JSON has no infinity
     return row
+
+
+def _timed_alone(step: Callable[[], object]) -> dict[str, Any]:
+    """Time something that takes long, and gives nothing to compare, by itself."""
+    row: dict[str, Any] = {"first_call_s": seconds(step)}
+    reset_peak()
+    row["ms"] = statistics.median(seconds(step) for _ in range(3)) * 1e3
+    return row | {"peak_gb": peak_gb()}
 
 
 def _timed(step: Callable[[], torch.Tensor], repeats: int) -> dict[str, Any]:

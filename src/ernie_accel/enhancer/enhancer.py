@@ -99,7 +99,8 @@ class PromptEnhancer:
             sampling = Sampling(temperature, _DEFAULT_TOP_K if top_k is None else top_k, top_p)
         draws_bt = draws_for([wish.seed for wish in wishes], limit)
         _wake(self._model)
-        answers = self._decoder.generate(ids, limit, [self._tokenizer.eos_token_id], sampling, draws_bt)
+        end = self._tokenizer.eos_token_id
+        answers = self._decoder.generate(ids, limit, [] if end is None else [end], sampling, draws_bt)
         return [self._tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
 
     def _ids(self, wish: Wish, system_prompt: str | None) -> list[int]:
@@ -119,8 +120,6 @@ def why_not(model: Any, tokenizer: Any) -> list[str]:
         reasons.append("its rotary embedding changes with the length of the text")
     if model.config.sliding_window is not None:
         reasons.append(f"its attention slides over {model.config.sliding_window} tokens")
-    if tokenizer.eos_token_id is None:
-        reasons.append("its tokenizer has no end-of-sequence token")
     for name, values in _WITHOUT_EFFECT.items():
         value = getattr(model.generation_config, name, None)
         if value not in values:
