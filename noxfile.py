@@ -8,7 +8,13 @@ nox.options.sessions = ["lint", "typing", "tests", "lite", "docs", "demo"]
 nox.options.reuse_existing_virtualenvs = True
 
 LINT = ("ruff>=0.9",)
-TEST = ("pytest>=8", "scikit-image>=0.24", "peft>=0.17", "triton>=3; sys_platform == 'linux'")
+TEST = (
+    "pytest>=8",
+    "scikit-image>=0.24",
+    "peft>=0.17",
+    "prometheus-client>=0.20",
+    "triton>=3; sys_platform == 'linux'",
+)
 
 
 @nox.session

@@ -38,3 +38,24 @@ class StepPipe:
 
 def load_nothing():
     raise FileNotFoundError("no weights here")
+
+
+def load_tiny_ernie():
+    from tests.pipelines import tiny_ernie
+
+    return tiny_ernie()
+
+
+def load_ernie_that_hangs_on(prompt):
+    """Return a pipeline whose text encoder never comes back from a batch with the prompt."""
+    pipe = load_tiny_ernie()
+    tokens = pipe.tokenizer(prompt)["input_ids"]
+    forward = pipe.text_encoder.forward
+
+    def hang_or_encode(*arguments, input_ids, **options):
+        if any(row[: len(tokens)] == tokens for row in input_ids.tolist()):
+            time.sleep(60)
+        return forward(*arguments, input_ids=input_ids, **options)
+
+    pipe.text_encoder.forward = hang_or_encode
+    return pipe

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import ernie_accel
 from ernie_accel.batch import Row, produce
 from ernie_accel.batch.engines import LocalEngine, Request
 from tests.pipelines import randomize, tiny_ernie, tiny_tokenizer
@@ -180,6 +181,13 @@ def test_words_are_drawn_from_the_enhancers_own_distribution():
     assert choose(torch.zeros(count, 3), masked).argmax(dim=-1).eq(1).all()
 
 
+@pytest.mark.parametrize(("top_k", "words"), [(1, 1), (None, 2), (0, 2)])
+def test_words_come_from_as_many_tokens_as_the_checkpoint_says(enhancing_pipe, monkeypatch, top_k, words):
+    monkeypatch.setattr(enhancing_pipe.pe.generation_config, "top_k", top_k)
+    texts = {enhanced(enhancing_pipe, [Request(**{**vars(request(0)), "seed": seed})])[0] for seed in range(8)}
+    assert len(texts) == 1 if words == 1 else len(texts) >= words
+
+
 def test_encoders_leave_the_device_and_come_back():
     pipe = tiny_ernie()
     encoder = pipe.text_encoder
@@ -194,3 +202,17 @@ def test_encoders_leave_the_device_and_come_back():
     assert np.abs(pixels(unprepared) - pixels(stock(tiny_ernie(), request(1)))).max() <= 1
     engine.close()
     assert pipe.text_encoder is encoder
+
+
+def test_a_preset_that_changes_how_prompts_are_encoded_changes_no_embedding():
+    plain, changed = tiny_ernie(), tiny_ernie()
+    ernie_accel.optimize(changed, ernie_accel.BatchPromptEncoding())
+    requests = [request(i) for i in range(len(PROMPTS))]
+    for one, other in zip(encoded(plain, requests), encoded(changed, requests), strict=True):
+        assert torch.equal(one, other)
+
+
+def encoded(pipe, requests):
+    engine = LocalEngine(pipe)
+    engine.prepare(requests)
+    return [engine._prompts.arguments([one])["prompt_embeds"][0] for one in requests]

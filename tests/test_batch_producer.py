@@ -70,6 +70,23 @@ def test_aproduce_returns_all_results_and_tells_each(tmp_path):
     assert told == results
 
 
+@pytest.mark.parametrize("count", [1, 200])
+def test_what_on_result_raises_stops_the_job_and_is_passed_on(tmp_path, count):
+    engine = StubEngine(seconds=0.01)
+
+    async def refuse(result):
+        raise LookupError("no room for it")
+
+    async def job():
+        options = {"on_result": refuse, "batch_size": 1, "progress": False}
+        await asyncio.wait_for(aproduce(engine, make_rows(count), tmp_path, **options), 60)
+
+    with pytest.raises(LookupError, match="no room for it"):
+        asyncio.run(job())
+    assert 1 <= len(engine.batches) < 100
+    assert len(list(tmp_path.glob("*.png"))) == len(engine.batches)
+
+
 def test_cancelling_aproduce_finishes_the_batch_and_stops(tmp_path):
     engine = StubEngine(seconds=0.02)
 

@@ -10,8 +10,9 @@ import pytest
 import ray
 
 from ernie_accel.batch import produce
+from ernie_accel.batch.engines import Request
 from tests.stub_engine import make_rows
-from tests.stub_pipes import StepPipe
+from tests.stub_pipes import StepPipe, load_tiny_ernie
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +48,17 @@ def test_rows_of_a_killed_actor_are_made_by_the_other(cluster, tmp_path):
     with sqlite3.connect(tmp_path / "out" / ".ernie-accel" / "ledger.sqlite") as ledger:
         assert dict(ledger.execute("SELECT state, count(*) FROM rows GROUP BY state")) == {"done": 9, "failed": 1}
     assert (tmp_path / "crashed").exists()
+
+
+def test_rows_are_bucketed_by_the_length_of_their_prompt(cluster):
+    from ernie_accel.batch.engines.ray import RayEngine
+
+    engine = RayEngine(load_tiny_ernie, actors=1, num_gpus=0, num_cpus=1)
+    try:
+        short, other, long = (
+            Request(prompt=prompt, seed=0) for prompt in ("a red circle", "a blue square on", "a red circle " * 4)
+        )
+        assert engine.bucket(short) == engine.bucket(other) == (short.shape(), 4)
+        assert engine.bucket(long) == (short.shape(), 16)
+    finally:
+        engine.close()

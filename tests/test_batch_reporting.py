@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ernie_accel.batch import produce
+from ernie_accel.batch import Sift, produce
 from ernie_accel.batch.report import write_report
 from ernie_accel.batch.telemetry import Telemetry, percentile, prometheus_text
 from ernie_accel.core.errors import ErnieAccelError
@@ -58,7 +58,7 @@ def test_machines_get_json_lines_and_prometheus_text(tmp_path):
     assert "ernie_accel_pictures_done_total 5\n" in text
     assert re.search(r"^ernie_accel_latency_p95_seconds [\d.e-]+$", text, flags=re.MULTILINE)
     for line in text.splitlines():
-        assert re.fullmatch(r"# TYPE \w+ (counter|gauge)|\w+ [\d.e+-]+", line)
+        assert re.fullmatch(r"# HELP \w+ .+|# TYPE \w+ (counter|gauge)|\w+ [\d.e+-]+", line)
 
 
 def test_what_is_not_known_is_left_out_of_the_metrics():
@@ -83,6 +83,15 @@ def test_the_report_tells_counts_reasons_and_cost(tmp_path):
     assert "<bad>" not in page
     assert page.count("data:image/png;base64,") == 1
     assert page.count("<svg") == 2
+
+
+def test_rejections_are_counted_by_their_kind(tmp_path):
+    list(produce(StubEngine(), make_rows(5, seed=1), tmp_path, progress=False, sift=Sift(duplicate_bits=0)))
+    write_report(tmp_path)
+    markdown = (tmp_path / "report.md").read_text()
+    assert "| rejected | 4 |" in markdown
+    assert "| 4 | rejected: near-duplicate |" in markdown
+    assert re.search(r"\| \d \| 00\d.png \| rejected: near-duplicate of 00\d.png: 0 of 64 bits differ", markdown)
 
 
 def test_a_power_price_needs_the_power(tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from ernie_accel.batch import Sift, produce
-from ernie_accel.batch.sieve import Sieve, difference_hash, grid_strength, sharpness
+from ernie_accel.batch.sieve import Sieve, bits_set, difference_hash, grid_strength, sharpness
 from ernie_accel.core.errors import ErnieAccelError
 from tests.stub_engine import StubEngine, make_rows
 
@@ -71,6 +73,26 @@ def test_hashes_of_earlier_runs_count():
     assert "near-duplicate of old.png" in Sieve(Sift(duplicate_bits=0), known).look(scene(1), "new.png").reason
 
 
+def test_a_picture_made_again_is_still_compared_with_the_others():
+    digest = difference_hash(scene(1))
+    known = [(f"{digest:016x}", "again.png"), (f"{digest ^ 1:016x}", "other.png")]
+    assert Sieve(Sift(duplicate_bits=0), known).look(scene(1), "again.png").reason is None
+    found = Sieve(Sift(duplicate_bits=1), known).look(scene(1), "again.png").reason
+    assert found == "near-duplicate of other.png: 1 of 64 bits differ, no more than 1"
+
+
+def test_more_hashes_than_there_was_room_for_are_all_known():
+    known = [(f"{i << 40:016x}", f"{i}.png") for i in range(3000)]
+    digest = difference_hash(scene(1))
+    sieve = Sieve(Sift(duplicate_bits=0), [*known, (f"{digest:016x}", "last.png")])
+    assert "near-duplicate of last.png: 0 of 64" in sieve.look(scene(1), "new.png").reason
+
+
+def test_bits_are_counted_as_python_counts_them():
+    numbers = [0, 1, 2**63, 2**64 - 1, *(random.Random(0).getrandbits(64) for _ in range(500))]
+    assert bits_set(np.array(numbers, dtype=np.uint64)).tolist() == [bin(number).count("1") for number in numbers]
+
+
 @pytest.mark.parametrize("bad", [{"blank_std": -1}, {"duplicate_bits": 65}, {"reroll": -1}, {"grid_ratio": 0.5}])
 def test_thresholds_out_of_range_are_named(bad):
     with pytest.raises(ErnieAccelError, match="is not within"):
@@ -114,6 +136,16 @@ def test_a_rejected_picture_is_tried_with_another_seed(tmp_path):
     with Image.open(result.path) as picture:
         assert picture.text["seed"] == str(result.seed)
     assert [path.name for path in (tmp_path / "rejected").iterdir()] == ["000.png"]
+
+
+def test_a_rejected_picture_leaves_no_older_one_in_its_place(tmp_path):
+    run(BlankFor(), make_rows(2), tmp_path, sift=Sift())
+    kept = (tmp_path / "000.png").read_bytes()
+    changed = [make_rows(1)[0], make_rows(2, seed=8)[1]]
+    (bad,) = run(BlankFor(8), changed, tmp_path, sift=Sift(), overwrite=True)
+    assert bad.rejected
+    assert not (tmp_path / "001.png").exists()
+    assert (tmp_path / "000.png").read_bytes() == kept
 
 
 def test_rerolls_end(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 # turn into that module as soon as anybody imports it. All of these are light.
 from ernie_accel.batch.errors import BatchChangedError, BatchInputError, BatchOutputError
 from ernie_accel.batch.line import Result
+from ernie_accel.batch.metrics import MetricsServer
 from ernie_accel.batch.produce import aproduce, produce
 from ernie_accel.batch.producer import Producer
 from ernie_accel.batch.row import Row
@@ -20,6 +21,7 @@ __all__ = [
     "BatchChangedError",
     "BatchInputError",
     "BatchOutputError",
+    "MetricsServer",
     "Producer",
     "Result",
     "Row",

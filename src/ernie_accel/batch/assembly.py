@@ -38,12 +38,14 @@ def assemble(
     if sift is not None:
         from ernie_accel.batch.sieve import Sieve  # here, because it loads numpy
 
-        known = [(entry.hash, entry.path) for entry in ledger.entries() if entry.state == "done" and entry.hash]
-        sieve = Sieve(sift, known)
-    writer = Writer(out, dict(facts or {}) | {"version": __version__}, threads=writers, ahead=4 * writers, sieve=sieve)
+        sieve = Sieve(sift, ledger.hashes())
     limit = engine.max_batch if batch_size is None else min(batch_size, engine.max_batch)
+    # Room for two whole batches: with less, the engine would stand still until part of the first one is written.
+    ahead = max(4 * writers, 2 * limit * engine.slots)
+    writer = Writer(out, dict(facts or {}) | {"version": __version__}, threads=writers, ahead=ahead, sieve=sieve)
     schedule = Schedule(
         lambda task: engine.bucket(task.current()),
+        kin_of=lambda task: task.request.shape(),
         limit=limit,
         start=1 if batch_size is None else limit,
         probe=batch_size is None,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -14,13 +15,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ernie_accel.batch.errors import BatchOutputError
 from ernie_accel.batch.job import Job, plan_job
 
 if TYPE_CHECKING:
     from ernie_accel.batch.engines import Engine
     from ernie_accel.batch.errors import Problem
+    from ernie_accel.batch.metrics import MetricsServer
+    from ernie_accel.batch.row import Row
 
 EXIT_FAILED, EXIT_INTERRUPTED = 3, 130
+
+_POWER_EVERY_S = 5.0
 
 
 def batch_command(
@@ -61,6 +67,10 @@ def batch_command(
     watts: Annotated[float | None, typer.Option(min=0, help="Power drawn, where it cannot be measured.")] = None,
     log_json: Annotated[Path | None, typer.Option(help="Append the job's state as JSON lines.")] = None,
     prometheus: Annotated[Path | None, typer.Option(help="Keep the job's state in Prometheus' text format.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Serve the same at http://127.0.0.1:PORT/metrics; 0: any free.")
+    ] = None,
+    metrics_host: Annotated[str | None, typer.Option(help="Listen there instead; 0.0.0.0: on every network.")] = None,
 ) -> None:
     """Make the pictures of a table; run again, it goes on. Exit codes: 0 all done, 3 some failed, 130 interrupted."""
     given = dict(locals())
@@ -75,7 +85,7 @@ def batch_command(
 
 def run_job(job: Job) -> int:
     """Run a job, tell how it went, and return the exit code."""
-    from ernie_accel.batch import produce, read_table
+    from ernie_accel.batch import read_table
     from ernie_accel.batch.report import write_report
     from ernie_accel.cli import EMBEDDED_SIZE_PX
 
@@ -91,44 +101,117 @@ def run_job(job: Job) -> int:
     )
     for line, problem in skipped:
         typer.echo(f"{job.input_file}:{line}: left out: {problem}", err=True)
-    engine, facts = _engine(job)
-    start, done, failed = time.perf_counter(), 0, 0
-    try:
+    power = _Power(job)
+    _check_outputs(job)
+    with _metrics(job) as metrics:
+        engine, facts = _engine(job)
+        start = time.perf_counter()
         with _interruptible() as interrupted:
-            results = produce(
-                engine,
-                rows,
-                job.output_dir,
-                seed=job.seed,
-                overwrite=job.overwrite,
-                batch_size=job.batch_size,
-                retries=job.retries,
-                fail_fast=job.fail_fast,
-                timeout_s=job.timeout,
-                sift=job.sifting(),
-                facts=facts,
-                log_json=job.log_json,
-                prometheus=job.prometheus,
-                stop=lambda: bool(interrupted),
-            )
-            for result in results:
-                done += result.error is None
-                failed += result.error is not None
-                if result.error is not None:
-                    where = f"{job.input_file}:{result.row.line}: {result.row.path}"
-                    typer.echo(f"{where} {'' if result.rejected else 'failed: '}{result.error}", err=True)
-    finally:
-        engine.close()
-    seconds = time.perf_counter() - start
-    before = len(rows) - done - failed
+            done, failed, rejected = _make(job, rows, engine, facts, metrics, lambda: bool(interrupted), power.look)
+        seconds = time.perf_counter() - start
+    before = len(rows) - done - failed - rejected
     if job.report:
-        write_report(job.output_dir, gpu_price=job.gpu_price, power_price=job.power_price, watts=job.watts)
-    rest = f", {before} {'not begun' if interrupted else 'done before or not begun'}" if before else ""
+        write_report(job.output_dir, gpu_price=job.gpu_price, power_price=job.power_price, watts=power.watts)
+    rest = f", {rejected} rejected" if rejected else ""
+    rest += f", {before} {'not begun' if interrupted else 'done before or not begun'}" if before else ""
     typer.echo(f"{done} succeeded, {failed} failed{rest}, in {seconds:.1f} s: {job.output_dir.resolve()}")
     if interrupted:
         typer.echo("Interrupted; run the same command again to go on.", err=True)
         return EXIT_INTERRUPTED
-    return EXIT_FAILED if failed else 0
+    return EXIT_FAILED if failed or rejected else 0
+
+
+def _check_outputs(job: Job) -> None:
+    """Refuse a folder or file that cannot be written now, and not after the model was loaded."""
+    from ernie_accel.batch.assembly import prepare_folder
+
+    prepare_folder(job.output_dir)
+    for path in filter(None, (job.log_json, job.prometheus)):
+        prepare_folder(path.parent)
+        if path.is_dir():
+            raise BatchOutputError(path.parent, [(None, f"{path.name!r} is a folder; choose another name")])
+
+
+class _Power:
+    """The power drawn while pictures are made, for their cost; afterwards the GPU would be idle."""
+
+    def __init__(self, job: Job) -> None:
+        from ernie_accel.batch import report
+
+        self._given, self._samples, self._next = job.watts, list[float](), 0.0
+        self._wanted = job.report and job.power_price is not None and job.watts is None
+        if self._wanted and report.measured_watts() is None:
+            raise report.no_watts()
+
+    def look(self) -> None:
+        """Measure, at most every few seconds."""
+        from ernie_accel.batch import report
+
+        if self._wanted and time.monotonic() >= self._next and (watts := report.measured_watts()) is not None:
+            self._samples.append(watts)
+            self._next = time.monotonic() + _POWER_EVERY_S
+
+    @property
+    def watts(self) -> float | None:
+        """As given, or the mean of what was measured."""
+        return statistics.fmean(self._samples) if self._samples else self._given
+
+
+def _make(
+    job: Job,
+    rows: Sequence[Row],
+    engine: Engine,
+    facts: Mapping[str, str],
+    metrics: MetricsServer | None,
+    stop: Callable[[], bool],
+    look: Callable[[], None],
+) -> tuple[int, int, int]:
+    """Make the pictures, tell of those that failed, and return how many were made, failed and were rejected."""
+    from ernie_accel.batch import produce
+
+    done = failed = rejected = 0
+    try:
+        results = produce(
+            engine,
+            rows,
+            job.output_dir,
+            seed=job.seed,
+            overwrite=job.overwrite,
+            batch_size=job.batch_size,
+            retries=job.retries,
+            fail_fast=job.fail_fast,
+            timeout_s=job.timeout,
+            sift=job.sifting(),
+            facts=facts,
+            log_json=job.log_json,
+            prometheus=job.prometheus,
+            metrics=metrics,
+            stop=stop,
+        )
+        for result in results:
+            look()
+            done += result.error is None
+            rejected += result.rejected
+            failed += result.error is not None and not result.rejected
+            if result.error is not None:
+                where = f"{job.input_file}:{result.row.line}: {result.row.path}"
+                typer.echo(f"{where} {'' if result.rejected else 'failed: '}{result.error}", err=True)
+    finally:
+        engine.close()
+    return done, failed, rejected
+
+
+@contextmanager
+def _metrics(job: Job) -> Iterator[MetricsServer | None]:
+    """Serve the job's metrics if that was asked for, from now: a port in use must not cost loading a model."""
+    from ernie_accel.batch.metrics import MetricsServer
+
+    if job.metrics_port is None:
+        yield None
+        return
+    with MetricsServer(job.metrics_port, host=job.metrics_host) as metrics:
+        typer.echo(f"Metrics: {metrics.url}", err=True)
+        yield metrics
 
 
 def _engine(job: Job) -> tuple[Engine, dict[str, str]]:
@@ -153,7 +236,7 @@ def _engine(job: Job) -> tuple[Engine, dict[str, str]]:
     if job.timeout is not None:
         from ernie_accel.batch.engines.process import ProcessEngine
 
-        return ProcessEngine(load, max_batch=job.batch_size), facts
+        return ProcessEngine(load, max_batch=job.batch_size, free_encoders=job.free_encoders), facts
     from ernie_accel.core.optimize import report
 
     pipe = load()

@@ -1,4 +1,4 @@
-"""Tell what stops a batch, bad input rows or an unusable folder, with every problem found in one message."""
+"""Tell what stops a batch, bad input rows, an unusable folder or port, with every problem found in one message."""
 
 from __future__ import annotations
 
@@ -67,6 +67,24 @@ class BatchChangedError(ErnieAccelError):
         """Return the heading, one line per change, and the ways out."""
         fix = "Change it back, choose another output, or allow overwriting: then what changed is made again."
         return _listing(f"Cannot go on with the job in '{self.path}': it has changed", self.problems, fix)
+
+
+class MetricsServerError(ErnieAccelError):
+    """The metrics cannot be served at the address that was asked for.
+
+    Attributes:
+        host: The address to listen at.
+        port: The port.
+        reason: Why not, with the fix.
+    """
+
+    def __init__(self, host: str, port: int, reason: str) -> None:
+        self.host, self.port, self.reason = host, port, reason
+        super().__init__(host, port, reason)
+
+    def __str__(self) -> str:
+        """Return the address and the reason."""
+        return f"Cannot serve metrics at {self.host}:{self.port}: {self.reason}"
 
 
 def _listing(heading: str, problems: Sequence[Problem], ending: str) -> str:

@@ -34,6 +34,7 @@ class Records:
     rows: list[tuple[int, Columns | None]] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     row_problems: list[Problem] = field(default_factory=list)
+    _seen: set[str] = field(default_factory=set)
 
     def add(self, line: int, value: object) -> None:
         """Add a row given as a mapping of scalars; anything else is noted as a problem of its line."""
@@ -43,7 +44,8 @@ class Records:
             self.row_problems.append((line, f'is {found}; expected an object such as {{"prompt": "a red mug"}}'))
         self.rows.append((line, None if fields is None else Columns(fields)))
         for name in fields or ():
-            if name not in self.columns:
+            if name not in self._seen:
+                self._seen.add(name)
                 self.columns.append(name)
 
     def complete(self) -> Records:
@@ -73,10 +75,11 @@ def read_json(path: Path, text: str) -> Records:
     position = _SPACE.match(text).end()  # type: ignore[union-attr]  # the pattern matches everywhere
     if text[position : position + 1] != "[":
         raise BatchInputError(path, [(1, 'is no JSON array; expected [{"prompt": "a red mug"}, ...]')])
+    line, counted = 1, 0  # lines are counted on from row to row: from the start each time would be quadratic
     position += 1
     while True:
         position = _SPACE.match(text, position).end()  # type: ignore[union-attr]
-        line = text.count("\n", 0, position) + 1
+        line, counted = line + text.count("\n", counted, position), position
         if text[position : position + 1] == "]":
             return records.complete()
         try:
@@ -117,7 +120,7 @@ def read_parquet(path: Path) -> Records:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise BatchInputError(path, [(None, f"cannot be read as Parquet ({error})")]) from error
-    records = Records(columns=list(table.column_names))
+    records = Records(columns=list(table.column_names), _seen=set(table.column_names))
     for line, value in enumerate(table.to_pylist(), start=1):
         records.add(line, value)
     return records.complete()

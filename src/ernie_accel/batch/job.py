@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ernie_accel.batch.errors import BatchInputError, Problem
+from ernie_accel.batch.row import MAX_SEED
 from ernie_accel.batch.sift import Sift
+from ernie_accel.core.errors import ErnieAccelError
 
 JOB_SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -61,6 +63,8 @@ class Job:
         watts: Power drawn, in watts, where it cannot be measured.
         log_json: File for JSON lines.
         prometheus: File in Prometheus' text format.
+        metrics_port: Port at which a Prometheus can scrape the same; 0: any that is free.
+        metrics_host: Address to listen at for that.
     """
 
     input_file: Path
@@ -96,6 +100,8 @@ class Job:
     watts: float | None = None
     log_json: Path | None = None
     prometheus: Path | None = None
+    metrics_port: int | None = None
+    metrics_host: str = "127.0.0.1"
 
     def sifting(self) -> Sift | None:
         """Return what is sifted out; None: nothing was asked for."""
@@ -104,6 +110,22 @@ class Job:
         return Sift(blur_variance=self.blur, duplicate_bits=self.duplicates, reroll=self.reroll)
 
 
+_RANGES: Mapping[str, tuple[float, float | None]] = {
+    "seed": (0, MAX_SEED),
+    "batch_size": (1, None),
+    "retries": (0, None),
+    "timeout": (0.1, None),
+    "max_concurrent": (1, None),
+    "ray_actors": (0, None),
+    "ray_gpus": (0, None),
+    "reroll": (0, None),
+    "gpu_price": (0, None),
+    "power_price": (0, None),
+    "watts": (0, None),
+    "metrics_port": (0, 65535),
+}
+_OF_A_PIPELINE = ("preset", "dtype", "skip_unsupported", "free_encoders", "ray_actors")
+_OF_SERVERS = frozenset({"server", "enhancer"})
 _TYPES = get_type_hints(Job)
 _NAMES = tuple(field.name for field in fields(Job))
 
@@ -123,7 +145,10 @@ def plan_job(table: Path, given: Mapping[str, Any]) -> Job:
     options |= given
     if "output_dir" not in options:
         raise BatchInputError(table, [(None, "names no output folder; add --out, or output_dir to the job file")])
-    return Job(**options)
+    job = Job(**options)
+    if problems := [*_range_problems(job), *_useless_options(job)]:
+        raise BatchInputError(table, problems)
+    return job
 
 
 def _read_job(path: Path) -> dict[str, Any] | None:
@@ -198,6 +223,38 @@ def _option(name: str, value: object, folder: Path, problems: list[Problem]) -> 
         return float(value)
     problems.append((None, f"{name} is {value!r}; expected {getattr(hint, '__name__', hint)}"))
     return None
+
+
+def _range_problems(job: Job) -> list[Problem]:
+    """Return the options that are out of range: a job file can hold what the command line refuses."""
+    problems: list[Problem] = []
+    for name, (low, high) in _RANGES.items():
+        value = getattr(job, name)
+        if value is not None and not (low <= value and (high is None or value <= high)):
+            expected = f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
+            problems.append((None, f"{name} is {value!r}; expected {expected}"))
+    try:
+        job.sifting()
+    except ErnieAccelError as error:
+        problems.append((None, str(error)))
+    return problems
+
+
+def _useless_options(job: Job) -> list[Problem]:
+    """Return the options that would have no effect beside others: they are refused, not ignored."""
+    plain = {field.name: field.default for field in fields(Job)}
+    given = {name for name in _NAMES if getattr(job, name) != plain[name]}
+    clashes = []
+    if job.endpoint:
+        why = "has no effect with endpoint: the image servers hold the pipeline; start them with it, or leave it out"
+        clashes += [(name, why) for name in _OF_A_PIPELINE if name in given]
+    else:
+        clashes += [(name, "has no effect without endpoint; name the image servers") for name in _OF_SERVERS & given]
+    if job.ray_actors and job.free_encoders:
+        clashes.append(("free_encoders", "has no effect with ray_actors: they encode each batch; leave it out"))
+    if job.metrics_port is None and "metrics_host" in given:
+        clashes.append(("metrics_host", "has no effect without metrics_port; name the port"))
+    return [(None, f"{name} {why}") for name, why in clashes]
 
 
 def _mode_problems(mode: object, table: object) -> list[Problem]:

@@ -8,7 +8,9 @@ SQLite in exclusive mode is the job's lock as well: the system releases it when 
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -103,9 +105,10 @@ class Ledger:
             BatchOutputError: Pictures that are not this job's are in the way.
         """
         known = {path: (state, fingerprint) for path, state, fingerprint in self._states()}
+        prints = {task.row.path: task.fingerprint() for task in tasks}
         changed_settings = self._changed_settings(settings)
-        changed = [t for t in tasks if known.get(t.row.path, ("", t.fingerprint()))[1] != t.fingerprint()]
-        gone = known.keys() - {task.row.path for task in tasks}
+        changed = [t for t in tasks if t.row.path in known and known[t.row.path][1] != prints[t.row.path]]
+        gone = known.keys() - prints.keys()
         if not overwrite:
             final = {path for path, (state, _) in known.items() if state in FINAL}
             self._refuse_changes(
@@ -113,9 +116,9 @@ class Ledger:
             )
         self._refuse_foreign(tasks, known, overwrite)
         stale = {task.row.path for task in (tasks if changed_settings else changed)}
-        self._store(tasks, settings, stale, gone)
+        self._store(tasks, prints, settings, stale, gone)
         states = {path: state for path, state, _ in self._states()}
-        lost = self._lost_files(tasks, states)
+        lost = self._lost_files()
         return [task for task in tasks if states[task.row.path] not in FINAL or task.row.path in lost]
 
     def running(self, tasks: Iterable[Task]) -> None:
@@ -138,11 +141,23 @@ class Ledger:
         """Yield every row in the order of the input."""
         cursor = self._db.execute("SELECT * FROM rows ORDER BY rowid")
         names = [column[0] for column in cursor.description]
+        kept = [(field.name, names.index(field.name)) for field in fields(Entry)]
         for values in cursor:
-            known: dict[str, Any] = dict(zip(names, values, strict=True))
+            known: dict[str, Any] = {name: values[place] for name, place in kept}
             known |= {name: json.loads(known[name]) for name in ("request", "columns")}
             known["seed"] = None if known["seed"] is None else int(known["seed"])
-            yield Entry(**{field.name: known[field.name] for field in fields(Entry)})
+            yield Entry(**known)
+
+    def hashes(self) -> Iterator[tuple[str, str]]:
+        """Yield the perceptual hash and the path of every picture in its place that has one."""
+        yield from self._db.execute("SELECT hash, path FROM rows WHERE state='done' AND hash IS NOT NULL")
+
+    def column_names(self) -> list[str]:
+        """Return the names of the input's own columns, in the order in which they appear."""
+        names: dict[str, None] = {}
+        for (columns,) in self._db.execute("SELECT columns FROM rows ORDER BY rowid"):
+            names.update(dict.fromkeys(json.loads(columns)))
+        return list(names)
 
     def counts(self) -> dict[str, int]:
         """Return the number of rows by state."""
@@ -174,17 +189,19 @@ class Ledger:
         except sqlite3.Error as error:
             raise self._broken(error) from error
 
-    def _store(self, tasks: Sequence[Task], settings: Mapping[str, str], stale: set[str], gone: Iterable[str]) -> None:
-        rows = [
-            (
-                t.row.path,
-                t.row.line,
-                t.fingerprint(),
-                t.described(),
-                json.dumps(dict(t.row.columns), ensure_ascii=False),
-            )
+    def _store(
+        self,
+        tasks: Sequence[Task],
+        prints: Mapping[str, str],
+        settings: Mapping[str, str],
+        stale: set[str],
+        gone: Iterable[str],
+    ) -> None:
+        rows = (  # made as they are stored: their JSON is larger than the rows
+            (path, t.row.line, prints[path], t.described(), json.dumps(dict(t.row.columns), ensure_ascii=False))
             for t in tasks
-        ]
+            for path in (t.row.path,)
+        )
         try:
             with self._db:
                 self._db.executemany("DELETE FROM rows WHERE path=?", [(path,) for path in gone])
@@ -229,24 +246,23 @@ class Ledger:
     def _refuse_foreign(self, tasks: Sequence[Task], known: Mapping[str, tuple[str, str]], overwrite: bool) -> None:
         """Refuse pictures in the way, but for those that an earlier run of this job has made or begun."""
         problems: list[Problem] = []
+        out = str(self._out)
         for task in tasks:
-            path, name = self._out / task.row.path, repr(task.row.path)
-            if path.is_dir():
-                problems.append((task.row.line, f"{name} is a folder; move it or choose another output"))
-            elif not overwrite and known.get(task.row.path, ("pending",))[0] == "pending" and _exists(path):
-                problems.append((task.row.line, f"{name} exists; allow overwriting or choose another output"))
+            path = task.row.path
+            if (mode := _mode(os.path.join(out, path))) is None:  # noqa: PTH118  # a Path takes longer than the look
+                continue
+            if stat.S_ISDIR(mode):
+                problems.append((task.row.line, f"{path!r} is a folder; move it or choose another output"))
+            elif not overwrite and known.get(path, ("pending",))[0] == "pending":
+                problems.append((task.row.line, f"{path!r} exists; allow overwriting or choose another output"))
         if problems:
             raise BatchOutputError(self._out, problems)
 
-    def _lost_files(self, tasks: Sequence[Task], states: Mapping[str, str]) -> set[str]:
+    def _lost_files(self) -> set[str]:
         """Return the paths of pictures that the ledger calls done and the folder does not hold as they were."""
-        sizes = dict(self._db.execute("SELECT path, bytes FROM rows WHERE state='done'"))
-        lost = set()
-        for task in tasks:
-            path = self._out / task.row.path
-            if states[task.row.path] == "done" and not (path.is_file() and path.stat().st_size == sizes[task.row.path]):
-                lost.add(task.row.path)
-        return lost
+        out = str(self._out)
+        done = self._db.execute("SELECT path, bytes FROM rows WHERE state='done'")
+        return {path for path, size in done if _file_size(os.path.join(out, path)) != size}  # noqa: PTH118
 
     def _broken(self, error: Exception) -> BatchOutputError:
         if "locked" in str(error):
@@ -258,5 +274,18 @@ class Ledger:
         return BatchOutputError(self._out, [(None, reason)])
 
 
-def _exists(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
+def _mode(path: str) -> int | None:
+    """Return the mode of what has this name, a link's own if it is one; None if there is nothing."""
+    try:
+        return os.lstat(path).st_mode
+    except OSError:
+        return None
+
+
+def _file_size(path: str) -> int | None:
+    """Return the size of a file, at the end of a link if it is one; None if there is no such file."""
+    try:
+        found = os.stat(path)  # noqa: PTH116  # as above
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None

@@ -195,15 +195,20 @@ class Line:
 
     def _next_batch(self) -> list[Task]:
         """Return the next batch, full unless no more rows can come."""
-        while not (tasks := self._schedule.next_batch(only_full=bool(self._unprepared))) and self._unprepared:
+        while True:
+            only_full = bool(self._unprepared) and not self._engine.in_rounds
+            if (tasks := self._schedule.next_batch(only_full=only_full)) or not self._unprepared:
+                return tasks
             some = [self._unprepared.popleft() for _ in range(min(self._engine.ahead, len(self._unprepared)))]
             try:
-                self._engine.prepare([task.current() for task in some])
+                self._engine.prepare([task.current() for task in some], self._timeout_s)
+            except EngineLostError as error:
+                self._fatal = error
+                return []
             # Broad on purpose, as around rendering: a prompt that cannot be encoded will fail its own row there.
             except Exception:
                 _log.debug("preparing %d rows failed", len(some), exc_info=True)
             self._schedule.add(some)
-        return tasks
 
     def _collect_rendered(self) -> list[Result]:
         results: list[Result] = []

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ernie_accel.batch.assembly import assemble, prepare_folder
 from ernie_accel.batch.engines.base import Engine
@@ -15,6 +15,7 @@ from ernie_accel.batch.engines.local import LocalEngine, Pipe
 from ernie_accel.batch.errors import BatchInputError, Problem
 from ernie_accel.batch.ledger import Ledger
 from ernie_accel.batch.line import Line, Result
+from ernie_accel.batch.metrics import MetricsServer
 from ernie_accel.batch.naming import collision_key
 from ernie_accel.batch.row import MAX_SEED, Row
 from ernie_accel.batch.sift import Sift
@@ -45,6 +46,7 @@ def produce(
     progress: bool = True,
     log_json: str | Path | None = None,
     prometheus: str | Path | None = None,
+    metrics: MetricsServer | None = None,
     interval_s: float = 5.0,
     stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Result]:
@@ -81,6 +83,7 @@ def produce(
         progress: Show a progress bar on stderr.
         log_json: File to which a JSON line with the job's state is appended every `interval_s`.
         prometheus: File that is rewritten as often, in Prometheus' text format.
+        metrics: Where a Prometheus can scrape the same; it stays open, to be closed by whoever opened it.
         interval_s: Seconds.
         stop: Asked between batches; once it returns True, nothing more is begun, and what is under way is finished.
 
@@ -126,6 +129,8 @@ def produce(
             writers=writers,
         )
         line.add(to_do)
+        if metrics is not None:
+            metrics.show(telemetry.snapshot)
         undo.pop_all()
     closing = engine.close if engine is not pipe else None
     return _run(line, ledger, telemetry, out if resume else None, fail_fast, stop, closing)
@@ -150,7 +155,7 @@ def _run(
                 failed = failed or (result.error is not None and not result.rejected)
                 yield result
         if manifest_in is not None:
-            write_manifest(manifest_in, ledger.entries())
+            write_manifest(manifest_in, ledger)
     finally:
         line.close()
         telemetry.close()
@@ -173,40 +178,45 @@ async def aproduce(
         pipe: As for `produce`.
         rows: As for `produce`.
         out: As for `produce`.
-        on_result: Called with each result as it comes, in the event loop; may be a coroutine function.
+        on_result: Called with each result as it comes, in the event loop; may be a coroutine function. If it raises,
+            the batch under way is finished, and its error is passed on.
         **options: The other arguments of `produce`, but for `stop`.
     """
-    cancelled = False
+    stopped = False
     loop = asyncio.get_running_loop()
+    arrived: asyncio.Queue[Result] = asyncio.Queue()
 
     def run() -> list[Result]:
         results = []
-        for result in produce(pipe, rows, out, stop=lambda: cancelled, **options):
+        for result in produce(pipe, rows, out, stop=lambda: stopped, **options):
             results.append(result)
-            if on_result is not None:
-                loop.call_soon_threadsafe(arrived.put_nowait, result)
+            loop.call_soon_threadsafe(arrived.put_nowait, result)
         return results
 
-    async def tell() -> None:
+    async def tell() -> NoReturn:
         while True:
-            told = on_result(await arrived.get()) if on_result is not None else None
+            told = on_result(await arrived.get()) if on_result is not None else await arrived.get()
             if inspect.isawaitable(told):
                 await told
             arrived.task_done()
 
-    arrived: asyncio.Queue[Result] = asyncio.Queue()
-    teller = asyncio.create_task(tell())
     work = asyncio.create_task(asyncio.to_thread(run))
+    teller = asyncio.create_task(tell())
     try:
-        results = await asyncio.shield(work)
-        await arrived.join()
-        return results
-    except asyncio.CancelledError:
-        cancelled = True
-        await work
-        raise
+        # For either: a teller that failed takes nothing more from the queue, and would be waited for for ever.
+        await asyncio.wait({work, teller}, return_when=asyncio.FIRST_COMPLETED)
+        if not teller.done():
+            results = work.result()
+            all_told = asyncio.create_task(arrived.join())
+            await asyncio.wait({all_told, teller}, return_when=asyncio.FIRST_COMPLETED)
+            if all_told.done():
+                return results
+            all_told.cancel()
+        return teller.result()  # raises: it ends by an error only
     finally:
+        stopped = True
         teller.cancel()
+        await asyncio.wait({work})
 
 
 def _row_problems(tasks: Sequence[Task]) -> list[Problem]:

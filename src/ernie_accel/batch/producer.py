@@ -15,6 +15,7 @@ from ernie_accel.batch.engines.local import LocalEngine, Pipe
 from ernie_accel.batch.errors import BatchInputError, BatchOutputError
 from ernie_accel.batch.ledger import Ledger
 from ernie_accel.batch.line import Result
+from ernie_accel.batch.metrics import MetricsServer
 from ernie_accel.batch.row import Row
 from ernie_accel.batch.sift import Sift
 from ernie_accel.batch.task import Task, tasks_of
@@ -46,6 +47,7 @@ class Producer:
         sift: Sift | None = None,
         facts: Mapping[str, str] | None = None,
         writers: int = 2,
+        metrics: MetricsServer | None = None,
     ) -> None:
         """Start the line's thread; the arguments are those of `produce`.
 
@@ -70,6 +72,8 @@ class Producer:
             facts={**(facts or {}), **self._engine.identity()},
             writers=writers,
         )
+        if metrics is not None:
+            metrics.show(self._telemetry.snapshot)
         self._arrivals: queue.SimpleQueue[Task | None] = queue.SimpleQueue()  # None: no more will come
         self._lock = threading.Lock()
         self._futures: dict[str, Future[Result]] = {}
@@ -155,6 +159,7 @@ class Producer:
                 return False
             wait = False
             if self._futures[task.row.path].set_running_or_notify_cancel():
+                self._telemetry.expect(1)
                 self._line.add([task])
             else:
                 with self._lock:

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from ernie_accel.batch.ledger import JOB_FOLDER, Entry, Ledger
+from ernie_accel.batch.line import REJECTED
 from ernie_accel.batch.summary import write_summary
 from ernie_accel.batch.telemetry import percentile
 from ernie_accel.core.errors import ErnieAccelError
@@ -33,41 +34,64 @@ def write_report(
         out: The output folder.
         gpu_price: Of one GPU-hour.
         power_price: Of one kilowatt-hour.
-        watts: Power drawn; None: as NVML tells now, where it does.
+        watts: Power drawn; None: as NVML tells now, when the job may be over.
 
     Raises:
         BatchOutputError: The ledger is in use, or the report cannot be written.
     """
     ledger = Ledger(out)
     try:
-        entries, settings = list(ledger.entries()), ledger.settings()
+        facts = _Facts(ledger)
     finally:
         ledger.close()
-    facts = _Facts(entries, settings, _costs(entries, gpu_price, power_price, watts))
-    write_summary(out / "report.md", facts.markdown())
-    write_summary(out / "report.html", facts.html(_sheet(out, entries)))
+    facts.numbers += [*_costs(facts, gpu_price, power_price, watts), *sorted(facts.settings.items())]
+    write_summary(out / "report.md", facts.markdown().encode())
+    write_summary(out / "report.html", facts.html(_sheet(out, facts.shown)).encode())
 
 
 class _Facts:
-    """What the report says, laid out once as tables."""
+    """What the report says, gathered in one pass: of a row that was made, only its numbers are kept."""
 
-    def __init__(self, entries: Sequence[Entry], settings: dict[str, str], costs: list[tuple[str, str]]) -> None:
-        done = [entry for entry in entries if entry.state == "done"]
-        latencies = sorted(entry.seconds for entry in done if entry.seconds is not None)
-        counts = Counter(entry.state for entry in entries)
+    def __init__(self, ledger: Ledger) -> None:
+        self.settings = ledger.settings()
+        counts = Counter(ledger.counts())
+        self.done = counts["done"]
+        self.latencies: list[float] = []
+        self.moments: list[float] = []  # at which pictures were finished
+        self.failures: list[Entry] = []  # the first of them
+        self.shown: list[Entry] = []  # on the contact sheet: pictures evenly spread over the job
+        spans: list[tuple[float, float]] = []
+        sizes: Counter[int | None] = Counter()
+        reasons: Counter[str] = Counter()
+        step = max(1, self.done // _SHEET_PICTURES)
+        for entry in ledger.entries():
+            if entry.error is not None:
+                reasons[_reason(entry.error)] += 1
+                if len(self.failures) < _MAX_FAILURES:
+                    self.failures.append(entry)
+            if entry.state != "done":
+                continue
+            if sizes.total() % step == 0 and len(self.shown) < _SHEET_PICTURES:
+                self.shown.append(entry)
+            sizes[entry.batch_size] += 1
+            if entry.finished_at is not None and entry.seconds is not None:
+                self.latencies.append(entry.seconds)
+                self.moments.append(entry.finished_at)
+                spans.append((entry.finished_at - entry.seconds, entry.finished_at))
+        self.latencies.sort()
+        self.moments.sort()
+        self.working_s = _covered(spans)
+        self.reasons = _most_common(reasons)
         self.numbers = [(state, str(counts[state])) for state in ("done", "failed", "rejected", "pending", "running")]
-        if rate := pictures_per_min(done):
-            self.numbers.append(("pictures per minute", f"{rate:.1f}"))
-        if latencies:
-            half, most = percentile(latencies, 0.5), percentile(latencies, 0.95)
+        if self.working_s:
+            self.numbers.append(("pictures per minute", f"{60 * len(self.moments) / self.working_s:.1f}"))
+        half, most = percentile(self.latencies, 0.5), percentile(self.latencies, 0.95)
+        if half is not None and most is not None:
             self.numbers.append(("latency p50, p95", f"{half:.2f} s, {most:.2f} s"))
-        sizes = Counter(entry.batch_size for entry in done)
-        self.numbers.append(("batch sizes", ", ".join(f"{size}: {n}" for size, n in sorted(sizes.items(), key=str))))
-        self.numbers += [*costs, *sorted(settings.items())]
-        self.failures = [entry for entry in entries if entry.error is not None]
-        self.reasons = Counter(entry.error or "" for entry in self.failures).most_common()
-        self.latencies = latencies
-        self.moments = sorted(entry.finished_at for entry in done if entry.finished_at is not None)
+        if sizes:
+            self.numbers.append(
+                ("batch sizes", ", ".join(f"{size}: {n}" for size, n in sorted(sizes.items(), key=_by_size)))
+            )
 
     def markdown(self) -> str:
         """Return the report for a terminal, a ticket or a pull request."""
@@ -75,7 +99,7 @@ class _Facts:
         lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in self.numbers]
         if self.reasons:
             lines += ["", "## Why pictures are missing", "", "| rows | reason |", "|---|---|"]
-            lines += [f"| {count} | {_cell(reason)} |" for reason, count in self.reasons[:_MAX_FAILURES]]
+            lines += [f"| {count} | {_cell(reason)} |" for reason, count in self.reasons]
             lines += ["", "| line | picture | reason |", "|---|---|---|"]
             lines += [f"| {e.line} | {_cell(e.path)} | {_cell(e.error or '')} |" for e in self.failures[:_MAX_FAILURES]]
         return "\n".join(lines) + "\n"
@@ -101,43 +125,66 @@ table{border-collapse:collapse}td{border:1px solid #d0d7de;padding:.3rem .6rem;v
 </style></head><body>"""
 
 
-def pictures_per_min(done: Sequence[Entry]) -> float | None:
-    """Return the pictures per minute of the time in which any was made; breaks between runs do not count."""
-    moments = sorted(entry.finished_at for entry in done if entry.finished_at is not None)
-    seconds = _working_seconds(done)
-    return 60 * len(moments) / seconds if seconds else None
+def _reason(error: str) -> str:
+    """Return what rows with this error have in common: of a rejected picture the kind of flaw, not its measure."""
+    if not error.startswith(REJECTED):
+        return error
+    return REJECTED + error.removeprefix(REJECTED).partition(":")[0].partition(" of ")[0]
 
 
-def _working_seconds(done: Sequence[Entry]) -> float:
-    """Return the seconds covered by the batches of the pictures, each counted once where they overlap."""
-    spans = sorted((e.finished_at - e.seconds, e.finished_at) for e in done if e.finished_at and e.seconds)
+def _most_common(reasons: Counter[str]) -> list[tuple[str, int]]:
+    """Return the reasons with their counts; where every row has one of its own, the first and how many more."""
+    shown = reasons.most_common(_MAX_FAILURES)
+    if len(shown) < len(reasons):
+        shown.append((f"{len(reasons) - len(shown)} other reasons, see manifest.csv", reasons.total() - _sum(shown)))
+    return shown
+
+
+def _sum(counted: Sequence[tuple[str, int]]) -> int:
+    return sum(count for _, count in counted)
+
+
+def _by_size(counted: tuple[int | None, int]) -> int:
+    return counted[0] or 0
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Return the seconds covered by the batches of the pictures, each counted once where they overlap.
+
+    Breaks between runs so do not count.
+    """
     total, end = 0.0, float("-inf")
-    for first, last in spans:
+    for first, last in sorted(spans):
         total += max(0.0, last - max(first, end))
         end = max(end, last)
     return total
 
 
 def _costs(
-    entries: Sequence[Entry], gpu_price: float | None, power_price: float | None, watts: float | None
+    facts: _Facts, gpu_price: float | None, power_price: float | None, watts: float | None
 ) -> list[tuple[str, str]]:
-    done = [entry for entry in entries if entry.state == "done"]
-    if not done or (gpu_price is None and power_price is None):
+    if not facts.done or (gpu_price is None and power_price is None):
         return []
-    hours_per_1000 = _working_seconds(done) / 3600 / len(done) * 1000
+    hours_per_1000 = facts.working_s / 3600 / facts.done * 1000
     costs = []
     if gpu_price is not None:
         costs.append(("GPU cost per 1,000 pictures", f"{hours_per_1000 * gpu_price:.4g} at {gpu_price:g} an hour"))
     if power_price is not None:
-        watts = _measured_watts() if watts is None else watts
+        watts = measured_watts() if watts is None else watts
         if watts is None:
-            raise ErnieAccelError("--power-price needs the power drawn, which cannot be measured here; add --watts")
+            raise no_watts()
         cost = hours_per_1000 * watts / 1000 * power_price
         costs.append(("power cost per 1,000 pictures", f"{cost:.4g} at {watts:g} W and {power_price:g} a kWh"))
     return costs
 
 
-def _measured_watts() -> float | None:
+def no_watts() -> ErnieAccelError:
+    """Return why the cost of the power cannot be told."""
+    return ErnieAccelError("--power-price needs the power drawn, which cannot be measured here; add --watts")
+
+
+def measured_watts() -> float | None:
+    """Return the power that the GPU draws now, in watts, as NVML tells it; None where it does not."""
     import torch
 
     if not torch.cuda.is_available():
@@ -149,18 +196,18 @@ def _measured_watts() -> float | None:
 
 
 def _sheet(out: Path, entries: Sequence[Entry]) -> bytes | None:
-    """Return a contact sheet of pictures evenly spread over the job, as PNG; None if there are none."""
+    """Return a contact sheet of the pictures that are still there, as PNG; None if there are none."""
     from ernie_accel.demo.sheet import Column, contact_sheet
 
-    done = [entry for entry in entries if entry.state == "done" and (out / entry.path).is_file()]
-    if not done:
-        return None
-    step = max(1, len(done) // _SHEET_PICTURES)
     columns = []
-    for entry in done[::step][:_SHEET_PICTURES]:
-        with Image.open(out / entry.path) as picture:
-            picture.draft("RGB", (256, 256))
-            columns.append(Column(str(entry.request["prompt"]), [picture.convert("RGB")]))
+    for entry in entries:
+        try:
+            with Image.open(out / entry.path) as picture:
+                columns.append(Column(str(entry.request["prompt"]), [picture.convert("RGB")]))
+        except OSError:  # moved away, or damaged: the report is of the others
+            continue
+    if not columns:
+        return None
     path = contact_sheet(columns, out / JOB_FOLDER / "contact-sheet.png", rows=("",), cell=192)
     return path.read_bytes()
 

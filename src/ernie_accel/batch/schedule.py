@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 
@@ -30,6 +30,11 @@ class BatchSizer:
     _patience: int = _GROW_AFTER
     _seconds: dict[int, float] = field(default_factory=dict)  # the best time per picture of each size
     _calls: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing is known of this bucket."""
+        return not self._calls and self._ceiling is None
 
     def succeeded(self, count: int, seconds: float) -> None:
         """Note that a batch of `count` pictures took `seconds`."""
@@ -68,7 +73,13 @@ class Schedule:
     """The rows that wait, in buckets; one bucket is emptied before the next, so that nothing recompiles in turn."""
 
     def __init__(
-        self, bucket_of: Callable[[Task], Hashable], *, limit: int, start: int = 1, probe: bool = True
+        self,
+        bucket_of: Callable[[Task], Hashable],
+        *,
+        limit: int,
+        start: int = 1,
+        probe: bool = True,
+        kin_of: Callable[[Task], Hashable] | None = None,
     ) -> None:
         """Start empty.
 
@@ -77,21 +88,30 @@ class Schedule:
             limit: The largest batch.
             start: The batch size to begin with.
             probe: Whether to look for a better size; otherwise `start` is kept while memory allows.
+            kin_of: What buckets share that take about the same batch size: a new one begins with what the one before
+                it has found. None: every bucket begins with `start`.
         """
+        self._kin_of = kin_of
+        self._kin: dict[Hashable, Hashable] = {}  # of each bucket
+        self._latest: dict[Hashable, BatchSizer] = {}  # of each kin, the one that made the last batch
         self._bucket_of = bucket_of
         self._limit, self._start, self._probe = limit, min(start, limit), probe
-        self._buckets: dict[Hashable, deque[Task]] = {}
+        # Ordered dicts: taking the first of a dict whose first ones were deleted looks at all of those again.
+        self._buckets: OrderedDict[Hashable, deque[Task]] = OrderedDict()  # none is empty
+        self._maybe_full: OrderedDict[Hashable, None] = OrderedDict()  # buckets that got rows since they were looked at
         self._sizers: dict[Hashable, BatchSizer] = {}
         self._alone: deque[Task] = deque()
+        self._waiting = 0
 
     def __len__(self) -> int:
         """Return how many tasks wait."""
-        return len(self._alone) + sum(map(len, self._buckets.values()))
+        return self._waiting
 
     def add(self, tasks: Iterable[Task], *, first: bool = False) -> None:
         """Add tasks, behind the others of their bucket or in front of them."""
         for task in reversed(list(tasks)) if first else tasks:
-            queue = self._alone if task.alone else self._buckets.setdefault(self._bucket_of(task), deque())
+            self._waiting += 1
+            queue = self._alone if task.alone else self._bucket(task)
             if first:
                 queue.appendleft(task)
             else:
@@ -100,12 +120,15 @@ class Schedule:
     def next_batch(self, *, only_full: bool = False) -> list[Task]:
         """Remove and return the next batch; empty if nothing waits, or only part of one and `only_full`."""
         if self._alone:
+            self._waiting -= 1
             return [self._alone.popleft()]
-        self._buckets = {key: queue for key, queue in self._buckets.items() if queue}
-        for key, queue in self._buckets.items():
-            size = self.sizer(key).size
-            if len(queue) >= size or not only_full:
-                return [queue.popleft() for _ in range(min(size, len(queue)))]
+        # Each bucket is looked at once after it got rows, not at every batch: a job may have thousands of sizes.
+        candidates = self._maybe_full if only_full else self._buckets
+        while candidates:
+            key = next(iter(candidates))
+            if not only_full or len(self._buckets[key]) >= self._size(key):
+                return self._take(key)
+            del self._maybe_full[key]
         return []
 
     def drain(self) -> list[Task]:
@@ -113,7 +136,34 @@ class Schedule:
         waiting = list(itertools.chain(self._alone, *self._buckets.values()))
         self._alone.clear()
         self._buckets.clear()
+        self._maybe_full.clear()
+        self._waiting = 0
         return waiting
+
+    def _bucket(self, task: Task) -> deque[Task]:
+        key = self._bucket_of(task)
+        if self._kin_of is not None and key not in self._kin:
+            self._kin[key] = self._kin_of(task)
+        self._maybe_full[key] = None
+        return self._buckets.setdefault(key, deque())
+
+    def _take(self, key: Hashable) -> list[Task]:
+        queue = self._buckets[key]
+        tasks = [queue.popleft() for _ in range(min(self._size(key), len(queue)))]
+        if key in self._kin:
+            self._latest[self._kin[key]] = self.sizer(key)
+        self._waiting -= len(tasks)
+        if not queue:
+            del self._buckets[key]
+            self._maybe_full.pop(key, None)
+        return tasks
+
+    def _size(self, key: Hashable) -> int:
+        sizer = self.sizer(key)
+        latest = self._latest.get(self._kin[key]) if key in self._kin else None
+        if sizer.fresh and latest is not None:
+            sizer.size = latest.size
+        return sizer.size
 
     def sizer(self, key: Hashable) -> BatchSizer:
         """Return the batch sizer of a bucket."""

@@ -24,11 +24,10 @@ class Sieve:
         """Start with pictures let through by earlier runs, as (hash, path)."""
         self._sift = sift
         self._lock = threading.Lock()
-        self._hashes: list[int] = []
+        self._hashes = np.zeros(1024, dtype=np.uint64)  # doubled when full; the first len(_paths) count
         self._paths: list[str] = []
         for digits, path in known:
-            self._hashes.append(int(digits, 16))
-            self._paths.append(path)
+            self._remember(int(digits, 16), path)
 
     def look(self, picture: Image.Image, path: str) -> Finding:
         """Return what is found; `path` is how later near-duplicates of this picture name it."""
@@ -41,8 +40,7 @@ class Sieve:
         with self._lock:
             reason = self._duplicate(digest, path)
             if reason is None:
-                self._hashes.append(digest)
-                self._paths.append(path)
+                self._remember(digest, path)
         return Finding(f"{digest:016x}", reason)
 
     def _flaw(self, grey: npt.NDArray[np.float32]) -> str | None:
@@ -57,16 +55,32 @@ class Sieve:
                 return f"grid: steps every {period} px are {ratio:.1f} times the others, more than {sift.grid_ratio:g}"
         return None
 
+    def _remember(self, digest: int, path: str) -> None:
+        if len(self._paths) == self._hashes.size:
+            self._hashes = np.concatenate([self._hashes, np.zeros_like(self._hashes)])
+        self._hashes[len(self._paths)] = digest
+        self._paths.append(path)
+
     def _duplicate(self, digest: int, path: str) -> str | None:
-        if not self._hashes:
-            return None
-        difference = np.array(self._hashes, dtype=np.uint64) ^ np.uint64(digest)
-        bits = np.unpackbits(difference.view(np.uint8).reshape(-1, 8), axis=1).sum(axis=1)
-        nearest = int(bits.argmin())
         limit = self._sift.duplicate_bits
-        if limit is None or bits[nearest] > limit or self._paths[nearest] == path:
+        if limit is None:
             return None
+        bits = bits_set(self._hashes[: len(self._paths)] ^ np.uint64(digest))
+        others = [place for place in np.flatnonzero(bits <= limit) if self._paths[place] != path]
+        if not others:  # or only what this very picture was before it was made again
+            return None
+        nearest = min(others, key=lambda place: int(bits[place]))
         return f"near-duplicate of {self._paths[nearest]}: {bits[nearest]} of 64 bits differ, no more than {limit}"
+
+
+def bits_set(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
+    """Return how many bits of each number are 1."""
+    # In place of numpy 2's bitwise_count: 64 bits are summed in pairs, fours and bytes, then the bytes by a product.
+    pairs = numbers - ((numbers >> np.uint64(1)) & np.uint64(0x5555555555555555))
+    fours = (pairs & np.uint64(0x3333333333333333)) + ((pairs >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    octets = (fours + (fours >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    counts: npt.NDArray[np.uint8] = ((octets * np.uint64(0x0101010101010101)) >> np.uint64(56)).astype(np.uint8)
+    return counts
 
 
 def difference_hash(picture: Image.Image) -> int:

@@ -5,44 +5,56 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
+from ernie_accel.batch.engines.base import Request
 from ernie_accel.batch.errors import BatchOutputError
-from ernie_accel.batch.ledger import Entry
+from ernie_accel.batch.ledger import Entry, Ledger
 from ernie_accel.core.atomic import write_atomically
 
 MANIFEST_FIELDS = ("path", "state", "line", "prompt", "seed", "error", "bytes", "seconds", "batch_size")
+_REQUEST_FIELDS = sorted(field.name for field in fields(Request))
 
 
-def write_manifest(out: Path, entries: Iterable[Entry]) -> None:
+def write_manifest(out: Path, ledger: Ledger) -> None:
     """Write ``manifest.jsonl`` and ``manifest.csv``: a line per row, its settings and the input's own columns.
 
     Raises:
         BatchOutputError: They cannot be written.
     """
-    records = [_record(entry) for entry in entries]
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    names = list(dict.fromkeys([*MANIFEST_FIELDS, *(name for record in records for name in record)]))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, names, restval="")
-    writer.writeheader()
-    writer.writerows(records)
-    write_summary(out / "manifest.jsonl", lines)
-    write_summary(out / "manifest.csv", text.getvalue())
+    # A pass for each file, and no list of rows: of 100,000 it would be larger than both files together.
+    write_summary(out / "manifest.jsonl", _json_lines(ledger))
+    write_summary(out / "manifest.csv", _csv(ledger))
 
 
-def write_summary(path: Path, text: str) -> None:
-    """Write a text file of a job in one step.
+def write_summary(path: Path, text: bytes) -> None:
+    """Write a text file of a job, given as UTF-8, in one step.
 
     Raises:
         BatchOutputError: It cannot be written.
     """
     try:
-        write_atomically(path, text.encode())
+        write_atomically(path, text)
     except OSError as error:
         reason = f"{path.name!r} could not be written: {error.strerror or error}; the pictures are not affected"
         raise BatchOutputError(path.parent, [(None, reason)]) from error
+
+
+def _json_lines(ledger: Ledger) -> bytes:
+    file = io.BytesIO()
+    file.writelines(f"{json.dumps(_record(entry), ensure_ascii=False)}\n".encode() for entry in ledger.entries())
+    return file.getvalue()
+
+
+def _csv(ledger: Ledger) -> bytes:
+    file = io.BytesIO()
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    writer = csv.DictWriter(text, dict.fromkeys([*MANIFEST_FIELDS, *_REQUEST_FIELDS, *ledger.column_names()]))
+    writer.writeheader()
+    writer.writerows(map(_record, ledger.entries()))
+    text.flush()
+    return file.getvalue()
 
 
 def _record(entry: Entry) -> dict[str, object]:

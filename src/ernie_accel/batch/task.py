@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 
 from ernie_accel.batch.engines.base import Request
 from ernie_accel.batch.row import MAX_SEED, Row
@@ -38,7 +38,7 @@ class Task:
         if not self.rerolls:
             return self.request
         seed = (self.request.seed + self.rerolls * _REROLL_STRIDE) & MAX_SEED
-        return Request(**(asdict(self.request) | {"seed": seed}))
+        return replace(self.request, seed=seed)
 
     def fingerprint(self) -> str:
         """Return a short digest of all that the row's picture is made from."""
@@ -46,7 +46,7 @@ class Task:
 
     def described(self) -> str:
         """Return the request as JSON, as the ledger keeps it to name what changed."""
-        return json.dumps(asdict(self.request), ensure_ascii=False, sort_keys=True)
+        return json.dumps(vars(self.request), ensure_ascii=False, sort_keys=True)
 
 
 def seed_of(row: Row, seed: int) -> int:

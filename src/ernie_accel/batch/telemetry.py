@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 import time
+import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,7 +39,7 @@ class Snapshot:
         latency_p95_s: The 95th percentile.
         engine_idle: Part of the time, 0 to 1, in which nothing was rendered.
         gpu_utilization: Percent, by NVML; only where its Python binding is installed.
-        gpu_memory_bytes: Allocated by torch, at the peak.
+        gpu_memory_bytes: Allocated by torch, at the peak; None where another process has the GPU.
     """
 
     time: float
@@ -56,7 +58,10 @@ class Snapshot:
 
 
 class Telemetry:
-    """Counts what happens on a line and tells it, at most every few seconds, to whoever asked."""
+    """Counts what happens on a line and tells it, at most every few seconds, to whoever asked.
+
+    One thread counts; `snapshot` may be called from any.
+    """
 
     def __init__(
         self,
@@ -80,6 +85,8 @@ class Telemetry:
         """
         self._total, self._log_json, self._prometheus, self._interval_s = total, log_json, prometheus, interval_s
         self._clock = clock
+        self._lock = threading.Lock()
+        self._warned = False
         self._counts = {"done": 0, "failed": 0, "rejected": 0}
         self._latencies: deque[float] = deque(maxlen=_RECENT)
         self._finished: deque[float] = deque()
@@ -90,57 +97,66 @@ class Telemetry:
         self._last_batch = self._begin
         self._bar = tqdm(total=total, unit="picture", disable=not progress)
 
+    def expect(self, count: int) -> None:
+        """Note that so many more rows are to be made."""
+        with self._lock:
+            self._total += count
+
     def begun(self, count: int) -> None:
         """Note that a batch of `count` rows is being rendered."""
         now = self._clock()
-        if self._under_way == 0:
-            self._busy_since = now
-        self._first_batch = now if self._first_batch is None else self._first_batch
-        self._under_way += 1
-        self._batch_size = count
+        with self._lock:
+            if self._under_way == 0:
+                self._busy_since = now
+            self._first_batch = now if self._first_batch is None else self._first_batch
+            self._under_way += 1
+            self._batch_size = count
 
     def ended(self, count: int, seconds: float) -> None:
         """Note that a batch of `count` rows is not being rendered any more, after `seconds`."""
-        self._under_way -= 1
-        self._last_batch = self._clock()
-        if self._under_way == 0:
-            self._busy_s += min(seconds, self._last_batch - self._busy_since)
+        with self._lock:
+            self._under_way -= 1
+            self._last_batch = self._clock()
+            if self._under_way == 0:
+                self._busy_s += min(seconds, self._last_batch - self._busy_since)
 
     def settled(self, state: str, seconds: float) -> None:
         """Note that a row became "done", "failed" or "rejected", `seconds` after its batch began."""
         now = self._clock()
-        self._counts[state] += 1
-        if state == "done":
-            self._latencies.append(seconds)
-            self._finished.append(now)
+        with self._lock:
+            self._counts[state] += 1
+            if state == "done":
+                self._latencies.append(seconds)
+                self._finished.append(now)
         self._bar.update()
         if now - self._told >= self._interval_s:
             self._tell(now)
 
     def snapshot(self) -> Snapshot:
         """Return the state of the job now."""
-        now = self._clock()
-        while self._finished and self._finished[0] < now - _WINDOW_S:
-            self._finished.popleft()
-        span = min(now - self._begin, _WINDOW_S)
-        per_min = 60 * len(self._finished) / span if self._finished and span > 0 else None
-        left = self._total - sum(self._counts.values())
-        latencies = sorted(self._latencies)
-        spent = self._last_batch - self._first_batch if self._first_batch is not None else 0.0
         gpu_utilization, gpu_memory_bytes = gpu_facts()
-        return Snapshot(
-            time=time.time(),
-            total=self._total,
-            **self._counts,
-            pictures_per_min=per_min,
-            eta_s=60 * left / per_min if per_min else None,
-            batch_size=self._batch_size,
-            latency_p50_s=percentile(latencies, 0.50),
-            latency_p95_s=percentile(latencies, 0.95),
-            engine_idle=max(0.0, 1 - self._busy_s / spent) if spent > 0 else None,
-            gpu_utilization=gpu_utilization,
-            gpu_memory_bytes=gpu_memory_bytes,
-        )
+        with self._lock:
+            now = self._clock()
+            while self._finished and self._finished[0] < now - _WINDOW_S:
+                self._finished.popleft()
+            span = min(now - self._begin, _WINDOW_S)
+            per_min = 60 * len(self._finished) / span if self._finished and span > 0 else None
+            left = self._total - sum(self._counts.values())
+            latencies = sorted(self._latencies)
+            spent = self._last_batch - self._first_batch if self._first_batch is not None else 0.0
+            return Snapshot(
+                time=time.time(),
+                total=self._total,
+                **self._counts,
+                pictures_per_min=per_min,
+                eta_s=60 * left / per_min if per_min else None,
+                batch_size=self._batch_size,
+                latency_p50_s=percentile(latencies, 0.50),
+                latency_p95_s=percentile(latencies, 0.95),
+                engine_idle=max(0.0, 1 - self._busy_s / spent) if spent > 0 else None,
+                gpu_utilization=gpu_utilization,
+                gpu_memory_bytes=gpu_memory_bytes,
+            )
 
     def close(self) -> Snapshot:
         """Tell the last state, take the bar down, and return that state."""
@@ -153,11 +169,16 @@ class Telemetry:
         state = self.snapshot()
         if not self._bar.disable:
             self._bar.set_postfix_str(in_words(state))
-        if self._log_json is not None:
-            with self._log_json.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(state)) + "\n")
-        if self._prometheus is not None:
-            write_atomically(self._prometheus, prometheus_text(state).encode())
+        try:
+            if self._log_json is not None:
+                with self._log_json.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(state)) + "\n")
+            if self._prometheus is not None:
+                write_atomically(self._prometheus, prometheus_text(state).encode())
+        except OSError as error:  # pictures matter more than what is said of them
+            if not self._warned:
+                warnings.warn(f"the job's state could not be written: {error}; the job goes on", stacklevel=2)
+            self._warned = True
 
 
 def percentile(ordered: list[float], part: float) -> float | None:
@@ -183,16 +204,31 @@ def in_words(state: Snapshot) -> str:
     return ", ".join(words)
 
 
+#: Field of a snapshot -> (name, type, help) of its metric. Units are Prometheus' base units, and in the names.
+_METRICS: Mapping[str, tuple[str, str, str]] = {
+    "total": ("rows", "gauge", "Rows of this run."),
+    "done": ("pictures_done_total", "counter", "Pictures in place."),
+    "failed": ("pictures_failed_total", "counter", "Rows that failed."),
+    "rejected": ("pictures_rejected_total", "counter", "Pictures sifted out."),
+    "pictures_per_min": ("pictures_per_minute", "gauge", "Pictures per minute over the last five minutes."),
+    "eta_s": ("eta_seconds", "gauge", "Seconds until the end at this speed."),
+    "batch_size": ("batch_size", "gauge", "Rows of the last batch."),
+    "latency_p50_s": ("latency_p50_seconds", "gauge", "Median from the start of a row's batch to its file."),
+    "latency_p95_s": ("latency_p95_seconds", "gauge", "95th percentile of the same."),
+    "engine_idle": ("engine_idle_ratio", "gauge", "Part of the time in which nothing was rendered, 0 to 1."),
+    "gpu_utilization": ("gpu_utilization_percent", "gauge", "The GPU's utilisation as NVML tells it, 0 to 100."),
+    "gpu_memory_bytes": ("gpu_memory_peak_bytes", "gauge", "Memory allocated by torch, at the peak."),
+}
+
+
 def prometheus_text(state: Snapshot) -> str:
     """Return the state in Prometheus' text format; what is not known is left out."""
     lines = []
-    for name, value in asdict(state).items():
-        if value is None or name == "time":
-            continue
-        kind = "counter" if name in ("done", "failed", "rejected") else "gauge"
-        name = f"{name.removesuffix('_s')}_seconds" if name.endswith("_s") else name
-        metric = f"ernie_accel_pictures_{name}_total" if kind == "counter" else f"ernie_accel_{name}"
-        lines += [f"# TYPE {metric} {kind}", f"{metric} {value:g}"]
+    for name, (metric, kind, words) in _METRICS.items():
+        value = getattr(state, name)
+        if value is not None:
+            metric = f"ernie_accel_{metric}"
+            lines += [f"# HELP {metric} {words}", f"# TYPE {metric} {kind}", f"{metric} {value!r}"]
     return "\n".join(lines) + "\n"
 
 
@@ -201,8 +237,10 @@ def gpu_facts() -> tuple[int | None, int | None]:
     torch = sys.modules.get("torch")  # not imported for this: a job on image servers has no torch
     if torch is None or not torch.cuda.is_available():
         return None, None
+    ours = torch.cuda.is_initialized()
     try:
-        utilization: int | None = int(torch.cuda.utilization())
+        # By number where another process has the GPU: to ask for the current one would make a CUDA context here.
+        utilization: int | None = int(torch.cuda.utilization(torch.cuda.current_device() if ours else 0))
     except (ImportError, RuntimeError):  # the NVML binding is not installed, or has no rights
         utilization = None
-    return utilization, int(torch.cuda.max_memory_allocated())
+    return utilization, int(torch.cuda.max_memory_allocated()) if ours else None

@@ -75,9 +75,9 @@ class Writer:
 
     def submit(self, task: Task, picture: Image.Image, *, batch_size: int, start: float) -> None:
         """Have a picture written; `start` is the `time.perf_counter()` at which its batch began."""
-        while sum(not future.done() for future in self._pending) >= self._ahead:
-            concurrent.futures.wait(self._pending, return_when=concurrent.futures.FIRST_COMPLETED)
-            concurrent.futures.wait([next(future for future in self._pending if not future.done())])
+        # One list for counting and waiting: between two looks every picture may have been finished.
+        while len(under_way := [future for future in self._pending if not future.done()]) >= self._ahead:
+            concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED)
         self._pending.append(self._pool.submit(self._write, task, picture, batch_size, start))
 
     def collect(self) -> list[Written]:
@@ -114,6 +114,9 @@ class Writer:
         path = self._out / (rejected_path(task) if rejected else task.row.path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, png)
+        if rejected:
+            # What an earlier run with other settings made would pass for this row's picture.
+            (self._out / task.row.path).unlink(missing_ok=True)
 
 
 def rejected_path(task: Task) -> str:

@@ -12,7 +12,8 @@
     ├── MissingExtraError (ImportError)   an optional package is needed; names the pip extra
     ├── BatchInputError (ValueError)      rows with mistakes, all of them with their lines   (batch/errors.py)
     ├── BatchOutputError                  pictures cannot be written where they should go    (batch/errors.py)
-    └── BatchChangedError                 a job cannot go on with another input or settings  (batch/errors.py)
+    ├── BatchChangedError                 a job cannot go on with another input or settings  (batch/errors.py)
+    └── MetricsServerError                a batch's metrics cannot be served where asked     (batch/errors.py)
 
 Messages repeat the input, say what was found, what was expected and the fix; the same facts are attributes.
 """

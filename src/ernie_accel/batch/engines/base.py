@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,6 +15,12 @@ from ernie_accel.core.errors import ErnieAccelError
 
 Outcome: TypeAlias = Image.Image | Exception
 """What became of one request of a batch: its picture, or why there is none."""
+
+PREPARE_BATCH = 16
+"""Prompts in one call of the prompt enhancer or the text encoder, and under one timeout."""
+
+ROUND = 4096
+"""Rows prepared at once where the encoders leave the device: at 128 tokens some 3 GB of embeddings in host memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +71,13 @@ class Engine(ABC):
         slots: How many batches can be under way at once.
         max_batch: The largest batch worth trying; 1: no batches.
         ahead: How many rows `prepare` is handed at once, before they are rendered.
+        in_rounds: Whether what was prepared is all rendered before more is, because preparing takes turns with it.
     """
 
     slots: int = 1
     max_batch: int = 1
     ahead: int = 64
+    in_rounds: bool = False
 
     @abstractmethod
     def render(self, requests: Sequence[Request], timeout_s: float | None = None) -> Sequence[Outcome]:
@@ -85,8 +94,16 @@ class Engine(ABC):
             Exception: Anything else that failed the batch as a whole, such as too little memory.
         """
 
-    def prepare(self, requests: Sequence[Request]) -> None:
-        """Do ahead, for many requests at once, what rendering them will need. Failures show in `render`."""
+    def prepare(self, requests: Sequence[Request], timeout_s: float | None = None) -> None:
+        """Do ahead, for many requests at once, what rendering them will need.
+
+        Whatever it raises, the requests are rendered all the same, and what is wrong with one shows there; but for
+        `EngineLostError`, after which nothing is.
+
+        Args:
+            requests: At least one; not alike.
+            timeout_s: Seconds for a batch of them; None: wait for ever.
+        """
         return
 
     def bucket(self, request: Request) -> Hashable:
@@ -106,6 +123,12 @@ class Engine(ABC):
         return
 
 
+def in_batches(requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
+    """Yield the requests as they are best prepared: few at a time, and prompts alike in length together."""
+    ordered = sorted(requests, key=lambda request: len(request.prompt))
+    return (ordered[start : start + PREPARE_BATCH] for start in range(0, len(ordered), PREPARE_BATCH))
+
+
 class BatchTimeoutError(ErnieAccelError):
     """A batch took longer than allowed and was given up.
 
@@ -120,6 +143,16 @@ class BatchTimeoutError(ErnieAccelError):
     def __str__(self) -> str:
         """Return what was exceeded."""
         return f"not finished after {self.timeout_s:g} s (--timeout) and given up"
+
+
+class Expired(Exception):
+    """Raised between two steps of a pipe or its encoders, to end a call that is out of time."""
+
+
+def stop_if(expired: threading.Event | None) -> None:
+    """Raise `Expired` if the time is up."""
+    if expired is not None and expired.is_set():
+        raise Expired
 
 
 class WorkerLostError(ErnieAccelError):

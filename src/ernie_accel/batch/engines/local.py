@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-import sys
 import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
 from ernie_accel.batch.engines.base import (
+    ROUND,
     BatchTimeoutError,
     Engine,
     EngineLostError,
+    Expired,
     NotFiniteError,
     Outcome,
     Request,
+    in_batches,
+    stop_if,
 )
 from ernie_accel.batch.errors import Problem
 
 if TYPE_CHECKING:
     from ernie_accel.batch.engines.prompts import PromptStage
+
+_T = TypeVar("_T")
 
 Pipe = Any
 """A diffusers pipeline: called with a prompt and keyword settings, it returns an object with `.images`."""
@@ -49,7 +55,7 @@ class LocalEngine(Engine):
             pipe: The pipeline, on its device.
             max_batch: The largest batch to try; None: 32 for a diffusers pipeline, else 1.
             free_encoders: Take text encoder and prompt enhancer off the device once the prompts handed to `prepare`
-                are encoded, until `close`.
+                are encoded, until the next ones come, or `close`.
             grace_s: Seconds that a batch which is out of time has to reach the end of its step.
         """
         self._pipe = pipe
@@ -62,39 +68,34 @@ class LocalEngine(Engine):
         self._prompts = _prompt_stage(pipe, free_encoders) if is_pipeline else None
         self._lost = False
         if free_encoders:
-            self.ahead = sys.maxsize  # every row, since the encoders do not come back
+            self.ahead, self.in_rounds = ROUND, True
 
     def render(self, requests: Sequence[Request], timeout_s: float | None = None) -> Sequence[Outcome]:
         """Call the pipe once for all requests; see `Engine.render`."""
-        if self._lost:
-            raise EngineLostError("the pipe is still inside a step that hung")
-        if timeout_s is None:
-            return self._render(requests, None)
-        expired = threading.Event()
-        future: Future[Sequence[Outcome]] = Future()
-        # A daemon, so that a step which never ends does not keep the program from ending.
-        threading.Thread(target=self._fulfil, args=(future, requests, expired), daemon=True).start()
-        try:
-            return future.result(timeout_s)
-        except FutureTimeoutError:
-            if future.done():  # the pipe itself raised a TimeoutError
-                raise
-        expired.set()  # a slow pipe stops at the end of its step; one that hangs does not
-        try:
-            return future.result(self._grace_s)
-        except _Expired:
-            raise BatchTimeoutError(timeout_s) from None
-        except FutureTimeoutError:
-            self._lost = True
-            raise EngineLostError(
-                f"a batch was not finished after {timeout_s:g} s and hangs inside a step, which nothing can end within "
-                "a process; the other rows stay pending. Run again, or use ProcessEngine, which replaces its process"
-            ) from None
+        return self._within(timeout_s, "a batch was not finished", lambda expired: self._render(requests, expired))
 
-    def prepare(self, requests: Sequence[Request]) -> None:
-        """Enhance and encode the prompts, in batches."""
+    def prepare(self, requests: Sequence[Request], timeout_s: float | None = None) -> None:
+        """Enhance and encode the prompts, in batches, each within the timeout; see `Engine.prepare`."""
+        for some in in_batches(requests):
+            self.encode(some, timeout_s)
+        self.free()
+
+    def encode(self, requests: Sequence[Request], timeout_s: float | None = None) -> list[Hashable]:
+        """Enhance and encode a batch of prompts, and return the buckets of their requests."""
         if self._prompts is not None:
-            self._prompts.prepare(requests)
+            work = functools.partial(self._prompts.prepare, requests)
+            self._within(timeout_s, "prompts were not encoded", work)
+        return [self.bucket(request) for request in requests]
+
+    def free(self) -> None:
+        """Take the encoders off the device, if that was asked for; the next `encode` puts them back."""
+        if self._prompts is not None:
+            self._prompts.free()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that says how long a prompt is; None where prompts are not encoded ahead."""
+        return None if self._prompts is None else self._prompts.tokenizer
 
     def bucket(self, request: Request) -> Hashable:
         """Return the request's shape and, where prompts are encoded ahead, the class of its length."""
@@ -127,23 +128,46 @@ class LocalEngine(Engine):
         if self._prompts is not None:
             self._prompts.close()
 
-    def _fulfil(self, future: Future[Sequence[Outcome]], requests: Sequence[Request], expired: threading.Event) -> None:
+    def _within(self, timeout_s: float | None, what: str, work: Callable[[threading.Event | None], _T]) -> _T:
+        """Do something with the pipe; `work` is given an event that says when its time is up."""
+        if self._lost:
+            raise EngineLostError("the pipe is still inside a step that hung")
+        if timeout_s is None:
+            return work(None)
+        expired = threading.Event()
+        future: Future[_T] = Future()
+        # A daemon, so that a step which never ends does not keep the program from ending.
+        threading.Thread(target=_fulfil, args=(future, work, expired), daemon=True).start()
         try:
-            future.set_result(self._render(requests, expired))
-        except BaseException as error:  # all of them: this thread has nobody else to tell
-            future.set_exception(error)
+            return future.result(timeout_s)
+        except FutureTimeoutError:
+            if future.done():  # the pipe itself raised a TimeoutError
+                raise
+        expired.set()  # a slow pipe stops at the end of its step; one that hangs does not
+        try:
+            return future.result(self._grace_s)
+        except Expired:
+            raise BatchTimeoutError(timeout_s) from None
+        except FutureTimeoutError:
+            if future.done():
+                raise
+            self._lost = True
+            raise EngineLostError(
+                f"{what} after {timeout_s:g} s: the pipe hangs inside a step, which nothing can end within a process; "
+                "the other rows stay pending. Run again, or use ProcessEngine, which replaces its process"
+            ) from None
 
     def _render(self, requests: Sequence[Request], expired: threading.Event | None) -> Sequence[Outcome]:
         import torch  # here, so that checking a table does not wait for it
 
-        arguments = self._arguments(requests)
+        arguments = self._arguments(requests, expired)
         if expired is not None and ("callback_on_step_end" in self._parameters or self._takes_any):
             arguments["callback_on_step_end"] = _stop_when(expired)
         generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
         images = self._pipe(**arguments, generator=generators[0] if len(requests) == 1 else generators).images
         return _pictures(images, len(requests))
 
-    def _arguments(self, requests: Sequence[Request]) -> dict[str, Any]:
+    def _arguments(self, requests: Sequence[Request], expired: threading.Event | None) -> dict[str, Any]:
         """Return the call's arguments; the requests are alike in all but prompt, negative prompt and seed."""
         arguments = requests[0].arguments()
         if self._as_tensors:
@@ -151,7 +175,7 @@ class LocalEngine(Engine):
         if self._prompts is not None:
             del arguments["prompt"]
             arguments.pop("negative_prompt", None)
-            return arguments | self._prompts.arguments(requests)
+            return arguments | self._prompts.arguments(requests, expired)
         if len(requests) > 1:
             arguments["prompt"] = [request.prompt for request in requests]
             if requests[0].negative_prompt is not None:
@@ -165,14 +189,16 @@ def _prompt_stage(pipe: Pipe, free: bool) -> PromptStage | None:
     return PromptStage.of(pipe, free=free)
 
 
-class _Expired(Exception):
-    """Raised inside a pipe, between two steps, to end a call that is out of time."""
+def _fulfil(future: Future[_T], work: Callable[[threading.Event], _T], expired: threading.Event) -> None:
+    try:
+        future.set_result(work(expired))
+    except BaseException as error:  # all of them: this thread has nobody else to tell
+        future.set_exception(error)
 
 
 def _stop_when(expired: threading.Event) -> Any:
     def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if expired.is_set():
-            raise _Expired
+        stop_if(expired)
         return tensors
 
     return callback

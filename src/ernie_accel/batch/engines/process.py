@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import signal
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -20,6 +21,7 @@ from ernie_accel.batch.engines.base import (
     Outcome,
     Request,
     WorkerLostError,
+    in_batches,
 )
 from ernie_accel.batch.engines.local import LocalEngine, Pipe
 from ernie_accel.batch.errors import Problem
@@ -35,15 +37,23 @@ class RemoteError(ErnieAccelError):
 class ProcessEngine(Engine):
     """A pipeline in a child process, loaded there by a function that can be pickled.
 
-    It prepares nothing ahead: a batch's prompts are encoded with the batch, so that its timeout covers that as well.
+    What was encoded ahead is lost with a child: the next one encodes the prompts of each batch with the batch.
     """
 
-    def __init__(self, load: Callable[[], Pipe], *, max_batch: int | None = None, load_timeout_s: float = 1800) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Pipe],
+        *,
+        max_batch: int | None = None,
+        free_encoders: bool = False,
+        load_timeout_s: float = 1800,
+    ) -> None:
         """Start the child and load the pipeline in it.
 
         Args:
             load: Returns the pipeline; a function of a module, or a `functools.partial` of one.
             max_batch: As for `LocalEngine`.
+            free_encoders: As for `LocalEngine`.
             load_timeout_s: Seconds that loading may take.
 
         Raises:
@@ -51,10 +61,12 @@ class ProcessEngine(Engine):
         """
         self._load = load
         self._load_timeout_s = load_timeout_s
-        self._given_max_batch = max_batch
+        self._options = {"max_batch": max_batch, "free_encoders": free_encoders}
+        self._buckets: OrderedDict[Request, Hashable] = OrderedDict()  # as the child told them
         self._child: multiprocessing.process.BaseProcess | None = None
         self._start()
         self.max_batch = int(self._call("max_batch"))
+        self.ahead, self.in_rounds = int(self._call("ahead")), bool(self._call("in_rounds"))
         self._identity: dict[str, str] = self._call("identity")
 
     def render(self, requests: Sequence[Request], timeout_s: float | None = None) -> Sequence[Outcome]:
@@ -64,9 +76,20 @@ class ProcessEngine(Engine):
         outcomes: Sequence[Outcome] = self._call("render", list(requests), timeout_s=timeout_s)
         return outcomes
 
+    def prepare(self, requests: Sequence[Request], timeout_s: float | None = None) -> None:
+        """Have the child enhance and encode the prompts; see `Engine.prepare`."""
+        if self._child is None:
+            self._start()
+        for some in in_batches(requests):
+            buckets = self._call("encode", list(some), timeout_s=timeout_s)
+            self._buckets.update(zip(some, buckets, strict=True))
+        while len(self._buckets) > 4 * self.ahead:
+            self._buckets.popitem(last=False)
+        self._call("free", timeout_s=timeout_s)
+
     def bucket(self, request: Request) -> Hashable:
-        """Return the request's shape; the length of its prompt is known in the child only."""
-        return request.shape()
+        """Return the request's shape and the class of its prompt's length, where the child has told it."""
+        return self._buckets.get(request, (request.shape(), 0))
 
     def problems(self, requests: Sequence[tuple[int, Request]]) -> list[Problem]:
         """Ask the child what its pipe cannot do."""
@@ -87,7 +110,7 @@ class ProcessEngine(Engine):
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # not fork: CUDA does not survive it
         self._connection, theirs = context.Pipe()
-        arguments = (theirs, self._load, self._given_max_batch)
+        arguments = (theirs, self._load, self._options)
         self._child = context.Process(target=_serve, args=arguments, name="ernie-accel-engine", daemon=True)
         self._child.start()
         theirs.close()
@@ -141,7 +164,7 @@ def portable(error: Exception) -> Exception:
     return error if isinstance(error, ErnieAccelError) else RemoteError(f"{type(error).__name__}: {error}")
 
 
-def _serve(connection: Connection, load: Callable[[], Pipe], max_batch: int | None) -> None:
+def _serve(connection: Connection, load: Callable[[], Pipe], options: Mapping[str, Any]) -> None:
     """Load the pipeline and answer calls until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides what it means
     engine: LocalEngine | None = None
@@ -150,7 +173,7 @@ def _serve(connection: Connection, load: Callable[[], Pipe], max_batch: int | No
         try:
             if engine is None:
                 importlib.import_module("torch")  # now, as part of loading: a first batch must not pay for it
-                engine = LocalEngine(load(), max_batch=max_batch)
+                engine = LocalEngine(load(), **options)
                 answer: Any = None
             elif call is not None:
                 answer = getattr(engine, call[0])

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import inspect
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
-from ernie_accel.batch.engines.base import Request
+from ernie_accel.batch.engines.base import PREPARE_BATCH, ROUND, Request, stop_if
 from ernie_accel.families import family_of
 from ernie_accel.families.ernie_image import ERNIE_IMAGE
 
-_ENCODE_BATCH = 16  # prompts in one call of the text encoder
-_ENHANCE_BATCH = 16  # prompts in one call of the prompt enhancer
-_KEPT = 1024  # prompts whose embeddings are kept in host memory, unless the encoders are freed
+_KEPT = 1024  # prompts whose embeddings are kept in host memory
 
 # As `ErnieImagePipeline._enhance_prompt_with_pe` samples.
 _TEMPERATURE = 0.6
 _TOP_P = 0.95
+_DEFAULT_TOP_K = 50  # what `generate` samples from where a checkpoint does not say, 0: from all
 
 
 class PromptStage:
@@ -32,6 +32,7 @@ class PromptStage:
     def __init__(self, pipe: Any, *, free: bool = False) -> None:
         self._pipe = pipe
         self._free = free
+        self._kept = max(_KEPT, 4 * ROUND if free else 0)  # a row has a prompt, a negative one, and may be retried
         self._device = pipe._execution_device  # now, while every component is in its place
         self._freed: dict[str, tuple[Any, Any]] = {}  # components taken off the device, and where they were
         self._texts: OrderedDict[Hashable, str] = OrderedDict()
@@ -43,31 +44,48 @@ class PromptStage:
         family = family_of(pipe)
         return cls(pipe, free=free) if family is ERNIE_IMAGE else None
 
-    def prepare(self, requests: Sequence[Request]) -> None:
-        """Enhance and encode what is not yet; with `free`, the encoders leave the device afterwards."""
-        self._enhance_missing(requests)
+    def prepare(self, requests: Sequence[Request], expired: threading.Event | None = None) -> None:
+        """Enhance and encode what is not yet.
+
+        Args:
+            requests: At least one.
+            expired: Once it is set, `Expired` is raised at the enhancer's next word or before the next forward.
+        """
+        self._enhance_missing(requests, expired)
         texts = [self._text(request) for request in requests]
         texts += [request.negative_prompt or "" for request in requests if self._guided(request)]
-        self._encode_missing(texts)
-        if self._free:
-            self._take_off()
+        self._encode_missing(texts, expired)
 
     def length_class(self, request: Request) -> int:
-        """Return the prompt's tokens rounded up to a power of two: within it, padding costs less than it saves."""
+        """Return the class of the encoded prompt's length, see there; 0 for one that is not encoded."""
         text = self._texts.get(self._key(request), request.prompt)
         embeds = self._embeds.get(text)
-        return 1 << (len(embeds) - 1).bit_length() if embeds is not None else 0
+        return length_class(len(embeds)) if embeds is not None else 0
 
-    def arguments(self, requests: Sequence[Request]) -> dict[str, Any]:
-        """Return the embeddings of the requests as the pipeline's call takes them."""
-        if any(self._text_or_none(request) not in self._embeds for request in requests):
-            self.prepare(requests)
+    def arguments(self, requests: Sequence[Request], expired: threading.Event | None = None) -> dict[str, Any]:
+        """Return the embeddings of the requests as the pipeline's call takes them; encodes what is missing."""
+        wanted = [self._text_or_none(request) for request in requests]
+        if self._guided(requests[0]):
+            wanted += [request.negative_prompt or "" for request in requests]
+        if any(text not in self._embeds for text in wanted):
+            self.prepare(requests, expired)
+            self.free()
         arguments = {"prompt_embeds": [self._embeds[self._text(request)] for request in requests]}
         if self._guided(requests[0]):
-            negatives = [request.negative_prompt or "" for request in requests]
-            self._encode_missing(negatives)
-            arguments["negative_prompt_embeds"] = [self._embeds[text] for text in negatives]
+            arguments["negative_prompt_embeds"] = [self._embeds[request.negative_prompt or ""] for request in requests]
         return arguments
+
+    def free(self) -> None:
+        """Take the encoders off the device, if that was asked for; they come back when they are needed."""
+        if not self._free:
+            return
+        for name in ("text_encoder", "pe"):
+            part = getattr(self._pipe, name, None)
+            if part is not None:
+                self._freed[name] = (part, part.device)
+                # Out of the pipe too: diffusers takes any component's device for the one to run on.
+                setattr(self._pipe, name, None)
+                part.to("cpu")
 
     def close(self) -> None:
         """Forget the embeddings, and put back on the device what was taken off it."""
@@ -75,6 +93,11 @@ class PromptStage:
         self._embeds.clear()
         for name in tuple(self._freed):
             self._put_back(name)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The text encoder's tokenizer."""
+        return self._pipe.tokenizer
 
     @property
     def _enhances(self) -> bool:
@@ -96,22 +119,23 @@ class PromptStage:
     def _text_or_none(self, request: Request) -> str | None:
         return self._texts.get(self._key(request)) if self._enhances else request.prompt
 
-    def _enhance_missing(self, requests: Sequence[Request]) -> None:
+    def _enhance_missing(self, requests: Sequence[Request], expired: threading.Event | None) -> None:
         if not self._enhances:
             return
         missing = {self._key(r): r for r in requests if self._key(r) not in self._texts}
         keys = sorted(missing, key=lambda key: len(missing[key].prompt))  # alike in length: little padding
-        for some in _chunks(keys, _ENHANCE_BATCH):
-            texts = self._enhance([missing[key] for key in some])
+        for some in _chunks(keys, PREPARE_BATCH):
+            texts = self._enhance([missing[key] for key in some], expired)
             self._texts.update(zip(some, texts, strict=True))
         self._forget(self._texts)
 
-    def _enhance(self, requests: Sequence[Request]) -> list[str]:
+    def _enhance(self, requests: Sequence[Request], expired: threading.Event | None) -> list[str]:
         """Return the enhanced prompts, sampled as stock does but from each row's own seed."""
         import torch
         from transformers.generation.logits_process import (
             LogitsProcessorList,
             TemperatureLogitsWarper,
+            TopKLogitsWarper,
             TopPLogitsWarper,
         )
 
@@ -124,6 +148,8 @@ class PromptStage:
         padded = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=device)
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
         new_tokens = min(tokenizer.model_max_length, ERNIE_IMAGE.max_prompt_tokens or 2048)
+        top_k = self._pipe.pe.generation_config.top_k
+        top_k = _DEFAULT_TOP_K if top_k is None else top_k
         with torch.no_grad():
             output = self._pipe.pe.generate(
                 input_ids=padded,
@@ -133,8 +159,9 @@ class PromptStage:
                 logits_processor=LogitsProcessorList(
                     [
                         TemperatureLogitsWarper(_TEMPERATURE),
+                        *([TopKLogitsWarper(top_k)] if top_k else []),
                         TopPLogitsWarper(_TOP_P),
-                        _choose_by_seed([request.seed for request in requests], new_tokens, longest),
+                        _choose_by_seed([request.seed for request in requests], new_tokens, longest, expired),
                     ]
                 ),
                 pad_token_id=pad,
@@ -152,10 +179,11 @@ class PromptStage:
         messages = [{"role": "user", "content": json.dumps(content, ensure_ascii=False)}]
         return str(self._pipe.pe_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
 
-    def _encode_missing(self, texts: Iterable[str]) -> None:
+    def _encode_missing(self, texts: Iterable[str], expired: threading.Event | None) -> None:
         wanted = dict.fromkeys(texts)
         missing = sorted((text for text in wanted if text not in self._embeds), key=len)
-        for some in _chunks(missing, _ENCODE_BATCH):
+        for some in _chunks(missing, PREPARE_BATCH):
+            stop_if(expired)
             self._embeds.update(zip(some, self._encode(some), strict=True))
         for text in wanted:
             self._embeds.move_to_end(text)
@@ -167,9 +195,7 @@ class PromptStage:
 
         self._put_back("text_encoder")
         pipe, device = self._pipe, self._device
-        ids = [pipe.tokenizer(t, add_special_tokens=True, truncation=True, padding=False)["input_ids"] for t in texts]
-        start = pipe.tokenizer.bos_token_id or 0
-        ids = [row or [start] for row in ids]
+        ids = [token_ids(pipe.tokenizer, text) for text in texts]
         longest = max(map(len, ids))
         padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=device)
@@ -179,22 +205,24 @@ class PromptStage:
         return [hidden[i, : len(row)].clone() for i, row in enumerate(ids)]
 
     def _forget(self, kept: OrderedDict[Any, Any]) -> None:
-        while not self._free and len(kept) > _KEPT:
+        while len(kept) > self._kept:
             kept.popitem(last=False)
-
-    def _take_off(self) -> None:
-        for name in ("text_encoder", "pe"):
-            part = getattr(self._pipe, name, None)
-            if part is not None:
-                self._freed[name] = (part, part.device)
-                # Out of the pipe too: diffusers takes any component's device for the one to run on.
-                setattr(self._pipe, name, None)
-                part.to("cpu")
 
     def _put_back(self, name: str) -> None:
         if name in self._freed:
             part, device = self._freed.pop(name)
             setattr(self._pipe, name, part.to(device))
+
+
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return a prompt's tokens as `ErnieImagePipeline.encode_prompt` makes them; at least one."""
+    ids: list[int] = tokenizer(text, add_special_tokens=True, truncation=True, padding=False)["input_ids"]
+    return ids or [tokenizer.bos_token_id or 0]
+
+
+def length_class(tokens: int) -> int:
+    """Return a number of tokens rounded up to a power of two: within it, padding costs less than it saves."""
+    return 1 << (tokens - 1).bit_length()
 
 
 def _call_defaults(pipe: Any) -> dict[str, Any]:
@@ -205,7 +233,9 @@ def _chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def _choose_by_seed(seeds: Sequence[int], new_tokens: int, prompt_tokens: int) -> Any:
+def _choose_by_seed(
+    seeds: Sequence[int], new_tokens: int, prompt_tokens: int, expired: threading.Event | None = None
+) -> Any:
     """Return a logits processor that samples each row by inverse transform, from one random number a row and token.
 
     `generate` samples a whole batch from the global generator; then a row's words would depend on its neighbours.
@@ -215,6 +245,7 @@ def _choose_by_seed(seeds: Sequence[int], new_tokens: int, prompt_tokens: int) -
     draws = torch.stack([torch.rand(new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
     def choose(input_ids: Any, scores: Any) -> Any:
+        stop_if(expired)
         cumulative = scores.float().softmax(dim=-1).cumsum(dim=-1)
         draw = draws[:, input_ids.shape[1] - prompt_tokens].to(scores.device)[:, None]
         chosen = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True)

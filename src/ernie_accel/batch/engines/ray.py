@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import queue
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from ernie_accel.batch.engines.base import BatchTimeoutError, Engine, Outcome, Request, WorkerLostError
 from ernie_accel.batch.engines.local import LocalEngine, Pipe
 from ernie_accel.batch.engines.process import portable
+from ernie_accel.batch.engines.prompts import length_class, token_ids
 from ernie_accel.batch.errors import Problem
 from ernie_accel.core.errors import MissingExtraError
 
 
 class RayEngine(Engine):
-    """Ray actors with a pipeline each; the ledger and the files stay with the process that owns the engine."""
+    """Ray actors with a pipeline each; the ledger and the files stay with the process that owns the engine.
+
+    An actor encodes the prompts of a batch with the batch, since nobody knows ahead which one will render a row. The
+    lengths of prompts are counted here, with the pipeline's tokenizer: as the rows have them, before any enhancer.
+    """
 
     def __init__(
         self,
@@ -59,7 +65,9 @@ class RayEngine(Engine):
             self._idle.put(actor)
         self.max_batch: int
         self._identity: dict[str, str]
-        self.max_batch, self._identity = self._ask(self._actors[0].describe.remote(), None)
+        self._tokenizer: Any
+        self.max_batch, self._identity, self._tokenizer = self._ask(self._actors[0].describe.remote(), None)
+        self._length_class = functools.lru_cache(maxsize=4096)(self._count)  # asked for again after each batch
 
     def render(self, requests: Sequence[Request], timeout_s: float | None = None) -> Sequence[Outcome]:
         """Have a free actor render; see `Engine.render`."""
@@ -76,6 +84,10 @@ class RayEngine(Engine):
         finally:
             self._idle.put(actor)
 
+    def bucket(self, request: Request) -> Hashable:
+        """Return the request's shape and the class of its prompt's length."""
+        return (request.shape(), self._length_class(request.prompt))
+
     def problems(self, requests: Sequence[tuple[int, Request]]) -> list[Problem]:
         """Ask an actor what its pipe cannot do."""
         found: list[Problem] = self._ask(self._actors[0].problems.remote(list(requests)), None)
@@ -91,6 +103,9 @@ class RayEngine(Engine):
             self._ray.kill(actor)
         if self._started:
             self._ray.shutdown()
+
+    def _count(self, prompt: str) -> int:
+        return 0 if self._tokenizer is None else length_class(len(token_ids(self._tokenizer, prompt)))
 
     def _new_actor(self) -> Any:
         return self._actor_class.remote(self._load, self._given_max_batch)
@@ -120,7 +135,7 @@ class _Worker:
         self._engine = LocalEngine(load(), max_batch=max_batch)
 
     def describe(self) -> tuple[bool, Any]:
-        return True, (self._engine.max_batch, dict(self._engine.identity()))
+        return True, (self._engine.max_batch, dict(self._engine.identity()), self._engine.tokenizer)
 
     def problems(self, requests: Sequence[tuple[int, Request]]) -> tuple[bool, Any]:
         return True, self._engine.problems(requests)

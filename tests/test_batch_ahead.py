@@ -1,0 +1,175 @@
+"""What is done ahead of rendering: prompts encoded in batches, under the timeout, and rows bucketed by length."""
+
+from __future__ import annotations
+
+import functools
+import sqlite3
+import threading
+from dataclasses import replace
+
+import pytest
+
+from ernie_accel.batch import produce
+from ernie_accel.batch.engines import BatchTimeoutError, EngineLostError, LocalEngine, Request
+from ernie_accel.batch.engines.base import PREPARE_BATCH, ROUND, Engine, in_batches
+from ernie_accel.batch.engines.process import ProcessEngine
+from tests.pipelines import tiny_ernie
+from tests.stub_engine import StubEngine, make_rows
+from tests.stub_pipes import load_ernie_that_hangs_on, load_tiny_ernie
+
+SHORT, LONG = "a red circle", "a big red circle on a small blue square on a big red square on a red circle on a square"
+
+
+def ernie_rows(*texts):
+    options = {"width": 64, "height": 64, "steps": 1, "guidance_scale": 1.0}
+    return [replace(row, prompt=text) for row, text in zip(make_rows(len(texts), **options), texts, strict=True)]
+
+
+def requests_of(*texts):
+    return [
+        Request(prompt=text, seed=i, width=64, height=64, steps=1, guidance_scale=1.0) for i, text in enumerate(texts)
+    ]
+
+
+def states(out):
+    ledger = sqlite3.connect(out / ".ernie-accel" / "ledger.sqlite")
+    found = [state for (state,) in ledger.execute("SELECT state FROM rows ORDER BY path")]
+    ledger.close()
+    return found
+
+
+def test_prompts_are_prepared_few_at_a_time_and_alike_in_length_together():
+    requests = requests_of(*("x" * (i * 7 % 40) for i in range(40)))
+    batches = list(in_batches(requests))
+    assert [len(batch) for batch in batches] == [PREPARE_BATCH, PREPARE_BATCH, 8]
+    lengths = [[len(request.prompt) for request in batch] for batch in batches]
+    assert [length for some in lengths for length in some] == list(range(40))
+
+
+@pytest.mark.parametrize("engine", [LocalEngine, ProcessEngine])
+def test_rows_are_bucketed_by_the_length_of_their_prompt(engine):
+    engine = engine(load_tiny_ernie) if engine is ProcessEngine else engine(load_tiny_ernie())
+    try:
+        short, long, other = requests_of(SHORT, LONG, "a blue square")
+        assert engine.bucket(short) == engine.bucket(long)  # nothing is known yet
+        engine.prepare([short, long, other])
+        assert engine.bucket(short) == engine.bucket(other) == (short.shape(), 4)
+        assert engine.bucket(long) == (short.shape(), 32)
+    finally:
+        engine.close()
+
+
+def test_a_child_process_renders_what_it_encoded_ahead(tmp_path):
+    rows = ernie_rows(SHORT, LONG, "a blue square", SHORT)
+    local = sorted(produce(tiny_ernie(), rows, tmp_path / "here", progress=False), key=lambda r: r.row.index)
+    engine = ProcessEngine(load_tiny_ernie)
+    try:
+        there = sorted(produce(engine, rows, tmp_path / "there", progress=False), key=lambda r: r.row.index)
+    finally:
+        engine.close()
+    assert [result.error for result in there] == [None] * 4
+    for one, other in zip(local, there, strict=True):
+        assert one.path.read_bytes() == other.path.read_bytes()
+
+
+def test_an_encoder_that_hangs_is_noticed_and_the_rows_stay_pending(tmp_path, monkeypatch):
+    pipe = tiny_ernie()
+    calls, release = [], threading.Event()
+    monkeypatch.setattr(pipe.text_encoder, "forward", lambda **inputs: (calls.append(inputs), release.wait(60)))
+    engine = LocalEngine(pipe, grace_s=0.1)
+    with pytest.raises(EngineLostError, match=r"prompts were not encoded after 0.2 s: the pipe hangs inside a step"):
+        list(produce(engine, ernie_rows(SHORT, LONG), tmp_path, timeout_s=0.2, progress=False))
+    release.set()
+    assert len(calls) == 1
+    assert states(tmp_path) == ["pending", "pending"]
+
+
+def test_slow_words_of_the_enhancer_are_given_up_between_two(monkeypatch):
+    """The enhancer writes thousands of tokens: it is stopped at the next, and the pipe is whole afterwards."""
+    import ernie_accel
+
+    pipe = ernie_accel.demo.load()
+    engine = LocalEngine(pipe)
+    started, forward = threading.Event(), pipe.pe.forward
+
+    def slow(*arguments, **options):
+        started.set()
+        threading.Event().wait(0.05)
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(pipe.pe, "forward", slow)
+    request = Request(prompt="a large red circle", seed=1, width=64, height=64, steps=1)
+    with pytest.raises(BatchTimeoutError, match=r"not finished after 0.1 s"):
+        engine.prepare([request], 0.1)
+    assert started.is_set()
+    monkeypatch.setattr(pipe.pe, "forward", forward)
+    engine.prepare([request], 60.0)
+    assert engine.bucket(request)[1] > 0
+    engine.close()
+
+
+def test_a_child_whose_encoder_hangs_costs_the_row_and_no_other(tmp_path):
+    engine = ProcessEngine(functools.partial(load_ernie_that_hangs_on, "blue blue blue"))
+    try:
+        rows = ernie_rows(SHORT, "blue blue blue", LONG)
+        results = sorted(produce(engine, rows, tmp_path, timeout_s=3.0, progress=False), key=lambda r: r.row.index)
+    finally:
+        engine.close()
+    assert [result.error for result in results] == [None, "not finished after 3 s (--timeout) and given up", None]
+
+
+class Rounds(StubEngine):
+    ahead, in_rounds = 5, True
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.events = []
+
+    def prepare(self, requests, timeout_s=None):
+        self.events.append(("prepare", len(requests), timeout_s))
+
+    def render(self, requests, timeout_s=None):
+        self.events.append(("render", len(requests), timeout_s))
+        return super().render(requests, timeout_s)
+
+
+def test_an_engine_in_rounds_renders_what_it_prepared_before_it_prepares_more(tmp_path):
+    engine = Rounds(max_batch=4)
+    list(produce(engine, make_rows(12), tmp_path, batch_size=4, timeout_s=9.0, progress=False))
+    assert engine.events == [
+        (kind, count, 9.0)
+        for kind, count in (
+            *(("prepare", 5), ("render", 4), ("render", 1)),
+            *(("prepare", 5), ("render", 4), ("render", 1)),
+            *(("prepare", 2), ("render", 2)),
+        )
+    ]
+    assert not Engine.in_rounds
+
+
+@pytest.mark.parametrize("process", [False, True])
+def test_freeing_the_encoders_holds_the_embeddings_of_one_round_only(process):
+    if process:
+        engine = ProcessEngine(load_tiny_ernie, free_encoders=True)
+    else:
+        engine = LocalEngine(load_tiny_ernie(), free_encoders=True)
+    try:
+        assert (engine.ahead, engine.in_rounds) == (ROUND, True)
+    finally:
+        engine.close()
+
+
+def test_freed_encoders_come_back_for_the_next_round_and_for_what_was_not_encoded():
+    pipe = tiny_ernie()
+    encoder = pipe.text_encoder
+    engine = LocalEngine(pipe, free_encoders=True)
+    first, second, third = requests_of(SHORT, LONG, "a blue square")
+    for request in (first, second):
+        engine.prepare([request])
+        assert pipe.text_encoder is None
+        engine.render([request])
+    (picture,) = engine.render([third])  # such as a reroll
+    assert picture.size == (64, 64)
+    assert pipe.text_encoder is None
+    engine.close()
+    assert pipe.text_encoder is encoder

@@ -1,0 +1,157 @@
+"""The command refuses what cannot work before it loads anything, and says what it did in its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from ernie_accel.batch import BatchInputError, BatchOutputError, command, report
+from ernie_accel.batch.job import plan_job
+from ernie_accel.core.errors import ErnieAccelError
+from tests.stub_engine import StubEngine, picture_of
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def table(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("prompt\none\ntwo\nthree\n")
+    return path
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    def load(job):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(command, "_engine", load)
+
+
+def plan(table, **given):
+    return plan_job(table, {"output_dir": table.parent / "out"} | given)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; expected 1 or more"),
+        ({"retries": -1}, "retries is -1; expected 0 or more"),
+        ({"seed": 2**64}, f"seed is {2**64}; expected 0 to"),
+        ({"timeout": 0.0}, "timeout is 0.0; expected 0.1 or more"),
+        ({"metrics_port": 65536}, "metrics_port is 65536; expected 0 to 65535"),
+        ({"duplicates": 65}, "duplicate_bits 65 is not within 0 to 64"),
+        ({"endpoint": ("http://a",), "preset": "exact"}, "preset has no effect with endpoint"),
+        ({"endpoint": ("http://a",), "free_encoders": True}, "free_encoders has no effect with endpoint"),
+        ({"enhancer": "http://a"}, "enhancer has no effect without endpoint"),
+        ({"ray_actors": 2, "free_encoders": True}, "free_encoders has no effect with ray_actors"),
+        ({"metrics_host": "0.0.0.0"}, "metrics_host has no effect without metrics_port"),
+    ],
+)
+def test_options_that_cannot_work_are_named_whoever_gives_them(table, options, message):
+    with pytest.raises(BatchInputError, match=re.escape(message)):
+        plan(table, **options)
+    file = table.parent / "job.json"
+    content = {"input_file": "t.csv", "output_dir": "out"} | options
+    file.write_text(json.dumps(content | {k: list(v) for k, v in content.items() if isinstance(v, tuple)}))
+    with pytest.raises(BatchInputError, match=re.escape(message)):
+        plan_job(file, {})
+
+
+def test_every_mistake_of_the_options_is_told_at_once(table):
+    with pytest.raises(BatchInputError) as caught:
+        plan(table, retries=-1, batch_size=0, enhancer="http://a")
+    assert len(caught.value.problems) == 3
+
+
+def test_a_folder_that_cannot_be_used_is_told_before_anything_is_loaded(table, nothing_is_loaded):
+    (table.parent / "out").write_text("in the way")
+    with pytest.raises(BatchOutputError, match="a file of this name is in the way"):
+        command.run_job(plan(table))
+
+
+@pytest.mark.parametrize("option", ["log_json", "prometheus"])
+def test_a_log_that_cannot_be_written_is_told_before_anything_is_loaded(table, nothing_is_loaded, option):
+    (table.parent / "file").write_text("")
+    with pytest.raises(BatchOutputError, match="a file of this name is in the way"):
+        command.run_job(plan(table, **{option: table.parent / "file" / "log"}))
+    with pytest.raises(BatchOutputError, match="is a folder; choose another name"):
+        command.run_job(plan(table, **{option: table.parent}))
+
+
+def test_a_price_without_the_power_is_told_before_anything_is_loaded(table, nothing_is_loaded, monkeypatch):
+    monkeypatch.setattr(report, "measured_watts", lambda: None)
+    with pytest.raises(ErnieAccelError, match="add --watts"):
+        command.run_job(plan(table, power_price=0.3))
+
+
+def test_power_is_measured_while_pictures_are_made(table, monkeypatch):
+    draws = iter([650, 600, 700])  # when it is asked whether power can be measured at all, and then while it works
+    monkeypatch.setattr(report, "measured_watts", lambda: next(draws, 20))
+    monkeypatch.setattr(command, "_POWER_EVERY_S", 0.0)
+    monkeypatch.setattr(command, "_engine", lambda job: (StubEngine(max_batch=1), {}))
+    (table.parent / "t.csv").write_text("prompt\none\ntwo\n")
+    assert command.run_job(plan(table, power_price=0.3)) == 0
+    assert " at 650 W and 0.3 a kWh" in (table.parent / "out" / "report.md").read_text()
+
+
+def test_a_log_that_breaks_in_the_middle_costs_no_picture(table, monkeypatch):
+    log = table.parent / "logs" / "log.jsonl"
+
+    def before(requests, call):
+        log.unlink(missing_ok=True)
+        log.parent.rmdir() if log.parent.is_dir() else None
+
+    monkeypatch.setattr(command, "_engine", lambda job: (StubEngine(before, max_batch=1), {}))
+    with pytest.warns(UserWarning, match="the job's state could not be written: .*; the job goes on"):
+        assert command.run_job(plan(table, log_json=log)) == 0
+    assert len(list((table.parent / "out").glob("*.png"))) == 3
+
+
+LOADING = """
+import sys
+from ernie_accel.batch import command
+def load(job):
+    print("loading", flush=True)
+    sys.stdin.readline()
+command._engine = load
+from ernie_accel.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+def test_an_interrupt_while_the_model_loads_ends_the_command_at_once(table):
+    job = subprocess.Popen(
+        [sys.executable, "-c", LOADING, "batch", str(table), "--out", str(table.parent / "out")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdout.readline() == "loading\n"
+    job.send_signal(signal.SIGINT)
+    _, err = job.communicate(timeout=30)
+    assert job.returncode == 130, err
+    assert "Traceback" not in err
+
+
+def test_rejected_rows_are_counted_apart_and_give_exit_code_three(table, monkeypatch, capsys):
+    class Blank(StubEngine):
+        def render(self, requests, timeout_s=None):
+            return [Image.new("RGB", (32, 32)) if request.seed == 1 else picture_of(request) for request in requests]
+
+    monkeypatch.setattr(command, "_engine", lambda job: (Blank(), {}))
+    assert command.run_job(plan(table, sift=True)) == command.EXIT_FAILED
+    out, err = capsys.readouterr()
+    assert "2 succeeded, 0 failed, 1 rejected, in " in out
+    assert "t.csv:3: 00001.png rejected: blank: " in err
