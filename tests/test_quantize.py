@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import CastDtype, Compile, Context, Quantize, RewriteBlocks
+from ernie_accel import CastDtype, Compile, ConflictError, Context, Quantize, RewriteBlocks, UnsupportedError
 from ernie_accel.core.components import pipe_bytes
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.transforms.quantize.choose import BACKENDS
@@ -216,6 +216,27 @@ def test_an_offloaded_pipe_is_refused_with_the_fix(ernie):
 
 
 # ---- twice, and the way back ----------------------------------------------------------------------------------------
+
+
+def test_components_may_have_schemes_of_their_own():
+    pipe = tiny_ernie(enhancer=True)
+    both = [Quantize("int8-weight-only"), Quantize("fp8-weight-only", components=("pe",))]
+    before = snapshot(pipe)
+    ernie_accel.optimize(pipe, *both)
+    first, second = (entry.applied for entry in ernie_accel.report(pipe).entries)
+    assert {receipt.name.split(".")[0] for receipt in first.details} == {"transformer"}
+    assert {receipt.name.split(".")[0] for receipt in second.details} == {"pe"}
+    ernie_accel.restore(pipe)
+    assert differences(before, snapshot(pipe)) == []
+
+
+def test_a_component_cannot_have_two_schemes():
+    pipe = tiny_ernie(enhancer=True)
+    first = Quantize("int8-weight-only", components=("transformer", "pe"))
+    with pytest.raises(UnsupportedError, match=r"pe is quantized by Quantize.*in the same plan"):
+        ernie_accel.optimize(pipe, first, Quantize("fp8-weight-only", components=("pe",)))
+    with pytest.raises(ConflictError):
+        ernie_accel.optimize(pipe, first, Quantize("fp8-weight-only"))
 
 
 def test_quantizing_twice_is_refused_by_name(ernie):

@@ -161,6 +161,17 @@ class RoundWeights(Transform):
         return Applied(("transformer",), no_undo="a test")
 
 
+def test_two_components_with_schemes_of_their_own_travel(tmp_path):
+    pipe = tiny_ernie(enhancer=True)
+    ernie_accel.optimize(pipe, Quantize("int8-weight-only"), Quantize("fp8-weight-only", components=("pe",)))
+    ernie_accel.save(pipe, tmp_path / "saved")
+    loaded = ernie_accel.load(tmp_path / "saved")
+    assert_same_bits(bits(loaded), bits(pipe))
+    assert [entry.step.transform for entry in ernie_accel.report(loaded).entries] == [
+        entry.step.transform for entry in ernie_accel.report(pipe).entries
+    ]
+
+
 def test_what_other_quantizing_transforms_made_is_refused_with_the_fix(ernie, tmp_path):
     ernie_accel.optimize(ernie, RoundWeights())
     fix = r"cannot save what RoundWeights\(\) made, whose weights only it knows: restore\(pipe\), then optimize"

@@ -172,13 +172,13 @@ def compose(
         if not isinstance(transform, Transform):
             hint = f"; for a preset write preset={transform!r}" if isinstance(transform, str) else ""
             raise TypeError(f"expected transforms such as Compile(), got {transform!r}{hint}")
-        if transform.slot in by_slot:
-            raise ConflictError(transform.slot, (by_slot[transform.slot], transform))
-        by_slot[transform.slot] = transform
+        if transform.occupies in by_slot:
+            raise ConflictError(transform.occupies, (by_slot[transform.occupies], transform))
+        by_slot[transform.occupies] = transform
     if preset is not None:
         for transform in find_preset(preset).transforms_for(family):
-            by_slot.setdefault(transform.slot, transform)
-    return tuple(sorted(by_slot.values(), key=lambda t: (t.phase, t.slot)))
+            by_slot.setdefault(transform.occupies, transform)
+    return tuple(sorted(by_slot.values(), key=lambda t: (t.phase, t.occupies)))
 
 
 def plan(

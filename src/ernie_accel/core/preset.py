@@ -43,14 +43,14 @@ class Preset:
         for transforms in (self.transforms, self.without_kernels):
             by_slot: dict[str, Transform] = {}
             for transform in transforms:
-                if transform.slot in by_slot:
-                    raise ConflictError(transform.slot, (by_slot[transform.slot], transform))
-                by_slot[transform.slot] = transform
+                if transform.occupies in by_slot:
+                    raise ConflictError(transform.occupies, (by_slot[transform.occupies], transform))
+                by_slot[transform.occupies] = transform
 
     def transforms_for(self, family: Family | None) -> tuple[Transform, ...]:
         """Return what it applies to a pipe of `family`; None is a pipe of no known family."""
         instead = self.without_kernels if family is not None and family.kernels is None else ()
-        return tuple({transform.slot: transform for transform in (*self.transforms, *instead)}.values())
+        return tuple({transform.occupies: transform for transform in (*self.transforms, *instead)}.values())
 
 
 class PresetTable(Mapping[str, Preset]):
@@ -219,6 +219,6 @@ def find_preset(preset: Preset | str) -> Preset:
 def card_preset(card: Card) -> Preset:
     """Return what `card` should run, under the card's name."""
     base = presets[card.preset]
-    by_slot = {transform.slot: transform for transform in (*base.transforms, *card.extra)}
+    by_slot = {transform.occupies: transform for transform in (*base.transforms, *card.extra)}
     summary = f"{card.preset} for this card: {card.why}."
     return Preset(card.device, summary, tuple(by_slot.values()), base.without_kernels)

@@ -165,6 +165,11 @@ class Transform(ABC):
             object.__setattr__(self, "components", tuple(names))
 
     @property
+    def occupies(self) -> str:
+        """What at most one transform of a pipe occupies: its slot; or a part of it, where several parts are apart."""
+        return self.slot
+
+    @property
     def floor_db(self) -> float | None:
         """For a LOSSY transform, the promised signal-to-noise ratio of the latents in dB; else None."""
         return None

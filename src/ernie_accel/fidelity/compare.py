@@ -265,7 +265,7 @@ def _in_place(pipe: Pipeline) -> tuple[Transform, ...]:
 
 def _on_top(before: tuple[Transform, ...], change: tuple[Transform, ...]) -> tuple[Transform, ...]:
     """Return both; what changes replaces what is in place in the same slot."""
-    return tuple({transform.slot: transform for transform in (*before, *change)}.values())
+    return tuple({transform.occupies: transform for transform in (*before, *change)}.values())
 
 
 def _check(pipe: Pipeline, change: tuple[Transform, ...]) -> None:

@@ -69,12 +69,14 @@ class Compile(Transform):
     def _broken_by_quantization(self, pipe: Pipeline, context: Context) -> list[str]:
         from ernie_accel.transforms.quantize import Quantize
 
-        quantize = context.planned_one(Quantize)
-        if quantize is None or not self.fullgraph:
-            return []
-        why = quantize.breaks_graph(pipe, context) if set(self.components) & set(quantize.components) else None
-        fix = "take another backend or scheme, or Compile(fullgraph=False)"
-        return [] if why is None else [f"{quantize!r} comes before, and {why}: {fix}"]
+        reasons = []
+        for before in context.planned if self.fullgraph else ():
+            if isinstance(before, Quantize) and set(self.components) & set(before.components):
+                why = before.breaks_graph(pipe, context)
+                if why is not None:
+                    fix = "take another backend or scheme, or Compile(fullgraph=False)"
+                    reasons.append(f"{before!r} comes before, and {why}: {fix}")
+        return reasons
 
     def compiles_on_first_call(self, pipe: Pipeline, context: Context) -> bool:
         return not self._leaves_to_kernels(pipe, context) and any(self._blocks(pipe))

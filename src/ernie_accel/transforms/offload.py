@@ -21,12 +21,15 @@ MODES: Mapping[str, str] = MappingProxyType(
     {
         "model": "one component at a time; moving ERNIE-Image's transformer in costs a second or so a picture",
         "sequential": "one layer at a time; the least memory, and by far the slowest",
-        "group": "a few blocks at a time, the next ones on their way meanwhile where the device has streams",
+        "group": "a few blocks at a time, the next on their way meanwhile where the device has streams; and the VAE",
         "stages": "the transformer and the VAE all the time, text encoder and prompt enhancer only while they work",
     }
 )
 #: Components that only work before the denoising starts.
 PROMPT_COMPONENTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "pe")
+
+#: Stays on the accelerator: with streams, its ``decode`` (no ``forward``) meets layers whose group nothing has brought.
+_NOT_IN_GROUPS = ("vae",)
 
 #: What ``enable_group_offload`` hangs onto modules (diffusers/hooks/group_offloading.py).
 GROUP_OFFLOAD_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading", "lazy_leafs")
@@ -89,7 +92,10 @@ class Offload(Transform):
             elif self.mode == "group":
                 undo.push(partial(_end_group_offload, pipe, device))
                 pipe.enable_group_offload(
-                    onload_device=device, num_blocks_per_group=self.blocks_per_group, use_stream=device.type == "cuda"
+                    onload_device=device,
+                    num_blocks_per_group=self.blocks_per_group,
+                    use_stream=device.type == "cuda",
+                    exclude_modules=list(_NOT_IN_GROUPS),
                 )
             else:
                 undo.push(partial(_end_cpu_offload, pipe, device))
@@ -98,7 +104,10 @@ class Offload(Transform):
         return Applied(changes, undo=undo, note=f"on the accelerator: {MODES[self.mode]}")
 
     def _changes(self, pipe: Pipeline) -> tuple[str, ...]:
-        return tuple(self._prompt_components(pipe)) if self.mode == "stages" else tuple(modules_of(pipe))
+        if self.mode == "stages":
+            return tuple(self._prompt_components(pipe))
+        left = _NOT_IN_GROUPS if self.mode == "group" else ()
+        return tuple(name for name in modules_of(pipe) if name not in left)
 
     def _prompt_components(self, pipe: Pipeline) -> Iterator[str]:
         return (name for name in modules_of(pipe) if name in PROMPT_COMPONENTS)

@@ -29,6 +29,12 @@ NAMED = 2
 class Quantize(Transform):
     """Quantize the linear layers of the repeated blocks; leave out what the family knows to break.
 
+    Beside one for the transformer, the text encoder or the prompt enhancer can have one of their own.
+
+    Pays:
+        For memory, always. For speed, compiled and with a scheme that multiplies in its own dtype ("fp8" from
+        capability 8.9, "int8" from 8.0), or for the prompt enhancer, which waits for its weights: "fp8-weight-only".
+
     Attributes:
         scheme: A key of `SCHEMES` ("fp8", "int8-weight-only", "nf4", "gguf-q8_0", ...); "auto" takes the fastest that
             this machine can run.
@@ -56,6 +62,11 @@ class Quantize(Transform):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_names(self.scheme, self.backend)
+
+    @property
+    def occupies(self) -> str:
+        """The slot, for the transformer; else these components, which may have a scheme of their own."""
+        return self.slot if "transformer" in self.components else f"{self.slot} {', '.join(sorted(self.components))}"
 
     @property
     def floor_db(self) -> float:
@@ -87,6 +98,9 @@ class Quantize(Transform):
         reasons = list(choice.reasons)
         if self.device is not None and torch.device(self.device).type != context.device:
             reasons.append(f"device={self.device!r} is not the device that was planned for, {context}")
+        for other in context.planned:
+            twice = [name for name in self.components if isinstance(other, Quantize) and name in other.components]
+            reasons += [f"{name} is quantized by {other!r} in the same plan" for name in twice]
         absent = absent_components(pipe, self.components)
         if absent or choice.chosen is None:
             return reasons + absent
