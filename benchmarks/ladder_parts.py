@@ -182,7 +182,7 @@ PARTS: dict[str, Part] = {
         optimized(lambda a, _: [a.FuseKernels("fp8", keep_originals=False)], "turbo-fp8"),
         picture_ms,
     ),
-    "picture with enhancer: turbo-fp8, fp8 enhancer": Part(
+    "picture with enhancer: turbo-fp8 and fp8 enhancer": Part(
         "a picture with enhancer, turbo-fp8 and the enhancer in fp8-weight-only",
         optimized(lambda a, _: [a.FuseKernels("fp8", keep_originals=False), *_fp8_enhancer(a)], "turbo-fp8"),
         picture_ms,
