@@ -167,6 +167,22 @@ def test_a_full_disk_ends_the_job_and_the_next_run_finishes_it(tmp_path, monkeyp
     assert states(tmp_path) == ["done"] * 12
 
 
+def test_the_last_picture_that_cannot_be_written_ends_the_job_too(tmp_path, monkeypatch):
+    real, written = os.fsync, []
+
+    def fsync(descriptor):
+        written.append(descriptor)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(BatchOutputError, match="No space left on device; mend this and run again"):
+            run(StubEngine(), make_rows(2), tmp_path, batch_size=2, writers=1)
+    assert sorted(states(tmp_path)) == ["done", "pending"]
+
+
 # Time
 
 

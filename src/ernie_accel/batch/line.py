@@ -131,6 +131,11 @@ class Line:
         return not self._rendering and not self._writer.pending
 
     @property
+    def broken(self) -> bool:
+        """Whether `advance` will raise once nothing is under way any more."""
+        return self._fatal is not None
+
+    @property
     def waiting(self) -> int:
         """How many rows have not been begun."""
         return len(self._schedule) + len(self._unprepared)

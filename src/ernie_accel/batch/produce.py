@@ -149,7 +149,7 @@ def _run(
     try:
         while True:
             start_more = not (stop() or (fail_fast and failed))
-            if line.idle and not (start_more and line.waiting):
+            if line.idle and not line.broken and not (start_more and line.waiting):
                 break
             for result in line.advance(start_more=start_more):
                 failed = failed or (result.error is not None and not result.rejected)
