@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -46,6 +48,18 @@ def test_what_cannot_be_made_is_refused_at_once(tmp_path):
             producer.submit(row)
     with pytest.raises(ErnieAccelError, match="the producer is closed"):
         producer.submit(make_rows(2)[1])
+
+
+def test_a_picture_that_cannot_be_written_answers_its_row_while_the_producer_is_open(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    producer = Producer(StubEngine(), tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(BatchOutputError, match="No space left on device"):
+            producer.submit(make_rows(1)[0]).result(30)
+    producer.close()
 
 
 def test_a_lost_engine_answers_everybody_and_closes(tmp_path):

@@ -132,7 +132,7 @@ class Producer:
         try:
             while self._take():
                 self._answer(self._line.advance())
-            while not self._line.idle or self._line.waiting:
+            while not self._line.idle or self._line.waiting or self._line.broken:
                 self._answer(self._line.advance())
         except BaseException as error:  # all of them: this thread has nobody else to tell
             failure = error
@@ -149,7 +149,7 @@ class Producer:
 
     def _take(self) -> bool:
         """Add what has arrived to the line, waiting only if it has nothing to do; False once no more will come."""
-        wait = self._line.idle and not self._line.waiting
+        wait = self._line.idle and not self._line.waiting and not self._line.broken
         while True:
             try:
                 task = self._arrivals.get(block=wait)
