@@ -51,14 +51,21 @@ def test_what_cannot_be_made_is_refused_at_once(tmp_path):
 
 
 def test_a_picture_that_cannot_be_written_answers_its_row_while_the_producer_is_open(tmp_path, monkeypatch):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    real, written = os.fsync, []
 
-    producer = Producer(StubEngine(), tmp_path)
+    def fsync(descriptor):
+        written.append(descriptor)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    producer = Producer(StubEngine(), tmp_path, writers=1)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        patch.setattr(os, "fsync", fsync)
+        first, second = (producer.submit(row) for row in make_rows(2))
+        assert first.result(30).error is None
         with pytest.raises(BatchOutputError, match="No space left on device"):
-            producer.submit(make_rows(1)[0]).result(30)
+            second.result(30)
     producer.close()
 
 
