@@ -90,19 +90,19 @@ def test_slow_words_of_the_enhancer_are_given_up_between_two(monkeypatch):
 
     pipe = ernie_accel.demo.load()
     engine = LocalEngine(pipe)
-    started, forward = threading.Event(), pipe.pe.forward
+    started, forward = threading.Event(), pipe.pe.lm_head.forward  # once a token
 
     def slow(*arguments, **options):
         started.set()
         threading.Event().wait(0.05)
         return forward(*arguments, **options)
 
-    monkeypatch.setattr(pipe.pe, "forward", slow)
+    monkeypatch.setattr(pipe.pe.lm_head, "forward", slow)
     request = Request(prompt="a large red circle", seed=1, width=64, height=64, steps=1)
     with pytest.raises(BatchTimeoutError, match=r"not finished after 0.1 s"):
         engine.prepare([request], 0.1)
     assert started.is_set()
-    monkeypatch.setattr(pipe.pe, "forward", forward)
+    monkeypatch.setattr(pipe.pe.lm_head, "forward", forward)
     engine.prepare([request], 60.0)
     assert engine.bucket(request)[1] > 0
     engine.close()

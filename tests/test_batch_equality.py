@@ -168,17 +168,14 @@ def test_enhancing_leaves_the_global_random_numbers_alone(enhancing_pipe):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_words_are_drawn_from_the_enhancers_own_distribution():
-    from ernie_accel.batch.engines.prompts import _choose_by_seed
-
-    scores = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    count = 4000
-    choose = _choose_by_seed(range(count), 1, 3)
-    chosen = choose(torch.zeros(count, 3), scores.expand(count, 4)).argmax(dim=-1)
-    shares = torch.bincount(chosen, minlength=4) / count
-    assert torch.allclose(shares, scores.exp(), atol=0.03)  # four standard deviations of 4000 draws
-    masked = torch.tensor([[-torch.inf, 0.0, -torch.inf, -torch.inf]]).expand(count, 4)
-    assert choose(torch.zeros(count, 3), masked).argmax(dim=-1).eq(1).all()
+def test_an_enhancer_that_cannot_be_decoded_in_batches_writes_one_by_one_from_each_rows_seed(
+    enhancing_pipe, monkeypatch
+):
+    monkeypatch.setattr(enhancing_pipe.pe.generation_config, "repetition_penalty", 1.05)
+    before = torch.random.get_rng_state()
+    together = enhanced(enhancing_pipe, [request(0), request(1)])
+    assert [enhanced(enhancing_pipe, [request(i)])[0] for i in (0, 1)] == together
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(("top_k", "words"), [(1, 1), (None, 2), (0, 2)])

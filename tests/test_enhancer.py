@@ -133,7 +133,7 @@ def test_the_largest_random_number_still_draws_a_token_that_may_be_drawn():
 
 def test_it_samples_with_what_the_checkpoint_says_or_transformers_default(trained):
     enhancer, seen = PromptEnhancer(trained.pe, trained.pe_tokenizer), []
-    enhancer._decoder.generate = lambda ids, limit, eos, sampling, draws: seen.append(sampling) or [[5]]
+    enhancer._decoder.generate = lambda ids, limit, eos, sampling, *_: seen.append(sampling) or [[5]]
     enhancer.enhance([Wish("x", 64, 64, 0)])
     trained.pe.generation_config.top_k = 7
     enhancer.enhance([Wish("x", 64, 64, 0)])
@@ -141,6 +141,13 @@ def test_it_samples_with_what_the_checkpoint_says_or_transformers_default(traine
     enhancer.enhance([Wish("x", 64, 64, 0)], **GREEDY)
     assert seen == [Sampling(TEMPERATURE, 50, TOP_P), Sampling(TEMPERATURE, 7, TOP_P), None]
     assert type(trained.pe.generation_config)._get_default_generation_params()["top_k"] == 50
+
+
+def test_the_random_numbers_of_many_seeds_are_uniform():
+    draws = draws_for(range(2000), 4)
+    shares = torch.histc(draws, 10, 0, 1) / draws.numel()
+    assert (shares - 0.1).abs().max() < 0.015  # more than four standard deviations
+    assert draws.min() >= 0 and draws.max() < 1
 
 
 # Seeds ---------------------------------------------------------------------------------------------------------------

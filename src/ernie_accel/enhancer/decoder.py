@@ -81,6 +81,7 @@ class Decoder:
         eos: Sequence[int],
         sampling: Sampling | None,
         draws_bt: Tensor,
+        between_tokens: Callable[[], object] = lambda: None,
     ) -> list[list[int]]:
         """Return the tokens that follow each prompt, without the end-of-sequence token that ended them.
 
@@ -90,6 +91,7 @@ class Decoder:
             eos: Token ids that end a row.
             sampling: None for greedy decoding.
             draws_bt: Random numbers in [0, 1), of each row and token [B, max_new_tokens]; see `choose`.
+            between_tokens: Called every few tokens; what it raises ends the work.
         """
         places = tuple(place for tensor in self._model.parameters() for place in _places(tensor))
         if places != self._weights_were:
@@ -98,7 +100,7 @@ class Decoder:
         answers: list[list[int]] = []
         for start in range(0, len(prompts), _MAX_ROWS):
             rows = slice(start, start + _MAX_ROWS)
-            chosen = self._decode(prompts[rows], max_new_tokens, tuple(eos), sampling, draws_bt[rows])
+            chosen = self._decode(prompts[rows], max_new_tokens, tuple(eos), sampling, draws_bt[rows], between_tokens)
             answers += [_until(row, eos) for row in chosen]
         return answers
 
@@ -109,6 +111,7 @@ class Decoder:
         eos: tuple[int, ...],
         sampling: Sampling | None,
         draws_bt: Tensor,
+        between_tokens: Callable[[], object],
     ) -> list[list[int]]:
         longest = max(map(len, prompts))
         workplace = self._workplace(len(prompts), _capacity(longest))
@@ -117,8 +120,10 @@ class Decoder:
         self._read(workplace, prompts)
         look_every = _LOOK_EVERY if workplace.is_cuda else 1
         for count in range(max_new_tokens):
-            if count and count % look_every == 0 and bool(state.done_b.all()):
-                break
+            if count % look_every == 0:
+                between_tokens()
+                if count and bool(state.done_b.all()):
+                    break
             if longest + count > state.capacity:
                 workplace = self._workplace(len(prompts), 2 * state.capacity)
                 workplace.state.take_over(state)

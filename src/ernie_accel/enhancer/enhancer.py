@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +81,7 @@ class PromptEnhancer:
         temperature: float = TEMPERATURE,
         top_p: float = TOP_P,
         max_new_tokens: int | None = None,
+        between_tokens: Callable[[], object] = lambda: None,
     ) -> list[str]:
         """Return the enhanced prompts.
 
@@ -90,6 +91,7 @@ class PromptEnhancer:
             temperature: Divides the logits, > 0; with 1.0 and `top_p` 1.0, decoding is greedy, as in the pipeline.
             top_p: Probability that the candidates reach together, in (0, 1].
             max_new_tokens: Tokens of an answer at most; default: what the tokenizer accepts, as in the pipeline.
+            between_tokens: Called every few tokens; what it raises ends the work.
         """
         ids = [self._ids(wish, system_prompt) for wish in wishes]
         limit = max_new_tokens or self._tokenizer.model_max_length
@@ -100,7 +102,7 @@ class PromptEnhancer:
         draws_bt = draws_for([wish.seed for wish in wishes], limit)
         _wake(self._model)
         end = self._tokenizer.eos_token_id
-        answers = self._decoder.generate(ids, limit, [] if end is None else [end], sampling, draws_bt)
+        answers = self._decoder.generate(ids, limit, [] if end is None else [end], sampling, draws_bt, between_tokens)
         return [self._tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
 
     def _ids(self, wish: Wish, system_prompt: str | None) -> list[int]:

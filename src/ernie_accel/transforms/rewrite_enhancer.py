@@ -68,6 +68,7 @@ class RewriteEnhancer(Transform):
         stand_in = _StandIn(pipe, how, self.max_new_tokens)
         with Undo() as undo:
             undo.setattr(pipe, how.method, stand_in.enhance_one)
+            undo.setattr(pipe, "_enhance_prompts", stand_in.enhance)
             undo.setattr(pipe, "_around_enhancer", stand_in.around)
             wrap_call(pipe, "_around_enhancer", undo)
         return Applied(_changes(how), undo=undo)

@@ -207,22 +207,26 @@ def _stop_when(expired: threading.Event) -> Any:
 def _pictures(images: Any, count: int) -> list[Outcome]:
     """Return the pictures of a call: a tensor [B, 3, H, W] in 0 to 1, or a list of PIL pictures."""
     if hasattr(images, "detach"):
-        return [_from_tensor(image) for image in images]
+        return _from_tensor(images)
     if not (isinstance(images, Sequence) and len(images) == count and all(isinstance(i, Image.Image) for i in images)):
         expected = "one PIL picture" if count == 1 else f"{count} PIL pictures"
         raise TypeError(f"the pipe returned {_shown(images)} in .images; expected a list of {expected}")
     return list(images)
 
 
-def _from_tensor(image: Any) -> Outcome:
+def _from_tensor(images_bchw: Any) -> list[Outcome]:
     import torch
 
-    # Rounded where it is, so that a quarter of the bytes crosses the bus; the same arithmetic as diffusers' own.
-    finite = torch.isfinite(image)
-    bytes_hwc = (image.float() * 255).round().clamp(0, 255).nan_to_num().to(torch.uint8).permute(1, 2, 0)
-    if not bool(finite.all()):
-        return NotFiniteError(int((~finite).sum()), image.numel())
-    return Image.fromarray(bytes_hwc.cpu().contiguous().numpy())
+    # Rounded and laid out where they are, all at once: a quarter of the bytes crosses the bus, the host has nothing to
+    # compute, and the device waits for one copy. The same arithmetic as diffusers' own.
+    finite = torch.isfinite(images_bchw)
+    bytes_bchw = (images_bchw.float() * 255).round().clamp(0, 255).nan_to_num().to(torch.uint8)
+    pixels = bytes_bchw.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    wrong = (~finite).flatten(1).sum(1).tolist()
+    return [
+        NotFiniteError(count, finite[0].numel()) if count else Image.fromarray(picture)
+        for picture, count in zip(pixels, wrong, strict=True)
+    ]
 
 
 def _shown(images: object) -> str:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 from ernie_accel.batch.engines.base import PREPARE_BATCH, ROUND, Request, stop_if
+from ernie_accel.enhancer.enhancer import PromptEnhancer, Wish, is_moved_in_parts, why_not
 from ernie_accel.families import family_of
 from ernie_accel.families.ernie_image import ERNIE_IMAGE
 
 _KEPT = 1024  # prompts whose embeddings are kept in host memory
-
-# As `ErnieImagePipeline._enhance_prompt_with_pe` samples.
-_TEMPERATURE = 0.6
-_TOP_P = 0.95
-_DEFAULT_TOP_K = 50  # what `generate` samples from where a checkpoint does not say, 0: from all
 
 
 class PromptStage:
@@ -35,6 +31,7 @@ class PromptStage:
         self._kept = max(_KEPT, 4 * ROUND if free else 0)  # a row has a prompt, a negative one, and may be retried
         self._device = pipe._execution_device  # now, while every component is in its place
         self._freed: dict[str, tuple[Any, Any]] = {}  # components taken off the device, and where they were
+        self._enhancer: PromptEnhancer | None = None
         self._texts: OrderedDict[Hashable, str] = OrderedDict()
         self._embeds: OrderedDict[str, Any] = OrderedDict()  # [T, D] on the CPU
 
@@ -132,52 +129,28 @@ class PromptStage:
     def _enhance(self, requests: Sequence[Request], expired: threading.Event | None) -> list[str]:
         """Return the enhanced prompts, sampled as stock does but from each row's own seed."""
         import torch
-        from transformers.generation.logits_process import (
-            LogitsProcessorList,
-            TemperatureLogitsWarper,
-            TopKLogitsWarper,
-            TopPLogitsWarper,
-        )
 
         self._put_back("pe")
-        tokenizer, device = self._pipe.pe_tokenizer, self._device
-        ids = [tokenizer(self._chat(request))["input_ids"] for request in requests]
-        longest = max(map(len, ids))
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        # Padded on the left, so that every row goes on where its own prompt ends.
-        padded = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
-        new_tokens = min(tokenizer.model_max_length, ERNIE_IMAGE.max_prompt_tokens or 2048)
-        top_k = self._pipe.pe.generation_config.top_k
-        top_k = _DEFAULT_TOP_K if top_k is None else top_k
-        with torch.no_grad():
-            output = self._pipe.pe.generate(
-                input_ids=padded,
-                attention_mask=mask,
-                max_new_tokens=new_tokens,
-                do_sample=False,  # the last processor has chosen already
-                logits_processor=LogitsProcessorList(
-                    [
-                        TemperatureLogitsWarper(_TEMPERATURE),
-                        *([TopKLogitsWarper(top_k)] if top_k else []),
-                        TopPLogitsWarper(_TOP_P),
-                        _choose_by_seed([request.seed for request in requests], new_tokens, longest, expired),
-                    ]
-                ),
-                pad_token_id=pad,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in output]
-
-    def _chat(self, request: Request) -> str:
         parameters = _call_defaults(self._pipe)
-        content = {
-            "prompt": request.prompt,
-            "width": request.width or parameters["width"],
-            "height": request.height or parameters["height"],
-        }
-        messages = [{"role": "user", "content": json.dumps(content, ensure_ascii=False)}]
-        return str(self._pipe.pe_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
+        wishes = [
+            Wish(r.prompt, r.width or parameters["width"], r.height or parameters["height"], r.seed) for r in requests
+        ]
+        model, tokenizer = self._pipe.pe, self._pipe.pe_tokenizer
+        if not why_not(model, tokenizer) and not is_moved_in_parts(model):
+            if self._enhancer is None or not self._enhancer.enhances_with(model):
+                self._enhancer = PromptEnhancer(model, tokenizer)
+            # RewriteEnhancer, where it was applied, has one already, with its own limit of tokens.
+            enhance = getattr(self._pipe, "_enhance_prompts", self._enhancer.enhance)
+            texts: list[str] = enhance(wishes, between_tokens=functools.partial(stop_if, expired))
+            return texts
+        texts = []
+        for wish in wishes:  # stock's own way, one by one
+            stop_if(expired)
+            with torch.random.fork_rng():
+                torch.manual_seed(wish.seed)
+                size = {"width": wish.width, "height": wish.height}
+                texts.append(self._pipe._enhance_prompt_with_pe(wish.prompt, self._device, **size))
+        return texts
 
     def _encode_missing(self, texts: Iterable[str], expired: threading.Event | None) -> None:
         wanted = dict.fromkeys(texts)
@@ -231,24 +204,3 @@ def _call_defaults(pipe: Any) -> dict[str, Any]:
 
 def _chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
     return (items[i : i + size] for i in range(0, len(items), size))
-
-
-def _choose_by_seed(
-    seeds: Sequence[int], new_tokens: int, prompt_tokens: int, expired: threading.Event | None = None
-) -> Any:
-    """Return a logits processor that samples each row by inverse transform, from one random number a row and token.
-
-    `generate` samples a whole batch from the global generator; then a row's words would depend on its neighbours.
-    """
-    import torch
-
-    draws = torch.stack([torch.rand(new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-    def choose(input_ids: Any, scores: Any) -> Any:
-        stop_if(expired)
-        cumulative = scores.float().softmax(dim=-1).cumsum(dim=-1)
-        draw = draws[:, input_ids.shape[1] - prompt_tokens].to(scores.device)[:, None]
-        chosen = torch.searchsorted(cumulative, draw * cumulative[:, -1:], right=True)
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen.clamp(max=scores.shape[1] - 1), 0.0)
-
-    return choose
