@@ -10,7 +10,7 @@ from PIL import Image
 
 import ernie_accel
 from ernie_accel import cli, demo
-from ernie_accel.batch.engines.prompts import PromptStage
+from ernie_accel.enhancer.enhancer import PromptEnhancer
 
 
 def run(capsys, *arguments):
@@ -73,14 +73,14 @@ def test_batch_makes_a_picture_per_row(capsys, tmp_path, table):
 
 
 def test_a_row_that_fails_is_told_and_the_exit_code_is_three(capsys, tmp_path, table, monkeypatch):
-    chat = PromptStage._chat
+    ids = PromptEnhancer._ids
 
-    def fail_on_blue(self, request):
-        if "blue" in request.prompt:
+    def fail_on_blue(self, wish, system_prompt):
+        if "blue" in wish.prompt:
             raise RuntimeError("no blue today")
-        return chat(self, request)
+        return ids(self, wish, system_prompt)
 
-    monkeypatch.setattr(PromptStage, "_chat", fail_on_blue)
+    monkeypatch.setattr(PromptEnhancer, "_ids", fail_on_blue)
     code, out, err = run(capsys, "batch", table, "--out", tmp_path / "out", "--preset", "exact")
     assert code == 3
     assert "1 succeeded, 1 failed" in out
