@@ -338,6 +338,20 @@ def test_what_the_call_refuses_or_leaves_out_is_not_enhanced(trained, monkeypatc
     assert len(revised(pipe, PROMPTS[0])) == 1
 
 
+def test_a_call_that_is_made_again_gets_the_same_words(trained):
+    """`CheckFinite` does that, in float32, within the call."""
+    pipe = copy.deepcopy(trained)
+    ernie_accel.optimize(pipe, RewriteEnhancer())
+    arguments = {"prompt": PROMPTS[:2], "use_pe": True, "generator": None, "num_images_per_prompt": 1}
+
+    def twice(given):
+        return [[pipe._enhance_prompt_with_pe(prompt, CPU) for prompt in given["prompt"]] for _ in range(2)]
+
+    first, again = pipe._around_enhancer(twice, arguments | {"width": 64, "height": 64})
+    assert first == again
+    assert first[0] != first[1]
+
+
 def test_under_autocast_the_enhancer_stays_in_its_own_dtype(trained):
     pipe = copy.deepcopy(trained)
     ernie_accel.optimize(pipe, RewriteEnhancer())

@@ -87,8 +87,9 @@ class _StandIn:
     def __init__(self, pipe: Pipeline, how: PromptEnhancement, max_new_tokens: int | None) -> None:
         self._pipe, self._how, self._max_new_tokens = pipe, how, max_new_tokens
         self._enhancer: PromptEnhancer | None = None
-        self._wishes: list[Wish] = []  # the prompts of the call under way, until it asks for the first
-        self._ready: list[str] = []  # answers to them, in their order
+        self._wishes: list[Wish] = []  # the prompts of the call under way
+        self._answers: list[str] = []  # to them, once the first was asked for
+        self._asked = 0
 
     def around(self, call: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> Any:
         """Call the pipe; what it asks for first, after its checks, enhances all its prompts together."""
@@ -102,7 +103,7 @@ class _StandIn:
         try:
             return call(arguments)
         finally:
-            self._wishes, self._ready = [], []
+            self._wishes, self._answers, self._asked = [], [], 0
 
     def enhance_one(
         self,
@@ -116,10 +117,9 @@ class _StandIn:
     ) -> str:
         """Return the enhanced prompt, as the pipeline's own method; outside of a call, sampled by a fresh seed."""
         if self._wishes:
-            wishes, self._wishes = self._wishes, []
-            self._ready = self.enhance(wishes)
-        if self._ready:
-            return self._ready.pop(0)
+            self._answers = self._answers or self.enhance(self._wishes)
+            self._asked += 1
+            return self._answers[(self._asked - 1) % len(self._answers)]  # `CheckFinite` may make a call twice
         wish = Wish(prompt, width, height, _fresh_seed())
         return self.enhance([wish], system_prompt=system_prompt, temperature=temperature, top_p=top_p)[0]
 
