@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import Autocast, FreeAfterUse, RewriteEnhancer, UnsupportedError
+from ernie_accel import Autocast, FreeAfterUse, Offload, RewriteEnhancer
 from ernie_accel.enhancer import decoder
 from ernie_accel.enhancer.decoder import Decoder, _Workplace
 from ernie_accel.enhancer.enhancer import TEMPERATURE, TOP_P, PromptEnhancer, Wish, why_not
@@ -386,7 +386,7 @@ def test_a_pipe_without_enhancer_has_nothing_to_do(ernie, flux):
         assert "has no prompt enhancer" in step.preview.note
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
+# What is left to stock -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -400,11 +400,24 @@ def test_a_pipe_without_enhancer_has_nothing_to_do(ernie, flux):
         (lambda pe: setattr(pe.model.layers[0], "_hf_hook", object()), "layer by layer"),
     ],
 )
-def test_an_enhancer_that_would_write_something_else_is_refused_with_the_reason(change, reason):
+def test_an_enhancer_that_would_write_something_else_is_left_to_stock_with_the_reason(change, reason):
     pipe = tiny_ernie(enhancer=True)
     change(pipe.pe)
-    with pytest.raises(UnsupportedError, match=reason):
-        ernie_accel.optimize(pipe, RewriteEnhancer())
+    plan = ernie_accel.plan(pipe, RewriteEnhancer())
+    assert plan.ok
+    assert plan.steps[0].verdict == "nothing to do"
+    assert reason in plan.steps[0].preview.note
+    ernie_accel.optimize(pipe, RewriteEnhancer())
+    assert "_enhance_prompt_with_pe" not in vars(pipe)
+
+
+@pytest.mark.parametrize(
+    ("mode", "verdict"), [("sequential", "nothing to do"), ("group", "nothing to do"), ("model", "apply")]
+)
+def test_a_plan_knows_that_the_weights_will_come_layer_by_layer(mode, verdict):
+    h200 = ernie_accel.Context("cuda", "NVIDIA H200", (9, 0))
+    plan = ernie_accel.plan(tiny_ernie(enhancer=True), RewriteEnhancer(), Offload(mode), context=h200)
+    assert (plan.steps[-1].transform, plan.steps[-1].verdict) == (RewriteEnhancer(), verdict)
 
 
 def test_an_unknown_language_model_is_refused_by_name():

@@ -230,6 +230,12 @@ if not INTERPRETED:
         assert changed != first
         assert changed == Decoder(language_model).generate(prompts, 600, [2], None, draws)
 
+    def test_after_a_warm_up_no_prompt_is_captured(decode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        pipe = ernie_accel.demo.load().to("cuda")
+        ernie_accel.optimize(pipe, ernie_accel.RewriteEnhancer(), ernie_accel.Warmup(sizes=((64, 64),)))
+        monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: pytest.fail("captured after the warm-up"))
+        assert pipe._enhance_prompt_with_pe("a red circle", torch.device("cuda"), 128, 128)
+
     def test_graphs_made_in_inference_mode_serve_calls_outside_of_it(decode: Any) -> None:
         decoder, draws, prompts = Decoder(model()), draws_for([1, 2], 40), [[5, 6, 7, 8, 9], [10, 11]]
         with torch.inference_mode():

@@ -17,6 +17,7 @@ from ernie_accel.enhancer.enhancer import TEMPERATURE, TOP_P, PromptEnhancer, Wi
 from ernie_accel.families import family_of
 from ernie_accel.families.family import PromptEnhancement
 from ernie_accel.transforms.call_defaults import CallDefaults
+from ernie_accel.transforms.offload import Offload
 
 
 @dataclass(frozen=True, repr=False)
@@ -27,7 +28,7 @@ class RewriteEnhancer(Transform):
     weight once for up to 16 prompts. Greedy decoding gives the tokens of stock. Sampling draws from the same
     distribution, with random numbers of the call's generator's seed, so that a prompt and a seed always give the same
     words, whatever else is in the batch; stock draws from torch's global random numbers. Whether prompts are enhanced
-    (``use_pe``) stays as it is.
+    (``use_pe``) stays as it is. An enhancer that it cannot stand in for is left to stock, and the plan says why.
 
     Pays:
         Wherever prompts are enhanced: there, on a fast card, stock's enhancer takes most of the time of a picture.
@@ -48,24 +49,23 @@ class RewriteEnhancer(Transform):
             raise ValueError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
-        how = _enhancement_of(pipe)
-        if how is None:
-            return []  # nothing to do
-        model = getattr(pipe, how.model)
-        if is_moved_in_parts(model):
-            return [f"{how.model} is offloaded or cast layer by layer: Offload('model') or 'stages' go with this"]
-        return why_not(model, getattr(pipe, how.tokenizer))
+        return []  # where it cannot stand in, stock enhances as before
 
     def compiles_on_first_call(self, pipe: Pipeline, context: Context) -> bool:
         defaults = context.planned_one(CallDefaults)
         is_used = defaults is None or defaults.use_pe is not False
-        return context.device == "cuda" and _enhancement_of(pipe) is not None and is_used
+        return context.device == "cuda" and is_used and bool(self.preview(pipe, context).changes)
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         how = _enhancement_of(pipe)
         if how is None:
             return Preview((), note=f"this {type(pipe).__name__} has no prompt enhancer")
-        return Preview(_changes(how))
+        model, offload = getattr(pipe, how.model), context.planned_one(Offload)
+        if is_moved_in_parts(model) or (offload is not None and offload.mode in ("sequential", "group")):
+            why = f"{how.model} is offloaded or cast layer by layer: Offload('model') or 'stages' go with this"
+            return Preview((), note=why)
+        problems = why_not(model, getattr(pipe, how.tokenizer))
+        return Preview((), note="; ".join(problems)) if problems else Preview(_changes(how))
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         how = _enhancement_of(pipe)

@@ -159,7 +159,7 @@ class Warmup(Transform):
         with unnoticed(pipe):
             decoded: set[tuple[int, int, int]] = set()
             enhancer = context.planned_one(RewriteEnhancer)
-            if enhancer is not None and enhancer.compiles_on_first_call(pipe, context):
+            if hasattr(pipe, "_enhance_prompts") and enhancer and enhancer.compiles_on_first_call(pipe, context):
                 spent += [_enhance(pipe, batch) for batch in self.batch_sizes]
             for combination in self._combinations(pipe):
                 shape = combination[:3]
