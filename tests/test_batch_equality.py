@@ -12,6 +12,7 @@ from PIL import Image
 import ernie_accel
 from ernie_accel.batch import Row, produce
 from ernie_accel.batch.engines import LocalEngine, Request
+from ernie_accel.enhancer.enhancer import PromptEnhancer
 from tests.pipelines import randomize, tiny_ernie, tiny_tokenizer
 from tests.stub_engine import make_rows
 
@@ -199,6 +200,21 @@ def test_encoders_leave_the_device_and_come_back():
     assert np.abs(pixels(unprepared) - pixels(stock(tiny_ernie(), request(1)))).max() <= 1
     engine.close()
     assert pipe.text_encoder is encoder
+
+
+def test_what_the_enhancer_keeps_on_the_device_leaves_it_with_the_enhancer(monkeypatch):
+    forgotten, forget = [], PromptEnhancer.forget
+    monkeypatch.setattr(PromptEnhancer, "forget", lambda self: (forgotten.append(self), forget(self)))
+    for transforms in ((), (ernie_accel.RewriteEnhancer(),)):
+        pipe = tiny_ernie()
+        pipe.register_modules(**dict(zip(("pe", "pe_tokenizer"), tiny_enhancer(), strict=True)))
+        ernie_accel.optimize(pipe, *transforms)
+        engine = LocalEngine(pipe, free_encoders=True)
+        engine.prepare([request(0)])
+        assert pipe.pe is None
+        made = pipe._enhance_prompts.__self__._enhancer if transforms else engine._prompts._enhancer
+        assert made is None if transforms else forgotten == [made]
+        engine.close()
 
 
 def test_a_preset_that_changes_how_prompts_are_encoded_changes_no_embedding():

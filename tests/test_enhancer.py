@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import FreeAfterUse, RewriteEnhancer, UnsupportedError
+from ernie_accel import Autocast, FreeAfterUse, Offload, RewriteEnhancer
 from ernie_accel.enhancer import decoder
-from ernie_accel.enhancer.decoder import Decoder
+from ernie_accel.enhancer.decoder import Decoder, _Workplace
 from ernie_accel.enhancer.enhancer import TEMPERATURE, TOP_P, PromptEnhancer, Wish, why_not
 from ernie_accel.enhancer.sampling import Sampling, choose, draws_for
 from tests.pipelines import picture, randomize, tiny_enhancer, tiny_ernie, tiny_tokenizer
@@ -105,6 +107,83 @@ def test_more_prompts_than_are_decoded_together():
     ]
 
 
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)], ids=["inference", "auto"]
+)
+def test_what_the_caller_has_switched_on_changes_no_token_and_marks_no_cache(mode, monkeypatch):
+    model, begin, states = language_model(), Decoder._begin, []
+    monkeypatch.setattr(Decoder, "_begin", lambda self, state, *rest: (states.append(state), begin(self, state, *rest)))
+    with mode:
+        (mine,) = Decoder(model).generate([[5, 6, 7]], 12, [31], None, torch.zeros(1, 12))
+    assert mine == stock_greedy(model, [5, 6, 7], 12, eos=31)[: len(mine)]
+    assert len(mine) > 3
+    assert not states[0].token_b.is_inference()
+
+
+# What is kept between calls ------------------------------------------------------------------------------------------
+
+
+def test_work_that_failed_counts_as_not_done_and_graphs_share_a_memory(monkeypatch):
+    """On a stand-in for CUDA graphs; tests/gpu has the real ones."""
+    log, failures = [], []
+
+    class Graph:
+        def pool(self):
+            return "the first one's"
+
+        def replay(self):
+            log.append("replay")
+
+    @contextlib.contextmanager
+    def capture(graph, pool, capture_error_mode):
+        log.append(f"capture in {pool}")
+        yield
+
+    def work():
+        log.append("work")
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    workplace = _Workplace(None, captures=True)
+    for kind in ("eager", "captured"):
+        failures.append(OSError(kind))
+        with pytest.raises(OSError, match=kind):
+            workplace.run("step", work)
+        workplace.run("step", work)
+    workplace.run("step", work)
+    assert log == ["work"] * 2 + ["capture in None", "work"] * 2 + ["replay"] * 2
+    log.clear()
+    for _ in range(2):
+        workplace.run("read", work)
+    assert log == ["work", "capture in the first one's", "work", "replay"]
+
+
+def test_the_largest_caches_go_first_until_the_others_fit():
+    def kept(most_bytes):
+        mine = Decoder(None)
+        mine._workplaces.update(
+            {size: SimpleNamespace(state=SimpleNamespace(cache_bytes=size)) for size in (20, 100, 30)}
+        )
+        mine._keep(most_bytes)
+        return list(mine._workplaces)
+
+    assert [kept(size) for size in (150, 149, 50, 49, 0)] == [[20, 100, 30], [20, 30], [20, 30], [20], []]
+
+
+def test_only_plain_linear_layers_are_captured():
+    """An adapter is switched without any weight moving, and the graph would go on with it as it was."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = language_model()
+    assert Decoder(model)._is_plain()
+    inject_adapter_in_model(LoraConfig(target_modules=["up_proj"], init_lora_weights=False), model)
+    assert not Decoder(model)._is_plain()
+    mine = Decoder(model).generate([[5, 6]], 12, [31], None, torch.zeros(1, 12))
+    assert mine == [stock_greedy(model, [5, 6], 12, eos=31)]
+
+
 # The same distribution -----------------------------------------------------------------------------------------------
 
 
@@ -141,6 +220,24 @@ def test_it_samples_with_what_the_checkpoint_says_or_transformers_default(traine
     enhancer.enhance([Wish("x", 64, 64, 0)], **GREEDY)
     assert seen == [Sampling(TEMPERATURE, 50, TOP_P), Sampling(TEMPERATURE, 7, TOP_P), None]
     assert type(trained.pe.generation_config)._get_default_generation_params()["top_k"] == 50
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [((0.0, 50, 0.9), "temperature must be > 0, got 0.0"), ((0.6, -1, 0.9), "top_k"), ((0.6, 50, 0.0), "top_p")],
+)
+def test_sampling_that_no_distribution_has_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(*values)
+
+
+def test_a_tokenizer_without_a_limit_leaves_that_of_the_model(trained, monkeypatch):
+    enhancer, seen = PromptEnhancer(trained.pe, trained.pe_tokenizer), []
+    monkeypatch.setattr(trained.pe_tokenizer, "model_max_length", 10**30)
+    enhancer._decoder.generate = lambda ids, limit, *_: seen.append(limit) or [[5]]
+    enhancer.enhance([Wish("x", 64, 64, 0)])
+    assert seen == [trained.pe.config.max_position_embeddings]
+    assert enhancer.enhance([]) == []
 
 
 def test_the_random_numbers_of_many_seeds_are_uniform():
@@ -180,6 +277,9 @@ def test_the_words_come_from_the_generators_of_the_call(trained):
     assert [two] == revised(pipe, [PROMPTS[1]], generator=seeded(6))
     assert [one, two] == revised(pipe, PROMPTS[:2], generator=seeded(5)[0])  # one generator: its seed, the next, ...
     assert revised(pipe, PROMPTS[:2], generator=seeded(5, 5, 6, 6), num_images_per_prompt=2) == [one, two]
+    assert revised(pipe, PROMPTS[:2], generator=seeded(5)) == [one, two]  # as stock takes a list of one
+    large = seeded(2**64 - 1)
+    assert revised(pipe, PROMPTS[0], generator=large) == revised(pipe, PROMPTS[0], generator=large[0])
     torch.manual_seed(3)
     fresh = revised(pipe, PROMPTS[:2])
     assert fresh != revised(pipe, PROMPTS[:2])
@@ -221,6 +321,45 @@ def test_an_error_of_the_call_leaves_no_texts_for_the_next(trained):
     assert revised(pipe, PROMPTS[0], generator=seeded(5)[0]) == revised(pipe, PROMPTS[0], generator=seeded(5)[0])
 
 
+def test_what_the_call_refuses_or_leaves_out_is_not_enhanced(trained, monkeypatch):
+    pipe = copy.deepcopy(trained)
+    ernie_accel.optimize(pipe, RewriteEnhancer())
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptEnhancer, "enhance", lambda *_, **__: pytest.fail("it was enhanced"))
+        with pytest.raises(ValueError, match="divisible by 16"):
+            revised(pipe, PROMPTS[0], height=65)
+        with pytest.raises(ValueError, match="Must provide either"):
+            revised(pipe, None)
+        with pytest.raises(ValueError, match="Cannot provide both"):
+            revised(pipe, PROMPTS[0], prompt_embeds=[torch.zeros(1, 8)])
+        pe, pipe.pe = pipe.pe, None
+        assert revised(pipe, PROMPTS[0]) is None
+    pipe.pe = pe
+    assert len(revised(pipe, PROMPTS[0])) == 1
+
+
+def test_a_call_that_is_made_again_gets_the_same_words(trained):
+    """`CheckFinite` does that, in float32, within the call."""
+    pipe = copy.deepcopy(trained)
+    ernie_accel.optimize(pipe, RewriteEnhancer())
+    arguments = {"prompt": PROMPTS[:2], "use_pe": True, "generator": None, "num_images_per_prompt": 1}
+
+    def twice(given):
+        return [[pipe._enhance_prompt_with_pe(prompt, CPU) for prompt in given["prompt"]] for _ in range(2)]
+
+    first, again = pipe._around_enhancer(twice, arguments | {"width": 64, "height": 64})
+    assert first == again
+    assert first[0] != first[1]
+
+
+def test_under_autocast_the_enhancer_stays_in_its_own_dtype(trained):
+    pipe = copy.deepcopy(trained)
+    ernie_accel.optimize(pipe, RewriteEnhancer())
+    expected = revised(pipe, PROMPTS[:2], generator=seeded(1, 2))
+    ernie_accel.optimize(pipe, Autocast("bfloat16"), RewriteEnhancer())
+    assert revised(pipe, PROMPTS[:2], generator=seeded(1, 2)) == expected
+
+
 def test_weights_that_are_freed_after_use_come_back(trained):
     pipe = copy.deepcopy(trained)
     ernie_accel.optimize(pipe, RewriteEnhancer())
@@ -247,7 +386,7 @@ def test_a_pipe_without_enhancer_has_nothing_to_do(ernie, flux):
         assert "has no prompt enhancer" in step.preview.note
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
+# What is left to stock -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -255,16 +394,30 @@ def test_a_pipe_without_enhancer_has_nothing_to_do(ernie, flux):
     [
         (lambda pe: setattr(pe.generation_config, "repetition_penalty", 1.2), "repetition_penalty=1.2"),
         (lambda pe: setattr(pe.generation_config, "num_beams", 4), "num_beams=4"),
+        (lambda pe: setattr(pe.generation_config, "max_time", 1.0), "max_time=1.0"),
         (lambda pe: setattr(pe.config, "sliding_window", 8), "slides over 8 tokens"),
         (lambda pe: pe.config.rope_parameters.update(rope_type="dynamic"), "changes with the length"),
         (lambda pe: setattr(pe.model.layers[0], "_hf_hook", object()), "layer by layer"),
     ],
 )
-def test_an_enhancer_that_would_write_something_else_is_refused_with_the_reason(change, reason):
+def test_an_enhancer_that_would_write_something_else_is_left_to_stock_with_the_reason(change, reason):
     pipe = tiny_ernie(enhancer=True)
     change(pipe.pe)
-    with pytest.raises(UnsupportedError, match=reason):
-        ernie_accel.optimize(pipe, RewriteEnhancer())
+    plan = ernie_accel.plan(pipe, RewriteEnhancer())
+    assert plan.ok
+    assert plan.steps[0].verdict == "nothing to do"
+    assert reason in plan.steps[0].preview.note
+    ernie_accel.optimize(pipe, RewriteEnhancer())
+    assert "_enhance_prompt_with_pe" not in vars(pipe)
+
+
+@pytest.mark.parametrize(
+    ("mode", "verdict"), [("sequential", "nothing to do"), ("group", "nothing to do"), ("model", "apply")]
+)
+def test_a_plan_knows_that_the_weights_will_come_layer_by_layer(mode, verdict):
+    h200 = ernie_accel.Context("cuda", "NVIDIA H200", (9, 0))
+    plan = ernie_accel.plan(tiny_ernie(enhancer=True), RewriteEnhancer(), Offload(mode), context=h200)
+    assert (plan.steps[-1].transform, plan.steps[-1].verdict) == (RewriteEnhancer(), verdict)
 
 
 def test_an_unknown_language_model_is_refused_by_name():

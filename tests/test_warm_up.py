@@ -22,9 +22,11 @@ from ernie_accel import (
     FreeAfterUse,
     FuseKernels,
     RewriteBlocks,
+    RewriteEnhancer,
     TruncatePrompts,
     Warmup,
 )
+from ernie_accel.enhancer.decoder import Decoder
 from ernie_accel.transforms.warm_up import prompt_of
 from tests.examples import differences, snapshot
 from tests.pipelines import PIPELINES, picture, tiny_ernie
@@ -88,6 +90,28 @@ def test_the_first_picture_is_replayed_from_its_first_step(cache, monkeypatch):
     assert torch.equal(picture(pipe, steps=24), expected)
     computed = sum(cache[0].computes(step, 24) for step in range(24)) if cache else 24
     assert (recorder.captures, recorder.replays) == (1, 1 + computed)
+
+
+def test_the_enhancer_is_warmed_up_for_each_batch_size_before_the_pictures(monkeypatch):
+    pipe, log = tiny_ernie(enhancer=True), []
+    monkeypatch.setattr(Decoder, "_read", lambda self, workplace, prompts: log.append(f"read {len(prompts)}"))
+    monkeypatch.setattr(Decoder, "_step", lambda *_: log.append("step"))
+    pipe.transformer.register_forward_pre_hook(lambda *_: log.append("draw"))
+    wanted = Warmup(sizes=((64, 64),), batch_sizes=(1, 3))
+    ernie_accel.optimize(pipe, RewriteEnhancer(max_new_tokens=9), wanted, context=H200)
+    # Twice, of three tokens: what is done for the second time is captured, reading a prompt as well as a token.
+    assert log == (["read 1", *["step"] * 3] * 2 + ["read 3", *["step"] * 3] * 2) + ["draw"] * 4
+    note = ernie_accel.report(pipe).entries[-1].applied.note
+    assert re.match(r"prompts enhanced, batch 1: \d+ ms; prompts enhanced, batch 3: \d+ ms; 64x64, batch 1: \d+", note)
+
+
+def test_an_enhancer_that_is_off_by_default_is_not_warmed_up():
+    pipe, enhancer = tiny_ernie(enhancer=True), RewriteEnhancer()
+    assert enhancer.compiles_on_first_call(pipe, H200)
+    assert enhancer.compiles_on_first_call(pipe, H200.after(CallDefaults("turbo")))
+    assert not enhancer.compiles_on_first_call(pipe, H200.after(CallDefaults(use_pe=False)))
+    assert not enhancer.compiles_on_first_call(pipe, Context.named("cpu"))
+    assert not enhancer.compiles_on_first_call(tiny_ernie(), H200)
 
 
 def test_more_graphs_than_are_kept_is_a_reason_with_the_number_to_keep(ernie):

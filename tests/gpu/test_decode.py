@@ -77,6 +77,42 @@ def test_dequantize(decode: Any) -> None:
     assert decode.dequantize(plain, DTYPE) is plain.values_nk
 
 
+@pytest.mark.parametrize(
+    ("size", "shared_kib", "blocks"),
+    [
+        (128, 227, (128, 8, 3)),
+        (128, 163, (128, 8, 3)),
+        (128, 99, (128, 8, 2)),
+        (256, 99, (64, 4, 2)),
+        (32, 99, (128, 8, 3)),
+    ],
+)
+def test_attention_tiles_fit_the_shared_memory_of_the_card(
+    decode: Any, size: int, shared_kib: int, blocks: tuple[int, int, int]
+) -> None:
+    assert decode.attention_blocks(size, shared_kib * 1024) == blocks
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "reason"),
+    [
+        ((7, 5), torch.bfloat16, ">= 8.0; this device has 7.5"),
+        ((8, 0), torch.bfloat16, None),
+        ((8, 6), torch.float8_e4m3fn, ">= 8.9; this device has 8.6"),
+        ((8, 9), torch.float8_e4m3fn, None),
+    ],
+)
+def test_cards_for_which_triton_has_no_such_type_get_the_plain_forward(
+    capability: tuple[int, int], dtype: torch.dtype, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ernie_accel.enhancer.weights import _too_old
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = _too_old(torch.device("cuda"), [torch.bfloat16, dtype])
+    assert found is None if reason is None else reason in str(found)
+    assert _too_old(torch.device("cpu"), [dtype]) is None
+
+
 @pytest.mark.parametrize("rows", ROWS)
 def test_gate_up(decode: Any, rows: int) -> None:
     x, norm = rand(rows, 80), (rand(80, seed=1), 1e-5)
@@ -193,6 +229,20 @@ if not INTERPRETED:
         changed = decoder.generate(prompts, 600, [2], None, draws)
         assert changed != first
         assert changed == Decoder(language_model).generate(prompts, 600, [2], None, draws)
+
+    def test_after_a_warm_up_no_prompt_is_captured(decode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        pipe = ernie_accel.demo.load().to("cuda")
+        ernie_accel.optimize(pipe, ernie_accel.RewriteEnhancer(), ernie_accel.Warmup(sizes=((64, 64),)))
+        monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: pytest.fail("captured after the warm-up"))
+        assert pipe._enhance_prompt_with_pe("a red circle", torch.device("cuda"), 128, 128)
+
+    def test_graphs_made_in_inference_mode_serve_calls_outside_of_it(decode: Any) -> None:
+        decoder, draws, prompts = Decoder(model()), draws_for([1, 2], 40), [[5, 6, 7, 8, 9], [10, 11]]
+        with torch.inference_mode():
+            first = decoder.generate(prompts, 40, [2], None, draws)
+        assert decoder.generate(prompts, 40, [2], None, draws) == first
+        decoder.forget()
+        assert decoder.generate(prompts, 40, [2], None, draws) == first
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_greedy_texts_of_the_trained_enhancer_are_those_of_stock(dtype: torch.dtype) -> None:

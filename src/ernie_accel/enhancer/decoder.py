@@ -1,8 +1,9 @@
 """Decode a Ministral-like language model token by token, many rows at once, without a host wait for each token.
 
-The forward below is the specification, and what runs on the CPU. On CUDA a step is captured into a graph; where the
-weights are bfloat16 or fp8-weight-only, its layers are the kernels of ``kernels/decode.py``. Shapes in names: b rows,
-t tokens, h hidden size, n heads, d head size, p positions the cache has room for, l layers, v vocabulary.
+The forward below is the specification, and what runs on the CPU. On CUDA a step of plain linear layers is captured into
+a graph; where their weights are bfloat16 or fp8-weight-only, its layers are the kernels of ``kernels/decode.py``.
+Shapes in names: b rows, t tokens, h hidden size, n heads, d head size, p positions the cache has room for, l layers, v
+vocabulary.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ernie_accel.enhancer.sampling import Sampling, choose
@@ -33,31 +34,37 @@ _ROOM = 256  # tokens beyond the longest prompt that the cache has room for; it 
 _LOOK_EVERY = 4  # tokens between looks at whether all rows have ended, on devices where looking means waiting
 _READ_TOGETHER = 64  # tokens: prompts are read in multiples of this, where a read is a graph
 _KEPT = 2  # caches kept with their graphs
+_KEPT_SHARE = 32  # between two calls they take at most this part of the device's memory: one of 32
 
 
 class _Workplace:
-    """A state, and graphs of the work that is done on it where there is CUDA."""
+    """A state, and graphs of the work that is done on it where there are to be any."""
 
-    def __init__(self, state: DecodeState, *, is_cuda: bool) -> None:
-        self.state, self.is_cuda = state, is_cuda
+    def __init__(self, state: DecodeState, *, captures: bool) -> None:
+        self.state, self.captures = state, captures
         self._graphs: dict[Any, torch.cuda.CUDAGraph | None] = {}  # None: done once, not captured yet
 
     def run(self, name: Any, work: Callable[[], object]) -> None:
         """Do `work`: the first time as it is, which compiles its kernels, then as a graph, in one launch.
 
-        A graph remembers addresses: `work` may read nothing but the state, the weights and what it makes itself.
+        A graph remembers addresses: `work` may read nothing but the state, the weights and what it makes itself. What
+        raised, also while it was captured, counts as not done.
         """
-        if not self.is_cuda:
+        if not self.captures:
             work()
         elif name not in self._graphs:
-            self._graphs[name] = None
             work()
+            self._graphs[name] = None
         else:
             graph = self._graphs[name]
             if graph is None:
-                graph = self._graphs[name] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                graph = torch.cuda.CUDAGraph()
+                # One memory for all: what a graph makes besides the state, nobody needs after its replay.
+                pool = next((other.pool() for other in self._graphs.values() if other is not None), None)
+                # "thread_local": what other threads do on the device meanwhile does not spoil the capture.
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                     work()
+                self._graphs[name] = graph
             graph.replay()
 
 
@@ -68,12 +75,16 @@ class Decoder:
         """Decode `model`, a ``Ministral3ForCausalLM``."""
         self._model = model
         self._workplaces: OrderedDict[tuple[int, int], _Workplace] = OrderedDict()
-        self._weights_were: tuple[int, ...] = ()  # where the weights lie that the graphs read
+        self._weights_were: tuple[Any, ...] = ()  # where the weights lie that the graphs read
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Decoder:
         return Decoder(copy.deepcopy(self._model, memo))  # graphs read the weights of this one
 
-    @torch.no_grad()
+    def forget(self) -> None:
+        """Let go of the caches and graphs, and so of the device's memory; the next call makes them anew."""
+        self._workplaces.clear()
+        self._weights_were = ()
+
     def generate(
         self,
         prompts: Sequence[Ids],
@@ -93,15 +104,24 @@ class Decoder:
             draws_bt: Random numbers in [0, 1), of each row and token [B, max_new_tokens]; see `choose`.
             between_tokens: Called every few tokens; what it raises ends the work.
         """
-        places = tuple(place for tensor in self._model.parameters() for place in _places(tensor))
-        if places != self._weights_were:
-            self._workplaces.clear()
-            self._weights_were = places
-        answers: list[list[int]] = []
-        for start in range(0, len(prompts), _MAX_ROWS):
-            rows = slice(start, start + _MAX_ROWS)
-            chosen = self._decode(prompts[rows], max_new_tokens, tuple(eos), sampling, draws_bt[rows], between_tokens)
-            answers += [_until(row, eos) for row in chosen]
+        weight = self._model.model.embed_tokens.weight
+        kind, is_on = weight.device.type, torch.cuda.device_of(weight)  # type: ignore[no-untyped-call]
+        # The caches outlive the call, so its inference mode must not mark them; and they are of the weights' dtype.
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False), is_on:
+            places = tuple(place for tensor in self._model.parameters() for place in _places(tensor))
+            if places != self._weights_were:
+                self._workplaces.clear()
+                self._weights_were = places
+            answers: list[list[int]] = []
+            try:
+                for start in range(0, len(prompts), _MAX_ROWS):
+                    rows = slice(start, start + _MAX_ROWS)
+                    some = prompts[rows]
+                    chosen = self._decode(some, max_new_tokens, tuple(eos), sampling, draws_bt[rows], between_tokens)
+                    answers += [_until(row, eos) for row in chosen]
+            finally:
+                if kind == "cuda":
+                    self._keep(torch.cuda.get_device_properties(weight.device).total_memory // _KEPT_SHARE)
         return answers
 
     def _decode(
@@ -118,7 +138,7 @@ class Decoder:
         state = workplace.state
         self._begin(state, prompts, draws_bt)
         self._read(workplace, prompts)
-        look_every = _LOOK_EVERY if workplace.is_cuda else 1
+        look_every = _LOOK_EVERY if workplace.captures else 1
         for count in range(max_new_tokens):
             if count % look_every == 0:
                 between_tokens()
@@ -129,23 +149,38 @@ class Decoder:
                 workplace.state.take_over(state)
                 state = workplace.state
                 _set_draws(state, draws_bt)
-            limit = state.capacity if workplace.is_cuda else longest + count
+            limit = state.capacity if workplace.captures else longest + count
             workplace.run(("step", eos, sampling), partial(self._step, state, eos, sampling, limit))
         return list(state.chosen_bt[: len(prompts), : int(state.step_1)].tolist())
 
     def _workplace(self, prompts: int, capacity: int) -> _Workplace:
         """Return a workplace for at least so many rows, which may be one that was used before."""
         weight = self._model.model.embed_tokens.weight
-        if weight.device.type != "cuda":
-            return _Workplace(self._new_state(prompts, capacity), is_cuda=False)
+        if weight.device.type != "cuda" or not self._is_plain():
+            return _Workplace(self._new_state(prompts, capacity), captures=False)
         rows = 1 << (prompts - 1).bit_length()  # few shapes, few graphs; the rows added have ended before they begin
         key = (rows, capacity)
         if key not in self._workplaces:
-            self._workplaces[key] = _Workplace(self._new_state(rows, capacity), is_cuda=True)
+            self._workplaces[key] = _Workplace(self._new_state(rows, capacity), captures=True)
         self._workplaces.move_to_end(key)
         while len(self._workplaces) > _KEPT:
             self._workplaces.popitem(last=False)
         return self._workplaces[key]
+
+    def _keep(self, most_bytes: int) -> None:
+        """Let go of the largest caches, and their graphs, until the others take no more than `most_bytes`."""
+        sizes = {key: workplace.state.cache_bytes for key, workplace in self._workplaces.items()}
+        for key in sorted(sizes, key=lambda key: sizes[key], reverse=True):
+            if sum(sizes.values()) > most_bytes:
+                del sizes[key], self._workplaces[key]
+
+    def _is_plain(self) -> bool:
+        """Return whether all linear layers are torch's own, whatever their weights.
+
+        Others cannot be captured for good: adapters are switched and scaled between calls, and the layers of some
+        quantizers look at the device in between.
+        """
+        return all(type(linear) is nn.Linear for linear in _linears(self._model))
 
     def _new_state(self, rows: int, capacity: int) -> DecodeState:
         model, settings = self._model.model, self._model.config.rope_parameters
@@ -190,7 +225,7 @@ class Decoder:
         What padding leaves there is overwritten before it can be seen.
         """
         tokens = max(map(len, prompts)) - 1
-        if workplace.is_cuda:
+        if workplace.captures:
             tokens = math.ceil(tokens / _READ_TOGETHER) * _READ_TOGETHER  # few graphs
         if tokens:
             workplace.run(("read", tokens), partial(self._read_tokens, workplace.state, tokens))
@@ -262,7 +297,7 @@ class Decoder:
         return _call if weights is None else weights.project
 
     def _kernel_weights(self) -> KernelWeights | None:
-        if importlib.util.find_spec("triton") is None:
+        if importlib.util.find_spec("triton") is None or not self._is_plain():
             return None
         from ernie_accel.enhancer.weights import kernel_weights
 
@@ -280,13 +315,22 @@ def _set_draws(state: DecodeState, draws_bt: Tensor) -> None:
     state.draws_bt[: len(draws_bt), :count] = draws_bt[:, :count]
 
 
-def _places(tensor: Any) -> Iterator[int]:
-    """Yield where the bytes of a tensor lie, looking inside quantized tensor subclasses."""
+def _linears(model: Any) -> Iterator[Any]:
+    """Yield the linear layers of a ``Ministral3ForCausalLM``."""
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        yield from (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        yield from (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    yield model.lm_head
+
+
+def _places(tensor: Any) -> Iterator[tuple[int, torch.dtype]]:
+    """Yield where the bytes of a tensor lie and what they mean, looking inside quantized tensor subclasses."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _places(getattr(tensor, name))
     else:
-        yield tensor.data_ptr()
+        yield tensor.data_ptr(), tensor.dtype
 
 
 def _rotate(x_bntd: Tensor, cos_b1td: Tensor, sin_b1td: Tensor) -> Tensor:

@@ -40,6 +40,8 @@ _WITHOUT_EFFECT = {
     "guidance_scale": (None, 1, 1.0),
     "watermarking_config": (None,),
     "stop_strings": (None,),
+    "max_time": (None,),
+    "remove_invalid_values": (None, False),
     "penalty_alpha": (None,),
     "prompt_lookup_num_tokens": (None,),
 }
@@ -73,6 +75,10 @@ class PromptEnhancer:
         """Return whether this is the model it was made for."""
         return self._model is model
 
+    def forget(self) -> None:
+        """Let go of what is kept on the device between calls; the next call makes it anew."""
+        self._decoder.forget()
+
     def enhance(
         self,
         wishes: Sequence[Wish],
@@ -86,15 +92,18 @@ class PromptEnhancer:
         """Return the enhanced prompts.
 
         Args:
-            wishes: Any number; up to 16 are decoded together.
+            wishes: Any number, none included; up to 16 are decoded together.
             system_prompt: What the chat begins with, or None for nothing.
             temperature: Divides the logits, > 0; with 1.0 and `top_p` 1.0, decoding is greedy, as in the pipeline.
             top_p: Probability that the candidates reach together, in (0, 1].
-            max_new_tokens: Tokens of an answer at most; default: what the tokenizer accepts, as in the pipeline.
+            max_new_tokens: Tokens of an answer at most, >= 1; default: what the tokenizer accepts, as in the pipeline,
+                but no more than the model has positions (a tokenizer without a limit says 10**30).
             between_tokens: Called every few tokens; what it raises ends the work.
         """
+        if not wishes:
+            return []
         ids = [self._ids(wish, system_prompt) for wish in wishes]
-        limit = max_new_tokens or self._tokenizer.model_max_length
+        limit = min(max_new_tokens or self._tokenizer.model_max_length, self._model.config.max_position_embeddings)
         sampling = None
         if temperature != 1.0 or top_p != 1.0:
             top_k = self._model.generation_config.top_k

@@ -23,6 +23,14 @@ class Sampling:
     top_k: int
     top_p: float
 
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be > 0, got {self.temperature}; 1.0 with top_p 1.0 decodes greedily")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be >= 0 (0: all tokens), got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+
 
 def draws_for(seeds: Sequence[int], tokens: int) -> Tensor:
     """Return uniform random numbers in [0, 1), one for each row and token [B, tokens], on the CPU.

@@ -44,6 +44,11 @@ class DecodeState:
         """Positions that the cache has room for."""
         return self.keys_lbnpd.shape[3]
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values, next to which the rest is nothing."""
+        return 2 * self.keys_lbnpd.numel() * self.keys_lbnpd.element_size()
+
     def take_over(self, other: DecodeState) -> None:
         """Go on, in place, from a state of as many rows whose cache has less room; but for `draws_bt`."""
         for name in ("token_b", "position_b", "step_1", "done_b"):

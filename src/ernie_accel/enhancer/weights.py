@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,9 @@ def kernel_weights(model: Any) -> KernelWeights | str:
                 found[name] = weight
     if problems:
         return problems[0]
+    too_old = _too_old(inner.embed_tokens.weight.device, [weight.values_nk.dtype for weight in found.values()])
+    if too_old is not None:
+        return too_old
     embed = inner.embed_tokens.weight
     size = inner.layers[0].self_attn.head_dim
     if embed.dtype != _DTYPE:
@@ -103,6 +107,17 @@ def kernel_weights(model: Any) -> KernelWeights | str:
             )
         )
     return KernelWeights(tuple(layers), _norm(inner.norm), found["lm_head"])
+
+
+def _too_old(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
+    """Return why Triton cannot compile the kernels for these weights on a CUDA device, or None."""
+    if device.type != "cuda":
+        return None
+    have = torch.cuda.get_device_capability(device)
+    need = (8, 9) if torch.float8_e4m3fn in dtypes else (8, 0)
+    if have >= need:
+        return None
+    return "its weights need CUDA compute capability >= {}.{}; this device has {}.{}".format(*need, *have)
 
 
 def _norm(norm: Any) -> tuple[Tensor, float]:

@@ -16,6 +16,8 @@ from ernie_accel.core.wrap_call import wrap_call
 from ernie_accel.enhancer.enhancer import TEMPERATURE, TOP_P, PromptEnhancer, Wish, is_moved_in_parts, why_not
 from ernie_accel.families import family_of
 from ernie_accel.families.family import PromptEnhancement
+from ernie_accel.transforms.call_defaults import CallDefaults
+from ernie_accel.transforms.offload import Offload
 
 
 @dataclass(frozen=True, repr=False)
@@ -26,7 +28,7 @@ class RewriteEnhancer(Transform):
     weight once for up to 16 prompts. Greedy decoding gives the tokens of stock. Sampling draws from the same
     distribution, with random numbers of the call's generator's seed, so that a prompt and a seed always give the same
     words, whatever else is in the batch; stock draws from torch's global random numbers. Whether prompts are enhanced
-    (``use_pe``) stays as it is.
+    (``use_pe``) stays as it is. An enhancer that it cannot stand in for is left to stock, and the plan says why.
 
     Pays:
         Wherever prompts are enhanced: there, on a fast card, stock's enhancer takes most of the time of a picture.
@@ -47,19 +49,23 @@ class RewriteEnhancer(Transform):
             raise ValueError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
-        how = _enhancement_of(pipe)
-        if how is None:
-            return []  # nothing to do
-        model = getattr(pipe, how.model)
-        if is_moved_in_parts(model):
-            return [f"{how.model} is offloaded or cast layer by layer: Offload('model') or 'stages' go with this"]
-        return why_not(model, getattr(pipe, how.tokenizer))
+        return []  # where it cannot stand in, stock enhances as before
+
+    def compiles_on_first_call(self, pipe: Pipeline, context: Context) -> bool:
+        defaults = context.planned_one(CallDefaults)
+        is_used = defaults is None or defaults.use_pe is not False
+        return context.device == "cuda" and is_used and bool(self.preview(pipe, context).changes)
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         how = _enhancement_of(pipe)
         if how is None:
             return Preview((), note=f"this {type(pipe).__name__} has no prompt enhancer")
-        return Preview(_changes(how))
+        model, offload = getattr(pipe, how.model), context.planned_one(Offload)
+        if is_moved_in_parts(model) or (offload is not None and offload.mode in ("sequential", "group")):
+            why = f"{how.model} is offloaded or cast layer by layer: Offload('model') or 'stages' go with this"
+            return Preview((), note=why)
+        problems = why_not(model, getattr(pipe, how.tokenizer))
+        return Preview((), note="; ".join(problems)) if problems else Preview(_changes(how))
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         how = _enhancement_of(pipe)
@@ -69,6 +75,7 @@ class RewriteEnhancer(Transform):
         with Undo() as undo:
             undo.setattr(pipe, how.method, stand_in.enhance_one)
             undo.setattr(pipe, "_enhance_prompts", stand_in.enhance)
+            undo.setattr(pipe, "_forget_enhancer", stand_in.forget)
             undo.setattr(pipe, "_around_enhancer", stand_in.around)
             wrap_call(pipe, "_around_enhancer", undo)
         return Applied(_changes(how), undo=undo)
@@ -80,21 +87,23 @@ class _StandIn:
     def __init__(self, pipe: Pipeline, how: PromptEnhancement, max_new_tokens: int | None) -> None:
         self._pipe, self._how, self._max_new_tokens = pipe, how, max_new_tokens
         self._enhancer: PromptEnhancer | None = None
-        self._ready: list[str] = []  # answers to the prompts of the call under way, in its order
+        self._wishes: list[Wish] = []  # the prompts of the call under way
+        self._answers: list[str] = []  # to them, once the first was asked for
+        self._asked = 0
 
     def around(self, call: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> Any:
-        """Call the pipe, enhancing all its prompts beforehand."""
+        """Call the pipe; what it asks for first, after its checks, enhances all its prompts together."""
         prompts = arguments["prompt"]
-        if not arguments[self._how.switch] or prompts is None or arguments["prompt_embeds"] is not None:
+        if not arguments[self._how.switch] or prompts is None:
             return call(arguments)
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = _seeds(arguments["generator"], len(prompts), arguments["num_images_per_prompt"])
         size = arguments["width"], arguments["height"]
-        self._ready = self.enhance([Wish(prompt, *size, seed) for prompt, seed in zip(prompts, seeds, strict=True)])
+        self._wishes = [Wish(prompt, *size, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         try:
             return call(arguments)
         finally:
-            self._ready = []
+            self._wishes, self._answers, self._asked = [], [], 0
 
     def enhance_one(
         self,
@@ -107,17 +116,23 @@ class _StandIn:
         top_p: float = TOP_P,
     ) -> str:
         """Return the enhanced prompt, as the pipeline's own method; outside of a call, sampled by a fresh seed."""
-        if self._ready:
-            return self._ready.pop(0)
+        if self._wishes:
+            self._answers = self._answers or self.enhance(self._wishes)
+            self._asked += 1
+            return self._answers[(self._asked - 1) % len(self._answers)]  # `CheckFinite` may make a call twice
         wish = Wish(prompt, width, height, _fresh_seed())
         return self.enhance([wish], system_prompt=system_prompt, temperature=temperature, top_p=top_p)[0]
 
-    def enhance(self, wishes: Sequence[Wish], **settings: Any) -> list[str]:
-        """Return the enhanced prompts; see `PromptEnhancer.enhance`."""
+    def enhance(self, wishes: Sequence[Wish], *, max_new_tokens: int | None = None, **settings: Any) -> list[str]:
+        """Return the enhanced prompts; see `PromptEnhancer.enhance`. The transform's limit of tokens is the default."""
         model = getattr(self._pipe, self._how.model)
         if self._enhancer is None or not self._enhancer.enhances_with(model):
             self._enhancer = PromptEnhancer(model, getattr(self._pipe, self._how.tokenizer))
-        return self._enhancer.enhance(wishes, max_new_tokens=self._max_new_tokens, **settings)
+        return self._enhancer.enhance(wishes, max_new_tokens=max_new_tokens or self._max_new_tokens, **settings)
+
+    def forget(self) -> None:
+        """Let go of what is kept on the device between calls, and of a model that is no longer the pipe's."""
+        self._enhancer = None
 
 
 def _enhancement_of(pipe: Pipeline) -> PromptEnhancement | None:
@@ -134,11 +149,14 @@ def _changes(how: PromptEnhancement) -> tuple[str, ...]:
 
 
 def _seeds(generator: Any, prompts: int, pictures: int) -> list[int]:
-    """Return a seed for each prompt of a call, from its generators as they were seeded."""
-    if generator is None:
+    """Return a seed for each prompt of a call, from its generators as they were seeded; a list of one is that one."""
+    if isinstance(generator, (list, tuple)) and len(generator) == 1:
+        (generator,) = generator
+    if not generator:
         return [_fresh_seed() for _ in range(prompts)]
     if isinstance(generator, torch.Generator):
-        return [(generator.initial_seed() + i) % 2**63 for i in range(prompts)]
+        return [(generator.initial_seed() + i) % 2**64 for i in range(prompts)]
+    # Too few are an error of the call, which says so itself.
     return [generator[min(i * pictures, len(generator) - 1)].initial_seed() for i in range(prompts)]
 
 

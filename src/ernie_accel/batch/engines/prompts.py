@@ -83,6 +83,10 @@ class PromptStage:
                 # Out of the pipe too: diffusers takes any component's device for the one to run on.
                 setattr(self._pipe, name, None)
                 part.to("cpu")
+        # What enhancers keep beside the weights is on the device, too.
+        if self._enhancer is not None:
+            self._enhancer.forget()
+        getattr(self._pipe, "_forget_enhancer", lambda: None)()
 
     def close(self) -> None:
         """Forget the embeddings, and put back on the device what was taken off it."""
@@ -137,10 +141,12 @@ class PromptStage:
         ]
         model, tokenizer = self._pipe.pe, self._pipe.pe_tokenizer
         if not why_not(model, tokenizer) and not is_moved_in_parts(model):
-            if self._enhancer is None or not self._enhancer.enhances_with(model):
-                self._enhancer = PromptEnhancer(model, tokenizer)
             # RewriteEnhancer, where it was applied, has one already, with its own limit of tokens.
-            enhance = getattr(self._pipe, "_enhance_prompts", self._enhancer.enhance)
+            enhance = getattr(self._pipe, "_enhance_prompts", None)
+            if enhance is None:
+                if self._enhancer is None or not self._enhancer.enhances_with(model):
+                    self._enhancer = PromptEnhancer(model, tokenizer)
+                enhance = self._enhancer.enhance
             texts: list[str] = enhance(wishes, between_tokens=functools.partial(stop_if, expired))
             return texts
         texts = []
