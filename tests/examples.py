@@ -22,6 +22,7 @@ from ernie_accel import (
     FreeAfterUse,
     FuseKernels,
     MakeContiguous,
+    MoveTo,
     Offload,
     Quantize,
     RewriteBlocks,
@@ -70,6 +71,7 @@ EXAMPLES: tuple[Transform, ...] = (
 ELSEWHERE: tuple[Transform, ...] = (
     CaptureGraphs(),
     FuseKernels("fp8"),
+    MoveTo("cuda"),
     Offload("model"),
     Offload("group", blocks_per_group=2),
     Offload("stages"),

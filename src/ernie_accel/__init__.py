@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from ernie_accel.transforms.graphs import CaptureGraphs
     from ernie_accel.transforms.layout import MakeContiguous
     from ernie_accel.transforms.memory import SliceVae, TileVae
+    from ernie_accel.transforms.move_to import MoveTo
     from ernie_accel.transforms.offload import Offload
     from ernie_accel.transforms.quantize import Quantize
     from ernie_accel.transforms.rewrite import RewriteBlocks
@@ -99,6 +100,7 @@ _HOMES = {
     "ernie_accel.transforms.fuse_kernels": ("FuseKernels",),
     "ernie_accel.transforms.graphs": ("CaptureGraphs",),
     "ernie_accel.transforms.layout": ("MakeContiguous",),
+    "ernie_accel.transforms.move_to": ("MoveTo",),
     "ernie_accel.transforms.memory": ("SliceVae", "TileVae"),
     "ernie_accel.transforms.encode_prompts": ("BatchPromptEncoding",),
     "ernie_accel.transforms.free_after_use": ("FreeAfterUse",),
@@ -141,6 +143,7 @@ __all__ = [
     "LayerReceipt",
     "FreeAfterUse",
     "MakeContiguous",
+    "MoveTo",
     "MissingExtraError",
     "Offload",
     "Phase",

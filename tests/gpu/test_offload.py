@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import Offload
+from ernie_accel import MoveTo, Offload
 from tests.pipelines import picture, tiny_ernie
 
 
@@ -36,3 +36,11 @@ def test_the_same_bits_and_all_back_after_restore(mode):
     assert on_cuda(pipe) == places
     assert all(torch.equal(p, weights[name]) for name, p in pipe.transformer.named_parameters())
     assert torch.equal(picture(pipe, latents=latents.clone()), before)
+
+
+def test_a_pipe_is_moved_and_moved_back():
+    pipe = tiny_ernie()
+    ernie_accel.optimize(pipe, MoveTo("cuda"))
+    assert {"cuda"} == set.union(*on_cuda(pipe).values())
+    ernie_accel.restore(pipe)
+    assert {"cpu"} == set.union(*on_cuda(pipe).values())

@@ -83,8 +83,7 @@ class Context:
         import torch
 
         found = device_of(pipe) if pipe is not None else _best_device()
-        device_here = device is not None and (torch.device(device).type != "cuda" or torch.cuda.is_available())
-        return cls._of(torch.device(device) if device is not None and device_here else found)
+        return cls._of(torch.device(device) if device is not None and _is_here(device) else found)
 
     @classmethod
     def _of(cls, device: torch.device) -> Context:
@@ -171,6 +170,14 @@ def _best_device() -> torch.device:
     import torch
 
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _is_here(device: str) -> bool:
+    import torch
+
+    if device.partition(":")[0] == "npu":  # a word that torch does not know before torch_npu is imported
+        return hasattr(torch, "npu") and bool(torch.npu.is_available())
+    return torch.device(device).type != "cuda" or torch.cuda.is_available()
 
 
 def _why_no_cpu_compile() -> str | None:

@@ -17,6 +17,7 @@ from ernie_accel.transforms.encode_prompts import BatchPromptEncoding
 from ernie_accel.transforms.fuse_kernels import FuseKernels
 from ernie_accel.transforms.graphs import CaptureGraphs
 from ernie_accel.transforms.layout import MakeContiguous
+from ernie_accel.transforms.move_to import MoveTo
 from ernie_accel.transforms.quantize import Quantize
 from ernie_accel.transforms.rewrite import RewriteBlocks
 from ernie_accel.transforms.rewrite_enhancer import RewriteEnhancer
@@ -123,8 +124,15 @@ presets = PresetTable(
     ),
     Preset(
         "npu-bf16",
-        "Few steps in bfloat16 with masks as Ascend's kernels take them: for a distilled (Turbo) checkpoint on an NPU.",
-        (CastDtype("bfloat16"), ElideMask(), ExpandAttentionMask(), MakeContiguous(), CallDefaults("turbo")),
+        "Few steps in bfloat16 on an Ascend NPU, with masks as it takes them: for a distilled (Turbo) checkpoint.",
+        (
+            CastDtype("bfloat16"),
+            ElideMask(),
+            ExpandAttentionMask(),
+            MakeContiguous(),
+            MoveTo("npu"),
+            CallDefaults("turbo"),
+        ),
     ),
     Preset(
         "turbo-nvfp4",

@@ -26,6 +26,7 @@ TRANSFORMS: Mapping[str, str] = {
     "ExpandAttentionMask": "ernie_accel.transforms.attention",
     "FreeAfterUse": "ernie_accel.transforms.free_after_use",
     "MakeContiguous": "ernie_accel.transforms.layout",
+    "MoveTo": "ernie_accel.transforms.move_to",
     "Offload": "ernie_accel.transforms.offload",
     "Quantize": "ernie_accel.transforms.quantize",
     "RewriteBlocks": "ernie_accel.transforms.rewrite",

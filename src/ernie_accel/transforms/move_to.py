@@ -1,0 +1,83 @@
+"""Move a pipe to the device it shall run on."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+from ernie_accel.core.components import Pipeline, modules_of
+from ernie_accel.core.context import Context
+from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.undo import Undo
+
+
+@dataclass(frozen=True, repr=False)
+class MoveTo(Transform):
+    """Move all components to one device, after they were cast and quantized; ``restore`` moves each back.
+
+    What a plan asks of the machine, it asks of that device.
+
+    Pays:
+        With a preset for a device that scripts do not name by themselves, as "npu". For a pipe larger than the device,
+        `Quantize(..., device=...)` or `Offload` are what is wanted.
+
+    Attributes:
+        device: As torch writes it: "npu", "cuda", "cuda:1", "cpu".
+    """
+
+    phase: ClassVar[Phase] = Phase.MEMORY
+    slot: ClassVar[str] = "device"
+    effect: ClassVar[Effect] = Effect.ROUNDING
+
+    device: str
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.device, str) and re.fullmatch(r"[a-z]+(:\d+)?", self.device)):
+            raise ValueError(f"device takes a name such as 'npu' or 'cuda:1', got {self.device!r}")
+
+    @property
+    def moves_to(self) -> str | None:
+        """The device."""
+        return self.device
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        reasons = []
+        if self.device.partition(":")[0] != context.device:
+            reasons.append(f"there is no {self.device!r} here: the device is {context}")
+        hooked = [name for name, module in modules_of(pipe).items() if hasattr(module, "_hf_hook")]
+        if hooked:
+            reasons.append(f"{', '.join(hooked)}: offloaded, and moved by that; call pipe.remove_all_hooks() first")
+        return reasons
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        changes = self._changes(pipe)
+        return Preview(changes, note="" if changes else f"the pipe is on {self.device} already")
+
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        changes = self._changes(pipe)
+        with Undo() as undo:
+            for name, module in modules_of(pipe).items():
+                if name in _places(pipe):
+                    undo.push(partial(module.to, _places(pipe)[name]))
+            pipe.to(self.device)
+        return Applied(changes, undo=undo)
+
+    def _changes(self, pipe: Pipeline) -> tuple[str, ...]:
+        kind, _, index = self.device.partition(":")
+        return tuple(
+            f"{name} {place} -> {self.device}"
+            for name, place in _places(pipe).items()
+            if place.partition(":")[0] != kind or (index and place != self.device)
+        )
+
+
+def _places(pipe: Pipeline) -> dict[str, str]:
+    """Return where each component is, "cpu" or "cuda:0"; without those that hold no tensor."""
+    found = {}
+    for name, module in modules_of(pipe).items():
+        tensor = next((tensor for tensor in (*module.parameters(), *module.buffers())), None)
+        if tensor is not None:
+            found[name] = str(tensor.device)
+    return found
