@@ -28,7 +28,8 @@ STEPS = 2
 TOKENS = 3
 #: Words from which prompts of a given length are made; one that is a token of its own is in every vocabulary.
 WORDS = ("a", "red", "the", "x")
-PROMPT = "a red circle on blue"
+#: Nobody's prompt: `BatchPromptEncoding` may remember it, encoded beside a negative one, and so rounded otherwise.
+PROMPT = "small small on small big"
 
 
 class Combination(NamedTuple):
