@@ -109,8 +109,15 @@ class Timed(LocalEngine):
 
     def render(self, requests: Any, timeout_s: float | None = None) -> Any:
         """Render, and note when."""
+        return self._noted(super().render, requests, timeout_s)
+
+    def begin(self, requests: Any, timeout_s: float | None = None) -> Any:
+        """Begin to render, and note when."""
+        return self._noted(super().begin, requests, timeout_s)
+
+    def _noted(self, render: Callable[..., Any], requests: Any, timeout_s: float | None) -> Any:
         start = time.perf_counter()
-        outcomes = super().render(requests, timeout_s)
+        outcomes = render(requests, timeout_s)
         self.renders.append((start, time.perf_counter(), len(requests)))
         return outcomes
 

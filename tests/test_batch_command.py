@@ -117,11 +117,12 @@ def test_a_log_that_breaks_in_the_middle_costs_no_picture(table, monkeypatch):
 
 
 LOADING = """
-import sys
+import sys, time
 from ernie_accel.batch import command
 def load(job):
     print("loading", flush=True)
-    sys.stdin.readline()
+    while True:  # not one long wait: where another thread gets the signal, nothing would end that
+        time.sleep(0.05)
 command._engine = load
 from ernie_accel.cli import main
 main(sys.argv[1:])
@@ -133,14 +134,16 @@ def test_an_interrupt_while_the_model_loads_ends_the_command_at_once(table):
     job = subprocess.Popen(
         [sys.executable, "-c", LOADING, "batch", str(table), "--out", str(table.parent / "out")],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert job.stdout.readline() == "loading\n"
-    job.send_signal(signal.SIGINT)
-    _, err = job.communicate(timeout=30)
+    try:
+        assert job.stdout.readline() == "loading\n"
+        job.send_signal(signal.SIGINT)
+        _, err = job.communicate(timeout=30)
+    finally:
+        job.kill()
     assert job.returncode == 130, err
     assert "Traceback" not in err
 

@@ -82,9 +82,9 @@ def test_batches_of_a_job_hold_alike_rows_only_and_every_picture_is_right(pipe, 
     seen = []
 
     class Watched(LocalEngine):
-        def render(self, requests, timeout_s=None):
+        def begin(self, requests, timeout_s=None):
             seen.append(list(requests))
-            return super().render(requests, timeout_s)
+            return super().begin(requests, timeout_s)
 
     results = list(produce(Watched(pipe), rows, tmp_path, progress=False, batch_size=4))
     assert len(results) == 10

@@ -10,19 +10,20 @@ each row ends done, failed or rejected with its reason, or pending.
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import logging
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ernie_accel.batch.engines.base import (
+    Begun,
     Engine,
     EngineLostError,
-    Outcome,
     WorkerLostError,
     is_out_of_memory,
 )
@@ -112,7 +113,7 @@ class Line:
         # A single slot renders in the caller's thread: Ctrl-C then reaches a hung pipe, and CUDA has one thread.
         self._pool = ThreadPoolExecutor(engine.slots, "ernie-accel-slot") if engine.slots > 1 else None
         self._unprepared: deque[Task] = deque()
-        self._rendering: dict[Future[Sequence[Outcome]], _Batch] = {}
+        self._rendering: dict[Future[Sequence[Begun]], _Batch] = {}
         self._entries: list[dict[str, object]] = []  # settled, and not in the ledger yet
         self._unwritten: list[Problem] = []
         self._fatal: Exception | None = None
@@ -187,16 +188,20 @@ class Line:
     def _fill_slots(self) -> None:
         while len(self._rendering) < self._engine.slots and (tasks := self._next_batch()):
             batch = _Batch(tasks)
-            future: Future[Sequence[Outcome]] = Future()
+            future: Future[Sequence[Begun]] = Future()
             self._rendering[future] = batch  # before the ledger is written: an interrupt must find the rows
             self._ledger.running(tasks)
             self._telemetry.begun(len(tasks))
             requests = [task.current() for task in tasks]
+            # What a batch takes is only known of one that is waited for.
+            measure = not tasks[0].alone and not self._schedule.sizer_of(tasks[0]).settled
+            method = self._engine.render if measure else self._engine.begin
+            render = functools.partial(method, requests, self._timeout_s)
             if self._pool is None:
-                _render_now(future, self._engine, requests, self._timeout_s)
+                _render_now(future, render)
                 return
             del self._rendering[future]
-            self._rendering[self._pool.submit(self._engine.render, requests, self._timeout_s)] = batch
+            self._rendering[self._pool.submit(render)] = batch
 
     def _next_batch(self) -> list[Task]:
         """Return the next batch, full unless no more rows can come."""
@@ -229,7 +234,7 @@ class Line:
             self._telemetry.ended(len(batch.tasks), seconds)
         return results
 
-    def _batch_rendered(self, batch: _Batch, outcomes: Sequence[Outcome], seconds: float) -> list[Result]:
+    def _batch_rendered(self, batch: _Batch, outcomes: Sequence[Begun], seconds: float) -> list[Result]:
         results: list[Result] = []
         if len(outcomes) != len(batch.tasks):
             wrong = TypeError(f"the engine returned {len(outcomes)} pictures for a batch of {len(batch.tasks)}")
@@ -238,7 +243,7 @@ class Line:
             self._schedule.sizer_of(batch.tasks[0]).succeeded(len(batch.tasks), seconds)
         for task, outcome in zip(batch.tasks, outcomes, strict=True):
             if isinstance(outcome, Exception):
-                results += self._row_failed(task, outcome, batch)
+                results += self._row_failed(task, outcome, seconds, len(batch.tasks))
             else:
                 self._writer.submit(task, outcome, batch_size=len(batch.tasks), start=batch.start)
         return results
@@ -260,7 +265,7 @@ class Line:
         if isinstance(error, WorkerLostError):
             return self._worker_lost(batch, error)
         if len(tasks) == 1:
-            return self._row_failed(tasks[0], error, batch)
+            return self._row_failed(tasks[0], error, time.perf_counter() - batch.start, 1)
         for task in tasks:
             task.alone = True
         self._schedule.add(tasks, first=True)
@@ -272,7 +277,8 @@ class Line:
             task.lost += 1
             task.alone = task.lost > 1 or len(batch.tasks) == 1
             if task.lost > _MAX_LOST:
-                results.append(self._fail(task, error, batch))
+                seconds = time.perf_counter() - batch.start
+                results.append(self._fail(task, error, seconds, len(batch.tasks)))
             else:
                 self._schedule.add([task], first=True)
         return results
@@ -280,22 +286,21 @@ class Line:
     def _lost_with_engine(self, batch: _Batch, error: EngineLostError) -> list[Result]:
         """Fail the row that took the engine down if it is known which; otherwise nobody is to blame."""
         if len(batch.tasks) == 1:
-            return [self._fail(batch.tasks[0], error, batch)]
+            return [self._fail(batch.tasks[0], error, time.perf_counter() - batch.start, 1)]
         self._ledger.pending(batch.tasks)
         return []
 
-    def _row_failed(self, task: Task, error: Exception, batch: _Batch) -> list[Result]:
+    def _row_failed(self, task: Task, error: Exception, seconds: float, batch_size: int) -> list[Result]:
         task.attempts += 1
         if task.attempts <= self._retries:
             task.alone = True
             self._schedule.add([task], first=True)
             return []
-        return [self._fail(task, error, batch)]
+        return [self._fail(task, error, seconds, batch_size)]
 
-    def _fail(self, task: Task, error: Exception, batch: _Batch) -> Result:
+    def _fail(self, task: Task, error: Exception, seconds: float, batch_size: int) -> Result:
         _log.debug("line %d failed", task.row.line, exc_info=error)
-        seconds = time.perf_counter() - batch.start
-        return self._settle(task, "failed", seconds, len(batch.tasks), error=_described(error))
+        return self._settle(task, "failed", seconds, batch_size, error=_described(error))
 
     def _collect_written(self) -> list[Result]:
         written = self._writer.collect()
@@ -314,6 +319,8 @@ class Line:
 
     def _picture_written(self, picture: Written) -> list[Result]:
         task, finding = picture.task, picture.finding
+        if picture.unrendered is not None:
+            return self._row_failed(task, picture.unrendered, picture.seconds, picture.batch_size)
         if picture.error is not None:
             return [self._settle(task, "failed", picture.seconds, picture.batch_size, error=str(picture.error))]
         if finding is None or finding.reason is None:
@@ -361,12 +368,10 @@ class Line:
         return result
 
 
-def _render_now(
-    future: Future[Sequence[Outcome]], engine: Engine, requests: Sequence[Any], timeout_s: float | None
-) -> None:
+def _render_now(future: Future[Sequence[Begun]], render: Callable[[], Sequence[Begun]]) -> None:
     """Render in this thread; what fails goes into the future, but Ctrl-C and SystemExit pass."""
     try:
-        future.set_result(engine.render(requests, timeout_s))
+        future.set_result(render())
     # Broad on purpose: an engine can raise anything (out of memory, a kernel, a prompt it chokes on), and one
     # batch must not cost the others.
     except Exception as error:

@@ -36,6 +36,12 @@ class BatchSizer:
         """Whether nothing is known of this bucket."""
         return not self._calls and self._ceiling is None
 
+    @property
+    def settled(self) -> bool:
+        """Whether `size` stays as it is for the time being, and so no batch needs to be measured."""
+        nothing_to_compare = self.size == self.limit and self.size // 2 not in self._seconds
+        return self._settled or self._ceiling is not None or nothing_to_compare
+
     def succeeded(self, count: int, seconds: float) -> None:
         """Note that a batch of `count` pictures took `seconds`."""
         if count != self.size:

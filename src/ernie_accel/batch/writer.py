@@ -6,7 +6,7 @@ import concurrent.futures
 import io
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ class Written:
         bytes: Of the file.
         finding: What looking at the picture found; None if that itself failed.
         error: Why there is no file: an `OSError` is the folder's fault, anything else the row's.
+        unrendered: Why there is no picture: it was still being rendered when it was submitted, and that failed.
     """
 
     task: Task
@@ -44,6 +45,7 @@ class Written:
     bytes: int | None = None
     finding: Finding | None = None
     error: Exception | None = None
+    unrendered: Exception | None = None
 
 
 class Writer:
@@ -73,8 +75,17 @@ class Writer:
         """The pictures that are being written, as futures to wait on."""
         return self._pending
 
-    def submit(self, task: Task, picture: Image.Image, *, batch_size: int, start: float) -> None:
-        """Have a picture written; `start` is the `time.perf_counter()` at which its batch began."""
+    def submit(
+        self, task: Task, picture: Image.Image | Callable[[], Image.Image], *, batch_size: int, start: float
+    ) -> None:
+        """Have a picture written.
+
+        Args:
+            task: The row it was made for.
+            picture: The picture, or what waits for the device and returns it.
+            batch_size: Pictures that were rendered with it.
+            start: The `time.perf_counter()` at which its batch began.
+        """
         # One list for counting and waiting: between two looks every picture may have been finished.
         while len(under_way := [future for future in self._pending if not future.done()]) >= self._ahead:
             concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED)
@@ -90,7 +101,15 @@ class Writer:
         """Finish what was begun and stop the threads."""
         self._pool.shutdown()
 
-    def _write(self, task: Task, picture: Image.Image, batch_size: int, start: float) -> Written:
+    def _write(
+        self, task: Task, begun: Image.Image | Callable[[], Image.Image], batch_size: int, start: float
+    ) -> Written:
+        try:
+            picture = begun() if callable(begun) else begun
+        # Broad on purpose: whatever the device raises is for the line to judge, as if rendering itself had raised it.
+        except Exception as failure:
+            seconds = time.perf_counter() - start
+            return Written(task=task, batch_size=batch_size, seconds=seconds, unrendered=failure)
         finding: Finding | None = None
         size: int | None = None
         error: Exception | None = None

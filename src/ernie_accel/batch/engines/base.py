@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,6 +15,9 @@ from ernie_accel.core.errors import ErnieAccelError
 
 Outcome: TypeAlias = Image.Image | Exception
 """What became of one request of a batch: its picture, or why there is none."""
+
+Begun: TypeAlias = Outcome | Callable[[], Image.Image]
+"""The same while the device is at work: a call, from any thread, waits for it and returns the picture, or raises."""
 
 PREPARE_BATCH = 16
 """Prompts in one call of the prompt enhancer or the text encoder, and under one timeout."""
@@ -65,7 +68,7 @@ class Request:
 class Engine(ABC):
     """Renders batches of requests; the production line decides which rows go together, and when.
 
-    `render` is called from at most `slots` threads at once, `prepare` and `close` from one.
+    `render` and `begin` are called from at most `slots` threads at once, `prepare` and `close` from one.
 
     Attributes:
         slots: How many batches can be under way at once.
@@ -94,6 +97,14 @@ class Engine(ABC):
             Exception: Anything else that failed the batch as a whole, such as too little memory.
         """
 
+    def begin(self, requests: Sequence[Request], timeout_s: float | None = None) -> Sequence[Begun]:
+        """Begin to render, and return as soon as the next batch can be begun; otherwise as `render`.
+
+        An engine that hands its device work ahead overrides this: the device then goes from one batch to the next
+        without waiting for the host to fetch pictures and to draw noise.
+        """
+        return self.render(requests, timeout_s)
+
     def prepare(self, requests: Sequence[Request], timeout_s: float | None = None) -> None:
         """Do ahead, for many requests at once, what rendering them will need.
 
@@ -121,6 +132,19 @@ class Engine(ABC):
     def close(self) -> None:
         """Give back what the engine itself holds: processes, connections, threads."""
         return
+
+
+def finished(begun: Sequence[Begun]) -> list[Outcome]:
+    """Wait for the device, and return what became of each request."""
+    return [_finished(one) if callable(one) else one for one in begun]
+
+
+def _finished(one: Callable[[], Image.Image]) -> Outcome:
+    try:
+        return one()
+    # Broad on purpose: whatever the device raises is that picture's outcome.
+    except Exception as error:
+        return error
 
 
 def in_batches(requests: Sequence[Request]) -> Iterator[Sequence[Request]]:

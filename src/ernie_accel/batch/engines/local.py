@@ -15,12 +15,14 @@ from PIL import Image
 from ernie_accel.batch.engines.base import (
     ROUND,
     BatchTimeoutError,
+    Begun,
     Engine,
     EngineLostError,
     Expired,
     NotFiniteError,
     Outcome,
     Request,
+    finished,
     in_batches,
     stop_if,
 )
@@ -72,7 +74,14 @@ class LocalEngine(Engine):
 
     def render(self, requests: Sequence[Request], timeout_s: float | None = None) -> Sequence[Outcome]:
         """Call the pipe once for all requests; see `Engine.render`."""
-        return self._within(timeout_s, "a batch was not finished", lambda expired: self._render(requests, expired))
+        what = "a batch was not finished"
+        return self._within(timeout_s, what, lambda expired: finished(self._begin(requests, expired)))
+
+    def begin(self, requests: Sequence[Request], timeout_s: float | None = None) -> Sequence[Begun]:
+        """Call the pipe and leave CUDA at work; under a timeout wait for it, or nothing would notice that it hangs."""
+        if timeout_s is not None:
+            return self.render(requests, timeout_s)
+        return self._within(None, "a batch was not begun", lambda expired: self._begin(requests, expired))
 
     def prepare(self, requests: Sequence[Request], timeout_s: float | None = None) -> None:
         """Enhance and encode the prompts, in batches, each within the timeout; see `Engine.prepare`."""
@@ -157,7 +166,7 @@ class LocalEngine(Engine):
                 "the other rows stay pending. Run again, or use ProcessEngine, which replaces its process"
             ) from None
 
-    def _render(self, requests: Sequence[Request], expired: threading.Event | None) -> Sequence[Outcome]:
+    def _begin(self, requests: Sequence[Request], expired: threading.Event | None) -> Sequence[Begun]:
         import torch  # here, so that checking a table does not wait for it
 
         arguments = self._arguments(requests, expired)
@@ -204,7 +213,7 @@ def _stop_when(expired: threading.Event) -> Any:
     return callback
 
 
-def _pictures(images: Any, count: int) -> list[Outcome]:
+def _pictures(images: Any, count: int) -> Sequence[Begun]:
     """Return the pictures of a call: a tensor [B, 3, H, W] in 0 to 1, or a list of PIL pictures."""
     if hasattr(images, "detach"):
         return _from_tensor(images)
@@ -214,19 +223,36 @@ def _pictures(images: Any, count: int) -> list[Outcome]:
     return list(images)
 
 
-def _from_tensor(images_bchw: Any) -> list[Outcome]:
+def _from_tensor(images_bchw: Any) -> Sequence[Begun]:
     import torch
 
     # Rounded and laid out where they are, all at once: a quarter of the bytes crosses the bus, the host has nothing to
     # compute, and the device waits for one copy. The same arithmetic as diffusers' own.
-    finite = torch.isfinite(images_bchw)
+    bad_b = (~torch.isfinite(images_bchw)).flatten(1).sum(1)
     bytes_bchw = (images_bchw.float() * 255).round().clamp(0, 255).nan_to_num().to(torch.uint8)
-    pixels = bytes_bchw.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    wrong = (~finite).flatten(1).sum(1).tolist()
-    return [
-        NotFiniteError(count, finite[0].numel()) if count else Image.fromarray(picture)
-        for picture, count in zip(pixels, wrong, strict=True)
-    ]
+    pixels_bhwc = bytes_bchw.permute(0, 2, 3, 1).contiguous()
+    total = images_bchw[0].numel()
+    if images_bchw.device.type != "cuda":
+        return [_picture(*pair, total) for pair in zip(pixels_bhwc.cpu(), bad_b.tolist(), strict=True)]
+    copies = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in (pixels_bhwc, bad_b)]
+    for copy, tensor in zip(copies, (pixels_bhwc, bad_b), strict=True):
+        copy.copy_(tensor, non_blocking=True)
+    event: Any = torch.cuda.Event
+    copied = event(blocking=True)  # a thread that waits for it sleeps
+    copied.record()
+
+    def picture(index: int) -> Image.Image:
+        copied.synchronize()
+        outcome = _picture(copies[0][index], int(copies[1][index]), total)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    return [functools.partial(picture, index) for index in range(len(images_bchw))]
+
+
+def _picture(pixels_hwc: Any, bad: int, total: int) -> Outcome:
+    return NotFiniteError(bad, total) if bad else Image.fromarray(pixels_hwc.numpy())
 
 
 def _shown(images: object) -> str:
