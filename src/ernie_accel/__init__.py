@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from ernie_accel.transforms.free_after_use import FreeAfterUse
     from ernie_accel.transforms.fuse_kernels import FuseKernels
     from ernie_accel.transforms.graphs import CaptureGraphs
+    from ernie_accel.transforms.host_timesteps import KeepTimestepsOnHost
     from ernie_accel.transforms.layout import MakeContiguous
     from ernie_accel.transforms.memory import SliceVae, TileVae
     from ernie_accel.transforms.move_to import MoveTo
@@ -99,6 +100,7 @@ _HOMES = {
     "ernie_accel.transforms.dtype": ("CastDtype",),
     "ernie_accel.transforms.fuse_kernels": ("FuseKernels",),
     "ernie_accel.transforms.graphs": ("CaptureGraphs",),
+    "ernie_accel.transforms.host_timesteps": ("KeepTimestepsOnHost",),
     "ernie_accel.transforms.layout": ("MakeContiguous",),
     "ernie_accel.transforms.move_to": ("MoveTo",),
     "ernie_accel.transforms.memory": ("SliceVae", "TileVae"),
@@ -142,6 +144,7 @@ __all__ = [
     "FuseKernels",
     "LayerReceipt",
     "FreeAfterUse",
+    "KeepTimestepsOnHost",
     "MakeContiguous",
     "MoveTo",
     "MissingExtraError",

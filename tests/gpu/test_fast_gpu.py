@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import CaptureGraphs, FuseKernels, RewriteBlocks
+from ernie_accel import CaptureGraphs, FuseKernels, KeepTimestepsOnHost, RewriteBlocks, SwapScheduler
+from ernie_accel.transforms.scheduler import SCHEDULERS
 
 
 @pytest.fixture
@@ -49,3 +50,26 @@ def test_replays_are_bitwise_the_same(pipe: Any, transforms: tuple[Any, ...]) ->
     ernie_accel.optimize(pipe, *transforms, CaptureGraphs())
     got = [latents(pipe, prompt) for prompt in ("a red circle", "a blue square on white", "a red circle")]
     assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("preset", ["turbo-bf16", "turbo-fp8"])
+def test_no_step_waits_for_the_device(pipe: Any, preset: str) -> None:
+    ernie_accel.optimize(pipe, preset=preset)
+    latents(pipe)  # compiles and captures
+
+    def watch(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        torch.cuda.set_sync_debug_mode("error" if step < 7 else "default")  # what waits raises
+        return tensors
+
+    try:
+        pipe("a red circle", output_type="latent", use_pe=False, height=128, width=128, callback_on_step_end=watch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_timesteps_on_the_host_change_no_bit_of_any_scheduler(pipe: Any, name: str) -> None:
+    ernie_accel.optimize(pipe, SwapScheduler(name))
+    expected = latents(pipe)
+    ernie_accel.optimize(pipe, SwapScheduler(name), KeepTimestepsOnHost())
+    assert torch.equal(latents(pipe), expected)

@@ -16,6 +16,7 @@ from ernie_accel.transforms.dtype import CastDtype
 from ernie_accel.transforms.encode_prompts import BatchPromptEncoding
 from ernie_accel.transforms.fuse_kernels import FuseKernels
 from ernie_accel.transforms.graphs import CaptureGraphs
+from ernie_accel.transforms.host_timesteps import KeepTimestepsOnHost
 from ernie_accel.transforms.layout import MakeContiguous
 from ernie_accel.transforms.move_to import MoveTo
 from ernie_accel.transforms.quantize import Quantize
@@ -88,13 +89,20 @@ _FAST_FP8 = (CastDtype("bfloat16"), RewriteBlocks(), FuseKernels("fp8"))
 _FP8_ELSEWHERE = (Quantize("fp8"),)
 _INT8 = (CastDtype("bfloat16"), Quantize("int8"))
 
-_FAST_PARTS = (BatchPromptEncoding(), Compile(), CompileVae(), CaptureGraphs(), RewriteEnhancer())
+_FAST_PARTS = (
+    BatchPromptEncoding(),
+    KeepTimestepsOnHost(),
+    Compile(),
+    CompileVae(),
+    CaptureGraphs(),
+    RewriteEnhancer(),
+)
 
 presets = PresetTable(
     Preset(
         "exact",
         "Bitwise the same pictures: only what cannot change a bit.",
-        (MakeContiguous(),),
+        (KeepTimestepsOnHost(), MakeContiguous()),
     ),
     Preset(
         "turbo-fp32",

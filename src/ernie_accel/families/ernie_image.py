@@ -56,4 +56,5 @@ ERNIE_IMAGE = Family(
     prompt_enhancement=PromptEnhancement(
         model="pe", tokenizer="pe_tokenizer", method="_enhance_prompt_with_pe", switch="use_pe"
     ),
+    reads_timesteps=True,
 )

@@ -119,6 +119,7 @@ class Family:
         prompt_encoding: Set where stock diffusers encodes the prompts of a call one by one.
         prompt_enhancement: Set where the pipeline can have a language model rewrite prompts.
         always_masks: Set where stock diffusers builds a mask also for batches in which nothing is padded.
+        reads_timesteps: Whether the pipeline reads every timestep on the host, and so waits for the device.
     """
 
     name: str
@@ -139,3 +140,4 @@ class Family:
     always_masks: AlwaysMasks | None = None
     prompt_encoding: PromptEncoding | None = None
     prompt_enhancement: PromptEnhancement | None = None
+    reads_timesteps: bool = False

@@ -25,6 +25,7 @@ TRANSFORMS: Mapping[str, str] = {
     "ElideMask": "ernie_accel.transforms.attention",
     "ExpandAttentionMask": "ernie_accel.transforms.attention",
     "FreeAfterUse": "ernie_accel.transforms.free_after_use",
+    "KeepTimestepsOnHost": "ernie_accel.transforms.host_timesteps",
     "MakeContiguous": "ernie_accel.transforms.layout",
     "MoveTo": "ernie_accel.transforms.move_to",
     "Offload": "ernie_accel.transforms.offload",

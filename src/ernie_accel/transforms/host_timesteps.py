@@ -1,0 +1,68 @@
+"""Keep the timesteps where a pipeline reads them, so that no step waits for the device."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ernie_accel.core.components import Pipeline
+from ernie_accel.core.context import Context
+from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.undo import Undo
+from ernie_accel.families import family_of
+
+_CHANGES = ("scheduler.timesteps device -> host",)
+
+
+@dataclass(frozen=True, repr=False)
+class KeepTimestepsOnHost(Transform):
+    """Keep the scheduler's timesteps in host memory, where ``ErnieImagePipeline`` reads one before every step.
+
+    Stock has them on the device, so each ``t.item()`` waits until the step before is finished; only then does the host
+    begin to hand over the next one, and the device waits for its first, small kernels. The sigmas, with which latents
+    are stepped, stay where they are: a scalar on the host would be rounded otherwise.
+
+    Pays:
+        Where steps are short or the host is slow: at 512 px and 8 pictures a batch, the device waited 1 to 2 ms of
+        each step of 137 ms (H200). A pipeline that reads its timesteps on the device has nothing to change.
+    """
+
+    phase: ClassVar[Phase] = Phase.SCHEDULER
+    slot: ClassVar[str] = "timesteps"  # behind "scheduler": it is the new one's timesteps that count
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        return []
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        if not _reads_on_host(pipe):
+            return Preview((), note=f"{type(pipe).__name__} is not known to read them on the host")
+        if isinstance(vars(pipe.scheduler).get("set_timesteps"), _OnHost):
+            return Preview((), note="they are kept there already")
+        return Preview(_CHANGES)
+
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        scheduler = pipe.scheduler
+        with Undo() as undo:
+            undo.setattr(scheduler, "set_timesteps", _OnHost(scheduler, scheduler.set_timesteps))
+        return Applied(_CHANGES, undo=undo)
+
+
+class _OnHost:
+    """A scheduler's ``set_timesteps``, whose result is in host memory; an object, so that a deep copy has its own."""
+
+    def __init__(self, scheduler: Any, set_timesteps: Callable[..., None]) -> None:
+        self._scheduler, self._set_timesteps = scheduler, set_timesteps
+        self.__signature__ = inspect.signature(set_timesteps)  # pipelines ask it what it takes
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Make the schedule, in place."""
+        self._set_timesteps(*args, **kwargs)
+        self._scheduler.timesteps = self._scheduler.timesteps.cpu()
+
+
+def _reads_on_host(pipe: Pipeline) -> bool:
+    family = family_of(pipe)
+    return family is not None and family.reads_timesteps and getattr(pipe, "scheduler", None) is not None
