@@ -169,9 +169,13 @@ class LocalEngine(Engine):
     def _begin(self, requests: Sequence[Request], expired: threading.Event | None) -> Sequence[Begun]:
         import torch  # here, so that checking a table does not wait for it
 
+        from ernie_accel.batch.engines.noise import latents_for
+
         arguments = self._arguments(requests, expired)
         if expired is not None and ("callback_on_step_end" in self._parameters or self._takes_any):
             arguments["callback_on_step_end"] = _stop_when(expired)
+        if (latents := latents_for(self._pipe, requests)) is not None:
+            arguments["latents"] = latents
         generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
         images = self._pipe(**arguments, generator=generators[0] if len(requests) == 1 else generators).images
         return _pictures(images, len(requests))
