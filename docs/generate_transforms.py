@@ -98,7 +98,9 @@ def needs(cls: type[Transform]) -> str:
     """Return the pip extra a transform needs."""
     if cls.extra is not None:
         return f"`pip install 'ernie-accel[{cls.extra}]'`"
-    source = inspect.getsource(inspect.getmodule(cls) or cls)
+    own = Path(inspect.getfile(cls))
+    modules = own.parent.glob("*.py") if own.stem == own.parent.name else [own]  # a package of its own: all of it
+    source = "".join(module.read_text(encoding="utf-8") for module in modules)
     optional = [package for package in OPTIONAL_PACKAGES if f'"{package}"' in source]
     return f"nothing; {', '.join(optional)} for some arguments" if optional else "nothing"
 
