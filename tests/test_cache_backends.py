@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import cache_dit
 import pytest
 import torch
 import torch._dynamo.testing
+from accelerate.hooks import ModelHook, add_hook_to_module
 from cache_dit.caching.block_adapters import FakeDiffusionPipeline
 from diffusers import ErnieImagePipeline
 from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
@@ -231,6 +233,36 @@ def test_compiled_blocks_keep_their_one_graph(ernie, monkeypatch, backend, often
     torch._dynamo.reset()
 
 
+@both
+def test_hooks_of_accelerate_and_what_is_around_them_run_at_every_step(ernie, backend, often):
+    """As ``enable_model_cpu_offload`` hangs them onto the transformer."""
+    log = []
+
+    class Notes(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            log.append("hook")
+            return args, kwargs
+
+    add_hook_to_module(ernie.transformer, Notes())
+    hooked = ernie.transformer.forward
+
+    @functools.wraps(hooked)
+    def around(*args, **kwargs):
+        log.append("around")
+        return hooked(*args, **kwargs)
+
+    ernie.transformer.forward = around
+    before = traces(ernie)
+    ernie_accel.optimize(ernie, often(backend))
+    ran = count_last_blocks(ernie)
+    picture(ernie, steps=24)
+    assert len(ran) < 15
+    assert log == ["around", "hook"] * 24
+    ernie_accel.restore(ernie)
+    assert traces(ernie)[1:] == before[1:]
+    assert ernie.transformer.forward is around
+
+
 def test_cache_dit_prints_nothing_into_a_program_s_output(ernie, capfd):
     handlers = logging.getLogger("CACHE_DIT").handlers
     levels = [handler.level for handler in handlers]
@@ -276,6 +308,9 @@ def test_what_the_pipe_is_may_be_a_reason_too(backend, flux):
     pipe = ernie_accel.optimize(tiny_ernie(), RewriteBlocks())
     pipe.transformer.forward = GraphedForward(pipe.transformer, ernie_image_blocks, 64, 2, Recorder())
     assert "captured graphs replay all blocks" in cache.unsupported(pipe, CPU)[0]
+    pipe = tiny_ernie()
+    Offload("group").apply(pipe, CPU)
+    assert "group offloading, which is on, fetches the next block" in cache.unsupported(pipe, CPU)[0]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from ernie_accel.core.context import Context
 from ernie_accel.families import family_of
 from ernie_accel.transforms.cache_steps.backend import MOST_THRESHOLD, Backend, Forward, Run, Trajectory
 from ernie_accel.transforms.graphs import CaptureGraphs, GraphedForward
-from ernie_accel.transforms.offload import Offload
+from ernie_accel.transforms.offload import GROUP_OFFLOAD_HOOKS, Offload
 
 if TYPE_CHECKING:
     from ernie_accel.transforms.cache_steps.cache_steps import CacheSteps
@@ -48,15 +48,16 @@ class BlockCache(Backend):
         blocks = getattr(pipe.transformer, BLOCKS, None)
         if not isinstance(blocks, torch.nn.ModuleList) or len(blocks) < 2:
             reasons.append(f"{name} has no list {BLOCKS!r} of two blocks or more, of which all but the first can rest")
-        graphs, offload = context.planned_one(CaptureGraphs), context.planned_one(Offload)
+        graphs = context.planned_one(CaptureGraphs)
         captures = graphs is not None and graphs.compiles_on_first_call(pipe, context)
         if captures or isinstance(vars(pipe.transformer).get("forward"), GraphedForward):
             reasons.append(
                 "captured graphs replay all blocks, whatever a cache of blocks decides: leave CaptureGraphs out, or "
                 "use backend='forecast'"
             )
-        if offload is not None and offload.mode == "group":
-            reasons.append(f"{offload!r} fetches the next block while one runs, and some would not: use 'forecast'")
+        grouped = _grouped(pipe, context)
+        if grouped is not None:
+            reasons.append(f"{grouped} fetches the next block while one runs, and some would not: use 'forecast'")
         return reasons
 
     def note(self, wanted: CacheSteps, steps: int | None) -> str:
@@ -72,6 +73,17 @@ class BlockCache(Backend):
         self, wanted: CacheSteps, transformer: torch.nn.Module, forward: Forward, trajectory: Trajectory
     ) -> Forward:
         """Return `forward` with a cache of its own. The transformer is as it was whenever that is not running."""
+
+
+def _grouped(pipe: Pipeline, context: Context) -> str | None:
+    """Return what brings the transformer's blocks to the device a group at a time, in words; None if nothing does."""
+    offload = context.planned_one(Offload)
+    if offload is not None and offload.mode == "group":
+        return repr(offload)
+    hooks = (getattr(part, "_diffusers_hook", None) for part in pipe.transformer.modules())
+    if any(registry is not None and {*registry.hooks} & {*GROUP_OFFLOAD_HOOKS} for registry in hooks):
+        return "group offloading, which is on,"
+    return None
 
 
 class _Steps(Run):

@@ -42,6 +42,7 @@ class DbCache(BlockCache):
     ) -> Forward:
         with kept(vars(transformer), vars(getattr(transformer, BLOCKS))), _quiet():
             transformer.forward = forward
+            vars(transformer).pop("_hf_hook", None)  # offloaded, cache-dit would call what is below `forward` instead
             _enable(transformer, wanted, trajectory)
             enabled = transformer.forward
 
