@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
@@ -21,6 +22,25 @@ Every transform of the catalogue, in the order they run. This page is written by
 the docstrings; figures without another source were measured on an NVIDIA H200 at 1024x1024, batch 1.
 `ernie_accel.plan(pipe, ...)` says for your pipe and machine what each would change, or why it cannot run.
 """
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+LADDER, PARTS = "ladder_h200_202611", "parts_h200_202611"
+#: Transform -> (result file, what is timed, its column, without, with), of those that were timed one by one.
+MEASURED = {
+    "RewriteBlocks": ((LADDER, "a step, both compiled", "ms_1024", "stock+compile", "rewrite+compile"),),
+    "FuseKernels": (
+        (LADDER, "a step in bfloat16 instead of RewriteBlocks compiled", "ms_1024", "rewrite+compile", "turbo-bf16"),
+        (LADDER, "a step in fp8 instead of torchao's compiled", "ms_1024", "torchao-fp8+compile", "turbo-fp8"),
+    ),
+    "Quantize": ((LADDER, "a step in fp8, both compiled", "ms_1024", "stock+compile", "torchao-fp8+compile"),),
+    "Compile": ((LADDER, "a step of stock blocks", "ms_1024", "stock", "stock+compile"),),
+    "CompileVae": ((PARTS, "a decode", "ms", "vae: stock", "vae: CompileVae"),),
+    "MakeContiguous": ((PARTS, "an eager decode, channels_last", "ms", "vae: stock", "vae: channels_last"),),
+    "BatchPromptEncoding": ((PARTS, "8 prompts", "ms", "prompts: stock", "prompts: BatchPromptEncoding"),),
+    "RewriteEnhancer": (
+        (PARTS, "a prompt", "ms", "enhancer: stock", "enhancer: RewriteEnhancer"),
+        (PARTS, "8 prompts", "ms", "8 prompts enhanced: stock", "8 prompts enhanced: RewriteEnhancer"),
+    ),
+}
 
 
 def page() -> str:
@@ -30,7 +50,7 @@ def page() -> str:
 
 
 def section(cls: type[Transform]) -> Iterator[str]:
-    """Yield the lines of one transform."""
+    """Yield the lines of one transform: what it does, when it pays, its facts, what was measured, its arguments."""
     text, sections = split_docstring(inspect.getdoc(cls) or "")
     yield f"## {cls.__name__}\n"
     yield text.replace("``", "`")
@@ -42,6 +62,7 @@ def section(cls: type[Transform]) -> Iterator[str]:
     yield f"| effect | {effect(cls)} |"
     yield f"| needs | {needs(cls)} |"
     yield f"| undo | {undo(cls)} |"
+    yield f"| measured | {'; '.join(measured(cls)) or 'not by itself'} |"
     if "Attributes" in sections:
         yield ""
         yield from (f"- {line}".replace("``", "`") for line in attributes(sections["Attributes"]))
@@ -98,7 +119,9 @@ def needs(cls: type[Transform]) -> str:
     """Return the pip extra a transform needs."""
     if cls.extra is not None:
         return f"`pip install 'ernie-accel[{cls.extra}]'`"
-    source = inspect.getsource(inspect.getmodule(cls) or cls)
+    own = Path(inspect.getfile(cls))
+    modules = own.parent.glob("*.py") if own.stem == own.parent.name else [own]  # a package of its own: all of it
+    source = "".join(module.read_text(encoding="utf-8") for module in modules)
     optional = [package for package in OPTIONAL_PACKAGES if f'"{package}"' in source]
     return f"nothing; {', '.join(optional)} for some arguments" if optional else "nothing"
 
@@ -112,6 +135,14 @@ def undo(cls: type[Transform]) -> str:
         if isinstance(node, ast.keyword) and node.arg == "no_undo" and isinstance(node.value, ast.Constant)
     ]
     return "; ".join(["exact", *(f"none with {reason}" for reason in reasons)])
+
+
+def measured(cls: type[Transform]) -> Iterator[str]:
+    """Yield what the saved benchmarks say of a transform, a pair of times each."""
+    for name, what, column, without, having in MEASURED.get(cls.__name__, ()):
+        rungs = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rungs"]
+        before, after = (next(rung[column] for rung in rungs if rung["rung"] == asked) for asked in (without, having))
+        yield f"{what}: {before:.0f} -> {after:.0f} ms (`benchmarks/results/{name}.md`)"
 
 
 if __name__ == "__main__":

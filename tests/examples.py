@@ -41,6 +41,8 @@ EXAMPLES: tuple[Transform, ...] = (
     Autocast("bfloat16"),
     BatchPromptEncoding(cache=4),
     CacheSteps(),
+    CacheSteps(backend="cache-dit"),
+    CacheSteps(backend="diffusers", threshold=0.02),
     CallDefaults(num_inference_steps=3),
     CallDefaults("turbo", guidance_scale=2.0),
     CastDtype("bfloat16"),

@@ -21,7 +21,7 @@ def test_a_requested_backend_can_be_imported(package):
 
 def test_every_extra_is_in_all_but_those_that_need_a_device():
     extras = set(
-        re.findall(r"^(\w+) = \[", PYPROJECT.split("[project.optional-dependencies]")[1].split("\n[")[0], re.M)
+        re.findall(r"^([\w-]+) = \[", PYPROJECT.split("[project.optional-dependencies]")[1].split("\n[")[0], re.M)
     )
     assert extras - set(ALL) == {"all", "npu", "cudnn"}
 

@@ -52,6 +52,12 @@ def test_what_a_recommendation_may_leave_out_are_slots_of_presets():
     assert {transform.slot for preset in presets.values() for transform in preset.transforms} >= _NOT_PRECISION
 
 
+def test_a_name_that_is_not_in_the_table_lists_those_that_are():
+    with pytest.raises(KeyError, match=r"Unknown preset 'turbo-f8'. Did you mean 'turbo-fp8'\? Valid: exact"):
+        presets["turbo-f8"]
+    assert "rtx4090" not in presets
+
+
 def test_a_card_is_a_preset_name():
     assert find_preset("rtx3090").transforms == presets["turbo-int8"].transforms
     with pytest.raises(ernie_accel.UnknownNameError, match="Did you mean 'rtx3090'"):

@@ -162,6 +162,31 @@ def test_no_random_state_no_scheduler_and_no_picture_notices_it(graphs, ernie):
     assert {name: value for name, value in vars(ernie).items() if name in instance} == instance
 
 
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_prompts_that_are_remembered_stay_those_of_the_user(graphs, ernie, tmp_path, on_disk):
+    """A warm-up takes no place among them, and none of those it happens to draw counts as used again."""
+    encoding = BatchPromptEncoding(cache=2, folder=str(tmp_path) if on_disk else None)
+    theirs = prompt_of(ernie.tokenizer, 5)
+    ernie_accel.optimize(ernie, encoding)
+    picture(ernie, prompt=theirs)
+    picture(ernie, prompt="a red circle")
+    memory = ernie._around_prompts.__self__._memory
+
+    def remembered():
+        if not on_disk:
+            return [(ids, id(hidden_th)) for ids, hidden_th in memory._kept.items()]
+        return sorted((file.stat().st_mtime_ns, file.name, file.read_bytes()) for file in tmp_path.iterdir())
+
+    before, read = remembered(), []
+    assert len(before) == 2
+    # With guidance, so that the empty negative prompt is encoded, too; and with a prompt that is remembered.
+    ernie.text_encoder.register_forward_pre_hook(lambda *_: read.append(1))
+    ernie_accel.optimize(ernie, encoding, Compile(), Warmup(sizes=((64, 64),), prompt_lengths=(5, 9)))
+    assert len(read) == 2
+    assert ernie._around_prompts.__self__._memory is memory
+    assert remembered() == before
+
+
 def test_restore_gives_the_original_back(graphs, ernie):
     picture(ernie)  # its first call makes transformers note things on the text encoder
     before = snapshot(ernie)

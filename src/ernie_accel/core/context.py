@@ -35,12 +35,14 @@ OPTIONAL_PACKAGES: Mapping[str, str] = MappingProxyType(
         "ray": "ray",
         "httpx": "http",
         "cudnn": "cudnn",
+        "cache_dit": "cache-dit",
     }
 )
 _DISTRIBUTIONS = {
     "optimum.quanto": "optimum-quanto",
     "torch_npu": "torch-npu",
     "cudnn": "nvidia-cudnn-frontend",
+    "cache_dit": "cache-dit",
     "flash_attn": "flash-attn",
     "flash_attn_interface": "flash-attn-3",
 }

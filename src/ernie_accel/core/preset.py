@@ -63,7 +63,9 @@ class PresetTable(Mapping[str, Preset]):
 
     def __getitem__(self, name: str) -> Preset:
         if name not in self._presets:
-            raise KeyError(name)
+            raise KeyError(
+                str(UnknownNameError("preset", name, self, note="A card's name goes to optimize(preset=...)."))
+            )
         return self._presets[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -92,6 +93,20 @@ class BatchPromptEncoding(Transform):
     def _note(self) -> str:
         where = f"in {self.folder}" if self.folder else "in memory"
         return f"keeps the embeddings of {self.cache} prompts {where}" if self.cache else ""
+
+
+@contextmanager
+def remembering_nothing(pipe: Pipeline) -> Iterator[None]:
+    """Encode prompts without looking for them among those that `pipe` remembers, and without remembering them."""
+    encoder = getattr(vars(pipe).get("_around_prompts"), "__self__", None)
+    if encoder is None:  # it remembers none
+        yield
+        return
+    memory, encoder._memory = encoder._memory, _Memory(0)
+    try:
+        yield
+    finally:
+        encoder._memory = memory
 
 
 class _Encoder:

@@ -17,6 +17,7 @@ from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transfor
 from ernie_accel.core.undo import Undo
 from ernie_accel.enhancer.enhancer import Wish
 from ernie_accel.families import family_of
+from ernie_accel.transforms.encode_prompts import remembering_nothing
 from ernie_accel.transforms.free_after_use import FreeAfterUse
 from ernie_accel.transforms.graphs import CaptureGraphs
 from ernie_accel.transforms.rewrite_enhancer import RewriteEnhancer
@@ -28,7 +29,7 @@ STEPS = 2
 TOKENS = 3
 #: Words from which prompts of a given length are made; one that is a token of its own is in every vocabulary.
 WORDS = ("a", "red", "the", "x")
-#: Nobody's prompt: `BatchPromptEncoding` may remember it, encoded beside a negative one, and so rounded otherwise.
+#: What is drawn where no length is asked for.
 PROMPT = "small small on small big"
 
 
@@ -59,10 +60,10 @@ class Warmup(Transform):
     Each call takes two steps through the pipe as it then is, with its own call defaults (so with guidance where that
     is the default) and without prompt enhancer; the first of a size and batch size is decoded, the others stop at the
     latents. Where `RewriteEnhancer` is in place, as many short prompts are enhanced before that, to a few tokens: its
-    kernels are compiled then, and its graphs captured for prompts of about that length. No picture is kept, and global
-    random states and the scheduler are left as they were. The receipt gives the milliseconds of each call. Compiled
-    code belongs to what compiled it: ``restore`` drops it with that. Whatever is optimized anew before it makes it run
-    again.
+    kernels are compiled then, and its graphs captured for prompts of about that length. No picture is kept; global
+    random states, the scheduler and the prompts that `BatchPromptEncoding` remembers are left as they were. The receipt
+    gives the milliseconds of each call. Compiled code belongs to what compiled it: ``restore`` drops it with that.
+    Whatever is optimized anew before it makes it run again.
 
     Pays:
         For services, and before anything is timed: the first picture takes as long as the second. It takes the time
@@ -157,7 +158,7 @@ class Warmup(Transform):
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         spent: list[str] = []
-        with unnoticed(pipe):
+        with unnoticed(pipe), remembering_nothing(pipe):
             decoded: set[tuple[int, int, int]] = set()
             enhancer = context.planned_one(RewriteEnhancer)
             if hasattr(pipe, "_enhance_prompts") and enhancer and enhancer.compiles_on_first_call(pipe, context):
