@@ -356,11 +356,11 @@ def machine(device: str) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Return the result as a markdown table."""
-    head = ["", "pictures/min", "x loop", "x loop by round", "idle in the trace", "host idle", "batch sizes", "PSNR dB"]
+    head = ["", "pictures/min", "x loop", "x loop by round", "idle in the trace", "of it in pauses over 1 ms", "host idle", "batch sizes", "PSNR dB"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     again = result["loop_again_pictures_per_min"]
     note = f" (afterwards {again})" if again else ""
-    lines.append(f"| stock pipe, one by one | {result['loop_pictures_per_min']}{note} | 1.00 | | | | 1 | |")
+    lines.append(f"| stock pipe, one by one | {result['loop_pictures_per_min']}{note} | 1.00 | | | | | 1 | |")
     for found in result["candidates"]:
         trace = found.get("trace")
         cells = [
@@ -369,6 +369,7 @@ def table(result: dict[str, Any]) -> str:
             f"{found['ratio']:.2f}",
             ", ".join(f"{ratio:.2f}" for ratio in found["ratios_by_round"]),
             f"{trace['idle']:.2%}" if trace else "",
+            f"{trace['idle_in_pauses']:.2%}" if trace else "",
             f"{found['engine_idle']:.2%}",
             ", ".join(map(str, found["batch_sizes"])),
             "{}, median {}".format(*found["psnr_db_min_median"]),

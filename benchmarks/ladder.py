@@ -136,7 +136,7 @@ def work(arguments: argparse.Namespace) -> dict[str, Any]:
         import traceback
 
         traceback.print_exc()
-        return {"error": f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"}
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"[:400]}
 
 
 def measure_all(names: list[str], arguments: argparse.Namespace, result: dict[str, Any]) -> None:
