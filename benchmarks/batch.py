@@ -356,7 +356,17 @@ def machine(device: str) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Return the result as a markdown table."""
-    head = ["", "pictures/min", "x loop", "x loop by round", "idle in the trace", "of it in pauses over 1 ms", "host idle", "batch sizes", "PSNR dB"]
+    head = [
+        "",
+        "pictures/min",
+        "x loop",
+        "x loop by round",
+        "idle in the trace",
+        "of it in pauses over 1 ms",
+        "host idle",
+        "batch sizes",
+        "PSNR dB",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     again = result["loop_again_pictures_per_min"]
     note = f" (afterwards {again})" if again else ""

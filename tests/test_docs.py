@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ernie_accel.cli import main
 from ernie_accel.transforms import TRANSFORMS, transform_class
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +42,17 @@ def test_the_page_of_transforms_is_what_the_code_says():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run: python docs/generate_transforms.py"
+
+
+def test_the_plan_in_the_readme_is_what_the_command_prints(capsys):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    command, shown = re.search(r"^\$ ernie-accel (plan .*)\n((?s:.*?))^```", text, flags=re.MULTILINE).groups()
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(command.split())
+    printed = capsys.readouterr().out
+    elsewhere = "cudnn is not installed"  # where it is, that line is missing
+    everywhere = [[line for line in text.splitlines() if elsewhere not in line] for text in (printed, shown)]
+    assert everywhere[0] == everywhere[1]
 
 
 def test_the_readme_has_examples_that_run():
