@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import ernie_accel
+from ernie_accel.batch import Row, produce
 from ernie_accel.batch.engines import LocalEngine, Request
 from ernie_accel.batch.engines.base import NotFiniteError, finished
 
@@ -67,3 +70,16 @@ def test_a_picture_that_is_not_finite_costs_no_other():
     assert good().size == (64, 64)
     with pytest.raises(NotFiniteError, match="12288 of the picture's 12288 values"):
         bad()
+
+
+def test_a_batch_captures_graphs_while_pictures_are_written(tmp_path):
+    pipe = ernie_accel.demo.load(dtype=torch.bfloat16).to("cuda")
+    ernie_accel.optimize(pipe, preset="turbo-bf16")
+    rows = [
+        Row(line=i + 2, index=i, prompt=f"a {size} red circle", file_name=f"{i}.png", width=width, height=128)
+        for i, (size, width) in enumerate(itertools.product(("small", "large"), (64, 96, 128, 160, 192)))
+    ]
+    for attempt in range(3):  # captures fall into the time of the writers only now and then
+        results = list(produce(pipe, rows, tmp_path / str(attempt), batch_size=1, progress=False))
+        assert [result.error for result in results] == [None] * len(rows)
+        pipe.transformer.forward._graphs.clear()

@@ -149,7 +149,8 @@ def _has_hook(part: torch.nn.Module) -> bool:
 
 
 def _record(forward: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[Callable[[], None], Tensor]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    graph, device = torch.cuda.CUDAGraph(), next(x.device for x in arguments.values() if isinstance(x, Tensor))
+    # Thread-local: in a batch, other threads wait for events of the pictures before, which a global capture forbids.
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         output: Tensor = forward(**arguments)[0]
     return graph.replay, output
