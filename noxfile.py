@@ -10,6 +10,7 @@ nox.options.reuse_existing_virtualenvs = True
 LINT = ("ruff>=0.9",)
 TEST = (
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "scikit-image>=0.24",
     "peft>=0.17",
     "prometheus-client>=0.20",
@@ -21,7 +22,9 @@ TEST = (
 def tests(session: nox.Session) -> None:
     """Run all tests with every extra that works on a CPU; a requested backend that cannot be imported fails."""
     session.install(".[all]", *TEST)
-    session.run("python", "-m", "pytest", "tests", *session.posargs)
+    # A process for each core, of one thread each: the models are too small for more.
+    spread = ("--numprocesses=auto", "--maxprocesses=8", "--dist=loadfile")
+    session.run("python", "-m", "pytest", "tests", *spread, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

@@ -117,11 +117,12 @@ def test_a_log_that_breaks_in_the_middle_costs_no_picture(table, monkeypatch):
 
 
 LOADING = """
-import sys, time
+import signal, sys, time
 from ernie_accel.batch import command
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
 def load(job):
     print("loading", flush=True)
-    while True:  # not one long wait: where another thread gets the signal, nothing would end that
+    while True:
         time.sleep(0.05)
 command._engine = load
 from ernie_accel.cli import main
