@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import threading
 from dataclasses import replace
 
 import cache_dit
@@ -31,6 +32,7 @@ from ernie_accel import (
     UnknownNameError,
 )
 from ernie_accel.families import ernie_image_blocks
+from ernie_accel.transforms.cache_steps.db_cache import _quiet
 from ernie_accel.transforms.graphs import GraphedForward
 from tests.examples import differences, snapshot
 from tests.pipelines import PIPELINES, picture, tiny_ernie
@@ -268,6 +270,26 @@ def test_cache_dit_prints_nothing_into_a_program_s_output(ernie, capfd):
     levels = [handler.level for handler in handlers]
     picture(ernie_accel.optimize(ernie, CacheSteps(backend="cache-dit")), steps=24)
     assert capfd.readouterr().out == ""
+    assert levels and [handler.level for handler in handlers] == levels
+
+
+def test_threads_leave_the_log_levels_of_cache_dit_as_they_were():
+    """The second begins while the first has them changed, and ends after it."""
+    handlers = logging.getLogger("CACHE_DIT").handlers
+    levels = [handler.level for handler in handlers]
+    first, second = (_quiet() for _ in range(2))
+    entered = threading.Event()
+
+    def enter_and_leave():
+        with second:
+            entered.set()
+
+    with first:
+        thread = threading.Thread(target=enter_and_leave)
+        thread.start()
+        overtook = entered.wait(0.2)
+    thread.join()
+    assert not overtook, "two threads changed them at the same time"
     assert levels and [handler.level for handler in handlers] == levels
 
 

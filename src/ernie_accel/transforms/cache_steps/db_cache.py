@@ -10,6 +10,7 @@ and whatever it did to the transformer is put back.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,10 @@ from ernie_accel.transforms.cache_steps.blocks import BLOCKS, BlockCache, kept
 
 if TYPE_CHECKING:
     from ernie_accel.transforms.cache_steps.cache_steps import CacheSteps
+
+
+#: Handler levels belong to the process: of two threads, the later would take what the earlier set for what was there.
+_QUIET = threading.Lock()
 
 
 class DbCache(BlockCache):
@@ -85,12 +90,13 @@ def _quiet() -> Iterator[None]:
     """Keep cache-dit from printing its settings to standard output for every picture."""
     import cache_dit  # noqa: F401  its loggers share one handler, and are made on import
 
-    handlers = logging.getLogger("CACHE_DIT").handlers
-    levels = [handler.level for handler in handlers]
-    for handler in handlers:
-        handler.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for handler, level in zip(handlers, levels, strict=True):
-            handler.setLevel(level)
+    with _QUIET:
+        handlers = logging.getLogger("CACHE_DIT").handlers
+        levels = [handler.level for handler in handlers]
+        for handler in handlers:
+            handler.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for handler, level in zip(handlers, levels, strict=True):
+                handler.setLevel(level)
