@@ -53,7 +53,6 @@ EXAMPLES: tuple[Transform, ...] = (
     ElideMask(),
     ExpandAttentionMask(),
     FreeAfterUse(),
-    KeepTimestepsOnHost(),
     MakeContiguous(),
     MakeContiguous(channels_last=("vae",)),
     Quantize("int8-weight-only"),
@@ -75,6 +74,7 @@ EXAMPLES: tuple[Transform, ...] = (
 ELSEWHERE: tuple[Transform, ...] = (
     CaptureGraphs(),
     FuseKernels("fp8"),
+    KeepTimestepsOnHost(),
     MoveTo("cuda"),
     Offload("model"),
     Offload("group", blocks_per_group=2),

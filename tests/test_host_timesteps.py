@@ -11,8 +11,12 @@ import torch
 import ernie_accel
 from ernie_accel import KeepTimestepsOnHost, SwapScheduler
 from ernie_accel.core.context import Context
+from ernie_accel.transforms.host_timesteps import _OnHost
 from ernie_accel.transforms.scheduler import SCHEDULERS
+from tests.examples import differences, snapshot
 from tests.pipelines import picture
+
+H200 = Context.named("h200")  # on the CPU there is nothing to do
 
 
 class Elsewhere(torch.Tensor):
@@ -38,7 +42,7 @@ def on_a_device(ernie):
 
 
 def test_timesteps_come_to_the_host_and_sigmas_do_not(on_a_device):
-    ernie_accel.optimize(on_a_device, KeepTimestepsOnHost())
+    ernie_accel.optimize(on_a_device, KeepTimestepsOnHost(), context=H200)
     on_a_device.scheduler.set_timesteps(4)
     assert type(on_a_device.scheduler.timesteps) is torch.Tensor
     assert type(on_a_device.scheduler.sigmas) is Elsewhere  # a scalar on the host would step latents by other bits
@@ -51,18 +55,19 @@ def test_timesteps_come_to_the_host_and_sigmas_do_not(on_a_device):
 def test_every_scheduler_steps_as_before(ernie, name):
     ernie_accel.optimize(ernie, SwapScheduler(name))
     before = picture(ernie, steps=4)
-    ernie_accel.optimize(ernie, KeepTimestepsOnHost(), SwapScheduler(name))
+    ernie_accel.optimize(ernie, KeepTimestepsOnHost(), SwapScheduler(name), context=H200)
+    assert isinstance(ernie.scheduler.set_timesteps, _OnHost)
     assert torch.equal(picture(ernie, steps=4), before)
 
 
 def test_pipelines_still_see_what_the_scheduler_takes(ernie):
     before = inspect.signature(ernie.scheduler.set_timesteps)
-    ernie_accel.optimize(ernie, KeepTimestepsOnHost())
+    ernie_accel.optimize(ernie, KeepTimestepsOnHost(), context=H200)
     assert inspect.signature(ernie.scheduler.set_timesteps) == before
 
 
 def test_a_copy_of_the_scheduler_keeps_its_own(ernie):
-    ernie_accel.optimize(ernie, KeepTimestepsOnHost())
+    ernie_accel.optimize(ernie, KeepTimestepsOnHost(), context=H200)
     other = copy.deepcopy(ernie.scheduler)
     other.set_timesteps(4)
     assert len(other.timesteps) == 4
@@ -70,5 +75,30 @@ def test_a_copy_of_the_scheduler_keeps_its_own(ernie):
 
 
 def test_other_pipelines_are_left_alone_and_told_so(flux):
-    assert KeepTimestepsOnHost().preview(flux, Context.detect()).changes == ()
-    assert "FluxPipeline is not known to read them on the host" in str(ernie_accel.plan(flux, KeepTimestepsOnHost()))
+    assert KeepTimestepsOnHost().preview(flux, H200).changes == ()
+    plan = ernie_accel.plan(flux, KeepTimestepsOnHost(), context=H200)
+    assert "FluxPipeline is not known to read them on the host" in str(plan)
+
+
+def test_on_the_cpu_there_is_nothing_to_do_until_the_pipe_is_elsewhere(ernie):
+    before = snapshot(ernie)
+    ernie_accel.optimize(ernie, KeepTimestepsOnHost())
+    (entry,) = ernie_accel.report(ernie).entries
+    assert entry.status == "nothing to do"
+    assert "set_timesteps" not in vars(ernie.scheduler)
+    ernie_accel.optimize(ernie, KeepTimestepsOnHost(), context=H200)  # the same wish, on another machine
+    assert "set_timesteps" in vars(ernie.scheduler)
+    ernie_accel.restore(ernie)
+    assert "set_timesteps" not in vars(ernie.scheduler)
+    assert differences(before, snapshot(ernie)) == []
+
+
+@pytest.mark.parametrize("last", [SwapScheduler("unipc"), SwapScheduler("heun")])
+def test_whatever_scheduler_comes_and_goes_only_the_one_in_place_is_wrapped(ernie, last):
+    own, keep = ernie.scheduler, KeepTimestepsOnHost()
+    for wish in ((keep,), (keep, last), (last,), (last, keep), (keep,), (keep,)):
+        ernie_accel.optimize(ernie, *wish, context=H200)
+        assert isinstance(ernie.scheduler.set_timesteps, _OnHost) == (keep in wish)
+    ernie_accel.restore(ernie)
+    assert ernie.scheduler is own
+    assert "set_timesteps" not in vars(own)
