@@ -28,6 +28,16 @@ def test_every_named_device_can_be_planned_for(name, ernie):
     assert str(context) in str(plan)
 
 
+def test_a_named_cuda_device_has_what_cuda_builds_of_torch_bring(monkeypatch, ernie):
+    """A laptop with a CPU build of torch plans for an H200 as the README shows it."""
+    real = module._importable
+    monkeypatch.setattr(module, "_importable", lambda package: package != "triton" and real(package))
+    assert "triton" in Context.named("h200").versions
+    assert not {"triton"} & {*Context.named("cpu").versions, *Context.named("ascend910b").versions}
+    assert "triton" not in Context.detect(ernie).versions
+    assert ernie_accel.plan(ernie, preset="turbo-fp8", context=Context.named("h200")).ok
+
+
 def test_a_missing_package_is_named_with_its_extra():
     assert Context("cpu", "cpu", versions={}).missing("optimum.quanto") == [
         "optimum.quanto is not installed: pip install 'ernie-accel[quanto]'"

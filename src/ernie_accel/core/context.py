@@ -114,6 +114,8 @@ class Context:
     def named(cls, name: str) -> Context:
         """Return the facts of a well-known device, with the packages that are installed here.
 
+        A CUDA device also gets what CUDA builds of torch bring, whatever build is here.
+
         Args:
             name: A key of `DEVICES` ("h200", "rtx3060", "ascend910b", ...), in any case.
 
@@ -122,7 +124,9 @@ class Context:
         """
         if name.lower() not in DEVICES:
             raise UnknownNameError("device", name, DEVICES)
-        return replace(DEVICES[name.lower()], versions=installed_versions())
+        facts = DEVICES[name.lower()]
+        bundled = dict.fromkeys(_BUNDLED_PACKAGES, "unknown") if facts.device == "cuda" else {}
+        return replace(facts, versions={**bundled, **installed_versions()})
 
     def after(self, *transforms: Transform) -> Context:
         """Return the context in which `transforms` have run, too."""
