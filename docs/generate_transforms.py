@@ -122,8 +122,9 @@ def needs(cls: type[Transform]) -> str:
     own = Path(inspect.getfile(cls))
     modules = own.parent.glob("*.py") if own.stem == own.parent.name else [own]  # a package of its own: all of it
     source = "".join(module.read_text(encoding="utf-8") for module in modules)
-    optional = [package for package in OPTIONAL_PACKAGES if f'"{package}"' in source]
-    return f"nothing; {', '.join(optional)} for some arguments" if optional else "nothing"
+    extras = [f"`{extra}`" for package, extra in OPTIONAL_PACKAGES.items() if f'"{package}"' in source]
+    plural = "s" if len(extras) > 1 else ""
+    return f"nothing; for some arguments the extra{plural} {', '.join(extras)}" if extras else "nothing"
 
 
 def undo(cls: type[Transform]) -> str:

@@ -11,7 +11,6 @@ import torch
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
-from ernie_accel.families import family_of
 from ernie_accel.transforms.cache_steps.backend import MOST_THRESHOLD, Backend, Forward, Run, Trajectory
 from ernie_accel.transforms.graphs import CaptureGraphs, GraphedForward
 from ernie_accel.transforms.offload import GROUP_OFFLOAD_HOOKS, Offload
@@ -41,10 +40,8 @@ class BlockCache(Backend):
         ]
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
-        family, name = family_of(pipe), type(pipe.transformer).__name__
-        if family is None:
-            return []  # said already
         reasons = []
+        name = type(pipe.transformer).__name__
         blocks = getattr(pipe.transformer, BLOCKS, None)
         if not isinstance(blocks, torch.nn.ModuleList) or len(blocks) < 2:
             reasons.append(f"{name} has no list {BLOCKS!r} of two blocks or more, of which all but the first can rest")

@@ -1,4 +1,4 @@
-"""Forecast the transformer's output at some steps from those before, instead of computing it."""
+"""Leave out work at some steps of a picture; what stands in for it is a backend's."""
 
 from __future__ import annotations
 
@@ -45,12 +45,11 @@ class CacheSteps(Transform):
 
     On the embedded model, two prompts at 64x64, 50 steps, guidance 4, latents against those of all steps: forecast 63
     dB with 27 computed steps and 43 dB with 19 (``every=3``), cache-dit 1.5.3 57 dB with 29, diffusers 50 dB with 25.
-    In bfloat16 and 30 steps it is 35, 32, 35 and 35 dB. On a CPU these 50 steps take 0.80 s, and 0.44 s, 0.57 s
-    (cache-dit) and 0.50 s (diffusers); compiled 0.68 s, and 0.38, 0.50 and 0.45 s. Computing one of four steps would
-    leave nothing of some pictures at 20 steps.
+    In bfloat16 and 30 steps it is 35, 32, 35 and 35 dB. Computing one of four steps would leave nothing of some
+    pictures at 20 steps.
 
     Pays:
-        For base checkpoints at 20 to 50 steps, where it saves nearly half of the time at ``every=2``. Not for distilled
+        For base checkpoints at 20 to 50 steps, of which ``every=2`` computes little more than half. Not for distilled
         ones: it refuses below 20 planned steps, and a call that asks for fewer computes them all. No checkpoint of full
         size has been measured, and no threshold but on the embedded model.
 
