@@ -232,6 +232,12 @@ def test_thresholds_that_hold_pass(ernie):
     assert found.ok
     assert found.exit_code == 0
     assert found.failures == ()
+    assert str(found).startswith("# Evaluation: passed\n\nHeld to: max_nmse 0.01, min_ssim 0.5, min_sqnr_db 15\n\n")
+
+
+def test_a_page_says_that_it_was_held_to_nothing(ernie):
+    found = evaluate(ernie, CastDtype("bfloat16"))
+    assert str(found).startswith("# Evaluation: passed\n\nHeld to: no threshold; only NaN and Inf fail\n\n")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -214,10 +214,12 @@ class Evaluation:
         return json.dumps(_plain(document), indent=2, ensure_ascii=False)
 
     def to_markdown(self) -> str:
-        """Return the evaluation as a page: verdict, what was compared, figures, pictures, how it was measured."""
+        """Return the evaluation as a page: verdict, limits, both sides, figures, pictures, how it was measured."""
         versions = ", ".join(f"{name} {self.context.versions.get(name, '?')}" for name in ("torch", "diffusers"))
         lines = [f"# Evaluation: {'passed' if self.ok else 'FAILED'}", ""]
         lines += [f"- {failure}" for failure in self.failures] + [""] * bool(self.failures)
+        limits = ", ".join(f"{name} {limit}" for name, limit in asdict(self.thresholds).items() if limit is not None)
+        lines += [f"Held to: {limits or 'no threshold; only NaN and Inf fail'}", ""]
         lines += [f"Baseline: {_described(self.baseline)}", "", f"Candidate: {_described(self.candidate)}", ""]
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         lines += [f"{self.context}, {versions}; {settings}", ""]
