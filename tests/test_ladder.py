@@ -120,3 +120,29 @@ def test_what_could_not_be_compiled_is_measured_eager_and_says_why(monkeypatch):
         "not_compiled": "RuntimeError: no graph"
     }
     assert transformer[0]._compiled_call_impl is None
+
+
+@pytest.mark.parametrize("name", ["ladder_presets", "parts", "peers", "sweep_bf16", "sweep_fp8"])
+def test_the_pages_of_saved_results_are_what_their_figures_say(monkeypatch, name):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from ladder_tables import text_of
+
+    saved = BENCHMARKS / "results" / f"{name}_h200_202611.json"
+    assert saved.with_suffix(".md").read_text() == text_of(json.loads(saved.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "limit"),
+    [
+        ("sdnq-fp8 SDNQ float8, quantized products", 70.0),
+        ("bnb-nf4 bitsandbytes nf4, weights only", 117.0),
+        ("quanto-qint8 quanto qint8, weights only", 117.0),
+        ("sdnq-int8 SDNQ int8, quantized products", None),  # not below a limit that is another number format's
+        ("sdnq-uint4 SDNQ uint4, quantized products", None),
+    ],
+)
+def test_a_recipe_is_held_against_the_limit_of_its_own_products(monkeypatch, recipe, limit):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from ladder_tables import _roofline
+
+    assert _roofline({"ceilings": {"roofline_fp8_ms": 70.0, "roofline_bf16_ms": 117.0}}, recipe) == limit
