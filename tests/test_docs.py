@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ernie_accel.cli import main
+from ernie_accel.core import context
 from ernie_accel.transforms import TRANSFORMS, transform_class
 
 ROOT = Path(__file__).parents[1]
@@ -44,13 +45,16 @@ def test_the_page_of_transforms_is_what_the_code_says():
     assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run: python docs/generate_transforms.py"
 
 
-def test_the_plan_in_the_readme_is_what_the_command_prints(capsys):
+@pytest.mark.parametrize("beside", [{}, {"cudnn": "1.32"}], ids=["here", "with cudnn"])
+def test_the_plan_in_the_readme_is_what_the_command_prints(capsys, monkeypatch, beside):
+    installed = context.installed_versions()
+    monkeypatch.setattr(context, "installed_versions", lambda: {**installed, **beside})
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     command, shown = re.search(r"^\$ ernie-accel (plan .*)\n((?s:.*?))^```", text, flags=re.MULTILINE).groups()
     with pytest.raises(SystemExit, match=r"^0$"):
         main(command.split())
     printed = capsys.readouterr().out
-    elsewhere = "cudnn is not installed"  # where it is, that line is missing
+    elsewhere = "attention in "  # bf16, or where cuDNN is installed fp8
     everywhere = [[line for line in text.splitlines() if elsewhere not in line] for text in (printed, shown)]
     assert everywhere[0] == everywhere[1]
 
