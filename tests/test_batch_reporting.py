@@ -32,9 +32,9 @@ def test_counts_speed_and_idle_time_are_those_of_the_clock():
     now = [0.0]
     telemetry = Telemetry(10, clock=lambda: now[0])
     for _ in range(3):
-        telemetry.begun(2)
+        begun = telemetry.begun(2)
         now[0] += 9
-        telemetry.ended(2, 9)
+        telemetry.ended(begun, 9)
         for _ in range(2):
             telemetry.settled("done", 9.0)
         now[0] += 1
@@ -44,6 +44,29 @@ def test_counts_speed_and_idle_time_are_those_of_the_clock():
     assert state.eta_s == pytest.approx(20)
     assert (state.latency_p50_s, state.latency_p95_s) == (9, 9)
     assert state.engine_idle == pytest.approx(2 / 29)
+
+
+@pytest.mark.parametrize(
+    ("batches", "idle"),
+    [
+        ([(0, 10), (9, 12)], 0.0),  # two slots
+        ([(0, 12), (11, 12)], 0.0),  # one within the other
+        ([(0, 4), (1, 3), (2, 6), (8, 10)], 0.2),
+    ],
+)
+@pytest.mark.parametrize("late_s", [0, 5])
+def test_the_engine_is_idle_while_no_batch_is_rendered_however_they_overlap(batches, idle, late_s):
+    """The end of a deferred batch is noticed when its pictures are files, which does not make it longer."""
+    now = [0.0]
+    telemetry = Telemetry(10, clock=lambda: now[0])
+    moments = sorted([(start, 1, i) for i, (start, _) in enumerate(batches)] + [(end + late_s, 0, i) for i, (_, end) in enumerate(batches)])
+    begun = {}
+    for now[0], begins, i in moments:
+        if begins:
+            begun[i] = telemetry.begun(1)
+        else:
+            telemetry.ended(begun[i], batches[i][1] - batches[i][0])
+    assert telemetry.snapshot().engine_idle == pytest.approx(idle)
 
 
 def test_machines_get_json_lines_and_prometheus_text(tmp_path):
