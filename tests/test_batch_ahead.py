@@ -83,7 +83,12 @@ def test_a_child_process_renders_what_it_encoded_ahead(tmp_path, threads):
                 3: (None, 1),
             }
             pictures.append({result.row.index: result.path.read_bytes() for result in results})
-        assert [engine.bucket(request)[1] for request in requests_of(SHORT, LONG, "a blue square", SHORT)] == [4, 32, 4, 4]
+        assert [engine.bucket(request)[1] for request in requests_of(SHORT, LONG, "a blue square", SHORT)] == [
+            4,
+            32,
+            4,
+            4,
+        ]
     finally:
         engine.close()
     assert pictures[0] == pictures[1]

@@ -121,7 +121,14 @@ def test_an_older_picture_stays_in_its_place_until_its_row_is_final(tmp_path):
 
     changed = [replace(row, seed=70 + row.index) for row in rows]
     results = produce(
-        StubEngine(before), changed, tmp_path, batch_size=1, retries=1, overwrite=True, progress=False, stop=stop_after(2)
+        StubEngine(before),
+        changed,
+        tmp_path,
+        batch_size=1,
+        retries=1,
+        overwrite=True,
+        progress=False,
+        stop=stop_after(2),
     )
     assert [result.error for result in results] == [None]
     assert seen == [True, True]

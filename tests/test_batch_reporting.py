@@ -59,7 +59,10 @@ def test_the_engine_is_idle_while_no_batch_is_rendered_however_they_overlap(batc
     """The end of a deferred batch is noticed when its pictures are files, which does not make it longer."""
     now = [0.0]
     telemetry = Telemetry(10, clock=lambda: now[0])
-    moments = sorted([(start, 1, i) for i, (start, _) in enumerate(batches)] + [(end + late_s, 0, i) for i, (_, end) in enumerate(batches)])
+    moments = sorted(
+        [(start, 1, i) for i, (start, _) in enumerate(batches)]
+        + [(end + late_s, 0, i) for i, (_, end) in enumerate(batches)]
+    )
     begun = {}
     for now[0], begins, i in moments:
         if begins:

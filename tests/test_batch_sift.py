@@ -171,7 +171,9 @@ def test_every_rejected_picture_has_a_place_of_its_own(tmp_path):
         def render(self, requests, timeout_s=None):
             return [Image.new("RGB", (32, 32), (request.seed % 256, 0, 0)) for request in requests]
 
-    rows = [replace(row, folder=folder, file_name=name) for row, (folder, name) in zip(make_rows(8), names, strict=True)]
+    rows = [
+        replace(row, folder=folder, file_name=name) for row, (folder, name) in zip(make_rows(8), names, strict=True)
+    ]
     results = run(Blank(), rows, tmp_path, sift=Sift(reroll=2))
     assert all(result.rejected for result in results)
     assert len(list((tmp_path / "rejected").rglob("*.png"))) == 3 * len(rows)

@@ -56,7 +56,9 @@ class BatchSizer:
                 self._ceiling, self._settled, self._patience = None, False, 2 * self._patience
                 self.size = min(2 * self.size, self.limit)
             return
-        if seconds is not None and not self._settled and self._calls[count] >= 2:  # the first call of a size may compile or tune kernels
+        if (
+            seconds is not None and not self._settled and self._calls[count] >= 2
+        ):  # the first call of a size may compile or tune kernels
             self._probe()
 
     def out_of_memory(self, count: int) -> None:

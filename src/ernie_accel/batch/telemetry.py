@@ -114,7 +114,7 @@ class Telemetry:
         return now
 
     def ended(self, begun: float, seconds: float) -> None:
-        """Note that a batch which was `begun` took `seconds`; it may be noticed later, and others may have overlapped."""
+        """Note that a batch which was `begun` took `seconds`; that may be noticed later, and batches may overlap."""
         with self._lock:
             self._under_way.remove(begun)
             end = min(begun + seconds, self._clock())

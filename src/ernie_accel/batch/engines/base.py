@@ -151,10 +151,10 @@ def _finished(one: Callable[[], Image.Image]) -> Outcome:
         return error
 
 
-def in_batches(requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
+def in_batches(requests: Sequence[Request], size: int = PREPARE_BATCH) -> Iterator[Sequence[Request]]:
     """Yield the requests as they are best prepared: few at a time, and prompts alike in length together."""
     ordered = sorted(requests, key=lambda request: len(request.prompt))
-    return (ordered[start : start + PREPARE_BATCH] for start in range(0, len(ordered), PREPARE_BATCH))
+    return (ordered[start : start + size] for start in range(0, len(ordered), size))
 
 
 class BatchTimeoutError(ErnieAccelError):

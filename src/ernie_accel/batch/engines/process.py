@@ -168,9 +168,7 @@ def portable(error: Exception) -> Exception:
     return error if isinstance(error, ErnieAccelError) else RemoteError(f"{type(error).__name__}: {error}")
 
 
-def _serve(
-    connection: Connection, load: Callable[[], Pipe], options: Mapping[str, Any], threads: int | None
-) -> None:
+def _serve(connection: Connection, load: Callable[[], Pipe], options: Mapping[str, Any], threads: int | None) -> None:
     """Load the pipeline and answer calls until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides what it means
     engine: LocalEngine | None = None
