@@ -9,12 +9,12 @@ import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from ernie_accel.batch import BatchChangedError, BatchOutputError, produce
 from ernie_accel.batch.ledger import JOB_FOLDER
+from tests.child_paths import PYTHONPATH
 from tests.stub_engine import StubEngine, make_rows
 
 
@@ -158,7 +158,7 @@ def test_a_second_process_is_refused_while_the_first_works(tmp_path):
         "import sys; from tests.stub_engine import *; from ernie_accel.batch import produce;"
         "list(produce(StubEngine(), make_rows(9), sys.argv[1], progress=False))"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     command = [sys.executable, "-c", code, str(tmp_path)]
     second = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert "another process is at work on this job; wait for it, or choose another output" in second.stderr

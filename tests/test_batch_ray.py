@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import functools
-import os
 import sqlite3
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 from PIL import Image
 
-import ernie_accel
 from ernie_accel.batch import produce
 from ernie_accel.batch.engines import LocalEngine, Request
 from ernie_accel.batch.task import tasks_of
+from tests.child_paths import PYTHONPATH
 from tests.pipelines import tiny_ernie
 from tests.stub_engine import StubEngine, make_rows
 from tests.stub_pipes import StepPipe, load_ernie_that_hangs_on, load_ernie_that_notes, load_tiny_ernie
@@ -24,11 +22,7 @@ from tests.stub_pipes import StepPipe, load_ernie_that_hangs_on, load_ernie_that
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    roots = [
-        Path(__file__).parents[1],
-        Path(ernie_accel.__file__).parents[1],
-    ]  # actors import the stub and what is tested
-    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(map(str, roots))}}
+    environment = {"env_vars": {"PYTHONPATH": PYTHONPATH}}  # actors import the stub and what is tested from there
     ray.init(
         num_cpus=2,
         runtime_env=environment,

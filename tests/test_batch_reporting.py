@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -17,9 +16,8 @@ from ernie_accel.batch import Sift, produce
 from ernie_accel.batch.report import write_report
 from ernie_accel.batch.telemetry import Telemetry, percentile, prometheus_text
 from ernie_accel.core.errors import ErnieAccelError
+from tests.child_paths import PYTHONPATH
 from tests.stub_engine import StubEngine, make_rows
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(("part", "expected"), [(0.5, 5), (0.95, 10), (0.0, 1), (1.0, 10)])
@@ -146,7 +144,7 @@ def start(tmp_path, seconds, *arguments):
     if not table.exists():
         table.write_text("prompt,seed\n" + "".join(f"cup {i},{i}\n" for i in range(20)))
     command = [sys.executable, "-c", COMMAND, str(seconds), "batch", str(table), "--out", str(tmp_path / "out")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*command, "--batch-size", "2", *arguments], env=environment, **pipes)
 
