@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sqlite3
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -127,6 +128,20 @@ def test_an_actor_that_dies_while_it_encodes_ahead_costs_no_row(cluster, tmp_pat
         engine.close()
     assert (tmp_path / "crashed").exists()
     assert_alone(sorted(results, key=lambda result: result.row.index), alone)
+
+
+def test_closing_while_prompts_are_encoded_ahead_waits_for_none_of_them(cluster, tmp_path):
+    from ernie_accel.batch.engines.ray import RayEngine
+
+    load = functools.partial(load_ernie_that_hangs_on, "blue blue blue")
+    engine = RayEngine(load, actors=1, num_gpus=0, num_cpus=1)
+    rows = ernie_rows(*TEXTS, "blue blue blue")
+    engine.prepare([task.request for task in tasks_of(rows, 0)])
+    start = time.perf_counter()
+    engine.close()
+    engine._threads.shutdown(wait=True)  # as the interpreter does at its end
+    assert time.perf_counter() - start < 20
+    assert len(engine._actors) == 1, "an actor was started for an engine that is closed"
 
 
 def test_an_encoder_that_hangs_ahead_costs_its_row_and_no_other(cluster, tmp_path):

@@ -165,6 +165,8 @@ class RayEngine(Engine):
         """Wait for a free actor, and lend it; one that dies or is out of time meanwhile is replaced."""
         actor = self._idle.get()
         try:
+            if self._closed:
+                raise WorkerLostError("the engine was closed")
             if actor not in self._loaded:
                 self._ask(actor.describe.remote(), None)  # now, or loading would be a batch's time
                 self._loaded.add(actor)
