@@ -233,6 +233,24 @@ def test_an_interrupt_while_the_line_waits_for_deferred_pictures_keeps_them(tmp_
     assert len(make(Ahead(), make_rows(12), tmp_path)) == 6
 
 
+def test_an_interrupt_right_after_a_picture_was_handed_over_leaves_nothing_in_the_next_runs_way(tmp_path, monkeypatch):
+    """The line does not know of it, but its file is there: it is this job's, as after a kill."""
+    submit = Writer.submit
+
+    def interrupted(self, task, *arguments, **options):
+        submit(self, task, *arguments, **options)
+        if task.row.index == 1:
+            self._pending.pop()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Writer, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(Ahead(), make_rows(4), tmp_path, batch_size=4)
+    monkeypatch.undo()
+    assert list(states(tmp_path).values()) == ["done", "running", "pending", "pending"]
+    assert len(make(Ahead(), make_rows(4), tmp_path)) == 3
+
+
 def test_a_producer_answers_rows_whose_pictures_are_deferred_also_while_it_closes(tmp_path):
     def wait(request):
         time.sleep(0.05)

@@ -190,8 +190,10 @@ class Line:
         try:
             self._writer.close()
         finally:
-            # Before what the writer has finished: an interrupt may have come when it had part of a batch.
-            self._ledger.pending([task for batch in self._rendering.values() for task in batch.tasks])
+            # Before what the writer has finished: an interrupt may have come when it had part of a batch. What has a
+            # file stays begun, as after a kill: called pending, the file would pass for somebody else's.
+            unfinished = [task for batch in self._rendering.values() for task in batch.tasks]
+            self._ledger.pending([task for task in unfinished if not (self._out / task.row.path).exists()])
             self._rendering.clear()
             results += self._collect_written()
             self._write_ledger()

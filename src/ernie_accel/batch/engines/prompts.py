@@ -86,6 +86,10 @@ class PromptStage:
         texts, embeds = packed
         self._texts.update(texts)
         self._embeds.update(embeds)
+        for key in texts:
+            self._texts.move_to_end(key)
+        for text in embeds:
+            self._embeds.move_to_end(text)
         self._forget(self._texts)
         self._forget(self._embeds)
 
