@@ -133,7 +133,7 @@ def fail(requests, call):
     if any(r.prompt == "bad" for r in requests):
         raise ValueError("no")
 seconds = float(sys.argv.pop(1))
-command._engine = lambda job: (StubEngine(fail, seconds=seconds), {})
+command._engine = lambda job, facts: StubEngine(fail, seconds=seconds)
 from ernie_accel.cli import main
 main(sys.argv[1:])
 """
