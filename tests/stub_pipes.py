@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 from PIL import Image
 
+from ernie_accel.batch.engines.prompts import PromptStage
+
 
 class StepPipe:
     """Runs steps and calls back after each; the prompt says what goes wrong."""
@@ -58,4 +60,34 @@ def load_ernie_that_hangs_on(prompt):
         return forward(*arguments, input_ids=input_ids, **options)
 
     pipe.text_encoder.forward = hang_or_encode
+    return pipe
+
+
+def load_ernie_that_notes(scratch, crash_at=None):
+    """Return a pipeline with a prompt enhancer that notes its process, what it enhances and what it encodes, in files.
+
+    The process that enhances the prompt `crash_at` ends, the first time.
+    """
+    from tests.pipelines import tiny_ernie
+
+    pipe = tiny_ernie(enhancer=True)
+    enhance, encode = PromptStage._enhance, PromptStage._encode
+
+    def note(name, count):
+        with Path(scratch, name).open("a") as file:
+            file.write(f"{os.getpid()} {count}\n")
+
+    def enhance_and_note(self, requests, expired):
+        crashed = Path(scratch, "crashed")
+        if any(request.prompt == crash_at for request in requests) and not crashed.exists():
+            crashed.touch()
+            os._exit(7)
+        note("enhanced", len(requests))
+        return enhance(self, requests, expired)
+
+    def encode_and_note(self, texts):
+        note("encoded", len(texts))
+        return encode(self, texts)
+
+    PromptStage._enhance, PromptStage._encode = enhance_and_note, encode_and_note  # in a process of its own
     return pipe

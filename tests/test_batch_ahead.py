@@ -8,6 +8,7 @@ import threading
 from dataclasses import replace
 
 import pytest
+import torch
 
 from ernie_accel.batch import produce
 from ernie_accel.batch.engines import BatchTimeoutError, EngineLostError, LocalEngine, Request
@@ -59,17 +60,38 @@ def test_rows_are_bucketed_by_the_length_of_their_prompt(engine):
         engine.close()
 
 
-def test_a_child_process_renders_what_it_encoded_ahead(tmp_path):
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_a_child_process_renders_what_it_encoded_ahead(tmp_path, threads):
+    """To the bit: both encode the four prompts in one batch and render rows of one length in twos, in equal threads."""
     rows = ernie_rows(SHORT, LONG, "a blue square", SHORT)
-    local = sorted(produce(tiny_ernie(), rows, tmp_path / "here", progress=False), key=lambda r: r.row.index)
-    engine = ProcessEngine(load_tiny_ernie)
+    engine, pictures = ProcessEngine(load_tiny_ernie), []
     try:
-        there = sorted(produce(engine, rows, tmp_path / "there", progress=False), key=lambda r: r.row.index)
+        for engine_or_pipe in (tiny_ernie(), engine):
+            out = tmp_path / str(len(pictures))
+            results = list(produce(engine_or_pipe, rows, out, batch_size=2, progress=False))
+            assert {r.row.index: (r.error, r.batch_size) for r in results} == {
+                0: (None, 2),
+                1: (None, 1),
+                2: (None, 2),
+                3: (None, 1),
+            }
+            pictures.append({result.row.index: result.path.read_bytes() for result in results})
+        assert [engine.bucket(request)[1] for request in requests_of(SHORT, LONG, "a blue square", SHORT)] == [
+            4,
+            32,
+            4,
+            4,
+        ]
     finally:
         engine.close()
-    assert [result.error for result in there] == [None] * 4
-    for one, other in zip(local, there, strict=True):
-        assert one.path.read_bytes() == other.path.read_bytes()
+    assert pictures[0] == pictures[1]
 
 
 def test_an_encoder_that_hangs_is_noticed_and_the_rows_stay_pending(tmp_path, monkeypatch):

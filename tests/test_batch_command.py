@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
+from contextlib import closing
 
 import pytest
 from PIL import Image
 
-from ernie_accel.batch import BatchInputError, BatchOutputError, command, report
+from ernie_accel.batch import BatchChangedError, BatchInputError, BatchOutputError, command, report
 from ernie_accel.batch.job import plan_job
+from ernie_accel.batch.ledger import Ledger
 from ernie_accel.core.errors import ErnieAccelError
+from tests.child_paths import PYTHONPATH
 from tests.stub_engine import StubEngine, picture_of
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def table(tmp_path):
 
 @pytest.fixture
 def nothing_is_loaded(monkeypatch):
-    def load(job):
+    def load(job, facts):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(command, "_engine", load)
@@ -87,6 +88,27 @@ def test_a_log_that_cannot_be_written_is_told_before_anything_is_loaded(table, n
         command.run_job(plan(table, **{option: table.parent}))
 
 
+def test_what_the_folder_holds_is_told_before_anything_is_loaded(table, monkeypatch):
+    """Another process's job, changed rows and settings, and pictures of others."""
+    loads = []
+    monkeypatch.setattr(command, "_engine", lambda job, facts: (loads.append(job), StubEngine())[1])
+    assert command.run_job(plan(table)) == 0
+    out = table.parent / "out"
+    with closing(Ledger(out)), pytest.raises(BatchOutputError, match="another process is at work on this job"):
+        command.run_job(plan(table))
+    with pytest.raises(BatchChangedError, match=r"line 2: '00000\.png': seed was 0 and is now 5"):
+        command.run_job(plan(table, seed=5))
+    with pytest.raises(BatchChangedError, match="setting 'preset' was"):
+        command.run_job(plan(table, preset="turbo-bf16"))
+    with pytest.raises(BatchChangedError, match="setting 'sift' was None and is now"):
+        command.run_job(plan(table, sift=True))
+    shutil.rmtree(out / ".ernie-accel")
+    with pytest.raises(BatchOutputError, match=r"'00000\.png' exists; allow overwriting or choose another output"):
+        command.run_job(plan(table))
+    assert len(loads) == 1
+    assert command.run_job(plan(table, overwrite=True)) == 0
+
+
 def test_a_price_without_the_power_is_told_before_anything_is_loaded(table, nothing_is_loaded, monkeypatch):
     monkeypatch.setattr(report, "measured_watts", lambda: None)
     with pytest.raises(ErnieAccelError, match="add --watts"):
@@ -97,7 +119,7 @@ def test_power_is_measured_while_pictures_are_made(table, monkeypatch):
     draws = iter([650, 600, 700])  # when it is asked whether power can be measured at all, and then while it works
     monkeypatch.setattr(report, "measured_watts", lambda: next(draws, 20))
     monkeypatch.setattr(command, "_POWER_EVERY_S", 0.0)
-    monkeypatch.setattr(command, "_engine", lambda job: (StubEngine(max_batch=1), {}))
+    monkeypatch.setattr(command, "_engine", lambda job, facts: StubEngine(max_batch=1))
     (table.parent / "t.csv").write_text("prompt\none\ntwo\n")
     assert command.run_job(plan(table, power_price=0.3)) == 0
     assert " at 650 W and 0.3 a kWh" in (table.parent / "out" / "report.md").read_text()
@@ -110,7 +132,7 @@ def test_a_log_that_breaks_in_the_middle_costs_no_picture(table, monkeypatch):
         log.unlink(missing_ok=True)
         log.parent.rmdir() if log.parent.is_dir() else None
 
-    monkeypatch.setattr(command, "_engine", lambda job: (StubEngine(before, max_batch=1), {}))
+    monkeypatch.setattr(command, "_engine", lambda job, facts: StubEngine(before, max_batch=1))
     with pytest.warns(UserWarning, match="the job's state could not be written: .*; the job goes on"):
         assert command.run_job(plan(table, log_json=log)) == 0
     assert len(list((table.parent / "out").glob("*.png"))) == 3
@@ -120,7 +142,7 @@ LOADING = """
 import signal, sys, time
 from ernie_accel.batch import command
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
-def load(job):
+def load(job, facts):
     print("loading", flush=True)
     while True:
         time.sleep(0.05)
@@ -134,7 +156,7 @@ main(sys.argv[1:])
 def test_an_interrupt_while_the_model_loads_ends_the_command_at_once(table):
     job = subprocess.Popen(
         [sys.executable, "-c", LOADING, "batch", str(table), "--out", str(table.parent / "out")],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -154,7 +176,7 @@ def test_rejected_rows_are_counted_apart_and_give_exit_code_three(table, monkeyp
         def render(self, requests, timeout_s=None):
             return [Image.new("RGB", (32, 32)) if request.seed == 1 else picture_of(request) for request in requests]
 
-    monkeypatch.setattr(command, "_engine", lambda job: (Blank(), {}))
+    monkeypatch.setattr(command, "_engine", lambda job, facts: Blank())
     assert command.run_job(plan(table, sift=True)) == command.EXIT_FAILED
     out, err = capsys.readouterr()
     assert "2 succeeded, 0 failed, 1 rejected, in " in out

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import functools
-import os
 import sqlite3
 import time
 from dataclasses import replace
@@ -16,6 +14,7 @@ from PIL import Image
 from ernie_accel.batch import BatchOutputError, produce
 from ernie_accel.batch.engines import EngineLostError, LocalEngine, WorkerLostError
 from ernie_accel.batch.engines.process import ProcessEngine
+from tests.full_disk import disk_full_when
 from tests.pipelines import tiny_ernie
 from tests.stub_engine import StubEngine, make_rows, picture_of
 from tests.stub_pipes import StepPipe, load_nothing
@@ -148,38 +147,24 @@ def test_pictures_with_nan_fail_and_their_neighbours_do_not(tmp_path):
 # The disk
 
 
-def test_a_full_disk_ends_the_job_and_the_next_run_finishes_it(tmp_path, monkeypatch):
-    real, written = os.fsync, []
-
-    def fsync(descriptor):
-        written.append(descriptor)
-        if len(written) > 4:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(descriptor)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fsync)
-        with pytest.raises(BatchOutputError, match="No space left on device; mend this and run again"):
-            run(StubEngine(), make_rows(12), tmp_path, batch_size=2)
+def test_a_full_disk_ends_the_job_and_the_next_run_finishes_it(tmp_path):
+    with (
+        disk_full_when(lambda file: file > 4),
+        pytest.raises(BatchOutputError, match="No space left on device; mend this and run again"),
+    ):
+        run(StubEngine(), make_rows(12), tmp_path, batch_size=2)
     assert set(states(tmp_path)) == {"done", "pending"}
     assert not list(tmp_path.glob(".*.tmp"))
     run(StubEngine(), make_rows(12), tmp_path)
     assert states(tmp_path) == ["done"] * 12
 
 
-def test_the_last_picture_that_cannot_be_written_ends_the_job_too(tmp_path, monkeypatch):
-    real, written = os.fsync, []
-
-    def fsync(descriptor):
-        written.append(descriptor)
-        if len(written) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(descriptor)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fsync)
-        with pytest.raises(BatchOutputError, match="No space left on device; mend this and run again"):
-            run(StubEngine(), make_rows(2), tmp_path, batch_size=2, writers=1)
+def test_the_last_picture_that_cannot_be_written_ends_the_job_too(tmp_path):
+    with (
+        disk_full_when(lambda file: file == 2),
+        pytest.raises(BatchOutputError, match="No space left on device; mend this and run again"),
+    ):
+        run(StubEngine(), make_rows(2), tmp_path, batch_size=2, writers=1)
     assert sorted(states(tmp_path)) == ["done", "pending"]
 
 

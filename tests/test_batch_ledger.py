@@ -9,12 +9,12 @@ import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from ernie_accel.batch import BatchChangedError, BatchOutputError, produce
 from ernie_accel.batch.ledger import JOB_FOLDER
+from tests.child_paths import PYTHONPATH
 from tests.stub_engine import StubEngine, make_rows
 
 
@@ -90,6 +90,53 @@ def test_overwriting_makes_what_changed_again_and_nothing_else(tmp_path):
     assert rendered(engine) == 3  # another preset changes every picture
 
 
+def broken(requests, call):
+    raise RuntimeError("flaky")
+
+
+def test_a_row_that_fails_leaves_no_older_picture_in_its_place_and_loses_none(tmp_path):
+    rows = [replace(row, folder="a") for row in make_rows(3)]
+    run(StubEngine(), rows, tmp_path)
+    older = (tmp_path / "a" / "000.png").read_bytes()
+    changed = [replace(rows[0], seed=77), *rows[1:]]
+    (result,) = run(StubEngine(broken), changed, tmp_path, overwrite=True)
+    assert (result.path, result.error) == (None, "RuntimeError: flaky")
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["001.png", "002.png"]
+    assert (tmp_path / "rejected" / "older" / "a" / "000.png").read_bytes() == older
+    (result,) = run(StubEngine(), changed, tmp_path)  # mended: no picture is in the way of the next run
+    assert result.path.is_file()
+
+
+def test_an_older_picture_stays_in_its_place_until_its_row_is_final(tmp_path):
+    """Neither an attempt that has a successor, nor a row that is not begun, touches it."""
+    rows = make_rows(2)
+    run(StubEngine(), rows, tmp_path)
+    older = (tmp_path / "000.png").read_bytes()
+    seen = []
+
+    def before(requests, call):
+        seen.append((tmp_path / "000.png").read_bytes() == older)
+        if call == 1:
+            raise RuntimeError("flaky")
+
+    changed = [replace(row, seed=70 + row.index) for row in rows]
+    results = produce(
+        StubEngine(before),
+        changed,
+        tmp_path,
+        batch_size=1,
+        retries=1,
+        overwrite=True,
+        progress=False,
+        stop=stop_after(2),
+    )
+    assert [result.error for result in results] == [None]
+    assert seen == [True, True]
+    assert (tmp_path / "000.png").read_bytes() != older
+    assert (tmp_path / "001.png").is_file()
+    assert not (tmp_path / "rejected").exists()
+
+
 def test_changes_before_anything_is_finished_are_no_obstacle(tmp_path):
     rows = make_rows(2)
     run(StubEngine(), rows, tmp_path, stop=lambda: True)
@@ -111,7 +158,7 @@ def test_a_second_process_is_refused_while_the_first_works(tmp_path):
         "import sys; from tests.stub_engine import *; from ernie_accel.batch import produce;"
         "list(produce(StubEngine(), make_rows(9), sys.argv[1], progress=False))"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     command = [sys.executable, "-c", code, str(tmp_path)]
     second = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert "another process is at work on this job; wait for it, or choose another output" in second.stderr

@@ -10,7 +10,6 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -19,9 +18,8 @@ from ernie_accel.batch import MetricsServer, Producer, produce
 from ernie_accel.batch.errors import MetricsServerError
 from ernie_accel.batch.metrics import page_url
 from ernie_accel.batch.telemetry import _METRICS, Snapshot, Telemetry, prometheus_text
+from tests.child_paths import PYTHONPATH
 from tests.stub_engine import StubEngine, make_rows
-
-ROOT = Path(__file__).parents[1]
 
 
 def scrape(url):
@@ -156,9 +154,9 @@ COMMAND = """
 import sys
 from ernie_accel.batch import command
 from tests.stub_engine import StubEngine
-def load(job):
+def load(job, facts):
     print("loading the model", flush=True)
-    return StubEngine(lambda *_: (print("rendering", flush=True), sys.stdin.readline())), {}
+    return StubEngine(lambda *_: (print("rendering", flush=True), sys.stdin.readline()))
 command._engine = load
 from ernie_accel.cli import main
 main(sys.argv[1:])
@@ -169,7 +167,7 @@ def start(tmp_path, port):
     (tmp_path / "t.csv").write_text("prompt\none\ntwo\n")
     job = ["batch", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out"), "--metrics-port", str(port)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     return subprocess.Popen([sys.executable, "-c", COMMAND, *job, "--batch-size", "1"], env=environment, **pipes)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -13,6 +11,7 @@ import pytest
 from ernie_accel.batch import BatchInputError, BatchOutputError, Producer, aproduce
 from ernie_accel.batch.engines import EngineLostError, LocalEngine
 from ernie_accel.core.errors import ErnieAccelError
+from tests.full_disk import disk_full_when
 from tests.stub_engine import StubEngine, make_rows
 from tests.stub_pipes import StepPipe
 
@@ -50,18 +49,9 @@ def test_what_cannot_be_made_is_refused_at_once(tmp_path):
         producer.submit(make_rows(2)[1])
 
 
-def test_a_picture_that_cannot_be_written_answers_its_row_while_the_producer_is_open(tmp_path, monkeypatch):
-    real, written = os.fsync, []
-
-    def fsync(descriptor):
-        written.append(descriptor)
-        if len(written) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(descriptor)
-
+def test_a_picture_that_cannot_be_written_answers_its_row_while_the_producer_is_open(tmp_path):
     producer = Producer(StubEngine(), tmp_path, writers=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fsync)
+    with disk_full_when(lambda file: file == 2):
         first, second = (producer.submit(row) for row in make_rows(2))
         assert first.result(30).error is None
         with pytest.raises(BatchOutputError, match="No space left on device"):

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import functools
 import sqlite3
-from pathlib import Path
+import time
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import ray
+from PIL import Image
 
 from ernie_accel.batch import produce
-from ernie_accel.batch.engines import Request
-from tests.stub_engine import make_rows
-from tests.stub_pipes import StepPipe, load_tiny_ernie
+from ernie_accel.batch.engines import LocalEngine, Request
+from ernie_accel.batch.task import tasks_of
+from tests.child_paths import PYTHONPATH
+from tests.pipelines import tiny_ernie
+from tests.stub_engine import StubEngine, make_rows
+from tests.stub_pipes import StepPipe, load_ernie_that_hangs_on, load_ernie_that_notes, load_tiny_ernie
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}}  # actors import the stub from here
+    environment = {"env_vars": {"PYTHONPATH": PYTHONPATH}}  # actors import the stub and what is tested from there
     ray.init(
         num_cpus=2,
         runtime_env=environment,
@@ -48,6 +54,132 @@ def test_rows_of_a_killed_actor_are_made_by_the_other(cluster, tmp_path):
     with sqlite3.connect(tmp_path / "out" / ".ernie-accel" / "ledger.sqlite") as ledger:
         assert dict(ledger.execute("SELECT state, count(*) FROM rows GROUP BY state")) == {"done": 9, "failed": 1}
     assert (tmp_path / "crashed").exists()
+
+
+def ernie_rows(*texts):
+    options = {"width": 64, "height": 64, "steps": 2, "guidance_scale": 4.0, "negative_prompt": "small"}
+    return [replace(row, prompt=text) for row, text in zip(make_rows(len(texts), **options), texts, strict=True)]
+
+
+def notes(scratch, name):
+    """Return the processes that did something, and how many texts they did it to, all together."""
+    lines = [line.split() for line in (scratch / name).read_text().splitlines()]
+    return {int(process) for process, _ in lines}, sum(int(count) for _, count in lines)
+
+
+TEXTS = ["a red circle", "a big blue square on", "red"] * 5
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The pictures of TEXTS, each made alone in this process, where it was encoded alone."""
+    engine = LocalEngine(tiny_ernie(enhancer=True))
+    requests = [task.request for task in tasks_of(ernie_rows(*TEXTS), 0)]
+    pictures = [np.asarray(engine.render([request])[0], np.int16) for request in requests]
+    return pictures, [engine.bucket(request) for request in requests]
+
+
+def assert_alone(results, alone):
+    """As tests/test_batch_equality.py: float32 may round a value to the other side of one step."""
+    assert [result.error for result in results] == [None] * len(TEXTS)
+    for result, picture in zip(results, alone[0], strict=True):
+        with Image.open(result.path) as made:
+            assert np.abs(np.asarray(made, np.int16) - picture).max() <= 1
+
+
+def test_prompts_are_enhanced_and_encoded_ahead_by_all_actors_once_and_used_by_any(cluster, tmp_path, alone):
+    from ernie_accel.batch.engines.ray import RayEngine
+
+    engine = RayEngine(functools.partial(load_ernie_that_notes, str(tmp_path)), actors=2, num_gpus=0, num_cpus=1)
+    asked = []
+
+    class Spy:
+        def __init__(self):
+            self.buckets = {}
+
+        def __call__(self, request, bucket=engine.bucket):
+            self.buckets[request] = bucket(request)
+            return self.buckets[request]
+
+    engine.bucket = spy = Spy()
+    render = engine.render
+    engine.render = lambda requests, timeout_s=None: (asked.append(notes(tmp_path, "encoded")), render(requests))[1]
+    try:
+        results = list(produce(engine, ernie_rows(*TEXTS), tmp_path / "out", progress=False))
+    finally:
+        engine.close()
+    assert_alone(sorted(results, key=lambda result: result.row.index), alone)
+    processes, enhanced = notes(tmp_path, "enhanced")
+    assert (len(processes), enhanced) == (2, len(TEXTS))  # rows of equal prompts have seeds, and so words, of their own
+    assert asked[0] == asked[-1] == notes(tmp_path, "encoded"), "something was encoded with its batch"
+    buckets = [spy.buckets[task.request] for task in tasks_of(ernie_rows(*TEXTS), 0)]
+    assert buckets == alone[1], "the length is not that of the enhanced prompt"
+    assert not any(encoded.packed for future in engine._encoding.values() for encoded in future.result().values())
+
+
+def test_an_actor_that_dies_while_it_encodes_ahead_costs_no_row(cluster, tmp_path, alone):
+    from ernie_accel.batch.engines.ray import RayEngine
+
+    load = functools.partial(load_ernie_that_notes, str(tmp_path), TEXTS[1])
+    engine = RayEngine(load, actors=2, num_gpus=0, num_cpus=1)
+    try:
+        results = list(produce(engine, ernie_rows(*TEXTS), tmp_path / "out", progress=False))
+    finally:
+        engine.close()
+    assert (tmp_path / "crashed").exists()
+    assert_alone(sorted(results, key=lambda result: result.row.index), alone)
+
+
+def test_closing_while_prompts_are_encoded_ahead_waits_for_none_of_them(cluster, tmp_path):
+    from ernie_accel.batch.engines.ray import RayEngine
+
+    load = functools.partial(load_ernie_that_hangs_on, "blue blue blue")
+    engine = RayEngine(load, actors=1, num_gpus=0, num_cpus=1)
+    rows = ernie_rows(*TEXTS, "blue blue blue")
+    engine.prepare([task.request for task in tasks_of(rows, 0)])
+    start = time.perf_counter()
+    engine.close()
+    engine._threads.shutdown(wait=True)  # as the interpreter does at its end
+    assert time.perf_counter() - start < 20
+    assert len(engine._actors) == 1, "an actor was started for an engine that is closed"
+
+
+def test_an_encoder_that_hangs_ahead_costs_its_row_and_no_other(cluster, tmp_path):
+    """The actor is replaced, and loading the next one is no batch's time."""
+    from ernie_accel.batch.engines.ray import RayEngine
+
+    load = functools.partial(load_ernie_that_hangs_on, "blue blue blue")
+    engine = RayEngine(load, actors=1, num_gpus=0, num_cpus=1)
+    try:
+        rows = ernie_rows("a red circle", "blue blue blue", "a red circle")
+        results = sorted(
+            produce(engine, rows, tmp_path, timeout_s=5.0, batch_size=1, progress=False), key=lambda r: r.row.index
+        )
+    finally:
+        engine.close()
+    assert [result.error for result in results] == [None, "not finished after 5 s (--timeout) and given up", None]
+
+
+def test_the_next_rows_are_prepared_before_those_at_hand_are_rendered(tmp_path):
+    """So that nobody waits for encoders while there is something to render."""
+
+    class Aside(StubEngine):
+        prepares_aside, ahead = True, 4
+
+        def prepare(self, requests, timeout_s=None):
+            events.append(("prepare", len(requests)))
+
+        def render(self, requests, timeout_s=None):
+            events.append(("render", len(requests)))
+            return super().render(requests, timeout_s)
+
+    events = []
+    list(produce(Aside(), make_rows(10), tmp_path, batch_size=4, progress=False))
+    assert events == [
+        *(("prepare", 4), ("prepare", 4), ("render", 4)),
+        *(("prepare", 2), ("render", 4)),
+        ("render", 2),
+    ]
 
 
 def test_rows_are_bucketed_by_the_length_of_their_prompt(cluster):

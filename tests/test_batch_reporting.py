@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -17,9 +16,8 @@ from ernie_accel.batch import Sift, produce
 from ernie_accel.batch.report import write_report
 from ernie_accel.batch.telemetry import Telemetry, percentile, prometheus_text
 from ernie_accel.core.errors import ErnieAccelError
+from tests.child_paths import PYTHONPATH
 from tests.stub_engine import StubEngine, make_rows
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(("part", "expected"), [(0.5, 5), (0.95, 10), (0.0, 1), (1.0, 10)])
@@ -32,9 +30,9 @@ def test_counts_speed_and_idle_time_are_those_of_the_clock():
     now = [0.0]
     telemetry = Telemetry(10, clock=lambda: now[0])
     for _ in range(3):
-        telemetry.begun(2)
+        begun = telemetry.begun(2)
         now[0] += 9
-        telemetry.ended(2, 9)
+        telemetry.ended(begun, 9)
         for _ in range(2):
             telemetry.settled("done", 9.0)
         now[0] += 1
@@ -44,6 +42,32 @@ def test_counts_speed_and_idle_time_are_those_of_the_clock():
     assert state.eta_s == pytest.approx(20)
     assert (state.latency_p50_s, state.latency_p95_s) == (9, 9)
     assert state.engine_idle == pytest.approx(2 / 29)
+
+
+@pytest.mark.parametrize(
+    ("batches", "idle"),
+    [
+        ([(0, 10), (9, 12)], 0.0),  # two slots
+        ([(0, 12), (11, 12)], 0.0),  # one within the other
+        ([(0, 4), (1, 3), (2, 6), (8, 10)], 0.2),
+    ],
+)
+@pytest.mark.parametrize("late_s", [0, 5])
+def test_the_engine_is_idle_while_no_batch_is_rendered_however_they_overlap(batches, idle, late_s):
+    """The end of a deferred batch is noticed when its pictures are files, which does not make it longer."""
+    now = [0.0]
+    telemetry = Telemetry(10, clock=lambda: now[0])
+    moments = sorted(
+        [(start, 1, i) for i, (start, _) in enumerate(batches)]
+        + [(end + late_s, 0, i) for i, (_, end) in enumerate(batches)]
+    )
+    begun = {}
+    for now[0], begins, i in moments:
+        if begins:
+            begun[i] = telemetry.begun(1)
+        else:
+            telemetry.ended(begun[i], batches[i][1] - batches[i][0])
+    assert telemetry.snapshot().engine_idle == pytest.approx(idle)
 
 
 def test_machines_get_json_lines_and_prometheus_text(tmp_path):
@@ -109,7 +133,7 @@ def fail(requests, call):
     if any(r.prompt == "bad" for r in requests):
         raise ValueError("no")
 seconds = float(sys.argv.pop(1))
-command._engine = lambda job: (StubEngine(fail, seconds=seconds), {})
+command._engine = lambda job, facts: StubEngine(fail, seconds=seconds)
 from ernie_accel.cli import main
 main(sys.argv[1:])
 """
@@ -120,7 +144,7 @@ def start(tmp_path, seconds, *arguments):
     if not table.exists():
         table.write_text("prompt,seed\n" + "".join(f"cup {i},{i}\n" for i in range(20)))
     command = [sys.executable, "-c", COMMAND, str(seconds), "batch", str(table), "--out", str(tmp_path / "out")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*command, "--batch-size", "2", *arguments], env=environment, **pipes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -159,3 +160,34 @@ def test_rerolls_end(tmp_path):
     assert result.rejected
     assert len({batch[0].seed for batch in engine.batches}) == 3
     assert len(list((tmp_path / "rejected").iterdir())) == 3
+
+
+def test_every_rejected_picture_has_a_place_of_its_own(tmp_path):
+    """Whatever names rows have: these would meet if folders became part of names, or rerolls of endings."""
+    names = [("", "a__b.png"), ("a", "b.png"), ("", "x.png"), ("", "x.1.png"), ("a", "x.1.png"), ("a.1", "x.png")]
+    names += [("", "n" * 251 + ".png"), ("f" * 255, "n" * 251 + ".png")]  # the longest there are
+
+    class Blank(StubEngine):
+        def render(self, requests, timeout_s=None):
+            return [Image.new("RGB", (32, 32), (request.seed % 256, 0, 0)) for request in requests]
+
+    rows = [
+        replace(row, folder=folder, file_name=name) for row, (folder, name) in zip(make_rows(8), names, strict=True)
+    ]
+    results = run(Blank(), rows, tmp_path, sift=Sift(reroll=2))
+    assert all(result.rejected for result in results)
+    assert len(list((tmp_path / "rejected").rglob("*.png"))) == 3 * len(rows)
+    seeds = set()
+    for result in results:
+        place = tmp_path / result.error.partition("; see ")[2]
+        assert place.parts[-1] == result.row.file_name
+        with Image.open(place) as picture:
+            assert picture.text["prompt"] == result.row.prompt
+            seeds.add(picture.text["seed"])
+    assert seeds == {str(result.seed) for result in results}
+
+
+@pytest.mark.parametrize("folder", ["rejected", "Rejected", "older", "reroll-1", "REROLL-20"])
+def test_the_folders_of_the_rejected_are_not_for_rows(folder):
+    with pytest.raises(ValueError, match="is a folder the job itself uses"):
+        make_rows(1, folder=folder)

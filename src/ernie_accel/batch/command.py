@@ -86,6 +86,7 @@ def batch_command(
 def run_job(job: Job) -> int:
     """Run a job, tell how it went, and return the exit code."""
     from ernie_accel.batch import read_table
+    from ernie_accel.batch.produce import check_folder
     from ernie_accel.batch.report import write_report
     from ernie_accel.cli import EMBEDDED_SIZE_PX
 
@@ -104,7 +105,9 @@ def run_job(job: Job) -> int:
     power = _Power(job)
     _check_outputs(job)
     with _metrics(job) as metrics:
-        engine, facts = _engine(job)
+        facts = _facts(job)
+        check_folder(rows, job.output_dir, seed=job.seed, overwrite=job.overwrite, sift=job.sifting(), facts=facts)
+        engine = _engine(job, facts)
         start = time.perf_counter()
         with _interruptible() as interrupted:
             done, failed, rejected = _make(job, rows, engine, facts, metrics, lambda: bool(interrupted), power.look)
@@ -214,34 +217,37 @@ def _metrics(job: Job) -> Iterator[MetricsServer | None]:
         yield metrics
 
 
-def _engine(job: Job) -> tuple[Engine, dict[str, str]]:
-    """Return the engine that a job asks for, and what its pictures shall say of how they were made."""
+def _facts(job: Job) -> dict[str, str]:
+    """Return what a job's pictures shall say of how they were made; to know it, nothing is loaded."""
+    if job.endpoint:
+        return {"model": job.model} if job.model else {}
+    return {"model": job.model or "embedded", "preset": _preset_name(job)}
+
+
+def _engine(job: Job, facts: Mapping[str, str]) -> Engine:
+    """Return the engine that a job asks for."""
     from ernie_accel.batch.engines import LocalEngine
 
-    facts = {"model": job.model or "embedded"}
     if job.endpoint:
         from ernie_accel.batch.engines.http import HttpEngine
 
-        http = HttpEngine(
+        return HttpEngine(
             job.endpoint, server=job.server, concurrency=job.max_concurrent, enhancer=job.enhancer, model=job.model
         )
-        return http, ({"model": job.model} if job.model else {})
-    preset = _preset_name(job)
-    load = functools.partial(_load, job.model, job.dtype, preset, job.skip_unsupported)
-    facts["preset"] = preset
+    load = functools.partial(_load, job.model, job.dtype, facts["preset"], job.skip_unsupported)
     if job.ray_actors:
         from ernie_accel.batch.engines.ray import RayEngine
 
-        return RayEngine(load, actors=job.ray_actors, num_gpus=job.ray_gpus, max_batch=job.batch_size), facts
+        return RayEngine(load, actors=job.ray_actors, num_gpus=job.ray_gpus, max_batch=job.batch_size)
     if job.timeout is not None:
         from ernie_accel.batch.engines.process import ProcessEngine
 
-        return ProcessEngine(load, max_batch=job.batch_size, free_encoders=job.free_encoders), facts
+        return ProcessEngine(load, max_batch=job.batch_size, free_encoders=job.free_encoders)
     from ernie_accel.core.optimize import report
 
     pipe = load()
     typer.echo(str(report(pipe)))
-    return LocalEngine(pipe, max_batch=job.batch_size, free_encoders=job.free_encoders), facts
+    return LocalEngine(pipe, max_batch=job.batch_size, free_encoders=job.free_encoders)
 
 
 def _preset_name(job: Job) -> str:

@@ -67,6 +67,11 @@ class Entry:
 class Ledger:
     """The rows of one job and their states, in the output folder or, for a job nobody resumes, in memory."""
 
+    @classmethod
+    def exists(cls, out: Path) -> bool:
+        """Return whether there is a ledger in the output folder `out`."""
+        return (out / JOB_FOLDER / "ledger.sqlite").is_file()
+
     def __init__(self, out: Path, *, durable: bool = True) -> None:
         """Open the ledger of the output folder `out`, or create it, and lock the job.
 
@@ -104,6 +109,26 @@ class Ledger:
             BatchChangedError: Finished pictures were made from other rows or settings, and `overwrite` is off.
             BatchOutputError: Pictures that are not this job's are in the way.
         """
+        prints, changed_settings, changed, gone = self._compare(tasks, settings, overwrite)
+        stale = {task.row.path for task in (tasks if changed_settings else changed)}
+        self._store(tasks, prints, settings, stale, gone)
+        states = {path: state for path, state, _ in self._states()}
+        lost = self._lost_files()
+        return [task for task in tasks if states[task.row.path] not in FINAL or task.row.path in lost]
+
+    def check(self, tasks: Sequence[Task], settings: Mapping[str, str], *, overwrite: bool) -> None:
+        """Raise what `begin` would, and change nothing; settings that are not given are taken to be as they were."""
+        self._compare(tasks, {**self.settings(), **settings}, overwrite)
+
+    def _compare(
+        self, tasks: Sequence[Task], settings: Mapping[str, str], overwrite: bool
+    ) -> tuple[dict[str, str], list[str], list[Task], set[str]]:
+        """Return the rows' fingerprints by path, what settings and which rows have changed, and which paths are gone.
+
+        Raises:
+            BatchChangedError: As `begin`.
+            BatchOutputError: As `begin`.
+        """
         known = {path: (state, fingerprint) for path, state, fingerprint in self._states()}
         prints = {task.row.path: task.fingerprint() for task in tasks}
         changed_settings = self._changed_settings(settings)
@@ -115,11 +140,7 @@ class Ledger:
                 changed_settings if final else [], [t for t in changed if t.row.path in final], gone & final
             )
         self._refuse_foreign(tasks, known, overwrite)
-        stale = {task.row.path for task in (tasks if changed_settings else changed)}
-        self._store(tasks, prints, settings, stale, gone)
-        states = {path: state for path, state, _ in self._states()}
-        lost = self._lost_files()
-        return [task for task in tasks if states[task.row.path] not in FINAL or task.row.path in lost]
+        return prints, changed_settings, changed, gone
 
     def running(self, tasks: Iterable[Task]) -> None:
         """Note that the pictures are being made; from here on a file of their name is this job's."""

@@ -72,10 +72,23 @@ class Result:
 
 @dataclass(eq=False)
 class _Batch:
-    """A batch under way."""
+    """A batch under way.
+
+    Attributes:
+        tasks: Its rows.
+        begun: What `Telemetry.begun` returned.
+        measured: Whether it was waited for, so that its time says something about its size.
+        start: The `time.perf_counter()` of its beginning.
+        left: Pictures that the device is still at work on.
+        rendered_s: Seconds from the beginning until the last of those that are ready.
+    """
 
     tasks: list[Task]
+    begun: float
+    measured: bool
     start: float = field(default_factory=time.perf_counter)
+    left: int = 0
+    rendered_s: float = 0.0
 
 
 class Line:
@@ -113,7 +126,9 @@ class Line:
         # A single slot renders in the caller's thread: Ctrl-C then reaches a hung pipe, and CUDA has one thread.
         self._pool = ThreadPoolExecutor(engine.slots, "ernie-accel-slot") if engine.slots > 1 else None
         self._unprepared: deque[Task] = deque()
+        self._prepared: list[Task] = []  # ahead of those in the schedule
         self._rendering: dict[Future[Sequence[Begun]], _Batch] = {}
+        self._deferred: dict[Task, _Batch] = {}  # rows whose pictures the device is still at work on
         self._entries: list[dict[str, object]] = []  # settled, and not in the ledger yet
         self._unwritten: list[Problem] = []
         self._fatal: Exception | None = None
@@ -139,7 +154,7 @@ class Line:
     @property
     def waiting(self) -> int:
         """How many rows have not been begun."""
-        return len(self._schedule) + len(self._unprepared)
+        return len(self._schedule) + len(self._prepared) + len(self._unprepared)
 
     def advance(self, *, start_more: bool = True) -> list[Result]:
         """Begin batches while there are free slots, and return the rows that are final since the last call.
@@ -174,12 +189,16 @@ class Line:
         results: list[Result] = []
         try:
             self._writer.close()
+        finally:
+            # Before what the writer has finished: an interrupt may have come when it had part of a batch. What has a
+            # file stays begun, as after a kill: called pending, the file would pass for somebody else's.
+            unfinished = [task for batch in self._rendering.values() for task in batch.tasks]
+            self._ledger.pending([task for task in unfinished if not (self._out / task.row.path).exists()])
+            self._rendering.clear()
             results += self._collect_written()
             self._write_ledger()
-        finally:
-            unfinished = [task for batch in self._rendering.values() for task in batch.tasks]
-            self._rendering.clear()
-            self._ledger.pending([*unfinished, *self._schedule.drain()])
+            self._ledger.pending(self._schedule.drain())
+            self._prepared.clear()
             self._unprepared.clear()
             if self._pool is not None:
                 self._pool.shutdown(wait=False, cancel_futures=True)
@@ -187,15 +206,14 @@ class Line:
 
     def _fill_slots(self) -> None:
         while len(self._rendering) < self._engine.slots and (tasks := self._next_batch()):
-            batch = _Batch(tasks)
+            # What a batch takes is only known of one that is waited for; and nobody could end what is deferred.
+            measured = not tasks[0].alone and not self._schedule.sizer_of(tasks[0]).settled
+            method = self._engine.render if measured or self._timeout_s is not None else self._engine.begin
+            batch = _Batch(tasks, self._telemetry.begun(len(tasks)), measured)
             future: Future[Sequence[Begun]] = Future()
             self._rendering[future] = batch  # before the ledger is written: an interrupt must find the rows
             self._ledger.running(tasks)
-            self._telemetry.begun(len(tasks))
             requests = [task.current() for task in tasks]
-            # What a batch takes is only known of one that is waited for.
-            measure = not tasks[0].alone and not self._schedule.sizer_of(tasks[0]).settled
-            method = self._engine.render if measure else self._engine.begin
             render = functools.partial(method, requests, self._timeout_s)
             if self._pool is None:
                 _render_now(future, render)
@@ -206,19 +224,28 @@ class Line:
     def _next_batch(self) -> list[Task]:
         """Return the next batch, full unless no more rows can come."""
         while True:
-            only_full = bool(self._unprepared) and not self._engine.in_rounds
-            if (tasks := self._schedule.next_batch(only_full=only_full)) or not self._unprepared:
+            more = bool(self._prepared or self._unprepared)
+            tasks = self._schedule.next_batch(only_full=more and not self._engine.in_rounds)
+            if tasks or not more or self._fatal is not None:
                 return tasks
-            some = [self._unprepared.popleft() for _ in range(min(self._engine.ahead, len(self._unprepared)))]
-            try:
-                self._engine.prepare([task.current() for task in some], self._timeout_s)
-            except EngineLostError as error:
-                self._fatal = error
-                return []
-            # Broad on purpose, as around rendering: a prompt that cannot be encoded will fail its own row there.
-            except Exception:
-                _log.debug("preparing %d rows failed", len(some), exc_info=True)
-            self._schedule.add(some)
+            ready = self._prepared or self._prepare_some()
+            self._prepared = self._prepare_some() if self._engine.prepares_aside else []
+            self._schedule.add(ready)
+
+    def _prepare_some(self) -> list[Task]:
+        """Have the engine prepare the next rows, and return them; none if it cannot go on."""
+        some = [self._unprepared.popleft() for _ in range(min(self._engine.ahead, len(self._unprepared)))]
+        if not some:
+            return []
+        try:
+            self._engine.prepare([task.current() for task in some], self._timeout_s)
+        except EngineLostError as error:
+            self._fatal = error
+            return []
+        # Broad on purpose, as around rendering: a prompt that cannot be encoded will fail its own row there.
+        except Exception:
+            _log.debug("preparing %d rows failed", len(some), exc_info=True)
+        return some
 
     def _collect_rendered(self) -> list[Result]:
         results: list[Result] = []
@@ -231,7 +258,8 @@ class Line:
             else:
                 results += self._batch_rendered(batch, future.result(), seconds)
             self._rendering.pop(future)
-            self._telemetry.ended(len(batch.tasks), seconds)
+            if not batch.left:
+                self._telemetry.ended(batch.begun, seconds)
         return results
 
     def _batch_rendered(self, batch: _Batch, outcomes: Sequence[Begun], seconds: float) -> list[Result]:
@@ -240,11 +268,15 @@ class Line:
             wrong = TypeError(f"the engine returned {len(outcomes)} pictures for a batch of {len(batch.tasks)}")
             return self._batch_failed(batch, wrong)
         if not batch.tasks[0].alone:
-            self._schedule.sizer_of(batch.tasks[0]).succeeded(len(batch.tasks), seconds)
+            sizer = self._schedule.sizer_of(batch.tasks[0])
+            sizer.succeeded(len(batch.tasks), seconds if batch.measured else None)
         for task, outcome in zip(batch.tasks, outcomes, strict=True):
             if isinstance(outcome, Exception):
-                results += self._row_failed(task, outcome, seconds, len(batch.tasks))
+                results += self._unrendered(task, outcome, seconds, len(batch.tasks))
             else:
+                if callable(outcome):
+                    batch.left += 1
+                    self._deferred[task] = batch
                 self._writer.submit(task, outcome, batch_size=len(batch.tasks), start=batch.start)
         return results
 
@@ -263,7 +295,7 @@ class Line:
                 self._schedule.add(tasks, first=True)
                 return []
         if isinstance(error, WorkerLostError):
-            return self._worker_lost(batch, error)
+            return self._worker_lost(tasks, error, time.perf_counter() - batch.start)
         if len(tasks) == 1:
             return self._row_failed(tasks[0], error, time.perf_counter() - batch.start, 1)
         for task in tasks:
@@ -271,14 +303,29 @@ class Line:
         self._schedule.add(tasks, first=True)
         return []
 
-    def _worker_lost(self, batch: _Batch, error: WorkerLostError) -> list[Result]:
+    def _unrendered(self, task: Task, error: Exception, seconds: float, batch_size: int) -> list[Result]:
+        """Give one row of a batch another chance; the pictures of its neighbours may be whole."""
+        if isinstance(error, EngineLostError):
+            self._fatal = error
+            if batch_size == 1:
+                return [self._fail(task, error, seconds, batch_size)]
+            self._ledger.pending([task])
+            return []
+        if is_out_of_memory(error) and batch_size > 1:
+            self._schedule.sizer_of(task).out_of_memory(batch_size)
+            self._schedule.add([task], first=True)
+            return []
+        if isinstance(error, WorkerLostError):
+            return self._worker_lost([task], error, seconds)
+        return self._row_failed(task, error, seconds, batch_size)
+
+    def _worker_lost(self, tasks: Sequence[Task], error: WorkerLostError, seconds: float) -> list[Result]:
         results: list[Result] = []
-        for task in batch.tasks:
+        for task in tasks:
             task.lost += 1
-            task.alone = task.lost > 1 or len(batch.tasks) == 1
+            task.alone = task.lost > 1 or len(tasks) == 1
             if task.lost > _MAX_LOST:
-                seconds = time.perf_counter() - batch.start
-                results.append(self._fail(task, error, seconds, len(batch.tasks)))
+                results.append(self._fail(task, error, seconds, len(tasks)))
             else:
                 self._schedule.add([task], first=True)
         return results
@@ -300,12 +347,21 @@ class Line:
 
     def _fail(self, task: Task, error: Exception, seconds: float, batch_size: int) -> Result:
         _log.debug("line %d failed", task.row.line, exc_info=error)
-        return self._settle(task, "failed", seconds, batch_size, error=_described(error))
+        return self._failed(task, _described(error), seconds, batch_size)
+
+    def _failed(self, task: Task, error: str, seconds: float, batch_size: int) -> Result:
+        """Settle a row that has failed for good; no older picture stays in its place."""
+        try:
+            self._writer.set_aside(task.row.path)
+        except OSError as reason:
+            error += f"; an older picture is still in its place ({reason.strerror or reason})"
+        return self._settle(task, "failed", seconds, batch_size, error=error)
 
     def _collect_written(self) -> list[Result]:
         written = self._writer.collect()
         results: list[Result] = []
         for picture in written:
+            self._waited_for(picture)
             if isinstance(picture.error, OSError):
                 reason = picture.error.strerror or str(picture.error)
                 fix = "mend this and run again: finished pictures stay, and the others are made"
@@ -317,12 +373,22 @@ class Line:
                 results += self._picture_written(picture)
         return results
 
+    def _waited_for(self, picture: Written) -> None:
+        """Note that a picture which was deferred is there; with the last one its batch has been rendered."""
+        batch = self._deferred.pop(picture.task, None)
+        if batch is None:
+            return
+        batch.left -= 1
+        batch.rendered_s = max(batch.rendered_s, picture.rendered_s)
+        if not batch.left:
+            self._telemetry.ended(batch.begun, batch.rendered_s)
+
     def _picture_written(self, picture: Written) -> list[Result]:
         task, finding = picture.task, picture.finding
         if picture.unrendered is not None:
-            return self._row_failed(task, picture.unrendered, picture.seconds, picture.batch_size)
+            return self._unrendered(task, picture.unrendered, picture.seconds, picture.batch_size)
         if picture.error is not None:
-            return [self._settle(task, "failed", picture.seconds, picture.batch_size, error=str(picture.error))]
+            return [self._failed(task, str(picture.error), picture.seconds, picture.batch_size)]
         if finding is None or finding.reason is None:
             digest = finding.hash if finding else None
             return [self._settle(task, "done", picture.seconds, picture.batch_size, size=picture.bytes, digest=digest)]

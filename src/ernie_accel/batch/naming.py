@@ -17,7 +17,14 @@ MAX_NAME_BYTES = 255
 REJECTED_FOLDER = "rejected"
 """Where pictures go that did not pass the sifting; nothing else may."""
 
-RESERVED_FOLDERS = frozenset({REJECTED_FOLDER})
+OLDER_FOLDER = "older"
+"""Inside that, the pictures that failed rows would have replaced."""
+
+REROLL_FOLDER = "reroll-{}"
+"""Inside that, the pictures of further seeds, by their number."""
+
+# Not for pictures that are in their place: inside the rejected folder they would meet those that are not.
+_RESERVED_FOLDER = re.compile(rf"{REJECTED_FOLDER}|{OLDER_FOLDER}|{REROLL_FOLDER.format('[0-9]+')}")
 
 _FORBIDDEN = '/\\<>:"|?*'
 _CONTROLS = {"Cc", "Cs", "Zl", "Zp"}  # Unicode categories: controls, lone surrogates, line separators
@@ -109,7 +116,7 @@ def name_problem(name: str) -> str | None:
 
 def folder_problem(name: str) -> str | None:
     """Return why `name` cannot be a sub-folder for pictures, directly inside the output folder (None: it can)."""
-    if collision_key(name) in RESERVED_FOLDERS:
+    if _RESERVED_FOLDER.fullmatch(collision_key(name)):
         return "is a folder the job itself uses"
     return _part_problem(name, name, "is empty")
 

@@ -24,7 +24,7 @@ from ernie_accel.batch.task import Task, tasks_of
 from ernie_accel.batch.telemetry import Telemetry
 from ernie_accel.core.atomic import remove_leftovers
 
-__all__ = ["Result", "aproduce", "produce"]
+__all__ = ["Result", "aproduce", "check_folder", "produce"]
 
 
 def produce(
@@ -105,7 +105,7 @@ def produce(
     with ExitStack() as undo:
         ledger = Ledger(out, durable=resume)
         undo.callback(ledger.close)
-        to_do = ledger.begin(tasks, facts | ({"sift": str(sift)} if sift else {}), overwrite=overwrite)
+        to_do = ledger.begin(tasks, facts | _sift_facts(sift), overwrite=overwrite)
         if resume:  # the ledger is locked: whatever is half-written here was killed
             for folder in {(out / task.row.path).parent for task in tasks}:
                 remove_leftovers(folder)
@@ -134,6 +134,33 @@ def produce(
         undo.pop_all()
     closing = engine.close if engine is not pipe else None
     return _run(line, ledger, telemetry, out if resume else None, fail_fast, stop, closing)
+
+
+def check_folder(
+    rows: Iterable[Row],
+    out: str | Path,
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+    sift: Sift | None = None,
+    facts: Mapping[str, str] | None = None,
+) -> None:
+    """Raise now, before a model is loaded, what `produce` with these arguments would raise about the folder after it.
+
+    Raises:
+        BatchOutputError: As `produce`.
+        BatchChangedError: As `produce`.
+    """
+    out = Path(out)
+    ledger = Ledger(out, durable=Ledger.exists(out))
+    try:
+        ledger.check(tasks_of(rows, seed), {**(facts or {}), **_sift_facts(sift)}, overwrite=overwrite)
+    finally:
+        ledger.close()
+
+
+def _sift_facts(sift: Sift | None) -> dict[str, str]:
+    return {"sift": str(sift)} if sift else {}
 
 
 def _run(

@@ -42,20 +42,22 @@ class BatchSizer:
         nothing_to_compare = self.size == self.limit and self.size // 2 not in self._seconds
         return self._settled or self._ceiling is not None or nothing_to_compare
 
-    def succeeded(self, count: int, seconds: float) -> None:
-        """Note that a batch of `count` pictures took `seconds`."""
+    def succeeded(self, count: int, seconds: float | None) -> None:
+        """Note that a batch of `count` pictures took `seconds`; None: nobody waited for it."""
         if count != self.size:
             return  # the rest of a bucket says nothing about the size
         self._calls[count] = self._calls.get(count, 0) + 1
-        each = seconds / count
-        self._seconds[count] = min(each, self._seconds.get(count, each))
+        if seconds is not None:
+            each = seconds / count
+            self._seconds[count] = min(each, self._seconds.get(count, each))
         self._since_trouble += 1
         if self._ceiling is not None:
             if self._since_trouble >= self._patience:
                 self._ceiling, self._settled, self._patience = None, False, 2 * self._patience
                 self.size = min(2 * self.size, self.limit)
             return
-        if not self._settled and self._calls[count] >= 2:  # the first call of a size may compile or tune kernels
+        first = self._calls[count] == 1  # it may compile or tune kernels
+        if seconds is not None and not self._settled and not first:
             self._probe()
 
     def out_of_memory(self, count: int) -> None:

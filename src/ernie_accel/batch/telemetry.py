@@ -91,7 +91,9 @@ class Telemetry:
         self._latencies: deque[float] = deque(maxlen=_RECENT)
         self._finished: deque[float] = deque()
         self._batch_size: int | None = None
-        self._under_way, self._busy_s, self._busy_since = 0, 0.0, 0.0
+        self._under_way: list[float] = []  # when each batch was begun
+        self._busy_s = 0.0  # before all that is under way
+        self._busy: list[tuple[float, float]] = []  # (from, to) after that, apart and ascending
         self._begin = self._told = clock()
         self._first_batch: float | None = None
         self._last_batch = self._begin
@@ -102,23 +104,26 @@ class Telemetry:
         with self._lock:
             self._total += count
 
-    def begun(self, count: int) -> None:
-        """Note that a batch of `count` rows is being rendered."""
+    def begun(self, count: int) -> float:
+        """Note that a batch of `count` rows is being rendered, and return what `ended` is to be told."""
         now = self._clock()
         with self._lock:
-            if self._under_way == 0:
-                self._busy_since = now
             self._first_batch = now if self._first_batch is None else self._first_batch
-            self._under_way += 1
+            self._under_way.append(now)
             self._batch_size = count
+        return now
 
-    def ended(self, count: int, seconds: float) -> None:
-        """Note that a batch of `count` rows is not being rendered any more, after `seconds`."""
+    def ended(self, begun: float, seconds: float) -> None:
+        """Note that a batch which was `begun` took `seconds`; that may be noticed later, and batches may overlap."""
         with self._lock:
-            self._under_way -= 1
-            self._last_batch = self._clock()
-            if self._under_way == 0:
-                self._busy_s += min(seconds, self._last_batch - self._busy_since)
+            self._under_way.remove(begun)
+            end = min(begun + seconds, self._clock())
+            self._last_batch = max(self._last_batch, end)
+            self._busy = merged([*self._busy, (begun, end)])
+            oldest = min(self._under_way, default=end)
+            while self._busy and self._busy[0][1] < oldest:
+                start, end = self._busy.pop(0)
+                self._busy_s += end - start
 
     def settled(self, state: str, seconds: float) -> None:
         """Note that a row became "done", "failed" or "rejected", `seconds` after its batch began."""
@@ -143,6 +148,7 @@ class Telemetry:
             per_min = 60 * len(self._finished) / span if self._finished and span > 0 else None
             left = self._total - sum(self._counts.values())
             latencies = sorted(self._latencies)
+            busy_s = self._busy_s + sum(end - start for start, end in self._busy)
             spent = self._last_batch - self._first_batch if self._first_batch is not None else 0.0
             return Snapshot(
                 time=time.time(),
@@ -153,7 +159,7 @@ class Telemetry:
                 batch_size=self._batch_size,
                 latency_p50_s=percentile(latencies, 0.50),
                 latency_p95_s=percentile(latencies, 0.95),
-                engine_idle=max(0.0, 1 - self._busy_s / spent) if spent > 0 else None,
+                engine_idle=max(0.0, 1 - busy_s / spent) if spent > 0 else None,
                 gpu_utilization=gpu_utilization,
                 gpu_memory_bytes=gpu_memory_bytes,
             )
@@ -179,6 +185,17 @@ class Telemetry:
             if not self._warned:
                 warnings.warn(f"the job's state could not be written: {error}; the job goes on", stacklevel=2)
             self._warned = True
+
+
+def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return what spans of time (from, to) cover, as spans that lie apart, ascending."""
+    apart: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if apart and start <= apart[-1][1]:
+            apart[-1] = (apart[-1][0], max(end, apart[-1][1]))
+        else:
+            apart.append((start, end))
+    return apart
 
 
 def percentile(ordered: list[float], part: float) -> float | None:

@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ernie_accel.batch.engines.base import Request
-from ernie_accel.batch.naming import REJECTED_FOLDER
+from ernie_accel.batch.naming import OLDER_FOLDER, REJECTED_FOLDER, REROLL_FOLDER
 from ernie_accel.batch.sift import Finding
 from ernie_accel.batch.task import Task
 from ernie_accel.core.atomic import write_atomically
@@ -33,6 +33,7 @@ class Written:
         task: The row it was made for.
         batch_size: Pictures that were rendered with it.
         seconds: From the start of its batch to the finished file.
+        rendered_s: From the start of its batch to the picture, where that was waited for.
         bytes: Of the file.
         finding: What looking at the picture found; None if that itself failed.
         error: Why there is no file: an `OSError` is the folder's fault, anything else the row's.
@@ -42,6 +43,7 @@ class Written:
     task: Task
     batch_size: int
     seconds: float
+    rendered_s: float
     bytes: int | None = None
     finding: Finding | None = None
     error: Exception | None = None
@@ -97,6 +99,20 @@ class Writer:
         self._pending = [future for future in self._pending if not future.done()]
         return [future.result() for future in done]
 
+    def set_aside(self, path: str) -> None:
+        """Move what lies in the place of a row that failed out of it, where it would pass for the row's picture.
+
+        Args:
+            path: The row's, relative to the output folder.
+
+        Raises:
+            OSError: It could not be moved.
+        """
+        picture, aside = self._out / path, self._out / older_path(path)
+        if picture.exists() or picture.is_symlink():
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            picture.replace(aside)
+
     def close(self) -> None:
         """Finish what was begun and stop the threads."""
         self._pool.shutdown()
@@ -109,7 +125,8 @@ class Writer:
         # Broad on purpose: whatever the device raises is for the line to judge, as if rendering itself had raised it.
         except Exception as failure:
             seconds = time.perf_counter() - start
-            return Written(task=task, batch_size=batch_size, seconds=seconds, unrendered=failure)
+            return Written(task=task, batch_size=batch_size, seconds=seconds, rendered_s=seconds, unrendered=failure)
+        rendered_s = time.perf_counter() - start
         finding: Finding | None = None
         size: int | None = None
         error: Exception | None = None
@@ -126,8 +143,15 @@ class Writer:
                 size = len(png)
             except OSError as failure:
                 error = failure
-        seconds = time.perf_counter() - start
-        return Written(task=task, batch_size=batch_size, seconds=seconds, bytes=size, finding=finding, error=error)
+        return Written(
+            task=task,
+            batch_size=batch_size,
+            seconds=time.perf_counter() - start,
+            rendered_s=rendered_s,
+            bytes=size,
+            finding=finding,
+            error=error,
+        )
 
     def _place(self, task: Task, png: bytes, *, rejected: bool) -> None:
         path = self._out / (rejected_path(task) if rejected else task.row.path)
@@ -139,9 +163,15 @@ class Writer:
 
 
 def rejected_path(task: Task) -> str:
-    """Return where a sifted-out picture goes, relative to the output folder; rerolls stand beside each other."""
-    stem = task.row.path.replace("/", "__").removesuffix(".png")
-    return f"{REJECTED_FOLDER}/{stem}{f'.{task.rerolls}' if task.rerolls else ''}.png"
+    """Return where a sifted-out picture goes, relative to the output folder; each row and reroll has its own place."""
+    # Folders, not longer names: those could be another row's, or more than a file system takes.
+    reroll = f"{REROLL_FOLDER.format(task.rerolls)}/" if task.rerolls else ""
+    return f"{REJECTED_FOLDER}/{reroll}{task.row.path}"
+
+
+def older_path(path: str) -> str:
+    """Return where the picture at `path` goes, both relative to the output folder, when its row could not be made."""
+    return f"{REJECTED_FOLDER}/{OLDER_FOLDER}/{path}"
 
 
 def texts_of(request: Request, picture: Image.Image, facts: Mapping[str, str]) -> dict[str, str]:

@@ -75,12 +75,15 @@ class Engine(ABC):
         max_batch: The largest batch worth trying; 1: no batches.
         ahead: How many rows `prepare` is handed at once, before they are rendered.
         in_rounds: Whether what was prepared is all rendered before more is, because preparing takes turns with it.
+        prepares_aside: Whether `prepare` returns at once and `bucket` waits for what it began, so that the next rows
+            are best handed to it before those at hand are rendered.
     """
 
     slots: int = 1
     max_batch: int = 1
     ahead: int = 64
     in_rounds: bool = False
+    prepares_aside: bool = False
 
     @abstractmethod
     def render(self, requests: Sequence[Request], timeout_s: float | None = None) -> Sequence[Outcome]:
@@ -101,7 +104,8 @@ class Engine(ABC):
         """Begin to render, and return as soon as the next batch can be begun; otherwise as `render`.
 
         An engine that hands its device work ahead overrides this: the device then goes from one batch to the next
-        without waiting for the host to fetch pictures and to draw noise.
+        without waiting for the host to fetch pictures and to draw noise. The production line renders batches with a
+        timeout, and only begins the others: nobody could end what is at work after the call.
         """
         return self.render(requests, timeout_s)
 
@@ -147,10 +151,10 @@ def _finished(one: Callable[[], Image.Image]) -> Outcome:
         return error
 
 
-def in_batches(requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
+def in_batches(requests: Sequence[Request], size: int = PREPARE_BATCH) -> Iterator[Sequence[Request]]:
     """Yield the requests as they are best prepared: few at a time, and prompts alike in length together."""
     ordered = sorted(requests, key=lambda request: len(request.prompt))
-    return (ordered[start : start + PREPARE_BATCH] for start in range(0, len(ordered), PREPARE_BATCH))
+    return (ordered[start : start + size] for start in range(0, len(ordered), size))
 
 
 class BatchTimeoutError(ErnieAccelError):

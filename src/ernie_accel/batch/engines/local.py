@@ -96,6 +96,15 @@ class LocalEngine(Engine):
             self._within(timeout_s, "prompts were not encoded", work)
         return [self.bucket(request) for request in requests]
 
+    def pack(self, request: Request) -> Any:
+        """Return what `encode` made for a request, for `unpack` in another process; None if it makes nothing."""
+        return None if self._prompts is None else self._prompts.pack(request)
+
+    def unpack(self, packed: Any) -> None:
+        """Take in what another engine with the same pipe has packed."""
+        if self._prompts is not None and packed is not None:
+            self._prompts.unpack(packed)
+
     def free(self) -> None:
         """Take the encoders off the device, if that was asked for; the next `encode` puts them back."""
         if self._prompts is not None:
@@ -243,7 +252,7 @@ def _from_tensor(images_bchw: Any) -> Sequence[Begun]:
         copy.copy_(tensor, non_blocking=True)
     event: Any = torch.cuda.Event
     copied = event(blocking=True)  # a thread that waits for it sleeps
-    copied.record()
+    copied.record(torch.cuda.current_stream(images_bchw.device))  # not of the current device, which may be another
 
     def picture(index: int) -> Image.Image:
         copied.synchronize()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import signal
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -37,7 +38,8 @@ class RemoteError(ErnieAccelError):
 class ProcessEngine(Engine):
     """A pipeline in a child process, loaded there by a function that can be pickled.
 
-    What was encoded ahead is lost with a child: the next one encodes the prompts of each batch with the batch.
+    What was encoded ahead is lost with a child: the next one encodes the prompts of each batch with the batch. A child
+    has as many of torch's threads as this process: sums are split among them, so that their number shows in last bits.
     """
 
     def __init__(
@@ -110,7 +112,9 @@ class ProcessEngine(Engine):
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # not fork: CUDA does not survive it
         self._connection, theirs = context.Pipe()
-        arguments = (theirs, self._load, self._options)
+        torch = sys.modules.get("torch")  # not imported for this
+        threads = None if torch is None else torch.get_num_threads()
+        arguments = (theirs, self._load, self._options, threads)
         self._child = context.Process(target=_serve, args=arguments, name="ernie-accel-engine", daemon=True)
         self._child.start()
         theirs.close()
@@ -164,7 +168,7 @@ def portable(error: Exception) -> Exception:
     return error if isinstance(error, ErnieAccelError) else RemoteError(f"{type(error).__name__}: {error}")
 
 
-def _serve(connection: Connection, load: Callable[[], Pipe], options: Mapping[str, Any]) -> None:
+def _serve(connection: Connection, load: Callable[[], Pipe], options: Mapping[str, Any], threads: int | None) -> None:
     """Load the pipeline and answer calls until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides what it means
     engine: LocalEngine | None = None
@@ -172,7 +176,9 @@ def _serve(connection: Connection, load: Callable[[], Pipe], options: Mapping[st
     while True:
         try:
             if engine is None:
-                importlib.import_module("torch")  # now, as part of loading: a first batch must not pay for it
+                torch = importlib.import_module("torch")  # as part of loading: a first batch must not pay for it
+                if threads is not None:
+                    torch.set_num_threads(threads)
                 engine = LocalEngine(load(), **options)
                 answer: Any = None
             elif call is not None:

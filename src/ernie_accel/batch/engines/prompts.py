@@ -7,7 +7,7 @@ import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from ernie_accel.batch.engines.base import PREPARE_BATCH, ROUND, Request, stop_if
 from ernie_accel.enhancer.enhancer import PromptEnhancer, Wish, is_moved_in_parts, why_not
@@ -15,6 +15,9 @@ from ernie_accel.families import family_of
 from ernie_accel.families.ernie_image import ERNIE_IMAGE
 
 _KEPT = 1024  # prompts whose embeddings are kept in host memory
+
+Packed: TypeAlias = tuple[dict[Hashable, str], dict[str, Any]]
+"""What one request was enhanced to, and the embeddings of its texts; it can be pickled."""
 
 
 class PromptStage:
@@ -71,6 +74,24 @@ class PromptStage:
         if self._guided(requests[0]):
             arguments["negative_prompt_embeds"] = [self._embeds[request.negative_prompt or ""] for request in requests]
         return arguments
+
+    def pack(self, request: Request) -> Packed:
+        """Return what `prepare` made for a request, for the stage of another process."""
+        texts = {self._key(request): self._text(request)} if self._enhances else {}
+        wanted = [self._text(request), *([request.negative_prompt or ""] if self._guided(request) else [])]
+        return texts, {text: self._embeds[text] for text in wanted}
+
+    def unpack(self, packed: Packed) -> None:
+        """Take in what another stage has packed, as if it had been prepared here."""
+        texts, embeds = packed
+        self._texts.update(texts)
+        self._embeds.update(embeds)
+        for key in texts:
+            self._texts.move_to_end(key)
+        for text in embeds:
+            self._embeds.move_to_end(text)
+        self._forget(self._texts)
+        self._forget(self._embeds)
 
     def free(self) -> None:
         """Take the encoders off the device, if that was asked for; they come back when they are needed."""

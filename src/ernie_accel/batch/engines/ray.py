@@ -3,24 +3,50 @@
 from __future__ import annotations
 
 import functools
+import logging
 import queue
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from ernie_accel.batch.engines.base import BatchTimeoutError, Engine, Outcome, Request, WorkerLostError
+from ernie_accel.batch.engines.base import (
+    PREPARE_BATCH,
+    BatchTimeoutError,
+    Engine,
+    Outcome,
+    Request,
+    WorkerLostError,
+    in_batches,
+)
 from ernie_accel.batch.engines.local import LocalEngine, Pipe
 from ernie_accel.batch.engines.process import portable
 from ernie_accel.batch.engines.prompts import length_class, token_ids
 from ernie_accel.batch.errors import Problem
 from ernie_accel.core.errors import MissingExtraError
 
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Encoded:
+    """What was made ahead for a request: its bucket, and Ray's reference to its embeddings; None: they were used."""
+
+    bucket: Hashable
+    packed: Any
+
 
 class RayEngine(Engine):
     """Ray actors with a pipeline each; the ledger and the files stay with the process that owns the engine.
 
-    An actor encodes the prompts of a batch with the batch, since nobody knows ahead which one will render a row. The
-    lengths of prompts are counted here, with the pipeline's tokenizer: as the rows have them, before any enhancer.
+    Whichever actor is free enhances and encodes some of the next prompts, before the rows at hand are rendered. What it
+    made waits in Ray's object store for the actor that renders the row, and never comes through this process. What is
+    lost with an actor or its machine is encoded again with its batch.
     """
+
+    prepares_aside = True
 
     def __init__(
         self,
@@ -59,6 +85,9 @@ class RayEngine(Engine):
         self._actor_class: Any = remote(num_gpus=num_gpus, num_cpus=num_cpus, max_restarts=0)(_Worker)
         self._load, self._given_max_batch = load, max_batch
         self.slots = actors
+        self.ahead = self.ahead * actors
+        self._closed = False
+        self._loaded: set[Any] = set()
         self._actors = [self._new_actor() for _ in range(actors)]
         self._idle: queue.Queue[Any] = queue.Queue()
         for actor in self._actors:
@@ -68,25 +97,33 @@ class RayEngine(Engine):
         self._tokenizer: Any
         self.max_batch, self._identity, self._tokenizer = self._ask(self._actors[0].describe.remote(), None)
         self._length_class = functools.lru_cache(maxsize=4096)(self._count)  # asked for again after each batch
+        # Threads for all that is prepared at once: each waits for a free actor, in front of what is rendered next.
+        self._threads = ThreadPoolExecutor(2 * self.ahead // PREPARE_BATCH, "ernie-accel-encode")
+        self._encoding: OrderedDict[Request, Future[dict[Request, _Encoded]]] = OrderedDict()
 
     def render(self, requests: Sequence[Request], timeout_s: float | None = None) -> Sequence[Outcome]:
         """Have a free actor render; see `Engine.render`."""
-        actor = self._idle.get()
-        try:
-            outcomes: Sequence[Outcome] = self._ask(actor.render.remote(list(requests)), timeout_s)
-            return outcomes
-        except (WorkerLostError, BatchTimeoutError):
-            self._actors.remove(actor)
-            self._ray.kill(actor)  # one that is out of time is still at it
-            actor = self._new_actor()
-            self._actors.append(actor)
-            raise
-        finally:
-            self._idle.put(actor)
+        packed = [encoded.packed for encoded in map(self._encoded, requests) if encoded is not None]
+        with self._actor() as actor:
+            outcomes: Sequence[Outcome] = self._ask(actor.render.remote(list(requests), packed), timeout_s)
+        for encoded in map(self._encoded, requests):
+            if encoded is not None:
+                encoded.packed = None  # Ray may drop it; the bucket will be asked for again
+        return outcomes
+
+    def prepare(self, requests: Sequence[Request], timeout_s: float | None = None) -> None:
+        """Have actors enhance and encode the prompts as they are free, and do not wait; see `Engine.prepare`."""
+        size = min(PREPARE_BATCH, -(-len(requests) // self.slots))  # few rows are shared, too
+        for some in in_batches(requests, size):
+            future = self._threads.submit(self._encode, some, timeout_s)
+            self._encoding.update(dict.fromkeys(some, future))
+        while len(self._encoding) > 4 * self.ahead:
+            self._encoding.popitem(last=False)
 
     def bucket(self, request: Request) -> Hashable:
-        """Return the request's shape and the class of its prompt's length."""
-        return (request.shape(), self._length_class(request.prompt))
+        """Return the request's shape and the class of its prompt's length: as enhanced, where it was prepared."""
+        encoded = self._encoded(request)
+        return (request.shape(), self._length_class(request.prompt)) if encoded is None else encoded.bucket
 
     def problems(self, requests: Sequence[tuple[int, Request]]) -> list[Problem]:
         """Ask an actor what its pipe cannot do."""
@@ -99,10 +136,51 @@ class RayEngine(Engine):
 
     def close(self) -> None:
         """End the actors, and the local cluster if this engine started it."""
+        self._closed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
         for actor in self._actors:
             self._ray.kill(actor)
         if self._started:
             self._ray.shutdown()
+
+    def _encode(self, requests: Sequence[Request], timeout_s: float | None) -> dict[Request, _Encoded]:
+        with self._actor() as actor:
+            # A row's embeddings are an object each, so that a batch of others need not carry them along.
+            answer, *packed = actor.encode.options(num_returns=1 + len(requests)).remote(list(requests))
+            buckets = self._ask(answer, timeout_s)
+        return dict(zip(requests, map(_Encoded, buckets, packed), strict=True))
+
+    def _encoded(self, request: Request) -> _Encoded | None:
+        """Return what was made ahead for a request, once it is there; None if that is nothing."""
+        future = self._encoding.get(request)
+        try:
+            return None if future is None else future.result()[request]
+        # Broad on purpose: whatever went wrong with one of them, its actor included, shows when it is rendered.
+        except Exception:
+            _log.debug("prompts were not encoded ahead", exc_info=True)
+            return None
+
+    @contextmanager
+    def _actor(self) -> Iterator[Any]:
+        """Wait for a free actor, and lend it; one that dies or is out of time meanwhile is replaced."""
+        actor = self._idle.get()
+        try:
+            if self._closed:
+                raise WorkerLostError("the engine was closed")
+            if actor not in self._loaded:
+                self._ask(actor.describe.remote(), None)  # now, or loading would be a batch's time
+                self._loaded.add(actor)
+            yield actor
+        except (WorkerLostError, BatchTimeoutError):
+            if not self._closed:
+                self._actors.remove(actor)
+                self._loaded.discard(actor)
+                self._ray.kill(actor)  # one that is out of time is still at it
+                actor = self._new_actor()
+                self._actors.append(actor)
+            raise
+        finally:
+            self._idle.put(actor)
 
     def _count(self, prompt: str) -> int:
         return 0 if self._tokenizer is None else length_class(len(token_ids(self._tokenizer, prompt)))
@@ -140,10 +218,30 @@ class _Worker:
     def problems(self, requests: Sequence[tuple[int, Request]]) -> tuple[bool, Any]:
         return True, self._engine.problems(requests)
 
-    def render(self, requests: Sequence[Request]) -> tuple[bool, Any]:
+    def encode(self, requests: Sequence[Request]) -> tuple[Any, ...]:
+        """Return the answer, the buckets of the requests, and what was made for each."""
         try:
+            buckets = self._engine.encode(requests)
+            return (True, buckets), *map(self._engine.pack, requests)
+        # Broad on purpose: whatever a pipe raises is an answer.
+        except Exception as error:
+            return (False, portable(error)), *[None] * len(requests)
+
+    def render(self, requests: Sequence[Request], packed: Sequence[Any]) -> tuple[bool, Any]:
+        try:
+            self._take_in(packed)
             outcomes = self._engine.render(requests)
         # Broad on purpose: whatever a pipe raises is an answer.
         except Exception as error:
             return False, portable(error)
         return True, [portable(outcome) if isinstance(outcome, Exception) else outcome for outcome in outcomes]
+
+    def _take_in(self, packed: Sequence[Any]) -> None:
+        import ray
+
+        for reference in packed:
+            try:
+                if reference is not None:
+                    self._engine.unpack(ray.get(reference))
+            except ray.exceptions.RayError:  # lost with its machine, or its actor before it had answered
+                _log.debug("embeddings were lost", exc_info=True)
