@@ -138,6 +138,24 @@ def test_a_log_that_breaks_in_the_middle_costs_no_picture(table, monkeypatch):
     assert len(list((table.parent / "out").glob("*.png"))) == 3
 
 
+def test_a_job_that_is_done_loads_no_model_and_one_with_a_lost_picture_does(table, monkeypatch, capsys):
+    monkeypatch.setattr(command, "_engine", lambda job, facts: StubEngine())
+    assert command.run_job(plan(table)) == 0
+    loads = []
+    monkeypatch.setattr(command, "_engine", lambda job, facts: (loads.append(job), StubEngine())[1])
+    assert command.run_job(plan(table, report=True)) == 0
+    assert not loads
+    assert "Nothing to do, 3 rows were done before: " in capsys.readouterr().out
+    assert (table.parent / "out" / "report.md").is_file()
+
+    next((table.parent / "out").glob("*.png")).unlink()
+    assert command.run_job(plan(table)) == 0
+    assert len(loads) == 1
+    table.write_text("prompt\none\ntwo\nthree\nfour\n")
+    assert command.run_job(plan(table)) == 0
+    assert len(loads) == 2
+
+
 LOADING = """
 import signal, sys, time
 from ernie_accel.batch import command

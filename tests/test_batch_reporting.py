@@ -13,7 +13,7 @@ import time
 import pytest
 
 from ernie_accel.batch import Sift, produce
-from ernie_accel.batch.report import write_report
+from ernie_accel.batch.report import _bars, _worked, write_report
 from ernie_accel.batch.telemetry import Telemetry, percentile, prometheus_text
 from ernie_accel.core.errors import ErnieAccelError
 from tests.child_paths import PYTHONPATH
@@ -94,10 +94,10 @@ def test_the_report_tells_counts_reasons_and_cost(tmp_path):
         if any(request.seed == 2 for request in requests):
             raise ValueError("<bad> | prompt")
 
-    list(produce(StubEngine(before, seconds=0.01), make_rows(6), tmp_path, progress=False, facts={"preset": "exact"}))
+    list(produce(StubEngine(before, seconds=0.01), make_rows(12), tmp_path, progress=False, facts={"preset": "exact"}))
     write_report(tmp_path, gpu_price=2.0, power_price=0.3, watts=700)
     markdown, page = (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
-    assert "| done | 5 |" in markdown
+    assert "| done | 11 |" in markdown
     assert "| failed | 1 |" in markdown
     assert "| preset | exact |" in markdown
     assert "| 4 | 002.png | ValueError: <bad> \\| prompt |" in markdown
@@ -107,11 +107,26 @@ def test_the_report_tells_counts_reasons_and_cost(tmp_path):
     assert "<bad>" not in page
     assert page.count("data:image/png;base64,") == 1
     assert page.count("<svg") == 2
+    ends = [float(end) for pair in re.findall(r"<title>([\d.e-]+) to ([\d.e-]+) s: \d+ pictures", page) for end in pair]
+    assert len(ends) > 4
+    assert max(ends) < 60, "moments are told from the beginning of the work, not of 1970"
+
+
+def test_breaks_between_runs_are_no_work():
+    assert _worked([(1005, 1015), (0, 10), (1000, 1010)]) == (25, [10, 20, 25])
+    assert _worked([]) == (0, [])
+
+
+def test_a_histogram_of_a_few_pictures_is_not_drawn():
+    assert "<svg" not in _bars([1.0, 2.0, 3.0], "seconds")
+    assert "<svg" not in _bars([1.0] * 20, "seconds")
+    page = _bars([float(i) for i in range(100)], "seconds")
+    assert sum(map(int, re.findall(r"s: (\d+) pictures", page))) == 100
 
 
 def test_rejections_are_counted_by_their_kind(tmp_path):
     list(produce(StubEngine(), make_rows(5, seed=1), tmp_path, progress=False, sift=Sift(duplicate_bits=0)))
-    write_report(tmp_path)
+    write_report(str(tmp_path))
     markdown = (tmp_path / "report.md").read_text()
     assert "| rejected | 4 |" in markdown
     assert "| 4 | rejected: near-duplicate |" in markdown

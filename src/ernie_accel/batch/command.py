@@ -87,7 +87,6 @@ def run_job(job: Job) -> int:
     """Run a job, tell how it went, and return the exit code."""
     from ernie_accel.batch import read_table
     from ernie_accel.batch.produce import check_folder
-    from ernie_accel.batch.report import write_report
     from ernie_accel.cli import EMBEDDED_SIZE_PX
 
     here = not job.endpoint and job.model is None
@@ -106,15 +105,18 @@ def run_job(job: Job) -> int:
     _check_outputs(job)
     with _metrics(job) as metrics:
         facts = _facts(job)
-        check_folder(rows, job.output_dir, seed=job.seed, overwrite=job.overwrite, sift=job.sifting(), facts=facts)
+        sift = job.sifting()
+        if not check_folder(rows, job.output_dir, seed=job.seed, overwrite=job.overwrite, sift=sift, facts=facts):
+            _report(job, power)
+            typer.echo(f"Nothing to do, {len(rows)} rows were done before: {job.output_dir.resolve()}")
+            return 0
         engine = _engine(job, facts)
         start = time.perf_counter()
         with _interruptible() as interrupted:
             done, failed, rejected = _make(job, rows, engine, facts, metrics, lambda: bool(interrupted), power.look)
         seconds = time.perf_counter() - start
     before = len(rows) - done - failed - rejected
-    if job.report:
-        write_report(job.output_dir, gpu_price=job.gpu_price, power_price=job.power_price, watts=power.watts)
+    _report(job, power)
     rest = f", {rejected} rejected" if rejected else ""
     rest += f", {before} {'not begun' if interrupted else 'done before or not begun'}" if before else ""
     typer.echo(f"{done} succeeded, {failed} failed{rest}, in {seconds:.1f} s: {job.output_dir.resolve()}")
@@ -122,6 +124,13 @@ def run_job(job: Job) -> int:
         typer.echo("Interrupted; run the same command again to go on.", err=True)
         return EXIT_INTERRUPTED
     return EXIT_FAILED if failed or rejected else 0
+
+
+def _report(job: Job, power: _Power) -> None:
+    from ernie_accel.batch.report import write_report
+
+    if job.report:
+        write_report(job.output_dir, gpu_price=job.gpu_price, power_price=job.power_price, watts=power.watts)
 
 
 def _check_outputs(job: Job) -> None:

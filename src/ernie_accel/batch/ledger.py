@@ -116,9 +116,14 @@ class Ledger:
         lost = self._lost_files()
         return [task for task in tasks if states[task.row.path] not in FINAL or task.row.path in lost]
 
-    def check(self, tasks: Sequence[Task], settings: Mapping[str, str], *, overwrite: bool) -> None:
-        """Raise what `begin` would, and change nothing; settings that are not given are taken to be as they were."""
-        self._compare(tasks, {**self.settings(), **settings}, overwrite)
+    def check(self, tasks: Sequence[Task], settings: Mapping[str, str], *, overwrite: bool) -> bool:
+        """Raise what `begin` would, and return whether it would leave anything to do; change nothing.
+
+        Settings that are not given are taken to be as they were.
+        """
+        _, changed_settings, changed, gone = self._compare(tasks, {**self.settings(), **settings}, overwrite)
+        final = {path for path, state, _ in self._states() if state in FINAL}
+        return bool(changed_settings or changed or gone or final != {t.row.path for t in tasks} or self._lost_files())
 
     def _compare(
         self, tasks: Sequence[Task], settings: Mapping[str, str], overwrite: bool

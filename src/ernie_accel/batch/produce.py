@@ -144,8 +144,10 @@ def check_folder(
     overwrite: bool = False,
     sift: Sift | None = None,
     facts: Mapping[str, str] | None = None,
-) -> None:
-    """Raise now, before a model is loaded, what `produce` with these arguments would raise about the folder after it.
+) -> bool:
+    """Return whether `produce` with these arguments has anything to do; raise what it would raise about the folder.
+
+    All of that is known before a model is loaded.
 
     Raises:
         BatchOutputError: As `produce`.
@@ -154,7 +156,7 @@ def check_folder(
     out = Path(out)
     ledger = Ledger(out, durable=Ledger.exists(out))
     try:
-        ledger.check(tasks_of(rows, seed), {**(facts or {}), **_sift_facts(sift)}, overwrite=overwrite)
+        return ledger.check(tasks_of(rows, seed), {**(facts or {}), **_sift_facts(sift)}, overwrite=overwrite)
     finally:
         ledger.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,16 +14,17 @@ from PIL import Image
 from ernie_accel.batch.ledger import JOB_FOLDER, Entry, Ledger
 from ernie_accel.batch.line import REJECTED
 from ernie_accel.batch.summary import write_summary
-from ernie_accel.batch.telemetry import percentile
+from ernie_accel.batch.telemetry import merged, percentile
 from ernie_accel.core.errors import ErnieAccelError
 
 _SHEET_PICTURES = 12
 _BARS = 40
+_FEWEST = 8  # values that a histogram tells anything of
 _MAX_FAILURES = 200
 
 
 def write_report(
-    out: Path,
+    out: str | Path,
     *,
     gpu_price: float | None = None,
     power_price: float | None = None,
@@ -39,6 +41,7 @@ def write_report(
     Raises:
         BatchOutputError: The ledger is in use, or the report cannot be written.
     """
+    out = Path(out)
     ledger = Ledger(out)
     try:
         facts = _Facts(ledger)
@@ -57,7 +60,6 @@ class _Facts:
         counts = Counter(ledger.counts())
         self.done = counts["done"]
         self.latencies: list[float] = []
-        self.moments: list[float] = []  # at which pictures were finished
         self.failures: list[Entry] = []  # the first of them
         self.shown: list[Entry] = []  # on the contact sheet: pictures evenly spread over the job
         spans: list[tuple[float, float]] = []
@@ -76,11 +78,9 @@ class _Facts:
             sizes[entry.batch_size] += 1
             if entry.finished_at is not None and entry.seconds is not None:
                 self.latencies.append(entry.seconds)
-                self.moments.append(entry.finished_at)
                 spans.append((entry.finished_at - entry.seconds, entry.finished_at))
         self.latencies.sort()
-        self.moments.sort()
-        self.working_s = _covered(spans)
+        self.working_s, self.moments = _worked(spans)
         self.reasons = _most_common(reasons)
         self.numbers = [(state, str(counts[state])) for state in ("done", "failed", "rejected", "pending", "running")]
         if self.working_s:
@@ -111,8 +111,8 @@ class _Facts:
             parts += ["<h2>Why pictures are missing</h2>", _table([(str(n), reason) for reason, n in self.reasons])]
             rows = [(f"line {entry.line}", f"{entry.path}: {entry.error}") for entry in self.failures[:_MAX_FAILURES]]
             parts += ["<details><summary>Row by row</summary>", _table(rows), "</details>"]
-        parts += ["<h2>Pictures over time</h2>", _bars(self.moments, "from the first to the last picture")]
-        parts += ["<h2>Latency</h2>", _bars(self.latencies, "from the fastest to the slowest picture, in seconds")]
+        parts += ["<h2>Pictures over time</h2>", _bars(self.moments, "seconds of work, without breaks between runs")]
+        parts += ["<h2>Latency</h2>", _bars(self.latencies, "seconds from the start of a batch to the file")]
         if sheet is not None:
             picture = base64.b64encode(sheet).decode()
             parts += ["<h2>Contact sheet</h2>", f'<img alt="contact sheet" src="data:image/png;base64,{picture}">']
@@ -148,16 +148,19 @@ def _by_size(counted: tuple[int | None, int]) -> int:
     return counted[0] or 0
 
 
-def _covered(spans: list[tuple[float, float]]) -> float:
-    """Return the seconds covered by the batches of the pictures, each counted once where they overlap.
+def _worked(spans: list[tuple[float, float]]) -> tuple[float, list[float]]:
+    """Return the seconds in which batches were under way, and how many of them had gone by at the end of each span.
 
-    Breaks between runs so do not count.
+    Breaks between runs do not count, and time in which batches overlap counts once.
     """
-    total, end = 0.0, float("-inf")
-    for first, last in sorted(spans):
-        total += max(0.0, last - max(first, end))
-        end = max(end, last)
-    return total
+    ends = sorted(end for _, end in spans)
+    worked, moments, passed = 0.0, [], 0
+    for first, last in merged(spans):
+        while passed < len(ends) and ends[passed] <= last:
+            moments.append(worked + ends[passed] - first)
+            passed += 1
+        worked += last - first
+    return worked, moments
 
 
 def _costs(
@@ -213,19 +216,26 @@ def _sheet(out: Path, entries: Sequence[Entry]) -> bytes | None:
 
 
 def _bars(values: Sequence[float], caption: str) -> str:
-    """Return a histogram of ascending values as inline SVG."""
-    if len(values) < 2 or values[0] == values[-1]:
+    """Return a histogram of ascending seconds as inline SVG."""
+    if len(values) < _FEWEST or values[0] == values[-1]:
         return "<p>Too few pictures to draw.</p>"
-    width = (values[-1] - values[0]) / _BARS
-    counts = Counter(min(_BARS - 1, int((value - values[0]) / width)) for value in values)
+    bars = min(_BARS, math.ceil(2 * len(values) ** (1 / 3)))  # Rice's rule
+    width = (values[-1] - values[0]) / bars
+    counts = Counter(min(bars - 1, int((value - values[0]) / width)) for value in values)
     highest = max(counts.values())
-    bars = "".join(
+    drawn = "".join(
         f'<rect x="{10 * i}" y="{100 - 100 * n / highest:.1f}" width="8" height="{100 * n / highest:.1f}">'
-        f"<title>{values[0] + i * width:.2f}: {n}</title></rect>"
+        f"<title>{_seconds(values[0] + i * width)} to {_seconds(values[0] + (i + 1) * width)} s: {n} pictures</title>"
+        "</rect>"
         for i, n in sorted(counts.items())
     )
-    span = f"{width:.3g} s a bar, the highest {highest} pictures; {html.escape(caption)}"
-    return f'<svg viewBox="0 0 {10 * _BARS} 100" width="{10 * _BARS}" fill="#0969da">{bars}</svg><p>{span}</p>'
+    ends = f"{_seconds(values[0])} to {_seconds(values[-1])} {caption}; the highest bar is {highest} pictures"
+    svg = f'<svg viewBox="0 0 {10 * bars} 100" width="{10 * _BARS}" height="100" preserveAspectRatio="none"'
+    return f'{svg} fill="#0969da">{drawn}</svg><p>{html.escape(ends)}</p>'
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
