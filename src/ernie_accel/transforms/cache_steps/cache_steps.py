@@ -85,9 +85,9 @@ class CacheSteps(Transform):
         ]
         wrong += known[self.backend].bad_values(self)
         if self.first < 2:
-            wrong.append(f"first must be >= 2 steps, because a line takes two points; got {self.first}")
+            wrong.append(f"first must be >= 2 steps, because a line takes two points; got {self.first!r}")
         if self.last < 0:
-            wrong.append(f"last must be >= 0, got {self.last}")
+            wrong.append(f"last must be >= 0, got {self.last!r}")
         if wrong:
             raise ValueError("; ".join(wrong))
 

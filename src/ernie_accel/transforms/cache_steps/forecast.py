@@ -31,7 +31,7 @@ class Forecast(Backend):
 
     def bad_values(self, wanted: CacheSteps) -> list[str]:
         if wanted.every not in FLOORS_DB:
-            return [f"every must be {', '.join(map(str, FLOORS_DB))} (steps), got {wanted.every}"]
+            return [f"every must be {', '.join(map(str, FLOORS_DB))} (steps), got {wanted.every!r}"]
         return []
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
