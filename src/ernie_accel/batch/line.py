@@ -231,6 +231,8 @@ class Line:
             ready = self._prepared or self._prepare_some()
             self._prepared = self._prepare_some() if self._engine.prepares_aside else []
             self._schedule.add(ready)
+            if self._fatal is not None:
+                return []  # rows that had waited for these would be blamed for the engine
 
     def _prepare_some(self) -> list[Task]:
         """Have the engine prepare the next rows, and return them; none if it cannot go on."""
