@@ -24,7 +24,7 @@ from ernie_accel.batch.task import Task, tasks_of
 from ernie_accel.batch.telemetry import Telemetry
 from ernie_accel.core.atomic import remove_leftovers
 
-__all__ = ["Result", "aproduce", "check_folder", "produce"]
+__all__ = ["Result", "aproduce", "check_folder", "produce", "renew_manifest"]
 
 
 def produce(
@@ -143,11 +143,12 @@ def check_folder(
     seed: int = 0,
     overwrite: bool = False,
     sift: Sift | None = None,
-    facts: Mapping[str, str] | None = None,
+    facts: Mapping[str, str | None] | None = None,
 ) -> bool:
     """Return whether `produce` with these arguments has anything to do; raise what it would raise about the folder.
 
-    All of that is known before a model is loaded.
+    All of that is known before a model is loaded, but for what the engine says of itself, which is taken to be as it
+    was. A fact that is None is one that `produce` will not be given.
 
     Raises:
         BatchOutputError: As `produce`.
@@ -156,7 +157,26 @@ def check_folder(
     out = Path(out)
     ledger = Ledger(out, durable=Ledger.exists(out))
     try:
-        return ledger.check(tasks_of(rows, seed), {**(facts or {}), **_sift_facts(sift)}, overwrite=overwrite)
+        settings = {"sift": None} | dict(facts or {}) | _sift_facts(sift)
+        return ledger.check(tasks_of(rows, seed), settings, overwrite=overwrite)
+    finally:
+        ledger.close()
+
+
+def renew_manifest(rows: Iterable[Row], out: str | Path, *, seed: int = 0) -> None:
+    """Write the manifest of a job that has nothing left to do.
+
+    What made the last picture may have been killed before it did, and lines and the input's own columns may have
+    changed since.
+
+    Raises:
+        BatchOutputError: As `produce`.
+    """
+    out = Path(out)
+    ledger = Ledger(out)
+    try:
+        ledger.begin(tasks_of(rows, seed), ledger.settings(), overwrite=False)
+        write_manifest(out, ledger)
     finally:
         ledger.close()
 
