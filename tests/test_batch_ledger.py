@@ -137,6 +137,25 @@ def test_an_older_picture_stays_in_its_place_until_its_row_is_final(tmp_path):
     assert not (tmp_path / "rejected").exists()
 
 
+@pytest.mark.parametrize("kind", ["killed", "truncated", "stale"])
+def test_a_file_of_this_job_that_waits_to_be_replaced_is_in_no_later_runs_way(tmp_path, kind):
+    """Its row was about to be begun when the job was stopped."""
+    rows = make_rows(3)
+    run(StubEngine(), rows, tmp_path)
+    if kind == "killed":  # after the file, before its entry
+        with sqlite3.connect(tmp_path / JOB_FOLDER / "ledger.sqlite") as ledger:
+            ledger.execute("UPDATE rows SET state='running'")
+        ledger.close()
+    elif kind == "truncated":
+        for path in tmp_path.glob("*.png"):
+            path.write_bytes(path.read_bytes()[:99])
+    else:
+        rows = [replace(row, seed=70 + row.index) for row in rows]
+    run(StubEngine(), rows, tmp_path, batch_size=1, stop=stop_after(1), overwrite=kind == "stale")
+    assert len(list(tmp_path.glob("*.png"))) == 3
+    assert len(run(StubEngine(), rows, tmp_path)) == 2
+
+
 def test_changes_before_anything_is_finished_are_no_obstacle(tmp_path):
     rows = make_rows(2)
     run(StubEngine(), rows, tmp_path, stop=lambda: True)
