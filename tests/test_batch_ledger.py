@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from ernie_accel.batch import BatchChangedError, BatchOutputError, produce
-from ernie_accel.batch.ledger import JOB_FOLDER
+from ernie_accel.batch.ledger import JOB_FOLDER, Ledger
 from tests.child_paths import PYTHONPATH
 from tests.stub_engine import StubEngine, make_rows
 
@@ -154,6 +154,18 @@ def test_a_file_of_this_job_that_waits_to_be_replaced_is_in_no_later_runs_way(tm
     run(StubEngine(), rows, tmp_path, batch_size=1, stop=stop_after(1), overwrite=kind == "stale")
     assert len(list(tmp_path.glob("*.png"))) == 3
     assert len(run(StubEngine(), rows, tmp_path)) == 2
+
+
+def test_a_ledger_that_cannot_be_written_leaves_the_folder_unlocked(tmp_path, monkeypatch):
+    def settle(self, entries):
+        raise BatchOutputError(tmp_path, [(None, "no space")])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "settle", settle)
+        with pytest.raises(BatchOutputError, match="no space") as caught:
+            run(StubEngine(), make_rows(2), tmp_path)
+    assert len(run(StubEngine(), make_rows(2), tmp_path)) == 2
+    assert caught  # kept until here: it keeps what was under way, and must not keep the lock
 
 
 def test_changes_before_anything_is_finished_are_no_obstacle(tmp_path):

@@ -195,7 +195,12 @@ def _run(
     close_engine: Callable[[], None] | None,
 ) -> Iterator[Result]:
     failed = False
-    try:
+    with ExitStack() as closing:  # all of them, whatever one raises: a ledger left open would lock the folder
+        if close_engine is not None:
+            closing.callback(close_engine)
+        closing.callback(ledger.close)
+        closing.callback(telemetry.close)
+        closing.callback(line.close)
         while True:
             start_more = not (stop() or (fail_fast and failed))
             if line.idle and not line.broken and not (start_more and line.waiting):
@@ -205,12 +210,6 @@ def _run(
                 yield result
         if manifest_in is not None:
             write_manifest(manifest_in, ledger)
-    finally:
-        line.close()
-        telemetry.close()
-        ledger.close()
-        if close_engine is not None:
-            close_engine()
 
 
 async def aproduce(
