@@ -168,6 +168,16 @@ def test_a_ledger_that_cannot_be_written_leaves_the_folder_unlocked(tmp_path, mo
     assert caught  # kept until here: it keeps what was under way, and must not keep the lock
 
 
+def test_what_a_kill_left_of_any_file_is_removed(tmp_path):
+    rows = [replace(row, folder="a") for row in make_rows(1)]
+    leftovers = [tmp_path / folder / f".{0:016x}.tmp" for folder in ("", "a", "rejected", "rejected/reroll-1/a")]
+    for path in leftovers:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    run(StubEngine(), rows, tmp_path)
+    assert not [path for path in leftovers if path.exists()]
+
+
 def test_changes_before_anything_is_finished_are_no_obstacle(tmp_path):
     rows = make_rows(2)
     run(StubEngine(), rows, tmp_path, stop=lambda: True)

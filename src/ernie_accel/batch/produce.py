@@ -16,7 +16,7 @@ from ernie_accel.batch.errors import BatchInputError, Problem
 from ernie_accel.batch.ledger import Ledger
 from ernie_accel.batch.line import Line, Result
 from ernie_accel.batch.metrics import MetricsServer
-from ernie_accel.batch.naming import collision_key
+from ernie_accel.batch.naming import REJECTED_FOLDER, collision_key
 from ernie_accel.batch.row import MAX_SEED, Row
 from ernie_accel.batch.sift import Sift
 from ernie_accel.batch.summary import write_manifest
@@ -107,7 +107,8 @@ def produce(
         undo.callback(ledger.close)
         to_do = ledger.begin(tasks, facts | _sift_facts(sift), overwrite=overwrite)
         if resume:  # the ledger is locked: whatever is half-written here was killed
-            for folder in {(out / task.row.path).parent for task in tasks}:
+            rejected = (folder for folder in (out / REJECTED_FOLDER).rglob("*") if folder.is_dir())
+            for folder in {out, out / REJECTED_FOLDER, *rejected, *((out / task.row.path).parent for task in tasks)}:
                 remove_leftovers(folder)
         telemetry = Telemetry(
             len(to_do),
