@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from ernie_accel.batch import produce
-from ernie_accel.batch.engines import BatchTimeoutError, EngineLostError, LocalEngine, Request
+from ernie_accel.batch.engines import BatchTimeoutError, EngineLostError, LocalEngine, Request, prompts
 from ernie_accel.batch.engines.base import PREPARE_BATCH, ROUND, Engine, in_batches
 from ernie_accel.batch.engines.process import ProcessEngine
+from ernie_accel.batch.engines.prompts import PromptStage
 from tests.pipelines import tiny_ernie
 from tests.stub_engine import StubEngine, make_rows
 from tests.stub_pipes import load_ernie_that_hangs_on, load_tiny_ernie
@@ -195,3 +196,14 @@ def test_freed_encoders_come_back_for_the_next_round_and_for_what_was_not_encode
     assert pipe.text_encoder is None
     engine.close()
     assert pipe.text_encoder is encoder
+
+
+def test_what_is_needed_now_is_not_forgotten_to_make_room(monkeypatch):
+    """A prompt that comes again when it is the oldest that is kept, beside new ones."""
+    monkeypatch.setattr(prompts, "_KEPT", 2)
+    stage = PromptStage(tiny_ernie(enhancer=True))
+    old, middle, new = requests_of(SHORT, "a blue square", "a red square")
+    stage.prepare([old, middle])
+    words = stage.pack(old)[0]
+    stage.prepare([old, new])
+    assert stage.pack(old)[0] == words

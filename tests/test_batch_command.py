@@ -100,7 +100,7 @@ def test_what_the_folder_holds_is_told_before_anything_is_loaded(table, monkeypa
         command.run_job(plan(table, seed=5))
     with pytest.raises(BatchChangedError, match="setting 'preset' was"):
         command.run_job(plan(table, preset="turbo-bf16"))
-    with pytest.raises(BatchChangedError, match="setting 'sift' was None and is now"):
+    with pytest.raises(BatchChangedError, match=r"setting 'sift' was None and is now"):
         command.run_job(plan(table, sift=True))
     shutil.rmtree(out / ".ernie-accel")
     with pytest.raises(BatchOutputError, match=r"'00000\.png' exists; allow overwriting or choose another output"):
@@ -154,6 +154,49 @@ def test_a_job_that_is_done_loads_no_model_and_one_with_a_lost_picture_does(tabl
     table.write_text("prompt\none\ntwo\nthree\nfour\n")
     assert command.run_job(plan(table)) == 0
     assert len(loads) == 2
+
+
+def test_a_job_that_is_done_gets_the_manifest_that_a_kill_kept_from_it(table, monkeypatch, nothing_is_loaded):
+    out = table.parent / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "_engine", lambda job, facts: StubEngine())
+        assert command.run_job(plan(table)) == 0
+    (out / "manifest.jsonl").unlink()
+    lines = table.read_text().split()
+    table.write_text("\n".join([f"{lines[0]},shelf", *(f"{line},left" for line in lines[1:])]))
+    assert command.run_job(plan(table)) == 0
+    assert [json.loads(line)["shelf"] for line in (out / "manifest.jsonl").open()] == ["left"] * 3
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_setting_that_is_given_no_more_is_a_change(table, monkeypatch, overwrite):
+    monkeypatch.setattr(command, "_engine", lambda job, facts: StubEngine())
+    assert command.run_job(plan(table, sift=True, duplicates=64)) == command.EXIT_FAILED
+    if overwrite:
+        assert command.run_job(plan(table, overwrite=True)) == 0
+        assert len(list((table.parent / "out").glob("*.png"))) == 3
+    else:
+        with pytest.raises(BatchChangedError, match=r"setting 'sift' was .* and is now None"):
+            command.run_job(plan(table))
+
+
+@pytest.mark.parametrize(("change", "named"), [({"server": "vllm-omni"}, "pipeline"), ({"endpoint": ()}, "preset")])
+def test_other_image_servers_or_none_are_a_change(table, monkeypatch, change, named):
+    """Each engine adds what it says of itself; a local one is known by its preset before it is loaded."""
+
+    class Server(StubEngine):
+        def __init__(self, kind):
+            super().__init__()
+            self._kind = kind
+
+        def identity(self):
+            return {"pipeline": self._kind}
+
+    monkeypatch.setattr(command, "_engine", lambda job, facts: Server(job.server))
+    options = {"endpoint": ("http://a",), "server": "sglang"}
+    assert command.run_job(plan(table, **options)) == 0
+    with pytest.raises(BatchChangedError, match=f"setting '{named}' was"):
+        command.run_job(plan(table, **(options | change)))
 
 
 LOADING = """

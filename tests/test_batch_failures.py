@@ -190,6 +190,26 @@ def test_a_step_that_hangs_within_the_process_ends_the_job_and_keeps_the_rows(tm
     assert states(tmp_path) == ["done", "failed", "pending"]
 
 
+def test_an_engine_lost_while_it_prepares_is_no_waiting_rows_fault(tmp_path):
+    """A row that waits for others to fill its batch, while those are prepared."""
+
+    class Hangs(StubEngine):
+        ahead, lost = 4, False
+
+        def prepare(self, requests, timeout_s=None):
+            self.lost = any(request.seed == 4 for request in requests)
+            if self.lost:
+                raise EngineLostError("the encoder hangs")
+
+        def render(self, requests, timeout_s=None):
+            assert not self.lost, "asked to render after it was lost"
+            return super().render(requests, timeout_s)
+
+    with pytest.raises(EngineLostError, match="the encoder hangs"):
+        run(Hangs(), make_rows(5), tmp_path, batch_size=3)
+    assert states(tmp_path) == ["done"] * 3 + ["pending"] * 2
+
+
 def test_a_process_engine_survives_hangs_crashes_and_errors(tmp_path):
     engine = ProcessEngine(functools.partial(StepPipe, str(tmp_path)))
     try:

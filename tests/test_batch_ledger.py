@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from ernie_accel.batch import BatchChangedError, BatchOutputError, produce
-from ernie_accel.batch.ledger import JOB_FOLDER
+from ernie_accel.batch.ledger import JOB_FOLDER, Ledger
 from tests.child_paths import PYTHONPATH
 from tests.stub_engine import StubEngine, make_rows
 
@@ -135,6 +135,47 @@ def test_an_older_picture_stays_in_its_place_until_its_row_is_final(tmp_path):
     assert (tmp_path / "000.png").read_bytes() != older
     assert (tmp_path / "001.png").is_file()
     assert not (tmp_path / "rejected").exists()
+
+
+@pytest.mark.parametrize("kind", ["killed", "truncated", "stale"])
+def test_a_file_of_this_job_that_waits_to_be_replaced_is_in_no_later_runs_way(tmp_path, kind):
+    """Its row was about to be begun when the job was stopped."""
+    rows = make_rows(3)
+    run(StubEngine(), rows, tmp_path)
+    if kind == "killed":  # after the file, before its entry
+        with sqlite3.connect(tmp_path / JOB_FOLDER / "ledger.sqlite") as ledger:
+            ledger.execute("UPDATE rows SET state='running'")
+        ledger.close()
+    elif kind == "truncated":
+        for path in tmp_path.glob("*.png"):
+            path.write_bytes(path.read_bytes()[:99])
+    else:
+        rows = [replace(row, seed=70 + row.index) for row in rows]
+    run(StubEngine(), rows, tmp_path, batch_size=1, stop=stop_after(1), overwrite=kind == "stale")
+    assert len(list(tmp_path.glob("*.png"))) == 3
+    assert len(run(StubEngine(), rows, tmp_path)) == 2
+
+
+def test_a_ledger_that_cannot_be_written_leaves_the_folder_unlocked(tmp_path, monkeypatch):
+    def settle(self, entries):
+        raise BatchOutputError(tmp_path, [(None, "no space")])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "settle", settle)
+        with pytest.raises(BatchOutputError, match="no space") as caught:
+            run(StubEngine(), make_rows(2), tmp_path)
+    assert len(run(StubEngine(), make_rows(2), tmp_path)) == 2
+    assert caught  # kept until here: it keeps what was under way, and must not keep the lock
+
+
+def test_what_a_kill_left_of_any_file_is_removed(tmp_path):
+    rows = [replace(row, folder="a") for row in make_rows(1)]
+    leftovers = [tmp_path / folder / f".{0:016x}.tmp" for folder in ("", "a", "rejected", "rejected/reroll-1/a")]
+    for path in leftovers:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    run(StubEngine(), rows, tmp_path)
+    assert not [path for path in leftovers if path.exists()]
 
 
 def test_changes_before_anything_is_finished_are_no_obstacle(tmp_path):

@@ -86,7 +86,7 @@ def batch_command(
 def run_job(job: Job) -> int:
     """Run a job, tell how it went, and return the exit code."""
     from ernie_accel.batch import read_table
-    from ernie_accel.batch.produce import check_folder
+    from ernie_accel.batch.produce import check_folder, renew_manifest
     from ernie_accel.cli import EMBEDDED_SIZE_PX
 
     here = not job.endpoint and job.model is None
@@ -105,8 +105,17 @@ def run_job(job: Job) -> int:
     _check_outputs(job)
     with _metrics(job) as metrics:
         facts = _facts(job)
-        sift = job.sifting()
-        if not check_folder(rows, job.output_dir, seed=job.seed, overwrite=job.overwrite, sift=sift, facts=facts):
+        anything = check_folder(
+            rows,
+            job.output_dir,
+            seed=job.seed,
+            overwrite=job.overwrite,
+            sift=job.sifting(),
+            facts=dict.fromkeys(("model", "preset")) | facts,
+        )
+        # Image servers are no model to load, and only their engine can tell whether its own settings have changed.
+        if not anything and not job.endpoint:
+            renew_manifest(rows, job.output_dir, seed=job.seed)
             _report(job, power)
             typer.echo(f"Nothing to do, {len(rows)} rows were done before: {job.output_dir.resolve()}")
             return 0

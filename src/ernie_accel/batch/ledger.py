@@ -116,12 +116,13 @@ class Ledger:
         lost = self._lost_files()
         return [task for task in tasks if states[task.row.path] not in FINAL or task.row.path in lost]
 
-    def check(self, tasks: Sequence[Task], settings: Mapping[str, str], *, overwrite: bool) -> bool:
+    def check(self, tasks: Sequence[Task], settings: Mapping[str, str | None], *, overwrite: bool) -> bool:
         """Raise what `begin` would, and return whether it would leave anything to do; change nothing.
 
-        Settings that are not given are taken to be as they were.
+        Settings that are not named are taken to be as they were; those that are None, not to be any more.
         """
-        _, changed_settings, changed, gone = self._compare(tasks, {**self.settings(), **settings}, overwrite)
+        assumed = {name: value for name, value in {**self.settings(), **settings}.items() if value is not None}
+        _, changed_settings, changed, gone = self._compare(tasks, assumed, overwrite)
         final = {path for path, state, _ in self._states() if state in FINAL}
         return bool(changed_settings or changed or gone or final != {t.row.path for t in tasks} or self._lost_files())
 

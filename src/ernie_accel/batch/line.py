@@ -12,6 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -190,18 +191,16 @@ class Line:
         try:
             self._writer.close()
         finally:
-            # Before what the writer has finished: an interrupt may have come when it had part of a batch. What has a
-            # file stays begun, as after a kill: called pending, the file would pass for somebody else's.
-            unfinished = [task for batch in self._rendering.values() for task in batch.tasks]
-            self._ledger.pending([task for task in unfinished if not (self._out / task.row.path).exists()])
+            if self._pool is not None:
+                self._pool.shutdown(wait=False, cancel_futures=True)
+            # Before what the writer has finished: an interrupt may have come when it had part of a batch.
+            self._release(task for batch in self._rendering.values() for task in batch.tasks)
             self._rendering.clear()
             results += self._collect_written()
             self._write_ledger()
-            self._ledger.pending(self._schedule.drain())
+            self._release(self._schedule.drain())
             self._prepared.clear()
             self._unprepared.clear()
-            if self._pool is not None:
-                self._pool.shutdown(wait=False, cancel_futures=True)
         return results
 
     def _fill_slots(self) -> None:
@@ -231,6 +230,8 @@ class Line:
             ready = self._prepared or self._prepare_some()
             self._prepared = self._prepare_some() if self._engine.prepares_aside else []
             self._schedule.add(ready)
+            if self._fatal is not None:
+                return []  # rows that had waited for these would be blamed for the engine
 
     def _prepare_some(self) -> list[Task]:
         """Have the engine prepare the next rows, and return them; none if it cannot go on."""
@@ -309,7 +310,7 @@ class Line:
             self._fatal = error
             if batch_size == 1:
                 return [self._fail(task, error, seconds, batch_size)]
-            self._ledger.pending([task])
+            self._release([task])
             return []
         if is_out_of_memory(error) and batch_size > 1:
             self._schedule.sizer_of(task).out_of_memory(batch_size)
@@ -334,7 +335,7 @@ class Line:
         """Fail the row that took the engine down if it is known which; otherwise nobody is to blame."""
         if len(batch.tasks) == 1:
             return [self._fail(batch.tasks[0], error, time.perf_counter() - batch.start, 1)]
-        self._ledger.pending(batch.tasks)
+        self._release(batch.tasks)
         return []
 
     def _row_failed(self, task: Task, error: Exception, seconds: float, batch_size: int) -> list[Result]:
@@ -368,7 +369,7 @@ class Line:
                 problem = f"{picture.task.row.path!r} could not be written: {reason}; {fix}"
                 self._unwritten.append((picture.task.row.line, problem))
                 self._fatal = BatchOutputError(self._out, sorted(self._unwritten))
-                self._ledger.pending([picture.task])
+                self._release([picture.task])
             else:
                 results += self._picture_written(picture)
         return results
@@ -398,6 +399,13 @@ class Line:
             return []
         error = f"{REJECTED}{finding.reason}; see {rejected_path(task)}"
         return [self._settle(task, "rejected", picture.seconds, picture.batch_size, error=error)]
+
+    def _release(self, tasks: Iterable[Task]) -> None:
+        """Make rows pending again, but for those with a file in their place, which stay as they are, as after a kill.
+
+        An earlier run may have made it; called pending, it would pass for somebody else's, and refuse the next run.
+        """
+        self._ledger.pending([task for task in tasks if not os.path.lexists(self._out / task.row.path)])
 
     def _write_ledger(self) -> None:
         """Enter what was settled, in one transaction; results are only shown after it."""

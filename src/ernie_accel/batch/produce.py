@@ -16,7 +16,7 @@ from ernie_accel.batch.errors import BatchInputError, Problem
 from ernie_accel.batch.ledger import Ledger
 from ernie_accel.batch.line import Line, Result
 from ernie_accel.batch.metrics import MetricsServer
-from ernie_accel.batch.naming import collision_key
+from ernie_accel.batch.naming import REJECTED_FOLDER, collision_key
 from ernie_accel.batch.row import MAX_SEED, Row
 from ernie_accel.batch.sift import Sift
 from ernie_accel.batch.summary import write_manifest
@@ -24,7 +24,7 @@ from ernie_accel.batch.task import Task, tasks_of
 from ernie_accel.batch.telemetry import Telemetry
 from ernie_accel.core.atomic import remove_leftovers
 
-__all__ = ["Result", "aproduce", "check_folder", "produce"]
+__all__ = ["Result", "aproduce", "check_folder", "produce", "renew_manifest"]
 
 
 def produce(
@@ -107,7 +107,8 @@ def produce(
         undo.callback(ledger.close)
         to_do = ledger.begin(tasks, facts | _sift_facts(sift), overwrite=overwrite)
         if resume:  # the ledger is locked: whatever is half-written here was killed
-            for folder in {(out / task.row.path).parent for task in tasks}:
+            rejected = (folder for folder in (out / REJECTED_FOLDER).rglob("*") if folder.is_dir())
+            for folder in {out, out / REJECTED_FOLDER, *rejected, *((out / task.row.path).parent for task in tasks)}:
                 remove_leftovers(folder)
         telemetry = Telemetry(
             len(to_do),
@@ -143,11 +144,12 @@ def check_folder(
     seed: int = 0,
     overwrite: bool = False,
     sift: Sift | None = None,
-    facts: Mapping[str, str] | None = None,
+    facts: Mapping[str, str | None] | None = None,
 ) -> bool:
     """Return whether `produce` with these arguments has anything to do; raise what it would raise about the folder.
 
-    All of that is known before a model is loaded.
+    All of that is known before a model is loaded, but for what the engine says of itself, which is taken to be as it
+    was. A fact that is None is one that `produce` will not be given.
 
     Raises:
         BatchOutputError: As `produce`.
@@ -156,7 +158,26 @@ def check_folder(
     out = Path(out)
     ledger = Ledger(out, durable=Ledger.exists(out))
     try:
-        return ledger.check(tasks_of(rows, seed), {**(facts or {}), **_sift_facts(sift)}, overwrite=overwrite)
+        settings = {"sift": None} | dict(facts or {}) | _sift_facts(sift)
+        return ledger.check(tasks_of(rows, seed), settings, overwrite=overwrite)
+    finally:
+        ledger.close()
+
+
+def renew_manifest(rows: Iterable[Row], out: str | Path, *, seed: int = 0) -> None:
+    """Write the manifest of a job that has nothing left to do.
+
+    What made the last picture may have been killed before it did, and lines and the input's own columns may have
+    changed since.
+
+    Raises:
+        BatchOutputError: As `produce`.
+    """
+    out = Path(out)
+    ledger = Ledger(out)
+    try:
+        ledger.begin(tasks_of(rows, seed), ledger.settings(), overwrite=False)
+        write_manifest(out, ledger)
     finally:
         ledger.close()
 
@@ -175,7 +196,12 @@ def _run(
     close_engine: Callable[[], None] | None,
 ) -> Iterator[Result]:
     failed = False
-    try:
+    with ExitStack() as closing:  # all of them, whatever one raises: a ledger left open would lock the folder
+        if close_engine is not None:
+            closing.callback(close_engine)
+        closing.callback(ledger.close)
+        closing.callback(telemetry.close)
+        closing.callback(line.close)
         while True:
             start_more = not (stop() or (fail_fast and failed))
             if line.idle and not line.broken and not (start_more and line.waiting):
@@ -185,12 +211,6 @@ def _run(
                 yield result
         if manifest_in is not None:
             write_manifest(manifest_in, ledger)
-    finally:
-        line.close()
-        telemetry.close()
-        ledger.close()
-        if close_engine is not None:
-            close_engine()
 
 
 async def aproduce(

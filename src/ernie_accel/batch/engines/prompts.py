@@ -149,6 +149,8 @@ class PromptStage:
         for some in _chunks(keys, PREPARE_BATCH):
             texts = self._enhance([missing[key] for key in some], expired)
             self._texts.update(zip(some, texts, strict=True))
+        for request in requests:
+            self._texts.move_to_end(self._key(request))
         self._forget(self._texts)
 
     def _enhance(self, requests: Sequence[Request], expired: threading.Event | None) -> list[str]:
