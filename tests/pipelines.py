@@ -364,3 +364,14 @@ def picture(pipe: Any, *, seed: int = 0, steps: int = 3, **kwargs: Any) -> torch
             arguments["use_pe"] = False  # stock draws its words from the global random numbers
     images: torch.Tensor = pipe(**(arguments | kwargs)).images
     return images.float()
+
+
+def interrupt_at(step: int) -> Any:
+    """Return a callback for the end of a step that is a Ctrl-C after step number `step`, from 0."""
+
+    def callback(pipe: Any, at: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if at == step:
+            raise KeyboardInterrupt
+        return tensors
+
+    return callback

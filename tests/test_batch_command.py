@@ -145,7 +145,7 @@ def test_a_job_that_is_done_loads_no_model_and_one_with_a_lost_picture_does(tabl
     monkeypatch.setattr(command, "_engine", lambda job, facts: (loads.append(job), StubEngine())[1])
     assert command.run_job(plan(table, report=True)) == 0
     assert not loads
-    assert "Nothing to do, 3 rows were done before: " in capsys.readouterr().out
+    assert "Nothing to do, 3 rows were finished before: " in capsys.readouterr().out
     assert (table.parent / "out" / "report.md").is_file()
 
     next((table.parent / "out").glob("*.png")).unlink()

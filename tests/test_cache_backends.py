@@ -35,7 +35,7 @@ from ernie_accel.families import ernie_image_blocks
 from ernie_accel.transforms.cache_steps.db_cache import _quiet
 from ernie_accel.transforms.graphs import GraphedForward
 from tests.examples import differences, snapshot
-from tests.pipelines import PIPELINES, picture, tiny_ernie
+from tests.pipelines import PIPELINES, interrupt_at, picture, tiny_ernie
 from tests.test_cache_steps import db
 from tests.test_graphs import H200, Recorder
 
@@ -159,13 +159,8 @@ def test_nothing_of_it_is_on_the_pipe_but_during_a_call(ernie, backend, often):
     optimized = traces(ernie)
     picture(ernie, steps=24)
 
-    def stop(pipe, step, t, tensors):
-        if step == 9:
-            raise KeyboardInterrupt
-        return tensors
-
     with pytest.raises(KeyboardInterrupt):
-        picture(ernie, steps=24, callback_on_step_end=stop)
+        picture(ernie, steps=24, callback_on_step_end=interrupt_at(9))
     assert traces(ernie) == optimized
     ernie_accel.restore(ernie)
     assert traces(ernie) == before

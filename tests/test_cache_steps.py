@@ -27,7 +27,7 @@ from ernie_accel.transforms.cache_steps.cache_steps import LEAST_STEPS
 from ernie_accel.transforms.cache_steps.forecast import FLOORS_DB
 from ernie_accel.transforms.graphs import GraphedForward
 from tests.examples import differences, snapshot
-from tests.pipelines import PIPELINES, picture, tiny_ernie
+from tests.pipelines import PIPELINES, interrupt_at, picture, tiny_ernie
 from tests.test_graphs import Recorder
 
 CPU = Context.named("cpu")
@@ -120,13 +120,8 @@ def test_a_picture_that_failed_leaves_nothing_behind(ernie):
     ernie_accel.optimize(ernie, CacheSteps())
     first = picture(ernie, steps=24)
 
-    def stop(pipe, step, t, tensors):
-        if step == 9:
-            raise KeyboardInterrupt
-        return tensors
-
     with pytest.raises(KeyboardInterrupt):
-        picture(ernie, steps=24, callback_on_step_end=stop)
+        picture(ernie, steps=24, callback_on_step_end=interrupt_at(9))
     assert torch.equal(picture(ernie, steps=24), first)
 
 

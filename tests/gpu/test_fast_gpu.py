@@ -57,7 +57,10 @@ def test_no_step_waits_for_the_device(pipe: Any, preset: str) -> None:
     ernie_accel.optimize(pipe, preset=preset)
     latents(pipe)  # compiles and captures
 
+    watched: list[int] = []
+
     def watch(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        watched.append(step)
         torch.cuda.set_sync_debug_mode("error" if step < 7 else "default")  # what waits raises
         return tensors
 
@@ -65,6 +68,7 @@ def test_no_step_waits_for_the_device(pipe: Any, preset: str) -> None:
         pipe("a red circle", output_type="latent", use_pe=False, height=128, width=128, callback_on_step_end=watch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert watched == list(range(8))
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

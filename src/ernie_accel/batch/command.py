@@ -117,7 +117,7 @@ def run_job(job: Job) -> int:
         if not anything and not job.endpoint:
             renew_manifest(rows, job.output_dir, seed=job.seed)
             _report(job, power)
-            typer.echo(f"Nothing to do, {len(rows)} rows were done before: {job.output_dir.resolve()}")
+            typer.echo(f"Nothing to do, {len(rows)} rows were finished before: {job.output_dir.resolve()}")
             return 0
         engine = _engine(job, facts)
         start = time.perf_counter()

@@ -12,8 +12,8 @@ from ernie_accel.batch.engines.base import Request
 def latents_for(pipe: Any, requests: Sequence[Request]) -> Any:
     """Return the first latents [B, C, H / 16, W / 16] of requests alike in size, each from its own seed.
 
-    The pipeline draws the same numbers by itself. But it joins the rows in a parallel region, which takes 60 ms where
-    other threads encode PNG (8 rows on 16 cores), and copies them in a way that waits for the device.
+    The pipeline draws the same numbers by itself. But it joins the rows in a parallel region, which waits for cores
+    that encode PNG, and copies them in a way that waits for the device.
 
     Returns:
         A tensor on the pipe's device, or None for a pipeline of another class, whose noise nobody knows here.
