@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
@@ -13,6 +14,26 @@ import torch
 
 import ernie_accel
 from tests.pipelines import tiny_ernie, tiny_flux
+
+
+@pytest.fixture(autouse=True)
+def settings_of_the_process():
+    """Fail a test that leaves a setting of the whole process changed: the next ones would compute with it."""
+    before = _settings()
+    yield
+    assert _settings() == before
+
+
+def _settings() -> dict[str, object]:
+    registry = getattr(sys.modules.get("diffusers.models.attention_dispatch"), "_AttentionBackendRegistry", None)
+    return {
+        "attention backend": "native" if registry is None else registry._active_backend.value,
+        "default dtype": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "float32 matmul precision": torch.get_float32_matmul_precision(),
+        "grad": torch.is_grad_enabled(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 @pytest.fixture

@@ -205,7 +205,11 @@ def test_prompt_lengths_are_read_once_and_again_after_a_change() -> None:
         assert prompt_lengths(torch.tensor([6])) == (6,)
 
 
-def test_the_attention_backend_of_the_model_is_obeyed() -> None:
+def test_the_attention_backend_of_the_model_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    # diffusers makes it the default of every other model in the process, too
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
     pipe = rewritten(tiny_ernie())
     pipe.transformer.set_attention_backend("_native_math")
     assert {block.self_attention.processor._attention_backend.value for block in pipe.transformer.layers} == {
