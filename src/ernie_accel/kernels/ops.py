@@ -1,3 +1,4 @@
+# mypy: allow-untyped-calls
 """The kernels as torch operators: Triton on CUDA, the plain-torch twin elsewhere, one graph node under torch.compile.
 
 Operators have no backward: they are for inference.
@@ -5,36 +6,74 @@ Operators have no backward: they are for inference.
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from ernie_accel.kernels import reference
 
 FP8 = torch.float8_e4m3fn
 
+# Not torch.library.custom_op, whose checks in Python take twice the time of all else in a call: a step makes 360 calls.
+_LIBRARY = torch.library.Library("ernie_accel", "FRAGMENT")
 
-@custom_op("ernie_accel::norm_modulate", mutates_args=())
+
+def _operator(cuda: Callable[..., Any], fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Make a function an operator of its name: itself on every device but CUDA.
+
+    Args:
+        cuda: Takes the same arguments and returns the same, on CUDA.
+        fake: Returns tensors like them, without computing.
+    """
+
+    def register(twin: Callable[..., Any]) -> Any:
+        name = twin.__name__
+        schema = torch.library.infer_schema(twin, mutates_args=())
+        _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+        _LIBRARY.impl(name, twin, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, cuda, "CUDA")
+        torch.library.register_fake(f"ernie_accel::{name}", fake, lib=_LIBRARY)
+        return getattr(torch.ops.ernie_accel, name).default
+
+    return register
+
+
+def _gpu() -> Any:
+    """Return the launchers, which need Triton: imported by the first call on CUDA."""
+    return importlib.import_module("ernie_accel.kernels.gpu")
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _fp8_like(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    rows = math.prod(x.shape[:-1])  # Size.numel() would fix the sizes under torch.compile
+    return x.new_empty(*x.shape[:-1], width, dtype=FP8), x.new_empty(rows, 1, dtype=torch.float32)
+
+
+def _heads_like(qkv_bs3h: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    batch, tokens, width = qkv_bs3h.shape
+    return qkv_bs3h.new_empty(batch, tokens, heads, width // (3 * heads), dtype=dtype)
+
+
+@_operator(
+    cuda=lambda x, *modulation: _gpu().norm_modulate(x, None, None, *modulation, False)[1],
+    fake=lambda x, *_: _like(x),
+)
 def norm_modulate(x_bsh: Tensor, weight_h: Tensor, scale_b1h: Tensor, shift_b1h: Tensor, eps: float) -> Tensor:
     """Return `reference.norm_modulate`."""
     return reference.norm_modulate(x_bsh, weight_h, scale_b1h, shift_b1h, eps)
 
 
-@norm_modulate.register_kernel("cuda")
-def _(x_bsh: Tensor, weight_h: Tensor, scale_b1h: Tensor, shift_b1h: Tensor, eps: float) -> Tensor:
-    from ernie_accel.kernels import gpu
-
-    return gpu.norm_modulate(x_bsh, None, None, weight_h, scale_b1h, shift_b1h, eps, False)[1]
-
-
-@norm_modulate.register_fake
-def _(x_bsh: Tensor, weight_h: Tensor, scale_b1h: Tensor, shift_b1h: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x_bsh, memory_format=torch.contiguous_format)
-
-
-@custom_op("ernie_accel::norm_modulate_fp8", mutates_args=())
+@_operator(
+    cuda=lambda x, *modulation: _gpu().norm_modulate(x, None, None, *modulation, True)[1:],
+    fake=lambda x, *_: _fp8_like(x, x.shape[-1]),
+)
 def norm_modulate_fp8(
     x_bsh: Tensor, weight_h: Tensor, scale_b1h: Tensor, shift_b1h: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -42,20 +81,10 @@ def norm_modulate_fp8(
     return reference.quantize_rows(reference.norm_modulate(x_bsh, weight_h, scale_b1h, shift_b1h, eps))
 
 
-@norm_modulate_fp8.register_kernel("cuda")
-def _(x_bsh: Tensor, weight_h: Tensor, scale_b1h: Tensor, shift_b1h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    from ernie_accel.kernels import gpu
-
-    _, y, scale = gpu.norm_modulate(x_bsh, None, None, weight_h, scale_b1h, shift_b1h, eps, True)
-    return y, _not_none(scale)
-
-
-@norm_modulate_fp8.register_fake
-def _(x_bsh: Tensor, weight_h: Tensor, scale_b1h: Tensor, shift_b1h: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _fake_fp8(x_bsh, x_bsh.shape[-1])
-
-
-@custom_op("ernie_accel::add_norm_modulate", mutates_args=())
+@_operator(
+    cuda=lambda *arguments: _gpu().norm_modulate(*arguments, False)[:2],
+    fake=lambda x, *_: (_like(x), _like(x)),
+)
 def add_norm_modulate(
     x_bsh: Tensor,
     branch_bsh: Tensor,
@@ -70,35 +99,10 @@ def add_norm_modulate(
     return x_bsh, reference.norm_modulate(x_bsh, weight_h, scale_b1h, shift_b1h, eps)
 
 
-@add_norm_modulate.register_kernel("cuda")
-def _(
-    x_bsh: Tensor,
-    branch_bsh: Tensor,
-    gate_b1h: Tensor,
-    weight_h: Tensor,
-    scale_b1h: Tensor,
-    shift_b1h: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    from ernie_accel.kernels import gpu
-
-    return gpu.norm_modulate(x_bsh, branch_bsh, gate_b1h, weight_h, scale_b1h, shift_b1h, eps, False)[:2]
-
-
-@add_norm_modulate.register_fake
-def _(
-    x_bsh: Tensor,
-    branch_bsh: Tensor,
-    gate_b1h: Tensor,
-    weight_h: Tensor,
-    scale_b1h: Tensor,
-    shift_b1h: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    return _fake_like(x_bsh), _fake_like(x_bsh)
-
-
-@custom_op("ernie_accel::add_norm_modulate_fp8", mutates_args=())
+@_operator(
+    cuda=lambda *arguments: _gpu().norm_modulate(*arguments, True),
+    fake=lambda x, *_: (_like(x), *_fp8_like(x, x.shape[-1])),
+)
 def add_norm_modulate_fp8(
     x_bsh: Tensor,
     branch_bsh: Tensor,
@@ -113,109 +117,43 @@ def add_norm_modulate_fp8(
     return x_bsh, *reference.quantize_rows(reference.norm_modulate(x_bsh, weight_h, scale_b1h, shift_b1h, eps))
 
 
-@add_norm_modulate_fp8.register_kernel("cuda")
-def _(
-    x_bsh: Tensor,
-    branch_bsh: Tensor,
-    gate_b1h: Tensor,
-    weight_h: Tensor,
-    scale_b1h: Tensor,
-    shift_b1h: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from ernie_accel.kernels import gpu
-
-    x, y, scale = gpu.norm_modulate(x_bsh, branch_bsh, gate_b1h, weight_h, scale_b1h, shift_b1h, eps, True)
-    return x, y, _not_none(scale)
-
-
-@add_norm_modulate_fp8.register_fake
-def _(
-    x_bsh: Tensor,
-    branch_bsh: Tensor,
-    gate_b1h: Tensor,
-    weight_h: Tensor,
-    scale_b1h: Tensor,
-    shift_b1h: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_like(x_bsh), *_fake_fp8(x_bsh, x_bsh.shape[-1])
-
-
-@custom_op("ernie_accel::gated_add", mutates_args=())
+@_operator(cuda=lambda *arguments: _gpu().gated_add(*arguments), fake=lambda x, *_: _like(x))
 def gated_add(x_bsh: Tensor, branch_bsh: Tensor, gate_b1h: Tensor) -> Tensor:
     """Return `reference.gated_add`."""
     return reference.gated_add(x_bsh, branch_bsh, gate_b1h)
 
 
-@gated_add.register_kernel("cuda")
-def _(x_bsh: Tensor, branch_bsh: Tensor, gate_b1h: Tensor) -> Tensor:
-    from ernie_accel.kernels import gpu
-
-    return gpu.gated_add(x_bsh, branch_bsh, gate_b1h)
-
-
-@gated_add.register_fake
-def _(x_bsh: Tensor, branch_bsh: Tensor, gate_b1h: Tensor) -> Tensor:
-    return _fake_like(x_bsh)
-
-
-@custom_op("ernie_accel::quantize_rows", mutates_args=())
+@_operator(cuda=lambda x: _gpu().quantize_rows(x), fake=lambda x: _fp8_like(x, x.shape[-1]))
 def quantize_rows(x_bsk: Tensor) -> tuple[Tensor, Tensor]:
     """Return `reference.quantize_rows`: (float8, scales)."""
     return reference.quantize_rows(x_bsk)
 
 
-@quantize_rows.register_kernel("cuda")
-def _(x_bsk: Tensor) -> tuple[Tensor, Tensor]:
-    from ernie_accel.kernels import gpu
-
-    return gpu.quantize_rows(x_bsk)
-
-
-@quantize_rows.register_fake
-def _(x_bsk: Tensor) -> tuple[Tensor, Tensor]:
-    return _fake_fp8(x_bsk, x_bsk.shape[-1])
-
-
-@custom_op("ernie_accel::gelu_mul", mutates_args=())
+@_operator(
+    cuda=lambda gate_up: _gpu().gelu_mul(gate_up, False)[0],
+    fake=lambda gate_up: gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2),
+)
 def gelu_mul(gate_up_bs2f: Tensor) -> Tensor:
     """Return `reference.gelu_mul`."""
     return reference.gelu_mul(gate_up_bs2f)
 
 
-@gelu_mul.register_kernel("cuda")
-def _(gate_up_bs2f: Tensor) -> Tensor:
-    from ernie_accel.kernels import gpu
-
-    return gpu.gelu_mul(gate_up_bs2f, False)[0]
-
-
-@gelu_mul.register_fake
-def _(gate_up_bs2f: Tensor) -> Tensor:
-    return gate_up_bs2f.new_empty(*gate_up_bs2f.shape[:-1], gate_up_bs2f.shape[-1] // 2)
-
-
-@custom_op("ernie_accel::gelu_mul_fp8", mutates_args=())
+@_operator(
+    cuda=lambda gate_up: _gpu().gelu_mul(gate_up, True),
+    fake=lambda gate_up: _fp8_like(gate_up, gate_up.shape[-1] // 2),
+)
 def gelu_mul_fp8(gate_up_bs2f: Tensor) -> tuple[Tensor, Tensor]:
     """Return `reference.gelu_mul`, quantized: (float8, scales)."""
     return reference.quantize_rows(reference.gelu_mul(gate_up_bs2f))
 
 
-@gelu_mul_fp8.register_kernel("cuda")
-def _(gate_up_bs2f: Tensor) -> tuple[Tensor, Tensor]:
-    from ernie_accel.kernels import gpu
-
-    y, scale = gpu.gelu_mul(gate_up_bs2f, True)
-    return y, _not_none(scale)
-
-
-@gelu_mul_fp8.register_fake
-def _(gate_up_bs2f: Tensor) -> tuple[Tensor, Tensor]:
-    return _fake_fp8(gate_up_bs2f, gate_up_bs2f.shape[-1] // 2)
-
-
-@custom_op("ernie_accel::qk_norm_rope", mutates_args=())
+@_operator(
+    cuda=lambda *arguments: _gpu().qk_norm_rope(*arguments),
+    fake=lambda qkv, q, k, cos, sin, heads, eps: (
+        _heads_like(qkv, heads, qkv.dtype),
+        _heads_like(qkv, heads, qkv.dtype),
+    ),
+)
 def qk_norm_rope(
     qkv_bs3h: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -223,25 +161,13 @@ def qk_norm_rope(
     return reference.qk_norm_rope(qkv_bs3h, weight_q_d, weight_k_d, cos_bs1d, sin_bs1d, heads, eps)
 
 
-@qk_norm_rope.register_kernel("cuda")
-def _(
-    qkv_bs3h: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, heads: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    from ernie_accel.kernels import gpu
-
-    return gpu.qk_norm_rope(qkv_bs3h, weight_q_d, weight_k_d, cos_bs1d, sin_bs1d, heads, eps)
-
-
-@qk_norm_rope.register_fake
-def _(
-    qkv_bs3h: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, heads: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    batch, tokens, width = qkv_bs3h.shape
-    q_bsnd = qkv_bs3h.new_empty(batch, tokens, heads, width // (3 * heads))
-    return q_bsnd, torch.empty_like(q_bsnd)
-
-
-@custom_op("ernie_accel::qkv_fp8", mutates_args=())
+@_operator(
+    cuda=lambda *arguments: _gpu().qkv_fp8(*arguments),
+    fake=lambda qkv, q, k, cos, sin, heads, eps: (
+        *(_heads_like(qkv, heads, FP8) for _ in range(3)),
+        qkv.new_empty(qkv.shape[0] * qkv.shape[1], 1, dtype=torch.float32),
+    ),
+)
 def qkv_fp8(
     qkv_bs3h: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -249,43 +175,26 @@ def qkv_fp8(
     return reference.qkv_fp8(qkv_bs3h, weight_q_d, weight_k_d, cos_bs1d, sin_bs1d, heads, eps)
 
 
-@qkv_fp8.register_kernel("cuda")
-def _(
-    qkv_bs3h: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, heads: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from ernie_accel.kernels import gpu
-
-    return gpu.qkv_fp8(qkv_bs3h, weight_q_d, weight_k_d, cos_bs1d, sin_bs1d, heads, eps)
-
-
-@qkv_fp8.register_fake
-def _(
-    qkv_bs3h: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, heads: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, tokens, width = qkv_bs3h.shape
-    q, k, v = (qkv_bs3h.new_empty(batch, tokens, heads, width // (3 * heads), dtype=FP8) for _ in range(3))
-    return q, k, v, qkv_bs3h.new_empty(batch * tokens, 1, dtype=torch.float32)
-
-
-@custom_op("ernie_accel::attention_fp8", mutates_args=())
+@_operator(
+    cuda=lambda *arguments: importlib.import_module("ernie_accel.kernels.cudnn_attention").attention_fp8(*arguments),
+    fake=lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]),
+)
 def attention_fp8(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor) -> Tensor:
     """Return `reference.attention_fp8`: float8, with `scale` [B * S, 1] for its rows, too."""
     return reference.attention_fp8(q_bsnd, k_bsnd, v_bsnd, scale)
 
 
-@attention_fp8.register_kernel("cuda")
-def _(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor) -> Tensor:
-    from ernie_accel.kernels import cudnn_attention
-
-    return cudnn_attention.attention_fp8(q_bsnd, k_bsnd, v_bsnd, scale)
-
-
-@attention_fp8.register_fake
-def _(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor) -> Tensor:
-    return q_bsnd.new_empty(*q_bsnd.shape[:2], q_bsnd.shape[2] * q_bsnd.shape[3])
+def _scaled_mm(x_bsk: Tensor, x_scale: Tensor, weight_nk: Tensor, weight_scale: Tensor) -> Tensor:
+    out = torch._scaled_mm(
+        x_bsk.flatten(0, -2), weight_nk.t(), x_scale, weight_scale, out_dtype=torch.bfloat16, use_fast_accum=True
+    )
+    return out.view(*x_bsk.shape[:-1], -1)
 
 
-@custom_op("ernie_accel::linear_fp8", mutates_args=())
+@_operator(
+    cuda=_scaled_mm,
+    fake=lambda x, x_scale, weight, weight_scale: x.new_empty(*x.shape[:-1], weight.shape[0], dtype=torch.bfloat16),
+)
 def linear_fp8(x_bsk: Tensor, x_scale: Tensor, weight_nk: Tensor, weight_scale: Tensor) -> Tensor:
     """Return the bfloat16 product [B, S, N] of quantized rows [B, S, K] and a quantized weight [N, K].
 
@@ -297,31 +206,3 @@ def linear_fp8(x_bsk: Tensor, x_scale: Tensor, weight_nk: Tensor, weight_scale: 
     """
     x_2d, rows = x_bsk.float().flatten(0, -2) * x_scale, weight_nk.float() * weight_scale.view(-1, 1)
     return (x_2d @ rows.t()).to(torch.bfloat16).view(*x_bsk.shape[:-1], -1)
-
-
-@linear_fp8.register_kernel("cuda")
-def _(x_bsk: Tensor, x_scale: Tensor, weight_nk: Tensor, weight_scale: Tensor) -> Tensor:
-    out = torch._scaled_mm(
-        x_bsk.flatten(0, -2), weight_nk.t(), x_scale, weight_scale, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
-    return out.view(*x_bsk.shape[:-1], -1)
-
-
-@linear_fp8.register_fake
-def _(x_bsk: Tensor, x_scale: Tensor, weight_nk: Tensor, weight_scale: Tensor) -> Tensor:
-    return x_bsk.new_empty(*x_bsk.shape[:-1], weight_nk.shape[0], dtype=torch.bfloat16)
-
-
-def _fake_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _fake_fp8(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    rows = math.prod(x.shape[:-1])  # Size.numel() would fix the sizes under torch.compile
-    return x.new_empty(*x.shape[:-1], width, dtype=FP8), x.new_empty(rows, 1, dtype=torch.float32)
-
-
-def _not_none(scale: Tensor | None) -> Tensor:
-    if scale is None:
-        raise RuntimeError("the kernel was asked to quantize and returned no scales")
-    return scale
