@@ -21,6 +21,7 @@ from ernie_accel import (
     ExpandAttentionMask,
     FreeAfterUse,
     FuseKernels,
+    FuseVae,
     KeepTimestepsOnHost,
     MakeContiguous,
     MoveTo,
@@ -74,6 +75,7 @@ EXAMPLES: tuple[Transform, ...] = (
 ELSEWHERE: tuple[Transform, ...] = (
     CaptureGraphs(),
     FuseKernels("fp8"),
+    FuseVae(),
     KeepTimestepsOnHost(),
     MoveTo("cuda"),
     Offload("model"),

@@ -11,7 +11,7 @@ import pytest
 import triton  # noqa: F401  no importorskip: what is missing fails
 
 
-@pytest.mark.parametrize("name", ["test_kernels.py", "test_decode.py"])
+@pytest.mark.parametrize("name", ["test_kernels.py", "test_group_norm.py", "test_decode.py"])
 def test_kernels_equal_their_twins_in_the_interpreter(name: str) -> None:
     tests = Path(__file__).with_name("gpu") / name
     done = subprocess.run(

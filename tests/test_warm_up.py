@@ -21,6 +21,7 @@ from ernie_accel import (
     Context,
     FreeAfterUse,
     FuseKernels,
+    FuseVae,
     RewriteBlocks,
     RewriteEnhancer,
     TruncatePrompts,
@@ -226,7 +227,13 @@ def test_what_somebody_else_compiled_is_warmed_up_too(graphs, ernie):
 
 @pytest.mark.parametrize(
     "transforms",
-    [(Compile(),), (CompileVae(),), (RewriteBlocks(), CaptureGraphs()), (RewriteBlocks(), FuseKernels("bf16"))],
+    [
+        (Compile(),),
+        (CompileVae(),),
+        (FuseVae(),),
+        (RewriteBlocks(), CaptureGraphs()),
+        (RewriteBlocks(), FuseKernels("bf16")),
+    ],
     ids=repr,
 )
 def test_everything_that_makes_a_first_picture_slow_counts(transforms):

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from ernie_accel.transforms.rewrite_enhancer import RewriteEnhancer
     from ernie_accel.transforms.scheduler import SwapScheduler
     from ernie_accel.transforms.truncate_prompts import TruncatePrompts
-    from ernie_accel.transforms.vae import CompileVae
+    from ernie_accel.transforms.vae import CompileVae, FuseVae
     from ernie_accel.transforms.warm_up import Warmup
 
 __version__ = "0.1.0"
@@ -111,7 +111,7 @@ _HOMES = {
     "ernie_accel.transforms.rewrite": ("RewriteBlocks",),
     "ernie_accel.transforms.rewrite_enhancer": ("RewriteEnhancer",),
     "ernie_accel.transforms.scheduler": ("SwapScheduler",),
-    "ernie_accel.transforms.vae": ("CompileVae",),
+    "ernie_accel.transforms.vae": ("CompileVae", "FuseVae"),
     "ernie_accel.transforms.warm_up": ("Warmup",),
     "ernie_accel.transforms.truncate_prompts": ("TruncatePrompts",),
 }
@@ -142,6 +142,7 @@ __all__ = [
     "Evaluation",
     "Family",
     "FuseKernels",
+    "FuseVae",
     "LayerReceipt",
     "FreeAfterUse",
     "KeepTimestepsOnHost",

@@ -206,3 +206,16 @@ def test_linear_fp8_equals_its_twin() -> None:
     got = ops.linear_fp8(x, x_scale, weight, weight_scale)
     expected = ops.linear_fp8(x.cpu(), x_scale.cpu(), weight.cpu(), weight_scale.cpu())
     assert (got.cpu().float() - expected.float()).norm() / expected.float().norm() < 1e-2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2 or DEVICE == "cpu", reason="needs two GPUs")
+def test_operators_run_on_the_device_of_their_tensors() -> None:
+    from ernie_accel.kernels import ops
+
+    x, scale, shift = rand(1, 5, 64), *modulation(1, 64)[:2]
+    here = ops.norm_modulate_fp8(x, x[0, 0], scale, shift, EPS)
+    x, scale, shift = (tensor.to("cuda:1") for tensor in (x, scale, shift))
+    there = ops.norm_modulate_fp8(x, x[0, 0], scale, shift, EPS)
+    for a, b in zip(there, here, strict=True):
+        assert a.device == torch.device("cuda:1")
+        assert torch.equal(a.cpu().float(), b.cpu().float())

@@ -142,6 +142,18 @@ class Context:
             return []
         return [f"{package} is not installed: pip install 'ernie-accel[{OPTIONAL_PACKAGES[package]}]'"]
 
+    def below(self, what: str, need: tuple[int, int]) -> list[str]:
+        """Return the reason why `what` cannot run for want of CUDA compute capability `need`; empty if it can."""
+        if (self.capability or (0, 0)) >= need:
+            return []
+        have = "{}.{}".format(*self.capability) if self.capability else f"no CUDA ({self.device})"
+        return [f"{what} needs CUDA compute capability >= {need[0]}.{need[1]}; this device has {have}"]
+
+    def without_kernels(self, what: str, need: tuple[int, int]) -> list[str]:
+        """Return the reasons why Triton kernels of capability `need` cannot run here; empty if they can."""
+        triton = "triton is not installed (it comes with CUDA builds of torch): pip install triton"
+        return self.below(what, need) + ([] if "triton" in self.versions else [triton])
+
     def __str__(self) -> str:
         parts = [self.device if self.device_name == self.device else f"{self.device} ({self.device_name}"]
         if self.capability is not None:

@@ -30,12 +30,16 @@ def _operator(cuda: Callable[..., Any], fake: Callable[..., Any]) -> Callable[[C
         fake: Returns tensors like them, without computing.
     """
 
+    def on_its_device(x: Tensor, *others: Any) -> Any:
+        with torch.cuda.device(x.device):  # Triton and cuDNN launch on the current one
+            return cuda(x, *others)
+
     def register(twin: Callable[..., Any]) -> Any:
         name = twin.__name__
         schema = torch.library.infer_schema(twin, mutates_args=())
         _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(name, twin, "CompositeExplicitAutograd")
-        _LIBRARY.impl(name, cuda, "CUDA")
+        _LIBRARY.impl(name, on_its_device, "CUDA")
         torch.library.register_fake(f"ernie_accel::{name}", fake, lib=_LIBRARY)
         return getattr(torch.ops.ernie_accel, name).default
 
@@ -45,6 +49,10 @@ def _operator(cuda: Callable[..., Any], fake: Callable[..., Any]) -> Callable[[C
 def _gpu() -> Any:
     """Return the launchers, which need Triton: imported by the first call on CUDA."""
     return importlib.import_module("ernie_accel.kernels.gpu")
+
+
+def _group_norm() -> Any:
+    return importlib.import_module("ernie_accel.kernels.group_norm")
 
 
 def _like(x: Tensor) -> Tensor:
@@ -182,6 +190,46 @@ def qkv_fp8(
 def attention_fp8(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor) -> Tensor:
     """Return `reference.attention_fp8`: float8, with `scale` [B * S, 1] for its rows, too."""
     return reference.attention_fp8(q_bsnd, k_bsnd, v_bsnd, scale)
+
+
+@_operator(
+    cuda=lambda *arguments: _group_norm().group_norm_affine(*arguments),
+    fake=lambda x, *_: x.new_empty(x.shape[0], 2, x.shape[1], dtype=torch.float32),
+)
+def group_norm_affine(
+    x_bchw: Tensor, add_c: Tensor | None, weight_c: Tensor, bias_c: Tensor, groups: int, eps: float
+) -> Tensor:
+    """Return `reference.group_norm_affine`."""
+    return reference.group_norm_affine(x_bchw, add_c, weight_c, bias_c, groups, eps)
+
+
+@_operator(
+    cuda=lambda *arguments: _group_norm().add_group_norm_affine(*arguments),
+    fake=lambda x, *_: (
+        torch.empty_like(x, memory_format=torch.channels_last),
+        x.new_empty(x.shape[0], 2, x.shape[1], dtype=torch.float32),
+    ),
+)
+def add_group_norm_affine(
+    x_bchw: Tensor,
+    residual_bchw: Tensor | None,
+    add_c: Tensor | None,
+    weight_c: Tensor,
+    bias_c: Tensor,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Return `reference.add_group_norm_affine`: (sum, scale and shift)."""
+    return reference.add_group_norm_affine(x_bchw, residual_bchw, add_c, weight_c, bias_c, groups, eps)
+
+
+@_operator(
+    cuda=lambda *arguments: _group_norm().affine(*arguments),
+    fake=lambda x, *_: torch.empty_like(x, memory_format=torch.channels_last),
+)
+def affine(x_bchw: Tensor, affine_b2c: Tensor, silu: bool) -> Tensor:
+    """Return `reference.affine`."""
+    return reference.affine(x_bchw, affine_b2c, silu)
 
 
 def _scaled_mm(x_bsk: Tensor, x_scale: Tensor, weight_nk: Tensor, weight_scale: Tensor) -> Tensor:

@@ -94,3 +94,47 @@ def gelu_mul(gate_up_bs2f: Tensor) -> Tensor:
     """Return ``gelu(gate) * up`` [B, S, F] of both side by side [B, S, 2 * F]; rounds the GELU before the product."""
     gate, up = gate_up_bs2f.chunk(2, -1)
     return F.gelu(gate.contiguous()) * up
+
+
+def group_norm_affine(
+    x_bchw: Tensor, add_c: Tensor | None, weight_c: Tensor, bias_c: Tensor, groups: int, eps: float
+) -> Tensor:
+    """Return the scale and shift [B, 2, C] in float32 that make ``group_norm(x + add)`` of each channel of `x_bchw`.
+
+    Args:
+        x_bchw: Any layout; a convolution's result, say, before its bias.
+        add_c: Added to each channel first, the bias of that convolution; None is zero.
+        weight_c: Weight of the norm.
+        bias_c: Bias of the norm.
+        groups: How many groups the channels form; it divides their number.
+        eps: Added to the variance.
+    """
+    add = torch.zeros_like(bias_c).float() if add_c is None else add_c.float()
+    x_bgn = (x_bchw.float() + add.view(-1, 1, 1)).reshape(len(x_bchw), groups, -1)
+    variance, mean = torch.var_mean(x_bgn, -1, correction=0)
+    scale_bg = torch.rsqrt(variance + eps)
+    scale_bc = scale_bg.repeat_interleave(len(weight_c) // groups, 1) * weight_c.float()
+    mean_bc = mean.repeat_interleave(len(weight_c) // groups, 1)
+    return torch.stack((scale_bc, bias_c.float() + (add - mean_bc) * scale_bc), 1)
+
+
+def add_group_norm_affine(
+    x_bchw: Tensor,
+    residual_bchw: Tensor | None,
+    add_c: Tensor | None,
+    weight_c: Tensor,
+    bias_c: Tensor,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Return ``y = x + add + residual``, rounded once, and `group_norm_affine` of it."""
+    y = x_bchw.float() if add_c is None else x_bchw.float() + add_c.float().view(-1, 1, 1)
+    y = (y if residual_bchw is None else y + residual_bchw.float()).to(x_bchw.dtype)
+    return y, group_norm_affine(y, None, weight_c, bias_c, groups, eps)
+
+
+def affine(x_bchw: Tensor, affine_b2c: Tensor, silu: bool) -> Tensor:
+    """Return ``x * scale + shift`` of each channel, through SiLU if `silu`, rounded once to the dtype of `x_bchw`."""
+    scale, shift = affine_b2c[:, :, :, None, None].unbind(1)
+    y = x_bchw.float() * scale + shift
+    return (F.silu(y) if silu else y).to(x_bchw.dtype)

@@ -22,6 +22,7 @@ TRANSFORMS: Mapping[str, str] = {
     "Compile": "ernie_accel.transforms.compile",
     "CompileVae": "ernie_accel.transforms.vae",
     "FuseKernels": "ernie_accel.transforms.fuse_kernels",
+    "FuseVae": "ernie_accel.transforms.vae",
     "ElideMask": "ernie_accel.transforms.attention",
     "ExpandAttentionMask": "ernie_accel.transforms.attention",
     "FreeAfterUse": "ernie_accel.transforms.free_after_use",

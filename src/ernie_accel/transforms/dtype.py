@@ -76,9 +76,8 @@ class CastDtype(Transform):
                 reasons.append(f"{name} is offloaded (its weights are on the meta device): cast before offloading")
             if upcasts_in_a_hook(module):
                 reasons.append(f"{name} stores its weights by layerwise casting, and casting would break its hooks")
-        if self.dtype == "bfloat16" and context.capability is not None and context.capability < (8, 0):
-            have = "{}.{}".format(*context.capability)
-            reasons.append(f"bfloat16 needs CUDA compute capability >= 8.0; this device has {have}: use 'float16'")
+        if self.dtype == "bfloat16" and context.capability is not None:
+            reasons += [f"{reason}: use 'float16'" for reason in context.below("bfloat16", (8, 0))]
         return reasons
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:

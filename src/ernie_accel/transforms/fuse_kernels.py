@@ -115,15 +115,7 @@ class FuseKernels(Transform):
         return Applied(on_kernels, undo=undo, skipped=skipped, note=note)
 
     def _why_not(self, pipe: Pipeline, context: Context) -> list[str]:
-        reasons = []
-        need = (8, 9) if self.precision == "fp8" else (8, 0)
-        if (context.capability or (0, 0)) < need:
-            have = "{}.{}".format(*context.capability) if context.capability else f"no CUDA ({context.device})"
-            reasons.append(
-                f"{self.precision} needs CUDA compute capability >= {need[0]}.{need[1]}; this device has {have}"
-            )
-        if "triton" not in context.versions:
-            reasons.append("triton is not installed (it comes with CUDA builds of torch): pip install triton")
+        reasons = context.without_kernels(self.precision, (8, 9) if self.precision == "fp8" else (8, 0))
         family = family_of(pipe)
         if family is None or family.kernels is None:
             name = family.name if family else type(pipe).__name__

@@ -242,12 +242,9 @@ def reasons_against(name: str, pipe: Pipeline, context: Context) -> list[str]:
     if context.device not in backend.devices:
         reasons.append(f"{name!r} runs on {' and '.join(backend.devices)}; this device is {context.device}")
     elif context.capability is not None:
-        have = "{}.{}".format(*context.capability)
-        if context.capability < backend.capability:
-            least = "{}.{}".format(*backend.capability)
-            reasons.append(f"{name!r} needs CUDA compute capability >= {least}; this device has {have}")
+        reasons += context.below(repr(name), backend.capability)
         if backend.below is not None and context.capability >= backend.below:
-            limit = "{}.{}".format(*backend.below)
+            have, limit = ("{}.{}".format(*capability) for capability in (context.capability, backend.below))
             reasons.append(f"{name!r} is built for CUDA compute capability < {limit}; this device has {have}")
     if backend.package is not None and backend.package[0] not in context.versions:
         reasons.append(f"{name!r} needs {backend.package[0]}, which is not installed: {backend.package[1]}")

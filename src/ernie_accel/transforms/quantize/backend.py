@@ -111,12 +111,8 @@ class Backend(ABC):
         """Return every reason why `scheme` cannot run on this machine; empty if it can."""
         if scheme not in self.schemes:
             return [f"{self.name} has no {scheme}; it has {', '.join(self.schemes)}"]
-        reasons = []
-        need = self.schemes[scheme]
-        if need > (0, 0) and (context.capability or (0, 0)) < need:
-            have = "{}.{}".format(*context.capability) if context.capability else f"no CUDA ({context.device})"
-            reasons.append(f"{scheme} needs CUDA compute capability >= {need[0]}.{need[1]}; this device has {have}")
-        elif context.device not in self.devices:
+        reasons = context.below(scheme, self.schemes[scheme])
+        if not reasons and context.device not in self.devices:
             reasons.append(f"{self.name} runs on {' and '.join(self.devices)}, not on {context.device}")
         return reasons + (context.missing(self.package) if self.package else [])
 

@@ -30,9 +30,8 @@ class BitsAndBytes(Backend):
 
     def unsupported(self, scheme: str, context: Context) -> list[str]:
         reasons = super().unsupported(scheme, context)
-        if scheme == "int8" and context.capability is not None and context.capability < (7, 5):
-            have = "{}.{}".format(*context.capability)
-            reasons.insert(0, f"int8 needs CUDA compute capability >= 7.5; this device has {have}")
+        if scheme == "int8" and context.capability is not None:
+            reasons = context.below("int8", (7, 5)) + reasons
         return reasons
 
     def layer_problem(self, scheme: str, spec: LinearSpec) -> str | None:

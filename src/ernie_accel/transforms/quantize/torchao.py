@@ -40,9 +40,8 @@ class TorchAO(Backend):
 
     def unsupported(self, scheme: str, context: Context) -> list[str]:
         reasons = super().unsupported(scheme, context)
-        if scheme == "int8" and context.capability is not None and context.capability < (8, 0):
-            have = "{}.{}".format(*context.capability)
-            reasons.insert(0, f"int8 needs CUDA compute capability >= 8.0; this device has {have}")
+        if scheme == "int8" and context.capability is not None:
+            reasons = context.below("int8", (8, 0)) + reasons
         if scheme == "int8-weight-only" and context.device == "cuda":
             # benchmarks/results/quantization_h200_202611.md: a compiled block took 2002 ms instead of 3.7 (torch 2.11).
             reasons.append("torchao's int8-weight-only, compiled on CUDA, takes 500 times as long as bfloat16")

@@ -1,0 +1,210 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""Group norm of channels-last pictures in Triton. The twins in ``reference.py`` say what each launcher computes.
+
+A norm takes two passes over a picture, since its statistics are of the whole: one that reads it and one that reads and
+writes it. The first also adds what a convolution leaves over, its bias and the residual; the second does the SiLU. In
+this layout neighbours in memory are channels, which belong to different groups: so statistics are gathered for each
+channel and only then for each group.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TILE = 8192  # values a program holds at once: some rows of all channels
+_PROGRAMS = 512  # that gather statistics of a picture: about four for each multiprocessor of a large card
+_WARPS = 8
+
+
+@triton.jit
+def _statistics_kernel(
+    X, RESIDUAL, ADD, Y, PARTS, pixels, rows_each, CHANNELS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_ADD: tl.constexpr, WRITE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """For each channel of a part of the pixels: sums of the differences from its first, of their squares, that first.
+
+    So squares stay small where the mean is large, and no digits are lost.
+    """
+    part, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    start = batch * pixels * CHANNELS  # 64 bits, as all that is multiplied with the pixels
+    column = tl.arange(0, BLOCK)
+    inside = column < CHANNELS
+    dtype = X.dtype.element_ty
+    first_at = start + part.to(tl.int64) * rows_each * CHANNELS + column
+    first = tl.load(X + first_at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_ADD:
+        add = tl.load(ADD + column, mask=inside, other=0.0).to(tl.float32)
+        first += add
+    if HAS_RESIDUAL:
+        first += tl.load(RESIDUAL + first_at, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    squares = tl.zeros((ROWS, BLOCK), tl.float32)
+    for i in range(0, rows_each, ROWS):
+        pixel = part.to(tl.int64) * rows_each + i + tl.arange(0, ROWS)
+        at = start + pixel[:, None] * CHANNELS + column[None, :]
+        here = (pixel < pixels)[:, None] & inside[None, :]
+        y = tl.load(X + at, mask=here, other=0.0).to(tl.float32)
+        if HAS_ADD:
+            y += add[None, :]
+        if HAS_RESIDUAL:
+            y += tl.load(RESIDUAL + at, mask=here, other=0.0).to(tl.float32)
+        if WRITE:
+            tl.store(Y + at, y.to(dtype), mask=here)
+            y = y.to(dtype).to(tl.float32)
+        difference = tl.where(here, y - first[None, :], 0.0)
+        total += difference
+        squares += difference * difference
+    out = PARTS + (batch * tl.num_programs(0) + part) * 3 * CHANNELS + column
+    tl.store(out, tl.sum(total, 0), mask=inside)
+    tl.store(out + CHANNELS, tl.sum(squares, 0), mask=inside)
+    tl.store(out + 2 * CHANNELS, first, mask=inside)
+
+
+@triton.jit
+def _affine_of_group_kernel(
+    PARTS, ADD, WEIGHT, BIAS, AFFINE, parts, pixels, rows_each, eps, CHANNELS: tl.constexpr, SIZE: tl.constexpr,
+    HAS_ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """From the parts of a group, SIZE channels: mean and variance (Chan, Golub and LeVeque), then scale and shift."""
+    group, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < SIZE
+    channel = group * SIZE + column
+    first_part = PARTS + batch * parts * 3 * CHANNELS + channel
+    sums = tl.zeros((ROWS, BLOCK), tl.float32)
+    for i in range(0, parts, ROWS):
+        part = i + tl.arange(0, ROWS)
+        here = (part < parts)[:, None] & inside[None, :]
+        at = first_part[None, :] + part[:, None] * 3 * CHANNELS
+        count = tl.minimum(rows_each, pixels - part * rows_each).to(tl.float32)[:, None]
+        first = tl.load(at + 2 * CHANNELS, mask=here, other=0.0)
+        sums += tl.where(here, count * first + tl.load(at, mask=here, other=0.0), 0.0)
+    values = pixels * SIZE
+    mean = tl.sum(tl.sum(sums, 0), 0) / values
+    squares = tl.zeros((ROWS, BLOCK), tl.float32)
+    for i in range(0, parts, ROWS):
+        part = i + tl.arange(0, ROWS)
+        here = (part < parts)[:, None] & inside[None, :]
+        at = first_part[None, :] + part[:, None] * 3 * CHANNELS
+        count = tl.minimum(rows_each, pixels - part * rows_each).to(tl.float32)[:, None]
+        total = tl.load(at, mask=here, other=0.0)
+        from_mean = tl.load(at + 2 * CHANNELS, mask=here, other=0.0) + total / count - mean
+        within = tl.load(at + CHANNELS, mask=here, other=0.0) - total * total / count
+        squares += tl.where(here, within + count * from_mean * from_mean, 0.0)
+    variance = tl.sum(tl.sum(squares, 0), 0) / values
+    scale = tl.rsqrt(variance + eps) * tl.load(WEIGHT + channel, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(BIAS + channel, mask=inside, other=0.0).to(tl.float32) - mean * scale
+    if HAS_ADD:
+        shift += tl.load(ADD + channel, mask=inside, other=0.0).to(tl.float32) * scale
+    out = AFFINE + batch * 2 * CHANNELS + channel
+    tl.store(out, scale, mask=inside)
+    tl.store(out + CHANNELS, shift, mask=inside)
+
+
+@triton.jit
+def _affine_kernel(
+    X, AFFINE, Y, pixels, CHANNELS: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    batch = tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < CHANNELS
+    scale = tl.load(AFFINE + batch * 2 * CHANNELS + column, mask=inside, other=0.0)
+    shift = tl.load(AFFINE + (batch * 2 + 1) * CHANNELS + column, mask=inside, other=0.0)
+    pixel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = (batch * pixels + pixel)[:, None] * CHANNELS + column[None, :]
+    here = (pixel < pixels)[:, None] & inside[None, :]
+    y = tl.load(X + at, mask=here, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
+    if SILU:
+        y = y / (1.0 + tl.exp(-y))
+    tl.store(Y + at, y.to(Y.dtype.element_ty), mask=here)
+
+
+def group_norm_affine(
+    x_bchw: Tensor, add_c: Tensor | None, weight_c: Tensor, bias_c: Tensor, groups: int, eps: float
+) -> Tensor:
+    """Return the scale and shift [B, 2, C] of each channel."""
+    return _affine_of(_channels_last(x_bchw), None, add_c, None, weight_c, bias_c, groups, eps)
+
+
+def add_group_norm_affine(
+    x_bchw: Tensor,
+    residual_bchw: Tensor | None,
+    add_c: Tensor | None,
+    weight_c: Tensor,
+    bias_c: Tensor,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Return the sum, channels-last, and the scale and shift [B, 2, C] of each channel."""
+    x_bchw = _channels_last(x_bchw)
+    residual_bchw = None if residual_bchw is None else _channels_last(residual_bchw)
+    y_bchw = torch.empty_like(x_bchw)
+    return y_bchw, _affine_of(x_bchw, residual_bchw, add_c, y_bchw, weight_c, bias_c, groups, eps)
+
+
+def affine(x_bchw: Tensor, affine_b2c: Tensor, silu: bool) -> Tensor:
+    """Return ``x * scale + shift``, or SiLU of it, channels-last."""
+    x_bchw = _channels_last(x_bchw)
+    batch, channels, height, width = x_bchw.shape
+    y_bchw, (rows, block) = torch.empty_like(x_bchw), _tile(channels)
+    _affine_kernel[(triton.cdiv(height * width, rows), batch)](
+        x_bchw, affine_b2c, y_bchw, height * width,
+        CHANNELS=channels, SILU=silu, ROWS=rows, BLOCK=block, num_warps=_WARPS,
+    )  # fmt: skip
+    return y_bchw
+
+
+def _affine_of(
+    x_bchw: Tensor,
+    residual_bchw: Tensor | None,
+    add_c: Tensor | None,
+    y_bchw: Tensor | None,
+    weight_c: Tensor,
+    bias_c: Tensor,
+    groups: int,
+    eps: float,
+) -> Tensor:
+    batch, channels, height, width = x_bchw.shape
+    pixels, (rows, block) = height * width, _tile(channels)
+    rows_each = rows * triton.cdiv(pixels, rows * _PROGRAMS)
+    parts = triton.cdiv(pixels, rows_each)
+    parts_bp3c = x_bchw.new_empty(batch, parts, 3, channels, dtype=torch.float32)
+    _statistics_kernel[(parts, batch)](
+        x_bchw,
+        x_bchw if residual_bchw is None else residual_bchw,
+        x_bchw if add_c is None else add_c,
+        x_bchw if y_bchw is None else y_bchw,
+        parts_bp3c,
+        pixels,
+        rows_each,
+        CHANNELS=channels,
+        HAS_RESIDUAL=residual_bchw is not None,
+        HAS_ADD=add_c is not None,
+        WRITE=y_bchw is not None,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=_WARPS,
+    )
+    affine_b2c = parts_bp3c.new_empty(batch, 2, channels)
+    # What is written is what is normed, so that its own rounding and the bias are in it already.
+    apart = add_c is not None and y_bchw is None
+    size = channels // groups
+    block = triton.next_power_of_2(size)
+    _affine_of_group_kernel[(groups, batch)](
+        parts_bp3c, add_c if apart else weight_c, weight_c, bias_c, affine_b2c, parts, pixels, rows_each, eps,
+        CHANNELS=channels, SIZE=size, HAS_ADD=apart, ROWS=max(1, 2048 // block), BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return affine_b2c
+
+
+def _channels_last(x_bchw: Tensor) -> Tensor:
+    return x_bchw.contiguous(memory_format=torch.channels_last)
+
+
+def _tile(channels: int) -> tuple[int, int]:
+    """Return (rows, columns) of what a program holds: all channels, padded to a power of two, of some pixels."""
+    block = triton.next_power_of_2(channels)
+    return max(1, _TILE // block), block

@@ -1,0 +1,181 @@
+"""The decoder of diffusers' KL autoencoders with its norms, activations, biases and residuals in fused kernels.
+
+Between two convolutions lie a bias, perhaps a residual, a group norm and a SiLU: four or five passes over the picture
+in torch, two here. The convolutions are cuDNN's, in the channels-last layout that its fastest ones want, so nothing is
+compiled but six small kernels, and a picture of another size compiles nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ernie_accel.kernels import ops
+
+#: A part of the decoder takes the hidden states, the scale and shift of the norm it begins with, and the norm that the
+#: next part begins with; it returns the hidden states and the scale and shift of that one. An upsampler has no norm.
+_Run: TypeAlias = Callable[[Any, Tensor, Tensor | None, Any], tuple[Tensor, Tensor | None]]
+
+
+class FusedDecoder:
+    """The forward of a decoder that `why_not` has no objection to; same arguments, same result up to rounding.
+
+    It holds no weights: what is loaded into the decoder or cast counts from the next call on.
+    """
+
+    def __init__(self, decoder: Any) -> None:
+        """Decode with the weights of `decoder`, whose convolutions should have channels-last weights."""
+        self._decoder, self._forward = decoder, decoder.forward
+
+    def __call__(self, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
+        """Return the pictures [B, 3, 8 * H, 8 * W] of latents [B, C, H, W].
+
+        Under gradients, which the kernels do not compute, and where hooks bring the weights of single layers, it is the
+        forward as it was.
+        """
+        decoder = self._decoder
+        out: Tensor
+        if torch.is_grad_enabled() or latent_embeds is not None or _is_hooked(decoder):
+            out = self._forward(sample, latent_embeds)
+            return out
+        x_bchw = decoder.conv_in(sample)
+        parts = [(part, _KINDS[type(part).__name__]) for part in _parts(decoder)]
+        norms: list[Any] = [getattr(part, kind.first_norm) if kind.first_norm else None for part, kind in parts]
+        affine_b2c = ops.group_norm_affine(x_bchw, None, *_norm(norms[0]))
+        for (part, kind), following in zip(parts, [*norms[1:], decoder.conv_norm_out], strict=True):
+            x_bchw, affine_b2c = kind.run(part, x_bchw, affine_b2c, following)
+        out = decoder.conv_out(ops.affine(x_bchw, affine_b2c, True))
+        return out
+
+
+def why_not(decoder: Any) -> str | None:
+    """Return what in a decoder is not as `FusedDecoder` computes it, or None."""
+    if type(decoder).__name__ != "Decoder" or type(decoder.mid_block).__name__ != "UNetMidBlock2D":
+        return f"it is a {type(decoder).__name__} of another architecture"
+    for path, block in decoder.up_blocks.named_children():
+        if type(block).__name__ != "UpDecoderBlock2D":
+            return f"up_blocks.{path} is a {type(block).__name__}"
+    paths = {part: path for path, part in decoder.named_modules()}
+    for part in _parts(decoder):
+        kind = _KINDS.get(type(part).__name__)
+        reason = f"is a {type(part).__name__}" if kind is None else kind.why_not(part)
+        if reason is not None:
+            return f"{paths[part]} {reason}"
+    return None
+
+
+def _parts(decoder: Any) -> list[Any]:
+    """Return the resnets, attentions and upsamplers in the order in which they run."""
+    middle = decoder.mid_block
+    parts = [middle.resnets[0]]
+    for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
+        parts += [resnet] if attention is None else [attention, resnet]
+    for block in decoder.up_blocks:
+        parts += [*block.resnets, *(block.upsamplers or ())]
+    return parts
+
+
+def _why_not_resnet(block: Any) -> str | None:
+    if any(type(conv) is not nn.Conv2d for conv in (block.conv1, block.conv2, block.conv_shortcut or block.conv2)):
+        return "has quantized or adapted convolutions"
+    if type(block.nonlinearity) is not nn.SiLU:
+        return f"activates by {type(block.nonlinearity).__name__}"
+    if block.time_emb_proj is not None or block.time_embedding_norm not in ("default", "group"):
+        return "takes a time embedding"
+    if block.upsample is not None or block.downsample is not None or block.output_scale_factor != 1:
+        return "resamples, or scales its output"
+    return None
+
+
+def _why_not_attention(block: Any) -> str | None:
+    if any(type(linear) is not nn.Linear for linear in (block.to_q, block.to_k, block.to_v, block.to_out[0])):
+        return "has quantized or adapted layers"
+    if type(block.processor).__name__ != "AttnProcessor2_0":
+        return f"computes with a {type(block.processor).__name__}"
+    if block.group_norm is None or any(norm is not None for norm in (block.spatial_norm, block.norm_q, block.norm_k)):
+        return "has other norms"
+    if not block.residual_connection or block.rescale_output_factor != 1:
+        return "has no residual, or scales its output"
+    return None
+
+
+def _why_not_upsampler(block: Any) -> str | None:
+    if block.norm is not None or not block.interpolate or block.use_conv_transpose or block.name != "conv":
+        return "does not interpolate and then convolve"
+    return None if type(block.conv) is nn.Conv2d else "has no convolution, or a quantized or adapted one"
+
+
+def _run_resnet(block: Any, x_bchw: Tensor, affine_b2c: Tensor | None, following: Any) -> tuple[Tensor, Tensor | None]:
+    y_bchw = _convolve(block.conv1, ops.affine(x_bchw, affine_b2c, True))
+    middle_b2c = ops.group_norm_affine(y_bchw, block.conv1.bias, *_norm(block.norm2))
+    y_bchw = _convolve(block.conv2, ops.affine(y_bchw, middle_b2c, True))
+    if block.conv_shortcut is None:
+        return _finish(y_bchw, x_bchw, block.conv2.bias, following)
+    biases = [conv.bias for conv in (block.conv2, block.conv_shortcut) if conv.bias is not None]
+    return _finish(y_bchw, _convolve(block.conv_shortcut, x_bchw), sum(biases) if biases else None, following)
+
+
+def _run_attention(
+    block: Any, x_bchw: Tensor, affine_b2c: Tensor | None, following: Any
+) -> tuple[Tensor, Tensor | None]:
+    batch, channels, height, width = x_bchw.shape
+    rows_bsc = ops.affine(x_bchw, affine_b2c, False).permute(0, 2, 3, 1).flatten(1, 2)
+    q_bnsd, k_bnsd, v_bnsd = (
+        to(rows_bsc).unflatten(-1, (block.heads, -1)).transpose(1, 2) for to in (block.to_q, block.to_k, block.to_v)
+    )
+    out_bsc = F.scaled_dot_product_attention(q_bnsd, k_bnsd, v_bnsd).transpose(1, 2).flatten(2)
+    out_bsc = F.linear(out_bsc, block.to_out[0].weight)
+    out_bchw = out_bsc.view(batch, height, width, channels).permute(0, 3, 1, 2)
+    return _finish(out_bchw, x_bchw, block.to_out[0].bias, following)
+
+
+def _run_upsampler(
+    block: Any, x_bchw: Tensor, affine_b2c: Tensor | None, following: Any
+) -> tuple[Tensor, Tensor | None]:
+    if len(x_bchw) >= 64 or 4 * x_bchw.numel() > 2**31:
+        x_bchw = x_bchw.contiguous()  # as diffusers: torch's channels-last upsampling fails for more
+    y_bchw = _convolve(block.conv, F.interpolate(x_bchw, scale_factor=2.0, mode="nearest"))
+    return _finish(y_bchw, None, block.conv.bias, following)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    run: _Run
+    why_not: Callable[[Any], str | None]
+    first_norm: str | None
+
+
+_KINDS = {
+    "ResnetBlock2D": _Kind(_run_resnet, _why_not_resnet, "norm1"),
+    "Attention": _Kind(_run_attention, _why_not_attention, "group_norm"),
+    "Upsample2D": _Kind(_run_upsampler, _why_not_upsampler, None),
+}
+
+
+def _finish(
+    x_bchw: Tensor, residual_bchw: Tensor | None, bias_c: Tensor | None, following: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Return the sum of all three, and the scale and shift of the norm that follows, if one does."""
+    if following is not None:
+        out: tuple[Tensor, Tensor] = ops.add_group_norm_affine(x_bchw, residual_bchw, bias_c, *_norm(following))
+        return out
+    x_bchw = x_bchw if bias_c is None else x_bchw.add_(bias_c.view(-1, 1, 1))  # made by the caller, for this
+    return x_bchw if residual_bchw is None else x_bchw.add_(residual_bchw), None
+
+
+def _norm(norm: nn.GroupNorm) -> tuple[Tensor, Tensor, int, float]:
+    return norm.weight, norm.bias, norm.num_groups, norm.eps
+
+
+def _convolve(conv: nn.Conv2d, x_bchw: Tensor) -> Tensor:
+    """Return the convolution without its bias, which torch would add in a pass of its own."""
+    return F.conv2d(x_bchw, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _is_hooked(decoder: Any) -> bool:
+    return any(hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") for part in decoder.modules())

@@ -1,0 +1,149 @@
+"""`FuseVae`: the same pictures from a decoder on fused kernels (here on their twins), what it knows, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import Decoder
+from torch import nn
+
+import ernie_accel
+from ernie_accel import CompileVae, Context, FuseVae
+from ernie_accel.kernels.vae_decoder import FusedDecoder, why_not
+from tests.pipelines import picture, tiny_ernie, tiny_flux
+
+GPU = Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6"})
+
+
+def fused(pipe: Any) -> Any:
+    return ernie_accel.optimize(pipe, FuseVae(), context=GPU)
+
+
+def pipe_with_attention() -> Any:
+    """A decoder that attends in its middle, as the real ones do; those of the tiny pipelines do not."""
+    pipe = tiny_ernie()
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"in_channels": 4, "block_out_channels": (16, 32), "layers_per_block": 1}
+    pipe.vae.decoder = Decoder(**sizes, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=8).eval()
+    return pipe
+
+
+def decode(decoder: Any, *shape: int) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = decoder(torch.randn(shape, generator=torch.Generator().manual_seed(0)))
+    return out
+
+
+@pytest.mark.parametrize("make", [tiny_ernie, tiny_flux, pipe_with_attention])
+def test_it_only_rounds_and_goes_back(make: Any) -> None:
+    pipe = make()
+    decoder = pipe.vae.decoder
+    strides = [p.stride() for p in decoder.parameters()]
+    shape = (2, decoder.conv_in.in_channels, 6, 10)
+    expected = decode(decoder, *shape)
+    fused(pipe)
+    assert ernie_accel.report(pipe).entries[0].applied.changed == ("vae.decoder",)
+    assert decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    got = decode(decoder, *shape)
+    assert (got - expected).norm() < 1e-5 * expected.norm()
+    ernie_accel.restore(pipe)
+    assert "forward" not in vars(decoder)
+    assert [p.stride() for p in decoder.parameters()] == strides
+    assert torch.equal(decode(decoder, *shape), expected)
+
+
+def test_a_picture_of_the_trained_model_stays_within_rounding() -> None:
+    pipe = ernie_accel.demo.load(dtype=torch.float32, prompt_enhancer=False)
+    expected = picture(pipe, steps=2)
+    assert (picture(fused(pipe), steps=2) - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_in_bfloat16_it_is_no_further_from_float32_than_stock() -> None:
+    """Fewer roundings: what is between two convolutions is rounded twice, not five times."""
+    decoder = tiny_ernie().vae.decoder
+    expected = decode(decoder, 1, decoder.conv_in.in_channels, 16, 16)
+    latents = torch.randn(1, decoder.conv_in.in_channels, 16, 16, generator=torch.Generator().manual_seed(0))
+    decoder.to(torch.bfloat16)
+    with torch.no_grad():
+        stock, ours = (forward(latents.bfloat16()).float() for forward in (decoder, FusedDecoder(decoder)))
+    assert (ours - expected).norm() <= (stock - expected).norm()
+
+
+def test_no_weights_of_its_own() -> None:
+    """What is loaded or cast later counts, and a copy of the pipe decodes with the copy's weights."""
+    import copy
+
+    pipe = fused(tiny_ernie())
+    decoder = pipe.vae.decoder
+    shape = (1, decoder.conv_in.in_channels, 4, 4)
+    other = copy.deepcopy(pipe)
+    before = decode(decoder, *shape)
+    with torch.no_grad():
+        decoder.conv_out.bias += 1
+        decoder.mid_block.resnets[0].conv1.bias += 1
+    assert torch.equal(decode(other.vae.decoder, *shape), before)
+    assert not torch.allclose(decode(decoder, *shape), before + 1)
+    expected = decode(type(decoder).forward.__get__(decoder), *shape)
+    torch.testing.assert_close(decode(decoder, *shape), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_under_gradients_and_offloading_it_is_the_forward_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = fused(tiny_ernie()).vae.decoder
+    latents = torch.randn(1, decoder.conv_in.in_channels, 4, 4, requires_grad=True)
+    decoder(latents).sum().backward()
+    assert latents.grad is not None
+    expected = decode(type(decoder).forward.__get__(decoder), *latents.shape)
+    decoder.up_blocks[0].resnets[0].conv1._hf_hook = object()
+    assert torch.equal(decode(decoder, *latents.shape), expected)
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value", "reason"),
+    [
+        ("mid_block.resnets.0", "conv1", nn.Identity(), "has quantized or adapted convolutions"),
+        ("mid_block.resnets.1", "nonlinearity", nn.GELU(), "activates by GELU"),
+        ("up_blocks.1.resnets.0", "time_embedding_norm", "scale_shift", "takes a time embedding"),
+        ("mid_block.resnets.1", "output_scale_factor", 2.0, "resamples, or scales its output"),
+        ("mid_block.attentions.0", "to_q", nn.Identity(), "has quantized or adapted layers"),
+        ("mid_block.attentions.0", "processor", object(), "computes with a object"),
+        ("mid_block.attentions.0", "norm_q", nn.Identity(), "has other norms"),
+        ("mid_block.attentions.0", "residual_connection", False, "has no residual, or scales its output"),
+        ("up_blocks.0.upsamplers.0", "norm", nn.Identity(), "does not interpolate and then convolve"),
+        ("up_blocks.0.upsamplers.0", "conv", None, "has no convolution, or a quantized or adapted one"),
+        ("up_blocks", "0", nn.Identity(), "is a Identity"),
+        ("", "mid_block", nn.Identity(), "of another architecture"),
+    ],
+)
+def test_a_decoder_it_does_not_know_is_left_alone_with_the_reason(
+    path: str, name: str, value: object, reason: str
+) -> None:
+    pipe = pipe_with_attention()
+    setattr(pipe.vae.decoder.get_submodule(path), name, value)
+    assert reason in (why_not(pipe.vae.decoder) or "")
+    preview = FuseVae().preview(pipe, GPU)
+    assert preview.changes == ()
+    assert reason in preview.note
+
+
+def test_it_does_nothing_where_the_kernels_cannot_run() -> None:
+    pipe = tiny_ernie()
+    note = ernie_accel.plan(pipe, FuseVae(), context=Context.named("cpu")).steps[0].preview.note
+    assert note.startswith(
+        "the kernels cannot run here: FuseVae needs CUDA compute capability >= 8.0; this device has no"
+    )
+    without = Context("cuda", "NVIDIA H200", (9, 0))
+    assert "pip install triton" in FuseVae().preview(pipe, without).note
+
+
+def test_it_takes_the_place_of_compile_vae() -> None:
+    with pytest.raises(ernie_accel.ErnieAccelError, match="vae-compile"):
+        ernie_accel.plan(tiny_ernie(), CompileVae(), FuseVae(), context=GPU)
+    pipe = fused(tiny_ernie())
+    assert FuseVae().preview(pipe, GPU).note == "the decoder runs on the kernels already"
+    pipe = tiny_ernie()
+    pipe.vae.decoder.compile()
+    assert FuseVae().preview(pipe, GPU).note == "the decoder is compiled already"
+    pipe.vae = None
+    assert FuseVae().unsupported(pipe, GPU) == ["ErnieImagePipeline has no vae.decoder"]
