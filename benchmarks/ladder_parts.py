@@ -158,6 +158,7 @@ PARTS: dict[str, Part] = {
     "vae: stock": Part("VAE decode, diffusers as it is", leave, decode_ms),
     "vae: channels_last": Part("VAE decode, stock with channels-last weights", _channels_last, decode_ms),
     "vae: CompileVae": Part("VAE decode, CompileVae", optimized(lambda a, _: [a.CompileVae()]), decode_ms),
+    "vae: FuseVae": Part("VAE decode, FuseVae", optimized(lambda a, _: [a.FuseVae()]), decode_ms),
     "prompts: stock": Part("8 prompts encoded, the pipeline's loop", leave, encode_ms),
     "prompts: BatchPromptEncoding": Part(
         "8 prompts encoded, BatchPromptEncoding", optimized(lambda a, _: [a.BatchPromptEncoding()]), encode_ms

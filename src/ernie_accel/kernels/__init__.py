@@ -1,10 +1,12 @@
 """Fused GPU kernels, each with a plain-torch twin that says what it computes.
 
     reference.py   the twins: specification, and what runs on the CPU
-    gpu.py         the Triton kernels and their launches; imported when the first one runs
-    ops.py         both behind one torch operator each, which torch.compile keeps as one node
+    gpu.py         the Triton kernels of the blocks and their launches; imported when the first one runs
+    group_norm.py  those of the VAE's decoder, which vae_decoder.py runs on them
+    decode.py      those of the prompt enhancer
+    ops.py         twin and kernel behind one torch operator each, which torch.compile keeps as one node
 
 Rows are quantized to float8_e4m3fn with one float32 scale a row: ``value = float8 * scale``, ``scale = amax / 448``.
 A row with a NaN or an infinity gets a NaN, so that it cannot go unnoticed. Shapes in names: b batch, s tokens,
-h hidden size, n heads, d head size, f hidden size of the feed-forward.
+h hidden size, n heads, d head size, f hidden size of the feed-forward; of pictures bchw.
 """
