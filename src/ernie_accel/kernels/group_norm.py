@@ -14,26 +14,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 8192  # values a program holds at once: some rows of all channels
+_BLOCK = 128  # channels a program handles: one compiled kernel for all pictures with at least so many
+_TILE = 4096  # values it holds at once: those channels of some pixels
 _PROGRAMS = 512  # that gather statistics of a picture: about four for each multiprocessor of a large card
+_SIZE = 16  # channels that the program of a group has room for; more take another compiled kernel
 _WARPS = 8
 
 
 @triton.jit
 def _statistics_kernel(
-    X, RESIDUAL, ADD, Y, PARTS, pixels, rows_each, CHANNELS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    HAS_ADD: tl.constexpr, WRITE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    X, RESIDUAL, ADD, Y, PARTS, pixels, rows_each, channels, HAS_RESIDUAL: tl.constexpr, HAS_ADD: tl.constexpr,
+    WRITE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """For each channel of a part of the pixels: sums of the differences from its first, of their squares, that first.
 
     So squares stay small where the mean is large, and no digits are lost.
     """
-    part, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    start = batch * pixels * CHANNELS  # 64 bits, as all that is multiplied with the pixels
-    column = tl.arange(0, BLOCK)
-    inside = column < CHANNELS
+    part, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    start = batch * pixels * channels  # 64 bits, as all that is multiplied with the pixels
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < channels
     dtype = X.dtype.element_ty
-    first_at = start + part.to(tl.int64) * rows_each * CHANNELS + column
+    first_at = start + part.to(tl.int64) * rows_each * channels + column
     first = tl.load(X + first_at, mask=inside, other=0.0).to(tl.float32)
     if HAS_ADD:
         add = tl.load(ADD + column, mask=inside, other=0.0).to(tl.float32)
@@ -44,7 +46,7 @@ def _statistics_kernel(
     squares = tl.zeros((ROWS, BLOCK), tl.float32)
     for i in range(0, rows_each, ROWS):
         pixel = part.to(tl.int64) * rows_each + i + tl.arange(0, ROWS)
-        at = start + pixel[:, None] * CHANNELS + column[None, :]
+        at = start + pixel[:, None] * channels + column[None, :]
         here = (pixel < pixels)[:, None] & inside[None, :]
         y = tl.load(X + at, mask=here, other=0.0).to(tl.float32)
         if HAS_ADD:
@@ -57,64 +59,64 @@ def _statistics_kernel(
         difference = tl.where(here, y - first[None, :], 0.0)
         total += difference
         squares += difference * difference
-    out = PARTS + (batch * tl.num_programs(0) + part) * 3 * CHANNELS + column
+    out = PARTS + (batch * tl.num_programs(0) + part) * 3 * channels + column
     tl.store(out, tl.sum(total, 0), mask=inside)
-    tl.store(out + CHANNELS, tl.sum(squares, 0), mask=inside)
-    tl.store(out + 2 * CHANNELS, first, mask=inside)
+    tl.store(out + channels, tl.sum(squares, 0), mask=inside)
+    tl.store(out + 2 * channels, first, mask=inside)
 
 
 @triton.jit
 def _affine_of_group_kernel(
-    PARTS, ADD, WEIGHT, BIAS, AFFINE, parts, pixels, rows_each, eps, CHANNELS: tl.constexpr, SIZE: tl.constexpr,
-    HAS_ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS, ADD, WEIGHT, BIAS, AFFINE, parts, pixels, rows_each, channels, size, eps, HAS_ADD: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """From the parts of a group, SIZE channels: mean and variance (Chan, Golub and LeVeque), then scale and shift."""
+    """From the parts of a group, `size` channels: mean and variance (Chan, Golub and LeVeque), then scale and shift."""
     group, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < SIZE
-    channel = group * SIZE + column
-    first_part = PARTS + batch * parts * 3 * CHANNELS + channel
+    inside = column < size
+    channel = group * size + column
+    first_part = PARTS + batch * parts * 3 * channels + channel
     sums = tl.zeros((ROWS, BLOCK), tl.float32)
     for i in range(0, parts, ROWS):
         part = i + tl.arange(0, ROWS)
         here = (part < parts)[:, None] & inside[None, :]
-        at = first_part[None, :] + part[:, None] * 3 * CHANNELS
+        at = first_part[None, :] + part[:, None] * 3 * channels
         count = tl.minimum(rows_each, pixels - part * rows_each).to(tl.float32)[:, None]
-        first = tl.load(at + 2 * CHANNELS, mask=here, other=0.0)
+        first = tl.load(at + 2 * channels, mask=here, other=0.0)
         sums += tl.where(here, count * first + tl.load(at, mask=here, other=0.0), 0.0)
-    values = pixels * SIZE
+    values = pixels * size
     mean = tl.sum(tl.sum(sums, 0), 0) / values
     squares = tl.zeros((ROWS, BLOCK), tl.float32)
     for i in range(0, parts, ROWS):
         part = i + tl.arange(0, ROWS)
         here = (part < parts)[:, None] & inside[None, :]
-        at = first_part[None, :] + part[:, None] * 3 * CHANNELS
+        at = first_part[None, :] + part[:, None] * 3 * channels
         count = tl.minimum(rows_each, pixels - part * rows_each).to(tl.float32)[:, None]
         total = tl.load(at, mask=here, other=0.0)
-        from_mean = tl.load(at + 2 * CHANNELS, mask=here, other=0.0) + total / count - mean
-        within = tl.load(at + CHANNELS, mask=here, other=0.0) - total * total / count
+        from_mean = tl.load(at + 2 * channels, mask=here, other=0.0) + total / count - mean
+        within = tl.load(at + channels, mask=here, other=0.0) - total * total / count
         squares += tl.where(here, within + count * from_mean * from_mean, 0.0)
     variance = tl.sum(tl.sum(squares, 0), 0) / values
     scale = tl.rsqrt(variance + eps) * tl.load(WEIGHT + channel, mask=inside, other=0.0).to(tl.float32)
     shift = tl.load(BIAS + channel, mask=inside, other=0.0).to(tl.float32) - mean * scale
     if HAS_ADD:
         shift += tl.load(ADD + channel, mask=inside, other=0.0).to(tl.float32) * scale
-    out = AFFINE + batch * 2 * CHANNELS + channel
+    out = AFFINE + batch * 2 * channels + channel
     tl.store(out, scale, mask=inside)
-    tl.store(out + CHANNELS, shift, mask=inside)
+    tl.store(out + channels, shift, mask=inside)
 
 
 @triton.jit
 def _affine_kernel(
-    X, AFFINE, Y, pixels, CHANNELS: tl.constexpr, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    batch = tl.program_id(1).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < CHANNELS
-    scale = tl.load(AFFINE + batch * 2 * CHANNELS + column, mask=inside, other=0.0)
-    shift = tl.load(AFFINE + (batch * 2 + 1) * CHANNELS + column, mask=inside, other=0.0)
+    X, AFFINE, Y, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    batch = tl.program_id(2).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < channels
+    scale = tl.load(AFFINE + batch * 2 * channels + column, mask=inside, other=0.0)
+    shift = tl.load(AFFINE + (batch * 2 + 1) * channels + column, mask=inside, other=0.0)
     pixel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    at = (batch * pixels + pixel)[:, None] * CHANNELS + column[None, :]
+    at = (batch * pixels + pixel)[:, None] * channels + column[None, :]
     here = (pixel < pixels)[:, None] & inside[None, :]
     y = tl.load(X + at, mask=here, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
     if SILU:
@@ -150,10 +152,9 @@ def affine(x_bchw: Tensor, affine_b2c: Tensor, silu: bool) -> Tensor:
     x_bchw = _channels_last(x_bchw)
     batch, channels, height, width = x_bchw.shape
     y_bchw, (rows, block) = torch.empty_like(x_bchw), _tile(channels)
-    _affine_kernel[(triton.cdiv(height * width, rows), batch)](
-        x_bchw, affine_b2c, y_bchw, height * width,
-        CHANNELS=channels, SILU=silu, ROWS=rows, BLOCK=block, num_warps=_WARPS,
-    )  # fmt: skip
+    _affine_kernel[(triton.cdiv(height * width, rows), triton.cdiv(channels, block), batch)](
+        x_bchw, affine_b2c, y_bchw, height * width, channels, SILU=silu, ROWS=rows, BLOCK=block, num_warps=_WARPS
+    )
     return y_bchw
 
 
@@ -169,10 +170,11 @@ def _affine_of(
 ) -> Tensor:
     batch, channels, height, width = x_bchw.shape
     pixels, (rows, block) = height * width, _tile(channels)
-    rows_each = rows * triton.cdiv(pixels, rows * _PROGRAMS)
+    columns = triton.cdiv(channels, block)
+    rows_each = rows * triton.cdiv(pixels, rows * max(1, _PROGRAMS // columns))
     parts = triton.cdiv(pixels, rows_each)
     parts_bp3c = x_bchw.new_empty(batch, parts, 3, channels, dtype=torch.float32)
-    _statistics_kernel[(parts, batch)](
+    _statistics_kernel[(parts, columns, batch)](
         x_bchw,
         x_bchw if residual_bchw is None else residual_bchw,
         x_bchw if add_c is None else add_c,
@@ -180,7 +182,7 @@ def _affine_of(
         parts_bp3c,
         pixels,
         rows_each,
-        CHANNELS=channels,
+        channels,
         HAS_RESIDUAL=residual_bchw is not None,
         HAS_ADD=add_c is not None,
         WRITE=y_bchw is not None,
@@ -189,13 +191,13 @@ def _affine_of(
         num_warps=_WARPS,
     )
     affine_b2c = parts_bp3c.new_empty(batch, 2, channels)
-    # What is written is what is normed, so that its own rounding and the bias are in it already.
-    apart = add_c is not None and y_bchw is None
+    # What is written is what is normed: the bias is in it already.
+    apart = add_c if y_bchw is None else None
     size = channels // groups
-    block = triton.next_power_of_2(size)
+    block = max(_SIZE, triton.next_power_of_2(size))
     _affine_of_group_kernel[(groups, batch)](
-        parts_bp3c, add_c if apart else weight_c, weight_c, bias_c, affine_b2c, parts, pixels, rows_each, eps,
-        CHANNELS=channels, SIZE=size, HAS_ADD=apart, ROWS=max(1, 2048 // block), BLOCK=block, num_warps=4,
+        parts_bp3c, weight_c if apart is None else apart, weight_c, bias_c, affine_b2c, parts, pixels, rows_each,
+        channels, size, eps, HAS_ADD=apart is not None, ROWS=max(1, 2048 // block), BLOCK=block, num_warps=4,
     )  # fmt: skip
     return affine_b2c
 
@@ -205,6 +207,6 @@ def _channels_last(x_bchw: Tensor) -> Tensor:
 
 
 def _tile(channels: int) -> tuple[int, int]:
-    """Return (rows, columns) of what a program holds: all channels, padded to a power of two, of some pixels."""
-    block = triton.next_power_of_2(channels)
-    return max(1, _TILE // block), block
+    """Return (pixels, channels) of what a program holds, the latter a power of two."""
+    block = min(_BLOCK, triton.next_power_of_2(channels))
+    return _TILE // block, block
