@@ -66,6 +66,10 @@ def test_an_attribute_that_is_not_there_lists_those_that_are():
         (lambda: TileVae(tile_px=-8), "tile_px must be > 0, got -8"),
         (lambda: CallDefaults(num_inference_steps=0), "num_inference_steps must be >= 1, got 0"),
         (lambda: CallDefaults(), "CallDefaults() changes nothing: give a mode ('turbo', 'quality') or an argument"),
+        (
+            lambda: ernie_accel.transform_from_json({"dynamic": True}),
+            "a transform is told by its class name under 'transform', which is missing in {'dynamic': True}",
+        ),
     ],
 )
 def test_impossible_values_are_refused_when_the_transform_is_made(make, text):

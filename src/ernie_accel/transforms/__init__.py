@@ -65,8 +65,11 @@ def transform_from_json(data: Mapping[str, Any], known: Iterable[type[Transform]
 
     Raises:
         UnknownNameError: The class or a field is unknown.
+        ValueError: There is no class name.
     """
-    name = data.get("transform", "")
+    if "transform" not in data:
+        raise ValueError(f"a transform is told by its class name under 'transform', which is missing in {dict(data)}")
+    name = data["transform"]
     own = {cls.__name__: cls for cls in known}
     cls = own[name] if name in own else transform_class(name)
     names = [f.name for f in fields(cls)]
