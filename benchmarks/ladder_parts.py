@@ -9,7 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ladder_measures import STEPS, TEXT_TOKENS, Job, milliseconds, peak_gb, reset_peak, seconds, sqnr_db
+from ladder_measures import (
+    CUDA,
+    STEPS,
+    TEXT_TOKENS,
+    Job,
+    kernel_times,
+    milliseconds,
+    peak_gb,
+    reset_peak,
+    seconds,
+    sqnr_db,
+)
 from ladder_rungs import Change, leave, optimized
 from random_pipeline import SIZES, prompt_of
 
@@ -27,26 +38,40 @@ class Part:
         what: What it is.
         change: Makes the stock pipe do it.
         measure: (pipe, job) -> columns of the row; "out", if there, is compared to that of the group's first.
+        exact: (pipe, job) -> what "out" would be without rounding, if that can be had; asked of the group's first.
     """
 
     what: str
     change: Change
     measure: Callable[[Any, Job], dict[str, Any]]
+    exact: Callable[[Any, Job], torch.Tensor] | None = None
 
 
 def decode_ms(pipe: Any, job: Job) -> dict[str, Any]:
     """Time the VAE's decoder on the latents of one picture."""
+    latents = _latents(pipe, job)
+    return _timed(lambda: pipe.vae.decode(latents, return_dict=False)[0], 20, job)
+
+
+def decode_float32(pipe: Any, job: Job) -> torch.Tensor:
+    """Return the pictures of the same latents by the same weights in float32, with no faster products than that."""
+    latents = _latents(pipe, job).float()
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        out: torch.Tensor = pipe.vae.float().decode(latents, return_dict=False)[0]
+    return out
+
+
+def _latents(pipe: Any, job: Job) -> torch.Tensor:
     side, channels = job.pixels[0] // pipe.vae_scale_factor * 2, pipe.vae.config.latent_channels
     generator = torch.Generator().manual_seed(7)
-    latents = torch.randn(1, channels, side, side, generator=generator).to(job.device, torch.bfloat16)
-    return _timed(lambda: pipe.vae.decode(latents, return_dict=False)[0], 20)
+    return torch.randn(1, channels, side, side, generator=generator).to(job.device, torch.bfloat16)
 
 
 def encode_ms(pipe: Any, job: Job) -> dict[str, Any]:
     """Time the encoding of eight prompts of 128 tokens, as the pipeline asks for it."""
     prompts = [prompt_of(TEXT_TOKENS, seed) for seed in range(PROMPTS)]
     device = torch.device(job.device)
-    return _timed(lambda: torch.stack(pipe.encode_prompt(prompts, device)), 10)
+    return _timed(lambda: torch.stack(pipe.encode_prompt(prompts, device)), 10, job)
 
 
 def enhance_part_ms(pipe: Any, job: Job) -> dict[str, Any]:
@@ -155,7 +180,7 @@ def _fp8_enhancer(package: Any) -> list[Any]:
 #: "<part>: <way>" -> how it is done; the first of each part is stock, which the others are compared to. A rung of
 #: another transform is one line: "enhancer: name": Part("what", optimized(lambda a, _: [a.Name()]), enhance_part_ms).
 PARTS: dict[str, Part] = {
-    "vae: stock": Part("VAE decode, diffusers as it is", leave, decode_ms),
+    "vae: stock": Part("VAE decode, diffusers as it is", leave, decode_ms, decode_float32),
     "vae: channels_last": Part("VAE decode, stock with channels-last weights", _channels_last, decode_ms),
     "vae: CompileVae": Part("VAE decode, CompileVae", optimized(lambda a, _: [a.CompileVae()]), decode_ms),
     "vae: FuseVae": Part("VAE decode, FuseVae", optimized(lambda a, _: [a.FuseVae()]), decode_ms),
@@ -207,6 +232,11 @@ def measure_part(name: str, job: Job) -> dict[str, Any]:
         expected = torch.load(stock)
         row["is_stock"] = torch.equal(out.cpu(), expected)
         row["sqnr_to_stock_db"] = None if row["is_stock"] else sqnr_db(out, expected)  # JSON has no infinity
+    exact = job.folder / f"{group}.float32.pt"
+    if part.exact is not None:
+        torch.save(part.exact(pipe, job).cpu(), exact)
+    if out is not None and exact.exists():
+        row["sqnr_db"] = sqnr_db(out, torch.load(exact))
     return row
 
 
@@ -218,9 +248,10 @@ def _timed_alone(step: Callable[[], object]) -> dict[str, Any]:
     return row | {"peak_gb": peak_gb()}
 
 
-def _timed(step: Callable[[], torch.Tensor], repeats: int) -> dict[str, Any]:
+def _timed(step: Callable[[], torch.Tensor], repeats: int, job: Job) -> dict[str, Any]:
     row: dict[str, Any] = {"first_call_s": seconds(step)}
     for _ in range(3):
         step()
     reset_peak()
-    return row | {"ms": milliseconds(step, repeats), "peak_gb": peak_gb(), "out": step()}
+    row |= {"ms": milliseconds(step, repeats), "peak_gb": peak_gb(), "out": step()}
+    return row | ({"kernels": kernel_times(step)} if job.profile and CUDA else {})

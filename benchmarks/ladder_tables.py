@@ -84,6 +84,8 @@ def _sweep(result: Result) -> str:
 
 def _parts(result: Result) -> str:
     head = ["part", "ms", "x stock", "ms/token", "first call s", "peak GB", "SQNR dB to stock"]
+    exact = any("sqnr_db" in row for row in _measured(result))
+    head += ["to float32"] * exact
     lines = []
     for row in _measured(result):
         base = next((r for r in _measured(result) if r["rung"] == f"{row['group']}: stock"), None)
@@ -92,6 +94,7 @@ def _parts(result: Result) -> str:
                 *(row["what"], f"{row['ms']:.1f}", _ratio(base and base["ms"], row["ms"])),
                 *(_number(row.get("ms_per_token"), 2), f"{row['first_call_s']:.1f}", _number(row["peak_gb"], 1)),
                 "bitwise" if row.get("is_stock") else _number(row.get("sqnr_to_stock_db"), 1),
+                *[_number(row.get("sqnr_db"), 1)] * exact,
             ]
         )
     return _table(head, lines)

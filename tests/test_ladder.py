@@ -66,11 +66,14 @@ def test_a_peer_that_fails_gets_a_row_with_its_error(tmp_path):
 def test_the_parts_are_measured_alone_and_compared_to_stock(tmp_path):
     _, rows = measured(
         tmp_path / "parts", "--parts",
-        "--only", "prompts: stock,prompts: BatchPromptEncoding,enhancer: stock",
+        "--only", "vae: stock,vae: CompileVae,prompts: stock,prompts: BatchPromptEncoding,enhancer: stock",
     )  # fmt: skip
     assert all(row["ms"] > 0 for row in rows.values())
     batched = rows["prompts: BatchPromptEncoding"]
     assert batched["is_stock"] or batched["sqnr_to_stock_db"] > 25
+    assert all(25 < rows[f"vae: {way}"]["sqnr_db"] < 80 for way in ("stock", "CompileVae"))
+    assert "sqnr_db" not in batched
+    assert "| SQNR dB to stock | to float32 |" in (tmp_path / "parts.md").read_text()
     assert rows["enhancer: stock"]["ms_per_token"] == rows["enhancer: stock"]["ms"] / 8
 
 
