@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ernie_accel.kernels.sizes import next_power_of_2
+
 #: Rows a launch is padded to, and so the most it takes: the smallest width of a tensor-core product.
 MAX_ROWS = 16
 #: Output and input features of a weight are multiples of these.
@@ -226,7 +228,7 @@ def blocks_for(kind: str, scaled: bool, width: int, rows: int) -> Blocks:
     """
     one, several = _TILES[kind, scaled]
     tile = one if rows == 1 else several
-    return tile._replace(k=min(tile.k, triton.next_power_of_2(width)))
+    return tile._replace(k=min(tile.k, next_power_of_2(width)))
 
 
 def attention_blocks(size: int, shared_bytes: int) -> tuple[int, int, int]:
@@ -345,7 +347,7 @@ def attend(
     out = qkv_bn.new_empty(rows, group * kv_heads * size)
     _attend_kernel[(rows, kv_heads)](
         qkv_bn, cos_pd, sin_pd, q_scale_p, position_b, keys_bnpd, values_bnpd, out, capacity, kv_heads, scale,
-        D=size, GROUP=group, GROUP_ROWS=max(16, triton.next_power_of_2(group)), BLOCK=blocks[0], num_warps=blocks[1],
+        D=size, GROUP=group, GROUP_ROWS=max(16, next_power_of_2(group)), BLOCK=blocks[0], num_warps=blocks[1],
         num_stages=blocks[2],
     )  # fmt: skip
     return out

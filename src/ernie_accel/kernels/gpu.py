@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ernie_accel.kernels.sizes import ceil_div, next_power_of_2
+
 #: Rows that a program of the norm kernel handles together; it reads the modulation vectors once. By whether it
 #: quantizes: how often it does so, and its warps for a row of 4096. The fastest of 36 on an H200 (40 and 37 us).
 _ROWS = 2
@@ -209,7 +211,7 @@ def norm_modulate(
     y = torch.empty_like(x_bsh, dtype=torch.float8_e4m3fn if quantize else x_bsh.dtype)
     y_scale = x_bsh.new_empty(batch * tokens, 1, dtype=torch.float32) if quantize else None
     loops = _LOOPS[quantize] if batch * tokens >= _MANY_ROWS else 1
-    _norm_modulate_kernel[(triton.cdiv(tokens, _ROWS * loops), batch)](
+    _norm_modulate_kernel[(ceil_div(tokens, _ROWS * loops), batch)](
         x_bsh,
         x_bsh if branch_bsh is None else branch_bsh.contiguous(),
         scale_b1h if gate_b1h is None else gate_b1h.contiguous(),
@@ -226,7 +228,7 @@ def norm_modulate(
         QUANTIZE=quantize,
         ROWS=_ROWS,
         LOOPS=loops,
-        BLOCK=triton.next_power_of_2(width),
+        BLOCK=next_power_of_2(width),
         num_warps=min(_warps(width), _NORM_WARPS[quantize]),
     )
     return x_out, y, y_scale
@@ -239,7 +241,7 @@ def gated_add(x_bsh: Tensor, branch_bsh: Tensor, gate_b1h: Tensor) -> Tensor:
     out = torch.empty_like(x_bsh)
     _gated_add_kernel[(tokens, batch)](
         x_bsh, branch_bsh.contiguous(), gate_b1h.contiguous(), out, tokens, width,
-        BLOCK=triton.next_power_of_2(width), num_warps=_warps(width),
+        BLOCK=next_power_of_2(width), num_warps=_warps(width),
     )  # fmt: skip
     return out
 
@@ -249,7 +251,7 @@ def quantize_rows(x_bsk: Tensor) -> tuple[Tensor, Tensor]:
     x_bsk, width = x_bsk.contiguous(), x_bsk.shape[-1]
     rows = x_bsk.numel() // width
     y, scale = torch.empty_like(x_bsk, dtype=torch.float8_e4m3fn), x_bsk.new_empty(rows, 1, dtype=torch.float32)
-    _quantize_rows_kernel[(rows,)](x_bsk, y, scale, width, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width))
+    _quantize_rows_kernel[(rows,)](x_bsk, y, scale, width, BLOCK=next_power_of_2(width), num_warps=_warps(width))
     return y, scale
 
 
@@ -259,8 +261,8 @@ def gelu_mul(gate_up_bs2f: Tensor, quantize: bool) -> tuple[Tensor, Tensor | Non
     rows = gate_up_bs2f.numel() // (2 * width)
     shape = (*gate_up_bs2f.shape[:-1], width)
     if not quantize:
-        y, block = gate_up_bs2f.new_empty(shape), min(4096, triton.next_power_of_2(width))
-        _gelu_mul_kernel[(rows, triton.cdiv(width, block))](gate_up_bs2f, y, width, BLOCK=block, num_warps=8)
+        y, block = gate_up_bs2f.new_empty(shape), min(4096, next_power_of_2(width))
+        _gelu_mul_kernel[(rows, ceil_div(width, block))](gate_up_bs2f, y, width, BLOCK=block, num_warps=8)
         return y, None
     y = gate_up_bs2f.new_empty(shape, dtype=torch.float8_e4m3fn)
     scale = gate_up_bs2f.new_empty(rows, 1, dtype=torch.float32)
@@ -290,7 +292,7 @@ def qkv_fp8(
     rows = qkv_bs3h.numel() // (3 * width)
     v, scale = torch.empty_like(q), amax.new_empty(rows, 1)
     _quantize_values_kernel[(rows,)](
-        qkv_bs3h, amax, v, scale, width, BLOCK=triton.next_power_of_2(width), num_warps=_warps(width)
+        qkv_bs3h, amax, v, scale, width, BLOCK=next_power_of_2(width), num_warps=_warps(width)
     )
     return q, k, v, scale
 
@@ -312,17 +314,17 @@ def _qk_norm_rope(
     _qk_norm_rope_kernel[(batch * tokens,)](
         qkv_bs3h.contiguous(), weight_q_d, weight_k_d, cos_bs1d.contiguous(), sin_bs1d.contiguous(), q, k,
         q if v_amax is None else v_amax, eps, heads, FIND_AMAX=v_amax is not None,
-        D=size, HALF=triton.next_power_of_2(size // 2), HEADS=triton.next_power_of_2(heads), num_warps=4,
+        D=size, HALF=next_power_of_2(size // 2), HEADS=next_power_of_2(heads), num_warps=4,
     )  # fmt: skip
     return q, k
 
 
 def _warps(width: int) -> int:
     """Return the warps for a row: 16 values a thread, between 1 and 8 warps."""
-    return max(1, min(8, int(triton.next_power_of_2(width)) // 512))
+    return max(1, min(8, next_power_of_2(width) // 512))
 
 
 def _chunks(width: int) -> tuple[int, int]:
     """Return (number, power-of-two size) of the chunks that cover `width` with the least left over."""
-    options = [(n, triton.next_power_of_2(triton.cdiv(width, n))) for n in (1, 2, 3, 4)]
+    options = [(n, next_power_of_2(ceil_div(width, n))) for n in (1, 2, 3, 4)]
     return min(options, key=lambda option: (option[0] * option[1], option[0]))

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ernie_accel.kernels.sizes import ceil_div, next_power_of_2
+
 _BLOCK = 128  # channels a program handles: one compiled kernel for all pictures with at least so many
 _TILE = 4096  # values it holds at once: those channels of some pixels
 _PROGRAMS = 512  # that gather statistics of a picture: about four for each multiprocessor of a large card
@@ -152,7 +154,7 @@ def affine(x_bchw: Tensor, affine_b2c: Tensor, silu: bool) -> Tensor:
     x_bchw = _channels_last(x_bchw)
     batch, channels, height, width = x_bchw.shape
     y_bchw, (rows, block) = torch.empty_like(x_bchw), _tile(channels)
-    _affine_kernel[(triton.cdiv(height * width, rows), triton.cdiv(channels, block), batch)](
+    _affine_kernel[(ceil_div(height * width, rows), ceil_div(channels, block), batch)](
         x_bchw, affine_b2c, y_bchw, height * width, channels, SILU=silu, ROWS=rows, BLOCK=block, num_warps=_WARPS
     )
     return y_bchw
@@ -170,9 +172,9 @@ def _affine_of(
 ) -> Tensor:
     batch, channels, height, width = x_bchw.shape
     pixels, (rows, block) = height * width, _tile(channels)
-    columns = triton.cdiv(channels, block)
-    rows_each = rows * triton.cdiv(pixels, rows * max(1, _PROGRAMS // columns))
-    parts = triton.cdiv(pixels, rows_each)
+    columns = ceil_div(channels, block)
+    rows_each = rows * ceil_div(pixels, rows * max(1, _PROGRAMS // columns))
+    parts = ceil_div(pixels, rows_each)
     parts_bp3c = x_bchw.new_empty(batch, parts, 3, channels, dtype=torch.float32)
     _statistics_kernel[(parts, columns, batch)](
         x_bchw,
@@ -194,7 +196,7 @@ def _affine_of(
     # What is written is what is normed: the bias is in it already.
     apart = add_c if y_bchw is None else None
     size = channels // groups
-    block = max(_SIZE, triton.next_power_of_2(size))
+    block = max(_SIZE, next_power_of_2(size))
     _affine_of_group_kernel[(groups, batch)](
         parts_bp3c, weight_c if apart is None else apart, weight_c, bias_c, affine_b2c, parts, pixels, rows_each,
         channels, size, eps, HAS_ADD=apart is not None, ROWS=max(1, 2048 // block), BLOCK=block, num_warps=4,
@@ -208,5 +210,5 @@ def _channels_last(x_bchw: Tensor) -> Tensor:
 
 def _tile(channels: int) -> tuple[int, int]:
     """Return (pixels, channels) of what a program holds, the latter a power of two."""
-    block = min(_BLOCK, triton.next_power_of_2(channels))
+    block = min(_BLOCK, next_power_of_2(channels))
     return _TILE // block, block
