@@ -25,15 +25,23 @@ def settings_of_the_process():
 
 
 def _settings() -> dict[str, object]:
-    registry = getattr(sys.modules.get("diffusers.models.attention_dispatch"), "_AttentionBackendRegistry", None)
     return {
-        "attention backend": "native" if registry is None else registry._active_backend.value,
+        "attention backend": _attention_backend(),
         "default dtype": torch.get_default_dtype(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "float32 matmul precision": torch.get_float32_matmul_precision(),
         "grad": torch.is_grad_enabled(),
         "threads": torch.get_num_threads(),
     }
+
+
+def _attention_backend() -> str:
+    """Return diffusers' default, which before its import is what the environment says."""
+    dispatch = sys.modules.get("diffusers.models.attention_dispatch")
+    if dispatch is None:
+        return os.environ.get("DIFFUSERS_ATTN_BACKEND", "native")
+    backend: str = dispatch._AttentionBackendRegistry._active_backend.value
+    return backend
 
 
 @pytest.fixture

@@ -39,6 +39,16 @@ def close_affine(got: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture(params=[(None, None), (1, 512), (3, 512), (512, 128)], ids=["as it is", "one part", "three", "many"])
+def split(request, kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut pictures that fit into one tile into parts of many tiles, and into many parts."""
+    programs, tile = request.param
+    if programs is not None:
+        monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+        monkeypatch.setattr(kernels, "_TILE", tile)
+
+
+@pytest.mark.usefixtures("split")
 @pytest.mark.parametrize("with_add", [False, True])
 def test_group_norm_affine(kernels, case, with_add: bool) -> None:
     x, _, add, norm = case
@@ -46,6 +56,7 @@ def test_group_norm_affine(kernels, case, with_add: bool) -> None:
     close_affine(kernels.group_norm_affine(x, add, *norm, EPS), reference.group_norm_affine(x, add, *norm, EPS))
 
 
+@pytest.mark.usefixtures("split")
 @pytest.mark.parametrize("with_add", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_add_group_norm_affine(kernels, case, with_residual: bool, with_add: bool) -> None:

@@ -6,8 +6,6 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 from ernie_accel.enhancer.decoder import Decoder
 from ernie_accel.enhancer.sampling import Sampling, draws_for
 
@@ -136,12 +134,6 @@ def why_not(model: Any, tokenizer: Any) -> list[str]:
         if value not in values:
             reasons.append(f"its generation_config sets {name}={value!r}")
     return reasons
-
-
-def is_moved_in_parts(model: torch.nn.Module) -> bool:
-    """Return whether accelerate or diffusers move or cast parts of this model when those are called."""
-    parts = (part for part in model.modules() if part is not model)
-    return any(hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") for part in parts)
 
 
 def _wake(model: Any) -> None:

@@ -4,7 +4,7 @@
 A norm takes two passes over a picture, since its statistics are of the whole: one that reads it and one that reads and
 writes it. The first also adds what a convolution leaves over, its bias and the residual; the second does the SiLU. In
 this layout neighbours in memory are channels, which belong to different groups: so statistics are gathered for each
-channel and only then for each group.
+channel and only then for each group. Sizes of pictures are not specialized for: each would compile kernels of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SIZE = 16  # channels that the program of a group has room for; more take anoth
 _WARPS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "rows_each"])
 def _statistics_kernel(
     X, RESIDUAL, ADD, Y, PARTS, pixels, rows_each, channels, HAS_RESIDUAL: tl.constexpr, HAS_ADD: tl.constexpr,
     WRITE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -67,7 +67,7 @@ def _statistics_kernel(
     tl.store(out + 2 * channels, first, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "pixels", "rows_each", "size"])
 def _affine_of_group_kernel(
     PARTS, ADD, WEIGHT, BIAS, AFFINE, parts, pixels, rows_each, channels, size, eps, HAS_ADD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -86,7 +86,7 @@ def _affine_of_group_kernel(
         count = tl.minimum(rows_each, pixels - part * rows_each).to(tl.float32)[:, None]
         first = tl.load(at + 2 * channels, mask=here, other=0.0)
         sums += tl.where(here, count * first + tl.load(at, mask=here, other=0.0), 0.0)
-    values = pixels * size
+    values = pixels.to(tl.float32) * size
     mean = tl.sum(tl.sum(sums, 0), 0) / values
     squares = tl.zeros((ROWS, BLOCK), tl.float32)
     for i in range(0, parts, ROWS):
@@ -108,7 +108,7 @@ def _affine_of_group_kernel(
     tl.store(out + channels, shift, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _affine_kernel(
     X, AFFINE, Y, pixels, channels, SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -127,14 +127,15 @@ def add_group_norm_affine(
     groups: int,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``y = x + add + residual``, rounded once, and `group_norm_affine` of it."""
+    """Return ``y = x + add + residual``, rounded once, channels-last, and `group_norm_affine` of it."""
     y = x_bchw.float() if add_c is None else x_bchw.float() + add_c.float().view(-1, 1, 1)
-    y = (y if residual_bchw is None else y + residual_bchw.float()).to(x_bchw.dtype)
+    y = y if residual_bchw is None else y + residual_bchw.float()
+    y = torch.empty_like(x_bchw, memory_format=torch.channels_last).copy_(y)
     return y, group_norm_affine(y, None, weight_c, bias_c, groups, eps)
 
 
 def affine(x_bchw: Tensor, affine_b2c: Tensor, silu: bool) -> Tensor:
-    """Return ``x * scale + shift`` of each channel, through SiLU if `silu`, rounded once to the dtype of `x_bchw`."""
+    """Return ``x * scale + shift`` of each channel, through SiLU if `silu`, rounded once, channels-last."""
     scale, shift = affine_b2c[:, :, :, None, None].unbind(1)
     y = x_bchw.float() * scale + shift
-    return (F.silu(y) if silu else y).to(x_bchw.dtype)
+    return torch.empty_like(x_bchw, memory_format=torch.channels_last).copy_(F.silu(y) if silu else y)

@@ -2,7 +2,7 @@
 
 Between two convolutions lie a bias, perhaps a residual, a group norm and a SiLU: four or five passes over the picture
 in torch, two here. The convolutions are cuDNN's, in the channels-last layout that its fastest ones want, so nothing is
-compiled but six small kernels, and a picture of another size compiles nothing.
+compiled but a few small kernels, which serve pictures of all sizes.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class FusedDecoder:
     def __call__(self, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
         """Return the pictures [B, 3, 8 * H, 8 * W] of latents [B, C, H, W].
 
-        Under gradients, which the kernels do not compute, and where hooks bring the weights of single layers, it is the
-        forward as it was.
+        Under gradients, which the kernels do not compute, and where hooks or other forwards have been put on layers
+        (offloading does so), it is the forward as it was.
         """
         decoder = self._decoder
         out: Tensor
-        if torch.is_grad_enabled() or latent_embeds is not None or _is_hooked(decoder):
+        if torch.is_grad_enabled() or latent_embeds is not None or _has_altered_layers(decoder):
             out = self._forward(sample, latent_embeds)
             return out
         x_bchw = decoder.conv_in(sample)
-        parts = [(part, _KINDS[type(part).__name__]) for part in _parts(decoder)]
+        parts = [(part, _KINDS[_path_of(part)]) for part in _parts(decoder)]
         norms: list[Any] = [getattr(part, kind.first_norm) if kind.first_norm else None for part, kind in parts]
         affine_b2c = ops.group_norm_affine(x_bchw, None, *_norm(norms[0]))
         for (part, kind), following in zip(parts, [*norms[1:], decoder.conv_norm_out], strict=True):
@@ -55,15 +55,21 @@ class FusedDecoder:
 
 def why_not(decoder: Any) -> str | None:
     """Return what in a decoder is not as `FusedDecoder` computes it, or None."""
-    if type(decoder).__name__ != "Decoder" or type(decoder.mid_block).__name__ != "UNetMidBlock2D":
-        return f"it is a {type(decoder).__name__} of another architecture"
+    if "forward" in vars(decoder):
+        return "its forward was replaced (by offloading, for instance)"
+    if _path_of(decoder) != "diffusers.models.autoencoders.vae.Decoder":
+        return f"it is a {_path_of(decoder)}"
+    if type(decoder.mid_block).__name__ != "UNetMidBlock2D":
+        return f"mid_block is a {type(decoder.mid_block).__name__}"
     for path, block in decoder.up_blocks.named_children():
         if type(block).__name__ != "UpDecoderBlock2D":
             return f"up_blocks.{path} is a {type(block).__name__}"
+    if reason := _why_not_norm(decoder.conv_norm_out, decoder.conv_act):
+        return f"it ends with {reason}"
     paths = {part: path for path, part in decoder.named_modules()}
     for part in _parts(decoder):
-        kind = _KINDS.get(type(part).__name__)
-        reason = f"is a {type(part).__name__}" if kind is None else kind.why_not(part)
+        kind = _KINDS.get(_path_of(part))
+        reason = f"is a {_path_of(part)}" if kind is None else kind.why_not(part)
         if reason is not None:
             return f"{paths[part]} {reason}"
     return None
@@ -83,8 +89,11 @@ def _parts(decoder: Any) -> list[Any]:
 def _why_not_resnet(block: Any) -> str | None:
     if any(type(conv) is not nn.Conv2d for conv in (block.conv1, block.conv2, block.conv_shortcut or block.conv2)):
         return "has quantized or adapted convolutions"
-    if type(block.nonlinearity) is not nn.SiLU:
-        return f"activates by {type(block.nonlinearity).__name__}"
+    for norm in (block.norm1, block.norm2):
+        if reason := _why_not_norm(norm, block.nonlinearity):
+            return f"has {reason}"
+    if block.dropout.p > 0:
+        return "drops values out"
     if block.time_emb_proj is not None or block.time_embedding_norm not in ("default", "group"):
         return "takes a time embedding"
     if block.upsample is not None or block.downsample is not None or block.output_scale_factor != 1:
@@ -97,10 +106,22 @@ def _why_not_attention(block: Any) -> str | None:
         return "has quantized or adapted layers"
     if type(block.processor).__name__ != "AttnProcessor2_0":
         return f"computes with a {type(block.processor).__name__}"
-    if block.group_norm is None or any(norm is not None for norm in (block.spatial_norm, block.norm_q, block.norm_k)):
+    if reason := _why_not_norm(block.group_norm):
+        return f"has {reason}"
+    if any(norm is not None for norm in (block.spatial_norm, block.norm_q, block.norm_k)):
         return "has other norms"
+    if block.to_out[1].p > 0:
+        return "drops values out"
     if not block.residual_connection or block.rescale_output_factor != 1:
         return "has no residual, or scales its output"
+    return None
+
+
+def _why_not_norm(norm: Any, activation: Any = None) -> str | None:
+    if type(norm) is not nn.GroupNorm or not norm.affine:
+        return f"a {type(norm).__name__} for a norm"
+    if activation is not None and type(activation) is not nn.SiLU:
+        return f"a {type(activation).__name__} for an activation"
     return None
 
 
@@ -138,7 +159,7 @@ def _run_upsampler(
     block: Any, x_bchw: Tensor, affine_b2c: Tensor | None, following: Any
 ) -> tuple[Tensor, Tensor | None]:
     if len(x_bchw) >= 64 or 4 * x_bchw.numel() > 2**31:
-        x_bchw = x_bchw.contiguous()  # as diffusers: torch's channels-last upsampling fails for more
+        x_bchw = x_bchw.contiguous()  # sooner than diffusers: torch's channels-last upsampling fails for more
     y_bchw = _convolve(block.conv, F.interpolate(x_bchw, scale_factor=2.0, mode="nearest"))
     return _finish(y_bchw, None, block.conv.bias, following)
 
@@ -151,9 +172,9 @@ class _Kind:
 
 
 _KINDS = {
-    "ResnetBlock2D": _Kind(_run_resnet, _why_not_resnet, "norm1"),
-    "Attention": _Kind(_run_attention, _why_not_attention, "group_norm"),
-    "Upsample2D": _Kind(_run_upsampler, _why_not_upsampler, None),
+    "diffusers.models.resnet.ResnetBlock2D": _Kind(_run_resnet, _why_not_resnet, "norm1"),
+    "diffusers.models.attention_processor.Attention": _Kind(_run_attention, _why_not_attention, "group_norm"),
+    "diffusers.models.upsampling.Upsample2D": _Kind(_run_upsampler, _why_not_upsampler, None),
 }
 
 
@@ -174,8 +195,14 @@ def _norm(norm: nn.GroupNorm) -> tuple[Tensor, Tensor, int, float]:
 
 def _convolve(conv: nn.Conv2d, x_bchw: Tensor) -> Tensor:
     """Return the convolution without its bias, which torch would add in a pass of its own."""
-    return F.conv2d(x_bchw, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    out: Tensor = conv._conv_forward(x_bchw, conv.weight, None)  # minds its padding_mode, which may be circular
+    return out
 
 
-def _is_hooked(decoder: Any) -> bool:
-    return any(hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") for part in decoder.modules())
+def _path_of(part: Any) -> str:
+    return f"{type(part).__module__}.{type(part).__qualname__}"
+
+
+def _has_altered_layers(decoder: Any) -> bool:
+    parts = (part for part in decoder.modules() if part is not decoder)
+    return any("forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks for part in parts)

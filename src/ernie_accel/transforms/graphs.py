@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ernie_accel.core.components import Pipeline
+from ernie_accel.core.components import Pipeline, is_moved_in_parts
 from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
@@ -104,9 +104,7 @@ class GraphedForward:
         same_picture = self._picture[0] is embeddings and self._picture[1] == key
         self._picture = (embeddings, key)
         if not same_picture:
-            self._is_hooked = any(
-                _has_hook(part) for part in self._transformer.modules() if part is not self._transformer
-            )
+            self._is_hooked = is_moved_in_parts(self._transformer)
         if self._is_hooked:
             return self._forward(**arguments)
 
@@ -141,11 +139,6 @@ class GraphedForward:
     def _weights(self) -> tuple[int, ...]:
         tensors = [*self._transformer.parameters(), *self._transformer.buffers()]
         return tuple(tensor.data_ptr() for tensor in tensors)
-
-
-def _has_hook(part: torch.nn.Module) -> bool:
-    """Return whether accelerate or diffusers move or cast this module's weights when it is called."""
-    return hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook")
 
 
 def _record(forward: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[Callable[[], None], Tensor]:

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from ernie_accel.core.components import Pipeline
+from ernie_accel.core.components import Pipeline, is_moved_in_parts
 from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import wrap_call
-from ernie_accel.enhancer.enhancer import TEMPERATURE, TOP_P, PromptEnhancer, Wish, is_moved_in_parts, why_not
+from ernie_accel.enhancer.enhancer import TEMPERATURE, TOP_P, PromptEnhancer, Wish, why_not
 from ernie_accel.families import family_of
 from ernie_accel.families.family import PromptEnhancement
 from ernie_accel.transforms.call_defaults import CallDefaults

@@ -10,7 +10,8 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 from ernie_accel.batch.engines.base import PREPARE_BATCH, ROUND, Request, stop_if
-from ernie_accel.enhancer.enhancer import PromptEnhancer, Wish, is_moved_in_parts, why_not
+from ernie_accel.core.components import is_moved_in_parts
+from ernie_accel.enhancer.enhancer import PromptEnhancer, Wish, why_not
 from ernie_accel.families import family_of
 from ernie_accel.families.ernie_image import ERNIE_IMAGE
 

@@ -1,0 +1,104 @@
+"""The kernels as torch operators: schema, fakes and twins agree, and a backward is refused, not taken for zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import ernie_accel
+from ernie_accel.kernels import ops, reference
+
+EPS = 1e-6
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def _cases() -> list[tuple[str, tuple[Any, ...]]]:
+    modulation = (rand(32), rand(2, 1, 32), rand(2, 1, 32), EPS)
+    x, gate = rand(2, 5, 32), rand(2, 1, 32)
+    rotary = (rand(2, 5, 96), rand(8), rand(8), rand(2, 5, 1, 8), rand(2, 5, 1, 8), 4, EPS)
+    heads, (rows, scale), (weight, weight_scale) = (
+        rand(1, 5, 4, 8, dtype=torch.float8_e4m3fn),
+        reference.quantize_rows(x),
+        reference.quantize_rows(rand(16, 32)),
+    )
+    pictures = {
+        "contiguous": rand(2, 16, 3, 5),
+        "channels-last": rand(2, 16, 3, 5).contiguous(memory_format=torch.channels_last),
+    }
+    c, norm = rand(16), (rand(16), rand(16), 4, EPS)
+    cases: list[tuple[str, tuple[Any, ...]]] = [
+        ("norm_modulate", (x, *modulation)),
+        ("norm_modulate_fp8", (x, *modulation)),
+        ("add_norm_modulate", (x, x, gate, *modulation)),
+        ("add_norm_modulate_fp8", (x, x, gate, *modulation)),
+        ("gated_add", (x, x, gate)),
+        ("quantize_rows", (x,)),
+        ("gelu_mul", (x,)),
+        ("gelu_mul_fp8", (x,)),
+        ("qk_norm_rope", rotary),
+        ("qkv_fp8", rotary),
+        ("attention_fp8", (heads, heads, heads, torch.ones(5, 1))),
+        ("linear_fp8", (rows, scale, weight, weight_scale.view(1, -1))),
+    ]
+    for picture in pictures.values():
+        cases += [("group_norm_affine", (picture, add, *norm)) for add in (None, c)]
+        cases += [("add_group_norm_affine", (picture, None, None, *norm))]
+        cases += [("add_group_norm_affine", (picture, picture.clone(), c, *norm))]
+        cases += [("affine", (picture, rand(2, 2, 16), silu)) for silu in (False, True)]
+    return cases
+
+
+CASES = _cases()
+
+
+def test_every_operator_has_a_case() -> None:
+    names = {name for name, value in vars(ops).items() if callable(value) and not name.startswith("_")}
+    assert {name for name, _ in CASES} == names & set(dir(torch.ops.ernie_accel))
+    assert len({name for name, _ in CASES}) == 15
+
+
+@pytest.mark.parametrize(("name", "arguments"), CASES, ids=lambda value: value if isinstance(value, str) else "")
+def test_schema_and_fakes_hold(name: str, arguments: tuple[Any, ...]) -> None:
+    """That nothing is changed in place or returned again, and fakes have the shapes, dtypes and strides of results."""
+    takes_float8 = any(isinstance(a, Tensor) and a.dtype == ops.FP8 for a in arguments)
+    # The check of the schema multiplies the inputs, which float8 cannot on a CPU.
+    checks = ("test_faketensor",) if takes_float8 else ("test_schema", "test_faketensor")
+    torch.library.opcheck(getattr(torch.ops.ernie_accel, name).default, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize(("name", "arguments"), CASES[:8], ids=lambda value: value if isinstance(value, str) else "")
+def test_a_backward_is_refused(name: str, arguments: tuple[Any, ...]) -> None:
+    x = arguments[0].clone().requires_grad_()
+    out = getattr(ops, name)(x, *arguments[1:])
+    out = out[0] if isinstance(out, tuple) else out
+    with torch.no_grad():
+        plain = getattr(ops, name)(*arguments)
+    assert torch.equal(out.detach().float(), (plain[0] if isinstance(plain, tuple) else plain).float())
+    with pytest.raises(ernie_accel.ErnieAccelError, match=rf"^ernie_accel::{name} has no backward"):
+        out.float().sum().backward()
+
+
+@pytest.mark.parametrize(("name", "arguments"), CASES[:8], ids=lambda value: value if isinstance(value, str) else "")
+def test_an_operator_is_one_node_of_a_graph_that_serves_all_lengths(name: str, arguments: tuple[Any, ...]) -> None:
+    torch._dynamo.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(lambda *a: getattr(ops, name)(*a), fullgraph=True, dynamic=True, backend=keep)
+    with torch.no_grad():
+        for length in (5, 4, 3):
+            some = tuple(a[:, :length] if isinstance(a, Tensor) and a.shape[1:2] == (5,) else a for a in arguments)
+            torch.testing.assert_close(compiled(*some), getattr(ops, name)(*some))
+    assert len(graphs) == 1
+    nodes = [node for node in graphs[0].graph.nodes if "ernie_accel" in str(node.target)]
+    assert [str(node.target) for node in nodes] == [f"ernie_accel.{name}.default"]
+    torch._dynamo.reset()
