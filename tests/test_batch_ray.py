@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ import ray
 from PIL import Image
 
 from ernie_accel.batch import produce
-from ernie_accel.batch.engines import LocalEngine, Request
+from ernie_accel.batch.engines import EngineLostError, LocalEngine, Request, WorkerLostError
 from ernie_accel.batch.task import tasks_of
 from tests.child_paths import PYTHONPATH
 from tests.pipelines import tiny_ernie
@@ -142,6 +143,38 @@ def test_closing_while_prompts_are_encoded_ahead_waits_for_none_of_them(cluster,
     engine._threads.shutdown(wait=True)  # as the interpreter does at its end
     assert time.perf_counter() - start < 20
     assert len(engine._actors) == 1, "an actor was started for an engine that is closed"
+
+
+def test_more_actors_than_fit_on_this_machine_are_refused(cluster, monkeypatch):
+    from ernie_accel.batch.engines.ray import RayEngine
+
+    ended = []  # as if the cluster of these tests, which has two CPUs, were started for the engine
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    text = "^The Ray actors need 3 x 1 CPU, and this machine has 2: take fewer, or give each a share of one$"
+    with pytest.raises(EngineLostError, match=text):
+        RayEngine(load_tiny_ernie, actors=3, num_gpus=0, num_cpus=1)
+    with pytest.raises(EngineLostError, match="^The Ray actors need 1 x 1 GPU, and this machine has 0"):
+        RayEngine(load_tiny_ernie)
+    assert ended == [True, True]
+
+
+def test_an_actor_without_a_place_is_waited_for_and_told_about(cluster, monkeypatch, caplog):
+    """A cluster that others started may grow."""
+    from ernie_accel.batch.engines import ray as module
+
+    monkeypatch.setattr(module, "_TELL_S", 0.2)
+    engine = module.RayEngine(load_tiny_ernie, actors=2, num_gpus=0, num_cpus=2)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(engine._describe, engine._actors[1])
+        while "2 CPU (0 free)" not in caplog.text:
+            assert not waiting.done()
+            time.sleep(0.05)
+        engine.close()
+        with pytest.raises(WorkerLostError):
+            waiting.result(30)
+    assert "Waiting for a Ray actor" in caplog.text
 
 
 def test_an_encoder_that_hangs_ahead_costs_its_row_and_no_other(cluster, tmp_path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import queue
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +18,7 @@ from ernie_accel.batch.engines.base import (
     PREPARE_BATCH,
     BatchTimeoutError,
     Engine,
+    EngineLostError,
     Outcome,
     Request,
     WorkerLostError,
@@ -28,6 +31,8 @@ from ernie_accel.batch.errors import Problem
 from ernie_accel.core.errors import MissingExtraError
 
 _log = logging.getLogger(__name__)
+
+_TELL_S = 60.0  # seconds of waiting for an actor after which that is told, and told again
 
 
 @dataclass
@@ -70,6 +75,8 @@ class RayEngine(Engine):
 
         Raises:
             MissingExtraError: Ray is not installed.
+            EngineLostError: A cluster that was started for this has too few GPUs or CPUs for the actors. Others may grow:
+                there an actor without a place is waited for, and the log says so every minute.
             WorkerLostError: The first actor died, because the pipeline could not be loaded or its machine was lost.
         """
         try:
@@ -80,13 +87,16 @@ class RayEngine(Engine):
         self._started = not ray.is_initialized()
         if self._started:
             ray.init(address=address, log_to_driver=False, include_dashboard=False)
+        self._needs = {"GPU": num_gpus, "CPU": num_cpus}
+        if self._started and address is None and "RAY_ADDRESS" not in os.environ:
+            self._refuse_more_than_there_is(actors)
         # No restarts by Ray: a new actor is started here, where it is known which rows the old one had.
         remote: Any = ray.remote
         self._actor_class: Any = remote(num_gpus=num_gpus, num_cpus=num_cpus, max_restarts=0)(_Worker)
         self._load, self._given_max_batch = load, max_batch
         self.slots = actors
         self.ahead = self.ahead * actors
-        self._closed = False
+        self._closed, self._changing = False, threading.Lock()
         self._loaded: set[Any] = set()
         self._actors = [self._new_actor() for _ in range(actors)]
         self._idle: queue.Queue[Any] = queue.Queue()
@@ -95,7 +105,7 @@ class RayEngine(Engine):
         self.max_batch: int
         self._identity: dict[str, str]
         self._tokenizer: Any
-        self.max_batch, self._identity, self._tokenizer = self._ask(self._actors[0].describe.remote(), None)
+        self.max_batch, self._identity, self._tokenizer = self._describe(self._actors[0])
         self._length_class = functools.lru_cache(maxsize=4096)(self._count)  # asked for again after each batch
         # Threads for all that is prepared at once: each waits for a free actor, in front of what is rendered next.
         self._threads = ThreadPoolExecutor(2 * self.ahead // PREPARE_BATCH, "ernie-accel-encode")
@@ -136,7 +146,8 @@ class RayEngine(Engine):
 
     def close(self) -> None:
         """End the actors, and the local cluster if this engine started it."""
-        self._closed = True
+        with self._changing:
+            self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         for actor in self._actors:
             self._ray.kill(actor)
@@ -168,16 +179,11 @@ class RayEngine(Engine):
             if self._closed:
                 raise WorkerLostError("the engine was closed")
             if actor not in self._loaded:
-                self._ask(actor.describe.remote(), None)  # now, or loading would be a batch's time
+                self._describe(actor)  # now, or loading would be a batch's time
                 self._loaded.add(actor)
             yield actor
         except (WorkerLostError, BatchTimeoutError):
-            if not self._closed:
-                self._actors.remove(actor)
-                self._loaded.discard(actor)
-                self._ray.kill(actor)  # one that is out of time is still at it
-                actor = self._new_actor()
-                self._actors.append(actor)
+            actor = self._in_place_of(actor)
             raise
         finally:
             self._idle.put(actor)
@@ -187,6 +193,39 @@ class RayEngine(Engine):
 
     def _new_actor(self) -> Any:
         return self._actor_class.remote(self._load, self._given_max_batch)
+
+    def _in_place_of(self, lost: Any) -> Any:
+        """Return a new actor, or the lost one if the engine is closed and none is needed."""
+        with self._changing:
+            if self._closed:
+                return lost
+            self._actors.remove(lost)
+            self._loaded.discard(lost)
+            self._ray.kill(lost)  # one that is out of time is still at it
+            new = self._new_actor()
+            self._actors.append(new)
+            return new
+
+    def _describe(self, actor: Any) -> Any:
+        """Wait until an actor has its pipeline, and return what it says of it."""
+        answer = actor.describe.remote()
+        while not self._ray.wait([answer], timeout=_TELL_S)[0]:
+            free = self._ray.available_resources()
+            needs = ", ".join(f"{need:g} {kind} ({free.get(kind, 0):g} free)" for kind, need in self._needs.items())
+            _log.warning(
+                "Waiting for a Ray actor: it loads its pipeline, or the cluster has no place for it. It needs %s", needs
+            )
+        return self._ask(answer, None)
+
+    def _refuse_more_than_there_is(self, actors: int) -> None:
+        total = self._ray.cluster_resources()
+        for kind, need in self._needs.items():
+            if actors * need > total.get(kind, 0) + 1e-6:  # shares such as 0.1
+                self._ray.shutdown()
+                raise EngineLostError(
+                    f"The Ray actors need {actors} x {need:g} {kind}, and this machine has {total.get(kind, 0):g}: take "
+                    "fewer, or give each a share of one"
+                )
 
     def _ask(self, answer: Any, timeout_s: float | None) -> Any:
         exceptions = self._ray.exceptions
