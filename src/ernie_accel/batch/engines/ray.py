@@ -75,8 +75,8 @@ class RayEngine(Engine):
 
         Raises:
             MissingExtraError: Ray is not installed.
-            EngineLostError: A cluster that was started for this has too few GPUs or CPUs for the actors. Others may grow:
-                there an actor without a place is waited for, and the log says so every minute.
+            EngineLostError: A cluster that was started for this has too few GPUs or CPUs for the actors. Others may
+                grow: there an actor without a place is waited for, and the log says so every minute.
             WorkerLostError: The first actor died, because the pipeline could not be loaded or its machine was lost.
         """
         try:
@@ -223,8 +223,8 @@ class RayEngine(Engine):
             if actors * need > total.get(kind, 0) + 1e-6:  # shares such as 0.1
                 self._ray.shutdown()
                 raise EngineLostError(
-                    f"The Ray actors need {actors} x {need:g} {kind}, and this machine has {total.get(kind, 0):g}: take "
-                    "fewer, or give each a share of one"
+                    f"The Ray actors need {actors} x {need:g} {kind}, and this machine has {total.get(kind, 0):g}: "
+                    "take fewer, or give each a share of one"
                 )
 
     def _ask(self, answer: Any, timeout_s: float | None) -> Any:
