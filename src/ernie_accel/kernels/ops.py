@@ -33,6 +33,8 @@ def _operator(cuda: Callable[..., Any], fake: Callable[..., Any]) -> Callable[[C
     """
 
     def on_its_device(x: Tensor, *others: Any) -> Any:
+        if x.device.index == torch.cuda.current_device():
+            return cuda(x, *others)
         with torch.cuda.device(x.device):  # Triton and cuDNN launch on the current one
             return cuda(x, *others)
 
