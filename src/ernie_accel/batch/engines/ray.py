@@ -224,7 +224,7 @@ class RayEngine(Engine):
                 self._ray.shutdown()
                 raise EngineLostError(
                     f"The Ray actors need {actors} x {need:g} {kind}, and this machine has {total.get(kind, 0):g}: "
-                    "take fewer, or give each a share of one"
+                    f"take fewer, or give each less (num_{kind.lower()}s)"
                 )
 
     def _ask(self, answer: Any, timeout_s: float | None) -> Any:
