@@ -4,6 +4,8 @@
     gpu.py         the Triton kernels of the blocks and their launches; imported when the first one runs
     group_norm.py  those of the VAE's decoder, which vae_decoder.py runs on them
     decode.py      those of the prompt enhancer
+    cudnn_attention.py  attention in fp8 by cuDNN; linear.py  the layer with an fp8 weight
+    sizes.py       arithmetic of grids and tiles
     ops.py         twin and kernel behind one torch operator each, which torch.compile keeps as one node
 
 Rows are quantized to float8_e4m3fn with one float32 scale a row: ``value = float8 * scale``, ``scale = amax / 448``.

@@ -67,6 +67,15 @@ def _statistics_kernel(
     tl.store(out + 2 * channels, first, mask=inside)
 
 
+@triton.jit
+def _some_parts(i, first_part, inside, parts, pixels, rows_each, channels, ROWS: tl.constexpr):
+    """Return where ROWS parts lie from the i-th on, which of them there are, and how many pixels each is of."""
+    part = i + tl.arange(0, ROWS)
+    at = first_part[None, :] + part[:, None] * 3 * channels
+    here = (part < parts)[:, None] & inside[None, :]
+    return at, here, tl.minimum(rows_each, pixels - part * rows_each).to(tl.float32)[:, None]
+
+
 @triton.jit(do_not_specialize=["parts", "pixels", "rows_each", "size"])
 def _affine_of_group_kernel(
     PARTS, ADD, WEIGHT, BIAS, AFFINE, parts, pixels, rows_each, channels, size, eps, HAS_ADD: tl.constexpr,
@@ -80,20 +89,14 @@ def _affine_of_group_kernel(
     first_part = PARTS + batch * parts * 3 * channels + channel
     sums = tl.zeros((ROWS, BLOCK), tl.float32)
     for i in range(0, parts, ROWS):
-        part = i + tl.arange(0, ROWS)
-        here = (part < parts)[:, None] & inside[None, :]
-        at = first_part[None, :] + part[:, None] * 3 * channels
-        count = tl.minimum(rows_each, pixels - part * rows_each).to(tl.float32)[:, None]
+        at, here, count = _some_parts(i, first_part, inside, parts, pixels, rows_each, channels, ROWS)
         first = tl.load(at + 2 * channels, mask=here, other=0.0)
         sums += tl.where(here, count * first + tl.load(at, mask=here, other=0.0), 0.0)
     values = pixels.to(tl.float32) * size
     mean = tl.sum(tl.sum(sums, 0), 0) / values
     squares = tl.zeros((ROWS, BLOCK), tl.float32)
     for i in range(0, parts, ROWS):
-        part = i + tl.arange(0, ROWS)
-        here = (part < parts)[:, None] & inside[None, :]
-        at = first_part[None, :] + part[:, None] * 3 * channels
-        count = tl.minimum(rows_each, pixels - part * rows_each).to(tl.float32)[:, None]
+        at, here, count = _some_parts(i, first_part, inside, parts, pixels, rows_each, channels, ROWS)
         total = tl.load(at, mask=here, other=0.0)
         from_mean = tl.load(at + 2 * channels, mask=here, other=0.0) + total / count - mean
         within = tl.load(at + channels, mask=here, other=0.0) - total * total / count

@@ -59,11 +59,11 @@ def why_not(decoder: Any) -> str | None:
         return "its forward was replaced (by offloading, for instance)"
     if _path_of(decoder) != "diffusers.models.autoencoders.vae.Decoder":
         return f"it is a {_path_of(decoder)}"
-    if type(decoder.mid_block).__name__ != "UNetMidBlock2D":
-        return f"mid_block is a {type(decoder.mid_block).__name__}"
-    for path, block in decoder.up_blocks.named_children():
-        if type(block).__name__ != "UpDecoderBlock2D":
-            return f"up_blocks.{path} is a {type(block).__name__}"
+    blocks = {"mid_block": (decoder.mid_block, "UNetMidBlock2D")}
+    blocks |= {f"up_blocks.{i}": (block, "UpDecoderBlock2D") for i, block in enumerate(decoder.up_blocks)}
+    for path, (block, known) in blocks.items():
+        if _path_of(block) != f"diffusers.models.unets.unet_2d_blocks.{known}":
+            return f"{path} is a {_path_of(block)}"
     if reason := _why_not_norm(decoder.conv_norm_out, decoder.conv_act):
         return f"it ends with {reason}"
     paths = {part: path for path, part in decoder.named_modules()}

@@ -68,10 +68,11 @@ class FuseVae(Transform):
 
     Takes the place of `CompileVae`; nothing is compiled but eight small kernels, which serve pictures of all sizes. It
     knows the decoder of ``AutoencoderKL`` and ``AutoencoderKLFlux2``: ERNIE-Image's, Z-Image's, FLUX's, Stable
-    Diffusion's. In bfloat16 it rounds elsewhere than stock, and comes no less near to float32.
+    Diffusion's. It rounds elsewhere than stock: with random weights in bfloat16, on a CPU, its pictures are 0.024 from
+    float32 (relative L2), stock's 0.026, and the two are 0.030 apart.
 
     Pays:
-        Not proven: written against `CompileVae`'s first picture, 15 s more, and not yet timed on a GPU.
+        Not proven: meant to save the 15 s of `CompileVae`'s first picture, and not timed on a GPU yet.
     """
 
     phase: ClassVar[Phase] = Phase.COMPILE
