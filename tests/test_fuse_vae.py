@@ -14,7 +14,7 @@ from torch import nn
 
 import ernie_accel
 from ernie_accel import CompileVae, Context, FuseVae
-from ernie_accel.kernels.vae_decoder import FusedDecoder, why_not
+from ernie_accel.kernels.vae_decoder import FusedDecoder, _twice_as_large, why_not
 from tests.pipelines import picture, tiny_ernie, tiny_flux
 
 GPU = Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6"})
@@ -84,6 +84,18 @@ def test_it_only_rounds_and_goes_back(make: Any, batch: int) -> None:
     assert "forward" not in vars(decoder)
     assert [p.stride() for p in decoder.parameters()] == strides
     assert torch.equal(decode(decoder, *shape), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [3, 4, 8, 12])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
+def test_upsampling_copies_bytes(channels: int, dtype: torch.dtype, layout: torch.memory_format) -> None:
+    x = torch.randn(2, channels, 3, 5).to(dtype, memory_format=layout)
+    x[0, 0, 0, 0], x[1, 2, 2, 4] = float("nan"), -0.0
+    expected = nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+    got = _twice_as_large(x)
+    as_bits = torch.int32 if dtype is torch.float32 else torch.int16
+    assert torch.equal(got.contiguous().view(as_bits), expected.contiguous().view(as_bits))
 
 
 def test_a_picture_of_the_trained_model_stays_within_rounding() -> None:

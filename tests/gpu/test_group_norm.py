@@ -12,7 +12,10 @@ from tests.gpu.test_kernels import DEVICE, close, rand
 EPS = 1e-6
 #: Batch, channels, height, width, groups: also channels and groups that are no powers of two, and one pixel.
 SIZES = [(1, 32, 5, 7, 32), (2, 48, 9, 31, 6), (3, 320, 1, 1, 32), (1, 64, 40, 33, 4)]
-SIZES += [(1, 128, 1024, 1024, 32), (2, 512, 128, 96, 32)] if DEVICE == "cuda" else []
+#: Of the real decoder, cut into parts as they are there: in a part of a million pixels sums would lose their last bits.
+LARGE = [(1, 128, 1024, 1024, 32), (2, 512, 128, 96, 32)] if DEVICE == "cuda" else []
+#: (programs, tile) that cut small pictures into parts of many tiles, and into many parts; None: as they are cut.
+SPLITS = (None, (1, 512), (3, 512), (512, 128))
 
 
 @pytest.fixture
@@ -27,10 +30,21 @@ def picture(*shape: int, seed: int = 0) -> torch.Tensor:
     return rand(*shape, seed=seed).contiguous(memory_format=torch.channels_last)
 
 
-@pytest.fixture(params=SIZES, ids=str)
-def case(request):
-    b, c, h, w, groups = request.param
+def made(size: tuple[int, ...]):
+    b, c, h, w, groups = size
     return picture(b, c, h, w), picture(b, c, h, w, seed=1), rand(c, seed=2), (rand(c, seed=3), rand(c, seed=4), groups)
+
+
+CASES = [(size, split) for size in SIZES for split in SPLITS] + [(size, None) for size in LARGE]
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request, kernels, monkeypatch: pytest.MonkeyPatch):
+    size, split = request.param
+    if split is not None:
+        for name, value in zip(("_PROGRAMS", "_TILE"), split, strict=True):
+            monkeypatch.setattr(kernels, name, value)
+    return made(size)
 
 
 def close_affine(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -39,16 +53,6 @@ def close_affine(got: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture(params=[(None, None), (1, 512), (3, 512), (512, 128)], ids=["as it is", "one part", "three", "many"])
-def split(request, kernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut pictures that fit into one tile into parts of many tiles, and into many parts."""
-    programs, tile = request.param
-    if programs is not None:
-        monkeypatch.setattr(kernels, "_PROGRAMS", programs)
-        monkeypatch.setattr(kernels, "_TILE", tile)
-
-
-@pytest.mark.usefixtures("split")
 @pytest.mark.parametrize("with_add", [False, True])
 def test_group_norm_affine(kernels, case, with_add: bool) -> None:
     x, _, add, norm = case
@@ -56,7 +60,6 @@ def test_group_norm_affine(kernels, case, with_add: bool) -> None:
     close_affine(kernels.group_norm_affine(x, add, *norm, EPS), reference.group_norm_affine(x, add, *norm, EPS))
 
 
-@pytest.mark.usefixtures("split")
 @pytest.mark.parametrize("with_add", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_add_group_norm_affine(kernels, case, with_residual: bool, with_add: bool) -> None:
@@ -69,9 +72,10 @@ def test_add_group_norm_affine(kernels, case, with_residual: bool, with_add: boo
     close_affine(affine, expected_affine)
 
 
+@pytest.mark.parametrize("size", [*SIZES, *LARGE], ids=str)
 @pytest.mark.parametrize("silu", [False, True])
-def test_affine(kernels, case, silu: bool) -> None:
-    x, _, _, norm = case
+def test_affine(kernels, size: tuple[int, ...], silu: bool) -> None:
+    x, _, _, norm = made(size)
     affine = reference.group_norm_affine(x, None, *norm, EPS)
     y = kernels.affine(x, affine, silu)
     assert y.is_contiguous(memory_format=torch.channels_last)

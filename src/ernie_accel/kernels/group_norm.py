@@ -17,8 +17,8 @@ from torch import Tensor
 from ernie_accel.kernels.sizes import ceil_div, next_power_of_2
 
 _BLOCK = 128  # channels a program handles: one compiled kernel for all pictures with at least so many
-_TILE = 4096  # values it holds at once: those channels of some pixels
-_PROGRAMS = 512  # that gather statistics of a picture: about four for each multiprocessor of a large card
+_TILE = 2048  # values it holds at once: those channels of some pixels
+_PROGRAMS = 528  # that gather statistics of a picture: four for each multiprocessor of an H200, the best of five
 _SIZE = 16  # channels that the program of a group has room for; more take another compiled kernel
 _WARPS = 8
 

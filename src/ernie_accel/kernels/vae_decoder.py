@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ernie_accel.kernels import ops
+from ernie_accel.kernels import ops, wide_attention
+
+_COPIED = torch.complex128  # the widest dtype there is: what is copied is bytes, whatever they mean
 
 #: A part of the decoder takes the hidden states, the scale and shift of the norm it begins with, and the norm that the
 #: next part begins with; it returns the hidden states and the scale and shift of that one. An upsampler has no norm.
@@ -149,7 +151,7 @@ def _run_attention(
     q_bnsd, k_bnsd, v_bnsd = (
         to(rows_bsc).unflatten(-1, (block.heads, -1)).transpose(1, 2) for to in (block.to_q, block.to_k, block.to_v)
     )
-    out_bsc = F.scaled_dot_product_attention(q_bnsd, k_bnsd, v_bnsd).transpose(1, 2).flatten(2)
+    out_bsc = wide_attention.attention(q_bnsd, k_bnsd, v_bnsd).transpose(1, 2).flatten(2)
     out_bsc = F.linear(out_bsc, block.to_out[0].weight)
     out_bchw = out_bsc.view(batch, height, width, channels).permute(0, 3, 1, 2)
     return _finish(out_bchw, x_bchw, block.to_out[0].bias, following)
@@ -158,10 +160,21 @@ def _run_attention(
 def _run_upsampler(
     block: Any, x_bchw: Tensor, affine_b2c: Tensor | None, following: Any
 ) -> tuple[Tensor, Tensor | None]:
-    if len(x_bchw) >= 64 or 4 * x_bchw.numel() > 2**31:
-        x_bchw = x_bchw.contiguous()  # sooner than diffusers: torch's channels-last upsampling fails for more
-    y_bchw = _convolve(block.conv, F.interpolate(x_bchw, scale_factor=2.0, mode="nearest"))
-    return _finish(y_bchw, None, block.conv.bias, following)
+    return _finish(_convolve(block.conv, _twice_as_large(x_bchw)), None, block.conv.bias, following)
+
+
+def _twice_as_large(x_bchw: Tensor) -> Tensor:
+    """Return every pixel four times, as nearest-neighbour interpolation does, channels-last.
+
+    Copied 16 bytes at a time, it takes a tenth of the time of torch's interpolation in this layout (0.17 for 1.6 ms).
+    """
+    x_bhwc = x_bchw.permute(0, 2, 3, 1).contiguous()
+    batch, height, width, channels = x_bhwc.shape
+    if channels * x_bhwc.element_size() % _COPIED.itemsize:
+        return F.interpolate(x_bchw.contiguous(), scale_factor=2.0, mode="nearest")
+    wide_bhwc = x_bhwc.view(_COPIED)
+    wide_bhwc = wide_bhwc[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1).reshape(batch, 2 * height, 2 * width, -1)
+    return wide_bhwc.view(x_bchw.dtype).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
