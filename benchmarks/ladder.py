@@ -60,7 +60,7 @@ class Section:
 
 
 SECTIONS = {
-    "ladder": Section((*RUNGS, *(name + AGAIN for name in ("turbo-fp8", "turbo-fp8 cache"))), measure_rung),
+    "ladder": Section((*RUNGS, *(name + AGAIN for name in ("turbo-fp8", "rewrite+compile cache"))), measure_rung),
     "sweep": Section(SWEPT, sweep_rung, needs_reference=False),
     "peers": Section(tuple(PEERS), measure_peer),
     "parts": Section(tuple(PARTS), measure_part, needs_reference=False),

@@ -76,15 +76,9 @@ RUNGS: dict[str, tuple[str, Change]] = {
         "+ fp8 attention by cuDNN where it is installed: the preset",
         optimized(lambda a, _: [a.FuseKernels("fp8", keep_originals=False)], "turbo-fp8"),
     ),
-    "turbo-fp8 FuseVae": (
-        "the same with FuseVae in CompileVae's place",
-        optimized(lambda a, _: [a.FuseKernels("fp8", keep_originals=False), a.FuseVae()], "turbo-fp8"),
-    ),
-    "turbo-fp8 cache": (
-        "the same with CompileVae(cache=folder), and no other cache of compiled code",
-        optimized(
-            lambda a, cache: [a.FuseKernels("fp8", keep_originals=False), a.CompileVae(cache=cache)], "turbo-fp8"
-        ),
+    "turbo-fp8 CompileVae": (
+        "the same with CompileVae in FuseVae's place",
+        optimized(lambda a, _: [a.FuseKernels("fp8", keep_originals=False), a.CompileVae()], "turbo-fp8"),
     ),
 }
 

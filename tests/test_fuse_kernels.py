@@ -9,6 +9,8 @@ import torch
 
 import ernie_accel
 from ernie_accel.core.components import pipe_bytes
+from ernie_accel.core.undo import Undo
+from ernie_accel.families import ernie_image_kernels as kernels
 from tests.pipelines import picture, tiny_ernie, tiny_flux
 
 H200 = ernie_accel.Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6"})
@@ -130,8 +132,13 @@ def test_bf16_kernels_do_nothing_where_they_cannot_run_and_compile_does_nothing_
     assert (verdicts["cpu"]["FuseKernels"], verdicts["cpu"]["Compile"]) == ("nothing to do", "apply")
 
 
-@pytest.mark.parametrize("prompt", ["a red circle on blue", ["a red circle on blue", "a"]], ids=["plain", "padded"])
-def test_fp8_attention_keeps_the_floor_and_padded_batches_are_not_in_fp8(prompt: Any) -> None:
+PROMPTS = pytest.mark.parametrize(
+    "prompt", ["a red circle on blue", ["a red circle on blue", "a"]], ids=["plain", "padded"]
+)
+
+
+@PROMPTS
+def test_fp8_attention_keeps_the_floor_where_prompts_are_padded_too(prompt: Any) -> None:
     pipe = tiny_ernie(dtype=torch.bfloat16, layers=3)
     expected = latents(pipe, prompt=prompt)
     bf16_attention = latents(fused(pipe), prompt=prompt)
@@ -140,7 +147,49 @@ def test_fp8_attention_keeps_the_floor_and_padded_batches_are_not_in_fp8(prompt:
     assert "attention in fp8 by cuDNN" in str(ernie_accel.plan(pipe, *transforms, context=WITH_CUDNN))
     got = latents(ernie_accel.optimize(pipe, *transforms, context=WITH_CUDNN), prompt=prompt)
     assert sqnr_db(got, expected) > 10
-    assert torch.equal(got, bf16_attention) == isinstance(prompt, list)
+    assert not torch.equal(got, bf16_attention)
+
+
+@PROMPTS
+def test_bf16_attention_by_lengths_only_rounds(prompt: Any) -> None:
+    """In float32, which the transform itself refuses: so what padding does cannot hide behind rounding."""
+    pipe = tiny_ernie(layers=3)
+    expected = latents(pipe, prompt=prompt)
+    kernels.install(ernie_accel.optimize(pipe, ernie_accel.RewriteBlocks()).transformer, Undo(), "bf16")
+    assert sqnr_db(latents(pipe, prompt=prompt), expected) > 100
+
+
+def tokens_seen(pipe: Any, **call: Any) -> set[int]:
+    """Return how many tokens the last block gets."""
+    seen = set()
+    hook = pipe.transformer.layers[-1].register_forward_pre_hook(lambda block, given: seen.add(given[0].shape[1]))
+    latents(pipe, **call)
+    hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_with_cudnn_few_numbers_of_tokens_are_made_of_many(precision: str) -> None:
+    pipe, prompts = tiny_ernie(dtype=torch.bfloat16, layers=3), ("a", "a red circle on blue", "a red circle")
+    transforms = (ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels(precision))
+    ernie_accel.optimize(pipe, *transforms, context=WITH_CUDNN)
+    assert {t for prompt in prompts for t in tokens_seen(pipe, prompt=prompt)} == {kernels.TOKENS_MULTIPLE_OF}
+    ernie_accel.optimize(ernie_accel.restore(pipe), ernie_accel.RewriteBlocks())
+    assert len({t for prompt in prompts for t in tokens_seen(pipe, prompt=prompt)}) == 3
+    ernie_accel.optimize(pipe, *transforms, context=H200)
+    assert len({t for prompt in prompts for t in tokens_seen(pipe, prompt=prompt)}) == 3
+
+
+def test_an_attention_backend_that_was_chosen_is_used_and_gets_no_padding() -> None:
+    pipe = tiny_ernie(dtype=torch.bfloat16, layers=3)
+    ernie_accel.optimize(pipe, ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels("bf16"), context=WITH_CUDNN)
+    by_length = latents(pipe)
+    pipe.transformer.set_attention_backend("_native_math")
+    assert tokens_seen(pipe) != {kernels.TOKENS_MULTIPLE_OF}
+    assert not torch.equal(latents(pipe), by_length)
+    pipe.transformer.set_attention_backend("native")
+    assert tokens_seen(pipe) == {kernels.TOKENS_MULTIPLE_OF}
+    assert torch.equal(latents(pipe), by_length)
 
 
 def test_the_choice_of_attention_is_said() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel.families import ernie_image_blocks
+from ernie_accel.core.undo import Undo
+from ernie_accel.families import ernie_image_blocks, ernie_image_kernels
 from ernie_accel.transforms.graphs import GraphedForward
 from tests.pipelines import picture, tiny_ernie, tiny_flux
 
@@ -64,6 +65,38 @@ def test_a_known_shape_is_replayed_from_the_first_step(graphed: Any) -> None:
     picture(pipe, steps=4)
     picture(pipe, steps=4, seed=1)
     assert (recorder.captures, recorder.replays) == (1, 7)
+
+
+def test_prompts_of_many_lengths_share_a_graph_where_they_are_padded() -> None:
+    pipe, recorder = ernie_accel.optimize(tiny_ernie(), ernie_accel.RewriteBlocks()), Recorder()
+    ernie_image_kernels.install(pipe.transformer, Undo(), "bf16")
+    prompts = ("a", "a red circle on blue", "a red circle", "a")
+    expected = [picture(pipe, steps=4, prompt=prompt) for prompt in prompts]
+    pipe.transformer.forward = GraphedForward(pipe.transformer, ernie_image_blocks, 64, 2, recorder)
+    got = [picture(pipe, steps=4, prompt=prompt) for prompt in prompts]
+    assert all(map(torch.equal, got, expected))
+    assert (recorder.captures, recorder.replays) == (1, 15)
+
+
+def test_pictures_of_one_shape_may_take_turns(graphed: Any) -> None:
+    """Each call may be of another picture: what one is known by must not be taken for the other's."""
+    pipe, _ = graphed
+    stock = tiny_ernie().transformer
+    texts = [torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    lengths = [torch.tensor([3, 3]), torch.tensor([3, 2])]
+    latents, timestep = torch.randn(2, 16, 4, 4), torch.full((2,), 500.0)
+    with torch.no_grad():
+        for turn in range(12):
+            arguments = (latents, timestep, texts[turn % 2], lengths[turn // 2 % 2])
+            assert torch.equal(pipe.transformer(*arguments).sample, stock(*arguments).sample)
+
+
+def test_autocast_is_not_captured(graphed: Any) -> None:
+    pipe, recorder = graphed
+    without = ernie_accel.optimize(tiny_ernie(), ernie_accel.RewriteBlocks())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(picture(pipe, steps=4), picture(without, steps=4))
+    assert recorder.captures == 0
 
 
 def test_other_weights_are_noticed(graphed: Any) -> None:

@@ -43,7 +43,8 @@ def _cases() -> list[tuple[str, tuple[Any, ...]]]:
         ("gelu_mul_fp8", (x,)),
         ("qk_norm_rope", rotary),
         ("qkv_fp8", rotary),
-        ("attention_fp8", (heads, heads, heads, torch.ones(5, 1))),
+        ("attention", (*(rand(1, 5, 4, 8) for _ in range(3)), torch.tensor([4], dtype=torch.int32))),
+        ("attention_fp8", (heads, heads, heads, torch.ones(5, 1), torch.tensor([5], dtype=torch.int32))),
         ("linear_fp8", (rows, scale, weight, weight_scale.view(1, -1))),
     ]
     for picture in pictures.values():
@@ -60,7 +61,7 @@ CASES = _cases()
 def test_every_operator_has_a_case() -> None:
     names = {name for name, value in vars(ops).items() if callable(value) and not name.startswith("_")}
     assert {name for name, _ in CASES} == names & set(dir(torch.ops.ernie_accel))
-    assert len({name for name, _ in CASES}) == 15
+    assert len({name for name, _ in CASES}) == 16
 
 
 @pytest.mark.parametrize(("name", "arguments"), CASES, ids=lambda value: value if isinstance(value, str) else "")

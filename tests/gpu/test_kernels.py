@@ -133,19 +133,53 @@ def test_qkv_fp8(gpu, b: int, s: int, n: int, d: int) -> None:
         assert (a.float() - e.float()).norm() <= (0.3 if INTERPRETED else 0.03) * e.float().norm()
 
 
+LENGTHS = pytest.mark.parametrize(("s", "lengths"), [(4224, [4224]), (257, [257]), (384, [384, 321]), (640, [1, 640])])
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="cuDNN needs a GPU")
-@pytest.mark.parametrize(("b", "s"), [(1, 4224), (1, 257), (2, 384)])
-def test_attention_fp8(b: int, s: int) -> None:
+@LENGTHS
+def test_attention_fp8(s: int, lengths: list[int]) -> None:
     pytest.importorskip("cudnn")
     from ernie_accel.kernels import ops
 
+    b, counts = len(lengths), torch.tensor(lengths, device=DEVICE, dtype=torch.int32)
     q, k, v = (rand(b, s, 4, 128, seed=seed) for seed in range(3))
     qkv, weight = torch.cat([x.flatten(2, 3) for x in (q, k, v)], -1), torch.ones(128, device=DEVICE, dtype=DTYPE)
     cos = torch.ones(b, s, 1, 128, device=DEVICE, dtype=DTYPE)
     q8, k8, v8, scale = ops.qkv_fp8(qkv, weight, weight, cos, torch.zeros_like(cos), 4, EPS)
-    got = ops.attention_fp8(q8, k8, v8, scale).float()
-    expected = reference.attention_fp8(q8, k8, v8, scale).float()
-    assert (got - expected).norm() < 0.06 * expected.norm()
+    got = ops.attention_fp8(q8, k8, v8, scale, counts).float()
+    expected = reference.attention_fp8(q8, k8, v8, scale, counts).float()
+    for row in range(b):
+        assert (got[row] - expected[row]).norm() < 0.06 * expected[row].norm()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="cuDNN needs a GPU")
+@LENGTHS
+def test_attention_takes_values_as_they_lie_in_a_projection(s: int, lengths: list[int]) -> None:
+    pytest.importorskip("cudnn")
+    from ernie_accel.kernels import ops
+
+    counts = torch.tensor(lengths, device=DEVICE, dtype=torch.int32)
+    q, k, v = rand(len(lengths), s, 3 * 4 * 128).chunk(3, -1)
+    q, k, v = (x.unflatten(-1, (4, 128)) for x in (q.contiguous(), k.contiguous(), v))
+    got, expected = ops.attention(q, k, v, counts), reference.attention(q, k, v, counts)
+    assert got.shape == expected.shape
+    for row in range(len(lengths)):
+        assert (got[row].float() - expected[row].float()).norm() < 0.01 * expected[row].float().norm()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="cuDNN needs a GPU")
+def test_one_plan_serves_all_lengths() -> None:
+    pytest.importorskip("cudnn")
+    from ernie_accel.kernels import cudnn_attention, ops
+
+    q, k, v = (rand(2, 192, 4, 128, seed=seed) for seed in range(3))
+    before = cudnn_attention._plan.cache_info().misses
+    for length in range(1, 192, 13):
+        counts = torch.tensor([length, 192], device=DEVICE, dtype=torch.int32)
+        got, expected = (attend(q, k, v, counts).float() for attend in (ops.attention, reference.attention))
+        assert (got - expected).norm() < 0.01 * expected.norm()
+    assert cudnn_attention._plan.cache_info().misses == before + 1
 
 
 def test_zero_rows_stay_zero_and_finite(gpu) -> None:

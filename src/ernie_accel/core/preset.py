@@ -22,7 +22,7 @@ from ernie_accel.transforms.move_to import MoveTo
 from ernie_accel.transforms.quantize import Quantize
 from ernie_accel.transforms.rewrite import RewriteBlocks
 from ernie_accel.transforms.rewrite_enhancer import RewriteEnhancer
-from ernie_accel.transforms.vae import CompileVae
+from ernie_accel.transforms.vae import FuseVae
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ _FAST_PARTS = (
     BatchPromptEncoding(),
     KeepTimestepsOnHost(),
     Compile(),
-    CompileVae(),
+    FuseVae(),
     CaptureGraphs(),
     RewriteEnhancer(),
 )
@@ -130,7 +130,7 @@ presets = PresetTable(
     Preset(
         "turbo-int8",
         "Few steps with int8 linears, compiled: for a distilled (Turbo) checkpoint on capability 8.0 to 8.6.",
-        (*_INT8, MakeContiguous(), CallDefaults("turbo"), Compile()),
+        (*_INT8, MakeContiguous(), CallDefaults("turbo"), Compile(), FuseVae()),
     ),
     Preset(
         "npu-bf16",
@@ -147,12 +147,12 @@ presets = PresetTable(
     Preset(
         "turbo-nvfp4",
         "Few steps with nvfp4 linears, compiled: the fastest on capability 10.0 and above, at a visible cost.",
-        (CastDtype("bfloat16"), Quantize("nvfp4"), MakeContiguous(), CallDefaults("turbo"), Compile()),
+        (CastDtype("bfloat16"), Quantize("nvfp4"), MakeContiguous(), CallDefaults("turbo"), Compile(), FuseVae()),
     ),
     Preset(
         "turbo-q4",
         "Few steps with 4-bit weights (nf4), compiled: for memory and not for speed.",
-        (CastDtype("bfloat16"), Quantize("nf4"), MakeContiguous(), CallDefaults("turbo"), Compile()),
+        (CastDtype("bfloat16"), Quantize("nf4"), MakeContiguous(), CallDefaults("turbo"), Compile(), FuseVae()),
     ),
     Preset(
         "quality-bf16",
@@ -168,7 +168,7 @@ presets = PresetTable(
     Preset(
         "quality-int8",
         "The family's full steps and guidance with int8 linears, compiled: for a base checkpoint.",
-        (*_INT8, MakeContiguous(), CallDefaults("quality"), Compile()),
+        (*_INT8, MakeContiguous(), CallDefaults("quality"), Compile(), FuseVae()),
     ),
 )
 

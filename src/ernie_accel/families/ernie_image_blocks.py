@@ -268,11 +268,29 @@ def rotate(x_bsnd: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Position:
-    """What depends on where tokens are: RoPE tables [B, S, 1, D], padding mask [B, 1, 1, S] (None: no padding)."""
+    """What depends on where tokens are: the last of each row are padding.
+
+    Attributes:
+        cos_bs1d: RoPE table [B, S, 1, D].
+        sin_bs1d: Likewise.
+        lengths_b: Real tokens of each row, int32.
+        mask_b11s: True where a token is real [B, 1, 1, S]; None if all are.
+    """
 
     cos_bs1d: Tensor
     sin_bs1d: Tensor
+    lengths_b: Tensor
     mask_b11s: Tensor | None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them that there are."""
+        return tuple(tensor for tensor in vars(self).values() if tensor is not None)
+
+    def clone(self) -> Position:
+        """Return a copy that shares no memory."""
+        mask = None if self.mask_b11s is None else self.mask_b11s.clone()
+        return Position(self.cos_bs1d.clone(), self.sin_bs1d.clone(), self.lengths_b.clone(), mask)
 
 
 class Positions:
@@ -319,12 +337,11 @@ def _position(
     offset = lengths_b.float().view(batch, 1, 1).expand(-1, height * width, -1)
     image_ids = torch.cat([offset, grid_ids.expand(batch, -1, -1)], -1)
     angles = pos_embed(torch.cat([image_ids, text_ids], 1))
+    real_b = (height * width + lengths_b).int()
     mask = None
     if any(length != tokens for length in lengths):
-        image = torch.ones(batch, height * width, device=device, dtype=torch.bool)
-        text = torch.arange(tokens, device=device)[None] < lengths_b[:, None]
-        mask = torch.cat([image, text], 1)[:, None, None]
-    return Position(angles.cos().to(like.dtype), angles.sin().to(like.dtype), mask)
+        mask = (torch.arange(height * width + tokens, device=device) < real_b[:, None])[:, None, None]
+    return Position(angles.cos().to(like.dtype), angles.sin().to(like.dtype), real_b, mask)
 
 
 def prompt_lengths(text_lens: Tensor) -> tuple[int, ...]:
@@ -354,24 +371,30 @@ def forward(
     text_bth: Tensor,
     text_lens: Tensor,
     return_dict: bool = True,
+    at: Position | None = None,
 ) -> ErnieImageTransformer2DModelOutput | tuple[Tensor]:
     """Return the prediction [B, C, height, width] of a transformer with `RewrittenErnieBlock` layers.
 
-    Arguments and result are those of ``ErnieImageTransformer2DModel.forward``, whose place it takes on an instance.
+    Arguments and result are those of ``ErnieImageTransformer2DModel.forward``, whose place it takes on an instance;
+    with `at`, text and positions are those that `prepare` returned.
     """
     batch, _, height, width = hidden_states.shape
-    patch, grid = self.patch_size, (height // self.patch_size, width // self.patch_size)
+    patch, grid = self.patch_size, _grid(self, hidden_states)
     image_tokens = grid[0] * grid[1]
+    if at is None:
+        text_bth = _padded(self, text_bth, image_tokens)
     if self.text_proj is not None and text_bth.numel() > 0:
         text_bth = self.text_proj(text_bth)
     x_bsh = torch.cat([self.x_embedder(hidden_states), text_bth], 1)
-    at = self._positions.get(self.pos_embed, prompt_lengths(text_lens), text_bth.shape[1], grid, x_bsh)
+    if at is None:
+        at = self._positions.get(self.pos_embed, prompt_lengths(text_lens), text_bth.shape[1], grid, x_bsh)
 
     time_bh = self.time_embedding(self.time_proj(timestep).to(hidden_states.dtype))
     parts = [part.float().unsqueeze(1) for part in self.adaLN_modulation(time_bh).chunk(6, -1)]
     modulation = (parts[0], 1 + parts[1], parts[2], parts[3], 1 + parts[4], parts[5])
     for block in self.layers:
-        x_bsh = block(x_bsh, at.cos_bs1d, at.sin_bs1d, modulation, at.mask_b11s)
+        lengths = (at.lengths_b,) if getattr(block, "takes_lengths", False) else ()
+        x_bsh = block(x_bsh, at.cos_bs1d, at.sin_bs1d, modulation, at.mask_b11s, *lengths)
 
     scale_bh, shift_bh = self.final_norm.linear(time_bh).chunk(2, -1)
     x_bsh = self.final_norm.norm(x_bsh[:, :image_tokens]) * (1 + scale_bh[:, None]) + shift_bh[:, None]
@@ -384,26 +407,44 @@ def forward(
     return ErnieImageTransformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
+def _grid(transformer: Any, hidden_states: Tensor) -> tuple[int, int]:
+    height, width = hidden_states.shape[-2:]
+    return height // transformer.patch_size, width // transformer.patch_size
+
+
+def _padded(transformer: Any, text_bth: Tensor, image_tokens: int) -> Tensor:
+    """Return the text with as many more tokens as make few lengths of many; what they are, no token sees."""
+    more = -(image_tokens + text_bth.shape[1]) % transformer._tokens_multiple_of()
+    return F.pad(text_bth, (0, 0, 0, more)) if more else text_bth
+
+
 # What `CaptureGraphs` asks of a rewritten family.
 FORWARD_ARGUMENTS = ("hidden_states", "timestep", "text_bth", "text_lens", "return_dict")
-#: Read on the device in every step; the last one is a picture's embeddings.
-DEVICE_INPUTS = ("hidden_states", "timestep", "text_bth")
+#: Other tensors in every step.
+STEP_INPUTS = ("hidden_states", "timestep")
+#: The same in all steps of a picture.
+PICTURE_INPUT = "text_bth"
 
 
 def token_count(transformer: Any, arguments: Mapping[str, Any]) -> int:
     """Return the image tokens of all pictures of a batch."""
-    batch, _, height, width = arguments["hidden_states"].shape
-    return int(batch * height * width // transformer.patch_size**2)
+    height, width = _grid(transformer, arguments["hidden_states"])
+    return int(len(arguments["hidden_states"]) * height * width)
 
 
 def host_facts(arguments: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return what `forward` decides on the host beside the shapes: the prompt lengths."""
+    """Return what `prepare` goes by beside shapes: the prompt lengths."""
     return prompt_lengths(arguments["text_lens"])
 
 
-def cached_tensors(transformer: Any) -> list[Position]:
-    """Return what `forward` reads beside its arguments and weights, to keep it alive."""
-    return list(transformer._positions._known.values())
+def prepare(transformer: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, Position]:
+    """Return text and positions for `forward`: all that depends on how long each prompt is, and is no shape."""
+    hidden_states = arguments["hidden_states"]
+    grid = _grid(transformer, hidden_states)
+    text_bth = _padded(transformer, arguments["text_bth"], grid[0] * grid[1])
+    like = hidden_states.new_empty(0, dtype=torch.promote_types(hidden_states.dtype, text_bth.dtype))
+    lengths, tokens = prompt_lengths(arguments["text_lens"]), text_bth.shape[1]
+    return text_bth, transformer._positions.get(transformer.pos_embed, lengths, tokens, grid, like)
 
 
 def as_output(sample: Tensor, arguments: Mapping[str, Any]) -> ErnieImageTransformer2DModelOutput | tuple[Tensor]:
@@ -456,11 +497,17 @@ def rewrite(pipe: Any, undo: Undo, fuse: bool) -> dict[str, str]:
                 skipped[f"transformer.layers.{i}.{name}.{part.fused_name}"] = reason
     undo.setattr(transformer, "_repeated_blocks", [*transformer._repeated_blocks, RewrittenErnieBlock.__name__])
     undo.setattr(transformer, "_positions", Positions())
+    undo.setattr(transformer, "_tokens_multiple_of", _one)
     undo.setattr(transformer, "forward", MethodType(forward, transformer))
     for method in ("load_lora_adapter", "add_adapter"):
         undo.setattr(transformer, method, MethodType(_after_splitting(getattr(type(transformer), method)), transformer))
     undo.setattr(pipe, "_pad_text", _remembering_lengths(pipe._pad_text))
     return skipped
+
+
+def _one() -> int:
+    """Return what the number of tokens is made a multiple of; `FuseKernels` has another reason than none to pad."""
+    return 1
 
 
 def _put_back(layers: nn.ModuleList, i: int, block: RewrittenErnieBlock, stock: nn.Module) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor, nn
 
 from ernie_accel.core.errors import ErnieAccelError
@@ -17,19 +18,31 @@ from ernie_accel.families.ernie_image_blocks import Modulation, RewrittenErnieBl
 from ernie_accel.kernels import ops
 from ernie_accel.kernels.linear import Fp8Linear, Fp8Rows
 
+#: With cuDNN's own attention tokens are padded to a multiple of this: for each number of tokens it plans anew, which
+#: takes 80 ms on an H200. A product works on tiles of 128 rows, so the padding costs nearly nothing.
+TOKENS_MULTIPLE_OF = 64
+
 
 class KernelErnieBlock(RewrittenErnieBlock):
     """A `RewrittenErnieBlock` with fused layers, computed by fused kernels; its children are that block's own.
 
     Each product may be bfloat16 or fp8 (`Fp8Linear`); the kernel before it writes what it reads.
-    With `fp8_attention` the attention between two fp8 products is in fp8, too, where no prompt is padded.
+
+    Attributes:
+        attention: Of which precision cuDNN's own attention is, "fp8" (between two fp8 products) or "bf16"; None for
+            torch's.
     """
 
-    def __init__(self, block: RewrittenErnieBlock, fp8_attention: bool) -> None:
+    def __init__(self, block: RewrittenErnieBlock, attention: str | None) -> None:
         nn.Module.__init__(self)
-        self.fp8_attention = fp8_attention
+        self.attention = attention
         for name, child in block.named_children():
             setattr(self, name, child)
+
+    @property
+    def takes_lengths(self) -> bool:
+        """Whether its forward takes `lengths_b`."""
+        return self.attention is not None
 
     def forward(
         self,
@@ -38,8 +51,12 @@ class KernelErnieBlock(RewrittenErnieBlock):
         sin_bs1d: Tensor,
         modulation: Modulation,
         mask_b11s: Tensor | None = None,
+        lengths_b: Tensor | None = None,
     ) -> Tensor:
-        """Return the hidden states [B, S, H] after this block; see `RewrittenErnieBlock.forward`."""
+        """Return the hidden states [B, S, H] after this block; see `RewrittenErnieBlock.forward`.
+
+        `lengths_b`, how many tokens of each row are real, is what `mask_b11s` says, for cuDNN's own attention.
+        """
         shift_sa, scale_sa, gate_sa, shift_mlp, scale_mlp, gate_mlp = modulation
         attention, mlp, norm_sa, norm_mlp = self.self_attention, self.mlp, self.adaLN_sa_ln, self.adaLN_mlp_ln
         to_qkv, to_out = attention.get_submodule(attention.fused_name), attention.to_out[0]
@@ -53,13 +70,16 @@ class KernelErnieBlock(RewrittenErnieBlock):
         qkv_bs3h = to_qkv(rows)
         norm_q, norm_k, heads = attention.norm_q, attention.norm_k, attention.heads
         qk = (qkv_bs3h, norm_q.weight, norm_k.weight, cos_bs1d, sin_bs1d, heads, norm_q.eps)
-        if self.fp8_attention and mask_b11s is None and isinstance(to_out, Fp8Linear):
+        if lengths_b is not None and self.attention == "fp8" and isinstance(to_out, Fp8Linear):
             *qkv_bsnd, scale = ops.qkv_fp8(*qk)
-            branch_bsh = to_out(Fp8Rows(ops.attention_fp8(*qkv_bsnd, scale), scale))
+            branch_bsh = to_out(Fp8Rows(ops.attention_fp8(*qkv_bsnd, scale, lengths_b), scale))
         else:
             q_bsnd, k_bsnd = ops.qk_norm_rope(*qk)
             v_bsnd = qkv_bs3h.chunk(3, -1)[2].unflatten(-1, (heads, -1))
-            branch_bsh = to_out(attention.attend(q_bsnd, k_bsnd, v_bsnd, mask_b11s))
+            if lengths_b is not None and _is_left_to_torch(attention):
+                branch_bsh = to_out(ops.attention(q_bsnd, k_bsnd, v_bsnd, lengths_b))
+            else:
+                branch_bsh = to_out(attention.attend(q_bsnd, k_bsnd, v_bsnd, mask_b11s))
 
         add = (x_bsh, branch_bsh, gate_sa, norm_mlp.weight, scale_mlp, shift_mlp, norm_mlp.eps)
         if isinstance(gate_up, Fp8Linear):
@@ -73,13 +93,29 @@ class KernelErnieBlock(RewrittenErnieBlock):
         return out_bsh
 
 
+def _is_left_to_torch(attention: Any) -> bool:
+    """Return whether nobody has chosen an attention backend, for this layer or by diffusers' defaults."""
+    chosen = attention.processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+    return AttentionBackendName(chosen) is AttentionBackendName.NATIVE
+
+
+def _tokens_multiple_of(transformer: Any) -> int:
+    """Return what the number of tokens is made a multiple of: more than 1 where all or most layers take lengths."""
+    blocks = [block for block in transformer.layers if isinstance(block, KernelErnieBlock)]
+    takes_lengths = any(block.attention == "fp8" or _is_left_to_torch(block.self_attention) for block in blocks)
+    return TOKENS_MULTIPLE_OF if takes_lengths else 1
+
+
 def is_installed(transformer: Any) -> bool:
     """Return whether `install` has been here."""
     return any(isinstance(layer, KernelErnieBlock) for layer in transformer.layers)
 
 
-def install(transformer: Any, undo: Undo, fp8_attention: bool = False) -> dict[str, str]:
-    """Put the rewritten blocks of `transformer` on the kernels in place; return what could not be: path -> reason."""
+def install(transformer: Any, undo: Undo, attention: str | None = None) -> dict[str, str]:
+    """Put the rewritten blocks of `transformer` on the kernels in place; return what could not be: path -> reason.
+
+    `attention` is that of `KernelErnieBlock`.
+    """
     skipped = {}
     for i, block in enumerate(transformer.layers):
         apart = [part for part in block.parts.values() if part.fused is None]
@@ -87,7 +123,9 @@ def install(transformer: Any, undo: Undo, fp8_attention: bool = False) -> dict[s
             skipped[f"transformer.layers.{i}"] = "; ".join(str(part.why_not_fused()) for part in apart)
             continue
         undo.push(partial(transformer.layers.__setitem__, i, block))
-        transformer.layers[i] = KernelErnieBlock(block, fp8_attention)
+        transformer.layers[i] = KernelErnieBlock(block, attention)
+    if attention is not None:
+        undo.setattr(transformer, "_tokens_multiple_of", partial(_tokens_multiple_of, transformer))
     undo.setattr(transformer, "_repeated_blocks", [*transformer._repeated_blocks, KernelErnieBlock.__name__])
     for method in ("load_lora_adapter", "add_adapter"):
         undo.setattr(transformer, method, MethodType(_refuse_lora, transformer))

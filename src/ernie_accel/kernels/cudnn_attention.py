@@ -1,4 +1,8 @@
-"""Attention in float8 by cuDNN, through the package nvidia-cudnn-frontend; the twin is ``reference.attention_fp8``."""
+"""Attention by cuDNN itself, through the package nvidia-cudnn-frontend; the twins are in ``reference.py``.
+
+cuDNN plans for a number of tokens, which takes part of a second. How many of a row's are real it reads on the device:
+one plan serves batches in which prompts are padded, at no cost (on an H200 they take no longer than others).
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,20 @@ class _Plan:
     workspace_bytes: int
 
 
-def attention_fp8(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor) -> Tensor:
+def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor) -> Tensor:
+    """Return the attention output [B, S, N * D].
+
+    Args:
+        q_bsnd: Queries in bfloat16 or float16 [B, S, N, D].
+        k_bsnd: Keys, likewise; the same strides.
+        v_bsnd: Values, likewise; their rows may lie further apart, as in a fused projection.
+        lengths_b: int32, how many keys of each row count; the others may be anything finite.
+    """
+    q_bsnd, k_bsnd = q_bsnd.contiguous(), k_bsnd.contiguous()
+    return _run(_plan(q_bsnd.shape, v_bsnd.stride(), q_bsnd.dtype, q_bsnd.device), q_bsnd, k_bsnd, v_bsnd, lengths_b)
+
+
+def attention_fp8(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor, lengths_b: Tensor) -> Tensor:
     """Return the attention output [B, S, N * D] in float8.
 
     Args:
@@ -31,15 +48,20 @@ def attention_fp8(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor)
         k_bsnd: Keys, likewise.
         v_bsnd: Values, likewise, to be multiplied by `scale`.
         scale: float32, all elements equal; the scale of the values and of the output.
+        lengths_b: As of `attention`.
     """
+    # The kernel computes in units of the scale: values in, output out; neither needs to be multiplied by it.
+    plan = _plan(q_bsnd.shape, q_bsnd.stride(), q_bsnd.dtype, q_bsnd.device)
+    return _run(plan, q_bsnd, k_bsnd, v_bsnd, lengths_b)
+
+
+def _run(plan: _Plan, q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor) -> Tensor:
     import cudnn
 
-    batch, tokens, heads, size = q_bsnd.shape
-    plan = _plan(batch, tokens, heads, size, q_bsnd.device)
     out_bsnd = torch.empty_like(q_bsnd)
-    # The kernel computes in units of the scale: values in, output out; neither needs to be multiplied by it.
     tensors = {"q": q_bsnd, "k": k_bsnd, "v": v_bsnd, "out": out_bsnd}
     pack = {plan.names[name]: tensor.transpose(1, 2) for name, tensor in tensors.items()} | plan.constants
+    pack[plan.names["lengths"]] = lengths_b.view(-1, 1, 1, 1)
     workspace = torch.empty(plan.workspace_bytes, device=q_bsnd.device, dtype=torch.uint8)
     handle = _handle(q_bsnd.device)
     cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(q_bsnd.device).cuda_stream)
@@ -55,29 +77,47 @@ def _handle(device: torch.device) -> Any:
 
 
 @functools.lru_cache(maxsize=64)
-def _plan(batch: int, tokens: int, heads: int, size: int, device: torch.device) -> _Plan:
-    """Build the graph for one shape; takes part of a second, and the last shapes are kept."""
+def _plan(shape_bsnd: torch.Size, v_strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _Plan:
+    """Build the graph for one shape; takes 60 to 90 ms on an H200, and the last are kept."""
     import cudnn
 
-    fp8, fp32 = cudnn.data_type.FP8_E4M3, cudnn.data_type.FLOAT
-    graph = cudnn.pygraph(io_data_type=fp8, intermediate_data_type=fp32, compute_data_type=fp32, handle=_handle(device))
-    shape, stride = [batch, heads, tokens, size], [tokens * heads * size, size, heads * size, 1]
-    names = {name: graph.tensor(name=name, dim=shape, stride=stride, data_type=fp8) for name in ("q", "k", "v")}
-    one = {"dim": [1, 1, 1, 1], "stride": [1, 1, 1, 1], "data_type": fp32}
-    values = {"descale_q": 1.0, "descale_k": 1.0, "descale_v": 1.0, "scale_o": 1.0}
-    values |= {"descale_s": 1 / _PROBABILITY_SCALE, "scale_s": _PROBABILITY_SCALE}
-    scales = {name: graph.tensor(name=name, **one) for name in values}
-    out, _, amax_s, amax_o = graph.sdpa_fp8(
-        **names, **scales, attn_scale=size**-0.5, is_inference=True, use_causal_mask=False
+    batch, tokens, heads, size = shape_bsnd
+    kinds = {torch.float8_e4m3fn: cudnn.data_type.FP8_E4M3, torch.bfloat16: cudnn.data_type.BFLOAT16}
+    kinds[torch.float16] = cudnn.data_type.HALF
+    kind, fp32, is_fp8 = kinds[dtype], cudnn.data_type.FLOAT, dtype is torch.float8_e4m3fn
+    graph = cudnn.pygraph(
+        io_data_type=kind, intermediate_data_type=fp32, compute_data_type=fp32, handle=_handle(device)
     )
+    shape, stride = [batch, heads, tokens, size], [tokens * heads * size, size, heads * size, 1]
+    strides = {"q": stride, "k": stride, "v": [v_strides[at] for at in (0, 2, 1, 3)]}
+    names = {name: graph.tensor(name=name, dim=shape, stride=strides[name], data_type=kind) for name in ("q", "k", "v")}
+    one, each = {"dim": [1, 1, 1, 1], "stride": [1, 1, 1, 1]}, {"dim": [batch, 1, 1, 1], "stride": [1, 1, 1, 1]}
+    counts = {
+        name: graph.tensor(name=name, **each, data_type=cudnn.data_type.INT32) for name in ("seq_len_q", "seq_len_kv")
+    }
+    # All queries are computed, so that what padding leaves behind is finite.
+    constants = {counts["seq_len_q"]: torch.full((batch, 1, 1, 1), tokens, device=device, dtype=torch.int32)}
+    options = {"attn_scale": size**-0.5, "is_inference": True, "use_causal_mask": False, "use_padding_mask": True}
+    if is_fp8:
+        values = {"descale_q": 1.0, "descale_k": 1.0, "descale_v": 1.0, "scale_o": 1.0}
+        values |= {"descale_s": 1 / _PROBABILITY_SCALE, "scale_s": _PROBABILITY_SCALE}
+        scales = {name: graph.tensor(name=name, **one, data_type=fp32) for name in values}
+        out, _, *largest = graph.sdpa_fp8(**names, **scales, **counts, **options)
+        for amax in largest:
+            amax.set_output(True).set_dim([1, 1, 1, 1]).set_stride([1, 1, 1, 1]).set_data_type(fp32)
+        constants |= {scales[name]: torch.full((1, 1, 1, 1), value, device=device) for name, value in values.items()}
+        constants |= {amax: torch.zeros(1, 1, 1, 1, device=device) for amax in largest}
+    else:
+        out, _ = graph.sdpa(**names, **counts, **options)
     out.set_output(True).set_dim(shape).set_stride(stride)
-    for amax in (amax_s, amax_o):
-        amax.set_output(True).set_dim([1, 1, 1, 1]).set_stride([1, 1, 1, 1]).set_data_type(fp32)
     graph.validate()
     graph.build_operation_graph()
     graph.create_execution_plans([cudnn.heur_mode.A])
     graph.check_support()
     graph.build_plans()
-    constants = {scales[name]: torch.full((1, 1, 1, 1), value, device=device) for name, value in values.items()}
-    constants |= {amax: torch.zeros(1, 1, 1, 1, device=device) for amax in (amax_s, amax_o)}
-    return _Plan(graph, names | {"out": out}, constants, max(1, graph.get_workspace_size()))
+    return _Plan(
+        graph,
+        names | {"out": out, "lengths": counts["seq_len_kv"]},
+        constants,
+        max(1, graph.get_workspace_size()),
+    )

@@ -27,7 +27,7 @@ def _fp8_scale(amax):
     return tl.maximum(amax, 1e-12) / 448.0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # else it would be compiled again for a number that 16 does not divide
 def _norm_modulate_kernel(
     X, BRANCH, GATE, WEIGHT, SCALE, SHIFT, X_OUT, Y, Y_SCALE, tokens, eps, WIDTH: tl.constexpr,
     HAS_BRANCH: tl.constexpr, QUANTIZE: tl.constexpr, ROWS: tl.constexpr, LOOPS: tl.constexpr, BLOCK: tl.constexpr,
@@ -64,7 +64,7 @@ def _norm_modulate_kernel(
             tl.store(Y + start + at, y, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _gated_add_kernel(X, BRANCH, GATE, OUT, tokens, width, BLOCK: tl.constexpr):
     batch = tl.program_id(1).to(tl.int64)
     row = batch * tokens + tl.program_id(0)

@@ -78,6 +78,10 @@ def _gpu() -> Any:
     return importlib.import_module("ernie_accel.kernels.gpu")
 
 
+def _cudnn() -> Any:
+    return importlib.import_module("ernie_accel.kernels.cudnn_attention")
+
+
 def _group_norm() -> Any:
     return importlib.import_module("ernie_accel.kernels.group_norm")
 
@@ -211,12 +215,21 @@ def qkv_fp8(
 
 
 @_operator(
-    cuda=lambda *arguments: importlib.import_module("ernie_accel.kernels.cudnn_attention").attention_fp8(*arguments),
+    cuda=lambda *arguments: _cudnn().attention(*arguments),
     fake=lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]),
 )
-def attention_fp8(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor) -> Tensor:
+def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor) -> Tensor:
+    """Return `reference.attention`."""
+    return reference.attention(q_bsnd, k_bsnd, v_bsnd, lengths_b)
+
+
+@_operator(
+    cuda=lambda *arguments: _cudnn().attention_fp8(*arguments),
+    fake=lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]),
+)
+def attention_fp8(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor, lengths_b: Tensor) -> Tensor:
     """Return `reference.attention_fp8`: float8, with `scale` [B * S, 1] for its rows, too."""
-    return reference.attention_fp8(q_bsnd, k_bsnd, v_bsnd, scale)
+    return reference.attention_fp8(q_bsnd, k_bsnd, v_bsnd, scale, lengths_b)
 
 
 @_operator(

@@ -27,7 +27,8 @@ class CaptureGraphs(Transform):
 
     The first step of a new shape runs as usual, the second is captured, the others are replays: of a picture of eight
     steps, six need no launches. Pictures above about 700 x 700 pixels keep the GPU busy anyway and run as before. Only
-    the last few shapes are kept. Moving or replacing weights is noticed with the next picture.
+    the last few shapes are kept; with `FuseKernels` and the extra "cudnn" one serves 64 prompt lengths. Moving or
+    replacing weights is noticed with the next picture.
 
     Pays:
         Below about 700 x 700 pixels: a step at 256x256 takes 11.2 ms in compiled blocks, 10.9 with ``turbo-bf16``,
@@ -76,9 +77,9 @@ class CaptureGraphs(Transform):
 @dataclass
 class _Graph:
     replay: Callable[[], None]
-    inputs: dict[str, Tensor]
+    step_inputs: dict[str, Tensor]
+    picture_inputs: tuple[Tensor, ...]
     output: Tensor
-    alive: Any
     weights: tuple[int, ...]
 
 
@@ -90,46 +91,57 @@ class GraphedForward:
         self._max_tokens, self._keep, self._record = max_tokens, keep, record or _record
         self._graphs: OrderedDict[Any, _Graph | None] = OrderedDict()  # None: seen once, not yet captured
         self._is_hooked = False  # weights that come and go while the forward runs cannot be captured
-        self._picture: tuple[Any, Any] = (None, None)  # the embeddings the weights were last checked for, and the key
+        self._picture: tuple[Any, ...] = ()  # what the picture under way is known by
+        self._prepared: Any = None  # its text and positions
+        self._filled: _Graph | None = None  # the graph that has them
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(self._blocks.FORWARD_ARGUMENTS, args, strict=False)) | kwargs
-        inputs = {name: arguments[name] for name in self._blocks.DEVICE_INPUTS}
+        steps = {name: arguments[name] for name in self._blocks.STEP_INPUTS}
+        device = next(iter(steps.values())).device
         tokens = self._blocks.token_count(self._transformer, arguments)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or tokens > self._max_tokens:
             return self._forward(**arguments)
-        shapes = tuple((x.shape, x.dtype, x.device) for x in inputs.values())
-        key = (shapes, self._blocks.host_facts(arguments))
-        embeddings = inputs[self._blocks.DEVICE_INPUTS[-1]]
-        same_picture = self._picture[0] is embeddings and self._picture[1] == key
-        self._picture = (embeddings, key)
-        if not same_picture:
+        if torch.is_autocast_enabled(device.type):  # what it casts is kept for as long as the context lasts
+            return self._forward(**arguments)
+        shapes = tuple((x.shape, x.dtype, x.device) for x in steps.values())
+        text = arguments[self._blocks.PICTURE_INPUT]
+        picture = (shapes, self._blocks.host_facts(arguments), text)
+        is_new = not self._picture or self._picture[:2] != picture[:2] or self._picture[2] is not text
+        if is_new:
+            self._picture, self._filled = picture, None
+            self._prepared = self._blocks.prepare(self._transformer, arguments)
             self._is_hooked = is_moved_in_parts(self._transformer)
         if self._is_hooked:
             return self._forward(**arguments)
 
+        text, at = self._prepared
+        key = (shapes, text.shape, text.dtype, tuple((x.shape, x.dtype) for x in at.tensors))
         graph = self._graphs.get(key)
-        if graph is not None and not same_picture and graph.weights != self._weights():
+        if graph is not None and is_new and graph.weights != self._weights():
             self._graphs.clear()
             graph = None
         if graph is None:
             if key not in self._graphs:
                 self._remember(key, None)
                 return self._forward(**arguments)
-            graph = self._capture(arguments, inputs)
+            graph = self._capture(arguments, steps, text, at)
             self._remember(key, graph)
         self._graphs.move_to_end(key)
-        for name, static in graph.inputs.items():
-            if not (same_picture and inputs[name] is embeddings):
-                static.copy_(inputs[name])
+        if self._filled is not graph:
+            for static, given in zip(graph.picture_inputs, (text, *at.tensors), strict=True):
+                static.copy_(given)
+            self._filled = graph
+        for name, static in graph.step_inputs.items():
+            static.copy_(steps[name])
         graph.replay()
         return self._blocks.as_output(graph.output.clone(), arguments)
 
-    def _capture(self, arguments: dict[str, Any], inputs: dict[str, Tensor]) -> _Graph:
-        static = {name: x.clone() for name, x in inputs.items()}
-        replay, output = self._record(self._forward, arguments | static | {"return_dict": False})
-        self._picture = (None, None)  # fill all inputs before the first replay
-        return _Graph(replay, static, output, self._blocks.cached_tensors(self._transformer), self._weights())
+    def _capture(self, arguments: dict[str, Any], steps: dict[str, Tensor], text: Tensor, at: Any) -> _Graph:
+        steps, text, at = {name: x.clone() for name, x in steps.items()}, text.clone(), at.clone()
+        static = {**steps, self._blocks.PICTURE_INPUT: text, "at": at, "return_dict": False}
+        replay, output = self._record(self._forward, arguments | static)
+        return _Graph(replay, steps, (text, *at.tensors), output, self._weights())
 
     def _remember(self, key: Any, graph: _Graph | None) -> None:
         self._graphs[key] = graph
