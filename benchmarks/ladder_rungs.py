@@ -49,6 +49,9 @@ def optimized(transforms: Callable[[Any, str], list[Any]], preset: str | None = 
     return change
 
 
+#: Tokens of prompts that are drawn once each: whatever is compiled, planned or captured for a length counts.
+OTHER_LENGTHS = (120, 77, 101, 40, 63, 90, 33, 112)
+
 #: Rung -> (what it is, how a stock pipe becomes it).
 RUNGS: dict[str, tuple[str, Change]] = {
     "stock": ("diffusers as it is, bf16", leave),
@@ -105,9 +108,9 @@ def measure_rung(rung: str, job: Job) -> dict[str, Any]:
         if px == main:
             row["peak_gb"] = peak_gb()
 
-    def picture() -> None:
+    def picture(tokens: int = TEXT_TOKENS) -> None:
         pipe(
-            prompt_of(TEXT_TOKENS), height=main, width=main, num_inference_steps=STEPS, guidance_scale=1.0,
+            prompt_of(tokens), height=main, width=main, num_inference_steps=STEPS, guidance_scale=1.0,
             generator=torch.Generator(job.device).manual_seed(0), output_type="pt",
         )  # fmt: skip
 
@@ -115,6 +118,7 @@ def measure_rung(rung: str, job: Job) -> dict[str, Any]:
         row["first_picture_s"] = row["optimize_s"] + row["first_call_s"] + seconds(picture)
     row["first_decode_s"] = sum(decoding_s)
     row["picture_ms"] = statistics.median(seconds(picture) for _ in range(3)) * 1e3
+    row["other_lengths_ms"] = statistics.mean(seconds(lambda n=n: picture(n)) for n in OTHER_LENGTHS) * 1e3
     if job.profile and CUDA:
         row["kernels"] = kernel_times(lambda: pipe.transformer(**inputs_for(pipe, main)))
     return row

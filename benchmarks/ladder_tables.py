@@ -29,13 +29,14 @@ def tables(result: Result) -> str:
 
 def _ladder(result: Result) -> str:
     pixels, stock = result["pixels"], _row(result, "stock")
-    head = ["rung", *(f"ms/step {px} px" for px in pixels), "x stock", "x roofline", "picture ms", "first picture s"]
+    head = ["rung", *(f"ms/step {px} px" for px in pixels), "x stock", "x roofline", "picture ms"]
+    head += ["prompts of other lengths, ms", "first picture s"]
     lines = []
     for row in _measured(result):
         ms = row[f"ms_{pixels[0]}"]
         cells = [row["rung"], *(f"{row[f'ms_{px}']:.1f}" for px in pixels)]
         cells += [_ratio(stock and stock[f"ms_{pixels[0]}"], ms), _ratio(ms, _roofline(result, row["rung"]))]
-        cells += [f"{row['picture_ms']:.0f}", f"{row['first_picture_s']:.1f}"]
+        cells += [f"{row['picture_ms']:.0f}", _number(row.get("other_lengths_ms"), 0), f"{row['first_picture_s']:.1f}"]
         lines.append([*cells, f"{row['weight_gb']:.2f}", _number(row.get("peak_gb"), 1), f"{row['sqnr_db']:.1f}"])
     return _table([*head, "weights GB", "peak GB", "SQNR dB"], lines)
 

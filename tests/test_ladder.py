@@ -36,6 +36,7 @@ def test_the_ladder_measures_and_saves(tmp_path):
     assert set(rows) == {"stock", "rewrite"}
     assert rows["rewrite"]["sqnr_db"] > 30
     assert rows["rewrite"]["ms_64"] > 0
+    assert rows["rewrite"]["other_lengths_ms"] > 0
     assert 0 < rows["rewrite"]["first_decode_s"] < rows["rewrite"]["first_picture_s"]
     assert result["commit"] == "abc1234" and result["versions"]["torch"] == torch.__version__
     assert result["command"] == "python benchmarks/ladder.py --size tiny --only stock,rewrite --seconds 240"
