@@ -12,7 +12,6 @@ from ernie_accel import (
     CallDefaults,
     CastDtype,
     Compile,
-    CompileVae,
     Context,
     FuseKernels,
     Quantize,
@@ -108,11 +107,9 @@ def test_all_reasons_are_told_at_once(ernie):
         "    - triton is not installed (it comes with CUDA builds of torch): pip install triton\n"
         "  Compile()\n"
         "    - no compiler\n"
-        "  CompileVae()\n"
-        "    - no compiler\n"
         "Fix these, choose another preset, or pass on_unsupported='skip'."
     )
-    assert set(caught.value.plan.problems) == {FuseKernels("fp8"), Compile(), CompileVae()}
+    assert set(caught.value.plan.problems) == {FuseKernels("fp8"), Compile()}
 
 
 def test_a_float8_pipe_is_recognised(ernie):

@@ -134,8 +134,10 @@ def _is_bare_float8(module: torch.nn.Module) -> bool:
 
 def is_moved_in_parts(model: torch.nn.Module) -> bool:
     """Return whether accelerate or diffusers move or cast parts of this model when those are called."""
-    parts = (part for part in model.modules() if part is not model)
-    return any(hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook") for part in parts)
+    parts = (
+        vars(part) for part in model.modules() if part is not model
+    )  # `hasattr` takes a module three times as long
+    return any("_hf_hook" in part or "_diffusers_hook" in part for part in parts)
 
 
 def upcasts_in_a_hook(module: torch.nn.Module) -> bool:
