@@ -61,8 +61,8 @@ class Warmup(Transform):
     Each call takes two steps through the pipe as it then is, with its own call defaults (so with guidance where that
     is the default) and without prompt enhancer; the first of a size and batch size is decoded, the others stop at the
     latents. Where `RewriteEnhancer` is in place, as many short prompts are enhanced before that, to a few tokens: its
-    kernels are compiled then, and its graphs captured for prompts of about that length; where `RewriteTextEncoder` is, a
-    second call of one step captures its graph for that prompt length. No picture is kept; global
+    kernels are compiled then, and its graphs captured for prompts of about that length. Where `RewriteTextEncoder` is,
+    each is called twice, the second time without decoding: its graphs are captured then. No picture is kept; global
     random states, the scheduler and the prompts that `BatchPromptEncoding` remembers are left as they were. The receipt
     gives the milliseconds of each call. Compiled code belongs to what compiled it: ``restore`` drops it with that.
     Whatever is optimized anew before it makes it run again.
@@ -172,7 +172,7 @@ class Warmup(Transform):
                 start = time.perf_counter()
                 _draw(pipe, combination, decode=shape not in decoded)
                 if encodes_twice:  # what is encoded for the second time is captured
-                    _draw(pipe, combination, decode=False, steps=1)
+                    _draw(pipe, combination, decode=False)
                 spent.append(f"{combination}: {1000 * (time.perf_counter() - start):.0f} ms")
                 decoded.add(shape)
         note = "; ".join(spent) + ". Nothing to undo: compiled code goes with the undo of what compiled it"
@@ -225,14 +225,14 @@ def _enhance(pipe: Pipeline, batch: int) -> str:
     return f"prompts enhanced, batch {batch}: {1000 * (time.perf_counter() - start):.0f} ms"
 
 
-def _draw(pipe: Pipeline, combination: Combination, *, decode: bool, steps: int = STEPS) -> None:
-    """Make one picture of so many steps and forget it; wait until the device has."""
+def _draw(pipe: Pipeline, combination: Combination, *, decode: bool) -> None:
+    """Make one picture of two steps and forget it; wait until the device has."""
     prompt = PROMPT if combination.tokens is None else prompt_of(pipe.tokenizer, combination.tokens)
     arguments: dict[str, Any] = {
         "prompt": [prompt] * combination.batch,
         "width": combination.width,
         "height": combination.height,
-        "num_inference_steps": steps,
+        "num_inference_steps": STEPS,
         "generator": torch.Generator().manual_seed(0),
         "output_type": "pt" if decode else "latent",
     }
