@@ -169,6 +169,7 @@ def test_embeddings_of_the_pipe_are_those_of_stock_also_where_prompts_are_padded
         {"position_ids": torch.arange(3, 10)[None]},
         {"use_cache": True},
         {"output_attentions": True},
+        {"output_hidden_states": [1]},
         {"return_dict": False},
         {"something_new": 1},
     ],
@@ -254,6 +255,7 @@ def test_gradients_training_and_autocast_get_the_forward_as_it_was():
         lambda model: setattr(model.layers[0].mlp, "_diffusers_hook", object()),
         lambda model: setattr(model.layers[1], "mlp", torch.nn.Identity()),
         lambda model: setattr(model.config, "sliding_window", 3),
+        lambda model: model.norm.double(),
     ],
 )
 def test_layers_that_someone_has_changed_are_called_as_they_are(change):
@@ -265,6 +267,7 @@ def test_layers_that_someone_has_changed_are_called_as_they_are(change):
         mine = model(input_ids=ids(), output_hidden_states=True)
     assert len(seen) == 1
     assert all(torch.equal(a, b) for a, b in zip(mine.hidden_states, want.hidden_states, strict=True))
+    assert mine[0].dtype == want[0].dtype
 
 
 def test_the_hooks_with_which_transformers_listens_change_nothing():
@@ -525,6 +528,9 @@ def test_only_short_forwards_are_captured_and_only_the_last_shapes_are_kept():
         encode(model, rows, tokens)
     assert (recorder.captures, recorder.replays) == (2, 5)
     assert len(mine._replays._graphs) == 2
+    for rows, tokens in [(1, 40), (2, 7), (1, 40)]:  # the least recently used goes, that of 1 x 7
+        encode(model, rows, tokens)
+    assert (recorder.captures, recorder.replays) == (2, 7)
     assert seen == []
 
 
