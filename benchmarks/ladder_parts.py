@@ -74,6 +74,12 @@ def encode_ms(pipe: Any, job: Job) -> dict[str, Any]:
     return _timed(lambda: torch.stack(pipe.encode_prompt(prompts, device)), 10, job)
 
 
+def encode_one_ms(pipe: Any, job: Job) -> dict[str, Any]:
+    """Time the encoding of one prompt of 128 tokens, as the pipeline asks for it."""
+    prompt, device = prompt_of(TEXT_TOKENS), torch.device(job.device)
+    return _timed(lambda: torch.stack(pipe.encode_prompt(prompt, device)), 10, job)
+
+
 def enhance_part_ms(pipe: Any, job: Job) -> dict[str, Any]:
     """Time the enhancing of one prompt."""
     return enhance_ms(pipe, NEW_TOKENS[job.size])
@@ -187,6 +193,18 @@ PARTS: dict[str, Part] = {
     "prompts: stock": Part("8 prompts encoded, the pipeline's loop", leave, encode_ms),
     "prompts: BatchPromptEncoding": Part(
         "8 prompts encoded, BatchPromptEncoding", optimized(lambda a, _: [a.BatchPromptEncoding()]), encode_ms
+    ),
+    "prompts: RewriteTextEncoder": Part(
+        "8 prompts encoded, BatchPromptEncoding and RewriteTextEncoder",
+        optimized(lambda a, _: [a.BatchPromptEncoding(), a.RewriteTextEncoder()]),
+        encode_ms,
+    ),
+    "one prompt: stock": Part("one prompt encoded, diffusers as it is", leave, encode_one_ms),
+    "one prompt: BatchPromptEncoding": Part(
+        "one prompt encoded, BatchPromptEncoding", optimized(lambda a, _: [a.BatchPromptEncoding()]), encode_one_ms
+    ),
+    "one prompt: RewriteTextEncoder": Part(
+        "one prompt encoded, RewriteTextEncoder", optimized(lambda a, _: [a.RewriteTextEncoder()]), encode_one_ms
     ),
     "enhancer: stock": Part("one prompt enhanced, diffusers as it is", leave, enhance_part_ms),
     "enhancer: RewriteEnhancer": Part(

@@ -24,6 +24,7 @@ from ernie_accel import (
     FuseVae,
     RewriteBlocks,
     RewriteEnhancer,
+    RewriteTextEncoder,
     TruncatePrompts,
     Warmup,
 )
@@ -113,6 +114,20 @@ def test_an_enhancer_that_is_off_by_default_is_not_warmed_up():
     assert not enhancer.compiles_on_first_call(pipe, H200.after(CallDefaults(use_pe=False)))
     assert not enhancer.compiles_on_first_call(pipe, Context.named("cpu"))
     assert not enhancer.compiles_on_first_call(tiny_ernie(), H200)
+
+
+@pytest.mark.parametrize(("max_tokens", "times"), [(1024, 2), (0, 1)])
+def test_the_text_encoder_is_called_again_where_the_second_forward_is_captured(max_tokens, times):
+    pipe, seen = tiny_ernie(), []
+    pipe.text_encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    calls = calls_of(pipe)
+    wanted = Warmup(sizes=((64, 64),), prompt_lengths=(4, 9))
+    planned = CallDefaults(guidance_scale=1.0), RewriteBlocks(), RewriteTextEncoder(max_tokens=max_tokens)
+    ernie_accel.optimize(pipe, *planned, CaptureGraphs(max_tokens=0), wanted, context=H200)
+    assert seen == [(1, 4)] * times + [(1, 9)] * times
+    assert calls.count("decode") == 1
 
 
 def test_more_graphs_than_are_kept_is_a_reason_with_the_number_to_keep(ernie):

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from ernie_accel.transforms.quantize import Quantize
     from ernie_accel.transforms.rewrite import RewriteBlocks
     from ernie_accel.transforms.rewrite_enhancer import RewriteEnhancer
+    from ernie_accel.transforms.rewrite_text_encoder import RewriteTextEncoder
     from ernie_accel.transforms.scheduler import SwapScheduler
     from ernie_accel.transforms.truncate_prompts import TruncatePrompts
     from ernie_accel.transforms.vae import CompileVae, FuseVae
@@ -110,6 +111,7 @@ _HOMES = {
     "ernie_accel.transforms.quantize": ("Quantize",),
     "ernie_accel.transforms.rewrite": ("RewriteBlocks",),
     "ernie_accel.transforms.rewrite_enhancer": ("RewriteEnhancer",),
+    "ernie_accel.transforms.rewrite_text_encoder": ("RewriteTextEncoder",),
     "ernie_accel.transforms.scheduler": ("SwapScheduler",),
     "ernie_accel.transforms.vae": ("CompileVae", "FuseVae"),
     "ernie_accel.transforms.warm_up": ("Warmup",),
@@ -160,6 +162,7 @@ __all__ = [
     "RestoreError",
     "RewriteBlocks",
     "RewriteEnhancer",
+    "RewriteTextEncoder",
     "SavedPipelineError",
     "SetAttention",
     "SliceVae",

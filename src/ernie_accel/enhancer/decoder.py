@@ -12,14 +12,17 @@ import copy
 import importlib.util
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ernie_accel.core.cuda_graphs import Replays
+from ernie_accel.enhancer.layers import Positions, call, linears_of, places, run_layer, signed
 from ernie_accel.enhancer.sampling import Sampling, choose
 from ernie_accel.enhancer.state import DecodeState
 
@@ -42,30 +45,14 @@ class _Workplace:
 
     def __init__(self, state: DecodeState, *, captures: bool) -> None:
         self.state, self.captures = state, captures
-        self._graphs: dict[Any, torch.cuda.CUDAGraph | None] = {}  # None: done once, not captured yet
+        self._replays = Replays()
 
     def run(self, name: Any, work: Callable[[], object]) -> None:
-        """Do `work`: the first time as it is, which compiles its kernels, then as a graph, in one launch.
-
-        A graph remembers addresses: `work` may read nothing but the state, the weights and what it makes itself. What
-        raised, also while it was captured, counts as not done.
-        """
-        if not self.captures:
-            work()
-        elif name not in self._graphs:
-            work()
-            self._graphs[name] = None
+        """Do `work`, from the second time on in one launch; it may read the state and the weights (see `Replays`)."""
+        if self.captures:
+            self._replays.run(name, work)
         else:
-            graph = self._graphs[name]
-            if graph is None:
-                graph = torch.cuda.CUDAGraph()
-                # One memory for all: what a graph makes besides the state, nobody needs after its replay.
-                pool = next((other.pool() for other in self._graphs.values() if other is not None), None)
-                # "thread_local": what other threads do on the device meanwhile does not spoil the capture.
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                    work()
-                self._graphs[name] = graph
-            graph.replay()
+            work()
 
 
 class Decoder:
@@ -108,10 +95,10 @@ class Decoder:
         kind, is_on = weight.device.type, torch.cuda.device_of(weight)  # type: ignore[no-untyped-call]
         # The caches outlive the call, so its inference mode must not mark them; and they are of the weights' dtype.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False), is_on:
-            places = tuple(place for tensor in self._model.parameters() for place in _places(tensor))
-            if places != self._weights_were:
+            weights = tuple(place for tensor in self._model.parameters() for place in places(tensor))
+            if weights != self._weights_were:
                 self._workplaces.clear()
-                self._weights_were = places
+                self._weights_were = weights
             answers: list[list[int]] = []
             try:
                 for start in range(0, len(prompts), _MAX_ROWS):
@@ -180,7 +167,8 @@ class Decoder:
         Others cannot be captured for good: adapters are switched and scaled between calls, and the layers of some
         quantizers look at the device in between.
         """
-        return all(type(linear) is nn.Linear for linear in _linears(self._model))
+        linears = [*chain.from_iterable(map(linears_of, self._model.model.layers)), self._model.lm_head]
+        return all(type(linear) is nn.Linear for linear in linears)
 
     def _new_state(self, rows: int, capacity: int) -> DecodeState:
         model, settings = self._model.model, self._model.config.rope_parameters
@@ -262,30 +250,24 @@ class Decoder:
         """
         model, project = self._model.model, self._projection(ids_bt)
         x_bth: Tensor = model.embed_tokens(ids_bt)
-        cos_b1td, sin_b1td = state.cos_pd[position_bt][:, None], state.sin_pd[position_bt][:, None]
-        q_scale = state.q_scale_p[position_bt][:, None, :, None]
+        at = Positions(
+            cos_bt1d=state.cos_pd[position_bt][:, :, None],
+            signed_sin_bt1d=signed(state.sin_pd[position_bt][:, :, None]),
+            q_scale_bt11=state.q_scale_p[position_bt][:, :, None, None],
+        )
         visible = torch.arange(limit, device=x_bth.device) <= position_bt[:, None, :, None]
         row_b1 = torch.arange(len(ids_bt), device=x_bth.device)[:, None]
-        for layer, keys_bnpd, values_bnpd in zip(model.layers, state.keys_lbnpd, state.values_lbnpd, strict=True):
-            attention = layer.self_attn
-            y_bth = layer.input_layernorm(x_bth)
-            heads = (*y_bth.shape[:2], -1, attention.head_dim)
-            q_bntd = _rotate(project(attention.q_proj, y_bth).view(heads).transpose(1, 2), cos_b1td, sin_b1td) * q_scale
-            k_bntd = _rotate(project(attention.k_proj, y_bth).view(heads).transpose(1, 2), cos_b1td, sin_b1td)
+
+        def attend(
+            keys_bnpd: Tensor, values_bnpd: Tensor, q_bntd: Tensor, k_bntd: Tensor, v_bntd: Tensor, scale: float
+        ) -> Tensor:
             keys_bnpd[row_b1, :, position_bt] = k_bntd.transpose(1, 2)
-            values_bnpd[row_b1, :, position_bt] = project(attention.v_proj, y_bth).view(heads)
-            out_bntd = F.scaled_dot_product_attention(
-                q_bntd,
-                keys_bnpd[:, :, :limit],
-                values_bnpd[:, :, :limit],
-                attn_mask=visible,
-                scale=attention.scaling,
-                enable_gqa=True,
-            )
-            x_bth = x_bth + project(attention.o_proj, out_bntd.transpose(1, 2).flatten(2))
-            y_bth, mlp = layer.post_attention_layernorm(x_bth), layer.mlp
-            active_bth = mlp.act_fn(project(mlp.gate_proj, y_bth)) * project(mlp.up_proj, y_bth)
-            x_bth = x_bth + project(mlp.down_proj, active_bth)
+            values_bnpd[row_b1, :, position_bt] = v_bntd.transpose(1, 2)
+            seen = keys_bnpd[:, :, :limit], values_bnpd[:, :, :limit]
+            return F.scaled_dot_product_attention(q_bntd, *seen, attn_mask=visible, scale=scale, enable_gqa=True)
+
+        for layer, *cache in zip(model.layers, state.keys_lbnpd, state.values_lbnpd, strict=True):
+            x_bth = run_layer(layer, x_bth, at, partial(attend, *cache), project)
         return x_bth
 
     def _projection(self, ids_bt: Tensor) -> Callable[[Any, Tensor], Tensor]:
@@ -294,7 +276,7 @@ class Decoder:
         torchao does it in three passes over the weights, which took 24 of 32 ms of reading a prompt on an H200.
         """
         weights = self._kernel_weights() if ids_bt.is_cuda else None
-        return _call if weights is None else weights.project
+        return call if weights is None else weights.project
 
     def _kernel_weights(self) -> KernelWeights | None:
         if importlib.util.find_spec("triton") is None or not self._is_plain():
@@ -305,37 +287,9 @@ class Decoder:
         return None if isinstance(weights, str) else weights
 
 
-def _call(linear: Any, x: Tensor) -> Tensor:
-    out: Tensor = linear(x)
-    return out
-
-
 def _set_draws(state: DecodeState, draws_bt: Tensor) -> None:
     count = min(draws_bt.shape[1], state.capacity)
     state.draws_bt[: len(draws_bt), :count] = draws_bt[:, :count]
-
-
-def _linears(model: Any) -> Iterator[Any]:
-    """Yield the linear layers of a ``Ministral3ForCausalLM``."""
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        yield from (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        yield from (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    yield model.lm_head
-
-
-def _places(tensor: Any) -> Iterator[tuple[int, torch.dtype]]:
-    """Yield where the bytes of a tensor lie and what they mean, looking inside quantized tensor subclasses."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _places(getattr(tensor, name))
-    else:
-        yield tensor.data_ptr(), tensor.dtype
-
-
-def _rotate(x_bntd: Tensor, cos_b1td: Tensor, sin_b1td: Tensor) -> Tensor:
-    first, second = x_bntd.chunk(2, -1)
-    return x_bntd * cos_b1td + torch.cat((-second, first), -1) * sin_b1td
 
 
 def _capacity(longest: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ernie_accel.enhancer.decoder import Decoder
+from ernie_accel.enhancer.layers import why_others
 from ernie_accel.enhancer.sampling import Sampling, draws_for
 
 #: What the pipeline samples with, in its ``_enhance_prompt_with_pe``.
@@ -124,11 +125,7 @@ def why_not(model: Any, tokenizer: Any) -> list[str]:
     """Return why `PromptEnhancer` cannot stand in for the pipeline's own way with these; empty if it can."""
     if type(model).__name__ != "Ministral3ForCausalLM":
         return [f"its prompt enhancer is a {type(model).__name__}, not a Ministral3ForCausalLM"]
-    reasons = []
-    if model.config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
-        reasons.append("its rotary embedding changes with the length of the text")
-    if model.config.sliding_window is not None:
-        reasons.append(f"its attention slides over {model.config.sliding_window} tokens")
+    reasons = why_others(model.config)
     for name, values in _WITHOUT_EFFECT.items():
         value = getattr(model.generation_config, name, None)
         if value not in values:

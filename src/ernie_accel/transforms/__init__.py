@@ -33,6 +33,7 @@ TRANSFORMS: Mapping[str, str] = {
     "Quantize": "ernie_accel.transforms.quantize",
     "RewriteBlocks": "ernie_accel.transforms.rewrite",
     "RewriteEnhancer": "ernie_accel.transforms.rewrite_enhancer",
+    "RewriteTextEncoder": "ernie_accel.transforms.rewrite_text_encoder",
     "SetAttention": "ernie_accel.transforms.attention",
     "SliceVae": "ernie_accel.transforms.memory",
     "SwapScheduler": "ernie_accel.transforms.scheduler",

@@ -79,7 +79,7 @@ class BatchPromptEncoding(Transform):
         memory = _Files(self.cache, Path(self.folder), pipe.text_encoder) if self.folder else _Memory(self.cache)
         encoder = _Encoder(pipe, how, memory, self.max_batch)
         with Undo() as undo:
-            undo.setattr(_last_layer(pipe, how), "forward", _pass_on)
+            undo.setattr(_last_layer(pipe, how), "forward", pass_on)
             undo.setattr(pipe, "encode_prompt", encoder.encode_prompt)
             undo.setattr(pipe, "_around_prompts", encoder.around)
             wrap_call(pipe, "_around_prompts", undo)
@@ -240,7 +240,7 @@ def _last_layer(pipe: Pipeline, how: PromptEncoding) -> Any:
     return attrgetter(how.layers)(pipe.text_encoder)[-1]
 
 
-def _pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+def pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
     """Stand in for the forward of a layer whose result nothing uses.
 
     The layer itself has to stay: without it, ``hidden_states[-2]`` would silently be another layer's.

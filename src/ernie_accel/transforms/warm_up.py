@@ -21,6 +21,7 @@ from ernie_accel.transforms.encode_prompts import remembering_nothing
 from ernie_accel.transforms.free_after_use import FreeAfterUse
 from ernie_accel.transforms.graphs import CaptureGraphs
 from ernie_accel.transforms.rewrite_enhancer import RewriteEnhancer
+from ernie_accel.transforms.rewrite_text_encoder import RewriteTextEncoder
 from ernie_accel.transforms.truncate_prompts import TruncatePrompts
 
 #: The first step compiles, the second of the same shape is the one that `CaptureGraphs` records.
@@ -60,7 +61,8 @@ class Warmup(Transform):
     Each call takes two steps through the pipe as it then is, with its own call defaults (so with guidance where that
     is the default) and without prompt enhancer; the first of a size and batch size is decoded, the others stop at the
     latents. Where `RewriteEnhancer` is in place, as many short prompts are enhanced before that, to a few tokens: its
-    kernels are compiled then, and its graphs captured for prompts of about that length. No picture is kept; global
+    kernels are compiled then, and its graphs captured for prompts of about that length. Where `RewriteTextEncoder` is,
+    each is called twice, the second time without decoding: its graphs are captured then. No picture is kept; global
     random states, the scheduler and the prompts that `BatchPromptEncoding` remembers are left as they were. The receipt
     gives the milliseconds of each call. Compiled code belongs to what compiled it: ``restore`` drops it with that.
     Whatever is optimized anew before it makes it run again.
@@ -163,10 +165,14 @@ class Warmup(Transform):
             enhancer = context.planned_one(RewriteEnhancer)
             if hasattr(pipe, "_enhance_prompts") and enhancer and enhancer.compiles_on_first_call(pipe, context):
                 spent += [_enhance(pipe, batch) for batch in self.batch_sizes]
+            encoder = context.planned_one(RewriteTextEncoder)
+            encodes_twice = encoder is not None and encoder.compiles_on_first_call(pipe, context)
             for combination in self._combinations(pipe):
                 shape = combination[:3]
                 start = time.perf_counter()
                 _draw(pipe, combination, decode=shape not in decoded)
+                if encodes_twice:  # what is encoded for the second time is captured
+                    _draw(pipe, combination, decode=False)
                 spent.append(f"{combination}: {1000 * (time.perf_counter() - start):.0f} ms")
                 decoded.add(shape)
         note = "; ".join(spent) + ". Nothing to undo: compiled code goes with the undo of what compiled it"
