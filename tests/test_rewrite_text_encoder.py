@@ -9,6 +9,7 @@ import torch
 
 import ernie_accel
 from ernie_accel import Autocast, BatchPromptEncoding, Context, FreeAfterUse, Offload, Quantize, RewriteTextEncoder
+from ernie_accel.batch.engines.prompts import PromptStage
 from ernie_accel.transforms.encode_prompts import pass_on
 from ernie_accel.transforms.rewrite_text_encoder import RewrittenForward
 from tests.pipelines import picture, randomize, tiny_ernie
@@ -421,6 +422,23 @@ def test_weights_that_are_freed_after_use_come_back(ernie):
         assert ernie.text_encoder.language_model.norm.weight.numel() == 0
 
 
+@pytest.mark.parametrize("freed_by", ["FreeAfterUse", "a batch"])
+def test_graphs_go_with_the_weights_that_are_freed(ernie, freed_by):
+    recorder = Recorder()
+    rewritten(ernie.text_encoder.language_model, capture=recorder)
+    if freed_by == "FreeAfterUse":
+        ernie_accel.optimize(ernie, FreeAfterUse())
+    stage = PromptStage(ernie, free=freed_by == "a batch")
+    forward = ernie.text_encoder.language_model.forward
+    ernie.encode_prompt(PROMPTS[:1] * 2, CPU)
+    assert (recorder.captures, len(forward._inputs)) == (1, 1)
+    if freed_by == "FreeAfterUse":
+        picture(ernie, prompt=PROMPTS[0])
+    else:
+        stage.free()
+    assert (recorder.captures, len(forward._inputs), len(forward._replays._graphs)) == (1, 0, 0)
+
+
 # With `BatchPromptEncoding`, which skips the last layer --------------------------------------------------------------
 
 
@@ -484,7 +502,7 @@ def test_the_first_forward_runs_the_second_is_captured_and_lengths_share_a_graph
     model, recorder = language_model(), Recorder()
     rewritten(model, capture=recorder)
     done = []
-    for seed, (rows, tokens) in enumerate([(2, 7), (2, 7), (2, 32), (2, 1), (2, 33), (1, 7), (2, 7)]):
+    for seed, (rows, tokens) in enumerate([(2, 7), (2, 7), (2, 64), (2, 1), (2, 65), (1, 7), (2, 7)]):
         mine = encode(model, rows, tokens, seed=seed)
         assert is_stock(model, mine, rows, tokens, seed=seed)
         done.append((recorder.captures, recorder.replays))
@@ -510,25 +528,25 @@ def test_what_a_longer_text_left_in_the_padding_is_never_seen():
     rewritten(model, capture=recorder)
     with torch.no_grad():
         for _ in range(2):
-            model(inputs_embeds=torch.full((2, 32, 64), float("nan")))
+            model(inputs_embeds=torch.full((2, 64, 64), float("nan")))
     assert is_stock(model, encode(model, 2, 7), 2, 7)
     assert recorder.replays == 2
 
 
 def test_only_short_forwards_are_captured_and_only_the_last_shapes_are_kept():
     model, recorder = language_model(), Recorder()
-    mine, seen = rewritten(model, max_tokens=64, keep=2, capture=recorder)
-    for rows, tokens in [(1, 65), (3, 7), (2, 33)] * 3:
+    mine, seen = rewritten(model, max_tokens=128, keep=2, capture=recorder)
+    for rows, tokens in [(1, 129), (3, 7), (2, 65)] * 3:
         assert is_stock(model, encode(model, rows, tokens), rows, tokens)
     assert (recorder.captures, len(mine._inputs)) == (0, 0)
-    for rows, tokens in [(1, 7), (2, 7), (1, 40)] * 3:  # each is gone when it comes again
+    for rows, tokens in [(1, 7), (2, 7), (1, 80)] * 3:  # each is gone when it comes again
         encode(model, rows, tokens)
     assert (recorder.captures, len(mine._inputs)) == (0, 2)
-    for rows, tokens in [(1, 7), (1, 40)] * 3:
+    for rows, tokens in [(1, 7), (1, 80)] * 3:
         encode(model, rows, tokens)
     assert (recorder.captures, recorder.replays) == (2, 5)
     assert len(mine._replays._graphs) == 2
-    for rows, tokens in [(1, 40), (2, 7), (1, 40)]:  # the least recently used goes, that of 1 x 7
+    for rows, tokens in [(1, 80), (2, 7), (1, 80)]:  # the least recently used goes, that of 1 x 7
         encode(model, rows, tokens)
     assert (recorder.captures, recorder.replays) == (2, 7)
     assert seen == []

@@ -140,6 +140,14 @@ def is_moved_in_parts(model: torch.nn.Module) -> bool:
     return any("_hf_hook" in part or "_diffusers_hook" in part for part in parts)
 
 
+def forget_kept(model: torch.nn.Module) -> None:
+    """Have what stands in for forwards within `model` let go of the memory that it keeps between calls."""
+    for part in model.modules():
+        forget = getattr(vars(part).get("forward"), "forget", None)
+        if forget is not None:
+            forget()
+
+
 def upcasts_in_a_hook(module: torch.nn.Module) -> bool:
     """Return whether a part of `module` stores its weights by diffusers' layerwise casting."""
     return any(map(_has_casting_hook, module.modules()))

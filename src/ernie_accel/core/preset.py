@@ -22,6 +22,7 @@ from ernie_accel.transforms.move_to import MoveTo
 from ernie_accel.transforms.quantize import Quantize
 from ernie_accel.transforms.rewrite import RewriteBlocks
 from ernie_accel.transforms.rewrite_enhancer import RewriteEnhancer
+from ernie_accel.transforms.rewrite_text_encoder import RewriteTextEncoder
 from ernie_accel.transforms.vae import FuseVae
 
 
@@ -93,6 +94,7 @@ _INT8 = (CastDtype("bfloat16"), Quantize("int8"))
 
 _FAST_PARTS = (
     BatchPromptEncoding(),
+    RewriteTextEncoder(),
     KeepTimestepsOnHost(),
     Compile(),
     FuseVae(),

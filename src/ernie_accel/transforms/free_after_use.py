@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ernie_accel.core.components import Pipeline, absent_components, module_bytes, modules_of
+from ernie_accel.core.components import Pipeline, absent_components, forget_kept, module_bytes, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from ernie_accel.core.text import human_bytes
@@ -146,6 +146,7 @@ class _Weights:
 
             save_file({name: tensor.data.contiguous() for name, tensor in self._tensors().items()}, self._file)
             self._written = True
+        forget_kept(self._module)
         for tensor in self._tensors().values():
             tensor.data = tensor.data.new_empty(0)  # keeps dtype and device, which pipelines ask for
         self._freed = True

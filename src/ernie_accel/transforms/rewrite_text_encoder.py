@@ -25,7 +25,7 @@ from ernie_accel.families import family_of
 from ernie_accel.transforms.encode_prompts import pass_on
 from ernie_accel.transforms.offload import Offload
 
-_PADDED_TO = 32  # tokens: prompts of many lengths share a graph
+_PADDED_TO = 64  # tokens: prompts of many lengths share a graph, and the plan that cuDNN makes for its attention
 #: Of the forward of a ``Ministral3Model``, by position.
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 #: Those that may be something else than None.
@@ -46,11 +46,10 @@ class RewriteTextEncoder(Transform):
     float32 (random weights, on a CPU), because a norm rounds once instead of twice.
 
     Pays:
-        Not timed on a GPU yet: meant for few or short prompts, whose encoding the host's launches hold up, with
-        `BatchPromptEncoding` or without.
+        With every prompt, and most with few or short ones, whose encoding the host's launches hold up.
 
     Attributes:
-        max_tokens: Forwards of more tokens are not captured: of all texts, each padded to a multiple of 32; >= 0.
+        max_tokens: Forwards of more tokens are not captured: of all texts, each padded to a multiple of 64; >= 0.
         keep: Shapes to keep graphs of, >= 1. One holds the hidden states of all layers.
     """
 
@@ -133,6 +132,11 @@ class RewrittenForward:
         model, forward = copy.deepcopy(self._model, memo), copy.deepcopy(self._forward, memo)
         return RewrittenForward(model, forward, self._max_tokens, self._keep, self._capture)  # graphs stay behind
 
+    def forget(self) -> None:
+        """Let go of the graphs and their memory; the next call makes them anew."""
+        self._inputs.clear()
+        self._replays, self._weights_were = Replays(self._capture), ()
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
         look = _look(self._model) if len(args) <= len(_ARGUMENTS) and self._knows(given) else None
@@ -211,8 +215,8 @@ class RewrittenForward:
         with torch.inference_mode(False), torch.no_grad(), is_on:
             weights = _places(look.weighted, self._model.rotary_emb)
             if weights != self._weights_were:
-                self._inputs.clear()
-                self._replays, self._weights_were = Replays(self._capture), weights
+                self.forget()
+                self._weights_were = weights
             name = (len(x_bth), _padded(tokens), x_bth.dtype, x_bth.device)
             static_bth = self._input(name, x_bth)
             static_bth[:, :tokens] = x_bth

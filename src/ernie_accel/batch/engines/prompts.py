@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 from ernie_accel.batch.engines.base import PREPARE_BATCH, ROUND, Request, stop_if
-from ernie_accel.core.components import is_moved_in_parts
+from ernie_accel.core.components import forget_kept, is_moved_in_parts
 from ernie_accel.enhancer.enhancer import PromptEnhancer, Wish, why_not
 from ernie_accel.families import family_of
 from ernie_accel.families.ernie_image import ERNIE_IMAGE
@@ -104,6 +104,7 @@ class PromptStage:
                 self._freed[name] = (part, part.device)
                 # Out of the pipe too: diffusers takes any component's device for the one to run on.
                 setattr(self._pipe, name, None)
+                forget_kept(part)
                 part.to("cpu")
         # What enhancers keep beside the weights is on the device, too.
         if self._enhancer is not None:
