@@ -23,7 +23,7 @@ the docstrings; figures without another source were measured on an NVIDIA H200 a
 `ernie_accel.plan(pipe, ...)` says for your pipe and machine what each would change, or why it cannot run.
 """
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-LADDER, PARTS = "ladder_h200_202611", "parts_h200_202611"
+LADDER, PARTS, FUSED = "ladder_h200_202611", "parts_h200_202611", "parts_fused_h200_202611"
 #: Transform -> (result file, what is timed, its column, without, with), of those that were timed one by one.
 MEASURED = {
     "RewriteBlocks": ((LADDER, "a step, both compiled", "ms_1024", "stock+compile", "rewrite+compile"),),
@@ -33,9 +33,13 @@ MEASURED = {
     ),
     "Quantize": ((LADDER, "a step in fp8, both compiled", "ms_1024", "stock+compile", "torchao-fp8+compile"),),
     "Compile": ((LADDER, "a step of stock blocks", "ms_1024", "stock", "stock+compile"),),
-    "CompileVae": ((PARTS, "a decode", "ms", "vae: stock", "vae: CompileVae"),),
+    "CompileVae": ((FUSED, "a decode", "ms", "vae: stock", "vae: CompileVae"),),
+    "FuseVae": ((FUSED, "a decode", "ms", "vae: stock", "vae: FuseVae"),),
     "MakeContiguous": ((PARTS, "an eager decode, channels_last", "ms", "vae: stock", "vae: channels_last"),),
-    "BatchPromptEncoding": ((PARTS, "8 prompts", "ms", "prompts: stock", "prompts: BatchPromptEncoding"),),
+    "BatchPromptEncoding": ((FUSED, "8 prompts", "ms", "prompts: stock", "prompts: BatchPromptEncoding"),),
+    "RewriteTextEncoder": (
+        (FUSED, "8 prompts, batched", "ms", "prompts: BatchPromptEncoding", "prompts: RewriteTextEncoder"),
+    ),
     "RewriteEnhancer": (
         (PARTS, "a prompt", "ms", "enhancer: stock", "enhancer: RewriteEnhancer"),
         (PARTS, "8 prompts", "ms", "8 prompts enhanced: stock", "8 prompts enhanced: RewriteEnhancer"),
