@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import ernie_accel
 from ernie_accel.core.components import pipe_bytes
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import ernie_image_kernels as kernels
+from ernie_accel.kernels import cudnn_attention
 from tests.pipelines import picture, tiny_ernie, tiny_flux
 
 H200 = ernie_accel.Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6"})
@@ -184,12 +187,30 @@ def test_an_attention_backend_that_was_chosen_is_used_and_gets_no_padding() -> N
     pipe = tiny_ernie(dtype=torch.bfloat16, layers=3)
     ernie_accel.optimize(pipe, ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels("bf16"), context=WITH_CUDNN)
     by_length = latents(pipe)
-    pipe.transformer.set_attention_backend("_native_math")
-    assert tokens_seen(pipe) != {kernels.TOKENS_MULTIPLE_OF}
-    assert not torch.equal(latents(pipe), by_length)
-    pipe.transformer.set_attention_backend("native")
+    for backend in ("_native_math", "native"):
+        pipe.transformer.set_attention_backend(backend)
+        assert tokens_seen(pipe) != {kernels.TOKENS_MULTIPLE_OF}
+        assert not torch.equal(latents(pipe), by_length)
+    pipe.transformer.reset_attention_backend()
     assert tokens_seen(pipe) == {kernels.TOKENS_MULTIPLE_OF}
     assert torch.equal(latents(pipe), by_length)
+
+
+def test_what_cudnn_cannot_plan_is_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NotSupportedError(Exception):
+        pass
+
+    def refuse() -> None:
+        raise NotSupportedError("no engine")
+
+    cudnn = MagicMock(cudnnGraphNotSupportedError=NotSupportedError)
+    graph = cudnn.pygraph.return_value
+    graph.sdpa.return_value, graph.check_support = (MagicMock(), None), refuse
+    monkeypatch.setitem(sys.modules, "cudnn", cudnn)
+    x, lengths = torch.zeros(2, 64, 3, 24, dtype=torch.bfloat16), torch.tensor([64, 60], dtype=torch.int32)
+    expected = r"no attention for 2 x 64 tokens and 3 heads of 24 in bfloat16: no engine\. .*SetAttention\('native'\)"
+    with pytest.raises(ernie_accel.ErnieAccelError, match=expected):
+        cudnn_attention.attention(x, x, x, lengths)
 
 
 def test_the_choice_of_attention_is_said() -> None:

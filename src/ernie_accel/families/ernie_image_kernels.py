@@ -76,7 +76,7 @@ class KernelErnieBlock(RewrittenErnieBlock):
         else:
             q_bsnd, k_bsnd = ops.qk_norm_rope(*qk)
             v_bsnd = qkv_bs3h.chunk(3, -1)[2].unflatten(-1, (heads, -1))
-            if lengths_b is not None and _is_left_to_torch(attention):
+            if lengths_b is not None and _is_left_open(attention):
                 branch_bsh = to_out(ops.attention(q_bsnd, k_bsnd, v_bsnd, lengths_b))
             else:
                 branch_bsh = to_out(attention.attend(q_bsnd, k_bsnd, v_bsnd, mask_b11s))
@@ -93,16 +93,16 @@ class KernelErnieBlock(RewrittenErnieBlock):
         return out_bsh
 
 
-def _is_left_to_torch(attention: Any) -> bool:
+def _is_left_open(attention: Any) -> bool:
     """Return whether nobody has chosen an attention backend, for this layer or by diffusers' defaults."""
-    chosen = attention.processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
-    return AttentionBackendName(chosen) is AttentionBackendName.NATIVE
+    default = AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0])
+    return attention.processor._attention_backend is None and default is AttentionBackendName.NATIVE
 
 
 def _tokens_multiple_of(transformer: Any) -> int:
     """Return what the number of tokens is made a multiple of: more than 1 where all or most layers take lengths."""
     blocks = [block for block in transformer.layers if isinstance(block, KernelErnieBlock)]
-    takes_lengths = any(block.attention == "fp8" or _is_left_to_torch(block.self_attention) for block in blocks)
+    takes_lengths = any(block.attention == "fp8" or _is_left_open(block.self_attention) for block in blocks)
     return TOKENS_MULTIPLE_OF if takes_lengths else 1
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ernie_accel.core.errors import ErnieAccelError
+
 #: Scale of the probabilities, which are at most 1: a power of two below float8_e4m3fn's 448.
 _PROBABILITY_SCALE = 256.0
 
@@ -35,6 +37,9 @@ def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor)
         k_bsnd: Keys, likewise; the same strides.
         v_bsnd: Values, likewise; their rows may lie further apart, as in a fused projection.
         lengths_b: int32, how many keys of each row count; the others may be anything finite.
+
+    Raises:
+        ErnieAccelError: cuDNN has no kernel for this.
     """
     q_bsnd, k_bsnd = q_bsnd.contiguous(), k_bsnd.contiguous()
     return _run(_plan(q_bsnd.shape, v_bsnd.stride(), q_bsnd.dtype, q_bsnd.device), q_bsnd, k_bsnd, v_bsnd, lengths_b)
@@ -110,11 +115,18 @@ def _plan(shape_bsnd: torch.Size, v_strides: tuple[int, ...], dtype: torch.dtype
     else:
         out, _ = graph.sdpa(**names, **counts, **options)
     out.set_output(True).set_dim(shape).set_stride(stride)
-    graph.validate()
-    graph.build_operation_graph()
-    graph.create_execution_plans([cudnn.heur_mode.A])
-    graph.check_support()
-    graph.build_plans()
+    try:
+        graph.validate()
+        graph.build_operation_graph()
+        graph.create_execution_plans([cudnn.heur_mode.A])
+        graph.check_support()
+        graph.build_plans()
+    except (RuntimeError, cudnn.cudnnGraphNotSupportedError) as error:
+        raise ErnieAccelError(
+            f"cuDNN has no attention for {batch} x {tokens} tokens and {heads} heads of {size} in "
+            f"{str(dtype).removeprefix('torch.')}: {error}. Use torch's: FuseKernels(..., attention='bf16') and "
+            "SetAttention('native')."
+        ) from error
     return _Plan(
         graph,
         names | {"out": out, "lengths": counts["seq_len_kv"]},
