@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 
 import ernie_accel
 from ernie_accel.core.components import pipe_bytes
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import ernie_image_kernels as kernels
-from ernie_accel.kernels import cudnn_attention
+from ernie_accel.families.ernie_image_blocks import RewrittenAttention
+from ernie_accel.kernels import cudnn_attention, ops
 from tests.pipelines import picture, tiny_ernie, tiny_flux
 
 H200 = ernie_accel.Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6"})
+VERSIONS = {"triton": "3.6", "cudnn": "1.32", "cache_dit": "1.5.3"}
 WITH_CUDNN = ernie_accel.Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6", "cudnn": "1.32"})
 
 
@@ -151,6 +156,61 @@ def test_fp8_attention_keeps_the_floor_where_prompts_are_padded_too(prompt: Any)
     got = latents(ernie_accel.optimize(pipe, *transforms, context=WITH_CUDNN), prompt=prompt)
     assert sqnr_db(got, expected) > 10
     assert not torch.equal(got, bf16_attention)
+
+
+@pytest.fixture
+def attended(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Count by what blocks attend: "attention" and "attention_fp8" are cuDNN's, "torch" and "torch, mask" are not."""
+    seen: Counter[str] = Counter()
+
+    def counting(name: str) -> None:
+        attend = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *arguments: seen.update([name]) or attend(*arguments))
+
+    counting("attention")
+    counting("attention_fp8")
+    attend = RewrittenAttention.attend
+
+    def torchs(self: Any, q: Any, k: Any, v: Any, mask: Any) -> Any:
+        seen["torch" if mask is None else "torch, mask"] += 1
+        return attend(self, q, k, v, mask)
+
+    monkeypatch.setattr(RewrittenAttention, "attend", torchs)
+    return seen
+
+
+@PROMPTS
+def test_all_blocks_but_the_precise_one_attend_in_fp8_and_none_with_a_mask(prompt: Any, attended: Any) -> None:
+    pipe = tiny_ernie(dtype=torch.bfloat16, layers=4)
+    ernie_accel.optimize(pipe, ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels("fp8"), context=WITH_CUDNN)
+    latents(pipe, prompt=prompt, steps=2)
+    assert attended == {"attention": 2, "attention_fp8": 6}
+
+
+@pytest.mark.parametrize("backend", ["forecast", "diffusers", "cache-dit"])
+def test_a_cache_of_steps_leaves_the_attention_as_it_is(backend: str, attended: Any) -> None:
+    """Those of blocks put others in the place of the blocks while a forward lasts."""
+    pipe, context = tiny_ernie(dtype=torch.bfloat16, layers=4), replace(WITH_CUDNN, versions=VERSIONS)
+    transforms = (ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels("fp8"), ernie_accel.CacheSteps(backend=backend))
+    latents(ernie_accel.optimize(pipe, *transforms, context=context), steps=30)
+    assert set(attended) == {"attention", "attention_fp8"}
+    assert attended["attention_fp8"] >= attended["attention"] >= 15
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+@pytest.mark.parametrize("by", ["for the model", "for the process"])
+def test_a_chosen_backend_gets_no_mask_where_nothing_pads(precision: str, by: str, attended: Any) -> None:
+    """Flash kernels refuse one."""
+    pipe = tiny_ernie(dtype=torch.bfloat16, layers=4)
+    ernie_accel.optimize(pipe, ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels(precision), context=WITH_CUDNN)
+    if by == "for the model":
+        for layer in pipe.transformer.layers:
+            layer.self_attention.processor._attention_backend = "_native_math"
+        latents(pipe, steps=1)
+    else:
+        with attention_backend("_native_math"):
+            latents(pipe, steps=1)
+    assert attended == ({"torch": 1, "attention_fp8": 3} if precision == "fp8" else {"torch": 4})
 
 
 @PROMPTS

@@ -86,6 +86,11 @@ def test_it_only_rounds_and_goes_back(make: Any, batch: int) -> None:
     assert torch.equal(decode(decoder, *shape), expected)
 
 
+def test_upsampling_takes_a_single_pixel() -> None:
+    x = torch.randn(2, 8, 1, 1)
+    assert torch.equal(_twice_as_large(x), x.expand(-1, -1, 2, 2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels", [3, 4, 8, 12])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -78,6 +79,81 @@ def test_prompts_of_many_lengths_share_a_graph_where_they_are_padded() -> None:
     assert (recorder.captures, recorder.replays) == (1, 15)
 
 
+def test_a_length_that_needs_no_padding_shares_the_graph_of_those_that_do() -> None:
+    pipe, recorder = ernie_accel.optimize(tiny_ernie(), ernie_accel.RewriteBlocks()), Recorder()
+    ernie_image_kernels.install(pipe.transformer, Undo(), "bf16")
+    pipe.transformer.forward = GraphedForward(pipe.transformer, ernie_image_blocks, 64, 2, recorder)
+    with torch.no_grad():
+        for length in (5, 48, 9, 48):  # with 16 tokens of the image
+            step = (torch.randn(1, 16, 4, 4), torch.full((1,), 500.0), torch.randn(1, length, 64))
+            got = [pipe.transformer(*step, torch.tensor([length])).sample for _ in range(2)]
+            expected = tiny_ernie().transformer(*step, torch.tensor([length])).sample
+            assert all((each - expected).norm() < 1e-5 * expected.norm() for each in got)
+    assert recorder.captures == 1
+
+
+def test_the_graph_that_was_not_used_for_longest_goes() -> None:
+    pipe, recorder = ernie_accel.optimize(tiny_ernie(), ernie_accel.RewriteBlocks()), Recorder()
+    pipe.transformer.forward = GraphedForward(pipe.transformer, ernie_image_blocks, 64, 2, recorder)
+    for side, captures in ((32, 1), (64, 2), (32, 2), (48, 3), (32, 3), (64, 4)):
+        picture(pipe, steps=3, height=side, width=side)
+        assert recorder.captures == captures
+
+
+def test_the_same_text_with_another_length_or_size_is_another_picture(graphed: Any) -> None:
+    pipe, _ = graphed
+    stock, text = tiny_ernie().transformer, torch.randn(2, 3, 64)
+    with torch.no_grad():
+        for side, lengths in ((4, (3, 3)), (4, (3, 2)), (4, (3, 3)), (2, (3, 3)), (4, (3, 2))):
+            step = (torch.randn(2, 16, side, side), torch.full((2,), 500.0), text, torch.tensor(lengths))
+            for _ in range(3):
+                assert torch.equal(pipe.transformer(*step).sample, stock(*step).sample)
+
+
+def test_positions_are_of_the_dtype_that_image_and_text_have_together() -> None:
+    transformer = ernie_accel.optimize(tiny_ernie(dtype=torch.bfloat16), ernie_accel.RewriteBlocks()).transformer
+    arguments = {"hidden_states": torch.randn(1, 16, 4, 4).bfloat16(), "text_lens": torch.tensor([3])}
+    for dtype in (torch.float32, torch.bfloat16):
+        text = torch.randn(1, 3, 64, dtype=dtype)
+        assert ernie_image_blocks.prepare(transformer, arguments | {"text_bth": text})[1].cos_bs1d.dtype == dtype
+
+
+def test_what_failed_to_be_prepared_is_prepared_again(graphed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, _ = graphed
+    stock, texts = tiny_ernie().transformer, [torch.randn(1, 3, 64) for _ in range(2)]
+    step, length = (torch.randn(1, 16, 4, 4), torch.full((1,), 500.0)), torch.tensor([3])
+    with torch.no_grad():
+        for _ in range(3):
+            pipe.transformer(*step, texts[0], length)
+        with monkeypatch.context() as patched:
+            patched.setattr(ernie_image_blocks, "prepare", None)
+            with pytest.raises(TypeError):
+                pipe.transformer(*step, texts[1], length)
+        assert torch.equal(pipe.transformer(*step, texts[1], length).sample, stock(*step, texts[1], length).sample)
+
+
+def test_graphs_made_in_inference_mode_serve_calls_outside_of_it(graphed: Any) -> None:
+    pipe, recorder = graphed
+    arguments = (torch.randn(1, 16, 4, 4), torch.full((1,), 500.0), torch.randn(1, 3, 64), torch.tensor([3]))
+    with torch.inference_mode():
+        for _ in range(3):
+            expected = pipe.transformer(*arguments).sample
+    with torch.no_grad():
+        assert torch.equal(pipe.transformer(*arguments).sample, expected)
+    assert recorder.captures == 1
+
+
+def test_a_copy_of_the_pipe_has_graphs_of_its_own(graphed: Any) -> None:
+    pipe, recorder = graphed
+    expected = picture(pipe, steps=4)
+    copied = copy.deepcopy(pipe)
+    for parameter in pipe.transformer.parameters():
+        parameter.data.zero_()
+    copied.transformer.forward._record = other = Recorder()
+    assert torch.equal(picture(copied, steps=4), expected)
+    assert (recorder.captures, other.captures) == (1, 1)
+
+
 def test_pictures_of_one_shape_may_take_turns(graphed: Any) -> None:
     """Each call may be of another picture: what one is known by must not be taken for the other's."""
     pipe, _ = graphed
@@ -131,6 +207,8 @@ def test_where_it_cannot_work_the_plan_says_why() -> None:
     assert "add RewriteBlocks()" in capture.preview(tiny_ernie(), H200).note
     assert "none for FluxPipeline" in capture.preview(tiny_flux(), H200).note
     assert capture.preview(tiny_ernie(), H200.after(ernie_accel.RewriteBlocks())).changes == ("transformer.forward",)
+    autocast = H200.after(ernie_accel.RewriteBlocks(), ernie_accel.Autocast("bfloat16"))
+    assert "runs under Autocast('bfloat16') is not captured" in capture.preview(tiny_ernie(), autocast).note
 
 
 def test_it_is_applied_and_undone() -> None:

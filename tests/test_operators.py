@@ -58,6 +58,21 @@ def _cases() -> list[tuple[str, tuple[Any, ...]]]:
 CASES = _cases()
 
 
+def test_keys_beyond_the_length_of_a_row_do_not_count() -> None:
+    q, k, v = (rand(2, 7, 4, 8 * i)[..., :8] for i in (1, 2, 3))
+    counts = [7, 3]
+    lengths = torch.tensor(counts, dtype=torch.int32)
+    alone = [
+        reference.attention(q[i : i + 1], k[i : i + 1, :count], v[i : i + 1, :count], lengths[i : i + 1])
+        for i, count in enumerate(counts)
+    ]
+    torch.testing.assert_close(reference.attention(q, k, v, lengths), torch.cat(alone))
+    q8, k8, v8 = (x.to(ops.FP8) for x in (q, k, v))
+    wide = reference.attention(q8.float(), k8.float(), v8.float(), lengths)
+    in_fp8 = reference.attention_fp8(q8, k8, v8, torch.ones(14, 1), lengths)
+    assert torch.equal(in_fp8.float(), wide.to(ops.FP8).float())
+
+
 def test_every_operator_has_a_case() -> None:
     names = {name for name, value in vars(ops).items() if callable(value) and not name.startswith("_")}
     assert {name for name, _ in CASES} == names & set(dir(torch.ops.ernie_accel))

@@ -32,6 +32,16 @@ def test_a_preset_is_named_after_its_mode_and_holds_one_transform_a_slot(preset)
     assert modes == ([expected] if precision else [])
 
 
+def test_what_presets_do_beside_the_denoiser() -> None:
+    """Rewritten encoders are for those on fused kernels, `FuseVae` also for those that are only compiled."""
+    encoders = {"BatchPromptEncoding", "RewriteTextEncoder", "RewriteEnhancer"}
+    for name, preset in presets.items():
+        mode, _, precision = name.partition("-")
+        held = {type(transform).__name__ for transform in preset.transforms}
+        assert ("FuseVae" in held) == (mode in ("turbo", "quality") and precision not in ("fp32", "fp16")), name
+        assert (encoders <= held) == (mode in ("turbo", "quality") and precision in ("bf16", "fp8")), name
+
+
 def test_every_rung_is_a_preset():
     assert {f"turbo-{rung.precision}" for rung in LADDER} <= set(presets)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from ernie_accel import (
     RewriteBlocks,
     RewriteEnhancer,
     RewriteTextEncoder,
+    SetAttention,
     TruncatePrompts,
     Warmup,
 )
@@ -141,6 +143,21 @@ def test_more_graphs_than_are_kept_is_a_reason_with_the_number_to_keep(ernie):
     assert reasons(CaptureGraphs(keep=6)) == []
     assert reasons(CaptureGraphs(), sizes=((1024, 1024), (848, 1264), (1264, 848))) == []  # too large to be captured
     assert reasons(Compile()) == []
+
+
+def test_prompt_lengths_that_share_a_graph_are_one():
+    pipe = tiny_ernie(dtype=torch.bfloat16)
+    cudnn = Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6", "cudnn": "1.32"})
+    wanted = Warmup(sizes=((64, 64),), prompt_lengths=(5, 7, 8, 9, 10))  # with 16 tokens of the image
+
+    def reasons(*planned):
+        return wanted.unsupported(pipe, cudnn.after(RewriteBlocks(), FuseKernels("bf16"), *planned, CaptureGraphs()))
+
+    assert reasons() == []
+    assert "5 of these pictures are captured" in reasons(SetAttention("native"))[0]
+    lengths = replace(wanted, prompt_lengths=(5, 7, 8, 9, 10, 49, 50)).unsupported  # beyond 64 tokens: another graph
+    planned = RewriteBlocks(), FuseKernels("bf16"), CaptureGraphs(keep=1)
+    assert "2 of these pictures are captured" in lengths(pipe, cudnn.after(*planned))[0]
 
 
 def test_every_combination_is_called_for_two_steps_and_each_shape_decoded_once(graphs, ernie):

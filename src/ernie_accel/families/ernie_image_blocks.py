@@ -240,6 +240,7 @@ class RewrittenErnieBlock(nn.Module):
         sin_bs1d: Tensor,
         modulation: Modulation,
         mask_b11s: Tensor | None = None,
+        lengths_b: Tensor | None = None,
     ) -> Tensor:
         """Return the hidden states after this block.
 
@@ -249,6 +250,7 @@ class RewrittenErnieBlock(nn.Module):
             sin_bs1d: Sines, likewise.
             modulation: See `Modulation`.
             mask_b11s: True where a token is real [B, 1, 1, S]; None if all are.
+            lengths_b: Real tokens of each row, for blocks that need no mask: not for these.
         """
         shift_sa, scale_sa, gate_sa, shift_mlp, scale_mlp, gate_mlp = modulation
         h_bsh: Tensor
@@ -274,7 +276,7 @@ class Position:
         cos_bs1d: RoPE table [B, S, 1, D].
         sin_bs1d: Likewise.
         lengths_b: Real tokens of each row, int32.
-        mask_b11s: True where a token is real [B, 1, 1, S]; None if all are.
+        mask_b11s: True where a token is real [B, 1, 1, S]; None if all are, or if all blocks go by the lengths.
     """
 
     cos_bs1d: Tensor
@@ -307,6 +309,8 @@ class Positions:
         tokens: int,
         grid: tuple[int, int],
         like: Tensor,
+        *,
+        by_lengths: bool,
     ) -> Position:
         """Return the position tables, in the dtype and on the device of `like`.
 
@@ -316,10 +320,11 @@ class Positions:
             tokens: Tokens that each prompt is padded to.
             grid: Height and width of the image in tokens.
             like: Any tensor of the right dtype and device.
+            by_lengths: Make no mask.
         """
-        key = (lengths, tokens, grid, like.device, like.dtype)
+        key = (lengths, tokens, grid, like.device, like.dtype, by_lengths)
         if key not in self._known:
-            self._known[key] = _position(pos_embed, lengths, tokens, grid, like)
+            self._known[key] = _position(pos_embed, lengths, tokens, grid, like, by_lengths)
             if len(self._known) > self._keep:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
@@ -327,7 +332,12 @@ class Positions:
 
 
 def _position(
-    pos_embed: Callable[[Tensor], Tensor], lengths: tuple[int, ...], tokens: int, grid: tuple[int, int], like: Tensor
+    pos_embed: Callable[[Tensor], Tensor],
+    lengths: tuple[int, ...],
+    tokens: int,
+    grid: tuple[int, int],
+    like: Tensor,
+    by_lengths: bool,
 ) -> Position:
     (height, width), batch, device = grid, len(lengths), like.device
     lengths_b = torch.tensor(lengths, device=device)
@@ -339,7 +349,7 @@ def _position(
     angles = pos_embed(torch.cat([image_ids, text_ids], 1))
     real_b = (height * width + lengths_b).int()
     mask = None
-    if any(length != tokens for length in lengths):
+    if not by_lengths and any(length != tokens for length in lengths):
         mask = (torch.arange(height * width + tokens, device=device) < real_b[:, None])[:, None, None]
     return Position(angles.cos().to(like.dtype), angles.sin().to(like.dtype), real_b, mask)
 
@@ -381,20 +391,20 @@ def forward(
     batch, _, height, width = hidden_states.shape
     patch, grid = self.patch_size, _grid(self, hidden_states)
     image_tokens = grid[0] * grid[1]
-    if at is None:
-        text_bth = _padded(self, text_bth, image_tokens)
+    multiple = self._tokens_multiple_of() if at is None else 1
+    text_bth = _padded(text_bth, image_tokens, multiple)
     if self.text_proj is not None and text_bth.numel() > 0:
         text_bth = self.text_proj(text_bth)
     x_bsh = torch.cat([self.x_embedder(hidden_states), text_bth], 1)
     if at is None:
-        at = self._positions.get(self.pos_embed, prompt_lengths(text_lens), text_bth.shape[1], grid, x_bsh)
+        lengths, tokens = prompt_lengths(text_lens), text_bth.shape[1]
+        at = self._positions.get(self.pos_embed, lengths, tokens, grid, x_bsh, by_lengths=multiple > 1)
 
     time_bh = self.time_embedding(self.time_proj(timestep).to(hidden_states.dtype))
     parts = [part.float().unsqueeze(1) for part in self.adaLN_modulation(time_bh).chunk(6, -1)]
     modulation = (parts[0], 1 + parts[1], parts[2], parts[3], 1 + parts[4], parts[5])
     for block in self.layers:
-        lengths = (at.lengths_b,) if getattr(block, "takes_lengths", False) else ()
-        x_bsh = block(x_bsh, at.cos_bs1d, at.sin_bs1d, modulation, at.mask_b11s, *lengths)
+        x_bsh = block(x_bsh, at.cos_bs1d, at.sin_bs1d, modulation, at.mask_b11s, at.lengths_b)
 
     scale_bh, shift_bh = self.final_norm.linear(time_bh).chunk(2, -1)
     x_bsh = self.final_norm.norm(x_bsh[:, :image_tokens]) * (1 + scale_bh[:, None]) + shift_bh[:, None]
@@ -412,9 +422,9 @@ def _grid(transformer: Any, hidden_states: Tensor) -> tuple[int, int]:
     return height // transformer.patch_size, width // transformer.patch_size
 
 
-def _padded(transformer: Any, text_bth: Tensor, image_tokens: int) -> Tensor:
+def _padded(text_bth: Tensor, image_tokens: int, multiple: int) -> Tensor:
     """Return the text with as many more tokens as make few lengths of many; what they are, no token sees."""
-    more = -(image_tokens + text_bth.shape[1]) % transformer._tokens_multiple_of()
+    more = -(image_tokens + text_bth.shape[1]) % multiple
     return F.pad(text_bth, (0, 0, 0, more)) if more else text_bth
 
 
@@ -440,11 +450,12 @@ def host_facts(arguments: Mapping[str, Any]) -> tuple[int, ...]:
 def prepare(transformer: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, Position]:
     """Return text and positions for `forward`: all that depends on how long each prompt is, and is no shape."""
     hidden_states = arguments["hidden_states"]
-    grid = _grid(transformer, hidden_states)
-    text_bth = _padded(transformer, arguments["text_bth"], grid[0] * grid[1])
+    grid, multiple = _grid(transformer, hidden_states), transformer._tokens_multiple_of()
+    text_bth = _padded(arguments["text_bth"], grid[0] * grid[1], multiple)
     like = hidden_states.new_empty(0, dtype=torch.promote_types(hidden_states.dtype, text_bth.dtype))
     lengths, tokens = prompt_lengths(arguments["text_lens"]), text_bth.shape[1]
-    return text_bth, transformer._positions.get(transformer.pos_embed, lengths, tokens, grid, like)
+    at = transformer._positions.get(transformer.pos_embed, lengths, tokens, grid, like, by_lengths=multiple > 1)
+    return text_bth, at
 
 
 def as_output(sample: Tensor, arguments: Mapping[str, Any]) -> ErnieImageTransformer2DModelOutput | tuple[Tensor]:
@@ -506,7 +517,7 @@ def rewrite(pipe: Any, undo: Undo, fuse: bool) -> dict[str, str]:
 
 
 def _one() -> int:
-    """Return what the number of tokens is made a multiple of; `FuseKernels` has another reason than none to pad."""
+    """Return what the number of tokens is made a multiple of. More means, too, that all blocks go by lengths."""
     return 1
 
 

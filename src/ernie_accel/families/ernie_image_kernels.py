@@ -40,9 +40,13 @@ class KernelErnieBlock(RewrittenErnieBlock):
             setattr(self, name, child)
 
     @property
-    def takes_lengths(self) -> bool:
-        """Whether its forward takes `lengths_b`."""
-        return self.attention is not None
+    def goes_by_lengths(self) -> bool:
+        """Whether it needs no mask, as the attention backends are chosen now."""
+        return self._is_fp8_attention or (self.attention is not None and _is_left_open(self.self_attention))
+
+    @property
+    def _is_fp8_attention(self) -> bool:
+        return self.attention == "fp8" and isinstance(self.self_attention.to_out[0], Fp8Linear)
 
     def forward(
         self,
@@ -70,13 +74,13 @@ class KernelErnieBlock(RewrittenErnieBlock):
         qkv_bs3h = to_qkv(rows)
         norm_q, norm_k, heads = attention.norm_q, attention.norm_k, attention.heads
         qk = (qkv_bs3h, norm_q.weight, norm_k.weight, cos_bs1d, sin_bs1d, heads, norm_q.eps)
-        if lengths_b is not None and self.attention == "fp8" and isinstance(to_out, Fp8Linear):
+        if lengths_b is not None and self._is_fp8_attention:
             *qkv_bsnd, scale = ops.qkv_fp8(*qk)
             branch_bsh = to_out(Fp8Rows(ops.attention_fp8(*qkv_bsnd, scale, lengths_b), scale))
         else:
             q_bsnd, k_bsnd = ops.qk_norm_rope(*qk)
             v_bsnd = qkv_bs3h.chunk(3, -1)[2].unflatten(-1, (heads, -1))
-            if lengths_b is not None and _is_left_open(attention):
+            if lengths_b is not None and self.goes_by_lengths:
                 branch_bsh = to_out(ops.attention(q_bsnd, k_bsnd, v_bsnd, lengths_b))
             else:
                 branch_bsh = to_out(attention.attend(q_bsnd, k_bsnd, v_bsnd, mask_b11s))
@@ -99,11 +103,12 @@ def _is_left_open(attention: Any) -> bool:
     return attention.processor._attention_backend is None and default is AttentionBackendName.NATIVE
 
 
-def _tokens_multiple_of(transformer: Any) -> int:
-    """Return what the number of tokens is made a multiple of: more than 1 where all or most layers take lengths."""
-    blocks = [block for block in transformer.layers if isinstance(block, KernelErnieBlock)]
-    takes_lengths = any(block.attention == "fp8" or _is_left_open(block.self_attention) for block in blocks)
-    return TOKENS_MULTIPLE_OF if takes_lengths else 1
+def _tokens_multiple_of(blocks: tuple[Any, ...]) -> int:
+    """Return what the number of tokens is made a multiple of, given all blocks of a transformer.
+
+    Padding is for those who go by lengths: the mask it would take for another slows that down, or is refused.
+    """
+    return TOKENS_MULTIPLE_OF if all(getattr(block, "goes_by_lengths", False) for block in blocks) else 1
 
 
 def is_installed(transformer: Any) -> bool:
@@ -125,7 +130,8 @@ def install(transformer: Any, undo: Undo, attention: str | None = None) -> dict[
         undo.push(partial(transformer.layers.__setitem__, i, block))
         transformer.layers[i] = KernelErnieBlock(block, attention)
     if attention is not None:
-        undo.setattr(transformer, "_tokens_multiple_of", partial(_tokens_multiple_of, transformer))
+        # These, not those in `layers` at the time: caches put others in their place while a forward lasts.
+        undo.setattr(transformer, "_tokens_multiple_of", partial(_tokens_multiple_of, tuple(transformer.layers)))
     undo.setattr(transformer, "_repeated_blocks", [*transformer._repeated_blocks, KernelErnieBlock.__name__])
     for method in ("load_lora_adapter", "add_adapter"):
         undo.setattr(transformer, method, MethodType(_refuse_lora, transformer))

@@ -81,9 +81,9 @@ def _handle(device: torch.device) -> Any:
     return cudnn.create_handle()
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # all of them: graphs of whole forwards read what a plan holds
 def _plan(shape_bsnd: torch.Size, v_strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _Plan:
-    """Build the graph for one shape; takes 60 to 90 ms on an H200, and the last are kept."""
+    """Build the graph for one shape; takes 60 to 90 ms on an H200."""
     import cudnn
 
     batch, tokens, heads, size = shape_bsnd

@@ -168,12 +168,12 @@ def _twice_as_large(x_bchw: Tensor) -> Tensor:
 
     Copied 16 bytes at a time, it takes a tenth of the time of torch's interpolation in this layout (0.17 for 1.6 ms).
     """
-    x_bhwc = x_bchw.permute(0, 2, 3, 1).contiguous()
-    batch, height, width, channels = x_bhwc.shape
-    if channels * x_bhwc.element_size() % _COPIED.itemsize:
+    batch, channels, height, width = x_bchw.shape
+    if channels * x_bchw.element_size() % _COPIED.itemsize:
         return F.interpolate(x_bchw.contiguous(), scale_factor=2.0, mode="nearest")
-    wide_bhwc = x_bhwc.view(_COPIED)
-    wide_bhwc = wide_bhwc[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1).reshape(batch, 2 * height, 2 * width, -1)
+    pixels = x_bchw.permute(0, 2, 3, 1).reshape(-1, channels).view(_COPIED)
+    wide_bhwc = pixels.view(batch, height, 1, width, 1, -1).expand(-1, -1, 2, -1, 2, -1)
+    wide_bhwc = wide_bhwc.reshape(batch, 2 * height, 2 * width, -1)
     return wide_bhwc.view(x_bchw.dtype).permute(0, 3, 1, 2)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _FLASH_SIZE = 256  # heads that flash kernels take at most
-_SCORES = 2**27  # that are held at once, each four bytes: no more than the decoder's larger pictures take later
+_SCORES = 2**27  # that are held at once, twice in four bytes: with the softmax of them, 1 GiB
 
 
 def attention(q_bnsd: Tensor, k_bnsd: Tensor, v_bnsd: Tensor) -> Tensor:
@@ -33,6 +33,7 @@ def attention_by_products(q_bnsd: Tensor, k_bnsd: Tensor, v_bnsd: Tensor) -> Ten
         for q_rd, out_rd in zip(q_sd.split(rows), out_sd.split(rows), strict=True):
             weights_rs = torch.softmax(_product_in_float32(q_rd, k_sd.t()), -1)
             torch.mm(weights_rs.to(v_sd.dtype), v_sd, out=out_rd)
+            del weights_rs  # before the next are made
     return out_bnsd
 
 

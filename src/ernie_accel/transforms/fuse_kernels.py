@@ -33,8 +33,9 @@ class FuseKernels(Transform):
     block; the products run on the fp8 tensor cores. Nothing is compiled by ``torch.compile``, so the first picture
     takes seconds. Takes the place of ``Quantize("fp8")``. Needs `RewriteBlocks` before it.
 
-    With the extra "cudnn" and capability 9.0 the attention is called from cuDNN itself, unless a backend was chosen: it
-    leaves padding out without a mask, and one plan serves many prompt lengths, where torch makes one for each (60 ms).
+    With the extra "cudnn" and capability 9.0 the attention is called from cuDNN itself: it leaves padding out without a
+    mask, and one plan serves many prompt lengths, where torch makes one for each (60 ms). Where it is in bfloat16 and a
+    backend was chosen by name ("native" is torch's own), that one is used.
 
     Pays:
         "fp8" on Hopper and Ada cards: a step takes 77 ms (75 with attention in fp8), where torchao's fp8, compiled,
@@ -152,10 +153,15 @@ class FuseKernels(Transform):
             return None
         return "fp8" if self.attention != "bf16" and self.precision == "fp8" else "bf16"
 
+    def tokens_multiple_of(self, pipe: Pipeline, context: Context) -> int:
+        """Return what the transformer's tokens are made a multiple of while no attention backend is chosen."""
+        by_lengths = self.runs_on_kernels(pipe, context) and self._attention(context) is not None
+        return int(_kernels(pipe).TOKENS_MULTIPLE_OF) if by_lengths else 1
+
     def _attention_note(self, context: Context) -> str:
         attention = self._attention(context)
         if attention is not None:
-            return f"attention in {attention} by cuDNN"
+            return f"attention in {attention} by cuDNN" + (" where no backend is chosen" if attention == "bf16" else "")
         if self.precision != "fp8":
             return ""
         reasons = _why_no_cudnn(context) if self.attention == "auto" else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
+from ernie_accel.transforms.autocast import Autocast
 from ernie_accel.transforms.rewrite import RewriteBlocks, rewritten_blocks
 
 #: Records calls: (forward, arguments) -> (replay, output that every replay overwrites).
@@ -23,12 +25,12 @@ Record = Callable[[Callable[..., Any], Mapping[str, Any]], tuple[Callable[[], No
 
 @dataclass(frozen=True, repr=False)
 class CaptureGraphs(Transform):
-    """Capture the transformer's forward into a CUDA graph for each image size and prompt length, and replay it.
+    """Capture the transformer's forward into a CUDA graph for each shape of its inputs, and replay it.
 
     The first step of a new shape runs as usual, the second is captured, the others are replays: of a picture of eight
-    steps, six need no launches. Pictures above about 700 x 700 pixels keep the GPU busy anyway and run as before. Only
-    the last few shapes are kept; with `FuseKernels` and the extra "cudnn" one serves 64 prompt lengths. Moving or
-    replacing weights is noticed with the next picture.
+    steps, six need no launches. Pictures above about 700 x 700 pixels keep the GPU busy anyway and run as before, and
+    so does what runs under autocast. Image size and prompt length make a shape; where `FuseKernels` pads tokens, 64
+    prompt lengths make one. Only the last few are kept. Moving or replacing weights is noticed with the next picture.
 
     Pays:
         Below about 700 x 700 pixels: a step at 256x256 takes 11.2 ms in compiled blocks, 10.9 with ``turbo-bf16``,
@@ -62,6 +64,9 @@ class CaptureGraphs(Transform):
             return Preview((), note=f"it builds on rewritten blocks, and there are none for {name} yet")
         if context.planned_one(RewriteBlocks) is None and not rewritten_blocks(pipe).is_rewritten(pipe.transformer):
             return Preview((), note="the stock forward cannot be captured: add RewriteBlocks()")
+        autocast = context.planned_one(Autocast)
+        if autocast is not None:
+            return Preview((), note=f"what runs under {autocast!r} is not captured")
         if isinstance(vars(pipe.transformer).get("forward"), GraphedForward):
             return Preview((), note="the transformer's forward is captured already")
         return Preview(("transformer.forward",))
@@ -84,7 +89,10 @@ class _Graph:
 
 
 class GraphedForward:
-    """The forward of a rewritten transformer that replays graphs where it can; same arguments, same result."""
+    """The forward of a rewritten transformer that replays graphs where it can; same arguments, same result.
+
+    Steps of a picture are known by its text, the same tensor in each: one that is changed in place is not noticed.
+    """
 
     def __init__(self, transformer: Any, blocks: Any, max_tokens: int, keep: int, record: Record | None = None) -> None:
         self._transformer, self._blocks, self._forward = transformer, blocks, transformer.forward
@@ -94,6 +102,12 @@ class GraphedForward:
         self._picture: tuple[Any, ...] = ()  # what the picture under way is known by
         self._prepared: Any = None  # its text and positions
         self._filled: _Graph | None = None  # the graph that has them
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GraphedForward:
+        transformer = copy.deepcopy(self._transformer, memo)
+        copied = GraphedForward(transformer, self._blocks, self._max_tokens, self._keep, self._record)
+        copied._forward = copy.deepcopy(self._forward, memo)
+        return copied  # graphs stay behind: they read the weights of this one
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(self._blocks.FORWARD_ARGUMENTS, args, strict=False)) | kwargs
@@ -109,9 +123,11 @@ class GraphedForward:
         picture = (shapes, self._blocks.host_facts(arguments), text)
         is_new = not self._picture or self._picture[:2] != picture[:2] or self._picture[2] is not text
         if is_new:
-            self._picture, self._filled = picture, None
+            self._picture = ()  # until all of the following is known
+            self._filled = None
             self._prepared = self._blocks.prepare(self._transformer, arguments)
             self._is_hooked = is_moved_in_parts(self._transformer)
+            self._picture = picture
         if self._is_hooked:
             return self._forward(**arguments)
 
@@ -138,9 +154,11 @@ class GraphedForward:
         return self._blocks.as_output(graph.output.clone(), arguments)
 
     def _capture(self, arguments: dict[str, Any], steps: dict[str, Tensor], text: Tensor, at: Any) -> _Graph:
-        steps, text, at = {name: x.clone() for name, x in steps.items()}, text.clone(), at.clone()
-        static = {**steps, self._blocks.PICTURE_INPUT: text, "at": at, "return_dict": False}
-        replay, output = self._record(self._forward, arguments | static)
+        # What is made here outlives the call, so its inference mode must not mark it.
+        with torch.inference_mode(False), torch.no_grad():
+            steps, text, at = {name: x.clone() for name, x in steps.items()}, text.clone(), at.clone()
+            static = {**steps, self._blocks.PICTURE_INPUT: text, "at": at, "return_dict": False}
+            replay, output = self._record(self._forward, arguments | static)
         return _Graph(replay, steps, (text, *at.tensors), output, self._weights())
 
     def _remember(self, key: Any, graph: _Graph | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,8 +18,10 @@ from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transfor
 from ernie_accel.core.undo import Undo
 from ernie_accel.enhancer.enhancer import Wish
 from ernie_accel.families import family_of
+from ernie_accel.transforms.attention import SetAttention
 from ernie_accel.transforms.encode_prompts import remembering_nothing
 from ernie_accel.transforms.free_after_use import FreeAfterUse
+from ernie_accel.transforms.fuse_kernels import FuseKernels
 from ernie_accel.transforms.graphs import CaptureGraphs
 from ernie_accel.transforms.rewrite_enhancer import RewriteEnhancer
 from ernie_accel.transforms.rewrite_text_encoder import RewriteTextEncoder
@@ -118,8 +121,10 @@ class Warmup(Transform):
         graphs = context.planned_one(CaptureGraphs)
         if graphs is None or not graphs.compiles_on_first_call(pipe, context):
             return []
-        tokens = [each.width * each.height * each.batch // 256 for each in self._combinations(pipe)]
-        captured = sum(number <= graphs.max_tokens for number in tokens)
+        fuse = context.planned_one(FuseKernels)
+        multiple = 1 if fuse is None or context.planned_one(SetAttention) else fuse.tokens_multiple_of(pipe, context)
+        captured_ones = (each for each in self._combinations(pipe) if _image_tokens(each) <= graphs.max_tokens)
+        captured = len({_shape(each, multiple) for each in captured_ones})
         if captured <= graphs.keep:
             return []
         enough = replace(graphs, keep=captured)
@@ -186,6 +191,17 @@ class Warmup(Transform):
             for batch in self.batch_sizes:
                 for tokens in self.prompt_lengths or (None,):
                     yield Combination(width, height, batch, tokens)
+
+
+def _image_tokens(each: Combination) -> int:
+    return each.width * each.height * each.batch // 256
+
+
+def _shape(each: Combination, multiple: int) -> Combination:
+    """Return a combination that is the same for all that share a graph, where tokens are made a multiple of that."""
+    if each.tokens is None:
+        return each
+    return each._replace(tokens=math.ceil((each.width * each.height // 256 + each.tokens) / multiple))
 
 
 def default_sizes(pipe: Pipeline) -> tuple[tuple[int, int], ...]:
