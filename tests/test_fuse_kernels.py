@@ -278,6 +278,11 @@ def test_the_choice_of_attention_is_said() -> None:
     after = H200.after(ernie_accel.RewriteBlocks())
     assert "ernie-accel[cudnn]" in ernie_accel.FuseKernels("fp8").preview(pipe, after).note
     assert ernie_accel.FuseKernels("fp8", attention="bf16").preview(pipe, after).note == "attention in bf16"
+    bf16 = ernie_accel.FuseKernels("bf16")
+    assert "planned anew for each prompt length: cudnn is not installed" in bf16.preview(pipe, after).note
+    with_cudnn = WITH_CUDNN.after(ernie_accel.RewriteBlocks())
+    assert bf16.preview(pipe, with_cudnn).note == "attention in bf16 by cuDNN where no backend is chosen"
+    assert bf16.preview(pipe, replace(after, capability=(8, 9))).note == ""
     assert "cudnn" in ernie_accel.FuseKernels("fp8", attention="fp8").unsupported(pipe, after)[0]
     with pytest.raises(ernie_accel.UnknownNameError):
         ernie_accel.FuseKernels("fp8", attention="int8")

@@ -23,6 +23,7 @@ from ernie_accel.transforms.rewrite import RewriteBlocks, rewritten_blocks
 
 PRECISIONS = ("fp8", "bf16")
 ATTENTIONS = ("auto", "fp8", "bf16")
+_CUDNN_CAPABILITY = (9, 0)
 
 
 @dataclass(frozen=True, repr=False)
@@ -163,7 +164,8 @@ class FuseKernels(Transform):
         if attention is not None:
             return f"attention in {attention} by cuDNN" + (" where no backend is chosen" if attention == "bf16" else "")
         if self.precision != "fp8":
-            return ""
+            missing = context.missing("cudnn") if (context.capability or (0, 0)) >= _CUDNN_CAPABILITY else []
+            return "; ".join(f"attention by torch, planned anew for each prompt length: {each}" for each in missing)
         reasons = _why_no_cudnn(context) if self.attention == "auto" else []
         return ": ".join(["attention in bf16", *filter(None, ["; ".join(reasons)])])
 
@@ -181,7 +183,7 @@ class FuseKernels(Transform):
 
 def _why_no_cudnn(context: Context) -> list[str]:
     """Return why cuDNN's own attention cannot be called."""
-    old = (context.capability or (0, 0)) < (9, 0)
+    old = (context.capability or (0, 0)) < _CUDNN_CAPABILITY
     reasons = ["cuDNN's own attention needs CUDA compute capability >= 9.0"] if old else []
     return reasons + context.missing("cudnn")
 
