@@ -15,7 +15,7 @@ from ernie_accel.core.preset import Preset, find_preset
 from ernie_accel.core.report import Entry, Report
 from ernie_accel.core.step import Step
 from ernie_accel.core.text import effect_text, human_bytes, summarise, table
-from ernie_accel.core.transform import Effect, Transform
+from ernie_accel.core.transform import Effect, Transform, misfits
 from ernie_accel.families import family_of
 from ernie_accel.families.family import Family
 
@@ -243,7 +243,7 @@ def _as_it_stands(entry: Entry) -> Step:
 
 
 def _ask(pipe: Pipeline, transform: Transform, context: Context) -> Step:
-    reasons = tuple(transform.unsupported(pipe, context))
+    reasons = tuple(misfits(transform) or transform.unsupported(pipe, context))
     return Step(transform, reasons, None if reasons else transform.preview(pipe, context))
 
 

@@ -7,11 +7,13 @@ plan, it compares by value and it survives a round trip through JSON. See ``docs
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
 
 from ernie_accel.core.components import Pipeline
 
@@ -208,3 +210,34 @@ class Transform(ABC):
     def to_json(self) -> dict[str, Any]:
         """Return the transform as plain data: its class name under "transform", and all its fields."""
         return {"transform": type(self).__name__} | {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+#: Numpy's numbers are numbers, too.
+_NUMBERS: Mapping[type, type] = {int: Integral, float: Real}
+
+
+def misfits(transform: Transform) -> list[str]:
+    """Return what is wrong with arguments of a plain type (int, float, bool, str, or None): 2.5 for an int, say."""
+    kinds = _plain_kinds(type(transform))
+    values = {name: getattr(transform, name) for name in kinds}
+    return [
+        f"{name} takes {' or '.join(kind.__name__.replace('NoneType', 'None') for kind in kinds[name])}, got {value!r}"
+        for name, value in values.items()
+        if not any(_is(value, kind) for kind in kinds[name])
+    ]
+
+
+@functools.cache
+def _plain_kinds(cls: type[Transform]) -> dict[str, tuple[type, ...]]:
+    try:
+        hints = get_type_hints(cls)
+    except NameError:  # of a class written inside a function, say: nothing is known
+        return {}
+    kinds = {f.name: get_args(hints[f.name]) or (hints[f.name],) for f in fields(cls)}
+    return {name: given for name, given in kinds.items() if set(given) <= {int, float, bool, str, type(None)}}
+
+
+def _is(value: object, kind: type) -> bool:
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, _NUMBERS.get(kind, kind))
