@@ -79,6 +79,27 @@ def test_a_folder_that_cannot_be_used_is_told_before_anything_is_loaded(table, n
         command.run_job(plan(table))
 
 
+@pytest.mark.parametrize("stop", [RuntimeError("no such model"), KeyboardInterrupt()], ids=repr)
+def test_a_job_that_never_began_leaves_no_empty_folder(table, monkeypatch, stop):
+    def refuse(job, facts):
+        assert job.output_dir.is_dir() and job.log_json.parent.is_dir()
+        raise stop
+
+    monkeypatch.setattr(command, "_engine", refuse)
+    folder = table.parent
+    before = sorted(folder.rglob("*"))
+    wanted = {"output_dir": folder / "a" / "b", "log_json": folder / "logs" / "log.jsonl"}
+    with pytest.raises(type(stop)):
+        command.run_job(plan(table, **wanted))
+    assert sorted(folder.rglob("*")) == before
+    (folder / "a").mkdir()
+    (folder / "logs").mkdir()
+    (folder / "logs" / "other").touch()
+    with pytest.raises(type(stop)):
+        command.run_job(plan(table, **wanted))
+    assert sorted(folder.rglob("*")) == sorted([*before, folder / "a", folder / "logs", folder / "logs" / "other"])
+
+
 @pytest.mark.parametrize("option", ["log_json", "prometheus"])
 def test_a_log_that_cannot_be_written_is_told_before_anything_is_loaded(table, nothing_is_loaded, option):
     (table.parent / "file").write_text("")

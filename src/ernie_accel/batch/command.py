@@ -8,7 +8,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,6 +85,26 @@ def batch_command(
 
 def run_job(job: Job) -> int:
     """Run a job, tell how it went, and return the exit code."""
+    with _removing_empty_folders(job):
+        return _run_job(job)
+
+
+@contextmanager
+def _removing_empty_folders(job: Job) -> Iterator[None]:
+    """Where a with-block fails, remove the folders that it made and that are empty: nothing came of the job."""
+    files = (path for path in (job.log_json, job.prometheus) if path is not None)
+    folders = {job.output_dir, *(path.parent for path in files)}
+    missing = {each for folder in folders for each in (folder, *folder.parents) if not os.path.lexists(each)}
+    try:
+        yield
+    except BaseException:
+        for folder in sorted(missing, key=lambda folder: len(folder.parts), reverse=True):
+            with suppress(OSError):  # it is not empty, or was not made
+                folder.rmdir()
+        raise
+
+
+def _run_job(job: Job) -> int:
     from ernie_accel.batch import read_table
     from ernie_accel.batch.produce import check_folder, renew_manifest
     from ernie_accel.cli import EMBEDDED_SIZE_PX
