@@ -4,7 +4,8 @@
     gpu.py         the Triton kernels of the blocks and their launches; imported when the first one runs
     group_norm.py  those of the VAE's decoder, which vae_decoder.py runs on them
     decode.py      those of the prompt enhancer
-    cudnn_attention.py  attention in fp8 by cuDNN; linear.py  the layer with an fp8 weight
+    cudnn_attention.py  attention by cuDNN itself, in bf16 and fp8; wide_attention.py  that of heads too wide for flash
+    linear.py      the layer with an fp8 weight
     sizes.py       arithmetic of grids and tiles
     ops.py         twin and kernel behind one torch operator each, which torch.compile keeps as one node
 
