@@ -243,6 +243,35 @@ def test_with_cudnn_few_numbers_of_tokens_are_made_of_many(precision: str) -> No
     assert len({t for prompt in prompts for t in tokens_seen(pipe, prompt=prompt)}) == 3
 
 
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_large_pictures_are_padded_where_that_is_free(
+    precision: str, monkeypatch: pytest.MonkeyPatch, attended: Any
+) -> None:
+    """In bfloat16 leaving padding out costs time, so there only prompts of several lengths are padded."""
+    monkeypatch.setattr(kernels, "PADDED_IMAGE_TOKENS", 31)
+    given: list[bool] = []
+    attention = ops.attention
+    monkeypatch.setattr(
+        ops, "attention", lambda q, k, v, lengths: given.append(lengths is None) or attention(q, k, v, lengths)
+    )
+    pipe = tiny_ernie(dtype=torch.bfloat16, layers=3)
+    expected = latents(pipe, prompt="a red circle", width=128, steps=2)
+    ernie_accel.optimize(pipe, ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels(precision), context=WITH_CUDNN)
+
+    small = tokens_seen(pipe, prompt="a red circle")
+    assert small == {kernels.TOKENS_MULTIPLE_OF}
+    assert not any(given)
+    given.clear()
+    large = tokens_seen(pipe, prompt="a red circle", width=128)
+    assert large == {kernels.TOKENS_MULTIPLE_OF} if precision == "fp8" else len(large) == 1 and max(large) < 64
+    assert set(given) == {precision == "bf16"}
+    given.clear()
+    assert tokens_seen(pipe, prompt=["a", "a red circle"], width=128) == {kernels.TOKENS_MULTIPLE_OF}
+    assert not any(given)
+    assert set(attended) <= {"attention", "attention_fp8"}
+    assert sqnr_db(latents(pipe, prompt="a red circle", width=128, steps=2), expected) > 14
+
+
 def test_an_attention_backend_that_was_chosen_is_used_and_gets_no_padding() -> None:
     pipe = tiny_ernie(dtype=torch.bfloat16, layers=3)
     ernie_accel.optimize(pipe, ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels("bf16"), context=WITH_CUDNN)

@@ -45,6 +45,8 @@ def _cases() -> list[tuple[str, tuple[Any, ...]]]:
         ("qkv_fp8", rotary),
         ("attention", (*(rand(1, 5, 4, 8) for _ in range(3)), torch.tensor([4], dtype=torch.int32))),
         ("attention_fp8", (heads, heads, heads, torch.ones(5, 1), torch.tensor([5], dtype=torch.int32))),
+        ("attention", (*(rand(1, 5, 4, 8) for _ in range(3)), None)),
+        ("attention_fp8", (heads, heads, heads, torch.ones(5, 1), None)),
         ("linear_fp8", (rows, scale, weight, weight_scale.view(1, -1))),
     ]
     for picture in pictures.values():
@@ -71,6 +73,15 @@ def test_keys_beyond_the_length_of_a_row_do_not_count() -> None:
     wide = reference.attention(q8.float(), k8.float(), v8.float(), lengths)
     in_fp8 = reference.attention_fp8(q8, k8, v8, torch.ones(14, 1), lengths)
     assert torch.equal(in_fp8.float(), wide.to(ops.FP8).float())
+
+
+def test_without_lengths_all_keys_count() -> None:
+    q, k, v = (rand(2, 7, 4, 8) for _ in range(3))
+    every = torch.tensor([7, 7], dtype=torch.int32)
+    torch.testing.assert_close(reference.attention(q, k, v, None), reference.attention(q, k, v, every))
+    q8, k8, v8 = (x.to(ops.FP8) for x in (q, k, v))
+    got, expected = (reference.attention_fp8(q8, k8, v8, torch.ones(14, 1), each) for each in (None, every))
+    assert torch.equal(got.float(), expected.float())
 
 
 def test_every_operator_has_a_case() -> None:

@@ -182,6 +182,21 @@ def test_one_plan_serves_all_lengths() -> None:
     assert cudnn_attention._plan.cache_info().misses == before + 1
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="cuDNN needs a GPU")
+@pytest.mark.parametrize("s", [4224, 257])
+def test_without_lengths_all_keys_count(s: int) -> None:
+    pytest.importorskip("cudnn")
+    from ernie_accel.kernels import ops
+
+    q, k, v = (rand(2, s, 4, 128, seed=seed) for seed in range(3))
+    got, expected = (attend(q, k, v, None).float() for attend in (ops.attention, reference.attention))
+    assert (got - expected).norm() < 0.01 * expected.norm()
+    q8, k8, v8 = (x.to(torch.float8_e4m3fn) for x in (q, k, v))
+    scale = torch.ones(2 * s, 1, device=DEVICE)
+    got, expected = (f(q8, k8, v8, scale, None).float() for f in (ops.attention_fp8, reference.attention_fp8))
+    assert (got - expected).norm() < 0.06 * expected.norm()
+
+
 def test_zero_rows_stay_zero_and_finite(gpu) -> None:
     x = rand(1, 3, 64)
     x[0, 1] = 0

@@ -15,9 +15,7 @@ Every arithmetic operation that is left has the operands and the rounding of sto
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial, wraps
 from types import MethodType
 from typing import Any
@@ -34,6 +32,7 @@ from torch.nn import functional as F
 
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.undo import Undo
+from ernie_accel.families.ernie_image_positions import Position, Positions, prompt_lengths, remembering_lengths
 
 #: Six float32 tensors [B, 1, H], the same for all blocks: shift, 1 + scale, gate of the attention, then of the MLP.
 Modulation = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -250,7 +249,7 @@ class RewrittenErnieBlock(nn.Module):
             sin_bs1d: Sines, likewise.
             modulation: See `Modulation`.
             mask_b11s: True where a token is real [B, 1, 1, S]; None if all are.
-            lengths_b: Real tokens of each row, for blocks that need no mask: not for these.
+            lengths_b: Real tokens of each row, for blocks that need no mask (not for these); None if all are.
         """
         shift_sa, scale_sa, gate_sa, shift_mlp, scale_mlp, gate_mlp = modulation
         h_bsh: Tensor
@@ -266,112 +265,6 @@ def rotate(x_bsnd: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor) -> Tensor:
     """Return `x_bsnd` rotated by RoPE in half-split layout: angles of dimension i and i + D/2 belong together."""
     first, second = x_bsnd.chunk(2, -1)
     return x_bsnd * cos_bs1d + torch.cat((-second, first), -1) * sin_bs1d
-
-
-@dataclass(frozen=True)
-class Position:
-    """What depends on where tokens are: the last of each row are padding.
-
-    Attributes:
-        cos_bs1d: RoPE table [B, S, 1, D].
-        sin_bs1d: Likewise.
-        lengths_b: Real tokens of each row, int32.
-        mask_b11s: True where a token is real [B, 1, 1, S]; None if all are, or if all blocks go by the lengths.
-    """
-
-    cos_bs1d: Tensor
-    sin_bs1d: Tensor
-    lengths_b: Tensor
-    mask_b11s: Tensor | None
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All of them that there are."""
-        return tuple(tensor for tensor in vars(self).values() if tensor is not None)
-
-    def clone(self) -> Position:
-        """Return a copy that shares no memory."""
-        mask = None if self.mask_b11s is None else self.mask_b11s.clone()
-        return Position(self.cos_bs1d.clone(), self.sin_bs1d.clone(), self.lengths_b.clone(), mask)
-
-
-class Positions:
-    """Positions of the last few image sizes and prompt lengths, so that a picture's steps share one computation."""
-
-    def __init__(self, keep: int = 8) -> None:
-        self._keep = keep
-        self._known: OrderedDict[tuple[Any, ...], Position] = OrderedDict()
-
-    def get(
-        self,
-        pos_embed: Callable[[Tensor], Tensor],
-        lengths: tuple[int, ...],
-        tokens: int,
-        grid: tuple[int, int],
-        like: Tensor,
-        *,
-        by_lengths: bool,
-    ) -> Position:
-        """Return the position tables, in the dtype and on the device of `like`.
-
-        Args:
-            pos_embed: Token positions [B, S, 3] -> angles [B, S, 1, D]; the model's own.
-            lengths: Tokens of each prompt.
-            tokens: Tokens that each prompt is padded to.
-            grid: Height and width of the image in tokens.
-            like: Any tensor of the right dtype and device.
-            by_lengths: Make no mask.
-        """
-        key = (lengths, tokens, grid, like.device, like.dtype, by_lengths)
-        if key not in self._known:
-            self._known[key] = _position(pos_embed, lengths, tokens, grid, like, by_lengths)
-            if len(self._known) > self._keep:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        return self._known[key]
-
-
-def _position(
-    pos_embed: Callable[[Tensor], Tensor],
-    lengths: tuple[int, ...],
-    tokens: int,
-    grid: tuple[int, int],
-    like: Tensor,
-    by_lengths: bool,
-) -> Position:
-    (height, width), batch, device = grid, len(lengths), like.device
-    lengths_b = torch.tensor(lengths, device=device)
-    text_ids = F.pad(torch.arange(tokens, device=device, dtype=torch.float32)[:, None], (0, 2)).expand(batch, -1, -1)
-    rows, columns = (torch.arange(size, device=device, dtype=torch.float32) for size in grid)
-    grid_ids = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).view(1, height * width, 2)
-    offset = lengths_b.float().view(batch, 1, 1).expand(-1, height * width, -1)
-    image_ids = torch.cat([offset, grid_ids.expand(batch, -1, -1)], -1)
-    angles = pos_embed(torch.cat([image_ids, text_ids], 1))
-    real_b = (height * width + lengths_b).int()
-    mask = None
-    if not by_lengths and any(length != tokens for length in lengths):
-        mask = (torch.arange(height * width + tokens, device=device) < real_b[:, None])[:, None, None]
-    return Position(angles.cos().to(like.dtype), angles.sin().to(like.dtype), real_b, mask)
-
-
-def prompt_lengths(text_lens: Tensor) -> tuple[int, ...]:
-    """Return the prompt lengths [B] on the host, reading the device at most once per tensor.
-
-    What was read is kept on the tensor, so a picture costs one synchronisation, and none at all if the pipeline's
-    ``_pad_text``, which knows the lengths, has called `remember_lengths`.
-    """
-    version = None if text_lens.is_inference() else text_lens._version
-    known = getattr(text_lens, "_ernie_lengths", None)
-    if known is None or known[0] != version:
-        remember_lengths(text_lens, tuple(text_lens.tolist()))
-    lengths: tuple[int, ...] = text_lens._ernie_lengths[1]  # type: ignore[attr-defined]
-    return lengths
-
-
-def remember_lengths(text_lens: Tensor, lengths: tuple[int, ...]) -> None:
-    """Keep the values of `text_lens` [B], as they are on the host, on the tensor itself."""
-    version = None if text_lens.is_inference() else text_lens._version
-    text_lens._ernie_lengths = (version, lengths)  # type: ignore[attr-defined]
 
 
 def forward(
@@ -391,14 +284,14 @@ def forward(
     batch, _, height, width = hidden_states.shape
     patch, grid = self.patch_size, _grid(self, hidden_states)
     image_tokens = grid[0] * grid[1]
-    multiple = self._tokens_multiple_of() if at is None else 1
-    text_bth = _padded(text_bth, image_tokens, multiple)
+    if at is None:
+        text_bth, by_lengths = _pad(self, text_bth, text_lens, image_tokens)
     if self.text_proj is not None and text_bth.numel() > 0:
         text_bth = self.text_proj(text_bth)
     x_bsh = torch.cat([self.x_embedder(hidden_states), text_bth], 1)
     if at is None:
         lengths, tokens = prompt_lengths(text_lens), text_bth.shape[1]
-        at = self._positions.get(self.pos_embed, lengths, tokens, grid, x_bsh, by_lengths=multiple > 1)
+        at = self._positions.get(self.pos_embed, lengths, tokens, grid, x_bsh, by_lengths=by_lengths)
 
     time_bh = self.time_embedding(self.time_proj(timestep).to(hidden_states.dtype))
     parts = [part.float().unsqueeze(1) for part in self.adaLN_modulation(time_bh).chunk(6, -1)]
@@ -422,10 +315,15 @@ def _grid(transformer: Any, hidden_states: Tensor) -> tuple[int, int]:
     return height // transformer.patch_size, width // transformer.patch_size
 
 
-def _padded(text_bth: Tensor, image_tokens: int, multiple: int) -> Tensor:
-    """Return the text with as many more tokens as make few lengths of many; what they are, no token sees."""
+def _pad(transformer: Any, text_bth: Tensor, text_lens: Tensor, image_tokens: int) -> tuple[Tensor, bool]:
+    """Return the text with as many more tokens as make few lengths of many, and whether blocks have to go by lengths.
+
+    What the tokens are that are added, no other token sees.
+    """
+    is_padded = any(length != text_bth.shape[1] for length in prompt_lengths(text_lens))
+    multiple = transformer._tokens_multiple_of(is_padded, len(text_bth) * image_tokens)
     more = -(image_tokens + text_bth.shape[1]) % multiple
-    return F.pad(text_bth, (0, 0, 0, more)) if more else text_bth
+    return F.pad(text_bth, (0, 0, 0, more)) if more else text_bth, multiple > 1
 
 
 # What `CaptureGraphs` asks of a rewritten family.
@@ -450,11 +348,11 @@ def host_facts(arguments: Mapping[str, Any]) -> tuple[int, ...]:
 def prepare(transformer: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, Position]:
     """Return text and positions for `forward`: all that depends on how long each prompt is, and is no shape."""
     hidden_states = arguments["hidden_states"]
-    grid, multiple = _grid(transformer, hidden_states), transformer._tokens_multiple_of()
-    text_bth = _padded(arguments["text_bth"], grid[0] * grid[1], multiple)
+    grid = _grid(transformer, hidden_states)
+    text_bth, by_lengths = _pad(transformer, arguments["text_bth"], arguments["text_lens"], grid[0] * grid[1])
     like = hidden_states.new_empty(0, dtype=torch.promote_types(hidden_states.dtype, text_bth.dtype))
     lengths, tokens = prompt_lengths(arguments["text_lens"]), text_bth.shape[1]
-    at = transformer._positions.get(transformer.pos_embed, lengths, tokens, grid, like, by_lengths=multiple > 1)
+    at = transformer._positions.get(transformer.pos_embed, lengths, tokens, grid, like, by_lengths=by_lengths)
     return text_bth, at
 
 
@@ -512,12 +410,17 @@ def rewrite(pipe: Any, undo: Undo, fuse: bool) -> dict[str, str]:
     undo.setattr(transformer, "forward", MethodType(forward, transformer))
     for method in ("load_lora_adapter", "add_adapter"):
         undo.setattr(transformer, method, MethodType(_after_splitting(getattr(type(transformer), method)), transformer))
-    undo.setattr(pipe, "_pad_text", _remembering_lengths(pipe._pad_text))
+    undo.setattr(pipe, "_pad_text", remembering_lengths(pipe._pad_text))
     return skipped
 
 
-def _one() -> int:
-    """Return what the number of tokens is made a multiple of. More means, too, that all blocks go by lengths."""
+def _one(is_padded: bool, image_tokens: int) -> int:
+    """Return what the number of tokens is made a multiple of. More than 1 means, too, that all blocks go by lengths.
+
+    Args:
+        is_padded: Whether prompts of a batch are of several lengths.
+        image_tokens: Of all its pictures.
+    """
     return 1
 
 
@@ -537,18 +440,3 @@ def _after_splitting(method: Callable[..., Any]) -> Callable[..., Any]:
         return method(self, *args, **kwargs)
 
     return split_and_call
-
-
-def _remembering_lengths(pad_text: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return a pipeline's ``_pad_text`` that also keeps the prompt lengths, which it knows, on the host."""
-
-    @wraps(pad_text)
-    def pad_and_remember(text_hiddens: list[Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        text_bth, text_lens = pad_text(text_hiddens, *args, **kwargs)
-        remember_lengths(
-            text_lens,
-            tuple(hidden.squeeze(1).shape[0] if hidden.dim() == 3 else hidden.shape[0] for hidden in text_hiddens),
-        )
-        return text_bth, text_lens
-
-    return pad_and_remember

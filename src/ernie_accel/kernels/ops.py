@@ -218,7 +218,7 @@ def qkv_fp8(
     cuda=lambda *arguments: _cudnn().attention(*arguments),
     fake=lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]),
 )
-def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor) -> Tensor:
+def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor | None) -> Tensor:
     """Return `reference.attention`."""
     return reference.attention(q_bsnd, k_bsnd, v_bsnd, lengths_b)
 
@@ -227,7 +227,7 @@ def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor)
     cuda=lambda *arguments: _cudnn().attention_fp8(*arguments),
     fake=lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]),
 )
-def attention_fp8(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor, lengths_b: Tensor) -> Tensor:
+def attention_fp8(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor, lengths_b: Tensor | None) -> Tensor:
     """Return `reference.attention_fp8`: float8, with `scale` [B * S, 1] for its rows, too."""
     return reference.attention_fp8(q_bsnd, k_bsnd, v_bsnd, scale, lengths_b)
 

@@ -83,14 +83,19 @@ def qkv_fp8(
     return q8, k8, v8, scale.expand(q.shape[0] * q.shape[1], 1).contiguous()
 
 
-def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor) -> Tensor:
-    """Return the attention output [B, S, N * D], in which only the first `lengths_b` (int32) keys of each row count."""
+def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor | None) -> Tensor:
+    """Return the attention output [B, S, N * D], in which the first `lengths_b` (int32) keys of each row count.
+
+    None means that all do.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q_bsnd, k_bsnd, v_bsnd))
-    counts_b11s = torch.arange(k.shape[2], device=k.device) < lengths_b.view(-1, 1, 1, 1)
+    counts_b11s = None
+    if lengths_b is not None:
+        counts_b11s = torch.arange(k.shape[2], device=k.device) < lengths_b.view(-1, 1, 1, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=counts_b11s).transpose(1, 2).flatten(2, 3)
 
 
-def attention_fp8(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor, lengths_b: Tensor) -> Tensor:
+def attention_fp8(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor, lengths_b: Tensor | None) -> Tensor:
     """Return `attention` in float8, with the scale of the values, which it cannot exceed."""
     out = attention(q_bsnd.float(), k_bsnd.float(), v_bsnd.float(), lengths_b)
     return out.to(torch.float8_e4m3fn)

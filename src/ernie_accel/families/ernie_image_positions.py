@@ -1,0 +1,136 @@
+"""Where the tokens of an ERNIE-Image batch are, and how long its prompts: found once for all steps of a picture."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Position:
+    """What depends on where tokens are: the last of each row are padding.
+
+    Attributes:
+        cos_bs1d: RoPE table [B, S, 1, D].
+        sin_bs1d: Likewise.
+        lengths_b: Real tokens of each row, int32; None if all are, and no other lengths have to look the same.
+        mask_b11s: True where a token is real [B, 1, 1, S]; None if all are, or if all blocks go by the lengths.
+    """
+
+    cos_bs1d: Tensor
+    sin_bs1d: Tensor
+    lengths_b: Tensor | None
+    mask_b11s: Tensor | None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them that there are."""
+        return tuple(tensor for tensor in vars(self).values() if tensor is not None)
+
+    def clone(self) -> Position:
+        """Return a copy that shares no memory."""
+        lengths, mask = (None if tensor is None else tensor.clone() for tensor in (self.lengths_b, self.mask_b11s))
+        return Position(self.cos_bs1d.clone(), self.sin_bs1d.clone(), lengths, mask)
+
+
+class Positions:
+    """Positions of the last few image sizes and prompt lengths, so that a picture's steps share one computation."""
+
+    def __init__(self, keep: int = 8) -> None:
+        self._keep = keep
+        self._known: OrderedDict[tuple[Any, ...], Position] = OrderedDict()
+
+    def get(
+        self,
+        pos_embed: Callable[[Tensor], Tensor],
+        lengths: tuple[int, ...],
+        tokens: int,
+        grid: tuple[int, int],
+        like: Tensor,
+        *,
+        by_lengths: bool,
+    ) -> Position:
+        """Return the position tables, in the dtype and on the device of `like`.
+
+        Args:
+            pos_embed: Token positions [B, S, 3] -> angles [B, S, 1, D]; the model's own.
+            lengths: Tokens of each prompt.
+            tokens: Tokens that each prompt is padded to.
+            grid: Height and width of the image in tokens.
+            like: Any tensor of the right dtype and device.
+            by_lengths: Give the lengths, though there be no padding, and no mask, though there be.
+        """
+        key = (lengths, tokens, grid, like.device, like.dtype, by_lengths)
+        if key not in self._known:
+            self._known[key] = _position(pos_embed, lengths, tokens, grid, like, by_lengths)
+            if len(self._known) > self._keep:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return self._known[key]
+
+
+def _position(
+    pos_embed: Callable[[Tensor], Tensor],
+    lengths: tuple[int, ...],
+    tokens: int,
+    grid: tuple[int, int],
+    like: Tensor,
+    by_lengths: bool,
+) -> Position:
+    (height, width), batch, device = grid, len(lengths), like.device
+    lengths_b = torch.tensor(lengths, device=device)
+    text_ids = F.pad(torch.arange(tokens, device=device, dtype=torch.float32)[:, None], (0, 2)).expand(batch, -1, -1)
+    rows, columns = (torch.arange(size, device=device, dtype=torch.float32) for size in grid)
+    grid_ids = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).view(1, height * width, 2)
+    offset = lengths_b.float().view(batch, 1, 1).expand(-1, height * width, -1)
+    image_ids = torch.cat([offset, grid_ids.expand(batch, -1, -1)], -1)
+    angles = pos_embed(torch.cat([image_ids, text_ids], 1))
+    cos, sin, real_b = angles.cos().to(like.dtype), angles.sin().to(like.dtype), (height * width + lengths_b).int()
+    if by_lengths:
+        return Position(cos, sin, real_b, None)
+    if all(length == tokens for length in lengths):
+        return Position(cos, sin, None, None)
+    mask = (torch.arange(height * width + tokens, device=device) < real_b[:, None])[:, None, None]
+    return Position(cos, sin, real_b, mask)
+
+
+def prompt_lengths(text_lens: Tensor) -> tuple[int, ...]:
+    """Return the prompt lengths [B] on the host, reading the device at most once per tensor.
+
+    What was read is kept on the tensor, so a picture costs one synchronisation, and none at all if the pipeline's
+    ``_pad_text``, which knows the lengths, has called `remember_lengths`.
+    """
+    version = None if text_lens.is_inference() else text_lens._version
+    known = getattr(text_lens, "_ernie_lengths", None)
+    if known is None or known[0] != version:
+        remember_lengths(text_lens, tuple(text_lens.tolist()))
+    lengths: tuple[int, ...] = text_lens._ernie_lengths[1]  # type: ignore[attr-defined]
+    return lengths
+
+
+def remember_lengths(text_lens: Tensor, lengths: tuple[int, ...]) -> None:
+    """Keep the values of `text_lens` [B], as they are on the host, on the tensor itself."""
+    version = None if text_lens.is_inference() else text_lens._version
+    text_lens._ernie_lengths = (version, lengths)  # type: ignore[attr-defined]
+
+
+def remembering_lengths(pad_text: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return a pipeline's ``_pad_text`` that also keeps the prompt lengths, which it knows, on the host."""
+
+    @wraps(pad_text)
+    def pad_and_remember(text_hiddens: list[Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        text_bth, text_lens = pad_text(text_hiddens, *args, **kwargs)
+        remember_lengths(
+            text_lens,
+            tuple(hidden.squeeze(1).shape[0] if hidden.dim() == 3 else hidden.shape[0] for hidden in text_hiddens),
+        )
+        return text_bth, text_lens
+
+    return pad_and_remember
