@@ -32,7 +32,13 @@ from torch.nn import functional as F
 
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.undo import Undo
-from ernie_accel.families.ernie_image_positions import Position, Positions, prompt_lengths, remembering_lengths
+from ernie_accel.families.ernie_image_positions import (
+    Padding,
+    Position,
+    Positions,
+    prompt_lengths,
+    remembering_lengths,
+)
 
 #: Six float32 tensors [B, 1, H], the same for all blocks: shift, 1 + scale, gate of the attention, then of the MLP.
 Modulation = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -285,13 +291,13 @@ def forward(
     patch, grid = self.patch_size, _grid(self, hidden_states)
     image_tokens = grid[0] * grid[1]
     if at is None:
-        text_bth, by_lengths = _pad(self, text_bth, text_lens, image_tokens)
+        text_bth, told_by = _pad(self, text_bth, text_lens, image_tokens)
     if self.text_proj is not None and text_bth.numel() > 0:
         text_bth = self.text_proj(text_bth)
     x_bsh = torch.cat([self.x_embedder(hidden_states), text_bth], 1)
     if at is None:
         lengths, tokens = prompt_lengths(text_lens), text_bth.shape[1]
-        at = self._positions.get(self.pos_embed, lengths, tokens, grid, x_bsh, by_lengths=by_lengths)
+        at = self._positions.get(self.pos_embed, lengths, tokens, grid, x_bsh, told_by=told_by)
 
     time_bh = self.time_embedding(self.time_proj(timestep).to(hidden_states.dtype))
     parts = [part.float().unsqueeze(1) for part in self.adaLN_modulation(time_bh).chunk(6, -1)]
@@ -315,15 +321,17 @@ def _grid(transformer: Any, hidden_states: Tensor) -> tuple[int, int]:
     return height // transformer.patch_size, width // transformer.patch_size
 
 
-def _pad(transformer: Any, text_bth: Tensor, text_lens: Tensor, image_tokens: int) -> tuple[Tensor, bool]:
-    """Return the text with as many more tokens as make few lengths of many, and whether blocks have to go by lengths.
+def _pad(transformer: Any, text_bth: Tensor, text_lens: Tensor, image_tokens: int) -> tuple[Tensor, str | None]:
+    """Return the text with as many more tokens as its `Padding` wants, and how blocks are told of those, or None.
 
     What the tokens are that are added, no other token sees.
     """
+    padding: Padding = transformer._padding(len(text_bth) * image_tokens)
+    more = -(image_tokens + text_bth.shape[1]) % padding.multiple_of
+    if more:
+        text_bth = F.pad(text_bth, (0, 0, 0, more))
     is_padded = any(length != text_bth.shape[1] for length in prompt_lengths(text_lens))
-    multiple = transformer._tokens_multiple_of(is_padded, len(text_bth) * image_tokens)
-    more = -(image_tokens + text_bth.shape[1]) % multiple
-    return F.pad(text_bth, (0, 0, 0, more)) if more else text_bth, multiple > 1
+    return text_bth, padding.told_by if is_padded or padding.always else None
 
 
 # What `CaptureGraphs` asks of a rewritten family.
@@ -349,10 +357,10 @@ def prepare(transformer: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, Pos
     """Return text and positions for `forward`: all that depends on how long each prompt is, and is no shape."""
     hidden_states = arguments["hidden_states"]
     grid = _grid(transformer, hidden_states)
-    text_bth, by_lengths = _pad(transformer, arguments["text_bth"], arguments["text_lens"], grid[0] * grid[1])
+    text_bth, told_by = _pad(transformer, arguments["text_bth"], arguments["text_lens"], grid[0] * grid[1])
     like = hidden_states.new_empty(0, dtype=torch.promote_types(hidden_states.dtype, text_bth.dtype))
     lengths, tokens = prompt_lengths(arguments["text_lens"]), text_bth.shape[1]
-    at = transformer._positions.get(transformer.pos_embed, lengths, tokens, grid, like, by_lengths=by_lengths)
+    at = transformer._positions.get(transformer.pos_embed, lengths, tokens, grid, like, told_by=told_by)
     return text_bth, at
 
 
@@ -406,7 +414,7 @@ def rewrite(pipe: Any, undo: Undo, fuse: bool) -> dict[str, str]:
                 skipped[f"transformer.layers.{i}.{name}.{part.fused_name}"] = reason
     undo.setattr(transformer, "_repeated_blocks", [*transformer._repeated_blocks, RewrittenErnieBlock.__name__])
     undo.setattr(transformer, "_positions", Positions())
-    undo.setattr(transformer, "_tokens_multiple_of", _one)
+    undo.setattr(transformer, "_padding", _no_more_padding)
     undo.setattr(transformer, "forward", MethodType(forward, transformer))
     for method in ("load_lora_adapter", "add_adapter"):
         undo.setattr(transformer, method, MethodType(_after_splitting(getattr(type(transformer), method)), transformer))
@@ -414,14 +422,12 @@ def rewrite(pipe: Any, undo: Undo, fuse: bool) -> dict[str, str]:
     return skipped
 
 
-def _one(is_padded: bool, image_tokens: int) -> int:
-    """Return what the number of tokens is made a multiple of. More than 1 means, too, that all blocks go by lengths.
+def _no_more_padding(image_tokens: int) -> Padding:
+    """Return how rows are padded for stock's attention: as the prompts of a batch need it.
 
-    Args:
-        is_padded: Whether prompts of a batch are of several lengths.
-        image_tokens: Of all its pictures.
+    `image_tokens` is the number of all its pictures; others pad by that.
     """
-    return 1
+    return Padding()
 
 
 def _put_back(layers: nn.ModuleList, i: int, block: RewrittenErnieBlock, stock: nn.Module) -> None:

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.undo import Undo
 from ernie_accel.families.ernie_image_blocks import Modulation, RewrittenErnieBlock
+from ernie_accel.families.ernie_image_positions import Padding
 from ernie_accel.kernels import ops
 from ernie_accel.kernels.linear import Fp8Linear, Fp8Rows
 
 #: With cuDNN's own attention tokens are padded to a multiple of this: for each number of tokens it plans anew, which
 #: takes 80 ms on an H200. A product works on tiles of 128 rows, so the padding costs nearly nothing.
 TOKENS_MULTIPLE_OF = 64
-#: But not in bfloat16 beyond this many image tokens, where no graphs are captured, if prompts are of one length: there
-#: leaving padding out makes attention a sixth slower, 3 % of a step (in fp8 it is free).
+#: Up to this many image tokens, where graphs are captured, rows that need no padding are told of it too, and share the
+#: graph of others; and always in fp8, where that is free: in bfloat16 it makes attention a fifth slower, 3 % of a step.
 PADDED_IMAGE_TOKENS = 2048
 
 
@@ -108,15 +109,15 @@ def _is_left_open(attention: Any) -> bool:
     return attention.processor._attention_backend is None and default is AttentionBackendName.NATIVE
 
 
-def _tokens_multiple_of(blocks: tuple[Any, ...], is_padded: bool, image_tokens: int) -> int:
-    """Return what the number of tokens is made a multiple of, given all blocks of a transformer.
+def _padding(blocks: tuple[Any, ...], image_tokens: int) -> Padding:
+    """Return how the rows of a transformer are padded, given all its blocks and the image tokens of a batch.
 
-    Padding is for those who go by lengths: the mask it would take for another slows that down, or is refused.
+    To a multiple only for those who go by lengths: the mask it would take for another slows that down, or is refused.
     """
     if not all(getattr(block, "goes_by_lengths", False) for block in blocks):
-        return 1
-    is_free = is_padded or any(block.has_fp8_attention for block in blocks)
-    return TOKENS_MULTIPLE_OF if is_free or image_tokens <= PADDED_IMAGE_TOKENS else 1
+        return Padding()
+    always = image_tokens <= PADDED_IMAGE_TOKENS or any(block.has_fp8_attention for block in blocks)
+    return Padding(TOKENS_MULTIPLE_OF, "lengths", always)
 
 
 def is_installed(transformer: Any) -> bool:
@@ -139,7 +140,7 @@ def install(transformer: Any, undo: Undo, attention: str | None = None) -> dict[
         transformer.layers[i] = KernelErnieBlock(block, attention)
     if attention is not None:
         # These, not those in `layers` at the time: caches put others in their place while a forward lasts.
-        undo.setattr(transformer, "_tokens_multiple_of", partial(_tokens_multiple_of, tuple(transformer.layers)))
+        undo.setattr(transformer, "_padding", partial(_padding, tuple(transformer.layers)))
     undo.setattr(transformer, "_repeated_blocks", [*transformer._repeated_blocks, KernelErnieBlock.__name__])
     for method in ("load_lora_adapter", "add_adapter"):
         undo.setattr(transformer, method, MethodType(_refuse_lora, transformer))

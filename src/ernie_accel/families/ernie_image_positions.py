@@ -6,11 +6,25 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+class Padding(NamedTuple):
+    """How a transformer's rows of tokens are padded, and how its blocks know.
+
+    Attributes:
+        multiple_of: Their number is made a multiple of this.
+        told_by: "mask", or "lengths" if all blocks go by these.
+        always: They are told even where nothing is padded, so that such a batch looks like others.
+    """
+
+    multiple_of: int = 1
+    told_by: str = "mask"
+    always: bool = False
 
 
 @dataclass(frozen=True)
@@ -20,8 +34,8 @@ class Position:
     Attributes:
         cos_bs1d: RoPE table [B, S, 1, D].
         sin_bs1d: Likewise.
-        lengths_b: Real tokens of each row, int32; None if all are, and no other lengths have to look the same.
-        mask_b11s: True where a token is real [B, 1, 1, S]; None if all are, or if all blocks go by the lengths.
+        lengths_b: Real tokens of each row, int32; None if blocks are told nothing, because all are.
+        mask_b11s: True where a token is real [B, 1, 1, S]; None if blocks are told nothing, or by lengths.
     """
 
     cos_bs1d: Tensor
@@ -55,7 +69,7 @@ class Positions:
         grid: tuple[int, int],
         like: Tensor,
         *,
-        by_lengths: bool,
+        told_by: str | None,
     ) -> Position:
         """Return the position tables, in the dtype and on the device of `like`.
 
@@ -65,11 +79,11 @@ class Positions:
             tokens: Tokens that each prompt is padded to.
             grid: Height and width of the image in tokens.
             like: Any tensor of the right dtype and device.
-            by_lengths: Give the lengths, though there be no padding, and no mask, though there be.
+            told_by: "mask" or "lengths", by which blocks know what is padding; None if nothing is.
         """
-        key = (lengths, tokens, grid, like.device, like.dtype, by_lengths)
+        key = (lengths, tokens, grid, like.device, like.dtype, told_by)
         if key not in self._known:
-            self._known[key] = _position(pos_embed, lengths, tokens, grid, like, by_lengths)
+            self._known[key] = _position(pos_embed, lengths, tokens, grid, like, told_by)
             if len(self._known) > self._keep:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
@@ -82,7 +96,7 @@ def _position(
     tokens: int,
     grid: tuple[int, int],
     like: Tensor,
-    by_lengths: bool,
+    told_by: str | None,
 ) -> Position:
     (height, width), batch, device = grid, len(lengths), like.device
     lengths_b = torch.tensor(lengths, device=device)
@@ -92,13 +106,10 @@ def _position(
     offset = lengths_b.float().view(batch, 1, 1).expand(-1, height * width, -1)
     image_ids = torch.cat([offset, grid_ids.expand(batch, -1, -1)], -1)
     angles = pos_embed(torch.cat([image_ids, text_ids], 1))
-    cos, sin, real_b = angles.cos().to(like.dtype), angles.sin().to(like.dtype), (height * width + lengths_b).int()
-    if by_lengths:
-        return Position(cos, sin, real_b, None)
-    if all(length == tokens for length in lengths):
-        return Position(cos, sin, None, None)
-    mask = (torch.arange(height * width + tokens, device=device) < real_b[:, None])[:, None, None]
-    return Position(cos, sin, real_b, mask)
+    real_b, mask = (height * width + lengths_b).int(), None
+    if told_by == "mask":
+        mask = (torch.arange(height * width + tokens, device=device) < real_b[:, None])[:, None, None]
+    return Position(angles.cos().to(like.dtype), angles.sin().to(like.dtype), real_b if told_by else None, mask)
 
 
 def prompt_lengths(text_lens: Tensor) -> tuple[int, ...]:

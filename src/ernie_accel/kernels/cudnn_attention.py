@@ -1,8 +1,8 @@
 """Attention by cuDNN itself, through the package nvidia-cudnn-frontend; the twins are in ``reference.py``.
 
 cuDNN plans for a number of tokens, which takes part of a second. How many of a row's are real it can read on the
-device: one plan serves batches in which prompts are padded. On an H200 that costs nothing in fp8 and a sixth of the
-time in bfloat16.
+device: one plan serves batches in which prompts are padded. On an H200 that costs nothing in fp8, and a fifth more time
+in bfloat16 (0.52 ms instead of 0.43 at 4224 tokens).
 """
 
 from __future__ import annotations

@@ -35,9 +35,8 @@ class FuseKernels(Transform):
     takes seconds. Takes the place of ``Quantize("fp8")``. Needs `RewriteBlocks` before it.
 
     With the extra "cudnn" and capability 9.0 the attention is called from cuDNN itself: it leaves padding out without a
-    mask, and one plan serves 64 prompt lengths. In bfloat16 that makes attention a sixth slower, so there pictures of
-    more than 2048 tokens get a plan for each length, once (80 ms), unless prompts of one batch differ in it; and where
-    a backend was chosen by name ("native" is torch's own), that one is used.
+    mask, and one plan serves 64 prompt lengths, where torch makes one for each (40 ms). Where it is in bfloat16 and a
+    backend was chosen by name ("native" is torch's own), that one is used.
 
     Pays:
         "fp8" on Hopper and Ada cards: a step takes 77 ms (75 with attention in fp8), where torchao's fp8, compiled,
@@ -155,15 +154,10 @@ class FuseKernels(Transform):
             return None
         return "fp8" if self.attention != "bf16" and self.precision == "fp8" else "bf16"
 
-    def tokens_multiple_of(self, pipe: Pipeline, context: Context, image_tokens: int) -> int:
-        """Return what the transformer's tokens are made a multiple of while no attention backend is chosen.
-
-        `image_tokens` is the number of a batch's, whose prompts are of one length.
-        """
-        attention = self._attention(context) if self.runs_on_kernels(pipe, context) else None
-        if attention is None or (attention == "bf16" and image_tokens > _kernels(pipe).PADDED_IMAGE_TOKENS):
-            return 1
-        return int(_kernels(pipe).TOKENS_MULTIPLE_OF)
+    def tokens_multiple_of(self, pipe: Pipeline, context: Context) -> int:
+        """Return what the transformer's tokens are made a multiple of while no attention backend is chosen."""
+        by_lengths = self.runs_on_kernels(pipe, context) and self._attention(context) is not None
+        return int(_kernels(pipe).TOKENS_MULTIPLE_OF) if by_lengths else 1
 
     def _attention_note(self, context: Context) -> str:
         attention = self._attention(context)

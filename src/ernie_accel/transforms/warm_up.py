@@ -122,14 +122,9 @@ class Warmup(Transform):
         if graphs is None or not graphs.compiles_on_first_call(pipe, context):
             return []
         fuse = context.planned_one(FuseKernels)
-
-        def shape(each: Combination) -> Combination:
-            if fuse is None or context.planned_one(SetAttention) is not None:
-                return each
-            return _shape(each, fuse.tokens_multiple_of(pipe, context, _image_tokens(each)))
-
+        multiple = 1 if fuse is None or context.planned_one(SetAttention) else fuse.tokens_multiple_of(pipe, context)
         captured_ones = (each for each in self._combinations(pipe) if _image_tokens(each) <= graphs.max_tokens)
-        captured = len({shape(each) for each in captured_ones})
+        captured = len({_shape(each, multiple) for each in captured_ones})
         if captured <= graphs.keep:
             return []
         enough = replace(graphs, keep=captured)
