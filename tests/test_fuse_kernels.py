@@ -264,7 +264,7 @@ def test_large_pictures_are_told_of_padding_if_there_is_any_or_it_is_free(
         hook = pipe.transformer.layers[-1].register_forward_pre_hook(lambda block, given: seen.add(given[0].shape[1]))
         rows = len(lengths)
         arguments = (
-            torch.zeros(rows, 4, 4, 8, dtype=torch.bfloat16),
+            torch.zeros(rows, 16, 4, 8, dtype=torch.bfloat16),
             torch.full((rows,), 0.5),
             text.expand(rows, -1, -1),
         )
