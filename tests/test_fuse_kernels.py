@@ -243,43 +243,60 @@ def test_with_cudnn_few_numbers_of_tokens_are_made_of_many(precision: str) -> No
     assert len({t for prompt in prompts for t in tokens_seen(pipe, prompt=prompt)}) == 3
 
 
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> set[bool]:
+    """Collect whether cuDNN's attention gets lengths."""
+    seen: set[bool] = set()
+
+    def noting(attend: Any) -> Any:
+        def attend_and_note(*arguments: Any) -> Any:
+            seen.add(arguments[-1] is not None)
+            return attend(*arguments)
+
+        return attend_and_note
+
+    for name in ("attention", "attention_fp8"):
+        monkeypatch.setattr(ops, name, noting(getattr(ops, name)))
+    return seen
+
+
+def prediction(pipe: Any, tokens: int, *lengths: int) -> torch.Tensor:
+    """Return the transformer's prediction for 32 image tokens and `tokens` of text a row, of which `lengths` count."""
+    rows, config, generator = len(lengths), pipe.transformer.config, torch.Generator().manual_seed(0)
+    image = torch.randn(rows, config.in_channels, 4, 8, generator=generator)
+    text = torch.randn(rows, tokens, config.text_in_dim, generator=generator)
+    image, text, time = (x.to(pipe.transformer.dtype) for x in (image, text, torch.full((rows,), 0.5)))
+    out: torch.Tensor = pipe.transformer(image, time, text, torch.tensor(lengths), return_dict=False)[0]
+    return out
+
+
+NOTHING_PADDED = [(32, (32,)), (32, (32, 32)), (96, (96,))]
+PADDED = [(31, (31,)), (32, (31, 32)), (32, (20,)), (33, (33, 33)), (32, (31, 31))]
+
+
 @pytest.mark.parametrize("precision", ["fp8", "bf16"])
-def test_large_pictures_are_told_of_padding_if_there_is_any_or_it_is_free(
-    precision: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("tokens", "lengths"), NOTHING_PADDED + PADDED)
+def test_attention_in_bf16_gets_lengths_only_where_something_is_padded(
+    precision: str, tokens: int, lengths: tuple[int, ...], told: set[bool]
 ) -> None:
-    given: list[bool] = []
-
-    def seen(attend: Any) -> Any:
-        return lambda *args: given.append(args[-1] is None) or attend(*args)
-
-    monkeypatch.setattr(ops, "attention", seen(ops.attention))
-    monkeypatch.setattr(ops, "attention_fp8", seen(ops.attention_fp8))
+    """There it takes longer with them; in fp8 it does not, and one plan is enough."""
     pipe = tiny_ernie(dtype=torch.bfloat16, layers=3)
     ernie_accel.optimize(pipe, ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels(precision), context=WITH_CUDNN)
+    prediction(pipe, tokens, *lengths)
+    assert told == {precision == "fp8" or (tokens, lengths) in PADDED}
 
-    def untold(text: torch.Tensor, lengths: list[int], tokens_in_all: int) -> set[bool]:
-        """Draw 32 image tokens a row; return whether blocks were told of no padding."""
-        given.clear()
-        seen = set()
-        hook = pipe.transformer.layers[-1].register_forward_pre_hook(lambda block, given: seen.add(given[0].shape[1]))
-        rows = len(lengths)
-        arguments = (
-            torch.zeros(rows, 16, 4, 8, dtype=torch.bfloat16),
-            torch.full((rows,), 0.5),
-            text.expand(rows, -1, -1),
-        )
-        pipe.transformer(*arguments, torch.tensor(lengths))
-        hook.remove()
-        assert seen == {tokens_in_all}
-        return set(given)
 
-    text = torch.randn(1, 32, pipe.transformer.config.text_in_dim, dtype=torch.bfloat16)
-    assert untold(text, [32], 64) == {False}  # a small picture
-    monkeypatch.setattr(kernels, "PADDED_IMAGE_TOKENS", 31)
-    assert untold(text, [32], 64) == {precision == "bf16"}
-    assert untold(text, [32, 32], 64) == {precision == "bf16"}
-    assert untold(text, [31, 32], 64) == {False}
-    assert untold(text[:, :31], [31], 64) == {False}
+@pytest.mark.parametrize("on_kernels", [3, 2], ids=["all blocks", "all but one"])
+@pytest.mark.parametrize(("tokens", "lengths"), NOTHING_PADDED + PADDED)
+def test_predictions_only_round_whatever_is_padded(on_kernels: int, tokens: int, lengths: tuple[int, ...]) -> None:
+    """In float32, which the transform itself refuses."""
+    pipe = tiny_ernie(layers=3)
+    expected = prediction(pipe, tokens, *lengths)
+    ernie_accel.optimize(pipe, ernie_accel.RewriteBlocks())
+    for block in pipe.transformer.layers[on_kernels:]:
+        block.self_attention.split()
+    assert len(kernels.install(pipe.transformer, Undo(), "bf16")) == 3 - on_kernels
+    assert sqnr_db(prediction(pipe, tokens, *lengths), expected) > 100
 
 
 def test_an_attention_backend_that_was_chosen_is_used_and_gets_no_padding() -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from types import MethodType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.undo import Undo
 from ernie_accel.families.ernie_image_positions import (
-    Padding,
+    PaddingRule,
     Position,
     Positions,
     prompt_lengths,
@@ -254,8 +254,8 @@ class RewrittenErnieBlock(nn.Module):
             cos_bs1d: Cosines of the RoPE angles [B, S, 1, D], in the dtype of `x_bsh`.
             sin_bs1d: Sines, likewise.
             modulation: See `Modulation`.
-            mask_b11s: True where a token is real [B, 1, 1, S]; None if all are.
-            lengths_b: Real tokens of each row, for blocks that need no mask (not for these); None if all are.
+            mask_b11s: True where a token is real [B, 1, 1, S]; None if `lengths_b` says it, or if all are.
+            lengths_b: Real tokens of each row, for blocks that need no mask (not for these). With both None all are.
         """
         shift_sa, scale_sa, gate_sa, shift_mlp, scale_mlp, gate_mlp = modulation
         h_bsh: Tensor
@@ -291,13 +291,12 @@ def forward(
     patch, grid = self.patch_size, _grid(self, hidden_states)
     image_tokens = grid[0] * grid[1]
     if at is None:
-        text_bth, told_by = _pad(self, text_bth, text_lens, image_tokens)
+        text_bth, lengths, told_by = _pad(self, text_bth, text_lens, image_tokens)
     if self.text_proj is not None and text_bth.numel() > 0:
         text_bth = self.text_proj(text_bth)
     x_bsh = torch.cat([self.x_embedder(hidden_states), text_bth], 1)
     if at is None:
-        lengths, tokens = prompt_lengths(text_lens), text_bth.shape[1]
-        at = self._positions.get(self.pos_embed, lengths, tokens, grid, x_bsh, told_by=told_by)
+        at = self._positions.get(self.pos_embed, lengths, text_bth.shape[1], grid, x_bsh, told_by=told_by)
 
     time_bh = self.time_embedding(self.time_proj(timestep).to(hidden_states.dtype))
     parts = [part.float().unsqueeze(1) for part in self.adaLN_modulation(time_bh).chunk(6, -1)]
@@ -321,17 +320,27 @@ def _grid(transformer: Any, hidden_states: Tensor) -> tuple[int, int]:
     return height // transformer.patch_size, width // transformer.patch_size
 
 
-def _pad(transformer: Any, text_bth: Tensor, text_lens: Tensor, image_tokens: int) -> tuple[Tensor, str | None]:
-    """Return the text with as many more tokens as its `Padding` wants, and how blocks are told of those, or None.
+def _pad(
+    transformer: Any, text_bth: Tensor, text_lens: Tensor, image_tokens: int, *, shared: bool = False
+) -> tuple[Tensor, tuple[int, ...], Literal["mask", "lengths"] | None]:
+    """Return the text with as many more tokens as the transformer's rule wants, the prompt lengths, and ``told_by``.
 
     What the tokens are that are added, no other token sees.
+
+    Args:
+        transformer: Has the rule.
+        text_bth: Text of each prompt.
+        text_lens: Tokens of each prompt [B].
+        image_tokens: Of one picture.
+        shared: Where blocks go by lengths, tell them though nothing be padded: other batches will be told.
     """
-    padding: Padding = transformer._padding(len(text_bth) * image_tokens)
-    more = -(image_tokens + text_bth.shape[1]) % padding.multiple_of
+    rule: PaddingRule = transformer._padding_rule()
+    lengths, more = prompt_lengths(text_lens), -(image_tokens + text_bth.shape[1]) % rule.multiple_of
     if more:
         text_bth = F.pad(text_bth, (0, 0, 0, more))
-    is_padded = any(length != text_bth.shape[1] for length in prompt_lengths(text_lens))
-    return text_bth, padding.told_by if is_padded or padding.always else None
+    is_padded = any(length != text_bth.shape[1] for length in lengths)
+    is_told = is_padded or rule.always_told or (shared and rule.told_by == "lengths")
+    return text_bth, lengths, rule.told_by if is_told else None
 
 
 # What `CaptureGraphs` asks of a rewritten family.
@@ -357,10 +366,12 @@ def prepare(transformer: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, Pos
     """Return text and positions for `forward`: all that depends on how long each prompt is, and is no shape."""
     hidden_states = arguments["hidden_states"]
     grid = _grid(transformer, hidden_states)
-    text_bth, told_by = _pad(transformer, arguments["text_bth"], arguments["text_lens"], grid[0] * grid[1])
+    image_tokens = grid[0] * grid[1]
+    text_bth, lengths, told_by = _pad(
+        transformer, arguments["text_bth"], arguments["text_lens"], image_tokens, shared=True
+    )
     like = hidden_states.new_empty(0, dtype=torch.promote_types(hidden_states.dtype, text_bth.dtype))
-    lengths, tokens = prompt_lengths(arguments["text_lens"]), text_bth.shape[1]
-    at = transformer._positions.get(transformer.pos_embed, lengths, tokens, grid, like, told_by=told_by)
+    at = transformer._positions.get(transformer.pos_embed, lengths, text_bth.shape[1], grid, like, told_by=told_by)
     return text_bth, at
 
 
@@ -414,20 +425,12 @@ def rewrite(pipe: Any, undo: Undo, fuse: bool) -> dict[str, str]:
                 skipped[f"transformer.layers.{i}.{name}.{part.fused_name}"] = reason
     undo.setattr(transformer, "_repeated_blocks", [*transformer._repeated_blocks, RewrittenErnieBlock.__name__])
     undo.setattr(transformer, "_positions", Positions())
-    undo.setattr(transformer, "_padding", _no_more_padding)
+    undo.setattr(transformer, "_padding_rule", PaddingRule)  # stock's attention: as the prompts of a batch need it
     undo.setattr(transformer, "forward", MethodType(forward, transformer))
     for method in ("load_lora_adapter", "add_adapter"):
         undo.setattr(transformer, method, MethodType(_after_splitting(getattr(type(transformer), method)), transformer))
     undo.setattr(pipe, "_pad_text", remembering_lengths(pipe._pad_text))
     return skipped
-
-
-def _no_more_padding(image_tokens: int) -> Padding:
-    """Return how rows are padded for stock's attention: as the prompts of a batch need it.
-
-    `image_tokens` is the number of all its pictures; others pad by that.
-    """
-    return Padding()
 
 
 def _put_back(layers: nn.ModuleList, i: int, block: RewrittenErnieBlock, stock: nn.Module) -> None:

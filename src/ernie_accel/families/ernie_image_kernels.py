@@ -15,16 +15,13 @@ from torch import Tensor, nn
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.undo import Undo
 from ernie_accel.families.ernie_image_blocks import Modulation, RewrittenErnieBlock
-from ernie_accel.families.ernie_image_positions import Padding
+from ernie_accel.families.ernie_image_positions import PaddingRule
 from ernie_accel.kernels import ops
 from ernie_accel.kernels.linear import Fp8Linear, Fp8Rows
 
 #: With cuDNN's own attention tokens are padded to a multiple of this: for each number of tokens it plans anew, which
-#: takes 80 ms on an H200. A product works on tiles of 128 rows, so the padding costs nearly nothing.
+#: takes 40 to 60 ms on an H200. A product works on tiles of 128 rows, so the padding costs nearly nothing.
 TOKENS_MULTIPLE_OF = 64
-#: Up to this many image tokens, where graphs are captured, rows that need no padding are told of it too, and share the
-#: graph of others; and always in fp8, where that is free: in bfloat16 it makes attention a fifth slower, 3 % of a step.
-PADDED_IMAGE_TOKENS = 2048
 
 
 class KernelErnieBlock(RewrittenErnieBlock):
@@ -64,7 +61,8 @@ class KernelErnieBlock(RewrittenErnieBlock):
     ) -> Tensor:
         """Return the hidden states [B, S, H] after this block; see `RewrittenErnieBlock.forward`.
 
-        `lengths_b`, how many tokens of each row are real, is what `mask_b11s` says, for cuDNN's own attention.
+        `lengths_b`, how many tokens of each row are real, is what `mask_b11s` says, for cuDNN's own attention; with
+        both None all are.
         """
         shift_sa, scale_sa, gate_sa, shift_mlp, scale_mlp, gate_mlp = modulation
         attention, mlp, norm_sa, norm_mlp = self.self_attention, self.mlp, self.adaLN_sa_ln, self.adaLN_mlp_ln
@@ -109,15 +107,15 @@ def _is_left_open(attention: Any) -> bool:
     return attention.processor._attention_backend is None and default is AttentionBackendName.NATIVE
 
 
-def _padding(blocks: tuple[Any, ...], image_tokens: int) -> Padding:
-    """Return how the rows of a transformer are padded, given all its blocks and the image tokens of a batch.
+def _padding_rule(blocks: tuple[Any, ...]) -> PaddingRule:
+    """Return how the rows of a transformer are padded, given all its blocks.
 
     To a multiple only for those who go by lengths: the mask it would take for another slows that down, or is refused.
+    In fp8 attention takes as long with lengths as without, so it needs no second plan; in bfloat16 it takes longer.
     """
     if not all(getattr(block, "goes_by_lengths", False) for block in blocks):
-        return Padding()
-    always = image_tokens <= PADDED_IMAGE_TOKENS or any(block.has_fp8_attention for block in blocks)
-    return Padding(TOKENS_MULTIPLE_OF, "lengths", always)
+        return PaddingRule()
+    return PaddingRule(TOKENS_MULTIPLE_OF, "lengths", always_told=any(block.has_fp8_attention for block in blocks))
 
 
 def is_installed(transformer: Any) -> bool:
@@ -140,7 +138,7 @@ def install(transformer: Any, undo: Undo, attention: str | None = None) -> dict[
         transformer.layers[i] = KernelErnieBlock(block, attention)
     if attention is not None:
         # These, not those in `layers` at the time: caches put others in their place while a forward lasts.
-        undo.setattr(transformer, "_padding", partial(_padding, tuple(transformer.layers)))
+        undo.setattr(transformer, "_padding_rule", partial(_padding_rule, tuple(transformer.layers)))
     undo.setattr(transformer, "_repeated_blocks", [*transformer._repeated_blocks, KernelErnieBlock.__name__])
     for method in ("load_lora_adapter", "add_adapter"):
         undo.setattr(transformer, method, MethodType(_refuse_lora, transformer))

@@ -6,25 +6,25 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
-class Padding(NamedTuple):
+class PaddingRule(NamedTuple):
     """How a transformer's rows of tokens are padded, and how its blocks know.
 
     Attributes:
-        multiple_of: Their number is made a multiple of this.
+        multiple_of: The number of tokens is made a multiple of this.
         told_by: "mask", or "lengths" if all blocks go by these.
-        always: They are told even where nothing is padded, so that such a batch looks like others.
+        always_told: Blocks get lengths even where nothing is padded, so that such a batch looks like others.
     """
 
     multiple_of: int = 1
-    told_by: str = "mask"
-    always: bool = False
+    told_by: Literal["mask", "lengths"] = "mask"
+    always_told: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Position:
     Attributes:
         cos_bs1d: RoPE table [B, S, 1, D].
         sin_bs1d: Likewise.
-        lengths_b: Real tokens of each row, int32; None if blocks are told nothing, because all are.
-        mask_b11s: True where a token is real [B, 1, 1, S]; None if blocks are told nothing, or by lengths.
+        lengths_b: Real tokens of each row, int32; None if all are real, and blocks are not told so.
+        mask_b11s: True where a token is real [B, 1, 1, S]; None if all are, or if blocks are told by lengths.
     """
 
     cos_bs1d: Tensor
@@ -69,7 +69,7 @@ class Positions:
         grid: tuple[int, int],
         like: Tensor,
         *,
-        told_by: str | None,
+        told_by: Literal["mask", "lengths"] | None,
     ) -> Position:
         """Return the position tables, in the dtype and on the device of `like`.
 
@@ -79,7 +79,7 @@ class Positions:
             tokens: Tokens that each prompt is padded to.
             grid: Height and width of the image in tokens.
             like: Any tensor of the right dtype and device.
-            told_by: "mask" or "lengths", by which blocks know what is padding; None if nothing is.
+            told_by: What blocks know padding by; None only if nothing is padded.
         """
         key = (lengths, tokens, grid, like.device, like.dtype, told_by)
         if key not in self._known:
@@ -96,7 +96,7 @@ def _position(
     tokens: int,
     grid: tuple[int, int],
     like: Tensor,
-    told_by: str | None,
+    told_by: Literal["mask", "lengths"] | None,
 ) -> Position:
     (height, width), batch, device = grid, len(lengths), like.device
     lengths_b = torch.tensor(lengths, device=device)

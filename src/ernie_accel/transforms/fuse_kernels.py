@@ -35,8 +35,9 @@ class FuseKernels(Transform):
     takes seconds. Takes the place of ``Quantize("fp8")``. Needs `RewriteBlocks` before it.
 
     With the extra "cudnn" and capability 9.0 the attention is called from cuDNN itself: it leaves padding out without a
-    mask, and one plan serves 64 prompt lengths, where torch makes one for each (40 ms). Where it is in bfloat16 and a
-    backend was chosen by name ("native" is torch's own), that one is used.
+    mask, and one plan serves 64 prompt lengths, where torch makes one for each. In bfloat16 it has another kernel for
+    batches in which nothing is padded, which is faster; what `CaptureGraphs` captures does without. Where it is in
+    bfloat16 and a backend was chosen by name ("native" is torch's own), that one is used.
 
     Pays:
         "fp8" on Hopper and Ada cards: a step takes 77 ms (75 with attention in fp8), where torchao's fp8, compiled,

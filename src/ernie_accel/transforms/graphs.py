@@ -140,7 +140,7 @@ class GraphedForward:
         if graph is None:
             if key not in self._graphs:
                 self._remember(key, None)
-                return self._forward(**arguments)
+                return self._forward(**arguments | {self._blocks.PICTURE_INPUT: text, "at": at})
             graph = self._capture(arguments, steps, text, at)
             self._remember(key, graph)
         self._graphs.move_to_end(key)
