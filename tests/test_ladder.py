@@ -67,12 +67,12 @@ def test_a_peer_that_fails_gets_a_row_with_its_error(tmp_path):
 def test_the_parts_are_measured_alone_and_compared_to_stock(tmp_path):
     _, rows = measured(
         tmp_path / "parts", "--parts",
-        "--only", "vae: stock,vae: CompileVae,prompts: stock,prompts: BatchPromptEncoding,enhancer: stock",
+        "--only", "vae: stock,vae: channels_last,prompts: stock,prompts: BatchPromptEncoding,enhancer: stock",
     )  # fmt: skip
     assert all(row["ms"] > 0 for row in rows.values())
     batched = rows["prompts: BatchPromptEncoding"]
     assert batched["is_stock"] or batched["sqnr_to_stock_db"] > 25
-    assert all(25 < rows[f"vae: {way}"]["sqnr_db"] < 80 for way in ("stock", "CompileVae"))
+    assert all(25 < rows[f"vae: {way}"]["sqnr_db"] < 80 for way in ("stock", "channels_last"))
     assert "sqnr_db" not in batched
     assert "| SQNR dB to stock | to float32 |" in (tmp_path / "parts.md").read_text()
     assert rows["enhancer: stock"]["ms_per_token"] == rows["enhancer: stock"]["ms"] / 8
@@ -127,7 +127,7 @@ def test_what_could_not_be_compiled_is_measured_eager_and_says_why(monkeypatch):
     assert transformer[0]._compiled_call_impl is None
 
 
-@pytest.mark.parametrize("name", ["ladder_presets", "parts", "peers", "sweep_bf16", "sweep_fp8"])
+@pytest.mark.parametrize("name", ["ladder_presets", "ladder_bf16", "ladder_by_lengths", "parts", "peers", "peers_int8", "sweep_bf16", "sweep_fp8"])
 def test_the_pages_of_saved_results_are_what_their_figures_say(monkeypatch, name):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from ladder_tables import text_of
