@@ -312,6 +312,28 @@ def test_an_attention_backend_that_was_chosen_is_used_and_gets_no_padding() -> N
     assert torch.equal(latents(pipe), by_length)
 
 
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_automatic_attention_leaves_it_to_kernels_that_call_cudnn(precision: str) -> None:
+    pipe = tiny_ernie(dtype=torch.bfloat16, layers=3)
+    auto, fuse = ernie_accel.SetAttention(), ernie_accel.FuseKernels(precision)
+    ernie_accel.optimize(pipe, ernie_accel.RewriteBlocks(), fuse, auto, context=WITH_CUDNN)
+    assert tokens_seen(pipe) == {kernels.TOKENS_MULTIPLE_OF}
+    assert auto.preview(pipe, WITH_CUDNN).changes == ()  # nor where they are in place
+    assert auto.why(pipe, WITH_CUDNN).startswith("SetAttention() chooses none on cuda (NVIDIA H200, ")
+
+    ernie_accel.restore(pipe)
+    ernie_accel.optimize(pipe, ernie_accel.RewriteBlocks(), fuse, auto, context=H200)  # without the extra it chooses
+    assert auto.why(pipe, H200).startswith("SetAttention() takes 'cudnn' on cuda")
+
+
+def test_torchs_attention_by_name_takes_the_place_of_cudnns_own(attended: Any) -> None:
+    pipe, native = tiny_ernie(dtype=torch.bfloat16, layers=3), ernie_accel.SetAttention("native")
+    transforms = ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels("bf16"), native
+    assert len(ernie_accel.plan(pipe, *transforms, context=WITH_CUDNN).steps[-1].preview.changes) == 3
+    latents(ernie_accel.optimize(pipe, *transforms, context=WITH_CUDNN), steps=1)
+    assert attended == {"torch": 3}
+
+
 def test_what_cudnn_cannot_plan_is_told_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     class NotSupportedError(Exception):
         pass

@@ -121,8 +121,9 @@ class Warmup(Transform):
         graphs = context.planned_one(CaptureGraphs)
         if graphs is None or not graphs.compiles_on_first_call(pipe, context):
             return []
-        fuse = context.planned_one(FuseKernels)
-        multiple = 1 if fuse is None or context.planned_one(SetAttention) else fuse.tokens_multiple_of(pipe, context)
+        fuse, chosen = context.planned_one(FuseKernels), context.planned_one(SetAttention)
+        pads = fuse is not None and (chosen is None or chosen.leaves_open(pipe, context))
+        multiple = fuse.tokens_multiple_of(pipe, context) if fuse and pads else 1
         captured_ones = (each for each in self._combinations(pipe) if _image_tokens(each) <= graphs.max_tokens)
         captured = len({_shape(each, multiple) for each in captured_ones})
         if captured <= graphs.keep:

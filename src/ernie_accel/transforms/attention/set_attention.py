@@ -22,6 +22,7 @@ from ernie_accel.transforms.attention.elide_mask import why_no_idle_mask
 from ernie_accel.transforms.attention.fused_npu import with_prepared_masks
 from ernie_accel.transforms.attention.processors import attentions, send_through_dispatcher
 from ernie_accel.transforms.dtype import DTYPES, CastDtype
+from ernie_accel.transforms.fuse_kernels import FuseKernels
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -122,6 +123,8 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
 #: What "auto" tries, best first. Sage loses bits, so it has to be asked for.
 PREFERRED = ("npu", "flash3", "cudnn", "flash2", "flash", "native")
 
+_LEFT_OPEN = "the fused kernels call cuDNN themselves, with the lengths of prompts in place of a mask"
+
 
 @dataclass(frozen=True, repr=False)
 class SetAttention(Transform):
@@ -137,6 +140,7 @@ class SetAttention(Transform):
     Attributes:
         backend: A key of `BACKENDS`: "native", "cudnn", "flash", "efficient", "math" (all in torch), "flash2",
             "flash3", "sage", "xformers", "npu" (packages). "auto" takes the first of `PREFERRED` that runs; see `why`.
+            It chooses none where `FuseKernels` calls cuDNN itself, which a name would put a stop to in bfloat16.
     """
 
     phase: ClassVar[Phase] = Phase.ATTENTION
@@ -165,8 +169,10 @@ class SetAttention(Transform):
         return [] if self.backend == "auto" else reasons_against(self.backend, pipe, context)
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        if self.leaves_open(pipe, context):
+            return Preview((), note=_LEFT_OPEN)
         name = self.choose(pipe, context)
-        changes = self._changes(pipe, name)
+        changes = self._changes(pipe, name, context)
         return Preview(changes, note=self._note(pipe, context) if changes else f"attention runs on {name!r} already")
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
@@ -178,7 +184,7 @@ class SetAttention(Transform):
         name = self.choose(pipe, context)
         backend = AttentionBackendName(BACKENDS[name].diffusers)
         _check_attention_backend_requirements(backend)
-        changes, note = self._changes(pipe, name), self._note(pipe, context)
+        changes, note = self._changes(pipe, name, context), self._note(pipe, context)
         with Undo() as undo:
             send_through_dispatcher(pipe.transformer, undo)
             for _, attention in _attentions(pipe):
@@ -191,6 +197,10 @@ class SetAttention(Transform):
                 else:
                     undo.setattr(attention, "processor", _by_mask(attention.processor, backend))
         return Applied(changes, undo=undo, note=note)
+
+    def leaves_open(self, pipe: Pipeline, context: Context) -> bool:
+        """Return whether this is "auto" and chooses no backend, because fused kernels call cuDNN themselves."""
+        return self.backend == "auto" and _kernels_call_cudnn(pipe, context)
 
     def choose(self, pipe: Pipeline, context: Context) -> str:
         """Return the name of the backend this stands for on a machine."""
@@ -206,6 +216,8 @@ class SetAttention(Transform):
             context: The machine; default this one.
         """
         context = context or Context.detect(pipe)
+        if self.leaves_open(pipe, context):
+            return f"{self!r} chooses none on {context}: {_LEFT_OPEN}"
         chosen = self.choose(pipe, context)
         dtype = str(_dtype(pipe, context)).removeprefix("torch.")
         mask = why_no_idle_mask(pipe, context)
@@ -225,9 +237,21 @@ class SetAttention(Transform):
         falls = "" if BACKENDS[name].takes_mask else "padded batches run on 'native', as this kernel takes no mask"
         return "; ".join(part for part in (chosen, falls) if part)
 
-    def _changes(self, pipe: Pipeline, name: str) -> tuple[str, ...]:
-        wanted = BACKENDS[name].diffusers
-        return tuple(f"transformer.{path}" for path, part in _attentions(pipe) if _name_of(part.processor) != wanted)
+    def _changes(self, pipe: Pipeline, name: str, context: Context) -> tuple[str, ...]:
+        wanted, no_name_is_theirs = BACKENDS[name].diffusers, _kernels_call_cudnn(pipe, context)
+        changes = []
+        for path, attention in _attentions(pipe):
+            is_named = getattr(attention.processor, "_attention_backend", None) is not None
+            if _name_of(attention.processor) != wanted or (no_name_is_theirs and not is_named):
+                changes.append(f"transformer.{path}")
+        return tuple(changes)
+
+
+def _kernels_call_cudnn(pipe: Pipeline, context: Context) -> bool:
+    """Return whether fused kernels call cuDNN themselves, or will, as long as no backend is chosen by name."""
+    fuse, rule = context.planned_one(FuseKernels), getattr(pipe.transformer, "_padding_rule", None)
+    planned = fuse is not None and fuse.tokens_multiple_of(pipe, context) > 1
+    return planned or (rule is not None and rule().told_by == "lengths")
 
 
 def _auto_takes(name: str, pipe: Pipeline, context: Context) -> bool:
