@@ -326,6 +326,16 @@ def test_automatic_attention_leaves_it_to_kernels_that_call_cudnn(precision: str
     assert auto.why(pipe, H200).startswith("SetAttention() takes 'cudnn' on cuda")
 
 
+def test_automatic_attention_chooses_where_another_model_has_changed_the_default() -> None:
+    pipe, auto = tiny_ernie(dtype=torch.bfloat16, layers=3), ernie_accel.SetAttention()
+    transforms = ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels("bf16")
+    with attention_backend("_native_math"):
+        assert len(auto.preview(pipe, WITH_CUDNN.after(*transforms)).changes) == 3
+    assert auto.preview(pipe, WITH_CUDNN.after(*transforms)).changes == ()
+    pipe.transformer.layers[0].self_attention.processor._attention_backend = "_native_math"
+    assert len(auto.preview(pipe, WITH_CUDNN.after(*transforms)).changes) == 3
+
+
 def test_torchs_attention_by_name_takes_the_place_of_cudnns_own(attended: Any) -> None:
     pipe, native = tiny_ernie(dtype=torch.bfloat16, layers=3), ernie_accel.SetAttention("native")
     transforms = ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels("bf16"), native

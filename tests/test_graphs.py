@@ -11,6 +11,7 @@ import torch
 import ernie_accel
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import ernie_image_blocks, ernie_image_kernels
+from ernie_accel.kernels import ops
 from ernie_accel.transforms.graphs import GraphedForward
 from tests.pipelines import picture, tiny_ernie, tiny_flux
 
@@ -90,6 +91,37 @@ def test_a_length_that_needs_no_padding_shares_the_graph_of_those_that_do() -> N
             expected = tiny_ernie().transformer(*step, torch.tensor([length])).sample
             assert all((each - expected).norm() < 1e-5 * expected.norm() for each in got)
     assert recorder.captures == 1
+
+
+def test_the_first_step_plans_what_the_capture_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is padded, so outside of a graph attention would get no lengths; a plan cannot be made in a capture."""
+    told, attention = [], ops.attention
+
+    def noting(*arguments: Any) -> Any:
+        told.append(arguments[-1] is not None)
+        return attention(*arguments)
+
+    monkeypatch.setattr(ops, "attention", noting)
+    pipe = ernie_accel.optimize(tiny_ernie(), ernie_accel.RewriteBlocks())
+    ernie_image_kernels.install(pipe.transformer, Undo(), "bf16")
+    step = torch.randn(1, 16, 4, 4), torch.full((1,), 500.0), torch.randn(1, 48, 64), torch.tensor([48])
+    with torch.no_grad():
+        pipe.transformer(*step)
+        assert not any(told)
+        told.clear()
+        pipe.transformer.forward = GraphedForward(pipe.transformer, ernie_image_blocks, 64, 2, Recorder())
+        pipe.transformer(*step)
+        assert told and all(told)
+
+
+def test_a_first_step_that_fails_is_not_taken_for_done(graphed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, recorder = graphed
+    with monkeypatch.context() as patched:
+        patched.setattr(pipe.transformer.layers[-1], "forward", None)
+        with pytest.raises(TypeError):
+            picture(pipe, steps=4)
+    picture(pipe, steps=4)
+    assert (recorder.captures, recorder.replays) == (1, 3)
 
 
 def test_the_graph_that_was_not_used_for_longest_goes() -> None:

@@ -127,10 +127,10 @@ def test_what_could_not_be_compiled_is_measured_eager_and_says_why(monkeypatch):
     assert transformer[0]._compiled_call_impl is None
 
 
-LADDERS, OTHERS = ("ladder_presets", "ladder_bf16", "ladder_by_lengths"), ("parts", "peers", "peers_int8")
+LADDERS = ("ladder_presets", "ladder_bf16", "ladder_by_lengths")
 
 
-@pytest.mark.parametrize("name", [*LADDERS, *OTHERS, "sweep_bf16", "sweep_fp8"])
+@pytest.mark.parametrize("name", [*LADDERS, "parts", "peers", "peers_int8", "sweep_bf16", "sweep_fp8"])
 def test_the_pages_of_saved_results_are_what_their_figures_say(monkeypatch, name):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from ladder_tables import text_of

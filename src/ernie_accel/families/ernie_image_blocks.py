@@ -321,7 +321,7 @@ def _grid(transformer: Any, hidden_states: Tensor) -> tuple[int, int]:
 
 
 def _pad(
-    transformer: Any, text_bth: Tensor, text_lens: Tensor, image_tokens: int, *, shared: bool = False
+    transformer: Any, text_bth: Tensor, text_lens: Tensor, image_tokens: int, *, for_graph: bool = False
 ) -> tuple[Tensor, tuple[int, ...], Literal["mask", "lengths"] | None]:
     """Return the text with as many more tokens as the transformer's rule wants, the prompt lengths, and ``told_by``.
 
@@ -332,14 +332,14 @@ def _pad(
         text_bth: Text of each prompt.
         text_lens: Tokens of each prompt [B].
         image_tokens: Of one picture.
-        shared: Where blocks go by lengths, tell them though nothing be padded: other batches will be told.
+        for_graph: Where blocks go by lengths, tell them though nothing be padded: so the graph serves others, too.
     """
     rule: PaddingRule = transformer._padding_rule()
     lengths, more = prompt_lengths(text_lens), -(image_tokens + text_bth.shape[1]) % rule.multiple_of
     if more:
         text_bth = F.pad(text_bth, (0, 0, 0, more))
     is_padded = any(length != text_bth.shape[1] for length in lengths)
-    is_told = is_padded or rule.always_told or (shared and rule.told_by == "lengths")
+    is_told = is_padded or rule.always_told or (for_graph and rule.told_by == "lengths")
     return text_bth, lengths, rule.told_by if is_told else None
 
 
@@ -368,7 +368,7 @@ def prepare(transformer: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, Pos
     grid = _grid(transformer, hidden_states)
     image_tokens = grid[0] * grid[1]
     text_bth, lengths, told_by = _pad(
-        transformer, arguments["text_bth"], arguments["text_lens"], image_tokens, shared=True
+        transformer, arguments["text_bth"], arguments["text_lens"], image_tokens, for_graph=True
     )
     like = hidden_states.new_empty(0, dtype=torch.promote_types(hidden_states.dtype, text_bth.dtype))
     at = transformer._positions.get(transformer.pos_embed, lengths, text_bth.shape[1], grid, like, told_by=told_by)

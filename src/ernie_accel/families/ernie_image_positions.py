@@ -18,7 +18,7 @@ class PaddingRule(NamedTuple):
 
     Attributes:
         multiple_of: The number of tokens is made a multiple of this.
-        told_by: "mask", or "lengths" if all blocks go by these.
+        told_by: "mask", which comes with the lengths, or "lengths" alone if all blocks go by these.
         always_told: Blocks get lengths even where nothing is padded, so that such a batch looks like others.
     """
 

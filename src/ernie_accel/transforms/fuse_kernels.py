@@ -156,9 +156,11 @@ class FuseKernels(Transform):
         return "fp8" if self.attention != "bf16" and self.precision == "fp8" else "bf16"
 
     def tokens_multiple_of(self, pipe: Pipeline, context: Context) -> int:
-        """Return what the transformer's tokens are made a multiple of while no attention backend is chosen."""
-        by_lengths = self.runs_on_kernels(pipe, context) and self._attention(context) is not None
-        return int(_kernels(pipe).TOKENS_MULTIPLE_OF) if by_lengths else 1
+        """Return what the transformer's tokens are made a multiple of, as attention backends are chosen now."""
+        pads = self.runs_on_kernels(pipe, context) and self._attention(context) is not None
+        if not pads or not _kernels(pipe).is_left_open(pipe.transformer):
+            return 1
+        return int(_kernels(pipe).TOKENS_MULTIPLE_OF)
 
     def _attention_note(self, context: Context) -> str:
         attention = self._attention(context)
@@ -187,6 +189,14 @@ def _why_no_cudnn(context: Context) -> list[str]:
     old = (context.capability or (0, 0)) < _CUDNN_CAPABILITY
     reasons = ["cuDNN's own attention needs CUDA compute capability >= 9.0"] if old else []
     return reasons + context.missing("cudnn")
+
+
+def calls_cudnn(pipe: Pipeline, context: Context) -> bool:
+    """Return whether all blocks call cuDNN's attention themselves, or will once a planned `FuseKernels` is applied."""
+    fuse, family = context.planned_one(FuseKernels), family_of(pipe)
+    if fuse is not None:
+        return fuse.tokens_multiple_of(pipe, context) > 1
+    return family is not None and family.kernels is not None and bool(_kernels(pipe).calls_cudnn(pipe.transformer))
 
 
 def _kernels(pipe: Pipeline) -> Any:

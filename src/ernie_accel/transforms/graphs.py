@@ -27,7 +27,7 @@ Record = Callable[[Callable[..., Any], Mapping[str, Any]], tuple[Callable[[], No
 class CaptureGraphs(Transform):
     """Capture the transformer's forward into a CUDA graph for each shape of its inputs, and replay it.
 
-    The first step of a new shape runs as usual, the second is captured, the others are replays: of a picture of eight
+    The first step of a new shape runs uncaptured, the second is captured, the others are replays: of a picture of eight
     steps, six need no launches. Pictures above about 700 x 700 pixels keep the GPU busy anyway and run as before, and
     so does what runs under autocast. Image size and prompt length make a shape; where `FuseKernels` pads tokens, 64
     prompt lengths make one. Only the last few are kept. Moving or replacing weights is noticed with the next picture.
@@ -139,8 +139,10 @@ class GraphedForward:
             graph = None
         if graph is None:
             if key not in self._graphs:
+                # On what the capture will get, so that all that is compiled or planned for that is there.
+                output = self._forward(**arguments | {self._blocks.PICTURE_INPUT: text, "at": at})
                 self._remember(key, None)
-                return self._forward(**arguments | {self._blocks.PICTURE_INPUT: text, "at": at})
+                return output
             graph = self._capture(arguments, steps, text, at)
             self._remember(key, graph)
         self._graphs.move_to_end(key)

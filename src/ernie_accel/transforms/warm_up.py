@@ -121,9 +121,9 @@ class Warmup(Transform):
         graphs = context.planned_one(CaptureGraphs)
         if graphs is None or not graphs.compiles_on_first_call(pipe, context):
             return []
-        fuse, chosen = context.planned_one(FuseKernels), context.planned_one(SetAttention)
-        pads = fuse is not None and (chosen is None or chosen.leaves_open(pipe, context))
-        multiple = fuse.tokens_multiple_of(pipe, context) if fuse and pads else 1
+        fuse, attention = context.planned_one(FuseKernels), context.planned_one(SetAttention)
+        is_named = attention is not None and attention.choose(pipe, context) is not None
+        multiple = 1 if fuse is None or is_named else fuse.tokens_multiple_of(pipe, context)
         captured_ones = (each for each in self._combinations(pipe) if _image_tokens(each) <= graphs.max_tokens)
         captured = len({_shape(each, multiple) for each in captured_ones})
         if captured <= graphs.keep:

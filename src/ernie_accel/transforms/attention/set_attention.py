@@ -22,7 +22,7 @@ from ernie_accel.transforms.attention.elide_mask import why_no_idle_mask
 from ernie_accel.transforms.attention.fused_npu import with_prepared_masks
 from ernie_accel.transforms.attention.processors import attentions, send_through_dispatcher
 from ernie_accel.transforms.dtype import DTYPES, CastDtype
-from ernie_accel.transforms.fuse_kernels import FuseKernels
+from ernie_accel.transforms.fuse_kernels import calls_cudnn
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -123,6 +123,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
 #: What "auto" tries, best first. Sage loses bits, so it has to be asked for.
 PREFERRED = ("npu", "flash3", "cudnn", "flash2", "flash", "native")
 
+#: Why "auto" chooses none.
 _LEFT_OPEN = "the fused kernels call cuDNN themselves, with the lengths of prompts in place of a mask"
 
 
@@ -140,7 +141,8 @@ class SetAttention(Transform):
     Attributes:
         backend: A key of `BACKENDS`: "native", "cudnn", "flash", "efficient", "math" (all in torch), "flash2",
             "flash3", "sage", "xformers", "npu" (packages). "auto" takes the first of `PREFERRED` that runs; see `why`.
-            It chooses none where `FuseKernels` calls cuDNN itself, which a name would put a stop to in bfloat16.
+            It chooses none where `FuseKernels` calls cuDNN itself: a name puts a stop to that in blocks whose attention
+            is in bfloat16, and to the padding by which prompt lengths share plans and graphs in all.
     """
 
     phase: ClassVar[Phase] = Phase.ATTENTION
@@ -169,11 +171,11 @@ class SetAttention(Transform):
         return [] if self.backend == "auto" else reasons_against(self.backend, pipe, context)
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
-        if self.leaves_open(pipe, context):
-            return Preview((), note=_LEFT_OPEN)
         name = self.choose(pipe, context)
-        changes = self._changes(pipe, name, context)
-        return Preview(changes, note=self._note(pipe, context) if changes else f"attention runs on {name!r} already")
+        if name is None:
+            return Preview((), note=_LEFT_OPEN)
+        changes = _changes(pipe, name, context)
+        return Preview(changes, note=self._note(name) if changes else f"attention runs on {name!r} already")
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         from diffusers.models.attention_dispatch import (
@@ -182,9 +184,11 @@ class SetAttention(Transform):
         )
 
         name = self.choose(pipe, context)
+        if name is None:
+            return Applied((), undo=Undo(), note=_LEFT_OPEN)
         backend = AttentionBackendName(BACKENDS[name].diffusers)
         _check_attention_backend_requirements(backend)
-        changes, note = self._changes(pipe, name, context), self._note(pipe, context)
+        changes = _changes(pipe, name, context)
         with Undo() as undo:
             send_through_dispatcher(pipe.transformer, undo)
             for _, attention in _attentions(pipe):
@@ -196,16 +200,14 @@ class SetAttention(Transform):
                     undo.setattr(attention.processor, "_attention_backend", backend)
                 else:
                     undo.setattr(attention, "processor", _by_mask(attention.processor, backend))
-        return Applied(changes, undo=undo, note=note)
+        return Applied(changes, undo=undo, note=self._note(name))
 
-    def leaves_open(self, pipe: Pipeline, context: Context) -> bool:
-        """Return whether this is "auto" and chooses no backend, because fused kernels call cuDNN themselves."""
-        return self.backend == "auto" and _kernels_call_cudnn(pipe, context)
-
-    def choose(self, pipe: Pipeline, context: Context) -> str:
-        """Return the name of the backend this stands for on a machine."""
+    def choose(self, pipe: Pipeline, context: Context) -> str | None:
+        """Return the name of the backend that this stands for on a machine; None if "auto" chooses none."""
         if self.backend != "auto":
             return self.backend
+        if calls_cudnn(pipe, context):
+            return None
         return next((name for name in PREFERRED if _auto_takes(name, pipe, context)), "native")
 
     def why(self, pipe: Pipeline, context: Context | None = None) -> str:
@@ -216,9 +218,9 @@ class SetAttention(Transform):
             context: The machine; default this one.
         """
         context = context or Context.detect(pipe)
-        if self.leaves_open(pipe, context):
-            return f"{self!r} chooses none on {context}: {_LEFT_OPEN}"
         chosen = self.choose(pipe, context)
+        if chosen is None:
+            return f"{self!r} chooses none on {context}: {_LEFT_OPEN}"
         dtype = str(_dtype(pipe, context)).removeprefix("torch.")
         mask = why_no_idle_mask(pipe, context)
         lines = [
@@ -231,27 +233,19 @@ class SetAttention(Transform):
             lines.append(f"  {name:9} {BACKENDS[name].summary}: {verdict}")
         return "\n".join(lines)
 
-    def _note(self, pipe: Pipeline, context: Context) -> str:
-        name = self.choose(pipe, context)
+    def _note(self, name: str) -> str:
         chosen = f"auto takes {name!r} ({BACKENDS[name].summary})" if self.backend == "auto" else ""
         falls = "" if BACKENDS[name].takes_mask else "padded batches run on 'native', as this kernel takes no mask"
         return "; ".join(part for part in (chosen, falls) if part)
 
-    def _changes(self, pipe: Pipeline, name: str, context: Context) -> tuple[str, ...]:
-        wanted, no_name_is_theirs = BACKENDS[name].diffusers, _kernels_call_cudnn(pipe, context)
-        changes = []
-        for path, attention in _attentions(pipe):
-            is_named = getattr(attention.processor, "_attention_backend", None) is not None
-            if _name_of(attention.processor) != wanted or (no_name_is_theirs and not is_named):
-                changes.append(f"transformer.{path}")
-        return tuple(changes)
 
-
-def _kernels_call_cudnn(pipe: Pipeline, context: Context) -> bool:
-    """Return whether fused kernels call cuDNN themselves, or will, as long as no backend is chosen by name."""
-    fuse, rule = context.planned_one(FuseKernels), getattr(pipe.transformer, "_padding_rule", None)
-    planned = fuse is not None and fuse.tokens_multiple_of(pipe, context) > 1
-    return planned or (rule is not None and rule().told_by == "lengths")
+def _changes(pipe: Pipeline, name: str, context: Context) -> tuple[str, ...]:
+    wanted, unnamed_is_cudnn = BACKENDS[name].diffusers, calls_cudnn(pipe, context)
+    return tuple(
+        f"transformer.{path}"
+        for path, part in _attentions(pipe)
+        if unnamed_is_cudnn or _name_of(part.processor) != wanted
+    )
 
 
 def _auto_takes(name: str, pipe: Pipeline, context: Context) -> bool:
