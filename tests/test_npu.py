@@ -1,13 +1,21 @@
 """Ascend, on a stand-in for torch_npu that is as strict as the kernel; each in a process of its own.
 
-diffusers looks for torch_npu when it is imported, so the stand-in has to be there before.
+diffusers looks for torch_npu when it is imported, so the stand-in has to be there before. The processes are forked from
+one that has imported both, which takes longer than most of the tests.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import multiprocessing
 import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Iterator
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -34,12 +42,38 @@ def rel(image):
 """
 
 
-def run(code: str, path: tuple[Path, ...] = (STANDINS,)) -> list[str]:
-    root = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*path, root)))}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split("\n")[:-1]
+@pytest.fixture(scope="module", autouse=True)
+def forked_where_the_standin_is() -> Iterator[None]:
+    forkserver.set_forkserver_preload(["torch_npu", "loaded_ernie"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join((str(STANDINS), str(STANDINS.parents[1]))))
+        forkserver.ensure_running()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(STANDINS)  # the forked get this process's path
+        yield
+
+
+def run(code: str) -> list[str]:
+    """Return the lines that `code` prints in a process of its own."""
+    here, there = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("forkserver").Process(target=answer, args=(code, there))
+    process.start()
+    there.close()
+    printed, error = here.recv()
+    process.join()
+    assert error is None, error
+    return str(printed).split("\n")[:-1]
+
+
+def answer(code: str, to: Connection) -> None:
+    """Run `code`, and send what it prints and the traceback of what it raises, or None."""
+    printed, error = io.StringIO(), None
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(code, {})
+    except Exception:
+        error = traceback.format_exc()
+    to.send((printed.getvalue(), error))
 
 
 def test_the_kernel_refuses_a_broadcast_mask_in_its_own_words():
@@ -195,4 +229,6 @@ def test_without_ascend_drivers_nothing_imports_torch_npu():
         "ernie_accel.optimize(pipe, preset='npu-bf16', on_unsupported='skip'); picture(pipe)\n"
         "print(plan.problems, 'torch_npu' in sys.modules)"
     )
-    assert run(code, path=())[-1].endswith('on a machine with Ascend drivers",)} False')
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].endswith('on a machine with Ascend drivers",)} False')

@@ -1,0 +1,9 @@
+"""What each test on the stand-in begins with, to be imported once by the process that theirs are forked from."""
+
+import torch
+
+torch.set_num_threads(1)  # a process that has started others must not be forked
+
+from tests.pipelines import picture, tiny_ernie  # noqa: E402
+
+picture(tiny_ernie())
