@@ -2,7 +2,7 @@
 
 import torch
 
-torch.set_num_threads(1)  # a process that has started others must not be forked
+torch.set_num_threads(1)  # a process of several must not be forked
 
 from tests.pipelines import picture, tiny_ernie  # noqa: E402
 
