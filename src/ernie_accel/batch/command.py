@@ -8,7 +8,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -95,13 +95,16 @@ def _removing_empty_folders(job: Job) -> Iterator[None]:
     files = (path for path in (job.log_json, job.prometheus) if path is not None)
     folders = {job.output_dir, *(path.parent for path in files)}
     missing = {each for folder in folders for each in (folder, *folder.parents) if not os.path.lexists(each)}
-    try:
+    with ExitStack() as on_failure:
+        for folder in sorted(missing, key=lambda folder: len(folder.parts)):  # undone in reverse, the inmost first
+            on_failure.callback(_remove_if_empty, folder)
         yield
-    except BaseException:
-        for folder in sorted(missing, key=lambda folder: len(folder.parts), reverse=True):
-            with suppress(OSError):  # it is not empty, or was not made
-                folder.rmdir()
-        raise
+        on_failure.pop_all()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # it is not empty, or was not made
+        folder.rmdir()
 
 
 def _run_job(job: Job) -> int:

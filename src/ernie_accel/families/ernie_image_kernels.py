@@ -108,7 +108,7 @@ def is_left_open(transformer: Any) -> bool:
 
 def calls_cudnn(transformer: Any) -> bool:
     """Return whether all blocks call cuDNN's attention themselves now."""
-    return all(getattr(layer, "goes_by_lengths", False) for layer in transformer.layers)
+    return _padding_rule(tuple(transformer.layers)).told_by == "lengths"
 
 
 def _is_unnamed(attention: Any) -> bool:
