@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from types import MethodType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
@@ -36,6 +36,7 @@ from ernie_accel.families.ernie_image_positions import (
     PaddingRule,
     Position,
     Positions,
+    Rows,
     prompt_lengths,
     remembering_lengths,
 )
@@ -291,12 +292,12 @@ def forward(
     patch, grid = self.patch_size, _grid(self, hidden_states)
     image_tokens = grid[0] * grid[1]
     if at is None:
-        text_bth, lengths, told_by = _pad(self, text_bth, text_lens, image_tokens)
+        text_bth, rows = _pad(self, text_bth, text_lens, grid)
     if self.text_proj is not None and text_bth.numel() > 0:
         text_bth = self.text_proj(text_bth)
     x_bsh = torch.cat([self.x_embedder(hidden_states), text_bth], 1)
     if at is None:
-        at = self._positions.get(self.pos_embed, lengths, text_bth.shape[1], grid, x_bsh, told_by=told_by)
+        at = self._positions.get(self.pos_embed, rows, x_bsh)
 
     time_bh = self.time_embedding(self.time_proj(timestep).to(hidden_states.dtype))
     parts = [part.float().unsqueeze(1) for part in self.adaLN_modulation(time_bh).chunk(6, -1)]
@@ -321,9 +322,9 @@ def _grid(transformer: Any, hidden_states: Tensor) -> tuple[int, int]:
 
 
 def _pad(
-    transformer: Any, text_bth: Tensor, text_lens: Tensor, image_tokens: int, *, for_graph: bool = False
-) -> tuple[Tensor, tuple[int, ...], Literal["mask", "lengths"] | None]:
-    """Return the text with as many more tokens as the transformer's rule wants, the prompt lengths, and ``told_by``.
+    transformer: Any, text_bth: Tensor, text_lens: Tensor, grid: tuple[int, int], *, for_graph: bool = False
+) -> tuple[Tensor, Rows]:
+    """Return the text with as many more tokens as the transformer's rule wants, and what the rows are then made of.
 
     What the tokens are that are added, no other token sees.
 
@@ -331,16 +332,16 @@ def _pad(
         transformer: Has the rule.
         text_bth: Text of each prompt.
         text_lens: Tokens of each prompt [B].
-        image_tokens: Of one picture.
+        grid: Height and width of the image in tokens.
         for_graph: Where blocks go by lengths, tell them though nothing be padded: so the graph serves others, too.
     """
     rule: PaddingRule = transformer._padding_rule()
-    lengths, more = prompt_lengths(text_lens), -(image_tokens + text_bth.shape[1]) % rule.multiple_of
+    lengths, more = prompt_lengths(text_lens), -(grid[0] * grid[1] + text_bth.shape[1]) % rule.multiple_of
     if more:
         text_bth = F.pad(text_bth, (0, 0, 0, more))
     is_padded = any(length != text_bth.shape[1] for length in lengths)
     is_told = is_padded or rule.always_told or (for_graph and rule.told_by == "lengths")
-    return text_bth, lengths, rule.told_by if is_told else None
+    return text_bth, Rows(grid, lengths, text_bth.shape[1], rule.told_by if is_told else None)
 
 
 # What `CaptureGraphs` asks of a rewritten family.
@@ -366,12 +367,9 @@ def prepare(transformer: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, Pos
     """Return text and positions for `forward`: all that depends on how long each prompt is, and is no shape."""
     hidden_states = arguments["hidden_states"]
     grid = _grid(transformer, hidden_states)
-    image_tokens = grid[0] * grid[1]
-    text_bth, lengths, told_by = _pad(
-        transformer, arguments["text_bth"], arguments["text_lens"], image_tokens, for_graph=True
-    )
+    text_bth, rows = _pad(transformer, arguments["text_bth"], arguments["text_lens"], grid, for_graph=True)
     like = hidden_states.new_empty(0, dtype=torch.promote_types(hidden_states.dtype, text_bth.dtype))
-    at = transformer._positions.get(transformer.pos_embed, lengths, text_bth.shape[1], grid, like, told_by=told_by)
+    at = transformer._positions.get(transformer.pos_embed, rows, like)
     return text_bth, at
 
 

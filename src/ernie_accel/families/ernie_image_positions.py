@@ -27,6 +27,22 @@ class PaddingRule(NamedTuple):
     always_told: bool = False
 
 
+class Rows(NamedTuple):
+    """What the rows of a batch are made of: an image, a prompt, padding.
+
+    Attributes:
+        grid: Height and width of the image in tokens.
+        lengths: Tokens of each prompt.
+        tokens: Tokens that each prompt is padded to.
+        told_by: What blocks know padding by; None only if nothing is padded.
+    """
+
+    grid: tuple[int, int]
+    lengths: tuple[int, ...]
+    tokens: int
+    told_by: Literal["mask", "lengths"] | None
+
+
 @dataclass(frozen=True)
 class Position:
     """What depends on where tokens are: the last of each row are padding.
@@ -61,55 +77,36 @@ class Positions:
         self._keep = keep
         self._known: OrderedDict[tuple[Any, ...], Position] = OrderedDict()
 
-    def get(
-        self,
-        pos_embed: Callable[[Tensor], Tensor],
-        lengths: tuple[int, ...],
-        tokens: int,
-        grid: tuple[int, int],
-        like: Tensor,
-        *,
-        told_by: Literal["mask", "lengths"] | None,
-    ) -> Position:
+    def get(self, pos_embed: Callable[[Tensor], Tensor], rows: Rows, like: Tensor) -> Position:
         """Return the position tables, in the dtype and on the device of `like`.
 
         Args:
             pos_embed: Token positions [B, S, 3] -> angles [B, S, 1, D]; the model's own.
-            lengths: Tokens of each prompt.
-            tokens: Tokens that each prompt is padded to.
-            grid: Height and width of the image in tokens.
+            rows: The rows of the batch.
             like: Any tensor of the right dtype and device.
-            told_by: What blocks know padding by; None only if nothing is padded.
         """
-        key = (lengths, tokens, grid, like.device, like.dtype, told_by)
+        key = (rows, like.device, like.dtype)
         if key not in self._known:
-            self._known[key] = _position(pos_embed, lengths, tokens, grid, like, told_by)
+            self._known[key] = _position(pos_embed, rows, like)
             if len(self._known) > self._keep:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
         return self._known[key]
 
 
-def _position(
-    pos_embed: Callable[[Tensor], Tensor],
-    lengths: tuple[int, ...],
-    tokens: int,
-    grid: tuple[int, int],
-    like: Tensor,
-    told_by: Literal["mask", "lengths"] | None,
-) -> Position:
-    (height, width), batch, device = grid, len(lengths), like.device
-    lengths_b = torch.tensor(lengths, device=device)
-    text_ids = F.pad(torch.arange(tokens, device=device, dtype=torch.float32)[:, None], (0, 2)).expand(batch, -1, -1)
-    rows, columns = (torch.arange(size, device=device, dtype=torch.float32) for size in grid)
-    grid_ids = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).view(1, height * width, 2)
+def _position(pos_embed: Callable[[Tensor], Tensor], rows: Rows, like: Tensor) -> Position:
+    (height, width), batch, device = rows.grid, len(rows.lengths), like.device
+    lengths_b, text = torch.tensor(rows.lengths, device=device), torch.arange(rows.tokens, device=device)
+    text_ids = F.pad(text.float()[:, None], (0, 2)).expand(batch, -1, -1)
+    down, across = (torch.arange(size, device=device, dtype=torch.float32) for size in rows.grid)
+    grid_ids = torch.stack(torch.meshgrid(down, across, indexing="ij"), -1).view(1, height * width, 2)
     offset = lengths_b.float().view(batch, 1, 1).expand(-1, height * width, -1)
     image_ids = torch.cat([offset, grid_ids.expand(batch, -1, -1)], -1)
     angles = pos_embed(torch.cat([image_ids, text_ids], 1))
     real_b, mask = (height * width + lengths_b).int(), None
-    if told_by == "mask":
-        mask = (torch.arange(height * width + tokens, device=device) < real_b[:, None])[:, None, None]
-    return Position(angles.cos().to(like.dtype), angles.sin().to(like.dtype), real_b if told_by else None, mask)
+    if rows.told_by == "mask":
+        mask = (torch.arange(height * width + rows.tokens, device=device) < real_b[:, None])[:, None, None]
+    return Position(angles.cos().to(like.dtype), angles.sin().to(like.dtype), real_b if rows.told_by else None, mask)
 
 
 def prompt_lengths(text_lens: Tensor) -> tuple[int, ...]:
