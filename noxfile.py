@@ -14,6 +14,7 @@ TEST = (
     "scikit-image>=0.24",
     "peft>=0.17",
     "prometheus-client>=0.20",
+    "hypothesis>=6.100",
     "triton>=3; sys_platform == 'linux'",
 )
 
@@ -25,6 +26,15 @@ def tests(session: nox.Session) -> None:
     # A process for each core, of one thread each: the models are too small for more.
     spread = ("--numprocesses=auto", "--maxprocesses=8", "--dist=loadfile")
     session.run("python", "-m", "pytest", "tests", *spread, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def attack(session: nox.Session) -> None:
+    """Attack the library at length: fuzzed inputs, kills, interrupts, hostile folders, faulty servers (20 minutes)."""
+    session.install(".[all]", *TEST)
+    spread = ("--numprocesses=auto", "--maxprocesses=8", "--dist=loadfile")
+    env = {"OMP_NUM_THREADS": "1", "ERNIE_ACCEL_ATTACK": "full"}
+    session.run("python", "-m", "pytest", "tests/attack", *spread, *session.posargs, env=env)
 
 
 @nox.session
