@@ -197,6 +197,39 @@ def test_a_deep_copy_works_and_knows_that_the_undo_is_not_its_own(ernie):
     assert not ernie.scheduler.config.stochastic_sampling
 
 
+def test_a_copy_that_is_optimized_further_leaves_the_original_alone(ernie):
+    ernie_accel.optimize(ernie, SwapScheduler("lcm"))
+    twin = copy.deepcopy(ernie)
+    ernie_accel.optimize(twin, SwapScheduler("lcm"), CallDefaults("turbo"))
+    with pytest.raises(ernie_accel.RestoreError, match="this pipe is a copy"):
+        ernie_accel.restore(twin)
+    assert ernie.scheduler.config.stochastic_sampling
+    assert "would have to be undone first: this pipe is a copy" in str(ernie_accel.plan(twin, SliceVae()))
+
+
+def test_an_interrupted_cast_that_keeps_no_originals_is_reported_and_finished_by_asking_again(ernie, monkeypatch):
+    cast = CastDtype("bf16", keep_originals=False)
+    equal, calls = torch.equal, []
+
+    def equal_until_ctrl_c(*tensors):
+        calls.append(1)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+        return equal(*tensors)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "equal", equal_until_ctrl_c)
+        ernie_accel.optimize(ernie, SliceVae(), cast)
+    (entry,) = ernie_accel.report(ernie).entries
+    assert entry.status == "interrupted"
+    assert "interrupted half-way, and keep_originals=False" in str(ernie_accel.report(ernie))
+    with pytest.raises(ernie_accel.RestoreError, match="interrupted half-way"):
+        ernie_accel.restore(ernie)
+    ernie_accel.optimize(ernie, SliceVae(), cast)
+    assert applied(ernie) == [repr(cast), "SliceVae()"]
+    assert {weight.dtype for weight in ernie.transformer.parameters()} == {torch.bfloat16}
+
+
 def test_a_wish_for_nothing_restores(ernie):
     before = snapshot(ernie)
     ernie_accel.optimize(ernie, CastDtype("bf16"))

@@ -22,26 +22,31 @@ class Carried:
 
     def __reduce__(self) -> tuple[type[Carried], tuple[Report, int]]:
         """Pickle the report without the way back, which is made of live objects."""
-        return Carried, (replace(self.report, entries=tuple(map(_without_undo, self.report.entries))), 0)
+        return Carried, (_without_undo(self.report, "this pipe came out of a pickle, and its undo stayed behind"), 0)
 
 
-def _without_undo(entry: Entry) -> Entry:
-    if entry.applied is None or entry.applied.undo is None:
-        return entry
-    stayed = "this pipe came out of a pickle, and its undo stayed behind"
-    return replace(entry, applied=replace(entry.applied, undo=None, no_undo=stayed))
+def _without_undo(report: Report, reason: str) -> Report:
+    """Return `report` as one whose entries cannot be undone, because of `reason`."""
+    entries = tuple(
+        entry
+        if entry.applied is None or entry.applied.undo is None
+        else replace(entry, applied=replace(entry.applied, undo=None, no_undo=reason))
+        for entry in report.entries
+    )
+    return replace(report, entries=entries)
 
 
 def carried_report(pipe: Pipeline) -> Report | None:
-    """Return the report that `pipe` carries, or None if it was never optimized."""
-    carried = vars(pipe).get(_ATTRIBUTE)
-    return carried.report if isinstance(carried, Carried) else None
+    """Return the report that `pipe` carries, or None if it was never optimized.
 
-
-def is_copy(pipe: Pipeline) -> bool:
-    """Return whether the report that `pipe` carries is that of the pipe it was copied from."""
+    The way back of a pipe that was copied leads to the original, so a copy's report has none.
+    """
     carried = vars(pipe).get(_ATTRIBUTE)
-    return isinstance(carried, Carried) and carried.pipe_id != id(pipe)
+    if not isinstance(carried, Carried):
+        return None
+    if carried.pipe_id == id(pipe):
+        return carried.report
+    return _without_undo(carried.report, "this pipe is a copy; restore the pipe it was copied from")
 
 
 def carry(pipe: Pipeline, report: Report) -> None:

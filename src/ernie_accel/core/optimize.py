@@ -6,7 +6,10 @@
     restore   undo in reverse order
 
 A pipe that was optimized carries its report, with the receipts in it, in one attribute. Asking again states the
-whole wish anew: what both wishes begin with stays, the rest of the old one is undone, the rest of the new applied.
+whole request anew: what both requests begin with stays, the rest of the old one is undone, the rest of the new applied.
+
+Whatever interrupts (Ctrl-C at any line), either the pipe is as it was, or its report lists all that is applied, in part
+too, and `restore` gives the original back: a change is made only after its way back stands in the report.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from typing import Literal
 
 import torch
 
-from ernie_accel.core.carried import carried_report, carry, drop, is_copy
+from ernie_accel.core.carried import carried_report, carry, drop
 from ernie_accel.core.components import Pipeline, pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ApplyError, RestoreError, UnknownNameError, UnsupportedError
@@ -27,7 +30,8 @@ from ernie_accel.core.plan import check_pipeline, compose, keep_entries, machine
 from ernie_accel.core.preset import Preset, find_preset
 from ernie_accel.core.report import Entry, Report
 from ernie_accel.core.step import Step
-from ernie_accel.core.transform import Phase, Transform
+from ernie_accel.core.transform import Applied, Phase, Preview, Transform
+from ernie_accel.core.undo import Undo, recorded
 from ernie_accel.families import family_of
 
 
@@ -41,8 +45,8 @@ def optimize(
     """Make a pipeline faster or leaner in place, and return it.
 
     Everything is checked before anything is changed. Optimizing again with the same arguments changes nothing; with
-    others, what no longer belongs is undone first, and put back if the new wish is refused. What you change by hand on
-    an optimized pipe (fusing a LoRA, replacing a component) is not noticed: restore it first.
+    others, what no longer belongs is undone first, and put back if the new request is refused. What you change by hand
+    on an optimized pipe (fusing a LoRA, replacing a component) is not noticed: restore it first.
 
     Args:
         pipe: A diffusers pipeline.
@@ -70,22 +74,26 @@ def optimize(
     machine = context or machine_for(pipe, wanted)
 
     old = report(pipe)
-    kept, removed = keep_entries(pipe, old, wanted, machine)
-    _rewind(pipe, old, keep=len(kept))
+    old = replace(old, entries=tuple(map(_settled, old.entries)))
+    kept, resumed, removed = keep_entries(pipe, old, wanted, machine)
+    _check_can_rewind(removed)
     now = machine.after(*(entry.step.transform for entry in kept if not entry.step.reasons))
     try:
+        _rewind(pipe, replace(old, entries=kept + removed), keep=len(kept))
         the_plan = plan_steps(pipe, wanted, named, machine, kept)
         if the_plan.blockers or (the_plan.problems and on_unsupported == "error"):
             raise UnsupportedError(the_plan)
-        added = _apply(pipe, the_plan.steps[len(kept) :], now)
-    except BaseException as error:  # Ctrl-C too: a wish that failed leaves the pipe as the one before it made it
-        left = error.left if isinstance(error, ApplyError) else ()
-        _put_back(pipe, replace(old, entries=kept + left), () if left else removed, now)
+        new = Report(title_of(wanted, named), type(pipe).__name__, machine, kept)
+        _apply(pipe, new, the_plan.steps[len(kept) :], now)
+        if not wanted:
+            drop(pipe)
+    except BaseException:  # Ctrl-C too: a request that failed leaves the pipe as the one before it made it
+        left = _rewind(pipe, report(pipe), keep=len(kept))
+        if left:
+            carry(pipe, replace(old, entries=kept + left))
+        else:
+            _put_back(pipe, replace(old, entries=kept + resumed), removed, now)
         raise
-    if wanted:
-        carry(pipe, Report(title_of(wanted, named), type(pipe).__name__, machine, kept + added))
-    else:
-        drop(pipe)
     return pipe
 
 
@@ -98,10 +106,14 @@ def report(pipe: Pipeline) -> Report:
 def restore(pipe: Pipeline) -> Pipeline:
     """Undo in place everything `optimize` did, the last thing first, and return the pipe.
 
+    If it is interrupted, the report lists what is still to be undone, and calling it again finishes the work.
+
     Raises:
         RestoreError: A transform has no undo; nothing was undone.
     """
-    _rewind(pipe, report(pipe), keep=0)
+    carried = report(pipe)
+    _check_can_rewind(carried.entries)
+    _rewind(pipe, carried, keep=0)
     drop(pipe)
     return pipe
 
@@ -115,75 +127,127 @@ def suspended(pipe: Pipeline, after: Phase) -> Iterator[None]:
     """
     old = report(pipe)
     stays = tuple(entry for entry in old.entries if entry.step.transform.phase <= after)
-    _rewind(pipe, old, keep=len(stays))
+    away = old.entries[len(stays) :]
+    _check_can_rewind(away)
+    now = old.context.after(*(entry.step.transform for entry in stays if not entry.step.reasons))
     try:
+        _rewind(pipe, old, keep=len(stays))
         yield
     finally:
-        now = old.context.after(*(entry.step.transform for entry in stays if not entry.step.reasons))
-        _put_back(pipe, replace(old, entries=stays), old.entries[len(stays) :], now)
+        _rewind(pipe, report(pipe), keep=len(stays))  # finishes the first one, if that was interrupted
+        _put_back(pipe, replace(old, entries=stays), away, now)
 
 
-def _apply(pipe: Pipeline, steps: Iterable[Step], context: Context) -> tuple[Entry, ...]:
-    """Apply `steps` in order, or none of them.
+def _apply(pipe: Pipeline, base: Report, steps: Iterable[Step], context: Context) -> None:
+    """Apply `steps` in order on a pipe to which `base` was applied, or none of them.
+
+    At every moment the pipe carries a report with the way back of all that may have been changed.
 
     Raises:
         ApplyError: One failed. Those before it are undone, down to the last one that has no undo.
     """
-    done: list[Entry] = []
-    for step in steps:
-        if step.verdict != "apply":
-            done.append(Entry(step, None))
-            continue
-        before, start = pipe_bytes(pipe), time.perf_counter()
-        try:
-            preview = step.transform.preview(pipe, context)  # again: a step before may have done this one's work
-            if not preview.changes:
-                done.append(Entry(replace(step, preview=preview), None))
-                continue
-            with torch.inference_mode(False):  # weights made inside would refuse gradients for ever
-                applied = step.transform.apply(pipe, context)
-            if not applied.changed:
-                raise RuntimeError("it changed nothing, although its preview said it would")
-        except BaseException as error:
-            so_far = Report("applied before the failure", type(pipe).__name__, context, tuple(done))
-            while done and (done[-1].applied is None or done[-1].applied.undo is not None):
-                _undo(done.pop())
-            if not isinstance(error, Exception):
-                raise
-            raise ApplyError(step.transform, f"{type(error).__name__}: {error}", so_far, tuple(done)) from error
-        seconds = time.perf_counter() - start
-        applied = replace(applied, seconds=seconds, bytes_before=before, bytes_after=pipe_bytes(pipe))
-        done.append(Entry(replace(step, preview=preview), applied))
-        context = context.after(step.transform)
-    return tuple(done)
+    current: Step | None = None
+    try:
+        done: tuple[Entry, ...] = ()
+        carry(pipe, base)
+        for step in steps:
+            current = step
+            entry = _apply_step(pipe, replace(base, entries=base.entries + done), step, context)
+            done = (*done, entry)
+            carry(pipe, replace(base, entries=base.entries + done))
+            if entry.applied is not None:
+                context = context.after(step.transform)
+    except BaseException as error:
+        left = _rewind(pipe, report(pipe), keep=len(base.entries))
+        if current is None or not isinstance(error, Exception):
+            raise
+        so_far = Report("applied before the failure", type(pipe).__name__, context, done)
+        raise ApplyError(current.transform, f"{type(error).__name__}: {error}", so_far, left) from error
 
 
-def _rewind(pipe: Pipeline, carried: Report, keep: int) -> None:
-    """Undo all but the first `keep` entries, the last one first; the report that the pipe carries stays true.
+def _apply_step(pipe: Pipeline, so_far: Report, step: Step, context: Context) -> Entry:
+    """Apply one step; while it is under way the pipe carries an entry that undoes what there is of it."""
+    if step.verdict != "apply":
+        return Entry(step, None)
+    preview = step.transform.preview(pipe, context)  # again: a step before may have done this one's work
+    if not preview.changes:
+        return Entry(replace(step, preview=preview), None)
+    under_way = UnderWay()
+    carry(pipe, replace(so_far, entries=(*so_far.entries, under_way.entry(step, preview))))
+    before, start = pipe_bytes(pipe), time.perf_counter()
+    with torch.inference_mode(False):  # weights made inside would refuse gradients for ever
+        applied = recorded(under_way.journal, lambda: step.transform.apply(pipe, context))
+    if not applied.changed:
+        raise RuntimeError("it changed nothing, although its preview said it would")
+    seconds = time.perf_counter() - start
+    applied = replace(applied, seconds=seconds, bytes_before=before, bytes_after=pipe_bytes(pipe))
+    return Entry(replace(step, preview=preview), applied)
+
+
+class UnderWay:
+    """The way back of a transform that has not returned its receipt yet: all the `Undo`s it has made so far."""
+
+    def __init__(self) -> None:
+        self.journal: list[Undo] = []
+
+    def entry(self, step: Step, preview: Preview) -> Entry:
+        """Return what the pipe's report says of the transform meanwhile."""
+        return Entry(replace(step, preview=preview), Applied(preview.changes, undo=self, unfinished=True))
+
+    @property
+    def no_way_back(self) -> str | None:
+        """Why what was done so far cannot be undone; None if it can."""
+        reason = next((undo.no_way_back for undo in self.journal if undo.no_way_back is not None), None)
+        return None if reason is None else f"it was interrupted half-way, and {reason}"
+
+    def __call__(self) -> None:
+        for undo in reversed(self.journal):
+            undo()
+
+
+def _check_can_rewind(entries: Iterable[Entry]) -> None:
+    """Refuse before anything is undone.
 
     Raises:
-        RestoreError: One of them cannot be undone; none was.
+        RestoreError: One of the entries cannot be undone.
     """
-    for entry in carried.entries[keep:]:
+    for entry in map(_settled, entries):
         if entry.applied is not None and entry.applied.undo is None:
             raise RestoreError(entry.step.transform, str(entry.applied.no_undo))
-        if entry.applied is not None and is_copy(pipe):
-            raise RestoreError(entry.step.transform, "this pipe is a copy; restore the pipe it was copied from")
-    for index in reversed(range(keep, len(carried.entries))):
-        _undo(carried.entries[index])
-        carry(pipe, replace(carried, entries=carried.entries[:index]))
 
 
-def _undo(entry: Entry) -> None:
-    if entry.applied is not None and entry.applied.undo is not None:
-        with torch.inference_mode(False):
-            entry.applied.undo()
+def _settled(entry: Entry) -> Entry:
+    """Return an entry that is no longer under way: one that can be undone, or the reason why it cannot."""
+    way = entry.applied.undo if entry.applied is not None else None
+    if entry.applied is None or not isinstance(way, UnderWay) or way.no_way_back is None:
+        return entry
+    return replace(entry, applied=replace(entry.applied, undo=None, no_undo=way.no_way_back))
 
 
-def _put_back(pipe: Pipeline, carried: Report, removed: tuple[Entry, ...], context: Context) -> None:
-    """Carry `carried`, and apply again what was undone for a wish that failed, or for a while."""
-    if carried.entries or removed:
-        carry(pipe, carried)
-    if removed:
-        again = _apply(pipe, [entry.step for entry in removed], context)
-        carry(pipe, replace(carried, entries=carried.entries + again))
+def _rewind(pipe: Pipeline, carried: Report, keep: int) -> tuple[Entry, ...]:
+    """Undo all but the first `keep` entries, the last one first, as far as there is a way back.
+
+    At every moment the pipe carries the entries that are still in place, wholly or in part.
+
+    Returns:
+        The entries after the first `keep` that stay, because the last of them has no undo.
+    """
+    entries = tuple(map(_settled, carried.entries))
+    while len(entries) > keep:
+        applied = entries[-1].applied
+        if applied is not None and applied.undo is None:
+            break
+        if applied is not None and applied.undo is not None:
+            with torch.inference_mode(False):
+                applied.undo()
+        entries = entries[:-1]
+        carry(pipe, replace(carried, entries=entries))
+    return entries[keep:]
+
+
+def _put_back(pipe: Pipeline, base: Report, removed: tuple[Entry, ...], context: Context) -> None:
+    """Carry `base`, and apply again what was undone for a request that failed, or for a while."""
+    if not base.entries and not removed:
+        drop(pipe)
+        return
+    _apply(pipe, base, [entry.step for entry in removed], context)

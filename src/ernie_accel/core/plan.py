@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ernie_accel.core.carried import carried_report, is_copy
+from ernie_accel.core.carried import carried_report
 from ernie_accel.core.components import Pipeline, bare_float8, pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ConflictError, ErnieAccelError
@@ -207,9 +207,9 @@ def plan(
     named = find_preset(preset) if preset is not None else None
     machine = context or machine_for(pipe, wanted)
     carried = carried_report(pipe)
-    kept, removed = keep_entries(pipe, carried, wanted, machine) if carried else ((), ())
+    kept, _, removed = keep_entries(pipe, carried, wanted, machine) if carried else ((), (), ())
     the_plan = plan_steps(pipe, wanted, named, machine, kept)
-    stuck = tuple(_cannot_undo(pipe, removed))
+    stuck = tuple(_cannot_undo(removed))
     undoes = tuple(entry.step.transform for entry in removed if entry.applied is not None)
     return replace(the_plan, blockers=the_plan.blockers + stuck, undoes=undoes)
 
@@ -221,21 +221,29 @@ def machine_for(pipe: Pipeline, wanted: Iterable[Transform]) -> Context:
 
 def keep_entries(
     pipe: Pipeline, carried: Report, wanted: tuple[Transform, ...], machine: Context
-) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
-    """Return the entries of `carried` that `wanted` begins with too and that still hold, and the rest.
+) -> tuple[tuple[Entry, ...], tuple[Entry, ...], tuple[Entry, ...]]:
+    """Divide the entries of `carried` by what becomes of them when `wanted` is asked for.
 
     What was skipped holds while it is still unsupported; what had nothing to do, on the same machine.
+
+    Returns:
+        Those that `wanted` begins with too and that still hold; one that was interrupted and is asked for again, which
+        then does the rest of its work; and those to be undone.
     """
     same, now = 0, machine
     for entry, transform in zip(carried.entries, wanted, strict=False):
         skipped = entry.status == "skipped"
         if entry.step.transform != transform or (skipped and not transform.unsupported(pipe, now)):
             break
+        if entry.applied is not None and entry.applied.unfinished and entry.applied.undo is not None:
+            break
+        if entry.applied is not None and entry.applied.unfinished:
+            return carried.entries[:same], (entry,), carried.entries[same + 1 :]
         if entry.status == "nothing to do" and carried.context != machine:
             break
         same += 1
         now = now if skipped else now.after(transform)
-    return carried.entries[:same], carried.entries[same:]
+    return carried.entries[:same], (), carried.entries[same:]
 
 
 def _as_it_stands(entry: Entry) -> Step:
@@ -247,12 +255,10 @@ def _ask(pipe: Pipeline, transform: Transform, context: Context) -> Step:
     return Step(transform, reasons, None if reasons else transform.preview(pipe, context))
 
 
-def _cannot_undo(pipe: Pipeline, entries: Iterable[Entry]) -> Iterator[str]:
+def _cannot_undo(entries: Iterable[Entry]) -> Iterator[str]:
     for entry in entries:
         if entry.applied is not None and entry.applied.undo is None:
             yield f"{entry.step.transform!r} would have to be undone first: {entry.applied.no_undo}"
-        elif entry.applied is not None and is_copy(pipe):
-            yield f"{entry.step.transform!r} would have to be undone first, and this pipe is a copy without the undo"
 
 
 def plan_steps(

@@ -27,9 +27,9 @@ class Entry:
 
     @property
     def status(self) -> str:
-        """ "applied", "nothing to do" or "skipped"."""
+        """ "applied", "interrupted", "nothing to do" or "skipped"."""
         if self.applied is not None:
-            return "applied"
+            return "interrupted" if self.applied.unfinished else "applied"
         return "skipped" if self.step.reasons else "nothing to do"
 
 

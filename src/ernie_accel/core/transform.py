@@ -116,6 +116,7 @@ class Applied:
         skipped: What was left as it was although asked for, with the reason of each.
         note: What the reader of a report should know.
         details: One receipt a layer, where a transform changes layers one by one; in the JSON, not in the table.
+        unfinished: Whether `apply` has not returned, or was interrupted; filled in by ``optimize``.
         seconds: Wall time of `Transform.apply`; filled in by ``optimize``.
         bytes_before: Bytes of the pipe's weights before; filled in by ``optimize``.
         bytes_after: Bytes of the pipe's weights after; filled in by ``optimize``.
@@ -127,6 +128,7 @@ class Applied:
     skipped: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
     details: tuple[LayerReceipt, ...] = field(default=(), repr=False)
+    unfinished: bool = False
     seconds: float = 0.0
     bytes_before: int = 0
     bytes_after: int = 0

@@ -48,8 +48,8 @@ Modulation = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 class FusedLinear(nn.Linear):
     """Bias-free linear layers of one input as one matrix product; outputs are concatenated in the given order.
 
-    The parts give up their weights, so that memory does not double, and take them back in `split`. In a state dict
-    the fused layer appears under the names of its parts, as long as its weight is a plain one.
+    The parts give up their weights in `take_over`, so that memory does not double, and take them back in `split`. In a
+    state dict the fused layer appears under the names of its parts, as long as its weight is a plain one.
     """
 
     def __init__(self, parts: Mapping[str, nn.Linear]) -> None:
@@ -62,7 +62,10 @@ class FusedLinear(nn.Linear):
         self._parts = dict(parts)  # a plain dict: torch must not see them
         self._sizes = sizes
         self._strides = [part.weight.stride() for part in parts.values()]
-        for part in parts.values():
+
+    def take_over(self) -> None:
+        """Free the weights of the parts; call it once this layer is where `split` will find it."""
+        for part in self._parts.values():
             part.weight.data = part.weight.data.new_empty(0)
 
     @property
@@ -125,9 +128,9 @@ class _Part(nn.Module):
     def fuse(self) -> None:
         """Replace the fusible layers by one, in place."""
         fused = FusedLinear({name: getattr(self, name) for name in self.fusible})
-        for name in self.fusible:
-            delattr(self, name)
-        setattr(self, self.fused_name, fused)
+        others = {name: layer for name, layer in self._modules.items() if name not in self.fusible}
+        self._set_children({**others, self.fused_name: fused})
+        fused.take_over()
 
     def split(self) -> None:
         """Replace the fused layer by the layers it is made of, in place; nothing happens if they stand alone.
@@ -143,9 +146,11 @@ class _Part(nn.Module):
                 "quantization first (ernie_accel.restore(pipe)); to use a LoRA, load it before optimizing."
             )
         parts = self.fused.split()
-        delattr(self, self.fused_name)
-        for name in self.taken:  # all of them, in the stock order
-            setattr(self, name, parts[name] if name in parts else self._modules.pop(name))
+        self._set_children({name: parts[name] if name in parts else self._modules[name] for name in self.taken})
+
+    def _set_children(self, children: Mapping[str, nn.Module | None]) -> None:
+        """Replace all children in one step, so that an interrupt finds the old ones or the new, in the stock order."""
+        vars(self)["_modules"] = type(self._modules)(children)
 
     def give_back(self, stock: nn.Module) -> None:
         """Hand all children to the stock module, whatever has become of them meanwhile (a LoRA, a new device)."""

@@ -99,13 +99,15 @@ class CastDtype(Transform):
                 cast = tensor.data.to(DTYPES[self.dtype])
                 reversible = torch.equal(cast.to(tensor.dtype), tensor.data)
                 lossy_bytes += 0 if reversible else tensor.numel() * tensor.element_size()
-                if reversible or not self.keep_originals:
-                    undo.push(partial(_cast_to, weight, tensor.dtype))
-                    tensor.data = cast
-                else:
+                if not reversible and self.keep_originals:
                     undo.set_data(weight, cast, keep_on="cpu")
-        if lossy_bytes and not self.keep_originals:
-            return Applied(tuple(todo), no_undo="keep_originals=False: the bits that the cast dropped are gone")
+                    continue
+                if not reversible:
+                    undo.give_up("keep_originals=False: the bits that the cast dropped are gone")
+                undo.push(partial(_cast_to, weight, tensor.dtype))
+                tensor.data = cast
+        if undo.no_way_back is not None:
+            return Applied(tuple(todo), no_undo=undo.no_way_back)
         kept = f"keeps {human_bytes(lossy_bytes)} of originals in host memory for restore()" if lossy_bytes else ""
         return Applied(tuple(todo), undo=undo, note=kept)
 

@@ -97,12 +97,9 @@ class FreeAfterUse(Transform):
             for name, part in parts.items():
                 weights = _Weights(name, part, folder)
                 undo.push(weights.discard)
-                for hook in (
-                    part.register_forward_pre_hook(weights.need),
-                    part.register_state_dict_pre_hook(weights.need),  # type: ignore[no-untyped-call]
-                    pipe.transformer.register_forward_pre_hook(weights.free),
-                ):
-                    undo.push(hook.remove)
+                undo.hook_before_forward(part, weights.need)
+                undo.hook_before_state_dict(part, weights.need)
+                undo.hook_before_forward(pipe.transformer, weights.free)
                 generate: Any = getattr(part, "generate", None)
                 if generate is not None:
                     undo.setattr(part, "generate", _needing(weights, generate))

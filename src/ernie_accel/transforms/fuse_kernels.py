@@ -214,14 +214,17 @@ def _block_paths(pipe: Pipeline) -> tuple[str, ...]:
 def _swap(owner: torch.nn.Module, name: str, new: torch.nn.Module, undo: Undo, keep: bool) -> None:
     """Replace a linear layer by `new`; its weight waits on the host, or is dropped, until the undo."""
     linear: torch.nn.Linear = getattr(owner, name)
-    original = linear.weight.data.cpu() if keep else None
-    linear.weight.data = linear.weight.data.new_empty(0)
+    if keep:
+        original = linear.weight.data.cpu()
 
-    def put_back() -> None:
-        if original is not None:
-            device = next(getattr(owner, name).buffers()).device  # the pipe may have moved since
-            linear.weight.data = original.to(device)
-        setattr(owner, name, linear)
+        def put_back() -> None:
+            here = getattr(owner, name)
+            if here is not linear:
+                linear.weight.data = original.to(next(here.buffers()).device)  # the pipe may have moved since
+                setattr(owner, name, linear)
 
-    undo.push(put_back)
+        undo.push(put_back)
+    else:
+        undo.give_up("keep_originals=False: the weights are gone")
     setattr(owner, name, new)
+    linear.weight.data = linear.weight.data.new_empty(0)

@@ -128,7 +128,7 @@ class Offload(Transform):
             for hook in hooks:
                 hook.offload()
 
-        undo.push(pipe.transformer.register_forward_pre_hook(leave).remove)
+        undo.hook_before_forward(pipe.transformer, leave)
 
 
 def _end_cpu_offload(pipe: Pipeline, device: torch.device) -> None:

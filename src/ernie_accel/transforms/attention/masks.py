@@ -79,8 +79,7 @@ def watch_padding(pipe: Pipeline, how: AlwaysMasks, undo: Undo) -> PaddingWatch:
     """Let `pipe` keep, in place, what its padding method knows, and return where a running forward finds it."""
     watch = PaddingWatch(how, pipe.transformer)
     undo.setattr(pipe, how.pad_method, _marking(getattr(pipe, how.pad_method)))
-    handle = pipe.transformer.register_forward_pre_hook(watch.before_transformer, with_kwargs=True)
-    undo.push(handle.remove)
+    undo.hook_before_forward(pipe.transformer, watch.before_transformer, kwargs=True)
     return watch
 
 
@@ -114,7 +113,7 @@ def map_masks(transformer: nn.Module, change: Callable[[Tensor], Tensor | None],
     for _, block, position, name in masked_blocks(transformer):
         # One object for all blocks: each of its own would make torch.compile compile each block anew.
         hook = hooks.setdefault((position, name), _MaskHook(change, position, name))
-        undo.push(block.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        undo.hook_before_forward(block, hook, kwargs=True)
 
 
 class _MaskHook:
