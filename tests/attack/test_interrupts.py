@@ -1,4 +1,4 @@
-"""Ctrl-C at any line of the library: the pipe is as before, or its report lists what is applied and restore undoes it."""
+"""Ctrl-C at any line of the library: the pipe is as before, or its report is true and restore undoes all of it."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ernie_accel.core.components import Pipeline
-from ernie_accel.core.report import Entry, Report
+from ernie_accel.core.report import Report
 
 _ATTRIBUTE = "_ernie_accel"
 
