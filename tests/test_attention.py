@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 import ernie_accel
 from ernie_accel import CastDtype, Compile, Context, ElideMask, ExpandAttentionMask, RewriteBlocks, SetAttention
+from ernie_accel.core.plan import after
 from ernie_accel.transforms.attention.expand_mask import expand
 from ernie_accel.transforms.attention.set_attention import BACKENDS
 from tests.pipelines import PIPELINES, picture, tiny_ernie, tiny_flux
@@ -262,7 +263,7 @@ def test_auto_chooses_and_says_why(ernie, device, packages, elide, dtype, expect
 
     machine = Context.named(device)
     machine = replace(machine, versions={**machine.versions, **dict.fromkeys(packages, "9.9")})
-    machine = machine.after(CastDtype(dtype), *([ElideMask()] if elide else []))
+    machine = after(machine, ernie, CastDtype(dtype), *([ElideMask()] if elide else []))
     auto = SetAttention()
     assert auto.choose(ernie, machine) == expected
     why = auto.why(ernie, machine)

@@ -31,6 +31,7 @@ from ernie_accel import (
     SwapScheduler,
     UnknownNameError,
 )
+from ernie_accel.core.plan import after
 from ernie_accel.families import ernie_image_blocks
 from ernie_accel.transforms.cache_steps.db_cache import _quiet
 from ernie_accel.transforms.graphs import GraphedForward
@@ -313,7 +314,7 @@ def test_threads_leave_the_log_levels_of_cache_dit_as_they_were():
 def test_what_it_does_not_go_with_is_a_reason(backend, context, planned, reason, ernie):
     if reason is None or "not installed" not in reason:
         context = replace(context, versions={"cache_dit": "1.5.3"})
-    reasons = CacheSteps(backend=backend).unsupported(ernie, context.after(*planned))
+    reasons = CacheSteps(backend=backend).unsupported(ernie, after(context, ernie, *planned))
     assert (len(reasons) == 1 and reason in reasons[0]) if reason else reasons == []
 
 

@@ -21,6 +21,7 @@ from ernie_accel import (
     SwapScheduler,
     Warmup,
 )
+from ernie_accel.core.plan import after
 from ernie_accel.core.preset import presets
 from ernie_accel.families import ernie_image_blocks
 from ernie_accel.transforms.cache_steps.cache_steps import LEAST_STEPS
@@ -213,7 +214,7 @@ def test_what_it_does_not_go_with_is_a_reason(planned, reason, ernie):
 def test_what_the_pipe_has_already_is_a_reason_too(ernie, flux):
     ernie.scheduler.register_to_config(stochastic_sampling=True)
     assert "the scheduler (stochastic_sampling=True) adds noise" in CacheSteps().unsupported(ernie, CPU)[0]
-    assert CacheSteps().unsupported(ernie, CPU.after(SwapScheduler("unipc"))) == []
+    assert CacheSteps().unsupported(ernie, after(CPU, ernie, SwapScheduler("unipc"))) == []
     pipe = PIPELINES["ernie"]()
     pipe.transformer._context_manager = object()  # what cache-dit leaves on a transformer
     assert "has a cache of diffusers or cache-dit: disable it first" in CacheSteps().unsupported(pipe, CPU)[0]

@@ -7,6 +7,7 @@ import torch
 
 import ernie_accel
 from ernie_accel import Autocast, CastDtype, CheckFinite, Context, Quantize
+from ernie_accel.core.plan import after
 from tests.pipelines import picture
 
 
@@ -104,7 +105,7 @@ def test_autocast_computes_in_half_and_leaves_weights_and_angles_alone(ernie):
 
 
 def test_autocast_is_for_float32_weights(ernie):
-    context = Context.named("h200").after(CastDtype("bf16"))
+    context = after(Context.named("h200"), ernie, CastDtype("bf16"))
     reasons = Autocast("float16").unsupported(ernie, context)
     assert reasons == ["the weights are bfloat16: autocast is for float32 weights"]
     assert (

@@ -14,6 +14,7 @@ from diffusers.models.attention_dispatch import attention_backend
 
 import ernie_accel
 from ernie_accel.core.components import pipe_bytes
+from ernie_accel.core.plan import after
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import ernie_image_kernels as kernels
 from ernie_accel.families.ernie_image_blocks import RewrittenAttention
@@ -68,7 +69,7 @@ def test_fp8_halves_the_blocks_and_leaves_the_first_one_precise() -> None:
     assert type(first.mlp.linear_fc2).__name__ == "Fp8Linear"
     assert pipe_bytes(pipe) < before
     assert plan.steps[1].preview is not None
-    assert plan.steps[1].preview.bytes_after == pipe_bytes(pipe)
+    assert plan.steps[1].planned.nbytes == pipe_bytes(pipe)
 
 
 def test_optimizing_twice_changes_nothing() -> None:
@@ -118,9 +119,9 @@ def test_what_is_missing_is_said() -> None:
     for words in ("capability >= 8.9; this device has 8.0", "triton is not installed", "add RewriteBlocks", "bfloat16"):
         assert words in reasons
     assert "no fused kernels for FluxPipeline" in fuse.unsupported(tiny_flux(), H200)[0]
-    planned = H200.after(ernie_accel.CastDtype("bf16"), ernie_accel.RewriteBlocks(fuse=False))
+    planned = after(H200, pipe, ernie_accel.CastDtype("bf16"), ernie_accel.RewriteBlocks(fuse=False))
     assert fuse.unsupported(pipe, planned) == [
-        "RewriteBlocks(fuse=False) leaves the linear layers apart: use RewriteBlocks()"
+        "the linear layers of the rewritten blocks stand apart: use RewriteBlocks(), with fuse=True"
     ]
     with pytest.raises(ernie_accel.UnknownNameError):
         ernie_accel.FuseKernels("fp4")
@@ -330,10 +331,10 @@ def test_automatic_attention_chooses_where_another_model_has_changed_the_default
     pipe, auto = tiny_ernie(dtype=torch.bfloat16, layers=3), ernie_accel.SetAttention()
     transforms = ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels("bf16")
     with attention_backend("_native_math"):
-        assert len(auto.preview(pipe, WITH_CUDNN.after(*transforms)).changes) == 3
-    assert auto.preview(pipe, WITH_CUDNN.after(*transforms)).changes == ()
+        assert len(auto.preview(pipe, after(WITH_CUDNN, pipe, *transforms)).changes) == 3
+    assert auto.preview(pipe, after(WITH_CUDNN, pipe, *transforms)).changes == ()
     pipe.transformer.layers[0].self_attention.processor._attention_backend = "_native_math"
-    assert len(auto.preview(pipe, WITH_CUDNN.after(*transforms)).changes) == 3
+    assert len(auto.preview(pipe, after(WITH_CUDNN, pipe, *transforms)).changes) == 3
 
 
 def test_torchs_attention_by_name_takes_the_place_of_cudnns_own(attended: Any) -> None:
@@ -363,15 +364,15 @@ def test_what_cudnn_cannot_plan_is_told_with_the_way_out(monkeypatch: pytest.Mon
 
 def test_the_choice_of_attention_is_said() -> None:
     pipe = tiny_ernie(dtype=torch.bfloat16)
-    after = H200.after(ernie_accel.RewriteBlocks())
-    assert "ernie-accel[cudnn]" in ernie_accel.FuseKernels("fp8").preview(pipe, after).note
-    assert ernie_accel.FuseKernels("fp8", attention="bf16").preview(pipe, after).note == "attention in bf16"
+    rewritten = after(H200, pipe, ernie_accel.RewriteBlocks())
+    assert "ernie-accel[cudnn]" in ernie_accel.FuseKernels("fp8").preview(pipe, rewritten).note
+    assert ernie_accel.FuseKernels("fp8", attention="bf16").preview(pipe, rewritten).note == "attention in bf16"
     bf16 = ernie_accel.FuseKernels("bf16")
-    assert "planned anew for each prompt length: cudnn is not installed" in bf16.preview(pipe, after).note
-    with_cudnn = WITH_CUDNN.after(ernie_accel.RewriteBlocks())
+    assert "planned anew for each prompt length: cudnn is not installed" in bf16.preview(pipe, rewritten).note
+    with_cudnn = after(WITH_CUDNN, pipe, ernie_accel.RewriteBlocks())
     assert bf16.preview(pipe, with_cudnn).note == "attention in bf16 by cuDNN where no backend is chosen"
-    assert bf16.preview(pipe, replace(after, capability=(8, 9))).note == ""
-    assert "cudnn" in ernie_accel.FuseKernels("fp8", attention="fp8").unsupported(pipe, after)[0]
+    assert bf16.preview(pipe, replace(rewritten, capability=(8, 9))).note == ""
+    assert "cudnn" in ernie_accel.FuseKernels("fp8", attention="fp8").unsupported(pipe, rewritten)[0]
     with pytest.raises(ernie_accel.UnknownNameError):
         ernie_accel.FuseKernels("fp8", attention="int8")
 
@@ -381,6 +382,6 @@ def test_a_pipe_with_a_lora_is_refused_and_the_bf16_kernels_leave_it_alone() -> 
 
     pipe = tiny_ernie(dtype=torch.bfloat16)
     pipe.transformer.add_adapter(LoraConfig(target_modules=["to_q"]))
-    after = H200.after(ernie_accel.RewriteBlocks())
-    assert ["a LoRA is loaded" in r for r in ernie_accel.FuseKernels("fp8").unsupported(pipe, after)] == [True]
-    assert "a LoRA is loaded" in ernie_accel.FuseKernels("bf16").preview(pipe, after).note
+    rewritten = after(H200, pipe, ernie_accel.RewriteBlocks())
+    assert ["a LoRA is loaded" in r for r in ernie_accel.FuseKernels("fp8").unsupported(pipe, rewritten)] == [True]
+    assert "a LoRA is loaded" in ernie_accel.FuseKernels("bf16").preview(pipe, rewritten).note

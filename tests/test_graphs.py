@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ernie_accel
+from ernie_accel.core.plan import after
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import ernie_image_blocks, ernie_image_kernels
 from ernie_accel.kernels import ops
@@ -238,9 +239,11 @@ def test_where_it_cannot_work_the_plan_says_why() -> None:
     assert "need a CUDA device" in capture.preview(tiny_ernie(), ernie_accel.Context("cpu", "a test")).note
     assert "add RewriteBlocks()" in capture.preview(tiny_ernie(), H200).note
     assert "none for FluxPipeline" in capture.preview(tiny_flux(), H200).note
-    assert capture.preview(tiny_ernie(), H200.after(ernie_accel.RewriteBlocks())).changes == ("transformer.forward",)
-    autocast = H200.after(ernie_accel.RewriteBlocks(), ernie_accel.Autocast("bfloat16"))
-    assert "runs under Autocast('bfloat16') is not captured" in capture.preview(tiny_ernie(), autocast).note
+    pipe = tiny_ernie()
+    rewritten = after(H200, pipe, ernie_accel.RewriteBlocks())
+    assert capture.preview(pipe, rewritten).changes == ("transformer.forward",)
+    autocast = after(rewritten, pipe, ernie_accel.Autocast("bfloat16"))
+    assert "runs under autocast, here to bfloat16, is not captured" in capture.preview(pipe, autocast).note
 
 
 def test_it_is_applied_and_undone() -> None:

@@ -10,6 +10,7 @@ import torch
 import ernie_accel
 from ernie_accel import Autocast, BatchPromptEncoding, Context, FreeAfterUse, Offload, Quantize, RewriteTextEncoder
 from ernie_accel.batch.engines.prompts import PromptStage
+from ernie_accel.core.plan import after
 from ernie_accel.transforms.encode_prompts import pass_on
 from ernie_accel.transforms.rewrite_text_encoder import RewrittenForward
 from tests.pipelines import picture, randomize, tiny_ernie
@@ -370,7 +371,7 @@ def test_other_pipes_have_nothing_to_do(flux, ernie):
         (step,) = ernie_accel.plan(pipe, RewriteTextEncoder(), context=H200).steps
         assert step.verdict == "nothing to do"
         assert "has no text encoder that is known here" in step.preview.note
-        assert not RewriteTextEncoder().compiles_on_first_call(pipe, H200)
+        assert step.planned is None
 
 
 @pytest.mark.parametrize(
@@ -382,12 +383,15 @@ def test_a_plan_knows_that_the_weights_will_come_layer_by_layer(ernie, mode, ver
 
 
 def test_the_first_call_captures_on_cuda_only(ernie):
-    assert RewriteTextEncoder().compiles_on_first_call(ernie, H200)
-    assert not RewriteTextEncoder(max_tokens=0).compiles_on_first_call(ernie, H200)
-    assert not RewriteTextEncoder().compiles_on_first_call(ernie, Context.named("cpu"))
-    ernie_accel.optimize(ernie, RewriteTextEncoder())
+    def captures(transform, context):
+        return "text-encoder" in after(context, ernie, transform).planned(ernie).on_first_call
+
+    assert captures(RewriteTextEncoder(), H200)
+    assert not captures(RewriteTextEncoder(max_tokens=0), H200)
+    assert not captures(RewriteTextEncoder(), Context.named("cpu"))
+    ernie_accel.optimize(ernie, RewriteTextEncoder(), context=H200)
     assert RewriteTextEncoder().preview(ernie, H200).note == "the text encoder's forward is rewritten already"
-    assert RewriteTextEncoder().compiles_on_first_call(ernie, H200)
+    assert "text-encoder" in H200.planned(ernie).on_first_call
 
 
 @pytest.mark.parametrize("settings", [{"max_tokens": -1}, {"keep": 0}])

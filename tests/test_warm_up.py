@@ -30,6 +30,7 @@ from ernie_accel import (
     TruncatePrompts,
     Warmup,
 )
+from ernie_accel.core.plan import after
 from ernie_accel.enhancer.decoder import Decoder
 from ernie_accel.transforms.warm_up import prompt_of
 from tests.examples import differences, snapshot
@@ -111,11 +112,15 @@ def test_the_enhancer_is_warmed_up_for_each_batch_size_before_the_pictures(monke
 
 def test_an_enhancer_that_is_off_by_default_is_not_warmed_up():
     pipe, enhancer = tiny_ernie(enhancer=True), RewriteEnhancer()
-    assert enhancer.compiles_on_first_call(pipe, H200)
-    assert enhancer.compiles_on_first_call(pipe, H200.after(CallDefaults("turbo")))
-    assert not enhancer.compiles_on_first_call(pipe, H200.after(CallDefaults(use_pe=False)))
-    assert not enhancer.compiles_on_first_call(pipe, Context.named("cpu"))
-    assert not enhancer.compiles_on_first_call(tiny_ernie(), H200)
+
+    def captures(pipe, context, *before):
+        return "enhancer" in after(context, pipe, *before, enhancer).planned(pipe).on_first_call
+
+    assert captures(pipe, H200)
+    assert captures(pipe, H200, CallDefaults("turbo"))
+    assert not captures(pipe, H200, CallDefaults(use_pe=False))
+    assert not captures(pipe, Context.named("cpu"))
+    assert not captures(tiny_ernie(), H200)
 
 
 @pytest.mark.parametrize(("max_tokens", "times"), [(1024, 2), (0, 1)])
@@ -135,10 +140,10 @@ def test_the_text_encoder_is_called_again_where_the_second_forward_is_captured(m
 def test_more_graphs_than_are_kept_is_a_reason_with_the_number_to_keep(ernie):
     def reasons(*planned, sizes=((64, 64), (96, 64), (64, 96))):
         wanted = Warmup(sizes=sizes, batch_sizes=(1, 2))
-        return wanted.unsupported(ernie, H200.after(RewriteBlocks(), *planned))
+        return wanted.unsupported(ernie, after(H200, ernie, RewriteBlocks(), *planned))
 
     assert reasons(CaptureGraphs()) == [
-        "CaptureGraphs() keeps 4 graphs, and 6 of these pictures are captured: use CaptureGraphs(keep=6)"
+        "6 of these pictures are captured, and 4 graphs are kept: use CaptureGraphs(keep=6)"
     ]
     assert reasons(CaptureGraphs(keep=6)) == []
     assert reasons(CaptureGraphs(), sizes=((1024, 1024), (848, 1264), (1264, 848))) == []  # too large to be captured
@@ -151,13 +156,15 @@ def test_prompt_lengths_that_share_a_graph_are_one():
     wanted = Warmup(sizes=((64, 64),), prompt_lengths=(5, 7, 8, 9, 10))  # with 16 tokens of the image
 
     def reasons(*planned):
-        return wanted.unsupported(pipe, cudnn.after(RewriteBlocks(), FuseKernels("bf16"), *planned, CaptureGraphs()))
+        return wanted.unsupported(
+            pipe, after(cudnn, pipe, RewriteBlocks(), FuseKernels("bf16"), *planned, CaptureGraphs())
+        )
 
     assert reasons() == reasons(SetAttention()) == []
     assert "5 of these pictures are captured" in reasons(SetAttention("native"))[0]
     lengths = replace(wanted, prompt_lengths=(5, 7, 8, 9, 10, 49, 50)).unsupported  # beyond 64 tokens: another graph
     planned = RewriteBlocks(), FuseKernels("bf16"), CaptureGraphs(keep=1)
-    assert "2 of these pictures are captured" in lengths(pipe, cudnn.after(*planned))[0]
+    assert "2 of these pictures are captured" in lengths(pipe, after(cudnn, pipe, *planned))[0]
 
 
 def test_every_combination_is_called_for_two_steps_and_each_shape_decoded_once(graphs, ernie):
@@ -322,14 +329,14 @@ def test_bad_values_are_refused_at_once(arguments, message):
 
 def test_what_this_pipe_cannot_draw_is_refused_with_what_it_can(ernie, flux):
     def reasons(transform, *planned):
-        return transform.unsupported(ernie, Context.named("cpu").after(*planned))
+        return transform.unsupported(ernie, after(Context.named("cpu"), ernie, *planned))
 
     assert reasons(Warmup(sizes=((100, 64),))) == [
         "ErnieImagePipeline draws sizes divisible by 16, got 100x64: use 96x64"
     ]
     assert reasons(Warmup(prompt_lengths=(65,))) == ["the tokenizer of ErnieImagePipeline cuts at 64 tokens, got 65"]
-    assert "so no prompt has 9 tokens" in reasons(Warmup(prompt_lengths=(9,)), TruncatePrompts(8))[0]
-    assert "would be the one call it allows" in reasons(SMALL, FreeAfterUse("nowhere"))[0]
+    assert "prompts are cut at 8 tokens, so none has 9" in reasons(Warmup(prompt_lengths=(9,)), TruncatePrompts(8))[0]
+    assert "a warm-up would be that one" in reasons(SMALL, FreeAfterUse("nowhere"))[0]
     assert reasons(SMALL, FreeAfterUse("disk"), TruncatePrompts(8)) == []
     assert "without text encoder or tokenizer" in SMALL.unsupported(flux, Context.named("cpu"))[0]
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ernie_accel.core.components import Pipeline
-from ernie_accel.core.report import Report
-
-_ATTRIBUTE = "_ernie_accel"
+from ernie_accel.core.planned import CARRIED, PlannedPipe
+from ernie_accel.core.report import Report, planned_by
 
 
 @dataclass(frozen=True)
@@ -16,6 +15,11 @@ class Carried:
 
     report: Report
     pipe_id: int
+
+    @property
+    def planned(self) -> PlannedPipe | None:
+        """What the pipe was planned to be after the last transform that was applied; None if none was."""
+        return planned_by(self.report.entries)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Carried:
         return self
@@ -41,7 +45,7 @@ def carried_report(pipe: Pipeline) -> Report | None:
 
     The way back of a pipe that was copied leads to the original, so a copy's report has none.
     """
-    carried = vars(pipe).get(_ATTRIBUTE)
+    carried = vars(pipe).get(CARRIED)
     if not isinstance(carried, Carried):
         return None
     if carried.pipe_id == id(pipe):
@@ -51,10 +55,10 @@ def carried_report(pipe: Pipeline) -> Report | None:
 
 def carry(pipe: Pipeline, report: Report) -> None:
     """Let `pipe` carry `report`."""
-    object.__setattr__(pipe, _ATTRIBUTE, Carried(report, id(pipe)))  # past the pipeline's config bookkeeping
+    object.__setattr__(pipe, CARRIED, Carried(report, id(pipe)))  # past the pipeline's config bookkeeping
 
 
 def drop(pipe: Pipeline) -> None:
     """Let `pipe` carry nothing."""
-    if _ATTRIBUTE in vars(pipe):
-        object.__delattr__(pipe, _ATTRIBUTE)
+    if CARRIED in vars(pipe):
+        object.__delattr__(pipe, CARRIED)

@@ -10,17 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from ernie_accel.core.components import Pipeline, device_of
 from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.planned import PlannedPipe
 
 if TYPE_CHECKING:
     import torch
 
-    from ernie_accel.core.transform import Transform
-
-T = TypeVar("T", bound="Transform")
 GIB = 2**30
 
 #: Import name -> pip extra, of every optional package.
@@ -63,7 +61,7 @@ class Context:
         memory_bytes: Memory of the device; None if unknown.
         versions: Installed packages by import name; a package that is not there cannot be imported.
         no_compile: Why torch.compile cannot work here; None if it can.
-        planned: The transforms that will have run before the one that is asked.
+        state: What the pipe will be when a transform is asked; None: what it is. Ask `planned`.
     """
 
     device: str
@@ -72,7 +70,7 @@ class Context:
     memory_bytes: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     no_compile: str | None = None
-    planned: tuple[Transform, ...] = ()
+    state: PlannedPipe | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def detect(cls, pipe: Pipeline | None = None, device: str | None = None) -> Context:
@@ -128,13 +126,9 @@ class Context:
         bundled = dict.fromkeys(_BUNDLED_PACKAGES, "unknown") if facts.device == "cuda" else {}
         return replace(facts, versions={**bundled, **installed_versions()})
 
-    def after(self, *transforms: Transform) -> Context:
-        """Return the context in which `transforms` have run, too."""
-        return replace(self, planned=self.planned + transforms)
-
-    def planned_one(self, kind: type[T]) -> T | None:
-        """Return the transform of class `kind` that will have run before, or None."""
-        return next((t for t in self.planned if isinstance(t, kind)), None)
+    def planned(self, pipe: Pipeline) -> PlannedPipe:
+        """Return what `pipe` will be when it is the turn of the transform that asks."""
+        return PlannedPipe.of(pipe) if self.state is None else self.state
 
     def missing(self, package: str) -> list[str]:
         """Return the reason why `package` cannot be imported, with its pip extra; empty if it can."""

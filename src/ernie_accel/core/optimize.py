@@ -27,10 +27,11 @@ from ernie_accel.core.components import Pipeline, pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ApplyError, RestoreError, UnknownNameError, UnsupportedError
 from ernie_accel.core.plan import check_pipeline, compose, keep_entries, machine_for, plan_steps, title_of
+from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.preset import Preset, find_preset
 from ernie_accel.core.report import Entry, Report
 from ernie_accel.core.step import Step
-from ernie_accel.core.transform import Applied, Phase, Preview, Transform
+from ernie_accel.core.transform import Applied, Phase, Transform
 from ernie_accel.core.undo import Undo, recorded
 from ernie_accel.families import family_of
 
@@ -77,14 +78,13 @@ def optimize(
     old = replace(old, entries=tuple(map(_settled, old.entries)))
     kept, resumed, removed = keep_entries(pipe, old, wanted, machine)
     _check_can_rewind(removed)
-    now = machine.after(*(entry.step.transform for entry in kept if not entry.step.reasons))
     try:
         _rewind(pipe, replace(old, entries=kept + removed), keep=len(kept))
         the_plan = plan_steps(pipe, wanted, named, machine, kept)
         if the_plan.blockers or (the_plan.problems and on_unsupported == "error"):
             raise UnsupportedError(the_plan)
         new = Report(title_of(wanted, named), type(pipe).__name__, machine, kept)
-        _apply(pipe, new, the_plan.steps[len(kept) :], now)
+        _apply(pipe, new, the_plan.steps[len(kept) :])
         if not wanted:
             drop(pipe)
     except BaseException:  # Ctrl-C too: a request that failed leaves the pipe as the one before it made it
@@ -92,7 +92,7 @@ def optimize(
         if left:
             carry(pipe, replace(old, entries=kept + left))
         else:
-            _put_back(pipe, replace(old, entries=kept + resumed), removed, now)
+            _put_back(pipe, replace(old, entries=kept + resumed), removed)
         raise
     return pipe
 
@@ -129,16 +129,15 @@ def suspended(pipe: Pipeline, after: Phase) -> Iterator[None]:
     stays = tuple(entry for entry in old.entries if entry.step.transform.phase <= after)
     away = old.entries[len(stays) :]
     _check_can_rewind(away)
-    now = old.context.after(*(entry.step.transform for entry in stays if not entry.step.reasons))
     try:
         _rewind(pipe, old, keep=len(stays))
         yield
     finally:
         _rewind(pipe, report(pipe), keep=len(stays))  # finishes the first one, if that was interrupted
-        _put_back(pipe, replace(old, entries=stays), away, now)
+        _put_back(pipe, replace(old, entries=stays), away)
 
 
-def _apply(pipe: Pipeline, base: Report, steps: Iterable[Step], context: Context) -> None:
+def _apply(pipe: Pipeline, base: Report, steps: Iterable[Step]) -> None:
     """Apply `steps` in order on a pipe to which `base` was applied, or none of them.
 
     At every moment the pipe carries a report with the way back of all that may have been changed.
@@ -152,28 +151,27 @@ def _apply(pipe: Pipeline, base: Report, steps: Iterable[Step], context: Context
         carry(pipe, base)
         for step in steps:
             current = step
-            entry = _apply_step(pipe, replace(base, entries=base.entries + done), step, context)
-            done = (*done, entry)
+            done = (*done, _apply_step(pipe, replace(base, entries=base.entries + done), step))
             carry(pipe, replace(base, entries=base.entries + done))
-            if entry.applied is not None:
-                context = context.after(step.transform)
     except BaseException as error:
         left = _rewind(pipe, report(pipe), keep=len(base.entries))
         if current is None or not isinstance(error, Exception):
             raise
-        so_far = Report("applied before the failure", type(pipe).__name__, context, done)
+        so_far = Report("applied before the failure", type(pipe).__name__, base.context, done)
         raise ApplyError(current.transform, f"{type(error).__name__}: {error}", so_far, left) from error
 
 
-def _apply_step(pipe: Pipeline, so_far: Report, step: Step, context: Context) -> Entry:
+def _apply_step(pipe: Pipeline, so_far: Report, step: Step) -> Entry:
     """Apply one step; while it is under way the pipe carries an entry that undoes what there is of it."""
     if step.verdict != "apply":
         return Entry(step, None)
+    context = replace(so_far.context, state=PlannedPipe.of(pipe))  # what was planned, with what can be seen
     preview = step.transform.preview(pipe, context)  # again: a step before may have done this one's work
     if not preview.changes:
-        return Entry(replace(step, preview=preview), None)
+        return Entry(replace(step, preview=preview, planned=None), None)
+    step = replace(step, preview=preview, planned=step.transform.planned(pipe, context))
     under_way = UnderWay()
-    carry(pipe, replace(so_far, entries=(*so_far.entries, under_way.entry(step, preview))))
+    carry(pipe, replace(so_far, entries=(*so_far.entries, under_way.entry(step, preview.changes))))
     before, start = pipe_bytes(pipe), time.perf_counter()
     with torch.inference_mode(False):  # weights made inside would refuse gradients for ever
         applied = recorded(under_way.journal, lambda: step.transform.apply(pipe, context))
@@ -181,7 +179,7 @@ def _apply_step(pipe: Pipeline, so_far: Report, step: Step, context: Context) ->
         raise RuntimeError("it changed nothing, although its preview said it would")
     seconds = time.perf_counter() - start
     applied = replace(applied, seconds=seconds, bytes_before=before, bytes_after=pipe_bytes(pipe))
-    return Entry(replace(step, preview=preview), applied)
+    return Entry(step, applied)
 
 
 class UnderWay:
@@ -190,9 +188,9 @@ class UnderWay:
     def __init__(self) -> None:
         self.journal: list[Undo] = []
 
-    def entry(self, step: Step, preview: Preview) -> Entry:
+    def entry(self, step: Step, changes: tuple[str, ...]) -> Entry:
         """Return what the pipe's report says of the transform meanwhile."""
-        return Entry(replace(step, preview=preview), Applied(preview.changes, undo=self, unfinished=True))
+        return Entry(step, Applied(changes, undo=self, unfinished=True))
 
     @property
     def no_way_back(self) -> str | None:
@@ -245,9 +243,9 @@ def _rewind(pipe: Pipeline, carried: Report, keep: int) -> tuple[Entry, ...]:
     return entries[keep:]
 
 
-def _put_back(pipe: Pipeline, base: Report, removed: tuple[Entry, ...], context: Context) -> None:
+def _put_back(pipe: Pipeline, base: Report, removed: tuple[Entry, ...]) -> None:
     """Carry `base`, and apply again what was undone for a request that failed, or for a while."""
     if not base.entries and not removed:
         drop(pipe)
         return
-    _apply(pipe, base, [entry.step for entry in removed], context)
+    _apply(pipe, base, [entry.step for entry in removed])

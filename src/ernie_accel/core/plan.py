@@ -11,8 +11,9 @@ from ernie_accel.core.carried import carried_report
 from ernie_accel.core.components import Pipeline, bare_float8, pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ConflictError, ErnieAccelError
+from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.preset import Preset, find_preset
-from ernie_accel.core.report import Entry, Report
+from ernie_accel.core.report import Entry, Report, planned_by
 from ernie_accel.core.step import Step
 from ernie_accel.core.text import effect_text, human_bytes, summarise, table
 from ernie_accel.core.transform import Effect, Transform, misfits
@@ -101,7 +102,7 @@ class Plan:
             if not step.preview.changes:
                 yield str(number), repr(step.transform), "-", f"nothing to do: {step.preview.note}", ""
                 continue
-            after = before if step.preview.bytes_after is None else step.preview.bytes_after
+            after = before if step.planned is None else step.planned.nbytes
             size = "" if after == before else f"{human_bytes(before)} -> {human_bytes(after)}"
             yield str(number), repr(step.transform), effect, summarise(step.preview.changes), size
             before = after
@@ -126,7 +127,7 @@ class Plan:
                 "verdict": step.verdict,
                 "reasons": step.reasons,
                 "changes": step.preview.changes if step.preview else (),
-                "bytes_after": step.preview.bytes_after if step.preview else None,
+                "bytes_after": step.planned.nbytes if step.planned else None,
                 "note": step.preview.note if step.preview else "",
                 "skipped": dict(step.preview.skipped) if step.preview else {},
             }
@@ -230,7 +231,7 @@ def keep_entries(
         Those that `wanted` begins with too and that still hold; one that was interrupted and is asked for again, which
         then does the rest of its work; and those to be undone.
     """
-    same, now = 0, machine
+    same, now = 0, replace(machine, state=PlannedPipe.seen(pipe, None))
     for entry, transform in zip(carried.entries, wanted, strict=False):
         skipped = entry.status == "skipped"
         if entry.step.transform != transform or (skipped and not transform.unsupported(pipe, now)):
@@ -242,7 +243,7 @@ def keep_entries(
         if entry.status == "nothing to do" and carried.context != machine:
             break
         same += 1
-        now = now if skipped else now.after(transform)
+        now = now if entry.step.planned is None else replace(now, state=entry.step.planned)
     return carried.entries[:same], (), carried.entries[same:]
 
 
@@ -252,7 +253,20 @@ def _as_it_stands(entry: Entry) -> Step:
 
 def _ask(pipe: Pipeline, transform: Transform, context: Context) -> Step:
     reasons = tuple(misfits(transform) or transform.unsupported(pipe, context))
-    return Step(transform, reasons, None if reasons else transform.preview(pipe, context))
+    if reasons:
+        return Step(transform, reasons, None)
+    preview = transform.preview(pipe, context)
+    planned = transform.planned(pipe, context) if preview.changes else None
+    return Step(transform, (), preview, planned=planned)
+
+
+def after(context: Context, pipe: Pipeline, *transforms: Transform) -> Context:
+    """Return the context that a transform is asked in when `transforms` have had their turn on `pipe` before it."""
+    now = replace(context, state=context.planned(pipe))
+    for transform in transforms:
+        step = _ask(pipe, transform, now)
+        now = now if step.planned is None else replace(now, state=step.planned)
+    return now
 
 
 def _cannot_undo(entries: Iterable[Entry]) -> Iterator[str]:
@@ -278,12 +292,12 @@ def plan_steps(
         kept: What an earlier `optimize` did and that stays.
     """
     steps: list[Step] = []
-    now = context
+    now = replace(context, state=PlannedPipe.seen(pipe, planned_by(kept)))
     for position, transform in enumerate(wanted):
         entry = kept[position] if position < len(kept) else None
         steps.append(_ask(pipe, transform, now) if entry is None else _as_it_stands(entry))
-        if not steps[-1].reasons:
-            now = now.after(transform)
+        if entry is None and steps[-1].planned is not None:
+            now = replace(now, state=steps[-1].planned)
     family = family_of(pipe)
     return Plan(
         pipe_class=type(pipe).__name__,

@@ -207,7 +207,7 @@ def _weight_bytes(pipe: Pipeline | None, preset: Preset, machine: Context) -> in
         from ernie_accel.core.plan import plan
 
         the_plan = plan(pipe, preset=preset, context=machine)
-        sizes = [s.preview.bytes_after for s in the_plan.steps if s.preview and s.preview.bytes_after is not None]
+        sizes = [step.planned.nbytes for step in the_plan.steps if step.planned is not None]
         return sizes[-1] if sizes else the_plan.bytes_before
     sizes_bf16 = dict(ERNIE_IMAGE.weight_bytes)
     quantized = any(

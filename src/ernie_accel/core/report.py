@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from ernie_accel.core.context import Context
+from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.step import Step
 from ernie_accel.core.text import effect_text, human_bytes, summarise, table
 from ernie_accel.core.transform import Applied, Effect
@@ -31,6 +32,12 @@ class Entry:
         if self.applied is not None:
             return "interrupted" if self.applied.unfinished else "applied"
         return "skipped" if self.step.reasons else "nothing to do"
+
+
+def planned_by(entries: Iterable[Entry]) -> PlannedPipe | None:
+    """Return what a pipe was planned to be after the last of `entries` that was applied; None if none was."""
+    planned = [entry.step.planned for entry in entries if entry.applied is not None and entry.step.planned is not None]
+    return planned[-1] if planned else None
 
 
 @dataclass(frozen=True)

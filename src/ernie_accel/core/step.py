@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Preview, Transform
 
 
@@ -15,6 +16,7 @@ class Step:
         transform: The transform.
         reasons: Why it cannot run; empty if it can.
         preview: What it would change; None if it cannot run.
+        planned: What the pipe would be afterwards; None if nothing would change.
         in_place: Whether an earlier `optimize` has dealt with it, and it stays.
     """
 
@@ -22,6 +24,7 @@ class Step:
     reasons: tuple[str, ...]
     preview: Preview | None
     in_place: bool = False
+    planned: PlannedPipe | None = field(default=None, repr=False, compare=False)
 
     @property
     def verdict(self) -> str:

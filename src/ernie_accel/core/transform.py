@@ -13,12 +13,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
+from typing import Any, ClassVar, get_args, get_type_hints
 
 from ernie_accel.core.components import Pipeline
-
-if TYPE_CHECKING:
-    from ernie_accel.core.context import Context
+from ernie_accel.core.context import Context
+from ernie_accel.core.planned import PlannedPipe
 
 
 class Phase(enum.IntEnum):
@@ -65,13 +64,11 @@ class Preview:
 
     Attributes:
         changes: What would change: module paths, or settings as "name old -> new". Empty: nothing is left to do.
-        bytes_after: Bytes of the pipe's weights afterwards; None where they stay the same.
         note: What a reader of the plan should know; with no changes, why there is nothing to do.
         skipped: What would be left as it is although asked for, with the reason of each; in the JSON, not in the table.
     """
 
     changes: tuple[str, ...]
-    bytes_after: int | None = None
     note: str = ""
     skipped: Mapping[str, str] = field(default_factory=dict)
 
@@ -183,9 +180,13 @@ class Transform(ABC):
         """The device the pipe will live on once this ran, for which a plan is made; None leaves it where it is."""
         return None
 
-    def compiles_on_first_call(self, pipe: Pipeline, context: Context) -> bool:
-        """Return whether the first picture after this pays for compiling or capturing; asked only if it can run."""
-        return False
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        """Return what the pipe will be once this has run, from ``context.planned(pipe)``, what it will be before.
+
+        Asked only where `preview` tells of changes. Override it in a transform that changes anything `PlannedPipe`
+        tells of: the transforms after it, and the bytes of the plan, go by what is returned.
+        """
+        return context.planned(pipe)
 
     @abstractmethod
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:

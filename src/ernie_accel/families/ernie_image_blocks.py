@@ -273,6 +273,10 @@ class RewrittenErnieBlock(nn.Module):
         return x_bsh + (gate_mlp * h_bsh.float()).to(x_bsh.dtype)
 
 
+#: The layers of a block that are one product where their parts are fused, by path within the block.
+FUSED_LAYERS = (f"self_attention.{RewrittenAttention.fused_name}", f"mlp.{RewrittenFeedForward.fused_name}")
+
+
 def rotate(x_bsnd: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor) -> Tensor:
     """Return `x_bsnd` rotated by RoPE in half-split layout: angles of dimension i and i + D/2 belong together."""
     first, second = x_bsnd.chunk(2, -1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ernie_accel.kernels import ops, reference
@@ -39,18 +38,3 @@ class Fp8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
-
-
-def why_not_fp8(linear: nn.Module) -> str | None:
-    """Return why `linear` cannot become an `Fp8Linear`, or None."""
-    if not isinstance(linear, nn.Linear):
-        return f"it is a {type(linear).__name__}, not a linear layer"
-    if linear.bias is not None:
-        return "it has a bias"
-    if type(linear.weight) is not nn.Parameter:
-        return "its weight is quantized already"
-    if linear.weight.dtype != torch.bfloat16:
-        return f"its weight is {linear.weight.dtype}, not torch.bfloat16"
-    if linear.in_features % 16 or linear.out_features % 16:
-        return f"its shape {linear.out_features} x {linear.in_features} is no multiple of 16"
-    return None

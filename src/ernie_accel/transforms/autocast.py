@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ import torch
 from ernie_accel.core.components import Pipeline, device_of, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import wrap_call
@@ -51,16 +52,18 @@ class Autocast(Transform):
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = CastDtype(self.dtype).unsupported(pipe, context)
-        cast = context.planned_one(CastDtype)
-        dtypes = {str(m.dtype).removeprefix("torch.") for m in modules_of(pipe).values() if hasattr(m, "dtype")}
-        if cast is not None and cast.components is None:
-            dtypes = {cast.dtype}
+        planned = context.planned(pipe)
+        found = {planned.dtype_of(name) for name, module in modules_of(pipe).items() if hasattr(module, "dtype")}
+        dtypes = {str(dtype).removeprefix("torch.") for dtype in found - {None}}
         if dtypes and "float32" not in dtypes:
             reasons.append(f"the weights are {' and '.join(sorted(dtypes))}: autocast is for float32 weights")
         return reasons
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         return Preview(self._changes())
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        return replace(context.planned(pipe), autocast=self.dtype)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         with Undo() as undo:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import wraps
 from typing import Any, ClassVar
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 
@@ -72,6 +73,15 @@ class CallDefaults(Transform):
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         changes = self._changes(pipe)
         return Preview(changes, note="" if changes else "the pipe's own defaults are these")
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        wanted, planned = self.wanted(pipe), context.planned(pipe)
+        steps, enhances = wanted.get("num_inference_steps"), wanted.get("use_pe")
+        return replace(
+            planned,
+            num_inference_steps=planned.num_inference_steps if steps is None else steps,
+            enhances_prompts=planned.enhances_prompts if enhances is None else enhances,
+        )
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         changes = self._changes(pipe)

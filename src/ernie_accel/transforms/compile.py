@@ -10,11 +10,11 @@ import torch
 
 from ernie_accel.core.components import Pipeline, absent_components, modules_of
 from ernie_accel.core.context import Context
+from ernie_accel.core.planned import Blocks, PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import repeated_blocks
 from ernie_accel.transforms.compile_cache import as_folder, compile_module, why_not_kept
-from ernie_accel.transforms.fuse_kernels import FuseKernels
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,29 +67,21 @@ class Compile(Transform):
         ]
 
     def _broken_by_quantization(self, pipe: Pipeline, context: Context) -> list[str]:
-        from ernie_accel.transforms.quantize import Quantize
-
-        reasons = []
-        for before in context.planned if self.fullgraph else ():
-            if isinstance(before, Quantize) and set(self.components) & set(before.components):
-                why = before.breaks_graph(pipe, context)
-                if why is not None:
-                    fix = "take another backend or scheme, or Compile(fullgraph=False)"
-                    reasons.append(f"{before!r} comes before, and {why}: {fix}")
-        return reasons
-
-    def compiles_on_first_call(self, pipe: Pipeline, context: Context) -> bool:
-        return not self._leaves_to_kernels(pipe, context) and any(self._blocks(pipe))
+        broken = context.planned(pipe).breaks_graph if self.fullgraph else {}
+        fix = "take another backend or scheme, or Compile(fullgraph=False)"
+        return [f"{broken[name]}: {fix}" for name in self.components if name in broken]
 
     def _leaves_to_kernels(self, pipe: Pipeline, context: Context) -> bool:
-        kernels = context.planned_one(FuseKernels)
-        return self.components == ("transformer",) and kernels is not None and kernels.runs_on_kernels(pipe, context)
+        return self.components == ("transformer",) and context.planned(pipe).blocks is Blocks.KERNELS
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         if self._leaves_to_kernels(pipe, context):
             return Preview((), note="the blocks run on fused kernels, which need no compiling")
         changes = tuple(name for name, block in self._blocks(pipe) if not _is_compiled(block))
         return Preview(changes, note="the first picture compiles" if changes else "the blocks are compiled already")
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        return context.planned(pipe).compiling(self.slot)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         blocks = dict(self._blocks(pipe))

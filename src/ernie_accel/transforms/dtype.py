@@ -15,12 +15,12 @@ from ernie_accel.core.components import (
     absent_components,
     is_float8,
     modules_of,
-    pipe_bytes,
     upcasts_in_a_hook,
     weights_of,
 )
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.text import human_bytes
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
@@ -81,17 +81,19 @@ class CastDtype(Transform):
         return reasons
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
-        todo = dict(self.weights_to_cast(pipe))
+        todo = dict(self._weights_to_cast(pipe, context))
         if not todo:
             return Preview((), note=f"all weights are {self.dtype} already")
-        size = DTYPES[self.dtype].itemsize
-        tensors = [weight.tensor for weights in todo.values() for weight in weights]
-        saved = sum(tensor.numel() * (tensor.element_size() - size) for tensor in tensors)
         keeps = "keeps weights that lose bits in host memory for restore()" if self.keep_originals else ""
-        return Preview(tuple(todo), pipe_bytes(pipe) - saved, keeps)
+        return Preview(tuple(todo), keeps)
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        todo = self._weights_to_cast(pipe, context)
+        names = {f"{component}.{weight.path}" for component, weights in todo for weight in weights}
+        return context.planned(pipe).cast(DTYPES[self.dtype], names.__contains__)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
-        todo = dict(self.weights_to_cast(pipe))
+        todo = dict(self._weights_to_cast(pipe, context))
         lossy_bytes = 0
         with Undo() as undo:
             for weight in (weight for weights in todo.values() for weight in weights):
@@ -111,17 +113,19 @@ class CastDtype(Transform):
         kept = f"keeps {human_bytes(lossy_bytes)} of originals in host memory for restore()" if lossy_bytes else ""
         return Applied(tuple(todo), undo=undo, note=kept)
 
-    def weights_to_cast(self, pipe: Pipeline) -> Iterator[tuple[str, list[Weight]]]:
-        """Yield (component, its weights that are of another dtype now) for every component that has any."""
+    def _weights_to_cast(self, pipe: Pipeline, context: Context) -> Iterator[tuple[str, list[Weight]]]:
+        """Yield (component, its weights that will be of another dtype then) for every component that has any."""
+        planned = context.planned(pipe).weights
         for name, module in modules_of(pipe, self.components).items():
             stays = _float32_modules(module)
             weights = [
                 weight
                 for weight in weights_of(module)
                 if weight.tensor.is_floating_point()
-                and weight.tensor.dtype != DTYPES[self.dtype]
+                and (now := planned.get(f"{name}.{weight.path}")) is not None
+                and now.dtype != DTYPES[self.dtype]
+                and now.stored_as is None
                 and not is_float8(weight.tensor.dtype)
-                and not hasattr(weight.tensor, "__tensor_flatten__")  # a quantized tensor keeps its storage
                 and not stays.intersection(weight.path.split("."))
             ]
             if weights:

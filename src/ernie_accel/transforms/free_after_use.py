@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ernie_accel.core.components import Pipeline, absent_components, forget_kept, module_bytes, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
+from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.text import human_bytes
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
@@ -83,6 +84,9 @@ class FreeAfterUse(Transform):
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         return Preview(tuple(self._parts(pipe)), note=self._note(pipe))
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        return replace(context.planned(pipe), freed_to=self.to)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         parts, note = self._parts(pipe), self._note(pipe)

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 
-from ernie_accel.core.components import Pipeline, pipe_bytes
+from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.planned import Blocks, PlannedPipe, PlannedWeight
 from ernie_accel.core.text import human_bytes
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
-from ernie_accel.transforms.dtype import CastDtype
 from ernie_accel.transforms.quantize.guard import refuse_casts
-from ernie_accel.transforms.rewrite import RewriteBlocks, rewritten_blocks
+from ernie_accel.transforms.rewrite import rewritten_blocks
 
 PRECISIONS = ("fp8", "bf16")
 ATTENTIONS = ("auto", "fp8", "bf16")
@@ -76,39 +75,41 @@ class FuseKernels(Transform):
         # Without the bf16 kernels a pipe computes the same thing more slowly, so there is nothing to refuse.
         return self._why_not(pipe, context) if self.precision == "fp8" else []
 
-    def compiles_on_first_call(self, pipe: Pipeline, context: Context) -> bool:
-        return self.runs_on_kernels(pipe, context)  # Triton compiles each when it is first launched
-
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         reasons = self._why_not(pipe, context)
         if reasons:
             return Preview((), note="the kernels cannot run here: " + "; ".join(reasons))
         if _kernels(pipe).is_installed(pipe.transformer):
             return Preview((), note="the blocks run on the kernels already")
-        cast = context.planned_one(CastDtype)
-        total = pipe_bytes(pipe) if cast is None else cast.preview(pipe, context).bytes_after or pipe_bytes(pipe)
-        linears = [linear for _, linear in self._to_quantize(pipe)]
-        saved = sum(linear.weight.numel() - 4 * linear.out_features for linear in linears)
-        return Preview(_block_paths(pipe), total - saved if linears else None, self._attention_note(context))
+        return Preview(self._on_kernels(pipe, context), self._attention_note(context))
 
-    def runs_on_kernels(self, pipe: Pipeline, context: Context) -> bool:
-        """Return whether the blocks run on the kernels once this transform has had its turn."""
-        return not self._why_not(pipe, context)
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        planned, new = context.planned(pipe), {}
+        gone = set()
+        for path in self._layers(pipe, context)[0]:
+            name = f"transformer.{path}.weight"
+            weight = planned.weights[name]
+            gone.add(name)
+            rows, columns = weight.shape
+            new[name] = replace(weight, nbytes=rows * columns, stored_as="fp8 by fused kernels", is_fresh=True)
+            new[f"{name}_scale"] = PlannedWeight((1, rows), torch.float32, 4 * rows, is_fresh=True)
+        lengths = self._attention(context) is not None and _kernels(pipe).is_left_open(pipe.transformer)
+        return replace(
+            planned.with_weights(new, frozenset(gone)).compiling(self.slot),  # Triton compiles at the first launch
+            blocks=Blocks.KERNELS,
+            takes_lengths=lengths,
+            tokens_multiple_of=int(_kernels(pipe).TOKENS_MULTIPLE_OF) if lengths else 1,
+        )
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
-        from ernie_accel.kernels.linear import Fp8Linear, why_not_fp8
+        from ernie_accel.kernels.linear import Fp8Linear
 
         transformer, kept_bytes = pipe.transformer, 0
+        on_kernels, (to_quantize, left_out) = self._on_kernels(pipe, context), self._layers(pipe, context)
         with Undo() as undo:
-            skipped = _kernels(pipe).install(transformer, undo, self._attention(context))
-            on_kernels = tuple(path for path in _block_paths(pipe) if path not in skipped)
-            for path, linear in list(self._to_quantize(pipe)):
-                if not f"transformer.{path}".startswith(tuple(f"{block}." for block in on_kernels)):
-                    continue
-                why_not = why_not_fp8(linear)
-                if why_not is not None:
-                    skipped[f"transformer.{path}"] = why_not
-                    continue
+            skipped = left_out | _kernels(pipe).install(transformer, undo, self._attention(context))
+            for path in to_quantize:
+                linear: Any = transformer.get_submodule(path)
                 kept_bytes += linear.weight.numel() * linear.weight.element_size()
                 owner, _, name = path.rpartition(".")
                 _swap(transformer.get_submodule(owner), name, Fp8Linear(linear.weight), undo, self.keep_originals)
@@ -129,20 +130,21 @@ class FuseKernels(Transform):
             return [*reasons, f"there are no fused kernels for {name} yet{instead}"]
         if self.attention == "fp8":
             reasons += self._why_no_fp8_attention(context)
-        rewrite = context.planned_one(RewriteBlocks)
-        if rewrite is None and not rewritten_blocks(pipe).is_rewritten(pipe.transformer):
+        planned = context.planned(pipe)
+        has_lora = getattr(pipe.transformer, "_hf_peft_config_loaded", False)
+        if planned.blocks < Blocks.REWRITTEN and not rewritten_blocks(pipe).is_rewritten(pipe.transformer):
             reasons.append("it builds on the rewritten blocks: add RewriteBlocks()")
-        if rewrite is not None and not rewrite.fuse:
-            reasons.append(f"{rewrite!r} leaves the linear layers apart: use RewriteBlocks()")
-        if getattr(pipe.transformer, "_hf_peft_config_loaded", False):
+        elif not has_lora and not self._on_kernels(pipe, context):
+            reasons.append("the linear layers of the rewritten blocks stand apart: use RewriteBlocks(), with fuse=True")
+        if has_lora:
             reasons.append(
                 "a LoRA is loaded, and the kernels have no layers for it: merge it (pipe.fuse_lora(), then "
                 "pipe.unload_lora_weights())"
             )
-        cast = context.planned_one(CastDtype)
-        dtype = cast.dtype if cast is not None else str(pipe.transformer.dtype).removeprefix("torch.")
-        if dtype != "bfloat16":
-            reasons.append(f"the kernels take bfloat16 weights, found {dtype}: add CastDtype('bfloat16')")
+        dtype = planned.dtype_of("transformer")
+        if dtype != torch.bfloat16 and planned.blocks < Blocks.KERNELS:
+            found = str(dtype).removeprefix("torch.")
+            reasons.append(f"the kernels take bfloat16 weights, found {found}: add CastDtype('bfloat16')")
         return reasons
 
     def _why_no_fp8_attention(self, context: Context) -> list[str]:
@@ -155,13 +157,6 @@ class FuseKernels(Transform):
             return None
         return "fp8" if self.attention != "bf16" and self.precision == "fp8" else "bf16"
 
-    def tokens_multiple_of(self, pipe: Pipeline, context: Context) -> int:
-        """Return what the transformer's tokens are made a multiple of, as attention backends are chosen now."""
-        pads = self.runs_on_kernels(pipe, context) and self._attention(context) is not None
-        if not pads or not _kernels(pipe).is_left_open(pipe.transformer):
-            return 1
-        return int(_kernels(pipe).TOKENS_MULTIPLE_OF)
-
     def _attention_note(self, context: Context) -> str:
         attention = self._attention(context)
         if attention is not None:
@@ -172,16 +167,32 @@ class FuseKernels(Transform):
         reasons = _why_no_cudnn(context) if self.attention == "auto" else []
         return ": ".join(["attention in bf16", *filter(None, ["; ".join(reasons)])])
 
-    def _to_quantize(self, pipe: Pipeline) -> Iterator[tuple[str, torch.nn.Linear]]:
-        """Yield (path within the transformer, layer) of the blocks' linear layers that are to be fp8."""
+    def _on_kernels(self, pipe: Pipeline, context: Context) -> tuple[str, ...]:
+        """Return the blocks that can run on the kernels: those whose linear layers are concatenated by then."""
+        planned, fused = context.planned(pipe).weights, rewritten_blocks(pipe).FUSED_LAYERS
+        return tuple(
+            block for block in _block_paths(pipe) if all(f"{block}.{name}.weight" in planned for name in fused)
+        )
+
+    def _layers(self, pipe: Pipeline, context: Context) -> tuple[list[str], dict[str, str]]:
+        """Return the paths within the transformer of the linear layers that become fp8, and why others do not."""
         family = family_of(pipe)
         exclude = self.exclude
         if exclude is None:
             exclude = family.keep_precise.get("transformer", ()) if family is not None else ()
-        for path, part in pipe.transformer.named_modules():
-            in_block = isinstance(part, torch.nn.Linear) and path.startswith("layers.")
-            if self.precision == "fp8" and in_block and not any(re.match(pattern, path) for pattern in exclude):
-                yield path, part
+        planned, blocks = context.planned(pipe).weights, tuple(f"{path}." for path in self._on_kernels(pipe, context))
+        todo, left_out = [], {}
+        for name, weight in planned.items():
+            path = name.removeprefix("transformer.").removesuffix(".weight")
+            is_linear = name.startswith(blocks) and name.endswith(".weight") and len(weight.shape) == 2
+            if self.precision != "fp8" or not is_linear or any(re.match(pattern, path) for pattern in exclude):
+                continue
+            why = _why_not_fp8(weight, has_bias=f"transformer.{path}.bias" in planned)
+            if why is None:
+                todo.append(path)
+            else:
+                left_out[f"transformer.{path}"] = why
+        return todo, left_out
 
 
 def _why_no_cudnn(context: Context) -> list[str]:
@@ -191,12 +202,26 @@ def _why_no_cudnn(context: Context) -> list[str]:
     return reasons + context.missing("cudnn")
 
 
+def _why_not_fp8(weight: PlannedWeight, *, has_bias: bool) -> str | None:
+    """Return why a linear layer cannot become an `Fp8Linear`, or None."""
+    rows, columns = weight.shape
+    if has_bias:
+        return "it has a bias"
+    if weight.stored_as is not None:
+        return "its weight is quantized already"
+    if weight.dtype != torch.bfloat16:
+        return f"its weight is {weight.dtype}, not torch.bfloat16"
+    if rows % 16 or columns % 16:
+        return f"its shape {rows} x {columns} is no multiple of 16"
+    return None
+
+
 def calls_cudnn(pipe: Pipeline, context: Context) -> bool:
-    """Return whether all blocks call cuDNN's attention themselves, or will once a planned `FuseKernels` is applied."""
-    fuse, family = context.planned_one(FuseKernels), family_of(pipe)
-    if fuse is not None:
-        return fuse.tokens_multiple_of(pipe, context) > 1
-    return family is not None and family.kernels is not None and bool(_kernels(pipe).calls_cudnn(pipe.transformer))
+    """Return whether all blocks call cuDNN's attention themselves, or will by then."""
+    family = family_of(pipe)
+    if family is None or family.kernels is None:
+        return False
+    return context.planned(pipe).takes_lengths or bool(_kernels(pipe).calls_cudnn(pipe.transformer))
 
 
 def _kernels(pipe: Pipeline) -> Any:

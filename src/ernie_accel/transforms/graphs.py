@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ernie_accel.core.components import Pipeline, is_moved_in_parts
 from ernie_accel.core.context import Context
+from ernie_accel.core.planned import Blocks, PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
-from ernie_accel.transforms.autocast import Autocast
-from ernie_accel.transforms.rewrite import RewriteBlocks, rewritten_blocks
+from ernie_accel.transforms.rewrite import rewritten_blocks
 
 #: Records calls: (forward, arguments) -> (replay, output that every replay overwrites).
 Record = Callable[[Callable[..., Any], Mapping[str, Any]], tuple[Callable[[], None], Tensor]]
@@ -51,10 +51,6 @@ class CaptureGraphs(Transform):
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         return []  # where it cannot work it does nothing, and the pipe computes the same
 
-    def compiles_on_first_call(self, pipe: Pipeline, context: Context) -> bool:
-        captured = isinstance(vars(pipe.transformer).get("forward"), GraphedForward)
-        return captured or bool(self.preview(pipe, context).changes)
-
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         if context.device != "cuda":
             return Preview((), note=f"CUDA graphs need a CUDA device; this is {context.device}")
@@ -62,14 +58,18 @@ class CaptureGraphs(Transform):
         if family is None or family.rewritten is None:
             name = family.name if family else type(pipe).__name__
             return Preview((), note=f"it builds on rewritten blocks, and there are none for {name} yet")
-        if context.planned_one(RewriteBlocks) is None and not rewritten_blocks(pipe).is_rewritten(pipe.transformer):
+        planned = context.planned(pipe)
+        if planned.blocks is Blocks.STOCK and not rewritten_blocks(pipe).is_rewritten(pipe.transformer):
             return Preview((), note="the stock forward cannot be captured: add RewriteBlocks()")
-        autocast = context.planned_one(Autocast)
-        if autocast is not None:
-            return Preview((), note=f"what runs under {autocast!r} is not captured")
+        if planned.autocast is not None:
+            return Preview((), note=f"what runs under autocast, here to {planned.autocast}, is not captured")
         if isinstance(vars(pipe.transformer).get("forward"), GraphedForward):
             return Preview((), note="the transformer's forward is captured already")
         return Preview(("transformer.forward",))
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        planned = replace(context.planned(pipe), keeps_graphs=self.keep, graph_tokens=self.max_tokens)
+        return planned.compiling(self.slot)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         transformer, blocks = pipe.transformer, rewritten_blocks(pipe)

@@ -12,7 +12,6 @@ from ernie_accel.core.components import Pipeline, Weight, absent_components, mod
 from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
-from ernie_accel.transforms.dtype import CastDtype
 
 #: Kernels load 16 bytes at a time; safetensors files are mapped into memory at any offset.
 ALIGNMENT_BYTES = 16
@@ -56,12 +55,14 @@ class MakeContiguous(Transform):
         return reasons
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
-        cast = context.planned_one(CastDtype)  # gives what it casts new, aligned memory, with the strides it had
-        recast = {id(w.tensor) for _, weights in cast.weights_to_cast(pipe) for w in weights} if cast else set()
+        planned = context.planned(pipe).weights
         changes = tuple(
             name
             for name, weight, layout in self._awkward(pipe)
-            if id(weight.tensor) not in recast or not weight.tensor.is_contiguous(memory_format=layout)
+            if (then := planned.get(name)) is not None  # one that is concatenated by then is laid out anew
+            and then.stored_as is None
+            # What is cast gets new, aligned memory, with the strides it had.
+            and not (then.is_fresh and weight.tensor.is_contiguous(memory_format=layout))
         )
         return Preview(changes, note=self._note() if changes else "all weights are laid out and aligned so already")
 

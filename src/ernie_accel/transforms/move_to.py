@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
 from ernie_accel.core.components import Pipeline, modules_of
 from ernie_accel.core.context import Context
+from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 
@@ -54,6 +55,9 @@ class MoveTo(Transform):
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         changes = self._changes(pipe)
         return Preview(changes, note="" if changes else f"the pipe is on {self.device} already")
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        return replace(context.planned(pipe), device=self.device.partition(":")[0])
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         changes = self._changes(pipe)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ import torch
 from ernie_accel.core.components import Pipeline, device_of, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 
@@ -79,6 +80,9 @@ class Offload(Transform):
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         return Preview(self._changes(pipe), note=f"on the accelerator: {MODES[self.mode]}")
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        return replace(context.planned(pipe), offload=self.mode)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         changes, device = self._changes(pipe), device_of(pipe)

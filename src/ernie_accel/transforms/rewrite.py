@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
+from ernie_accel.core.planned import Blocks, PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
@@ -61,6 +62,19 @@ class RewriteBlocks(Transform):
         if rewritten_blocks(pipe).is_rewritten(pipe.transformer):
             return Preview((), note="the blocks are rewritten already")
         return Preview(_block_paths(pipe))
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        planned = context.planned(pipe)
+        fused = rewritten_blocks(pipe).to_be_fused(pipe.transformer) if self.fuse else {}
+        parts_of = {
+            f"transformer.{path}": tuple(f"transformer.{part}" for part in parts) for path, parts in fused.items()
+        }
+        new = {f"{path}.weight": planned.concatenated(parts) for path, parts in parts_of.items()}
+        gone = frozenset(f"{part}.weight" for parts in parts_of.values() for part in parts)
+        why = "the rewritten blocks build a mask only for a batch that really pads"
+        return replace(
+            planned.with_weights(new, gone), blocks=Blocks.REWRITTEN, concatenates_linears=self.fuse, elides_mask=why
+        )
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         with Undo() as undo:

@@ -10,14 +10,13 @@ import torch
 
 from ernie_accel.core.components import Pipeline, is_moved_in_parts
 from ernie_accel.core.context import Context
+from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import wrap_call
 from ernie_accel.enhancer.enhancer import TEMPERATURE, TOP_P, PromptEnhancer, Wish, why_not
 from ernie_accel.families import family_of
 from ernie_accel.families.family import PromptEnhancement
-from ernie_accel.transforms.call_defaults import CallDefaults
-from ernie_accel.transforms.offload import Offload
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,21 +50,21 @@ class RewriteEnhancer(Transform):
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         return []  # where it cannot stand in, stock enhances as before
 
-    def compiles_on_first_call(self, pipe: Pipeline, context: Context) -> bool:
-        defaults = context.planned_one(CallDefaults)
-        is_used = defaults is None or defaults.use_pe is not False
-        return context.device == "cuda" and is_used and bool(self.preview(pipe, context).changes)
-
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         how = _enhancement_of(pipe)
         if how is None:
             return Preview((), note=f"this {type(pipe).__name__} has no prompt enhancer")
-        model, offload = getattr(pipe, how.model), context.planned_one(Offload)
-        if is_moved_in_parts(model) or (offload is not None and offload.mode in ("sequential", "group")):
+        model = getattr(pipe, how.model)
+        if is_moved_in_parts(model) or context.planned(pipe).offload in ("sequential", "group"):
             why = f"{how.model} is offloaded or cast layer by layer: Offload('model') or 'stages' go with this"
             return Preview((), note=why)
         problems = why_not(model, getattr(pipe, how.tokenizer))
         return Preview((), note="; ".join(problems)) if problems else Preview(_changes(how))
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        planned = context.planned(pipe)
+        captures = context.device == "cuda" and planned.enhances_prompts
+        return planned.compiling(self.slot) if captures else planned
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         how = _enhancement_of(pipe)

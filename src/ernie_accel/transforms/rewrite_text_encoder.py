@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from ernie_accel.core.components import Pipeline, is_moved_in_parts
 from ernie_accel.core.context import Context
 from ernie_accel.core.cuda_graphs import Capture, Replays
+from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.enhancer.layers import Positions, linears_of, places, rms_norm, run_layer, signed, why_others
 from ernie_accel.families import family_of
 from ernie_accel.transforms.encode_prompts import pass_on
-from ernie_accel.transforms.offload import Offload
 
 _PADDED_TO = 64  # tokens: prompts of many lengths share a graph, and the plan that cuDNN makes for its attention
 #: Of the forward of a ``Ministral3Model``, by position.
@@ -67,23 +67,21 @@ class RewriteTextEncoder(Transform):
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         return []  # where it cannot stand in, stock encodes as before
 
-    def compiles_on_first_call(self, pipe: Pipeline, context: Context) -> bool:
-        if context.device != "cuda" or self.max_tokens == 0:
-            return False
-        model = _language_model(pipe)
-        return _is_rewritten(model) or bool(self.preview(pipe, context).changes)
-
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
-        model, offload = _language_model(pipe), context.planned_one(Offload)
+        model = _language_model(pipe)
         if model is None:
             return Preview((), note=f"this {type(pipe).__name__} has no text encoder that is known here")
         if _is_rewritten(model):
             return Preview((), note="the text encoder's forward is rewritten already")
-        if is_moved_in_parts(pipe.text_encoder) or (offload is not None and offload.mode in ("sequential", "group")):
+        if is_moved_in_parts(pipe.text_encoder) or context.planned(pipe).offload in ("sequential", "group"):
             why = "text_encoder is offloaded or cast layer by layer: Offload('model') or 'stages' go with this"
             return Preview((), note=why)
         problems = why_not(model)
         return Preview((), note="; ".join(problems)) if problems else Preview(_changes(pipe))
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        planned = context.planned(pipe)
+        return planned.compiling(self.slot) if context.device == "cuda" and self.max_tokens > 0 else planned
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         model = _language_model(pipe)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, ClassVar
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
+from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import wrap_call
@@ -61,6 +62,9 @@ class TruncatePrompts(Transform):
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         return Preview(self._changes(pipe), note="prompts within the limit are not touched")
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        return replace(context.planned(pipe), prompt_limit=self.max_tokens)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         changes, limit = self._changes(pipe), _Limit(self, pipe)

@@ -9,6 +9,7 @@ import torch
 
 from ernie_accel.core.components import Pipeline, weights_of
 from ernie_accel.core.context import Context
+from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.kernels.vae_decoder import FusedDecoder, why_not
@@ -45,13 +46,13 @@ class CompileVae(Transform):
             reasons.append(f"{type(pipe).__name__} has no vae.decoder")
         return reasons + why_not_kept(self.cache, context.device)
 
-    def compiles_on_first_call(self, pipe: Pipeline, context: Context) -> bool:
-        return True
-
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         if _decoder(pipe)._compiled_call_impl is not None:
             return Preview((), note="the decoder is compiled already")
         return Preview(("vae.decoder",), note="the first picture compiles")
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        return context.planned(pipe).compiling(self.slot)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         decoder = _decoder(pipe)
@@ -85,10 +86,6 @@ class FuseVae(Transform):
             return [f"{type(pipe).__name__} has no vae.decoder"]
         return []  # where it cannot work it does nothing, and the pipe computes the same
 
-    def compiles_on_first_call(self, pipe: Pipeline, context: Context) -> bool:
-        # Triton compiles each kernel when it is first launched.
-        return _is_fused(_decoder(pipe)) or bool(self.preview(pipe, context).changes)
-
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         decoder = _decoder(pipe)
         reasons = context.without_kernels("FuseVae", (8, 0))
@@ -100,6 +97,9 @@ class FuseVae(Transform):
             return Preview((), note="the decoder is compiled already")
         reason = why_not(decoder)
         return Preview(("vae.decoder",)) if reason is None else Preview((), note=f"not this decoder: {reason}")
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        return context.planned(pipe).compiling(self.slot)  # Triton compiles each kernel when it is first launched
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         decoder = _decoder(pipe)

@@ -7,7 +7,7 @@ import inspect
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -18,14 +18,7 @@ from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transfor
 from ernie_accel.core.undo import Undo
 from ernie_accel.enhancer.enhancer import Wish
 from ernie_accel.families import family_of
-from ernie_accel.transforms.attention import SetAttention
 from ernie_accel.transforms.encode_prompts import remembering_nothing
-from ernie_accel.transforms.free_after_use import FreeAfterUse
-from ernie_accel.transforms.fuse_kernels import FuseKernels
-from ernie_accel.transforms.graphs import CaptureGraphs
-from ernie_accel.transforms.rewrite_enhancer import RewriteEnhancer
-from ernie_accel.transforms.rewrite_text_encoder import RewriteTextEncoder
-from ernie_accel.transforms.truncate_prompts import TruncatePrompts
 
 #: The first step compiles, the second of the same shape is the one that `CaptureGraphs` records.
 STEPS = 2
@@ -111,25 +104,23 @@ class Warmup(Transform):
         if getattr(pipe, "tokenizer", None) is None or getattr(pipe, "text_encoder", None) is None:
             reasons.append(f"{kind} was loaded without text encoder or tokenizer, and a warm-up draws a prompt")
             return reasons
-        freed = context.planned_one(FreeAfterUse)
-        if freed is not None and freed.to == "nowhere":
-            reasons.append(f"{freed!r} comes before, and a warm-up would be the one call it allows: use to='disk'")
+        if context.planned(pipe).freed_to == "nowhere":
+            reasons.append("FreeAfterUse('nowhere') allows one call, and a warm-up would be that one: use to='disk'")
         return reasons + self._bad_sizes(pipe) + self._bad_lengths(pipe, context) + self._too_many(pipe, context)
 
     def _too_many(self, pipe: Pipeline, context: Context) -> list[str]:
         """Return the reason if graphs of the first combinations would be dropped for those of the last."""
-        graphs = context.planned_one(CaptureGraphs)
-        if graphs is None or not graphs.compiles_on_first_call(pipe, context):
+        planned = context.planned(pipe)
+        if not planned.keeps_graphs:
             return []
-        fuse, attention = context.planned_one(FuseKernels), context.planned_one(SetAttention)
-        is_named = attention is not None and attention.choose(pipe, context) is not None
-        multiple = 1 if fuse is None or is_named else fuse.tokens_multiple_of(pipe, context)
-        captured_ones = (each for each in self._combinations(pipe) if _image_tokens(each) <= graphs.max_tokens)
-        captured = len({_shape(each, multiple) for each in captured_ones})
-        if captured <= graphs.keep:
+        captured_ones = (each for each in self._combinations(pipe) if _image_tokens(each) <= planned.graph_tokens)
+        captured = len({_shape(each, planned.tokens_multiple_of) for each in captured_ones})
+        if captured <= planned.keeps_graphs:
             return []
-        enough = replace(graphs, keep=captured)
-        return [f"{graphs!r} keeps {graphs.keep} graphs, and {captured} of these pictures are captured: use {enough!r}"]
+        return [
+            f"{captured} of these pictures are captured, and {planned.keeps_graphs} graphs are kept: "
+            f"use CaptureGraphs(keep={captured})"
+        ]
 
     def _bad_sizes(self, pipe: Pipeline) -> list[str]:
         family = family_of(pipe)
@@ -142,10 +133,10 @@ class Warmup(Transform):
         ]
 
     def _bad_lengths(self, pipe: Pipeline, context: Context) -> list[str]:
-        reasons, limit = [], context.planned_one(TruncatePrompts)
+        reasons, limit = [], context.planned(pipe).prompt_limit
         for length in self.prompt_lengths or ():
-            if limit is not None and length > limit.max_tokens:
-                reasons.append(f"{limit!r} comes before, so no prompt has {length} tokens: leave that length out")
+            if limit is not None and length > limit:
+                reasons.append(f"prompts are cut at {limit} tokens, so none has {length}: leave that length out")
             elif length > pipe.tokenizer.model_max_length:
                 most = pipe.tokenizer.model_max_length
                 reasons.append(f"the tokenizer of {type(pipe).__name__} cuts at {most} tokens, got {length}")
@@ -158,8 +149,7 @@ class Warmup(Transform):
         return reasons
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
-        pending = any(transform.compiles_on_first_call(pipe, context) for transform in context.planned)
-        if not pending and not _is_compiled(pipe):
+        if not context.planned(pipe).on_first_call and not _is_compiled(pipe):
             why = f"nothing is compiled or captured on {context.device}: the first picture takes as long as the others"
             return Preview((), note=why)
         return Preview(self._changes(pipe), note=f"{STEPS} steps each")
@@ -168,11 +158,10 @@ class Warmup(Transform):
         spent: list[str] = []
         with unnoticed(pipe), remembering_nothing(pipe):
             decoded: set[tuple[int, int, int]] = set()
-            enhancer = context.planned_one(RewriteEnhancer)
-            if hasattr(pipe, "_enhance_prompts") and enhancer and enhancer.compiles_on_first_call(pipe, context):
+            pending = context.planned(pipe).on_first_call
+            if hasattr(pipe, "_enhance_prompts") and "enhancer" in pending:
                 spent += [_enhance(pipe, batch) for batch in self.batch_sizes]
-            encoder = context.planned_one(RewriteTextEncoder)
-            encodes_twice = encoder is not None and encoder.compiles_on_first_call(pipe, context)
+            encodes_twice = "text-encoder" in pending
             for combination in self._combinations(pipe):
                 shape = combination[:3]
                 start = time.perf_counter()

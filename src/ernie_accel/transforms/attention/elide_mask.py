@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
+from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
@@ -45,6 +46,9 @@ class ElideMask(Transform):
         note = why_no_idle_mask(pipe, context)
         return Preview(() if note else self._changes(pipe), note=note or "")
 
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        return replace(context.planned(pipe), elides_mask=f"{self!r} drops it")
+
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         family = family_of(pipe)
         if family is None or family.always_masks is None:
@@ -74,8 +78,4 @@ def why_no_idle_mask(pipe: Pipeline, context: Context) -> str | None:
     if family is None or family.always_masks is None:
         name = family.name if family is not None else type(pipe).__name__
         return f"{name} builds a mask only for a batch that really pads"
-    if context.planned_one(ElideMask) is not None:
-        return "ElideMask() drops it"
-    if any(transform.slot == "blocks" for transform in context.planned):
-        return "the rewritten blocks build a mask only for a batch that really pads"
-    return None
+    return context.planned(pipe).elides_mask

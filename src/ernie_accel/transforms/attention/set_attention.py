@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -16,12 +16,12 @@ from torch import nn
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.transforms.attention.elide_mask import why_no_idle_mask
 from ernie_accel.transforms.attention.fused_npu import with_prepared_masks
 from ernie_accel.transforms.attention.processors import attentions, send_through_dispatcher
-from ernie_accel.transforms.dtype import DTYPES, CastDtype
 from ernie_accel.transforms.fuse_kernels import calls_cudnn
 
 HALF = (torch.bfloat16, torch.float16)
@@ -177,6 +177,10 @@ class SetAttention(Transform):
         changes = _changes(pipe, name, context)
         return Preview(changes, note=self._note(name) if changes else f"attention runs on {name!r} already")
 
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        name = self.choose(pipe, context)
+        return replace(context.planned(pipe), attention=name, takes_lengths=False, tokens_multiple_of=1)
+
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         from diffusers.models.attention_dispatch import (
             AttentionBackendName,
@@ -296,10 +300,7 @@ def _name_of(processor: Any) -> str:
 
 def _dtype(pipe: Pipeline, context: Context) -> torch.dtype:
     """Return the dtype the transformer will compute in."""
-    cast = context.planned_one(CastDtype)
-    if cast is not None and (cast.components is None or "transformer" in cast.components):
-        return DTYPES[cast.dtype]
-    found: torch.dtype = pipe.transformer.dtype
+    found: torch.dtype = context.planned(pipe).dtype_of("transformer") or pipe.transformer.dtype
     return found
 
 

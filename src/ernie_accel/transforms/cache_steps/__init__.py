@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ernie_accel.transforms.cache_steps.cache_steps import CacheSteps, planned_steps
+from ernie_accel.transforms.cache_steps.cache_steps import CacheSteps
 
-__all__ = ["CacheSteps", "planned_steps"]
+__all__ = ["CacheSteps"]

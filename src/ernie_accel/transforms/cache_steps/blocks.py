@@ -12,8 +12,8 @@ import torch
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.transforms.cache_steps.backend import MOST_THRESHOLD, Backend, Forward, Run, Trajectory
-from ernie_accel.transforms.graphs import CaptureGraphs, GraphedForward
-from ernie_accel.transforms.offload import GROUP_OFFLOAD_HOOKS, Offload
+from ernie_accel.transforms.graphs import GraphedForward
+from ernie_accel.transforms.offload import GROUP_OFFLOAD_HOOKS
 
 if TYPE_CHECKING:
     from ernie_accel.transforms.cache_steps.cache_steps import CacheSteps
@@ -45,9 +45,7 @@ class BlockCache(Backend):
         blocks = getattr(pipe.transformer, BLOCKS, None)
         if not isinstance(blocks, torch.nn.ModuleList) or len(blocks) < 2:
             reasons.append(f"{name} has no list {BLOCKS!r} of two blocks or more, of which all but the first can rest")
-        graphs = context.planned_one(CaptureGraphs)
-        captures = graphs is not None and graphs.compiles_on_first_call(pipe, context)
-        if captures or isinstance(vars(pipe.transformer).get("forward"), GraphedForward):
+        if context.planned(pipe).keeps_graphs or isinstance(vars(pipe.transformer).get("forward"), GraphedForward):
             reasons.append(
                 "captured graphs replay all blocks, whatever a cache of blocks decides: leave CaptureGraphs out, or "
                 "use backend='forecast'"
@@ -74,9 +72,8 @@ class BlockCache(Backend):
 
 def _grouped(pipe: Pipeline, context: Context) -> str | None:
     """Return what brings the transformer's blocks to the device a group at a time, in words; None if nothing does."""
-    offload = context.planned_one(Offload)
-    if offload is not None and offload.mode == "group":
-        return repr(offload)
+    if context.planned(pipe).offload == "group":
+        return "Offload('group')"
     hooks = (getattr(part, "_diffusers_hook", None) for part in pipe.transformer.modules())
     if any(registry is not None and {*registry.hooks} & {*GROUP_OFFLOAD_HOOKS} for registry in hooks):
         return "group offloading, which is on,"

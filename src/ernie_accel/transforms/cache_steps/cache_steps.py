@@ -18,8 +18,7 @@ from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import wrap_call
 from ernie_accel.families import family_of
 from ernie_accel.transforms.cache_steps.backend import MOST_THRESHOLD, Run, Trajectory, backends
-from ernie_accel.transforms.call_defaults import CallDefaults
-from ernie_accel.transforms.scheduler import SCHEDULERS, SwapScheduler
+from ernie_accel.transforms.scheduler import SCHEDULERS
 from ernie_accel.transforms.scheduler.stepping import installed
 
 #: Calls of fewer steps compute all of them: neighbouring steps of a distilled checkpoint have little in common.
@@ -101,7 +100,7 @@ class CacheSteps(Transform):
         if family is None or family.text_argument is None:
             return [f"{kind} is of no known family, and what tells its prompts apart is known family by family"]
         reasons = []
-        steps = planned_steps(pipe, context)
+        steps = context.planned(pipe).num_inference_steps
         if steps is not None and steps < LEAST_STEPS:
             reasons.append(
                 f"{steps} steps are planned, and a cache pays from {LEAST_STEPS} on: leave it out, or plan more, as in "
@@ -139,7 +138,7 @@ class CacheSteps(Transform):
         return (step - self.first + 1) % self.every == 0
 
     def _note(self, pipe: Pipeline, context: Context) -> str:
-        steps = planned_steps(pipe, context)
+        steps = context.planned(pipe).num_inference_steps
         note = backends()[self.backend].note(self, steps)
         return note if steps is None else f"{note}; calls of fewer than {LEAST_STEPS} steps compute all"
 
@@ -188,22 +187,13 @@ class CachedForward:
         return self._runs[key][1](scheduler.step_index or 0, *args, **kwargs)
 
 
-def planned_steps(pipe: Pipeline, context: Context) -> int | None:
-    """Return how many steps a call takes that says nothing of them; None where the pipe has no such default."""
-    defaults = context.planned_one(CallDefaults)
-    wanted = defaults.wanted(pipe).get("num_inference_steps") if defaults is not None else None
-    parameter = inspect.signature(type(pipe).__call__).parameters.get("num_inference_steps")
-    found = wanted if wanted is not None else parameter.default if parameter is not None else None
-    return found if isinstance(found, int) else None
-
-
 def _adds_noise(pipe: Pipeline, context: Context) -> str | None:
     """Return the scheduler that the pipe will have by then, in words, if it is a stochastic one."""
-    swap, own = context.planned_one(SwapScheduler), installed(pipe.scheduler)
-    name = swap.name if swap is not None else own.name if own is not None else "euler"
+    chosen, own = context.planned(pipe).scheduler, installed(pipe.scheduler)
+    name = chosen or (own.name if own is not None else "euler")
     solver = SCHEDULERS[name]
     if solver is not None and solver.stochastic:
-        return repr(swap) if swap is not None else f"the scheduler ({name!r})"
-    if swap is None and pipe.scheduler.config.get("stochastic_sampling"):
+        return f"SwapScheduler({name!r})" if chosen else f"the scheduler ({name!r})"
+    if chosen is None and pipe.scheduler.config.get("stochastic_sampling"):
         return "the scheduler (stochastic_sampling=True)"
     return None

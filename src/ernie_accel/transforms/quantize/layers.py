@@ -12,7 +12,7 @@ import torch
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ernie_accel.core.components import Pipeline, modules_of
-from ernie_accel.transforms.quantize.backend import Backend, LinearSpec
+from ernie_accel.transforms.quantize.backend import Backend
 from ernie_accel.transforms.quantize.choose import BACKENDS
 
 #: Left out of a component that no family knows: all outside numbered blocks, and what modulates, embeds or predicts
@@ -50,14 +50,6 @@ class LinearSite:
         if not isinstance(self.layer, torch.nn.Linear):
             raise TypeError(f"{self.name} is a {type(self.layer).__name__}, no nn.Linear")
         return self.layer
-
-    def spec(self, cast_to: torch.dtype | None) -> LinearSpec:
-        """Describe the layer as it will be when a cast to `cast_to` has run (None: no cast is planned)."""
-        weight, bias = self.linear.weight, self.linear.bias
-        rows = sum(part.weight.shape[0] for part in self.parts or (self.linear,))
-        dtype = cast_to or weight.dtype
-        bias_bytes = 0 if bias is None else bias.numel() * (cast_to or bias.dtype).itemsize
-        return LinearSpec(rows, weight.shape[1], dtype, bias_bytes)
 
 
 def linear_sites(

@@ -8,18 +8,18 @@ from typing import ClassVar
 
 import torch
 
-from ernie_accel.core.components import Pipeline, absent_components, module_bytes, modules_of, pipe_bytes
+from ernie_accel.core.components import Pipeline, absent_components, module_bytes, modules_of
 from ernie_accel.core.context import Context
+from ernie_accel.core.planned import PlannedPipe, PlannedWeight
 from ernie_accel.core.text import human_bytes
 from ernie_accel.core.transform import Applied, Effect, LayerReceipt, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
-from ernie_accel.transforms.dtype import DTYPES, CastDtype
-from ernie_accel.transforms.quantize.backend import SCHEMES, plain_copy
+from ernie_accel.transforms.quantize.backend import SCHEMES, LinearSpec, plain_copy
 from ernie_accel.transforms.quantize.choose import AUTO, AUTO_SCHEMES, BACKENDS, Choice, check_names, choose
 from ernie_accel.transforms.quantize.guard import refuse_casts
 from ernie_accel.transforms.quantize.layers import RECEIPT, LinearSite, linear_sites, sqnr_db
-from ernie_accel.transforms.rewrite import RewriteBlocks, rewritten_blocks
+from ernie_accel.transforms.rewrite import rewritten_blocks
 
 #: Layers that the note of a plan names for each reason to leave some out; `Preview.skipped` has all.
 NAMED = 2
@@ -84,23 +84,16 @@ class Quantize(Transform):
 
     def breaks_graph(self, pipe: Pipeline, context: Context) -> str | None:
         """Return why the layers it makes cannot be compiled without graph breaks, or None."""
-        chosen = self.choose(context).chosen
-        cast = context.planned_one(CastDtype)
-        dtype = (
-            DTYPES[cast.dtype]
-            if cast
-            else next(modules_of(pipe, self.components)[self.components[0]].parameters()).dtype
-        )
-        return None if chosen is None else BACKENDS[chosen.backend].breaks_graph(chosen.scheme, dtype)
+        chosen, dtype = self.choose(context).chosen, context.planned(pipe).dtype_of(self.components[0])
+        if chosen is None or dtype is None:
+            return None
+        return BACKENDS[chosen.backend].breaks_graph(chosen.scheme, dtype)
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         choice = self.choose(context)
         reasons = list(choice.reasons)
         if self.device is not None and torch.device(self.device).type != context.device:
             reasons.append(f"device={self.device!r} is not the device that was planned for, {context}")
-        for other in context.planned:
-            twice = [name for name in self.components if isinstance(other, Quantize) and name in other.components]
-            reasons += [f"{name} is quantized by {other!r} in the same plan" for name in twice]
         absent = absent_components(pipe, self.components)
         if absent or choice.chosen is None:
             return reasons + absent
@@ -112,21 +105,22 @@ class Quantize(Transform):
         todo = work.todo
         if not todo:
             return Preview((), note=f"the layers are {work.name} already")
-        saved = dict.fromkeys(self.components, 0)
-        for site in todo:
-            spec = site.spec(work.cast_to)
-            plain = spec.numel * spec.dtype.itemsize + spec.bias_bytes
-            saved[site.name.split(".")[0]] += plain - work.backend.stored_bytes(work.scheme, spec)
-        sizes = []
-        for component, module in modules_of(pipe, self.components).items():
-            before = module_bytes(module) - work.saved_by_cast(component)
-            sizes.append(f"{component} {human_bytes(before)} -> {human_bytes(before - saved[component])}")
-        total = pipe_bytes(pipe) - work.saved_by_cast(None)
+        before, after = context.planned(pipe), work.planned()
+        sizes = [
+            f"{name} {human_bytes(before.bytes_of(name))} -> {human_bytes(after.bytes_of(name))}"
+            for name in self.components
+        ]
         where = f" on its way to {self.device}" if self.device else ""
         note = f"{work.name}{where}; {', '.join(sizes)}; {_tell_left_out(work.left_out, len(work.sites))}"
         remark = work.backend.remark(work.scheme, context.device)
         note += f"; {remark}" if remark else ""
-        return Preview(tuple(site.name for site in todo), total - sum(saved.values()), note, work.left_out)
+        return Preview(tuple(site.name for site in todo), note, work.left_out)
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        planned, why = _Work(self, pipe, context).planned(), self.breaks_graph(pipe, context)
+        broken = {} if why is None else dict.fromkeys(self.components, f"{self!r} comes before, and {why}")
+        device = planned.device if self.device is None else self.device.partition(":")[0]
+        return replace(planned, device=device, breaks_graph={**planned.breaks_graph, **broken})
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         work = _Work(self, pipe, context)
@@ -164,11 +158,8 @@ class _Work:
         self.scheme, self.backend = chosen.scheme, BACKENDS[chosen.backend]
         self.name = f"{chosen.scheme} by {chosen.backend}"
         self.sites = linear_sites(pipe, wish.components, wish.exclude, _to_be_fused(pipe, context))
-        self._pipe, self._context = pipe, context
-        cast = context.planned_one(CastDtype)
-        self._cast = cast
-        self.cast_to = None if cast is None else DTYPES[cast.dtype]
-        plain = [site for site in self.sites if site.stored_as is None]
+        self._before = context.planned(pipe)
+        plain = [site for site in self.sites if self._stored_as(site) is None]
         #: Why layers stay as they are, by name.
         self.left_out = {site.name: why for site in plain if (why := self._why_not(site)) is not None}
         #: The layers to quantize.
@@ -177,17 +168,40 @@ class _Work:
     def _why_not(self, site: LinearSite) -> str | None:
         if site.left_out is not None:
             return site.left_out
-        return self.backend.layer_problem(self.scheme, site.spec(self._cast_of(site)))
+        return self.backend.layer_problem(self.scheme, self._spec(site))
 
-    def _cast_of(self, site: LinearSite) -> torch.dtype | None:
-        components = self._cast.components if self._cast else None
-        return self.cast_to if components is None or site.name.split(".")[0] in components else None
+    def _stored_as(self, site: LinearSite) -> str | None:
+        """Return how the layer is stored, or will be by then."""
+        weight = self._before.weights.get(f"{site.name}.weight")
+        return site.stored_as or (weight.stored_as if weight is not None else None)
+
+    def _spec(self, site: LinearSite) -> LinearSpec:
+        """Describe a plain layer as it will be."""
+        weight, bias = (self._before.weights.get(f"{site.name}.{kind}") for kind in ("weight", "bias"))
+        if weight is None:
+            raise LookupError(f"no weight of {site.name} is planned")
+        return LinearSpec(weight.shape[0], weight.shape[1], weight.dtype, 0 if bias is None else bias.nbytes)
+
+    def planned(self) -> PlannedPipe:
+        """Return what the pipe will be once the layers are quantized."""
+        new, gone = {}, set()
+        for site in self.todo:
+            spec = self._spec(site)
+            name = f"{site.name}.weight"
+            gone |= {name, f"{site.name}.bias"}
+            nbytes, shape = self.backend.stored_bytes(self.scheme, spec), (spec.out_features, spec.in_features)
+            new[name] = PlannedWeight(shape, spec.dtype, nbytes, stored_as=self.name, is_fresh=True)
+        return self._before.with_weights(new, frozenset(gone))
 
     def problems(self, component: str) -> list[str]:
         """Return why this component cannot be quantized; empty if it can, or is so already."""
         mine = [site for site in self.sites if site.name.startswith(f"{component}.")]
         todo = [site for site in self.todo if site.name.startswith(f"{component}.")]
-        done = [site for site in mine if site.stored_as is not None]
+        done = [site for site in mine if self._stored_as(site) is not None]
+        in_this_plan = [site for site in done if site.stored_as is None]
+        if in_this_plan:
+            stored_as = self._stored_as(in_this_plan[0])
+            return [f"{component} is quantized in the same plan already ({in_this_plan[0].name} as {stored_as})"]
         other = [site for site in done if todo or site.stored_as != self.name or site.left_out is not None]
         if other:
             return [
@@ -198,20 +212,11 @@ class _Work:
             return []
         return [f"{component}: no linear layer can be quantized: {_tell_left_out(self.left_out, len(mine), component)}"]
 
-    def saved_by_cast(self, component: str | None) -> int:
-        """Return the bytes that a planned cast will have saved in this component, or in all."""
-        if self._cast is None:
-            return 0
-        wish = self._cast if component is None else replace(self._cast, components=(component,))
-        covered = component is None or self._cast.components is None or component in self._cast.components
-        after = wish.preview(self._pipe, self._context).bytes_after if covered else None
-        return 0 if after is None else pipe_bytes(self._pipe) - after
-
 
 def _to_be_fused(pipe: Pipeline, context: Context) -> Mapping[str, tuple[str, ...]]:
-    """Return the layers that a planned `RewriteBlocks` will have concatenated: path of the new one -> of its parts."""
-    family, rewrite = family_of(pipe), context.planned_one(RewriteBlocks)
-    if rewrite is None or not rewrite.fuse or family is None or family.rewritten is None:
+    """Return the layers that will have been concatenated by then: path of the new one -> of its parts."""
+    family = family_of(pipe)
+    if not context.planned(pipe).concatenates_linears or family is None or family.rewritten is None:
         return {}
     blocks = rewritten_blocks(pipe)
     found: Mapping[str, tuple[str, ...]] = (

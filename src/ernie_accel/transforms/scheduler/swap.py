@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.transforms.scheduler.solvers import SCHEDULERS
@@ -84,6 +85,9 @@ class SwapScheduler(Transform):
         if not changes:
             return Preview((), note=f"the scheduler is {self.name!r} already, shift {pipe.scheduler.shift:g}")
         return Preview(changes, note=self._note())
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        return replace(context.planned(pipe), scheduler=self.name)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         old = pipe.scheduler
