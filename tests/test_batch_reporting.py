@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import re
@@ -12,10 +14,14 @@ import time
 
 import pytest
 
-from ernie_accel.batch import Sift, produce
-from ernie_accel.batch.report import _bars, _worked, write_report
+from ernie_accel.batch import Row, Sift, produce
+from ernie_accel.batch.page import latency_chart, speed_chart
+from ernie_accel.batch.report import _worked, write_report
+from ernie_accel.batch.runs import note_run
 from ernie_accel.batch.telemetry import Telemetry, percentile, prometheus_text
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.text import markdown
+from ernie_accel.demo import MODEL_NAME
 from tests.child_paths import PYTHONPATH
 from tests.stub_engine import StubEngine, make_rows
 
@@ -100,16 +106,114 @@ def test_the_report_tells_counts_reasons_and_cost(tmp_path):
     assert "| done | 11 |" in markdown
     assert "| failed | 1 |" in markdown
     assert "| preset | exact |" in markdown
-    assert "| 4 | 002.png | ValueError: <bad> \\| prompt |" in markdown
+    assert "| 4 | 002.png | ValueError: &lt;bad&gt; \\| prompt |" in markdown
     assert re.search(r"\| GPU cost per 1,000 pictures \| [\d.e-]+ at 2 an hour \|", markdown)
     assert re.search(r"\| power cost per 1,000 pictures \| [\d.e-]+ at 700 W and 0.3 a kWh \|", markdown)
+    assert re.search(r"\| made \| \d{4}-\d\d-\d\d \d\d:\d\d.* UTC \|", markdown)
     assert "&lt;bad&gt; | prompt" in page
     assert "<bad>" not in page
-    assert page.count("data:image/png;base64,") == 1
+    assert page.count("data:image/jpeg;base64,") == 11
+    assert "Showing all 11 pictures." in page
     assert page.count("<svg") == 2
-    ends = [float(end) for pair in re.findall(r"<title>([\d.e-]+) to ([\d.e-]+) s: \d+ pictures", page) for end in pair]
-    assert len(ends) > 4
-    assert max(ends) < 60, "moments are told from the beginning of the work, not of 1970"
+    assert DEMO not in page + markdown
+
+
+DEMO = "embedded demo model, which draws flat shapes and nothing else"
+
+
+def report_of(tmp_path, rows, **facts):
+    list(produce(StubEngine(), rows, tmp_path, progress=False, facts=facts))
+    write_report(tmp_path)
+    return (tmp_path / "report.md").read_text(), (tmp_path / "report.html").read_text()
+
+
+def test_the_report_shows_what_it_says_it_shows(tmp_path):
+    list(produce(StubEngine(), make_rows(450, width=16, height=16), tmp_path, progress=False))
+    (tmp_path / "000.png").unlink()
+    (tmp_path / "003.png").write_bytes(b"\x89PNG no more")
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    shown = re.findall(r'<a href="\./(\d{3})\.png"><img', page)
+    assert shown == sorted(shown)
+    assert [int(n) for n in shown[-1:]] > [440]
+    assert f"Showing {len(shown)} of 450 pictures, evenly spread over the job." in page
+    assert len(shown) in (198, 199)
+    assert f"{200 - len(shown)} could not be read" in page
+    assert '<a href="./">Open the folder</a>' in page
+
+
+def test_the_report_needs_nothing_else_and_runs_nothing(tmp_path):
+    _, page = report_of(tmp_path, make_rows(9))
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)[1].replace("&#39;", "'")
+    style = re.search(r"<style>(.*?)</style>", page, flags=re.DOTALL)[1]
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert policy.startswith(f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'")
+    assert "prefers-color-scheme: dark" in style
+    assert not re.search(r"https?://|<script|<link|@import|url\(| style=| on\w+=", page)
+
+
+def test_names_and_prompts_of_any_kind_are_shown_as_they_are(tmp_path):
+    prompt = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
+    columns = {"SKU": "A&B <i>", "商品名称": "红色马克杯"}
+    row = Row(line=2, index=0, prompt=prompt, file_name="50% off #1 杯.png", folder="mugs & cups", columns=columns)
+    markdown, page = report_of(tmp_path, [row])
+    assert 'href="./mugs%20%26%20cups/50%25%20off%20%231%20%E6%9D%AF.png"' in page
+    assert "A&amp;B &lt;i&gt; · 红色马克杯" in page
+    assert "<script" not in page + markdown
+    assert "<img src=x" not in page + markdown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"),
+        ("a | b", r"a \| b"),
+        ("two\nlines\r\n\tand more", "two lines and more"),
+        ("[x](javascript:alert(1))", r"\[x\](javascript:alert(1))"),
+        ("<javascript:alert(1)>", "&lt;javascript:alert(1)&gt;"),
+        ("`code` **bold** _it_ ~~no~~ ![i](u)", r"\`code\` \*\*bold\*\* \_it\_ \~\~no\~\~ \!\[i\](u)"),
+        ("&lt; \\| \\", r"&amp;lt; \\\| \\"),
+        ("\x1b[31mred\x00 \u202egnp.exe \ud800", "�\\[31mred� �gnp.exe �"),
+        ("# title", r"\# title"),
+    ],
+)
+def test_markdown_shows_foreign_text_as_it_is(text, shown):
+    assert markdown(text) == shown
+
+
+def test_a_long_word_costs_no_time_and_no_space(tmp_path):
+    word = "masterpiece,best_quality," * 40_000
+
+    def fail(requests, call):
+        if any(request.seed == 1 for request in requests):
+            raise ValueError(word)
+
+    rows = [Row(line=i + 2, index=i, prompt=word, file_name=f"{i}.png") for i in range(3)]
+    list(produce(StubEngine(fail), rows, tmp_path, progress=False))
+    begun = time.perf_counter()
+    write_report(tmp_path)
+    assert time.perf_counter() - begun < 5
+    assert (tmp_path / "report.html").stat().st_size < 30_000
+    assert (tmp_path / "report.md").stat().st_size < 3_000
+
+
+def test_the_report_says_where_each_run_made_its_pictures(tmp_path):
+    list(produce(StubEngine(), make_rows(1), tmp_path, progress=False))
+    note_run(tmp_path, "cuda (NVIDIA H200)", {"torch": "2.13.0", "numpy": "2.0"})
+    note_run(tmp_path, "cuda (NVIDIA H200)", {"torch": "2.13.0", "numpy": "2.1"})
+    note_run(tmp_path, "cpu (2 CPU cores)", {"torch": "2.13.0"})
+    with (tmp_path / ".ernie-accel" / "runs.jsonl").open("a") as file:
+        file.write('{"time": 1, "mach')  # by a kill
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| hardware | cuda (NVIDIA H200); cpu (2 CPU cores) |" in text
+    assert "| versions | torch 2.13.0 |" in text
+
+
+def test_a_report_on_pictures_of_the_demo_model_begins_with_that(tmp_path):
+    text, page = report_of(tmp_path, make_rows(1), model=MODEL_NAME)
+    assert DEMO in text.splitlines()[2]
+    assert DEMO in page
 
 
 def test_breaks_between_runs_are_no_work():
@@ -118,10 +222,22 @@ def test_breaks_between_runs_are_no_work():
 
 
 def test_a_histogram_of_a_few_pictures_is_not_drawn():
-    assert "<svg" not in _bars([1.0, 2.0, 3.0], "seconds")
-    assert "<svg" not in _bars([1.0] * 20, "seconds")
-    page = _bars([float(i) for i in range(100)], "seconds")
-    assert sum(map(int, re.findall(r"s: (\d+) pictures", page))) == 100
+    assert not latency_chart([1.0, 2.0, 3.0]).bars
+    assert not latency_chart([1.0] * 20).bars
+    assert not latency_chart([]).bars
+    assert not speed_chart([1.0]).bars
+
+
+def test_charts_count_every_picture_and_name_their_units():
+    chart = latency_chart([float(i) for i in range(100)])
+    assert sum(int(re.search(r"seconds: (\d+) pictures$", bar.title)[1]) for bar in chart.bars) == 100
+    assert (chart.x_axis, chart.y_axis) == ("seconds", "pictures")
+    assert [tick.label for tick in chart.x_ticks] == ["0", "20", "40", "60", "80"]
+    chart = speed_chart([10.0 * i for i in range(1, 121)])  # six a minute for twenty minutes
+    assert (chart.x_axis, chart.y_axis) == ("minutes of work", "pictures per minute")
+    speeds = [float(re.search(r": ([\d.]+) pictures per minute$", bar.title)[1]) for bar in chart.bars]
+    assert sum(speeds) / len(speeds) == pytest.approx(6, rel=0.01)
+    assert all(0 <= bar.y <= chart.bottom and bar.x + bar.width <= chart.right for bar in chart.bars)
 
 
 def test_rejections_are_counted_by_their_kind(tmp_path):

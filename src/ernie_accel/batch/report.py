@@ -1,26 +1,29 @@
-"""Write a job's report, for people: what was made, what failed and why, how fast, what it cost, and a contact sheet."""
+"""Write a job's report, for people: what was made, what failed and why, how fast, what it cost, and the pictures."""
 
 from __future__ import annotations
 
-import base64
-import html
-import math
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
-
-from ernie_accel.batch.ledger import JOB_FOLDER, Entry, Ledger
+from ernie_accel.batch.ledger import Entry, Ledger
 from ernie_accel.batch.line import REJECTED
+from ernie_accel.batch.runs import read_runs
 from ernie_accel.batch.summary import write_summary
 from ernie_accel.batch.telemetry import merged, percentile
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.text import markdown, one_line
+from ernie_accel.demo import MODEL_NAME
 
-_SHEET_PICTURES = 12
-_BARS = 40
-_FEWEST = 8  # values that a histogram tells anything of
+_MAX_PICTURES = 200  # thumbnails: some 2 MB
 _MAX_FAILURES = 200
+_MAX_REASON = 300  # characters of an error; the manifest has all of it
+_DEMO_WARNING = (
+    "These pictures are from the embedded demo model, which draws flat shapes and nothing else. "
+    "For pictures of your products name a model: --model baidu/ERNIE-Image-Turbo"
+)
 
 
 def write_report(
@@ -32,6 +35,9 @@ def write_report(
 ) -> None:
     """Write ``report.md`` and ``report.html`` from the ledger of a job nobody is working on.
 
+    The page shows up to 200 pictures, evenly spread over the job, and needs no other file; the pictures it links to are
+    those of the folder.
+
     Args:
         out: The output folder.
         gpu_price: Of one GPU-hour.
@@ -41,31 +47,34 @@ def write_report(
     Raises:
         BatchOutputError: The ledger is in use, or the report cannot be written.
     """
+    from ernie_accel.batch.page import page  # here, because it loads Pillow, and a job that reports nothing needs none
+
     out = Path(out)
     ledger = Ledger(out)
     try:
         facts = _Facts(ledger)
     finally:
         ledger.close()
-    facts.numbers += [*_costs(facts, gpu_price, power_price, watts), *sorted(facts.settings.items())]
+    facts.add(_costs(facts, gpu_price, power_price, watts))
+    facts.add([*facts.settings.items(), *read_runs(out).items()])
     write_summary(out / "report.md", facts.markdown().encode())
-    write_summary(out / "report.html", facts.html(_sheet(out, facts.shown)).encode())
+    write_summary(out / "report.html", page(facts.content(out)).encode())
 
 
 class _Facts:
     """What the report says, gathered in one pass: of a row that was made, only its numbers are kept."""
 
     def __init__(self, ledger: Ledger) -> None:
-        self.settings = ledger.settings()
+        self.settings = dict(sorted(ledger.settings().items()))
         counts = Counter(ledger.counts())
         self.done = counts["done"]
+        self.counts = [(state, counts[state]) for state in ("done", "failed", "rejected", "pending", "running")]
         self.latencies: list[float] = []
         self.failures: list[Entry] = []  # the first of them
-        self.shown: list[Entry] = []  # on the contact sheet: pictures evenly spread over the job
+        self.shown: list[Entry] = []  # pictures evenly spread over the job
         spans: list[tuple[float, float]] = []
         sizes: Counter[int | None] = Counter()
         reasons: Counter[str] = Counter()
-        step = max(1, self.done // _SHEET_PICTURES)
         for entry in ledger.entries():
             if entry.error is not None:
                 reasons[_reason(entry.error)] += 1
@@ -73,7 +82,7 @@ class _Facts:
                     self.failures.append(entry)
             if entry.state != "done":
                 continue
-            if sizes.total() % step == 0 and len(self.shown) < _SHEET_PICTURES:
+            if sizes.total() * _MAX_PICTURES >= len(self.shown) * self.done:  # all of them, if they are no more
                 self.shown.append(entry)
             sizes[entry.batch_size] += 1
             if entry.finished_at is not None and entry.seconds is not None:
@@ -81,48 +90,88 @@ class _Facts:
                 spans.append((entry.finished_at - entry.seconds, entry.finished_at))
         self.latencies.sort()
         self.working_s, self.moments = _worked(spans)
-        self.reasons = _most_common(reasons)
-        self.numbers = [(state, str(counts[state])) for state in ("done", "failed", "rejected", "pending", "running")]
+        self.failed = reasons.total()
+        self.reasons = [(one_line(reason, _MAX_REASON), count) for reason, count in _most_common(reasons)]
+        self.numbers: list[tuple[str, str]] = []
+        if spans:
+            self.add([("made", _period(min(spans)[0], max(end for _, end in spans)))])
         if self.working_s:
-            self.numbers.append(("pictures per minute", f"{60 * len(self.moments) / self.working_s:.1f}"))
+            self.add([("pictures per minute", f"{60 * len(self.moments) / self.working_s:.1f}")])
         half, most = percentile(self.latencies, 0.5), percentile(self.latencies, 0.95)
         if half is not None and most is not None:
-            self.numbers.append(("latency p50, p95", f"{half:.2f} s, {most:.2f} s"))
+            self.add([("latency p50, p95", f"{half:.2f} s, {most:.2f} s")])
         if sizes:
-            self.numbers.append(
-                ("batch sizes", ", ".join(f"{size}: {n}" for size, n in sorted(sizes.items(), key=_by_size)))
-            )
+            self.add([("batch sizes", ", ".join(f"{size}: {n}" for size, n in sorted(sizes.items(), key=_by_size)))])
+
+    def add(self, numbers: Sequence[tuple[str, str]]) -> None:
+        """Add what the report says beside the counts, in this order."""
+        self.numbers += [(one_line(name, 100), one_line(value, _MAX_REASON)) for name, value in numbers]
+
+    @property
+    def warning(self) -> str:
+        """What a reader must know before looking at the pictures; empty: nothing."""
+        return _DEMO_WARNING if self.settings.get("model") == MODEL_NAME else ""
 
     def markdown(self) -> str:
         """Return the report for a terminal, a ticket or a pull request."""
-        lines = ["# Batch report", "", "| | |", "|---|---|"]
-        lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in self.numbers]
+        lines = ["# Batch report", ""]
+        lines += [f"**{markdown(self.warning)}**", ""] if self.warning else []
+        lines += ["| | |", "|---|---|"]
+        lines += [f"| {state} | {count} |" for state, count in self.counts]
+        lines += [f"| {markdown(name)} | {markdown(value)} |" for name, value in self.numbers]
         if self.reasons:
             lines += ["", "## Why pictures are missing", "", "| rows | reason |", "|---|---|"]
-            lines += [f"| {count} | {_cell(reason)} |" for reason, count in self.reasons]
-            lines += ["", "| line | picture | reason |", "|---|---|---|"]
-            lines += [f"| {e.line} | {_cell(e.path)} | {_cell(e.error or '')} |" for e in self.failures[:_MAX_FAILURES]]
+            lines += [f"| {count} | {markdown(reason)} |" for reason, count in self.reasons]
+            lines += ["", f"{self._failures_title()}:", "", "| line | picture | reason |", "|---|---|---|"]
+            lines += [f"| {line} | {markdown(path)} | {markdown(error)} |" for line, path, error in self._failures()]
         return "\n".join(lines) + "\n"
 
-    def html(self, sheet: bytes | None) -> str:
-        """Return the report as one page that needs no other file; `sheet` is a contact sheet as PNG."""
-        parts = [_HEAD, "<h1>Batch report</h1>", _table(self.numbers)]
-        if self.reasons:
-            parts += ["<h2>Why pictures are missing</h2>", _table([(str(n), reason) for reason, n in self.reasons])]
-            rows = [(f"line {entry.line}", f"{entry.path}: {entry.error}") for entry in self.failures[:_MAX_FAILURES]]
-            parts += ["<details><summary>Row by row</summary>", _table(rows), "</details>"]
-        parts += ["<h2>Pictures over time</h2>", _bars(self.moments, "seconds of work, without breaks between runs")]
-        parts += ["<h2>Latency</h2>", _bars(self.latencies, "seconds from the start of a batch to the file")]
-        if sheet is not None:
-            picture = base64.b64encode(sheet).decode()
-            parts += ["<h2>Contact sheet</h2>", f'<img alt="contact sheet" src="data:image/png;base64,{picture}">']
-        return "\n".join(parts) + "\n</body></html>\n"
+    def content(self, out: Path) -> Mapping[str, Any]:
+        """Return what the page is filled with."""
+        from ernie_accel import __version__
+        from ernie_accel.batch.page import gallery, latency_chart, speed_chart
+
+        pictures = gallery(out, self.shown)
+        return {
+            "title": one_line(out.resolve().name, 200),
+            "version": __version__,
+            "warning": self.warning,
+            "counts": [(state, f"{count:,}") for state, count in self.counts],
+            "facts": self.numbers,
+            "reasons": [(reason, f"{count:,}") for reason, count in self.reasons],
+            "failures": self._failures(),
+            "failures_title": self._failures_title(),
+            "charts": [speed_chart(self.moments), latency_chart(self.latencies)],
+            "pictures": pictures,
+            "shown": _shown(len(pictures), len(self.shown), self.done),
+        }
+
+    def _failures(self) -> list[tuple[int, str, str]]:
+        return [(e.line, one_line(e.path, 200), one_line(e.error or "", _MAX_REASON)) for e in self.failures]
+
+    def _failures_title(self) -> str:
+        if len(self.failures) == self.failed:
+            return f"All {self.failed:,} rows" if self.failed > 1 else "The row"
+        return f"The first {len(self.failures):,} of {self.failed:,} rows; manifest.csv has all"
 
 
-_HEAD = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Batch report</title><style>
-body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1f2328}
-table{border-collapse:collapse}td{border:1px solid #d0d7de;padding:.3rem .6rem;vertical-align:top}img{max-width:100%}
-</style></head><body>"""
+def _shown(read: int, tried: int, done: int) -> str:
+    """Return which pictures the page shows, in words."""
+    if not done:
+        return "There are none yet."
+    lost = f" {tried - read:,} could not be read: they were moved or damaged." if read < tried else ""
+    if tried == done:
+        count = f"all {done:,} pictures" if done > 1 else "the only picture"
+        return (f"Showing {count}." if not lost else f"Showing {read:,} of {done:,} pictures.") + lost
+    return f"Showing {read:,} of {done:,} pictures, evenly spread over the job.{lost}"
+
+
+def _period(start: float, end: float) -> str:
+    """Return two Unix times as a date and times of day."""
+    first, last = (time.strftime("%Y-%m-%d %H:%M", time.gmtime(moment)) for moment in (start, end))
+    if first == last:
+        return f"{first} UTC"
+    return f"{first} to {last.removeprefix(first[:11])} UTC"
 
 
 def _reason(error: str) -> str:
@@ -196,52 +245,3 @@ def measured_watts() -> float | None:
         return float(torch.cuda.power_draw()) / 1000  # NVML tells milliwatts
     except (ImportError, RuntimeError):
         return None
-
-
-def _sheet(out: Path, entries: Sequence[Entry]) -> bytes | None:
-    """Return a contact sheet of the pictures that are still there, as PNG; None if there are none."""
-    from ernie_accel.demo.sheet import Column, contact_sheet
-
-    columns = []
-    for entry in entries:
-        try:
-            with Image.open(out / entry.path) as picture:
-                columns.append(Column(str(entry.request["prompt"]), [picture.convert("RGB")]))
-        except OSError:  # moved away, or damaged: the report is of the others
-            continue
-    if not columns:
-        return None
-    path = contact_sheet(columns, out / JOB_FOLDER / "contact-sheet.png", rows=("",), cell=192)
-    return path.read_bytes()
-
-
-def _bars(values: Sequence[float], caption: str) -> str:
-    """Return a histogram of ascending seconds as inline SVG."""
-    if len(values) < _FEWEST or values[0] == values[-1]:
-        return "<p>Too few pictures to draw.</p>"
-    bars = min(_BARS, math.ceil(2 * len(values) ** (1 / 3)))  # Rice's rule
-    width = (values[-1] - values[0]) / bars
-    counts = Counter(min(bars - 1, int((value - values[0]) / width)) for value in values)
-    highest = max(counts.values())
-    drawn = "".join(
-        f'<rect x="{10 * i}" y="{100 - 100 * n / highest:.1f}" width="8" height="{100 * n / highest:.1f}">'
-        f"<title>{_seconds(values[0] + i * width)} to {_seconds(values[0] + (i + 1) * width)} s: {n} pictures</title>"
-        "</rect>"
-        for i, n in sorted(counts.items())
-    )
-    ends = f"{_seconds(values[0])} to {_seconds(values[-1])} {caption}; the highest bar is {highest} pictures"
-    svg = f'<svg viewBox="0 0 {10 * bars} 100" width="{10 * _BARS}" height="100" preserveAspectRatio="none"'
-    return f'{svg} fill="#0969da">{drawn}</svg><p>{html.escape(ends)}</p>'
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _table(rows: Sequence[tuple[str, str]]) -> str:
-    cells = "".join(f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in rows)
-    return f"<table>{cells}</table>"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")

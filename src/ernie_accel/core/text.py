@@ -1,8 +1,9 @@
-"""Lay out plans and reports as plain-text tables that a person reads and a log file keeps."""
+"""Lay out plans and reports as text that a person reads and a log file keeps, and make foreign text safe to show."""
 
 from __future__ import annotations
 
 import collections
+import html
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -56,3 +57,20 @@ def summarise(names: Sequence[str], most: int = 3) -> str:
 def effect_text(effect: str, floor_db: float | None) -> str:
     """Return an effect with its declared floor, as tables show it."""
     return effect if floor_db is None else f"{effect}, >= {floor_db:g} dB"
+
+
+# Controls, lone surrogates, and what reverses the direction of the text around it: none of them is for a reader.
+_UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_MARKDOWN = re.compile(r"([\\`*_\[\]|~$#!])")
+
+
+def one_line(text: str, most: int | None = None) -> str:
+    """Return foreign text on one line, cut to `most` characters, with U+FFFD in place of control characters."""
+    if most is not None and len(text) > most:
+        text = text[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    return " ".join(_UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", text).split())
+
+
+def markdown(text: str, most: int | None = None) -> str:
+    """Return foreign text as `one_line` does, so that Markdown shows it as it is: no HTML, link, code or table cell."""
+    return _MARKDOWN.sub(r"\\\1", html.escape(one_line(text, most), quote=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import io
 import re
 import unicodedata
@@ -16,6 +17,7 @@ from ernie_accel.core.atomic import write_atomically
 
 _PAPER, _INK, _MUTED, _EDGE = "#ffffff", "#1f2328", "#656d76", "#d0d7de"
 _MAX_CAPTION_LINES = 6
+_MAX_CAPTION = 1000  # characters: more than so many lines hold, and all that is measured of a longer text
 
 # Pillow brings a clean font of little more than ASCII. Where a text needs more, the first of these that is
 # installed and covers most of it is taken: fonts with Chinese first, since most captions beyond ASCII are.
@@ -145,7 +147,7 @@ class _Block:
 
     @classmethod
     def caption(cls, text: str, cell: int) -> _Block:
-        shown, font, colour = _line(text, cell // 15, _INK)
+        shown, font, colour = _line(text[:_MAX_CAPTION], cell // 15, _INK)
         return cls(tuple((line, font, colour) for line in _wrap(shown, font, cell)))
 
     @property
@@ -220,7 +222,8 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
             lines.append(line.rstrip())
         line = piece.lstrip()
         while font.getlength(line) > width:  # a word wider than the column
-            fits = max(1, sum(font.getlength(line[: n + 1]) <= width for n in range(len(line))))
+            lengths = range(1, len(line) + 1)
+            fits = max(1, bisect.bisect(lengths, float(width), key=lambda n: font.getlength(line[:n])))
             lines.append(line[:fits])
             line = line[fits:]
     lines.append(line.rstrip())
