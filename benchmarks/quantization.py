@@ -31,9 +31,9 @@ import torch
 import ernie_accel
 from ernie_accel import Compile, Context, Quantize
 from ernie_accel.core.components import module_bytes
-from ernie_accel.transforms.quantize.backend import SCHEMES
-from ernie_accel.transforms.quantize.choose import BACKENDS
-from ernie_accel.transforms.quantize.layers import sqnr_db
+from ernie_accel.quantization.backend import SCHEMES
+from ernie_accel.quantization.choose import BACKENDS
+from ernie_accel.quantization.layers import sqnr_db
 
 FULL = {"hidden_size": 4096, "num_attention_heads": 32, "ffn_hidden_size": 12288, "rope_axes_dim": (32, 48, 48)}
 TINY = {"hidden_size": 128, "num_attention_heads": 2, "ffn_hidden_size": 256, "rope_axes_dim": (16, 24, 24)}

@@ -11,8 +11,8 @@ from torch.overrides import TorchFunctionMode
 import ernie_accel
 from ernie_accel import CastDtype, Compile, Context, ElideMask, ExpandAttentionMask, RewriteBlocks, SetAttention
 from ernie_accel.core.plan import after
-from ernie_accel.transforms.attention.expand_mask import expand
-from ernie_accel.transforms.attention.set_attention import BACKENDS
+from ernie_accel.transforms.denoiser.expand_mask import expand
+from ernie_accel.transforms.denoiser.set_attention import BACKENDS
 from tests.pipelines import PIPELINES, picture, tiny_ernie, tiny_flux
 
 SHORT, LONG = "a red circle", "a big blue square on a small red circle"
@@ -352,7 +352,7 @@ def test_the_floor_of_sage_holds_for_its_scheme(ernie, monkeypatch):
 @pytest.mark.parametrize("name", ["lumina2", "newbie"])
 def test_attention_of_lumina_2_goes_through_the_dispatcher_and_back(name):
     """Its own processor calls torch's kernel itself; the stand-in computes the same bits on it."""
-    from ernie_accel.transforms.attention.processors import send_through_dispatcher
+    from ernie_accel.models.processors import send_through_dispatcher
 
     pipe = PIPELINES[name]()
     call = {"prompt": [SHORT, LONG], "guidance_scale": 4.0, "negative_prompt": ["", "red"]}

@@ -12,7 +12,7 @@ from PIL import Image
 import ernie_accel
 from ernie_accel.batch import Row, produce
 from ernie_accel.batch.engines import LocalEngine, Request
-from ernie_accel.enhancer.enhancer import PromptEnhancer
+from ernie_accel.models.ministral.enhancer import PromptEnhancer
 from tests.pipelines import randomize, tiny_ernie, tiny_tokenizer
 from tests.stub_engine import make_rows
 

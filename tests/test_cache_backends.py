@@ -32,9 +32,9 @@ from ernie_accel import (
     UnknownNameError,
 )
 from ernie_accel.core.plan import after
-from ernie_accel.families import ernie_image_blocks
-from ernie_accel.transforms.cache_steps.db_cache import _quiet
-from ernie_accel.transforms.graphs import GraphedForward
+from ernie_accel.models.ernie_image import blocks as ernie_image_blocks
+from ernie_accel.transforms.denoiser.cache_steps.db_cache import _quiet
+from ernie_accel.transforms.denoiser.capture_graphs import GraphedForward
 from tests.examples import differences, snapshot
 from tests.pipelines import PIPELINES, interrupt_at, picture, tiny_ernie
 from tests.test_cache_steps import db
@@ -56,7 +56,7 @@ def count_last_blocks(pipe):
 @pytest.fixture
 def often(monkeypatch):
     """Return backend -> a cache that leaves much out of the tiny models too: random weights change a lot in a step."""
-    monkeypatch.setattr("ernie_accel.transforms.cache_steps.blocks.MOST_THRESHOLD", 9.0)
+    monkeypatch.setattr("ernie_accel.transforms.denoiser.cache_steps.blocks.MOST_THRESHOLD", 9.0)
     return lambda backend, **settings: CacheSteps(backend=backend, threshold=9.0, **settings)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 import ernie_accel
 from ernie_accel import cli, demo
-from ernie_accel.enhancer.enhancer import PromptEnhancer
+from ernie_accel.models.ministral.enhancer import PromptEnhancer
 
 
 def run(capsys, *arguments):

@@ -13,7 +13,7 @@ import torch
 
 import ernie_accel
 from ernie_accel import Compile, CompileVae, Context
-from ernie_accel.transforms.compile_cache import InductorIn
+from ernie_accel.models.compile_cache import InductorIn
 from tests.pipelines import picture, tiny_ernie
 
 ROOT = Path(__file__).parents[1]

@@ -12,10 +12,10 @@ import torch
 
 import ernie_accel
 from ernie_accel import Autocast, FreeAfterUse, Offload, RewriteEnhancer
-from ernie_accel.enhancer import decoder
-from ernie_accel.enhancer.decoder import Decoder, _Workplace
-from ernie_accel.enhancer.enhancer import TEMPERATURE, TOP_P, PromptEnhancer, Wish, why_not
-from ernie_accel.enhancer.sampling import Sampling, choose, draws_for
+from ernie_accel.models.ministral import decoder
+from ernie_accel.models.ministral.decoder import Decoder, _Workplace
+from ernie_accel.models.ministral.enhancer import TEMPERATURE, TOP_P, PromptEnhancer, Wish, why_not
+from ernie_accel.models.ministral.sampling import Sampling, choose, draws_for
 from tests.pipelines import picture, randomize, tiny_enhancer, tiny_ernie, tiny_tokenizer
 
 CPU = torch.device("cpu")

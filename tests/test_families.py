@@ -7,7 +7,7 @@ import torch
 
 import ernie_accel
 from ernie_accel.families import FAMILIES, family_of
-from ernie_accel.transforms.scheduler import SCHEDULERS
+from ernie_accel.samplers.solvers import SCHEDULERS
 from tests.examples import EXAMPLES, differences, snapshot
 from tests.pipelines import PIPELINES, picture, tiny_lumina2
 

@@ -16,9 +16,9 @@ import ernie_accel
 from ernie_accel.core.components import pipe_bytes
 from ernie_accel.core.plan import after
 from ernie_accel.core.undo import Undo
-from ernie_accel.families import ernie_image_kernels as kernels
-from ernie_accel.families.ernie_image_blocks import RewrittenAttention
 from ernie_accel.kernels import cudnn_attention, ops
+from ernie_accel.models.ernie_image import kernels
+from ernie_accel.models.ernie_image.blocks import RewrittenAttention
 from tests.pipelines import picture, tiny_ernie, tiny_flux
 
 H200 = ernie_accel.Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6"})

@@ -14,7 +14,7 @@ from torch import nn
 
 import ernie_accel
 from ernie_accel import CompileVae, Context, FuseVae
-from ernie_accel.kernels.vae_decoder import FusedDecoder, _twice_as_large, why_not
+from ernie_accel.models.vae_decoder import FusedDecoder, _twice_as_large, why_not
 from tests.pipelines import picture, tiny_ernie, tiny_flux
 
 GPU = Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6"})

@@ -11,8 +11,8 @@ import torch
 import ernie_accel
 from ernie_accel import KeepTimestepsOnHost, SwapScheduler
 from ernie_accel.core.context import Context
-from ernie_accel.transforms.host_timesteps import _OnHost
-from ernie_accel.transforms.scheduler import SCHEDULERS
+from ernie_accel.samplers.solvers import SCHEDULERS
+from ernie_accel.transforms.scheduler.keep_timesteps_on_host import _OnHost
 from tests.examples import differences, snapshot
 from tests.pipelines import picture
 

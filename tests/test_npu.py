@@ -36,7 +36,7 @@ def strict(query, key, value, attn_mask=None, **kwargs):
 
 PROMPTS = ["a red circle", "a big blue square on a small red circle"]
 npu, pipe = Context.named("ascend910b"), tiny_ernie()
-from ernie_accel.transforms.attention import set_attention
+from ernie_accel.transforms.denoiser import set_attention
 any_dtype = replace(set_attention.BACKENDS["npu"], dtypes=())  # the stand-in computes in float32, too
 set_attention.BACKENDS = {**set_attention.BACKENDS, "npu": any_dtype}
 pipe.text_encoder.set_attn_implementation("eager")  # only the transformer is looked at
@@ -105,7 +105,7 @@ def test_expanded_it_runs_through_torch_and_means_the_same():
 def test_expanded_it_runs_through_the_fused_kernel_and_means_the_same(elide):
     """True is masked out there, and attended in torch."""
     code = START + (
-        "from ernie_accel.transforms.attention import set_attention\n"
+        "from ernie_accel.transforms.denoiser import set_attention\n"
         f"machine = npu\n"
         f"ernie_accel.optimize(pipe, {elide}ExpandAttentionMask(), SetAttention('npu'), context=machine)\n"
         "print(rel(picture(pipe, prompt=PROMPTS)))\n"
@@ -200,7 +200,7 @@ def test_lumina_2_runs_on_both_paths_and_means_the_same():
 def test_an_additive_mask_would_be_taken_for_its_opposite_and_is_not():
     """The trap: diffusers inverts what it is given as if it were bool, and 0 of an additive mask attends."""
     code = START + (
-        "from ernie_accel.transforms.attention.expand_mask import expand\n"
+        "from ernie_accel.transforms.denoiser.expand_mask import expand\n"
         "from diffusers.models.attention_dispatch import dispatch_attention_fn as attend\n"
         "q = torch.randn(1, 4, 2, 8)\n"
         "keep = torch.tensor([[[[True, True, False, False]]]])\n"

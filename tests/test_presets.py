@@ -12,7 +12,7 @@ from ernie_accel import Context
 from ernie_accel.core.context import DEVICES, GIB
 from ernie_accel.core.preset import CARDS, find_preset, presets
 from ernie_accel.core.recommend import _NOT_PRECISION, LADDER, card_of
-from ernie_accel.transforms.call_defaults import CallDefaults
+from ernie_accel.transforms.calls.call_defaults import CallDefaults
 from tests.pipelines import PIPELINES
 
 EVERYTHING = {"torch": "2.13.0", "torchao": "0.18", "bitsandbytes": "0.50", "triton": "3.5", "scipy": "1.17"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import subprocess
 import sys
 
@@ -56,6 +57,13 @@ def test_all_is_exactly_this():
 def test_every_name_is_there_and_listed(name):
     assert getattr(ernie_accel, name) is not None
     assert name in dir(ernie_accel)
+
+
+def test_the_stub_for_type_checkers_is_what_the_list_says():
+    spec = importlib.util.spec_from_file_location("generate_stub", "docs/generate_stub.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    assert generate.STUB.read_text(encoding="utf-8") == generate.stub()
 
 
 def test_functions_stay_functions_whatever_is_imported():

@@ -13,8 +13,8 @@ import ernie_accel
 from ernie_accel import CastDtype, Compile, ConflictError, Context, Quantize, RewriteBlocks, UnsupportedError
 from ernie_accel.core.components import pipe_bytes
 from ernie_accel.core.errors import ErnieAccelError
-from ernie_accel.transforms.quantize.choose import BACKENDS
-from ernie_accel.transforms.quantize.layers import linear_sites, sqnr_db
+from ernie_accel.quantization.choose import BACKENDS
+from ernie_accel.quantization.layers import linear_sites, sqnr_db
 from tests.examples import differences, snapshot
 from tests.pipelines import picture, tiny_ernie, tiny_flux
 from tests.test_quantize_backends import every_pair

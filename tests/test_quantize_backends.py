@@ -12,9 +12,9 @@ import torch._dynamo.testing
 
 from ernie_accel import Context
 from ernie_accel.core.components import module_bytes
-from ernie_accel.transforms.quantize.backend import SCHEMES, LinearSpec
-from ernie_accel.transforms.quantize.choose import BACKENDS
-from ernie_accel.transforms.quantize.layers import sqnr_db
+from ernie_accel.quantization.backend import SCHEMES, LinearSpec
+from ernie_accel.quantization.choose import BACKENDS
+from ernie_accel.quantization.layers import sqnr_db
 
 HERE = Context.detect(device="cpu")
 RUNS_HERE = [

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from ernie_accel.core.components import module_bytes
-from ernie_accel.transforms.quantize.backend import SCHEMES, LinearSpec
-from ernie_accel.transforms.quantize.choose import BACKENDS
-from ernie_accel.transforms.quantize.layers import linear_sites, sqnr_db
-from ernie_accel.transforms.quantize.torchao import LEAST_MAGNITUDE
+from ernie_accel.quantization.backend import SCHEMES, LinearSpec
+from ernie_accel.quantization.choose import BACKENDS
+from ernie_accel.quantization.layers import linear_sites, sqnr_db
+from ernie_accel.quantization.torchao import LEAST_MAGNITUDE
 from tests.test_quantize_backends import linear
 
 E4M3 = torch.float8_e4m3fn

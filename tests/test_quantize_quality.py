@@ -15,8 +15,8 @@ import torch
 import ernie_accel
 from ernie_accel import Quantize
 from ernie_accel.demo.judge import judge, summarize, unseen_prompts
-from ernie_accel.transforms.quantize.backend import SCHEMES
-from ernie_accel.transforms.quantize.layers import sqnr_db
+from ernie_accel.quantization.backend import SCHEMES
+from ernie_accel.quantization.layers import sqnr_db
 from tests.test_quantize_backends import every_pair
 from tests.test_quantize_emulated import emulated, every_emulated
 

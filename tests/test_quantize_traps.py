@@ -11,9 +11,9 @@ import torch
 
 import ernie_accel
 from ernie_accel import CastDtype, Context, Quantize
-from ernie_accel.transforms.quantize.backend import LinearSpec
-from ernie_accel.transforms.quantize.choose import BACKENDS
-from ernie_accel.transforms.quantize.layers import sqnr_db
+from ernie_accel.quantization.backend import LinearSpec
+from ernie_accel.quantization.choose import BACKENDS
+from ernie_accel.quantization.layers import sqnr_db
 from tests.pipelines import picture, tiny_ernie
 from tests.test_quantize_backends import linear
 
@@ -70,7 +70,7 @@ def test_quanto_int8_from_a_weight_off_a_16_byte_boundary_does_not_crash():
     script = """
 import torch
 from tests.test_quantize_backends import linear
-from ernie_accel.transforms.quantize.choose import BACKENDS
+from ernie_accel.quantization.choose import BACKENDS
 layer = linear()
 memory = torch.empty(layer.weight.numel() + 1, dtype=torch.bfloat16)
 memory[1:] = layer.weight.flatten()

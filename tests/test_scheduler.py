@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import ernie_accel
 from ernie_accel import SwapScheduler
 from ernie_accel.core.context import Context
-from ernie_accel.transforms.scheduler import SCHEDULERS
+from ernie_accel.samplers.solvers import SCHEDULERS
 from tests.pipelines import PIPELINES, picture, tiny_ernie
 
 PROMPTS = ["a red circle", "a big blue square on red"]

@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ernie_accel.transforms.scheduler.solvers import SCHEDULERS
-from ernie_accel.transforms.scheduler.stepping import install
+from ernie_accel.samplers.solvers import SCHEDULERS
+from ernie_accel.samplers.stepping import install
 
 DETERMINISTIC = ("euler", "heun", "unipc", "dpmpp_2m", "dpmpp_3m")
 STOCHASTIC = ("euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde", "lcm")

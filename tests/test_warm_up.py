@@ -31,8 +31,8 @@ from ernie_accel import (
     Warmup,
 )
 from ernie_accel.core.plan import after
-from ernie_accel.enhancer.decoder import Decoder
-from ernie_accel.transforms.warm_up import prompt_of
+from ernie_accel.models.ministral.decoder import Decoder
+from ernie_accel.transforms.calls.warm_up import prompt_of
 from tests.examples import differences, snapshot
 from tests.pipelines import PIPELINES, picture, tiny_ernie
 from tests.test_graphs import H200, Recorder
@@ -86,7 +86,7 @@ def test_without_it_the_first_picture_compiles(graphs):
 def test_the_first_picture_is_replayed_from_its_first_step(cache, monkeypatch):
     """On a stand-in that records calls instead of CUDA graphs."""
     recorder = Recorder()
-    monkeypatch.setattr("ernie_accel.transforms.graphs._record", recorder)
+    monkeypatch.setattr("ernie_accel.transforms.denoiser.capture_graphs._record", recorder)
     once = CallDefaults(num_inference_steps=24, guidance_scale=1.0)
     expected = picture(ernie_accel.optimize(tiny_ernie(), RewriteBlocks(), once, *cache), steps=24)
     wanted = Warmup(sizes=((64, 64),), prompt_lengths=(5,))  # as many tokens as the prompt of `picture`

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import ernie_accel
-from ernie_accel.enhancer.decoder import Decoder, _Workplace
-from ernie_accel.enhancer.enhancer import PromptEnhancer, Wish
-from ernie_accel.enhancer.sampling import Sampling, draws_for
+from ernie_accel.models.ministral.decoder import Decoder, _Workplace
+from ernie_accel.models.ministral.enhancer import PromptEnhancer, Wish
+from ernie_accel.models.ministral.sampling import Sampling, draws_for
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -105,7 +105,7 @@ def test_attention_tiles_fit_the_shared_memory_of_the_card(
 def test_cards_for_which_triton_has_no_such_type_get_the_plain_forward(
     capability: tuple[int, int], dtype: torch.dtype, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ernie_accel.enhancer.weights import _too_old
+    from ernie_accel.models.ministral.weights import _too_old
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     found = _too_old(torch.device("cuda"), [torch.bfloat16, dtype])
@@ -181,7 +181,7 @@ def model(**settings: Any) -> Any:
 
 
 def test_a_step_of_the_kernels_equals_the_plain_forward(decode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ernie_accel.enhancer import weights
+    from ernie_accel.models.ministral import weights
 
     monkeypatch.setattr(weights, "_DTYPE", DTYPE)
     language_model = model()

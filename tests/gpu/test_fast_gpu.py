@@ -9,7 +9,7 @@ import torch
 
 import ernie_accel
 from ernie_accel import CaptureGraphs, FuseKernels, KeepTimestepsOnHost, RewriteBlocks, SwapScheduler
-from ernie_accel.transforms.scheduler import SCHEDULERS
+from ernie_accel.samplers.solvers import SCHEDULERS
 
 
 @pytest.fixture

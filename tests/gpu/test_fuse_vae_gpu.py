@@ -10,7 +10,7 @@ from diffusers import AutoencoderKLFlux2
 
 import ernie_accel
 from ernie_accel.core.transform import ROUNDING_REL
-from ernie_accel.kernels.vae_decoder import FusedDecoder
+from ernie_accel.models.vae_decoder import FusedDecoder
 
 
 @pytest.fixture(scope="module")

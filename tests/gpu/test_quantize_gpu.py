@@ -18,9 +18,9 @@ import torch
 import ernie_accel
 from ernie_accel import CastDtype, Compile, Context, FuseKernels, Quantize, RewriteBlocks
 from ernie_accel.core.components import module_bytes, pipe_bytes
-from ernie_accel.transforms.quantize.backend import SCHEMES, LinearSpec
-from ernie_accel.transforms.quantize.choose import BACKENDS
-from ernie_accel.transforms.quantize.layers import sqnr_db
+from ernie_accel.quantization.backend import SCHEMES, LinearSpec
+from ernie_accel.quantization.choose import BACKENDS
+from ernie_accel.quantization.layers import sqnr_db
 from tests.pipelines import randomize, tiny_ernie
 from tests.test_quantize_quality import Demo
 from tests.test_saving import assert_same_bits, bits

@@ -9,21 +9,22 @@ from types import MappingProxyType
 from ernie_accel.core.errors import ConflictError, UnknownNameError
 from ernie_accel.core.transform import Transform
 from ernie_accel.families.family import Family
-from ernie_accel.transforms.attention import ElideMask, ExpandAttentionMask
-from ernie_accel.transforms.call_defaults import CallDefaults
-from ernie_accel.transforms.compile import Compile
-from ernie_accel.transforms.dtype import CastDtype
-from ernie_accel.transforms.encode_prompts import BatchPromptEncoding
-from ernie_accel.transforms.fuse_kernels import FuseKernels
-from ernie_accel.transforms.graphs import CaptureGraphs
-from ernie_accel.transforms.host_timesteps import KeepTimestepsOnHost
-from ernie_accel.transforms.layout import MakeContiguous
-from ernie_accel.transforms.move_to import MoveTo
-from ernie_accel.transforms.quantize import Quantize
-from ernie_accel.transforms.rewrite import RewriteBlocks
-from ernie_accel.transforms.rewrite_enhancer import RewriteEnhancer
-from ernie_accel.transforms.rewrite_text_encoder import RewriteTextEncoder
-from ernie_accel.transforms.vae import FuseVae
+from ernie_accel.transforms.calls.call_defaults import CallDefaults
+from ernie_accel.transforms.denoiser.capture_graphs import CaptureGraphs
+from ernie_accel.transforms.denoiser.compile import Compile
+from ernie_accel.transforms.denoiser.elide_mask import ElideMask
+from ernie_accel.transforms.denoiser.expand_mask import ExpandAttentionMask
+from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
+from ernie_accel.transforms.denoiser.rewrite_blocks import RewriteBlocks
+from ernie_accel.transforms.prompts.encode_prompts import BatchPromptEncoding
+from ernie_accel.transforms.prompts.rewrite_enhancer import RewriteEnhancer
+from ernie_accel.transforms.prompts.rewrite_text_encoder import RewriteTextEncoder
+from ernie_accel.transforms.scheduler.keep_timesteps_on_host import KeepTimestepsOnHost
+from ernie_accel.transforms.vae.decoder import FuseVae
+from ernie_accel.transforms.weights.cast_dtype import CastDtype
+from ernie_accel.transforms.weights.make_contiguous import MakeContiguous
+from ernie_accel.transforms.weights.move_to import MoveTo
+from ernie_accel.transforms.weights.quantize import Quantize
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from ernie_accel.core.text import human_bytes
 from ernie_accel.core.transform import Transform
 from ernie_accel.families import family_of
 from ernie_accel.families.ernie_image import ERNIE_IMAGE
-from ernie_accel.transforms.call_defaults import MODES
-from ernie_accel.transforms.dtype import CastDtype
-from ernie_accel.transforms.fuse_kernels import FuseKernels
-from ernie_accel.transforms.quantize import Quantize
+from ernie_accel.transforms.calls.call_defaults import MODES
+from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
+from ernie_accel.transforms.weights.cast_dtype import CastDtype
+from ernie_accel.transforms.weights.quantize import Quantize
 
 
 @dataclass(frozen=True)

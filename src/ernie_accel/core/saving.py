@@ -33,7 +33,7 @@ from ernie_accel.core.transform import Applied, LayerReceipt, Phase, Preview, Tr
 from ernie_accel.core.undo import Undo
 
 if TYPE_CHECKING:
-    from ernie_accel.transforms.quantize.backend import Backend
+    from ernie_accel.quantization.backend import Backend
 
 MANIFEST = "ernie_accel.json"
 WEIGHTS = "model.safetensors"
@@ -128,7 +128,7 @@ def load(
     pipe.to(device)
     quantized = [name for name, component in components.items() if component.receipts]
     if quantized:
-        from ernie_accel.transforms.quantize.guard import refuse_casts
+        from ernie_accel.quantization.guard import refuse_casts
 
         refuse_casts(pipe, quantized, Undo())
     receipts = tuple(receipt for component in components.values() for receipt in component.receipts.values())
@@ -142,8 +142,8 @@ def load(
 
 def _check_can_be_saved(pipe: Pipeline, folder: Path) -> None:
     """Refuse, before anything is written, what `load` could not rebuild."""
-    from ernie_accel.transforms.quantize import Quantize
-    from ernie_accel.transforms.quantize.layers import holder_of
+    from ernie_accel.quantization.layers import holder_of
+    from ernie_accel.transforms.weights.quantize import Quantize
 
     for entry in report(pipe).entries:
         transform = entry.step.transform
@@ -229,7 +229,7 @@ def _quantized(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
 
 
 def _receipt(layer: torch.nn.Module) -> LayerReceipt | None:
-    from ernie_accel.transforms.quantize.layers import RECEIPT
+    from ernie_accel.quantization.layers import RECEIPT
 
     return vars(layer).get(RECEIPT)
 
@@ -253,7 +253,7 @@ def _tensors_of(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[
     Content of a quantized layer is named "path/tensor": no module path has a slash. Buffers that ``save_pretrained``
     would leave out are written too; a cast may have changed them.
     """
-    from ernie_accel.transforms.quantize.choose import BACKENDS
+    from ernie_accel.quantization.choose import BACKENDS
 
     tensors: dict[str, torch.Tensor] = {}
     inside = []
@@ -389,8 +389,8 @@ class _Component:
 
     def _layer(self, receipt: LayerReceipt, saved: dict[str, torch.Tensor], device: str) -> torch.nn.Module:
         """Make a blank quantized layer and copy the saved bits into it."""
-        from ernie_accel.transforms.quantize.choose import BACKENDS
-        from ernie_accel.transforms.quantize.layers import RECEIPT
+        from ernie_accel.quantization.choose import BACKENDS
+        from ernie_accel.quantization.layers import RECEIPT
 
         backend, (rows, columns) = BACKENDS[receipt.backend], receipt.shape
         dtype = getattr(torch, receipt.dtype)
@@ -417,7 +417,7 @@ def _number(value: float | None) -> float:
 
 def _check_can_run(folder: Path, components: Iterable[_Component], machine: Context) -> None:
     """Refuse layers that no kernel here multiplies, before anything large is read."""
-    from ernie_accel.transforms.quantize.choose import BACKENDS
+    from ernie_accel.quantization.choose import BACKENDS
 
     pairs = {(receipt.backend, receipt.scheme) for part in components for receipt in part.receipts.values()}
     for name, scheme in sorted(pairs):
@@ -443,7 +443,7 @@ def _build(folder: Path, components: dict[str, _Component]) -> Pipeline:
 
 def _rewrites(transform: Transform) -> bool:
     """Return whether a transform changes the module tree in a way that loading can repeat before there are weights."""
-    from ernie_accel.transforms.fuse_kernels import FuseKernels
+    from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
 
     return transform.phase == Phase.REWRITE or isinstance(transform, FuseKernels)
 

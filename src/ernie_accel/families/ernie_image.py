@@ -48,8 +48,8 @@ ERNIE_IMAGE = Family(
         }
     ),
     max_prompt_tokens=2048,
-    rewritten="ernie_accel.families.ernie_image_blocks",
-    kernels="ernie_accel.families.ernie_image_kernels",
+    rewritten="ernie_accel.models.ernie_image.blocks",
+    kernels="ernie_accel.models.ernie_image.kernels",
     text_argument="text_bth",
     always_masks=AlwaysMasks(lengths="text_lens", text="text_bth", pad_method="_pad_text"),
     prompt_encoding=PromptEncoding(layers="language_model.layers", hidden_state=-2),

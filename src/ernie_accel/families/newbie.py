@@ -34,8 +34,6 @@ NEWBIE = Family(
         }
     ),
     repeated_blocks=("Lumina2TransformerBlock",),
-    dispatched=MappingProxyType(
-        {"Lumina2AttnProcessor2_0": "ernie_accel.families.newbie_attention:DispatchedProcessor"}
-    ),
+    dispatched=MappingProxyType({"Lumina2AttnProcessor2_0": "ernie_accel.models.lumina.attention:DispatchedProcessor"}),
     text_argument="encoder_hidden_states",
 )

@@ -55,7 +55,7 @@ def evaluate_command(
     from ernie_accel.core.preset import find_preset
     from ernie_accel.fidelity.compare import evaluate
     from ernie_accel.fidelity.evaluation import Thresholds
-    from ernie_accel.transforms.call_defaults import CallDefaults
+    from ernie_accel.transforms.calls.call_defaults import CallDefaults
 
     if classic:
         dtype, candidate_dtype = "float32", candidate_dtype or "bfloat16"

@@ -3,8 +3,8 @@
 
 A decoder layer is five launches: norm and q, k, v; rotary embedding, cache and attention; output projection and
 residual; norm, gate, up and activation; down projection and residual. The specification is the plain-torch forward in
-``enhancer/decoder.py``. One row (prompt) is a plain sum of products; 2 to 16 rows are one tensor-core product of
-[features, K] by [K, rows] and cost little more. The norm's factor is applied to the product, not before it, so that
+``models/ministral/decoder.py``. One row (prompt) is a plain sum of products; 2 to 16 rows are one tensor-core product
+of [features, K] by [K, rows] and cost little more. The norm's factor is applied to the product, not before it, so that
 streaming the weights need not wait for the norm; that rounds once where stock rounds twice. Letting a kernel start
 before the one before it ends (programmatic dependent launch) made a token 7 % slower on an H200.
 

@@ -1,4 +1,4 @@
-"""The catalogue: one concept a file. `TRANSFORMS` says where each lives, so that importing one imports no other."""
+"""The catalogue, grouped by what a transform changes: one concept a file, and none imports another."""
 
 from __future__ import annotations
 
@@ -9,38 +9,9 @@ from typing import Any
 
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.transform import Transform
+from ernie_accel.exports import TRANSFORMS
 
-#: Class name -> module.
-TRANSFORMS: Mapping[str, str] = {
-    "Autocast": "ernie_accel.transforms.autocast",
-    "BatchPromptEncoding": "ernie_accel.transforms.encode_prompts",
-    "CacheSteps": "ernie_accel.transforms.cache_steps",
-    "CallDefaults": "ernie_accel.transforms.call_defaults",
-    "CaptureGraphs": "ernie_accel.transforms.graphs",
-    "CastDtype": "ernie_accel.transforms.dtype",
-    "CheckFinite": "ernie_accel.transforms.check_finite",
-    "Compile": "ernie_accel.transforms.compile",
-    "CompileVae": "ernie_accel.transforms.vae",
-    "FuseKernels": "ernie_accel.transforms.fuse_kernels",
-    "FuseVae": "ernie_accel.transforms.vae",
-    "ElideMask": "ernie_accel.transforms.attention",
-    "ExpandAttentionMask": "ernie_accel.transforms.attention",
-    "FreeAfterUse": "ernie_accel.transforms.free_after_use",
-    "KeepTimestepsOnHost": "ernie_accel.transforms.host_timesteps",
-    "MakeContiguous": "ernie_accel.transforms.layout",
-    "MoveTo": "ernie_accel.transforms.move_to",
-    "Offload": "ernie_accel.transforms.offload",
-    "Quantize": "ernie_accel.transforms.quantize",
-    "RewriteBlocks": "ernie_accel.transforms.rewrite",
-    "RewriteEnhancer": "ernie_accel.transforms.rewrite_enhancer",
-    "RewriteTextEncoder": "ernie_accel.transforms.rewrite_text_encoder",
-    "SetAttention": "ernie_accel.transforms.attention",
-    "SliceVae": "ernie_accel.transforms.memory",
-    "SwapScheduler": "ernie_accel.transforms.scheduler",
-    "TileVae": "ernie_accel.transforms.memory",
-    "TruncatePrompts": "ernie_accel.transforms.truncate_prompts",
-    "Warmup": "ernie_accel.transforms.warm_up",
-}
+__all__ = ["TRANSFORMS", "transform_class", "transform_from_json"]
 
 
 def transform_class(name: str) -> type[Transform]:

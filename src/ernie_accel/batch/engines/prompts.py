@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 
 from ernie_accel.batch.engines.base import PREPARE_BATCH, ROUND, Request, stop_if
 from ernie_accel.core.components import forget_kept, is_moved_in_parts
-from ernie_accel.enhancer.enhancer import PromptEnhancer, Wish, why_not
 from ernie_accel.families import family_of
 from ernie_accel.families.ernie_image import ERNIE_IMAGE
+from ernie_accel.models.ministral.enhancer import PromptEnhancer, Wish, why_not
 
 _KEPT = 1024  # prompts whose embeddings are kept in host memory
 

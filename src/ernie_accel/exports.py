@@ -1,0 +1,114 @@
+"""What the package exports: the one list behind lazy loading, the stub for type checkers and the catalogue.
+
+After a change run ``python docs/generate_stub.py``, which writes ``__init__.pyi``; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+#: Module within the package -> the names it is the home of. What lives below ``transforms`` is the catalogue.
+HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "batch.errors": (
+            "BatchChangedError",
+            "BatchInputError",
+            "BatchOutputError",
+        ),
+        "core.context": ("Context",),
+        "core.errors": (
+            "ApplyError",
+            "ConflictError",
+            "ErnieAccelError",
+            "MissingExtraError",
+            "RestoreError",
+            "SavedPipelineError",
+            "UnknownNameError",
+            "UnsupportedError",
+        ),
+        "core.optimize": (
+            "optimize",
+            "report",
+            "restore",
+        ),
+        "core.plan": (
+            "Plan",
+            "plan",
+        ),
+        "core.preset": (
+            "Preset",
+            "presets",
+        ),
+        "core.recommend": (
+            "Recommendation",
+            "recommend",
+        ),
+        "core.report": ("Report",),
+        "core.saving": (
+            "load",
+            "save",
+        ),
+        "core.transform": (
+            "Applied",
+            "Effect",
+            "LayerReceipt",
+            "Phase",
+            "Preview",
+            "Transform",
+        ),
+        "core.undo": ("Undo",),
+        "families.family": ("Family",),
+        "fidelity.compare": ("evaluate",),
+        "fidelity.evaluation": (
+            "Evaluation",
+            "Thresholds",
+        ),
+        "transforms": ("transform_from_json",),
+        "transforms.calls.autocast": ("Autocast",),
+        "transforms.calls.call_defaults": ("CallDefaults",),
+        "transforms.calls.check_finite": ("CheckFinite",),
+        "transforms.calls.warm_up": ("Warmup",),
+        "transforms.denoiser.cache_steps.cache_steps": ("CacheSteps",),
+        "transforms.denoiser.capture_graphs": ("CaptureGraphs",),
+        "transforms.denoiser.compile": ("Compile",),
+        "transforms.denoiser.elide_mask": ("ElideMask",),
+        "transforms.denoiser.expand_mask": ("ExpandAttentionMask",),
+        "transforms.denoiser.fuse_kernels": ("FuseKernels",),
+        "transforms.denoiser.rewrite_blocks": ("RewriteBlocks",),
+        "transforms.denoiser.set_attention": ("SetAttention",),
+        "transforms.prompts.encode_prompts": ("BatchPromptEncoding",),
+        "transforms.prompts.rewrite_enhancer": ("RewriteEnhancer",),
+        "transforms.prompts.rewrite_text_encoder": ("RewriteTextEncoder",),
+        "transforms.prompts.truncate_prompts": ("TruncatePrompts",),
+        "transforms.scheduler.keep_timesteps_on_host": ("KeepTimestepsOnHost",),
+        "transforms.scheduler.swap_scheduler": ("SwapScheduler",),
+        "transforms.vae.decoder": (
+            "CompileVae",
+            "FuseVae",
+        ),
+        "transforms.vae.slices_and_tiles": (
+            "SliceVae",
+            "TileVae",
+        ),
+        "transforms.weights.cast_dtype": ("CastDtype",),
+        "transforms.weights.free_after_use": ("FreeAfterUse",),
+        "transforms.weights.make_contiguous": ("MakeContiguous",),
+        "transforms.weights.move_to": ("MoveTo",),
+        "transforms.weights.offload": ("Offload",),
+        "transforms.weights.quantize": ("Quantize",),
+    }
+)
+
+#: Subpackages that are reached as attributes.
+SUBPACKAGES = ("batch", "demo")
+
+#: Exported name -> its module, whole.
+HOME_OF: Mapping[str, str] = MappingProxyType(
+    {name: f"ernie_accel.{home}" for home, names in HOMES.items() for name in names}
+)
+
+#: Class name -> module of every transform of the catalogue.
+TRANSFORMS: Mapping[str, str] = MappingProxyType(
+    {name: home for name, home in HOME_OF.items() if home.startswith("ernie_accel.transforms.")}
+)

@@ -1,0 +1,1 @@
+"""What Lumina 2 and NewBie-image need to run through diffusers' attention dispatcher."""

@@ -1,0 +1,116 @@
+"""Choose scheme and backend by hardware, and be able to say why: every candidate with every reason."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from ernie_accel.core.context import Context
+from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.text import table
+from ernie_accel.quantization.backend import SCHEMES, Backend
+from ernie_accel.quantization.bitsandbytes import BitsAndBytes
+from ernie_accel.quantization.gguf import Gguf
+from ernie_accel.quantization.layerwise import Layerwise
+from ernie_accel.quantization.quanto import Quanto
+from ernie_accel.quantization.torchao import TorchAO
+
+#: All backends by name, the preferred first: torchao's layers compile best, layerwise casting does without scales.
+BACKENDS: Mapping[str, Backend] = MappingProxyType(
+    {backend.name: backend for backend in (TorchAO(), BitsAndBytes(), Quanto(), Gguf(), Layerwise())}
+)
+#: What ``Quantize("auto")`` tries, the fastest first. Weight-only schemes save bytes and, uncompiled, cost time.
+AUTO_SCHEMES = ("nvfp4", "fp8", "int8", "int8-weight-only", "fp8-weight-only")
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to quantize on one machine.
+
+    Attributes:
+        scheme: Name of the scheme.
+        backend: Name of the backend.
+        reasons: Why it cannot run there; empty if it can.
+    """
+
+    scheme: str
+    backend: str
+    reasons: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and from what. Print it.
+
+    Attributes:
+        context: The machine.
+        candidates: All that were looked at, the preferred first.
+    """
+
+    context: Context
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """The first candidate that can run; None if none can."""
+        return next((candidate for candidate in self.candidates if not candidate.reasons), None)
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why nothing could be chosen, every candidate's reasons once; empty if something was."""
+        if self.chosen is not None:
+            return []
+        return list(dict.fromkeys(reason for candidate in self.candidates for reason in candidate.reasons))
+
+    def __str__(self) -> str:
+        rows = []
+        for candidate in self.candidates:
+            verdict = "; ".join(candidate.reasons) or ("chosen" if candidate is self.chosen else "would do")
+            rows.append((candidate.scheme, candidate.backend, verdict))
+        return f"Quantization on {self.context}\n" + table(("scheme", "backend", "verdict"), rows)
+
+    __repr__ = __str__
+
+
+def choose(scheme: str, backend: str, context: Context) -> Choice:
+    """Look at every backend that has the scheme, the preferred first.
+
+    Args:
+        scheme: A key of `SCHEMES`; "auto" looks at `AUTO_SCHEMES`.
+        backend: A key of `BACKENDS`, to look at no other; or "auto".
+        context: The machine.
+    """
+    schemes = AUTO_SCHEMES if scheme == AUTO else (scheme,)
+    pairs = [
+        (name, candidate)
+        for name in schemes
+        for candidate in (BACKENDS.values() if backend == AUTO else (BACKENDS[backend],))
+        if name in candidate.schemes or (backend != AUTO and scheme != AUTO)
+    ]
+    # The CPU multiplies faster in its own dtype than in int8, which it would have to quantize for first.
+    if scheme == AUTO and context.device == "cpu":
+        pairs.sort(key=lambda pair: pair[0] in ("nvfp4", "fp8", "int8"))
+    return Choice(context, tuple(Candidate(name, b.name, tuple(b.unsupported(name, context))) for name, b in pairs))
+
+
+def check_names(scheme: str, backend: str) -> None:
+    """Refuse names nobody has heard of; name the valid ones, and those that can run on this machine.
+
+    Raises:
+        UnknownNameError: There is no such scheme or backend, or the backend does not have the scheme.
+    """
+    if backend not in (AUTO, *BACKENDS):
+        machine = Context.detect()
+        here = [b.name for b in BACKENDS.values() if any(not b.unsupported(name, machine) for name in b.schemes)]
+        raise UnknownNameError("backend", backend, (AUTO, *BACKENDS), note=f"This machine can run {', '.join(here)}.")
+    if scheme == AUTO:
+        return
+    if scheme not in SCHEMES:
+        here = [name for name in SCHEMES if choose(name, AUTO, Context.detect()).chosen is not None]
+        raise UnknownNameError("scheme", scheme, (AUTO, *SCHEMES), note=f"This machine can run {', '.join(here)}.")
+    if backend != AUTO and scheme not in BACKENDS[backend].schemes:
+        have = [name for name, candidate in BACKENDS.items() if scheme in candidate.schemes]
+        note = f"{scheme} is done by {', '.join(have)}."
+        raise UnknownNameError(f"scheme of {backend}", scheme, BACKENDS[backend].schemes, note=note)

@@ -1,0 +1,122 @@
+"""Let a stock flow-matching scheduler step by another solver, without another class.
+
+Stock classes of other samplers are no way to swap: on the sigmas that flow-matching pipelines pass, most of them raise
+and some run a silently wrong schedule. So the scheduler stays diffusers' own ``FlowMatchEulerDiscreteScheduler``, which
+makes the checkpoint's sigmas and float timesteps from whatever the pipeline passes; only ``step`` is another one, on
+the instance. What ``save_pretrained`` writes is therefore a stock scheduler with the checkpoint's schedule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+
+from ernie_accel.samplers.noise import GivenNoise, RowNoise
+from ernie_accel.samplers.solvers import SCHEDULERS, Solver
+
+_ATTRIBUTE = "_ernie_accel_stepping"
+
+
+@dataclass
+class Stepping:
+    """What a scheduler instance steps by.
+
+    Attributes:
+        name: A key of `SCHEDULERS`.
+        trailing: Space the steps trailing where the pipeline leaves the spacing to the scheduler.
+        run: The solver in the middle of a run; None before the first.
+    """
+
+    name: str
+    trailing: bool = False
+    run: Solver | None = None
+
+
+def install(scheduler: Any, name: str, trailing: bool) -> None:
+    """Let `scheduler`, a stock instance, step by the solver called `name`, in place."""
+    setattr(scheduler, _ATTRIBUTE, Stepping(name, trailing))
+    scheduler.set_timesteps = MethodType(_set_timesteps, scheduler)
+    solver = SCHEDULERS[name]
+    if solver is not None:
+        scheduler.step = MethodType(_step, scheduler)
+        scheduler.order = solver.evaluations  # pipelines divide by it: progress bar, first step of image to image
+
+
+def installed(scheduler: Any) -> Stepping | None:
+    """Return what `scheduler` steps by, or None for a stock one."""
+    found = vars(scheduler).get(_ATTRIBUTE)
+    return found if isinstance(found, Stepping) else None
+
+
+def _set_timesteps(
+    self: Any,
+    num_inference_steps: int | None = None,
+    device: str | torch.device | None = None,
+    sigmas: Any = None,
+    mu: float | None = None,
+    timesteps: Any = None,
+) -> None:
+    """Make the schedule as stock does (in place), then add the evaluations between its steps, if there are any."""
+    stepping: Stepping = getattr(self, _ATTRIBUTE)
+    if stepping.trailing and sigmas is None and timesteps is None:
+        # Stock would begin and end at sigmas that are shifted already, and shift them again.
+        sigmas = torch.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps) if num_inference_steps else None
+    type(self).set_timesteps(self, num_inference_steps, device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
+    solver = SCHEDULERS[stepping.name]
+    if solver is not None and solver.evaluations > 1:
+        self.sigmas = torch.tensor(solver.grid(self.sigmas.tolist()), dtype=torch.float32, device=self.sigmas.device)
+        self.timesteps = self.sigmas[:-1] * self.config.num_train_timesteps
+
+
+def _step(
+    self: Any,
+    model_output: torch.Tensor,
+    timestep: float | torch.Tensor,
+    sample: torch.Tensor,
+    *,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    return_dict: bool = True,
+) -> Any:
+    """Do one step: the velocity `model_output` [B, ...] at `sample` [B, ...]. Returns the dtype of `model_output`.
+
+    Args:
+        self: The scheduler.
+        model_output: The model's velocity.
+        timestep: One of ``self.timesteps``, a float.
+        sample: The latents.
+        generator: Where a stochastic solver draws from; None: from the latents that the run began with.
+        return_dict: Return diffusers' output object and not a tuple.
+
+    Raises:
+        ValueError: `timestep` is an integer (an index), as stock refuses it, or the run is over.
+    """
+    if isinstance(timestep, int) or (isinstance(timestep, torch.Tensor) and not timestep.is_floating_point()):
+        raise ValueError(f"step takes one of scheduler.timesteps, which are floats; got the integer {timestep}")
+    stepping: Stepping = getattr(self, _ATTRIBUTE)
+    if self.step_index is None:
+        self._init_step_index(timestep)
+        stepping.run = _begin(stepping.name, self.sigmas, sample)
+    if stepping.run is None:
+        raise ValueError("the run is over, or was never begun: call set_timesteps first")
+    if generator is not None:
+        stepping.run.noise = GivenNoise(generator)
+    x = stepping.run.advance(self.step_index, sample.to(torch.float32), model_output.to(torch.float32))
+    self._step_index += 1
+    if self.step_index == len(self.timesteps):
+        stepping.run = None  # its history is as large as several latents
+    x = x.to(model_output.dtype)
+    if not return_dict:
+        return (x,)
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+
+    return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=x)
+
+
+def _begin(name: str, sigmas: torch.Tensor, sample: torch.Tensor) -> Solver:
+    solver = SCHEDULERS[name]
+    if solver is None:
+        raise ValueError(f"{name!r} is the scheduler's own step")
+    return solver(sigmas.tolist(), RowNoise(sample))

@@ -1,0 +1,1 @@
+"""Transforms of calls of the pipe: defaults, autocast, checks, warming up."""

@@ -1,0 +1,82 @@
+"""Compute in half precision without casting the weights: torch's autocast around every call of the pipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+
+from ernie_accel.core.components import Pipeline, device_of, modules_of
+from ernie_accel.core.context import Context
+from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.planned import PlannedPipe
+from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.undo import Undo
+from ernie_accel.core.wrap_call import wrap_call
+from ernie_accel.transforms.weights.cast_dtype import DTYPES, CastDtype
+
+HALF = tuple(name for name in DTYPES if name != "float32")
+
+
+@dataclass(frozen=True, repr=False)
+class Autocast(Transform):
+    """Run every call of the pipe under ``torch.autocast``: products and convolutions in half precision.
+
+    Weights, norms, RoPE angles and the scheduler's arithmetic stay in float32, and nothing has to be kept for undoing.
+
+    Pays:
+        For a float32 pipe whose weights shall stay so (while it is being trained, say). ``CastDtype`` needs half the
+        memory and casts once instead of in every call.
+
+    Attributes:
+        dtype: "bfloat16" or "float16".
+    """
+
+    phase: ClassVar[Phase] = Phase.CALL
+    slot: ClassVar[str] = "autocast"
+    effect: ClassVar[Effect] = Effect.LOSSY
+
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in HALF:
+            raise UnknownNameError("dtype of autocast", self.dtype, HALF)
+
+    @property
+    def floor_db(self) -> float:
+        """SQNR of the final latents against float32, same seed."""
+        return 25.0
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        reasons = CastDtype(self.dtype).unsupported(pipe, context)
+        planned = context.planned(pipe)
+        found = {planned.dtype_of(name) for name, module in modules_of(pipe).items() if hasattr(module, "dtype")}
+        dtypes = {str(dtype).removeprefix("torch.") for dtype in found - {None}}
+        if dtypes and "float32" not in dtypes:
+            reasons.append(f"the weights are {' and '.join(sorted(dtypes))}: autocast is for float32 weights")
+        return reasons
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        return Preview(self._changes())
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        return replace(context.planned(pipe), autocast=self.dtype)
+
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        with Undo() as undo:
+            undo.setattr(pipe, "_around_autocast", partial(_autocast, device_of(pipe).type, DTYPES[self.dtype]))
+            wrap_call(pipe, "_around_autocast", undo)
+        return Applied(self._changes(), undo=undo)
+
+    def _changes(self) -> tuple[str, ...]:
+        return (f"products float32 -> {self.dtype}",)
+
+
+def _autocast(
+    device_type: str, dtype: torch.dtype, call: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]
+) -> Any:
+    with torch.autocast(device_type, dtype):
+        return call(arguments)

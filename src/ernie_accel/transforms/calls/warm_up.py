@@ -1,0 +1,310 @@
+"""Make throw-away pictures first, so that the first real one does not pay for compiling and capturing."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+from ernie_accel.core.components import Pipeline, device_of, modules_of
+from ernie_accel.core.context import Context
+from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.undo import Undo
+from ernie_accel.families import family_of
+from ernie_accel.models.ministral.enhancer import Wish
+from ernie_accel.transforms.prompts.encode_prompts import remembering_nothing
+
+#: The first step compiles, the second of the same shape is the one that `CaptureGraphs` records.
+STEPS = 2
+#: Of an enhanced prompt: the first runs as it is, the second is captured, the third is a replay.
+TOKENS = 3
+#: Words from which prompts of a given length are made; one that is a token of its own is in every vocabulary.
+WORDS = ("a", "red", "the", "x")
+#: What is drawn where no length is asked for.
+PROMPT = "small small on small big"
+
+
+class Combination(NamedTuple):
+    """One kind of picture to be ready for.
+
+    Attributes:
+        width: In pixels.
+        height: In pixels.
+        batch: Prompts of one call.
+        tokens: Of each prompt; None: whatever a short one has.
+    """
+
+    width: int
+    height: int
+    batch: int
+    tokens: int | None
+
+    def __str__(self) -> str:
+        tokens = "" if self.tokens is None else f", {self.tokens} tokens"
+        return f"{self.width}x{self.height}, batch {self.batch}{tokens}"
+
+
+@dataclass(frozen=True, repr=False)
+class Warmup(Transform):
+    """Call the pipe once for every size, batch size and prompt length, so that no later call compiles or captures.
+
+    Each call takes two steps through the pipe as it then is, with its own call defaults (so with guidance where that
+    is the default) and without prompt enhancer; the first of a size and batch size is decoded, the others stop at the
+    latents. Where `RewriteEnhancer` is in place, as many short prompts are enhanced before that, to a few tokens: its
+    kernels are compiled then, and its graphs captured for prompts of about that length. Where `RewriteTextEncoder` is,
+    each is called twice, the second time without decoding: its graphs are captured then. No picture is kept; global
+    random states, the scheduler and the prompts that `BatchPromptEncoding` remembers are left as they were. The receipt
+    gives the milliseconds of each call. Compiled code belongs to what compiled it: ``restore`` drops it with that.
+    Whatever is optimized anew before it makes it run again.
+
+    Pays:
+        For services, and before anything is timed: the first picture takes as long as the second. It takes the time
+        that the first picture would have lost (8 to 10 s for the compiled blocks, 15 s for the VAE), and for sizes that
+        are never asked for, more.
+
+    Attributes:
+        sizes: (width, height) in pixels; None for all that the family's authors recommend, or for the pipe's default.
+        batch_sizes: Prompts of one call.
+        prompt_lengths: Tokens of a prompt, special ones included, as the pipe's tokenizer counts; None for one short
+            prompt. Only captured graphs tell lengths apart; compiled blocks take any.
+    """
+
+    phase: ClassVar[Phase] = Phase.WARMUP
+    slot: ClassVar[str] = "warm-up"
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    sizes: tuple[tuple[int, int], ...] | None = field(default=None, kw_only=True)
+    batch_sizes: tuple[int, ...] = field(default=(1,), kw_only=True)
+    prompt_lengths: tuple[int, ...] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.sizes is not None:
+            _check("sizes", self.sizes, "(width, height) in pixels, as in sizes=((1024, 1024),)", _is_size)
+            object.__setattr__(self, "sizes", tuple((width, height) for width, height in self.sizes))  # JSON has lists
+        _check("batch_sizes", self.batch_sizes, "whole numbers >= 1, as in batch_sizes=(1, 4)", _is_count)
+        object.__setattr__(self, "batch_sizes", tuple(self.batch_sizes))
+        if self.prompt_lengths is not None:
+            _check("prompt_lengths", self.prompt_lengths, "token counts >= 1, as in prompt_lengths=(16, 64)", _is_count)
+            object.__setattr__(self, "prompt_lengths", tuple(self.prompt_lengths))
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        kind = type(pipe).__name__
+        accepted = _call_parameters(pipe)
+        reasons = [
+            f"{kind} takes no argument {name!r}, and a warm-up passes it"
+            for name in ("prompt", "height", "width", "num_inference_steps", "generator", "output_type")
+            if name not in accepted
+        ]
+        if getattr(pipe, "tokenizer", None) is None or getattr(pipe, "text_encoder", None) is None:
+            reasons.append(f"{kind} was loaded without text encoder or tokenizer, and a warm-up draws a prompt")
+            return reasons
+        if context.planned(pipe).freed_to == "nowhere":
+            reasons.append("FreeAfterUse('nowhere') allows one call, and a warm-up would be that one: use to='disk'")
+        return reasons + self._bad_sizes(pipe) + self._bad_lengths(pipe, context) + self._too_many(pipe, context)
+
+    def _too_many(self, pipe: Pipeline, context: Context) -> list[str]:
+        """Return the reason if graphs of the first combinations would be dropped for those of the last."""
+        planned = context.planned(pipe)
+        if not planned.keeps_graphs:
+            return []
+        captured_ones = (each for each in self._combinations(pipe) if _image_tokens(each) <= planned.graph_tokens)
+        captured = len({_shape(each, planned.tokens_multiple_of) for each in captured_ones})
+        if captured <= planned.keeps_graphs:
+            return []
+        return [
+            f"{captured} of these pictures are captured, and {planned.keeps_graphs} graphs are kept: "
+            f"use CaptureGraphs(keep={captured})"
+        ]
+
+    def _bad_sizes(self, pipe: Pipeline) -> list[str]:
+        family = family_of(pipe)
+        multiple = family.size_multiple if family is not None else int(getattr(pipe, "vae_scale_factor", 1))
+        return [
+            f"{type(pipe).__name__} draws sizes divisible by {multiple}, got {width}x{height}: "
+            f"use {_nearest(width, multiple)}x{_nearest(height, multiple)}"
+            for width, height in self.sizes or ()
+            if width % multiple or height % multiple
+        ]
+
+    def _bad_lengths(self, pipe: Pipeline, context: Context) -> list[str]:
+        reasons, limit = [], context.planned(pipe).prompt_limit
+        for length in self.prompt_lengths or ():
+            if limit is not None and length > limit:
+                reasons.append(f"prompts are cut at {limit} tokens, so none has {length}: leave that length out")
+            elif length > pipe.tokenizer.model_max_length:
+                most = pipe.tokenizer.model_max_length
+                reasons.append(f"the tokenizer of {type(pipe).__name__} cuts at {most} tokens, got {length}")
+            elif prompt_of(pipe.tokenizer, length) is None:
+                special = len(pipe.tokenizer("")["input_ids"])
+                reasons.append(
+                    f"no prompt of exactly {length} tokens was found for the tokenizer of {type(pipe).__name__}, which "
+                    f"adds {special} special tokens: take another length"
+                )
+        return reasons
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        if not context.planned(pipe).on_first_call and not _is_compiled(pipe):
+            why = f"nothing is compiled or captured on {context.device}: the first picture takes as long as the others"
+            return Preview((), note=why)
+        return Preview(self._changes(pipe), note=f"{STEPS} steps each")
+
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        spent: list[str] = []
+        with unnoticed(pipe), remembering_nothing(pipe):
+            decoded: set[tuple[int, int, int]] = set()
+            pending = context.planned(pipe).on_first_call
+            if hasattr(pipe, "_enhance_prompts") and "enhancer" in pending:
+                spent += [_enhance(pipe, batch) for batch in self.batch_sizes]
+            encodes_twice = "text-encoder" in pending
+            for combination in self._combinations(pipe):
+                shape = combination[:3]
+                start = time.perf_counter()
+                _draw(pipe, combination, decode=shape not in decoded)
+                if encodes_twice:  # what is encoded for the second time is captured
+                    _draw(pipe, combination, decode=False)
+                spent.append(f"{combination}: {1000 * (time.perf_counter() - start):.0f} ms")
+                decoded.add(shape)
+        note = "; ".join(spent) + ". Nothing to undo: compiled code goes with the undo of what compiled it"
+        return Applied(self._changes(pipe), undo=Undo(), note=note)
+
+    def _changes(self, pipe: Pipeline) -> tuple[str, ...]:
+        return tuple(map(str, self._combinations(pipe)))
+
+    def _combinations(self, pipe: Pipeline) -> Iterator[Combination]:
+        for width, height in self.sizes or default_sizes(pipe):
+            for batch in self.batch_sizes:
+                for tokens in self.prompt_lengths or (None,):
+                    yield Combination(width, height, batch, tokens)
+
+
+def _image_tokens(each: Combination) -> int:
+    return each.width * each.height * each.batch // 256
+
+
+def _shape(each: Combination, multiple: int) -> Combination:
+    """Return a combination that is the same for all that share a graph, where tokens are made a multiple of that."""
+    if each.tokens is None:
+        return each
+    return each._replace(tokens=math.ceil((each.width * each.height // 256 + each.tokens) / multiple))
+
+
+def default_sizes(pipe: Pipeline) -> tuple[tuple[int, int], ...]:
+    """Return the (width, height) that the family's authors recommend; of no known family, what the pipe defaults to."""
+    family = family_of(pipe)
+    if family is not None:
+        return family.sizes
+    parameters = _call_parameters(pipe)
+    width, height = parameters["width"].default, parameters["height"].default
+    if not (isinstance(width, int) and isinstance(height, int)):
+        side = int(getattr(pipe, "default_sample_size", 128)) * int(getattr(pipe, "vae_scale_factor", 8))
+        width = height = side
+    return ((width, height),)
+
+
+def prompt_of(tokenizer: Any, length: int) -> str | None:
+    """Return a prompt of exactly `length` tokens, special ones included; None if none was found."""
+    for word in WORDS:
+        per_word = max(1, _count(tokenizer, f"{word} {word}") - _count(tokenizer, word))
+        words = max(1, (length - _count(tokenizer, "")) // per_word)
+        for number in {words, words - 1, words + 1} - {0}:
+            prompt = " ".join([word] * number)
+            if _count(tokenizer, prompt) == length:
+                return prompt
+    return None
+
+
+def _enhance(pipe: Pipeline, batch: int) -> str:
+    """Enhance as many prompts as `batch`, twice, and forget them; return what it took, in words.
+
+    Reading a prompt happens once in an enhancement, and what happens for the second time is what is captured.
+    """
+    width, height = default_sizes(pipe)[0]
+    start = time.perf_counter()
+    for _ in range(2):
+        pipe._enhance_prompts([Wish(PROMPT, width, height, seed) for seed in range(batch)], max_new_tokens=TOKENS)
+    return f"prompts enhanced, batch {batch}: {1000 * (time.perf_counter() - start):.0f} ms"
+
+
+def _draw(pipe: Pipeline, combination: Combination, *, decode: bool) -> None:
+    """Make one picture of two steps and forget it; wait until the device has."""
+    prompt = PROMPT if combination.tokens is None else prompt_of(pipe.tokenizer, combination.tokens)
+    arguments: dict[str, Any] = {
+        "prompt": [prompt] * combination.batch,
+        "width": combination.width,
+        "height": combination.height,
+        "num_inference_steps": STEPS,
+        "generator": torch.Generator().manual_seed(0),
+        "output_type": "pt" if decode else "latent",
+    }
+    if "use_pe" in _call_parameters(pipe):
+        arguments["use_pe"] = False
+    pipe(**arguments)
+    device = device_of(pipe)
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+
+
+@contextlib.contextmanager
+def unnoticed(pipe: Pipeline) -> Iterator[None]:
+    """Leave global random states, the scheduler and the pipe's own attributes as they are, whatever the block draws.
+
+    The progress bar is hidden meanwhile.
+    """
+    device = device_of(pipe)
+    on_device = device.type != "cpu"
+    index = torch.get_device_module(device).current_device() if on_device and device.index is None else device.index
+    before = [(owner, dict(vars(owner))) for owner in (pipe, pipe.scheduler)]
+    with torch.random.fork_rng([index] if on_device else [], device_type=device.type if on_device else "cuda"):
+        try:
+            pipe.set_progress_bar_config(disable=True)
+            yield
+        finally:
+            for owner, attributes in before:
+                for name in vars(owner).keys() - attributes.keys():
+                    object.__delattr__(owner, name)
+                owner.__dict__.update(attributes)
+
+
+def _call_parameters(pipe: Pipeline) -> Mapping[str, Any]:
+    return inspect.signature(type(pipe).__call__).parameters
+
+
+def _is_compiled(pipe: Pipeline) -> bool:
+    """Return whether any module of the pipe was compiled, by whomever."""
+    return any(
+        part._compiled_call_impl is not None or isinstance(part, torch._dynamo.eval_frame.OptimizedModule)
+        for module in modules_of(pipe).values()
+        for part in module.modules()
+    )
+
+
+def _count(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text)["input_ids"])
+
+
+def _nearest(pixels: int, multiple: int) -> int:
+    return max(1, round(pixels / multiple)) * multiple
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_count, value))
+
+
+def _check(name: str, values: Any, expected: str, is_right: Any) -> None:
+    """Refuse what is no sequence of right values.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not isinstance(values, (tuple, list)) or not values or not all(map(is_right, values)):
+        raise ValueError(f"{name} takes {expected}; got {values!r}")

@@ -1,0 +1,1 @@
+"""Transforms of the denoiser: its blocks, kernels, graphs, attention and cached steps."""

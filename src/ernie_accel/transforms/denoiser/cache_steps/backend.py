@@ -1,0 +1,90 @@
+"""What a way to leave out work of some steps has to say of itself. One module each; `CacheSteps` chooses."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+import torch
+
+from ernie_accel.core.components import Pipeline
+from ernie_accel.core.context import Context
+
+if TYPE_CHECKING:
+    from ernie_accel.transforms.denoiser.cache_steps.cache_steps import CacheSteps
+
+#: Largest threshold of a cache of blocks that has a floor, and its default.
+MOST_THRESHOLD = 0.05
+
+#: The forward of a transformer.
+Forward: TypeAlias = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The steps of one call of a pipe.
+
+    Attributes:
+        sigmas: Noise level of each evaluation of the transformer.
+        steps: Steps of the call.
+        order: Evaluations of a step; the last step of such a sampler has one.
+    """
+
+    sigmas: tuple[float, ...]
+    steps: int
+    order: int
+
+    def step_of(self, evaluation: int) -> int:
+        """Return the step, from 0, that evaluation number `evaluation`, from 0, belongs to."""
+        return evaluation // self.order
+
+
+class Run(ABC):
+    """What is remembered of one prompt, or one batch of them, from the first step of a picture to the last."""
+
+    @abstractmethod
+    def __call__(self, evaluation: int, *args: Any, **kwargs: Any) -> Any:
+        """Return what the transformer gives for these arguments, or what stands in for it."""
+
+
+class Backend(ABC):
+    """One way to compute fewer steps in full. It has no state: that is in the `Run` of each picture.
+
+    Class-level facts:
+        name: What ``CacheSteps(backend=...)`` calls it.
+        takes: Arguments of `CacheSteps` that it takes, beside those that all of them take.
+    """
+
+    name: ClassVar[str]
+    takes: ClassVar[frozenset[str]]
+
+    @abstractmethod
+    def floor_db(self, wanted: CacheSteps) -> float:
+        """Return the SQNR of the latents that is promised for the settings in `wanted`."""
+
+    @abstractmethod
+    def bad_values(self, wanted: CacheSteps) -> list[str]:
+        """Return what is wrong with the settings that only this backend takes."""
+
+    @abstractmethod
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        """Return every reason why it cannot run on this pipe and machine. Changes nothing."""
+
+    @abstractmethod
+    def note(self, wanted: CacheSteps, steps: int | None) -> str:
+        """Return what a plan says of it; `steps` is what is planned, if that is known."""
+
+    @abstractmethod
+    def start(self, wanted: CacheSteps, transformer: torch.nn.Module, forward: Forward, trajectory: Trajectory) -> Run:
+        """Return a new run through `forward`, which computes a step of `transformer` in full."""
+
+
+def backends() -> Mapping[str, Backend]:
+    """Return all backends by name, the default first."""
+    from ernie_accel.transforms.denoiser.cache_steps.db_cache import DbCache
+    from ernie_accel.transforms.denoiser.cache_steps.first_block import FirstBlock
+    from ernie_accel.transforms.denoiser.cache_steps.forecast import Forecast
+
+    return {backend.name: backend for backend in (Forecast(), DbCache(), FirstBlock())}

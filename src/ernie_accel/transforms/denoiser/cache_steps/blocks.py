@@ -1,0 +1,104 @@
+"""What the two caches of blocks share: they run the first block, compare, and may leave out the others."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from ernie_accel.core.components import Pipeline
+from ernie_accel.core.context import Context
+from ernie_accel.transforms.denoiser.cache_steps.backend import MOST_THRESHOLD, Backend, Forward, Run, Trajectory
+from ernie_accel.transforms.denoiser.capture_graphs import GraphedForward
+from ernie_accel.transforms.weights.offload import GROUP_OFFLOAD_HOOKS
+
+if TYPE_CHECKING:
+    from ernie_accel.transforms.denoiser.cache_steps.cache_steps import CacheSteps
+
+#: The attribute of a transformer that holds the blocks which all of its tokens run through.
+BLOCKS = "layers"
+
+
+class BlockCache(Backend):
+    """A cache that decides at every step, by how much the first block's residual has changed since a computed one."""
+
+    takes = frozenset({"threshold"})
+    promised_db: ClassVar[float]
+
+    def floor_db(self, wanted: CacheSteps) -> float:
+        return self.promised_db
+
+    def bad_values(self, wanted: CacheSteps) -> list[str]:
+        if 0 < wanted.threshold <= MOST_THRESHOLD:
+            return []
+        return [
+            f"threshold must be above 0 and at most {MOST_THRESHOLD}, because no floor was found for more; got "
+            f"{wanted.threshold}"
+        ]
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        reasons = []
+        name = type(pipe.transformer).__name__
+        blocks = getattr(pipe.transformer, BLOCKS, None)
+        if not isinstance(blocks, torch.nn.ModuleList) or len(blocks) < 2:
+            reasons.append(f"{name} has no list {BLOCKS!r} of two blocks or more, of which all but the first can rest")
+        if context.planned(pipe).keeps_graphs or isinstance(vars(pipe.transformer).get("forward"), GraphedForward):
+            reasons.append(
+                "captured graphs replay all blocks, whatever a cache of blocks decides: leave CaptureGraphs out, or "
+                "use backend='forecast'"
+            )
+        grouped = _grouped(pipe, context)
+        if grouped is not None:
+            reasons.append(f"{grouped} fetches the next block while one runs, and some would not: use 'forecast'")
+        return reasons
+
+    def note(self, wanted: CacheSteps, steps: int | None) -> str:
+        return (
+            f"computes the first block of every step, and the others where it changed by more than {wanted.threshold}"
+        )
+
+    def start(self, wanted: CacheSteps, transformer: torch.nn.Module, forward: Forward, trajectory: Trajectory) -> Run:
+        return _Steps(wanted, forward, self.cached(wanted, transformer, forward, trajectory), trajectory)
+
+    @abstractmethod
+    def cached(
+        self, wanted: CacheSteps, transformer: torch.nn.Module, forward: Forward, trajectory: Trajectory
+    ) -> Forward:
+        """Return `forward` with a cache of its own. The transformer is as it was whenever that is not running."""
+
+
+def _grouped(pipe: Pipeline, context: Context) -> str | None:
+    """Return what brings the transformer's blocks to the device a group at a time, in words; None if nothing does."""
+    if context.planned(pipe).offload == "group":
+        return "Offload('group')"
+    hooks = (getattr(part, "_diffusers_hook", None) for part in pipe.transformer.modules())
+    if any(registry is not None and {*registry.hooks} & {*GROUP_OFFLOAD_HOOKS} for registry in hooks):
+        return "group offloading, which is on,"
+    return None
+
+
+class _Steps(Run):
+    """The cached forward at all steps but the last ones."""
+
+    def __init__(self, wanted: CacheSteps, whole: Forward, cached: Forward, trajectory: Trajectory) -> None:
+        self._whole, self._cached, self._trajectory = whole, cached, trajectory
+        self._last = trajectory.steps - wanted.last
+
+    def __call__(self, evaluation: int, *args: Any, **kwargs: Any) -> Any:
+        forward = self._cached if self._trajectory.step_of(evaluation) < self._last else self._whole
+        return forward(*args, **kwargs)
+
+
+@contextmanager
+def kept(*held: dict[str, Any]) -> Iterator[None]:
+    """Give each of these dictionaries back its content, in its order, after the body."""
+    before = list(map(dict, held))
+    try:
+        yield
+    finally:
+        for each, content in zip(held, before, strict=True):
+            each.clear()
+            each.update(content)

@@ -1,0 +1,199 @@
+"""Leave out work at some steps of a picture; what stands in for it is a backend's."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ernie_accel.core.components import Pipeline
+from ernie_accel.core.context import Context
+from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.undo import Undo
+from ernie_accel.core.wrap_call import wrap_call
+from ernie_accel.families import family_of
+from ernie_accel.samplers.solvers import SCHEDULERS
+from ernie_accel.samplers.stepping import installed
+from ernie_accel.transforms.denoiser.cache_steps.backend import MOST_THRESHOLD, Run, Trajectory, backends
+
+#: Calls of fewer steps compute all of them: neighbouring steps of a distilled checkpoint have little in common.
+LEAST_STEPS = 20
+
+
+@dataclass(frozen=True, repr=False)
+class CacheSteps(Transform):
+    """Compute the transformer in full at some steps only, and put something near in the place of the others.
+
+    Three backends; each starts anew with every call of the pipe, and is off in calls of fewer than 20 steps.
+
+    - "forecast" (the default): the velocity that a flow-matching model predicts changes slowly along a trajectory, so
+      the line through its last two computed values, over the noise level, tells the next: TaylorSeer (arXiv
+      2503.06923) of first order, of the whole output. Which steps are computed is fixed and needs no threshold, no look
+      at the device and no second graph: compiled, captured, rewritten and fused blocks run as they are.
+    - "cache-dit": DBCache of that package with its Taylor calibrator. The first block runs at every step; the others
+      rest, never twice running, where its residual changed by less than `threshold`.
+    - "diffusers": its first-block cache, the same without calibrator, as often running as the threshold allows.
+
+    The last two look at the device at every step and cannot go with captured graphs. Neither patches a class: what both
+    packages do on their own, and why it does not do here, is in ``docs/concepts.md``.
+
+    On the embedded model, two prompts at 64x64, 50 steps, guidance 4, latents against those of all steps: forecast 63
+    dB with 27 computed steps and 43 dB with 19 (``every=3``), cache-dit 1.5.3 57 dB with 29, diffusers 50 dB with 25.
+    In bfloat16 and 30 steps it is 35, 32, 35 and 35 dB. Computing one of four steps would leave nothing of some
+    pictures at 20 steps.
+
+    Pays:
+        For base checkpoints at 20 to 50 steps, of which ``every=2`` computes little more than half. Not for distilled
+        ones: it refuses below 20 planned steps, and a call that asks for fewer computes them all. No checkpoint of full
+        size has been measured, and no threshold but on the embedded model.
+
+    Attributes:
+        every: For "forecast": compute every second (2) or third (3) step; the others are forecast.
+        backend: "forecast", "cache-dit" (needs the extra of that name) or "diffusers".
+        threshold: For "cache-dit" and "diffusers": mean change of the first block's residual, relative to its mean, up
+            to which the other blocks rest; above 0, at most 0.05. Less is nearer and saves less.
+        first: Steps at the start that are all computed, >= 2.
+        last: Steps at the end that are all computed, >= 0.
+    """
+
+    phase: ClassVar[Phase] = Phase.COMPILE
+    slot: ClassVar[str] = "step-cache"  # behind "compile" and "graphs" in its phase: it must not be captured
+    effect: ClassVar[Effect] = Effect.LOSSY
+
+    every: int = 2
+    backend: str = field(default="forecast", kw_only=True)
+    threshold: float = field(default=MOST_THRESHOLD, kw_only=True)
+    first: int = field(default=3, kw_only=True)
+    last: int = field(default=1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        known = backends()
+        if self.backend not in known:
+            raise UnknownNameError("backend of CacheSteps", self.backend, known)
+        takers = {name: [each.name for each in known.values() if name in each.takes] for name in ("every", "threshold")}
+        wrong = [
+            f"{f.name}={getattr(self, f.name)} is for backend={' or '.join(map(repr, takers[f.name]))}, not for "
+            f"{self.backend!r}: leave it out"
+            for f in fields(self)
+            if f.name in takers and self.backend not in takers[f.name] and getattr(self, f.name) != f.default
+        ]
+        wrong += known[self.backend].bad_values(self)
+        if self.first < 2:
+            wrong.append(f"first must be >= 2 steps, because a line takes two points; got {self.first!r}")
+        if self.last < 0:
+            wrong.append(f"last must be >= 0, got {self.last!r}")
+        if wrong:
+            raise ValueError("; ".join(wrong))
+
+    @property
+    def floor_db(self) -> float:
+        """SQNR of the latents against those of all steps, earned on the embedded model at 20, 30 and 50 steps."""
+        return backends()[self.backend].floor_db(self)
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        family, kind = family_of(pipe), type(pipe).__name__
+        if family is None or family.text_argument is None:
+            return [f"{kind} is of no known family, and what tells its prompts apart is known family by family"]
+        reasons = []
+        steps = context.planned(pipe).num_inference_steps
+        if steps is not None and steps < LEAST_STEPS:
+            reasons.append(
+                f"{steps} steps are planned, and a cache pays from {LEAST_STEPS} on: leave it out, or plan more, as in "
+                "CallDefaults('quality')"
+            )
+        noisy = _adds_noise(pipe, context)
+        if noisy is not None:
+            reasons.append(f"{noisy} adds noise at every step, so the outputs before do not tell the next: use another")
+        if getattr(pipe.transformer, "is_cache_enabled", False) or hasattr(pipe.transformer, "_context_manager"):
+            reasons.append(f"{type(pipe.transformer).__name__} has a cache of diffusers or cache-dit: disable it first")
+        return reasons + backends()[self.backend].unsupported(pipe, context)
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        if isinstance(vars(pipe.transformer).get("forward"), CachedForward):
+            return Preview((), note="steps are cached already")
+        return Preview(("transformer.forward",), note=self._note(pipe, context))
+
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        family, transformer = family_of(pipe), pipe.transformer
+        if family is None or family.text_argument is None:
+            raise LookupError(f"{type(pipe).__name__} is of no known family")
+        note = self._note(pipe, context)
+        cached = CachedForward(self, pipe, family.text_argument)
+        with Undo() as undo:
+            # No hook of diffusers: in a deep copy of the pipe, that would run the transformer of the original.
+            undo.setattr(transformer, "forward", cached)
+            undo.setattr(pipe, "_around_cached_steps", cached.around)
+            wrap_call(pipe, "_around_cached_steps", undo)
+        return Applied(("transformer.forward",), undo=undo, note=note)
+
+    def computes(self, step: int, steps: int) -> bool:
+        """Return whether step number `step`, from 0, of `steps` is computed and not forecast."""
+        if steps < LEAST_STEPS or step < self.first or step >= steps - self.last:
+            return True
+        return (step - self.first + 1) % self.every == 0
+
+    def _note(self, pipe: Pipeline, context: Context) -> str:
+        steps = context.planned(pipe).num_inference_steps
+        note = backends()[self.backend].note(self, steps)
+        return note if steps is None else f"{note}; calls of fewer than {LEAST_STEPS} steps compute all"
+
+
+class CachedForward:
+    """The forward of a transformer that leaves each prompt's steps, within a call of the pipe, to a `Run`."""
+
+    def __init__(self, wanted: CacheSteps, pipe: Pipeline, text_argument: str) -> None:
+        self._wanted, self._pipe, self._text = wanted, pipe, text_argument
+        self._forward = pipe.transformer.forward
+        self.__signature__ = inspect.signature(self._forward)
+        self._trajectory: Trajectory | None = None  # of the call that is running
+        #: By identity of the encoded prompts, which are kept so that no other tensor takes it.
+        self._runs: dict[tuple[int, ...], tuple[tuple[Tensor, ...], Run]] = {}
+        self._in_call = False
+
+    def around(self, call: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> Any:
+        """Call the pipe; whatever was computed for another picture, or is left of this one, is forgotten."""
+        self._trajectory, self._runs, self._in_call = None, {}, True
+        try:
+            return call(arguments)
+        finally:
+            self._trajectory, self._runs, self._in_call = None, {}, False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the transformer computes, or what stands in for it."""
+        arguments = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
+        if not self._in_call or arguments.get("return_dict", True) or torch.compiler.is_compiling():
+            return self._forward(*args, **kwargs)
+        scheduler = self._pipe.scheduler
+        if self._trajectory is None:  # the one look at the device of a picture
+            order = scheduler.order  # some samplers evaluate twice a step, not in the last
+            self._trajectory = Trajectory(
+                tuple(scheduler.sigmas.tolist()), steps=-(-len(scheduler.timesteps) // order), order=order
+            )
+        # Lumina 2 asks for the two halves of guidance one after the other: each prompt is a run of its own.
+        text = arguments.get(self._text)
+        if text is None or self._trajectory.steps < LEAST_STEPS:
+            return self._forward(*args, **kwargs)
+        texts = tuple(text) if isinstance(text, (list, tuple)) else (text,)
+        key = tuple(map(id, texts))
+        if key not in self._runs:
+            backend = backends()[self._wanted.backend]
+            run = backend.start(self._wanted, self._pipe.transformer, self._forward, self._trajectory)
+            self._runs[key] = texts, run
+        return self._runs[key][1](scheduler.step_index or 0, *args, **kwargs)
+
+
+def _adds_noise(pipe: Pipeline, context: Context) -> str | None:
+    """Return the scheduler that the pipe will have by then, in words, if it is a stochastic one."""
+    chosen, own = context.planned(pipe).scheduler, installed(pipe.scheduler)
+    name = chosen or (own.name if own is not None else "euler")
+    solver = SCHEDULERS[name]
+    if solver is not None and solver.stochastic:
+        return f"SwapScheduler({name!r})" if chosen else f"the scheduler ({name!r})"
+    if chosen is None and pipe.scheduler.config.get("stochastic_sampling"):
+        return "the scheduler (stochastic_sampling=True)"
+    return None

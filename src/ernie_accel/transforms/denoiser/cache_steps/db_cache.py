@@ -1,0 +1,102 @@
+"""DBCache of cache-dit, with its Taylor calibrator, on a transformer that is its own again after every forward.
+
+``cache_dit.enable_cache(pipe)`` of 1.5.3 patches the class of the pipe, so that its calls go through the contexts of
+every pipe of that class that was enabled; after two, ``disable_cache`` of both leaves the class patched. It also leaves
+a forward of its own on the transformer, stock's for ERNIE-Image, whatever was there before, and the blocks at the end
+of the children. So cache-dit gets the transformer with a stand-in for the pipe, the forward that it makes is taken off,
+and whatever it did to the transformer is put back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ernie_accel.core.components import Pipeline
+from ernie_accel.core.context import Context
+from ernie_accel.transforms.denoiser.cache_steps.backend import Forward, Trajectory
+from ernie_accel.transforms.denoiser.cache_steps.blocks import BLOCKS, BlockCache, kept
+
+if TYPE_CHECKING:
+    from ernie_accel.transforms.denoiser.cache_steps.cache_steps import CacheSteps
+
+
+#: Handler levels belong to the process: of two threads, the later would take what the earlier set for what was there.
+_QUIET = threading.Lock()
+
+
+class DbCache(BlockCache):
+    """cache-dit's DBCache: one block that is always computed, and a line through the residuals of the others."""
+
+    name = "cache-dit"
+    promised_db = 25.0
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        reasons = [*context.missing("cache_dit"), *super().unsupported(pipe, context)]
+        if context.device == "npu":
+            reasons.append("cache-dit chooses an attention kernel of its own on an NPU: use another backend")
+        return reasons
+
+    def cached(
+        self, wanted: CacheSteps, transformer: torch.nn.Module, forward: Forward, trajectory: Trajectory
+    ) -> Forward:
+        with kept(vars(transformer), vars(getattr(transformer, BLOCKS))), _quiet():
+            transformer.forward = forward
+            vars(transformer).pop("_hf_hook", None)  # offloaded, cache-dit would call what is below `forward` instead
+            _enable(transformer, wanted, trajectory)
+            enabled = transformer.forward
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with kept(transformer._modules):  # it takes the blocks out and appends them again, for each forward
+                return enabled(*args, **kwargs)
+
+        return run
+
+
+def _enable(transformer: torch.nn.Module, wanted: CacheSteps, trajectory: Trajectory) -> None:
+    import cache_dit
+    from cache_dit.caching.block_adapters import FakeDiffusionPipeline
+
+    stand_in = type("StandIn", (FakeDiffusionPipeline,), {})  # cache-dit marks the class of what it gets
+    adapter = cache_dit.BlockAdapter(
+        pipe=stand_in(transformer),
+        transformer=transformer,
+        blocks=getattr(transformer, BLOCKS),
+        blocks_name=BLOCKS,
+        forward_pattern=cache_dit.ForwardPattern.Pattern_3,  # one tensor in, one out; the rest is passed on
+        check_forward_pattern=False,
+        has_separate_cfg=False,  # the two halves of guidance are two runs
+    )
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1,
+        Bn_compute_blocks=0,
+        max_warmup_steps=wanted.first * trajectory.order,
+        max_continuous_cached_steps=1,
+        residual_diff_threshold=wanted.threshold,
+        enable_separate_cfg=False,
+        num_inference_steps=2 * len(trajectory.sigmas),  # it would forget all when it has seen so many
+    )
+    calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1)
+    cache_dit.enable_cache(adapter, cache_config=config, calibrator_config=calibrator)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep cache-dit from printing its settings to standard output for every picture."""
+    import cache_dit  # noqa: F401  its loggers share one handler, and are made on import
+
+    with _QUIET:
+        handlers = logging.getLogger("CACHE_DIT").handlers
+        levels = [handler.level for handler in handlers]
+        for handler in handlers:
+            handler.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for handler, level in zip(handlers, levels, strict=True):
+                handler.setLevel(level)

@@ -1,0 +1,78 @@
+"""First-block cache by the hooks of diffusers, held to the blocks for one forward at a time.
+
+diffusers 0.42 brings it to none of the three families: their transformers have no ``enable_cache``; the blocks of
+ERNIE-Image and Lumina 2 are not in the registry, and those of Z-Image are, but with an argument "hidden_states", which
+is called "x"; no pipeline opens a ``cache_context``, without which each hook raises. All of this is how the hooks come
+to the blocks, and nothing that they do: so the blocks are brought to the hooks here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ernie_accel.transforms.denoiser.cache_steps.backend import Forward, Trajectory
+from ernie_accel.transforms.denoiser.cache_steps.blocks import BLOCKS, BlockCache, kept
+
+if TYPE_CHECKING:
+    from ernie_accel.transforms.denoiser.cache_steps.cache_steps import CacheSteps
+
+
+class FirstBlock(BlockCache):
+    """diffusers' first-block cache."""
+
+    name = "diffusers"
+    promised_db = 25.0
+
+    def cached(
+        self, wanted: CacheSteps, transformer: torch.nn.Module, forward: Forward, trajectory: Trajectory
+    ) -> Forward:
+        from diffusers.hooks.first_block_cache import FBCBlockHook, FBCHeadBlockHook
+
+        blocks, state = list(getattr(transformer, BLOCKS)), _State()
+        head, tail = FBCHeadBlockHook(state, wanted.threshold), len(blocks) - 1
+        rest = [FBCBlockHook(state, is_tail=i == tail) for i in range(1, len(blocks))]
+        hooked = torch.nn.ModuleList(_Hooked(*pair) for pair in zip(blocks, [head, *rest], strict=True))
+        left = wanted.first * trajectory.order
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            head.threshold = wanted.threshold if left <= 0 else -1.0  # no change is below that
+            left -= 1
+            with kept(transformer._modules):
+                transformer._modules[BLOCKS] = hooked
+                return forward(*args, **kwargs)
+
+        return run
+
+
+class _State:
+    """A ``StateManager`` of diffusers for one run: so no context has to tell runs apart."""
+
+    def __init__(self) -> None:
+        from diffusers.hooks.first_block_cache import FBCSharedBlockState
+
+        self._state = FBCSharedBlockState()
+
+    def get_state(self) -> Any:
+        return self._state
+
+
+class _Hooked(torch.nn.Module):
+    """A block seen through a hook. The block is called as a module: compiled, offloaded and with its own hooks."""
+
+    def __init__(self, block: torch.nn.Module, hook: Any) -> None:
+        from diffusers.hooks._helpers import TransformerBlockMetadata
+        from diffusers.hooks.hooks import HookFunctionReference
+
+        super().__init__()
+        hook._metadata = TransformerBlockMetadata(
+            return_hidden_states_index=0, _cached_parameter_indices={"hidden_states": 0}
+        )
+        hook.fn_ref = HookFunctionReference()
+        hook.fn_ref.original_forward = block
+        self._hook = hook
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._hook.new_forward(None, *args, **kwargs)

@@ -1,0 +1,72 @@
+"""Forecast the transformer's output at some steps from those before: no package, no threshold, no second graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ernie_accel.core.components import Pipeline
+from ernie_accel.core.context import Context
+from ernie_accel.transforms.denoiser.cache_steps.backend import Backend, Forward, Run, Trajectory
+
+if TYPE_CHECKING:
+    from ernie_accel.transforms.denoiser.cache_steps.cache_steps import CacheSteps
+
+#: Every how many steps one is computed -> floor in dB; see `CacheSteps.floor_db`.
+FLOORS_DB: Mapping[int, float] = MappingProxyType({2: 30.0, 3: 25.0})
+
+
+class Forecast(Backend):
+    """The line through the last two computed outputs, over the noise level: TaylorSeer (arXiv 2503.06923), order 1."""
+
+    name = "forecast"
+    takes = frozenset({"every"})
+
+    def floor_db(self, wanted: CacheSteps) -> float:
+        return FLOORS_DB[wanted.every]
+
+    def bad_values(self, wanted: CacheSteps) -> list[str]:
+        if wanted.every not in FLOORS_DB:
+            return [f"every must be {', '.join(map(str, FLOORS_DB))} (steps), got {wanted.every!r}"]
+        return []
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        return []
+
+    def note(self, wanted: CacheSteps, steps: int | None) -> str:
+        if steps is None:
+            return f"computes one of {wanted.every} steps and forecasts the others"
+        computed = sum(wanted.computes(step, steps) for step in range(steps))
+        return f"computes {computed} of {steps} steps and forecasts the others"
+
+    def start(self, wanted: CacheSteps, transformer: torch.nn.Module, forward: Forward, trajectory: Trajectory) -> Run:
+        return _Line(wanted, forward, trajectory)
+
+
+class _Line(Run):
+    """The last two computed outputs as (sigma, output), the earlier first; an output is a tensor or a list of them."""
+
+    def __init__(self, wanted: CacheSteps, forward: Forward, trajectory: Trajectory) -> None:
+        self._wanted, self._forward, self._trajectory = wanted, forward, trajectory
+        self._points: list[tuple[float, Any]] = []
+
+    def __call__(self, evaluation: int, *args: Any, **kwargs: Any) -> Any:
+        sigma, step = self._trajectory.sigmas[evaluation], self._trajectory.step_of(evaluation)
+        if len(self._points) < 2 or self._wanted.computes(step, self._trajectory.steps):
+            output = self._forward(*args, **kwargs)
+            self._points = [*self._points[-1:], (sigma, output[0])]
+            return output
+        (before, old), (after, new) = self._points
+        reach = (sigma - after) / (after - before)
+        if isinstance(new, Tensor):
+            return (_beyond(old, new, reach),)
+        return ([_beyond(old_one, new_one, reach) for old_one, new_one in zip(old, new, strict=True)],)
+
+
+def _beyond(old: Tensor, new: Tensor, reach: float) -> Tensor:
+    line = new.float() + reach * (new.float() - old.float())
+    return line.to(new.dtype)

@@ -1,0 +1,126 @@
+"""Expand attention masks for kernels that refuse to broadcast them, as those of Ascend NPUs do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ernie_accel.core.components import Pipeline
+from ernie_accel.core.context import Context
+from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.undo import Undo
+from ernie_accel.families import family_of
+from ernie_accel.models.fused_npu import prepared
+from ernie_accel.models.masks import PaddingWatch, map_masks, masked_blocks, watch_padding
+from ernie_accel.models.processors import passed_by, send_through_dispatcher
+
+#: An additive mask masks a token out by adding this or less; anything between it and 0 is a bias.
+MASKED_BELOW = -1e4
+
+
+@dataclass(frozen=True, repr=False)
+class ExpandAttentionMask(Transform):
+    """Expand the blocks' masks from [B, S] or [B, 1, 1, S] to contiguous bool [B, 1, S, S], True where attended.
+
+    Ascend's FlashAttentionScore, which computes both ``scaled_dot_product_attention`` and ``npu_fusion_attention``
+    there, accepts [B, N, Sq, Skv], [B, 1, Sq, Skv], [1, 1, Sq, Skv] and [Sq, Skv] only; a broadcast mask is refused
+    (``get unsupported atten_mask shape, the shape is [16, 1, 1, 1500]``; ops-transformer,
+    flash_attention_score_tiling_general.cpp). The fusion kernel's True means masked out: the "npu" backend of
+    diffusers inverts what it is given, but takes 0 and -inf of an additive mask for the opposite of what they mean,
+    so additive masks become bool here.
+
+    Expanded and inverted once for all blocks, and in ERNIE-Image once for all steps of a picture; both masks take
+    S * S bytes a prompt (18 MB at 1024x1024). With ``SetAttention("npu")`` the inverse reaches the fused kernel as it
+    is (or no mask, where nothing is padded); diffusers by itself looks in every layer whether a mask masks anything,
+    which waits for the device, expands it and inverts it. Compiled blocks expand inside their graphs.
+
+    Pays:
+        On Ascend, where a padded batch does not run without it. Nowhere else: other kernels broadcast by themselves.
+    """
+
+    phase: ClassVar[Phase] = Phase.ATTENTION
+    slot: ClassVar[str] = "attention-mask-shape"
+    effect: ClassVar[Effect] = Effect.ROUNDING
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        transformer = getattr(pipe, "transformer", None)
+        if transformer is None or not any(masked_blocks(transformer)):
+            return [f"{type(pipe).__name__}: no block of its transformer takes an attention mask"]
+        return [
+            f"{name} folds every mask to [B, 1, 1, S] itself, after which it cannot be expanded"
+            for name in passed_by(transformer)
+        ]
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        note = "" if context.device == "npu" else f"only Ascend's kernels need this, and this is {context.device}"
+        return Preview(self._changes(pipe), note=note)
+
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        family = family_of(pipe)
+        with Undo() as undo:
+            how = family.always_masks if family is not None else None
+            watch = watch_padding(pipe, how, undo) if how is not None else None
+            send_through_dispatcher(pipe.transformer, undo)
+            map_masks(pipe.transformer, Expansion(watch), undo)
+        return Applied(self._changes(pipe), undo=undo)
+
+    def _changes(self, pipe: Pipeline) -> tuple[str, ...]:
+        return tuple(f"transformer.{path}" for path, *_ in masked_blocks(pipe.transformer))
+
+
+class Expansion:
+    """Mask -> [B, 1, S, S], remembered while the same batch is being denoised."""
+
+    def __init__(self, watch: PaddingWatch | None) -> None:
+        self._watch = watch
+        self._source: object = None
+        self._expanded_b1ss: Tensor | None = None
+
+    def __call__(self, mask: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return expand(mask)
+        # The padding of a batch outlives the mask, which the transformer builds anew for every step.
+        padding = self._watch.padding if self._watch is not None else None
+        source = mask if padding is None else padding
+        known = self._expanded_b1ss
+        same = known is not None and known.shape[-1] == mask.shape[-1] and known.device == mask.device
+        if known is None or not same or self._source is not source:
+            self._source, known = source, prepared(expand(mask), pads=padding is None or padding.padded)
+            self._expanded_b1ss = known
+        return known
+
+
+def expand(mask: Tensor) -> Tensor:
+    """Return a self-attention mask as contiguous bool [B, 1 or N, S, S], True where attended.
+
+    Args:
+        mask: [B, S], [B, S, S] or [B, 1 or N, 1 or S, S]. Bool or integer: nonzero attends. Floating point: additive,
+            as ``scaled_dot_product_attention`` takes it: 0 attends, -1e4 and less does not.
+
+    Raises:
+        ErnieAccelError: A floating-point mask holds biases, which no bool can express.
+    """
+    attended = is_attended(mask)
+    if attended.ndim == 2:
+        attended = attended[:, None, None, :]
+    elif attended.ndim == 3:
+        attended = attended[:, None]
+    return attended.expand(-1, -1, attended.shape[-1], -1).contiguous()
+
+
+def is_attended(mask: Tensor) -> Tensor:
+    """Return a mask of any dtype as bool of the same shape, True where attended; see `expand`."""
+    if not mask.is_floating_point():
+        return mask != 0
+    attended = mask == 0
+    if not torch.compiler.is_compiling() and not bool((attended | (mask <= MASKED_BELOW)).all()):
+        low, high = mask.min().item(), mask.max().item()
+        raise ErnieAccelError(
+            f"ExpandAttentionMask() got an additive mask with biases (values from {low:g} to {high:g}); expected 0 for "
+            f"attended and {MASKED_BELOW:g} or less for masked tokens. Pass a bool mask."
+        )
+    return attended

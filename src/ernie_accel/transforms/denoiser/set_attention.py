@@ -1,0 +1,346 @@
+"""Choose the kernel that computes attention, by name or by what suits the device, and say why."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ernie_accel.core.components import Pipeline
+from ernie_accel.core.context import Context
+from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.planned import PlannedPipe
+from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.undo import Undo
+from ernie_accel.models.fused_npu import with_prepared_masks
+from ernie_accel.models.processors import attentions, send_through_dispatcher
+from ernie_accel.transforms.denoiser.elide_mask import why_no_idle_mask
+from ernie_accel.transforms.denoiser.fuse_kernels import calls_cudnn
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What is known of one attention kernel.
+
+    Attributes:
+        diffusers: Its name in diffusers' dispatcher (``AttentionBackendName``).
+        summary: Whose kernel it is.
+        devices: Device types it runs on.
+        capability: Least CUDA compute capability.
+        preferred_from: CUDA compute capability from which "auto" takes it; None: wherever it runs.
+        below: CUDA compute capability it does not reach any more, or None.
+        dtypes: Dtypes it takes; empty: all.
+        max_head_dim: Largest head size it takes; None: any.
+        takes_mask: Whether it takes an attention mask. For those that do not, a padded batch runs on "native".
+        package: The import name of the package it needs, with how to install it.
+    """
+
+    diffusers: str
+    summary: str
+    devices: tuple[str, ...] = ("cuda",)
+    capability: tuple[int, int] = (0, 0)
+    preferred_from: tuple[int, int] | None = None
+    below: tuple[int, int] | None = None
+    dtypes: tuple[torch.dtype, ...] = ()
+    max_head_dim: int | None = None
+    takes_mask: bool = True
+    package: tuple[str, str] | None = None
+
+
+#: Requirements as the kernels' own documentation has them (torch: aten/native/transformers/cuda/sdp_utils.cpp).
+BACKENDS: Mapping[str, Backend] = MappingProxyType(
+    {
+        "native": Backend("native", "torch's own choice for every call", ("cpu", "cuda", "npu", "mps", "xpu")),
+        # [1, 32, 4224, 128] in bfloat16 takes cuDNN 0.44 ms on an H200, FlashAttention 2 0.88, the memory-efficient
+        # kernel 1.66; before Hopper, cuDNN has no such lead.
+        "cudnn": Backend(
+            "_native_cudnn", "cuDNN's, in torch", ("cuda",), (8, 0), (9, 0), dtypes=HALF, max_head_dim=128
+        ),
+        "flash": Backend(
+            "_native_flash",
+            "FlashAttention 2, in torch",
+            ("cpu", "cuda"),
+            capability=(8, 0),
+            dtypes=HALF,
+            max_head_dim=256,
+            takes_mask=False,
+        ),
+        "efficient": Backend("_native_efficient", "memory-efficient attention, in torch", capability=(5, 0)),
+        "math": Backend("_native_math", "plain products, in torch: slow, for reference", ("cpu", "cuda", "npu", "mps")),
+        "flash2": Backend(
+            "flash",
+            "FlashAttention 2",
+            capability=(8, 0),
+            dtypes=HALF,
+            max_head_dim=256,
+            takes_mask=False,
+            package=("flash_attn", "pip install flash-attn"),
+        ),
+        "flash3": Backend(
+            "_flash_3",
+            "FlashAttention 3, Hopper only",
+            capability=(9, 0),
+            below=(10, 0),
+            dtypes=HALF,
+            max_head_dim=256,
+            takes_mask=False,
+            package=("flash_attn_interface", "build it from github.com/Dao-AILab/flash-attention, folder hopper"),
+        ),
+        "sage": Backend(
+            "sage",
+            "SageAttention: queries and keys in int8, so it loses bits",
+            capability=(8, 0),
+            dtypes=HALF,
+            max_head_dim=128,
+            takes_mask=False,
+            package=("sageattention", "pip install sageattention"),
+        ),
+        "xformers": Backend(
+            "xformers",
+            "xformers' memory-efficient attention",
+            capability=(7, 0),
+            package=("xformers", "pip install xformers"),
+        ),
+        "npu": Backend(
+            "_native_npu",
+            "Ascend's fused attention",
+            ("npu",),
+            dtypes=HALF,
+            package=("torch_npu", "pip install 'ernie-accel[npu]' on a machine with Ascend drivers"),
+        ),
+    }
+)
+
+#: What "auto" tries, best first. Sage loses bits, so it has to be asked for.
+PREFERRED = ("npu", "flash3", "cudnn", "flash2", "flash", "native")
+
+#: Why "auto" chooses none.
+_LEFT_OPEN = "the fused kernels call cuDNN themselves, with the lengths of prompts in place of a mask"
+
+
+@dataclass(frozen=True, repr=False)
+class SetAttention(Transform):
+    """Choose the attention kernel of the transformer through diffusers' dispatcher, on this instance only.
+
+    ``set_attention_backend`` of diffusers also changes the default of every other model in the process, which stays
+    as it is here. A kernel that takes no mask gets every batch that is not padded; a padded one runs on "native".
+
+    Pays:
+        "auto" where the default is not the fastest: on Hopper and Blackwell cuDNN without a mask takes 0.44 ms, where
+        FlashAttention 2 takes 0.88 and the memory-efficient kernel 1.66. "math" and "efficient" are for comparing.
+
+    Attributes:
+        backend: A key of `BACKENDS`: "native", "cudnn", "flash", "efficient", "math" (all in torch), "flash2",
+            "flash3", "sage", "xformers", "npu" (packages). "auto" takes the first of `PREFERRED` that runs; see `why`.
+            It chooses none where `FuseKernels` calls cuDNN itself: a name puts a stop to that in blocks whose attention
+            is in bfloat16, and to the padding by which prompt lengths share plans and graphs in all.
+    """
+
+    phase: ClassVar[Phase] = Phase.ATTENTION
+    slot: ClassVar[str] = "attention-processor"
+    effect: ClassVar[Effect] = Effect.ROUNDING
+
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.backend != "auto" and self.backend not in BACKENDS:
+            raise UnknownNameError("attention backend", self.backend, ("auto", *BACKENDS))
+        if self.backend == "sage":
+            object.__setattr__(self, "effect", Effect.LOSSY)  # int8 products; all the others round
+
+    @property
+    def floor_db(self) -> float | None:
+        """For "sage", SQNR of the latents, checked on an emulation of its int8 scheme; the package needs CUDA."""
+        return 15.0 if self.backend == "sage" else None
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        if not any(_attentions(pipe)):
+            return [
+                f"no attention of {type(pipe).__name__}'s transformer goes through diffusers' dispatcher, so none can "
+                "be given another backend"
+            ]
+        return [] if self.backend == "auto" else reasons_against(self.backend, pipe, context)
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        name = self.choose(pipe, context)
+        if name is None:
+            return Preview((), note=_LEFT_OPEN)
+        changes = _changes(pipe, name, context)
+        return Preview(changes, note=self._note(name) if changes else f"attention runs on {name!r} already")
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        name = self.choose(pipe, context)
+        return replace(context.planned(pipe), attention=name, takes_lengths=False, tokens_multiple_of=1)
+
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        from diffusers.models.attention_dispatch import (
+            AttentionBackendName,
+            _check_attention_backend_requirements,
+        )
+
+        name = self.choose(pipe, context)
+        if name is None:
+            return Applied((), undo=Undo(), note=_LEFT_OPEN)
+        backend = AttentionBackendName(BACKENDS[name].diffusers)
+        _check_attention_backend_requirements(backend)
+        changes = _changes(pipe, name, context)
+        with Undo() as undo:
+            send_through_dispatcher(pipe.transformer, undo)
+            for _, attention in _attentions(pipe):
+                if name == "npu":
+                    processor = with_prepared_masks(attention.processor)
+                    processor._attention_backend = backend
+                    undo.setattr(attention, "processor", processor)
+                elif BACKENDS[name].takes_mask:
+                    undo.setattr(attention.processor, "_attention_backend", backend)
+                else:
+                    undo.setattr(attention, "processor", _by_mask(attention.processor, backend))
+        return Applied(changes, undo=undo, note=self._note(name))
+
+    def choose(self, pipe: Pipeline, context: Context) -> str | None:
+        """Return the name of the backend that this stands for on a machine; None if "auto" chooses none."""
+        if self.backend != "auto":
+            return self.backend
+        if calls_cudnn(pipe, context):
+            return None
+        return next((name for name in PREFERRED if _auto_takes(name, pipe, context)), "native")
+
+    def why(self, pipe: Pipeline, context: Context | None = None) -> str:
+        """Return what speaks for and against every backend here, one line each, and the choice.
+
+        Args:
+            pipe: The pipeline.
+            context: The machine; default this one.
+        """
+        context = context or Context.detect(pipe)
+        chosen = self.choose(pipe, context)
+        if chosen is None:
+            return f"{self!r} chooses none on {context}: {_LEFT_OPEN}"
+        dtype = str(_dtype(pipe, context)).removeprefix("torch.")
+        mask = why_no_idle_mask(pipe, context)
+        lines = [
+            f"{self!r} takes {chosen!r} on {context}: {dtype}, head size {_head_dim(pipe)}, "
+            + (f"no mask ({mask})" if mask else "a mask in every call (ElideMask() would drop it)")
+        ]
+        for name in (*PREFERRED, *(name for name in BACKENDS if name not in PREFERRED)):
+            reasons = reasons_against(name, pipe, context)
+            verdict = "; ".join(reasons) or ("chosen" if name == chosen else "could run")
+            lines.append(f"  {name:9} {BACKENDS[name].summary}: {verdict}")
+        return "\n".join(lines)
+
+    def _note(self, name: str) -> str:
+        chosen = f"auto takes {name!r} ({BACKENDS[name].summary})" if self.backend == "auto" else ""
+        falls = "" if BACKENDS[name].takes_mask else "padded batches run on 'native', as this kernel takes no mask"
+        return "; ".join(part for part in (chosen, falls) if part)
+
+
+def _changes(pipe: Pipeline, name: str, context: Context) -> tuple[str, ...]:
+    wanted, unnamed_is_cudnn = BACKENDS[name].diffusers, calls_cudnn(pipe, context)
+    return tuple(
+        f"transformer.{path}"
+        for path, part in _attentions(pipe)
+        if unnamed_is_cudnn or _name_of(part.processor) != wanted
+    )
+
+
+def _auto_takes(name: str, pipe: Pipeline, context: Context) -> bool:
+    # On a CPU torch chooses its flash kernel by itself wherever that can run.
+    late = (context.capability or (0, 0)) < (BACKENDS[name].preferred_from or (0, 0))
+    return context.device != "cpu" and not late and not reasons_against(name, pipe, context)
+
+
+def reasons_against(name: str, pipe: Pipeline, context: Context) -> list[str]:
+    """Return every reason why a backend cannot serve this pipe on a machine; empty if it can."""
+    backend, reasons = BACKENDS[name], []
+    if context.device not in backend.devices:
+        reasons.append(f"{name!r} runs on {' and '.join(backend.devices)}; this device is {context.device}")
+    elif context.capability is not None:
+        reasons += context.below(repr(name), backend.capability)
+        if backend.below is not None and context.capability >= backend.below:
+            have, limit = ("{}.{}".format(*capability) for capability in (context.capability, backend.below))
+            reasons.append(f"{name!r} is built for CUDA compute capability < {limit}; this device has {have}")
+    if backend.package is not None and backend.package[0] not in context.versions:
+        reasons.append(f"{name!r} needs {backend.package[0]}, which is not installed: {backend.package[1]}")
+    dtype, head_dim = _dtype(pipe, context), _head_dim(pipe)
+    if backend.dtypes and context.device != "cpu" and dtype not in backend.dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in backend.dtypes)
+        found = str(dtype).removeprefix("torch.")
+        reasons.append(f"{name!r} computes in {wanted}; the transformer is {found}: add CastDtype('bfloat16')")
+    if backend.max_head_dim is not None and head_dim is not None and head_dim > backend.max_head_dim:
+        reasons.append(f"{name!r} takes heads of at most {backend.max_head_dim}; this transformer has {head_dim}")
+    if not backend.takes_mask and why_no_idle_mask(pipe, context) is None:
+        reasons.append(f"{name!r} takes no mask, and this transformer passes one in every call: add ElideMask()")
+    return reasons
+
+
+def _attentions(pipe: Pipeline) -> Iterator[tuple[str, Any]]:
+    return attentions(getattr(pipe, "transformer", None))
+
+
+def _name_of(processor: Any) -> str:
+    """Return the diffusers name of the backend a processor uses; None on it stands for the process's default."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    if not hasattr(processor, "_attention_backend"):
+        return str(AttentionBackendName.NATIVE.value)  # passes the dispatcher by, to what that calls native
+    backend = processor._attention_backend
+    if backend is None:
+        backend = _AttentionBackendRegistry.get_active_backend()[0]
+    return str(AttentionBackendName(backend).value)
+
+
+def _dtype(pipe: Pipeline, context: Context) -> torch.dtype:
+    """Return the dtype the transformer will compute in."""
+    found: torch.dtype = context.planned(pipe).dtype_of("transformer") or pipe.transformer.dtype
+    return found
+
+
+def _head_dim(pipe: Pipeline) -> int | None:
+    """Return the head size of the transformer's attention; None where it does not say."""
+    for _, attention in _attentions(pipe):
+        if hasattr(attention, "head_dim"):
+            return int(attention.head_dim)
+        if hasattr(attention, "inner_dim") and hasattr(attention, "heads"):
+            return int(attention.inner_dim // attention.heads)
+    return None
+
+
+def _by_mask(processor: Any, backend: Any) -> Any:
+    """Return a copy of `processor` that uses `backend` without a mask and the dispatcher's "native" with one."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    made = copy.copy(processor)
+    cls: Any = type(processor)
+    made.__class__ = _by_mask_class(cls)
+    made._attention_backend = backend
+    made.unmasked, made.masked = copy.copy(processor), copy.copy(processor)
+    made.unmasked._attention_backend = backend
+    made.masked._attention_backend = AttentionBackendName.NATIVE
+    return made
+
+
+@functools.cache  # one class for all blocks: torch.compile would compile each class anew
+def _by_mask_class(cls: Any) -> type:
+    """Return a subclass of a processor class that hands each call to its `masked` or `unmasked` processor.
+
+    It has the same name and signature, because attention modules pass a processor only what its signature names.
+    """
+    stock = cls.__call__
+    names = list(inspect.signature(stock).parameters)
+    position = names.index("attention_mask") - 2 if "attention_mask" in names else None  # after self and attn
+
+    @functools.wraps(stock)
+    def __call__(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        mask = args[position] if position is not None and len(args) > position else kwargs.get("attention_mask")
+        return stock(self.unmasked if mask is None else self.masked, attn, *args, **kwargs)
+
+    return type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})

@@ -1,0 +1,1 @@
+"""Transforms of what happens to a prompt before the denoiser sees it."""

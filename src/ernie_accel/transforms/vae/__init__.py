@@ -1,0 +1,1 @@
+"""Transforms of the VAE: its decoder's speed and memory."""

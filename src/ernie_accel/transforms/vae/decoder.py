@@ -1,0 +1,124 @@
+"""Run the VAE's decoder in channels-last layout: convolutions without transposes, norms and activations fused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from ernie_accel.core.components import Pipeline, weights_of
+from ernie_accel.core.context import Context
+from ernie_accel.core.planned import PlannedPipe
+from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.undo import Undo
+from ernie_accel.models.compile_cache import as_folder, compile_module, why_not_kept
+from ernie_accel.models.vae_decoder import FusedDecoder, why_not
+
+
+@dataclass(frozen=True, repr=False)
+class CompileVae(Transform):
+    """Give the VAE decoder's convolutions channels-last weights and compile it.
+
+    The two belong together: channels-last alone slows the stock decoder down on an H200, because the norms between the
+    convolutions have no kernel for it. The first picture compiles for one size, the first of another size for all.
+
+    Pays:
+        From 300 pictures on: decoding 1024x1024 takes 35 ms instead of 85, the first picture 15 s more.
+
+    Attributes:
+        cache: Folder to keep the compiled code in, as in `Compile`; they may share it.
+    """
+
+    phase: ClassVar[Phase] = Phase.COMPILE
+    slot: ClassVar[str] = "vae-compile"
+    effect: ClassVar[Effect] = Effect.ROUNDING
+
+    cache: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "cache", as_folder(self.cache))
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        reasons = [] if context.no_compile is None else [context.no_compile]
+        if not isinstance(_decoder(pipe), torch.nn.Module):
+            reasons.append(f"{type(pipe).__name__} has no vae.decoder")
+        return reasons + why_not_kept(self.cache, context.device)
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        if _decoder(pipe)._compiled_call_impl is not None:
+            return Preview((), note="the decoder is compiled already")
+        return Preview(("vae.decoder",), note="the first picture compiles")
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        return context.planned(pipe).compiling(self.slot)
+
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        decoder = _decoder(pipe)
+        with Undo() as undo:
+            _lay_out(decoder, undo)
+            undo.setattr(decoder, "_compiled_call_impl", None)  # what nn.Module.compile fills in
+            compile_module(decoder, self.cache, fullgraph=True)
+        return Applied(("vae.decoder",), undo=undo, note="the first picture compiles")
+
+
+@dataclass(frozen=True, repr=False)
+class FuseVae(Transform):
+    """Run the VAE's decoder channels-last, with its norms, activations, biases and residuals in fused kernels.
+
+    Takes the place of `CompileVae`; nothing is compiled but eight small kernels, which serve pictures of all sizes. It
+    knows the decoder of ``AutoencoderKL`` and ``AutoencoderKLFlux2``: ERNIE-Image's, Z-Image's, FLUX's, Stable
+    Diffusion's. It rounds elsewhere than stock: with random weights in bfloat16, on a CPU, its pictures are 0.024 from
+    float32 (relative L2), stock's 0.026, and the two are 0.030 apart.
+
+    Pays:
+        Always where it can run: on an H200 a decode takes 21 ms (stock 86, `CompileVae` 34), and the first 3.6 s and
+        not 22, or 0.2 s in the next process.
+    """
+
+    phase: ClassVar[Phase] = Phase.COMPILE
+    slot: ClassVar[str] = "vae-compile"
+    effect: ClassVar[Effect] = Effect.ROUNDING
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        if not isinstance(_decoder(pipe), torch.nn.Module):
+            return [f"{type(pipe).__name__} has no vae.decoder"]
+        return []  # where it cannot work it does nothing, and the pipe computes the same
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        decoder = _decoder(pipe)
+        reasons = context.without_kernels("FuseVae", (8, 0))
+        if reasons:
+            return Preview((), note="the kernels cannot run here: " + "; ".join(reasons))
+        if _is_fused(decoder):
+            return Preview((), note="the decoder runs on the kernels already")
+        if decoder._compiled_call_impl is not None:
+            return Preview((), note="the decoder is compiled already")
+        reason = why_not(decoder)
+        return Preview(("vae.decoder",)) if reason is None else Preview((), note=f"not this decoder: {reason}")
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        return context.planned(pipe).compiling(self.slot)  # Triton compiles each kernel when it is first launched
+
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        decoder = _decoder(pipe)
+        with Undo() as undo:
+            _lay_out(decoder, undo)
+            undo.setattr(decoder, "forward", FusedDecoder(decoder))
+        return Applied(("vae.decoder",), undo=undo)
+
+
+def _is_fused(decoder: torch.nn.Module) -> bool:
+    return isinstance(vars(decoder).get("forward"), FusedDecoder)
+
+
+def _lay_out(decoder: torch.nn.Module, undo: Undo) -> None:
+    """Give the convolutions channels-last weights."""
+    for weight in weights_of(decoder):
+        if weight.tensor.ndim == 4:
+            undo.set_data(weight, weight.tensor.data.contiguous(memory_format=torch.channels_last))
+
+
+def _decoder(pipe: Pipeline) -> Any:
+    return getattr(getattr(pipe, "vae", None), "decoder", None)

@@ -1,0 +1,1 @@
+"""Transforms of the weights: their dtype, bits, layout and place."""

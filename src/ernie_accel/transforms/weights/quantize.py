@@ -1,0 +1,292 @@
+"""The transform that quantizes linear layers, whatever the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+
+from ernie_accel.core.components import Pipeline, absent_components, module_bytes, modules_of
+from ernie_accel.core.context import Context
+from ernie_accel.core.planned import PlannedPipe, PlannedWeight
+from ernie_accel.core.text import human_bytes
+from ernie_accel.core.transform import Applied, Effect, LayerReceipt, Phase, Preview, Transform
+from ernie_accel.core.undo import Undo
+from ernie_accel.families import family_of
+from ernie_accel.quantization.backend import SCHEMES, LinearSpec, plain_copy
+from ernie_accel.quantization.choose import AUTO, AUTO_SCHEMES, BACKENDS, Choice, check_names, choose
+from ernie_accel.quantization.guard import refuse_casts
+from ernie_accel.quantization.layers import RECEIPT, LinearSite, linear_sites, sqnr_db
+from ernie_accel.transforms.denoiser.rewrite_blocks import rewritten_blocks
+
+#: Layers that the note of a plan names for each reason to leave some out; `Preview.skipped` has all.
+NAMED = 2
+
+
+@dataclass(frozen=True, repr=False)
+class Quantize(Transform):
+    """Quantize the linear layers of the repeated blocks; leave out what the family knows to break.
+
+    Beside one for the transformer, the text encoder or the prompt enhancer can have one of their own.
+
+    Pays:
+        For memory, always. For speed, compiled and with a scheme that multiplies in its own dtype ("fp8" from
+        capability 8.9, "int8" from 8.0), or for the prompt enhancer, which waits for its weights: "fp8-weight-only".
+
+    Attributes:
+        scheme: A key of `SCHEMES` ("fp8", "int8-weight-only", "nf4", "gguf-q8_0", ...); "auto" takes the fastest that
+            this machine can run.
+        backend: The library that does it; "auto" takes the first that has the scheme and can run it here. Ask
+            `choose` what that is.
+        components: Component names: the transformer, the text encoder, the prompt enhancer ("pe").
+        exclude: Regular expressions of layers to leave out, matched from the start of the path within the component;
+            None takes the family's list (for what no family knows: all outside repeated blocks, and modulation).
+        device: Move the whole pipe there, quantizing layer by layer on the way: the device never holds more than the
+            quantized pipe and one layer. None quantizes where the pipe is.
+        keep_originals: Keep the unquantized weights in host memory, so that ``restore`` is exact.
+    """
+
+    phase: ClassVar[Phase] = Phase.QUANTIZE
+    slot: ClassVar[str] = "quantize"
+    effect: ClassVar[Effect] = Effect.LOSSY
+
+    scheme: str
+    backend: str = field(default=AUTO, kw_only=True)
+    components: tuple[str, ...] = field(default=("transformer",), kw_only=True)
+    exclude: tuple[str, ...] | None = field(default=None, kw_only=True)
+    device: str | None = field(default=None, kw_only=True)
+    keep_originals: bool = field(default=True, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_names(self.scheme, self.backend)
+
+    @property
+    def occupies(self) -> str:
+        """The slot, for the transformer; else these components, which may have a scheme of their own."""
+        return self.slot if "transformer" in self.components else f"{self.slot} {', '.join(sorted(self.components))}"
+
+    @property
+    def floor_db(self) -> float:
+        """The scheme's promise (for "auto" the least of those it may choose); see `Scheme`."""
+        return min(SCHEMES[name].floor_db for name in (AUTO_SCHEMES if self.scheme == AUTO else (self.scheme,)))
+
+    @property
+    def moves_to(self) -> str | None:
+        """The device the pipe is quantized onto."""
+        return self.device
+
+    def choose(self, context: Context | None = None) -> Choice:
+        """Say which scheme and backend would be taken on a machine (default: this one), and why; print it."""
+        return choose(self.scheme, self.backend, context or Context.detect(device=self.device))
+
+    def breaks_graph(self, pipe: Pipeline, context: Context) -> str | None:
+        """Return why the layers it makes cannot be compiled without graph breaks, or None."""
+        chosen, dtype = self.choose(context).chosen, context.planned(pipe).dtype_of(self.components[0])
+        if chosen is None or dtype is None:
+            return None
+        return BACKENDS[chosen.backend].breaks_graph(chosen.scheme, dtype)
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        choice = self.choose(context)
+        reasons = list(choice.reasons)
+        if self.device is not None and torch.device(self.device).type != context.device:
+            reasons.append(f"device={self.device!r} is not the device that was planned for, {context}")
+        absent = absent_components(pipe, self.components)
+        if absent or choice.chosen is None:
+            return reasons + absent
+        work = _Work(self, pipe, context)
+        return reasons + [reason for component in self.components for reason in work.problems(component)]
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        work = _Work(self, pipe, context)
+        todo = work.todo
+        if not todo:
+            return Preview((), note=f"the layers are {work.name} already")
+        before, after = context.planned(pipe), work.planned()
+        sizes = [
+            f"{name} {human_bytes(before.bytes_of(name))} -> {human_bytes(after.bytes_of(name))}"
+            for name in self.components
+        ]
+        where = f" on its way to {self.device}" if self.device else ""
+        note = f"{work.name}{where}; {', '.join(sizes)}; {_tell_left_out(work.left_out, len(work.sites))}"
+        remark = work.backend.remark(work.scheme, context.device)
+        note += f"; {remark}" if remark else ""
+        return Preview(tuple(site.name for site in todo), note, work.left_out)
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        planned, why = _Work(self, pipe, context).planned(), self.breaks_graph(pipe, context)
+        broken = {} if why is None else dict.fromkeys(self.components, f"{self!r} comes before, and {why}")
+        device = planned.device if self.device is None else self.device.partition(":")[0]
+        return replace(planned, device=device, breaks_graph={**planned.breaks_graph, **broken})
+
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        work = _Work(self, pipe, context)
+        receipts = []
+        with Undo() as undo:
+            if self.device is not None:
+                _remember_places(pipe, undo)
+            for site in work.todo:
+                receipts.append(_replace(site, work, self.device, undo))
+            refuse_casts(pipe, self.components, undo)
+            if self.device is not None:
+                pipe.to(self.device)
+        worst = min(receipts, key=lambda receipt: receipt.sqnr_db)
+        note = f"{work.name}; weights at {worst.sqnr_db:.1f} dB SQNR or better (least: {worst.name})"
+        if self.keep_originals:
+            kept = sum(receipt.bytes_before for receipt in receipts)
+            note += f"; keeps {human_bytes(kept)} of originals in host memory for restore()"
+        return Applied(
+            tuple(receipt.name for receipt in receipts),
+            undo=undo if self.keep_originals else None,
+            no_undo=None if self.keep_originals else "keep_originals=False: the weights are gone",
+            skipped=work.left_out,
+            note=note,
+            details=tuple(receipts),
+        )
+
+
+class _Work:
+    """What a `Quantize` means for one pipe on one machine; the same for preview and apply, so that they agree."""
+
+    def __init__(self, wish: Quantize, pipe: Pipeline, context: Context) -> None:
+        chosen = wish.choose(context).chosen
+        if chosen is None:
+            raise ValueError(f"{wish!r} cannot run here; unsupported() says why")
+        self.scheme, self.backend = chosen.scheme, BACKENDS[chosen.backend]
+        self.name = f"{chosen.scheme} by {chosen.backend}"
+        self.sites = linear_sites(pipe, wish.components, wish.exclude, _to_be_fused(pipe, context))
+        self._before = context.planned(pipe)
+        plain = [site for site in self.sites if self._stored_as(site) is None]
+        #: Why layers stay as they are, by name.
+        self.left_out = {site.name: why for site in plain if (why := self._why_not(site)) is not None}
+        #: The layers to quantize.
+        self.todo = [site for site in plain if site.name not in self.left_out]
+
+    def _why_not(self, site: LinearSite) -> str | None:
+        if site.left_out is not None:
+            return site.left_out
+        return self.backend.layer_problem(self.scheme, self._spec(site))
+
+    def _stored_as(self, site: LinearSite) -> str | None:
+        """Return how the layer is stored, or will be by then."""
+        weight = self._before.weights.get(f"{site.name}.weight")
+        return site.stored_as or (weight.stored_as if weight is not None else None)
+
+    def _spec(self, site: LinearSite) -> LinearSpec:
+        """Describe a plain layer as it will be."""
+        weight, bias = (self._before.weights.get(f"{site.name}.{kind}") for kind in ("weight", "bias"))
+        if weight is None:
+            raise LookupError(f"no weight of {site.name} is planned")
+        return LinearSpec(weight.shape[0], weight.shape[1], weight.dtype, 0 if bias is None else bias.nbytes)
+
+    def planned(self) -> PlannedPipe:
+        """Return what the pipe will be once the layers are quantized."""
+        new, gone = {}, set()
+        for site in self.todo:
+            spec = self._spec(site)
+            name = f"{site.name}.weight"
+            gone |= {name, f"{site.name}.bias"}
+            nbytes, shape = self.backend.stored_bytes(self.scheme, spec), (spec.out_features, spec.in_features)
+            new[name] = PlannedWeight(shape, spec.dtype, nbytes, stored_as=self.name, is_fresh=True)
+        return self._before.with_weights(new, frozenset(gone))
+
+    def problems(self, component: str) -> list[str]:
+        """Return why this component cannot be quantized; empty if it can, or is so already."""
+        mine = [site for site in self.sites if site.name.startswith(f"{component}.")]
+        todo = [site for site in self.todo if site.name.startswith(f"{component}.")]
+        done = [site for site in mine if self._stored_as(site) is not None]
+        in_this_plan = [site for site in done if site.stored_as is None]
+        if in_this_plan:
+            stored_as = self._stored_as(in_this_plan[0])
+            return [f"{component} is quantized in the same plan already ({in_this_plan[0].name} as {stored_as})"]
+        other = [site for site in done if todo or site.stored_as != self.name or site.left_out is not None]
+        if other:
+            return [
+                f"{component} is quantized already ({len(done)} layers, {other[0].name} as {other[0].stored_as}): "
+                "restore(pipe) first, or load the pipe unquantized"
+            ]
+        if todo or done:
+            return []
+        return [f"{component}: no linear layer can be quantized: {_tell_left_out(self.left_out, len(mine), component)}"]
+
+
+def _to_be_fused(pipe: Pipeline, context: Context) -> Mapping[str, tuple[str, ...]]:
+    """Return the layers that will have been concatenated by then: path of the new one -> of its parts."""
+    family = family_of(pipe)
+    if not context.planned(pipe).concatenates_linears or family is None or family.rewritten is None:
+        return {}
+    blocks = rewritten_blocks(pipe)
+    found: Mapping[str, tuple[str, ...]] = (
+        {} if blocks.is_rewritten(pipe.transformer) else blocks.to_be_fused(pipe.transformer)
+    )
+    return found
+
+
+def _replace(site: LinearSite, work: _Work, device: str | None, undo: Undo) -> LayerReceipt:
+    """Put the quantized layer into the place of one linear; the original ends up in host memory."""
+    linear = site.linear
+    source = linear if device is None else plain_copy(linear, linear.weight.detach().to(device))
+    if device is not None and source.bias is not None:
+        source.bias.data = source.bias.data.to(device)
+    layer = work.backend.quantize(work.scheme, source)
+    receipt = LayerReceipt(
+        name=site.name,
+        scheme=work.scheme,
+        backend=work.backend.name,
+        dtype=str(linear.weight.dtype).removeprefix("torch."),
+        shape=(linear.weight.shape[0], linear.weight.shape[1]),
+        bytes_before=module_bytes(linear),
+        bytes_after=module_bytes(layer),
+        sqnr_db=round(sqnr_db(source.weight.detach(), work.backend.dequantize(layer)), 3),
+    )
+    setattr(layer, RECEIPT, receipt)
+    undo.push(_putter_back(site, stays_put=device is not None))
+    site.parent._modules[site.child] = layer
+    if device is None:
+        linear.to("cpu")
+    return receipt
+
+
+def _putter_back(site: LinearSite, *, stays_put: bool) -> Callable[[], None]:
+    """Return the way back: the original in its place, on the device that the pipe has moved to since."""
+
+    def put_back() -> None:
+        layer = site.parent._modules[site.child]
+        tensors = [] if layer is None else [*layer.parameters(), *layer.buffers()]
+        if not stays_put and tensors:
+            site.layer.to(tensors[0].device)
+        site.parent._modules[site.child] = site.layer
+
+    return put_back
+
+
+def _remember_places(pipe: Pipeline, undo: Undo) -> None:
+    """Have the undo move each component back to the device it is on now."""
+    for module in modules_of(pipe).values():
+        device = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), None)
+        if device is not None:
+            undo.push(_mover(module, device))
+
+
+def _mover(module: torch.nn.Module, device: torch.device) -> Callable[[], None]:
+    def move() -> None:
+        module.to(device)
+
+    return move
+
+
+def _tell_left_out(left_out: dict[str, str], total: int, component: str | None = None) -> str:
+    """Say how many of `total` layers are left out, by reason, and name the first of each."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in left_out.items():
+        if component is None or name.startswith(f"{component}."):
+            by_reason.setdefault(why, []).append(name)
+    reasons = []
+    for why, names in sorted(by_reason.items(), key=lambda item: -len(item[1])):
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        reasons.append(f"{len(names)} {why}: {', '.join(names[:NAMED])}{more}")
+    told = f" ({'; '.join(reasons)})" if reasons else ""
+    return f"leaves {sum(map(len, by_reason.values()))} of {total} linear layers as they are{told}"
