@@ -282,7 +282,11 @@ def test_rows_made_by_hand_are_checked_too(tmp_path):
         produce(StubPipe(), rows, tmp_path, seed=2**64 - 2)
     assert caught.value.problems == (
         (4, "seed 18446744073709551616 is not within 0 to 18446744073709551615; choose another"),
-        (3, "file name 'A.png' is taken by line 2; change one"),
+        (
+            3,
+            "file name 'A.png' is taken by line 2 as 'a.png', "
+            "the same name where letter case or Unicode form is ignored; change one",
+        ),
     )
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ernie_accel.batch import BatchInputError, Row, read_table
-from ernie_accel.batch.naming import collision_key, name_problem
+from ernie_accel.batch import BatchInputError, Row, formats, read_table, table
+from ernie_accel.batch.naming import JOB_FILES, collision_key, name_problem
 
 
 @pytest.fixture
@@ -160,6 +160,7 @@ def test_errors_survive_pickling(write):
     )
 
 
+OR_YOURS = ", or, if it is a column of your own, name it in extra_columns (--extra-columns)"
 SAVE_AS = "save it as UTF-8 (in Excel: 'CSV UTF-8') and run again"
 
 
@@ -174,7 +175,7 @@ SAVE_AS = "save it as UTF-8 (in Excel: 'CSV UTF-8') and run again"
         (b"\xef\xbb\xbfprompt\r\nK\xe4", 2, f"is not UTF-8: byte 0xE4 at offset 12; {SAVE_AS}"),
         ("prompt\na".encode("utf-16"), 1, f"is UTF-16, as Excel's 'Unicode Text' is; {SAVE_AS}"),
         ("prompt\na".encode("utf-16-le"), 1, f"is UTF-16, as Excel's 'Unicode Text' is; {SAVE_AS}"),
-        (b"sku,prompt\nA,b\nx\0y,c\n", 3, "has a NUL character; remove it"),
+        (b"sku,prompt\nA,b\nx\0y,c\n", 3, "'sku' has a NUL character; remove it"),
         (b"sku,name\nA,b\n", 1, "has no 'prompt' column; found: 'sku', 'name'"),
         (
             b"sku;prompt\nA;a, b\n",
@@ -194,11 +195,11 @@ SAVE_AS = "save it as UTF-8 (in Excel: 'CSV UTF-8') and run again"
             "is not valid CSV (',' expected after '\"'); the separator looks like ';', expected ','",
         ),
         (b"sku,prompt,sku\nA,b,C\n", 1, "has 2 columns named 'sku'; rename or delete all but one"),
-        (b"prompt,Seed\na,1\n", 1, "column 'Seed' would be ignored; rename it to 'seed'"),
+        (b"prompt,Seed\na,1\n", 1, f"column 'Seed' would be ignored; rename it to 'seed'{OR_YOURS}"),
         (
             b"prompt,num_inference_steps\na,1\n",
             1,
-            "column 'num_inference_steps' would be ignored; rename it to 'steps'",
+            f"column 'num_inference_steps' would be ignored; rename it to 'steps'{OR_YOURS}",
         ),
         (
             b"sku,prompt\nA,red, glossy\n",
@@ -378,6 +379,145 @@ def test_hostile_values_are_refused_in_tables(write, value):
     ((line, message),) = problems_of(write(f"sku,prompt\n{value},a\n"))
     assert line == 2
     assert message.startswith(f"file name {value + '.png'!r} (from '{{sku}}.png') ")
+
+
+def test_a_folder_and_a_picture_never_share_a_name_whatever_the_order_of_rows(write):
+    for rows in ("A,a,\nB,b,A.png\n", "B,b,A.png\nA,a,\n"):
+        ((_, message),) = problems_of(write("sku,prompt,kind\n" + rows), folder_by="kind")
+        assert message.startswith("folder 'A.png' (from column 'kind') ends in '.png', as pictures do")
+
+
+@pytest.mark.parametrize("name", [*JOB_FILES, "Manifest.CSV", "REPORT.html", "Rejected", "reroll-1"])
+def test_folders_named_like_what_a_job_writes_are_refused(write, name):
+    ((line, message),) = problems_of(write(f"sku,prompt,kind\nA,a,{name}\n"), folder_by="kind")
+    assert line == 2
+    assert "the job itself" in message
+
+
+def test_one_folder_is_spelt_in_one_way(write):
+    path = write("sku,prompt,kind\nA,a,Mugs\nB,b,mugs\nC,c,Mugs\nD,d,caf\u00e9\nE,e,cafe\u0301\n")
+    same = "the same where letter case or Unicode form is ignored; write both alike"
+    assert problems_of(path, folder_by="kind") == [
+        (3, f"folder 'mugs' (from column 'kind') is 'Mugs' on line 2, {same}"),
+        (6, f"folder 'cafe\u0301' (from column 'kind') is 'caf\u00e9' on line 5, {same}"),
+    ]
+
+
+def test_rows_made_by_hand_hold_only_text_that_can_be_written():
+    for bad in ({"prompt": "a \ud83d"}, {"negative_prompt": "\0"}, {"columns": {"a": "\udc00"}}):
+        with pytest.raises(ValueError, match=r"surrogate pair|NUL"):
+            Row(**({"line": 2, "index": 0, "prompt": "a", "file_name": "a.png"} | bad))
+
+
+# Columns that look like a setting
+
+
+@pytest.mark.parametrize(
+    ("column", "meant"),
+    [
+        ("cfg", "guidance_scale"),
+        ("cfg_scale", "guidance_scale"),
+        ("cfgScale", "guidance_scale"),
+        ("CFG scale", "guidance_scale"),
+        ("guidance", "guidance_scale"),
+        ("guidence_scale", "guidance_scale"),
+        ("step", "steps"),
+        ("Sampling steps", "steps"),
+        ("negative", "negative_prompt"),
+        ("negativ_prompt", "negative_prompt"),
+        ("Negative Prompt", "negative_prompt"),
+        ("seeds", "seed"),
+        ("widht", "width"),
+        ("hieght", "height"),
+        ("variant", "variants"),
+    ],
+)
+def test_settings_in_other_words_are_pointed_out_unless_they_are_the_users_own(write, column, meant):
+    path = write(f"prompt,{column}\na,7\n")
+    assert problems_of(path) == [(1, f"column {column!r} would be ignored; rename it to {meant!r}{OR_YOURS}")]
+    (row,) = read_table(path, extra_columns=[column])
+    assert row.columns[column] == "7"
+
+
+def test_a_sampler_of_a_row_and_a_setting_given_twice_are_pointed_out(write):
+    messages = [message for _, message in problems_of(write("prompt,steps,step,sampler\na,7,8,euler\n"))]
+    assert messages == [
+        f"column 'step' would be ignored; delete it, beside 'steps'{OR_YOURS}",
+        "column 'sampler' would be ignored; the whole job has one sampler, which its preset chooses; "
+        f"delete it{OR_YOURS}",
+    ]
+
+
+@pytest.mark.parametrize(
+    "column",
+    ["sku", "name", "style", "size", "weight", "speed", "model", "prompt_id", "prompt_zh", "category", "id", "depth"],
+)
+def test_columns_of_ones_own_need_no_mention(write, column):
+    (row,) = read_table(write(f"prompt,{column}\na,7\n"))
+    assert row.columns[column] == "7"
+
+
+def test_extra_columns_that_say_nothing_are_refused(write):
+    path = write("prompt,cfg\na,7\n")
+    assert problems_of(path, extra_columns=["cfg", "steps", "cgf"]) == [
+        (1, "extra_columns names 'steps', which is a setting; leave it out there"),
+        (1, "extra_columns names 'cgf', but there is no such column; found: 'prompt', 'cfg'"),
+    ]
+
+
+def test_a_template_reads_no_column_prompt_and_so_misses_none(write):
+    (row,) = read_table(write("prompts,x\na,b\n"), template="{prompts} {x}")
+    assert row.prompt == "a b"
+
+
+# Sizes, and what messages show
+
+
+def test_tables_beyond_a_limit_are_refused(write, monkeypatch):
+    wide = write("prompt," + ",".join(f"c{i}" for i in range(1000)) + "\na\n")
+    assert problems_of(wide) == [(None, "has more than 1,000 columns; leave out those that no picture needs")]
+    monkeypatch.setattr(formats, "MAX_ROWS", 3)
+    assert problems_of(write("prompt\na\nb\nc\nd\n")) == [(None, "has more than 3 rows; split it")]
+    monkeypatch.setattr(table, "MAX_ROWS", 3)
+    assert problems_of(write("prompt,variants\na,2\nb,2\n")) == [(3, "asks for more than 3 pictures; split the table")]
+
+
+def test_a_value_that_is_too_long_is_refused_where_it_stands(write, tmp_path):
+    ((line, message),) = problems_of(write('prompt,note\na,b\nc,"' + "d\n" * 65_537 + '"\n'))
+    assert line == 3
+    assert message.startswith("is not valid CSV (field larger than field limit (131072)); close every quote")
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"prompt":"a"}\n{"prompt":"' + "b" * 131_073 + '"}\n')
+    assert problems_of(path) == [(2, "'prompt' has 131,073 characters; expected at most 131,072")]
+
+
+def test_messages_stay_short_and_move_no_cursor(write):
+    columns = ",".join(f"\x1b[2J{'c' * 50}{i}" for i in range(200))
+    with pytest.raises(BatchInputError) as caught:
+        read_table(write(f"{columns}\n"), pattern="{" + "p" * 5000 + "}.png")
+    assert len(str(caught.value)) < 5000
+    assert "\x1b" not in str(caught.value)
+    assert "\\x1b[2J" in str(caught.value)
+
+
+def test_a_nul_is_refused_with_its_row_and_skipped_with_it(write):
+    path = write("sku,prompt\nA,a\nB,b\0\nC,c\n")
+    assert problems_of(path) == [(3, "'prompt' has a NUL character; remove it")]
+    skipped: list = []
+    assert [row.file_name for row in read_table(path, skipped=skipped)] == ["A.png", "C.png"]
+    assert len(skipped) == 1
+
+
+def test_tables_separated_by_tabs_are_read_as_such(tmp_path):
+    path = tmp_path / "t.tsv"
+    path.write_text('sku\tprompt\nA\tred, glossy\nB\t"a\tb"\n')
+    assert [row.prompt for row in read_table(path)] == ["red, glossy", "a\tb"]
+    path.write_text("sku,prompt\nA,a\n")
+    ((line, message),) = problems_of(path)
+    assert line == 1
+    assert message.endswith("The separator looks like ','; expected '\\t': save the file with tabs, or name it .csv")
+    path.write_text("sku\tprompt\nA\n")
+    assert problems_of(path)[0][1].endswith("nothing is given for 'prompt': add the value, or a tab for each empty one")
 
 
 def test_a_table_is_checked_without_torch():

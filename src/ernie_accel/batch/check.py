@@ -1,4 +1,4 @@
-"""Check one row: its settings, its name, its structured prompt; every problem found is told with its fix."""
+"""Check one row: its settings, its name, its structured prompt; every problem found comes with its fix."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ernie_accel.batch.naming import collision_key, fill_pattern, folder_problem, name_problem
+from ernie_accel.batch.errors import shown
+from ernie_accel.batch.gate import text_problem
+from ernie_accel.batch.naming import TakenNames, fill_pattern, folder_problem, name_problem
 from ernie_accel.batch.newbie import structure_problems
 from ernie_accel.batch.row import MAX_GUIDANCE, MAX_SEED, MAX_SIDE, MAX_STEPS, MAX_VARIANTS, Columns, Row
 
@@ -28,7 +30,7 @@ class RowCheck:
     folder_by: str | None = None
     size_multiple: int = 16
     default_size: tuple[int, int] | None = None
-    _taken: dict[str, tuple[int, str]] = field(default_factory=dict)
+    _taken: TakenNames = field(default_factory=TakenNames)
 
     def rows(self, line: int, index: int, columns: Columns) -> tuple[list[Row], list[str]]:
         """Return the pictures that an input row asks for, or what is wrong with it."""
@@ -38,6 +40,8 @@ class RowCheck:
             prompt = None
         if prompt is None and ("prompt" in columns or self.template is not None):
             settings.messages.append("prompt is empty; write what to draw, or delete the line")
+        if self.template is not None and (reason := text_problem(prompt or "")):
+            settings.messages.append(f"prompt {reason}")  # the columns' own text was looked at when it was read
         settings.messages += structure_problems(prompt or "")
         seed = settings.whole("seed", 0, MAX_SEED, "write digits, e.g. 42, or leave it empty")
         width, height = settings.size(self.size_multiple, self.default_size)
@@ -52,10 +56,12 @@ class RowCheck:
         folder = columns.get(self.folder_by, "").strip() if self.folder_by else ""
         messages = []
         if folder and (reason := folder_problem(folder)):
-            messages.append(f"folder {shown(folder)} (from column {self.folder_by!r}) {reason}; change the value")
+            messages.append(f"folder {shown(folder)} (from column {shown(self.folder_by)}) {reason}; change the value")
             folder = ""
+        elif folder and (reason := self._taken.take_folder(folder, line)):
+            messages.append(f"folder {shown(folder)} (from column {shown(self.folder_by)}) {reason}; write both alike")
         for name in names:
-            if self.pattern and (reason := self._name_problem(name, folder, line, self.pattern)):
+            if self.pattern and (reason := self._name_problem(name, folder, line, index, self.pattern)):
                 messages.append(reason)
         messages += settings.messages
         if prompt is None or not names or messages:
@@ -87,19 +93,15 @@ class RowCheck:
         stem, suffix = (name[:-4], name[-4:]) if name.lower().endswith(".png") else (name, "")
         return [f"{stem}_v{variant + 1}{suffix}" for variant in range(variants)]
 
-    def _name_problem(self, name: str, folder: str, line: int, pattern: str) -> str | None:
+    def _name_problem(self, name: str, folder: str, line: int, index: int, pattern: str) -> str | None:
         """Return why a row cannot have its file name, by itself or beside the rows before."""
-        what = f"file name {shown(name)} (from {pattern!r})"
+        what = f"file name {shown(name)} (from {shown(pattern)})"
         if reason := name_problem(name):
             return f"{what} {reason}; change the value, or name pictures by another column"
-        first_line, first_name = self._taken.setdefault(collision_key(f"{folder}/{name}"), (line, name))
-        if first_line == line:
-            return None
-        taken_by = f"line {first_line}"
-        if first_name != name:
-            taken_by += f" as {shown(first_name)}, the same name where letter case or Unicode form is ignored"
-        unique = pattern.removesuffix(".png") + "_{index}.png"
-        return f"{what} is taken by {taken_by}; change one, or name pictures by {unique!r}"
+        if reason := self._taken.take(f"{folder}/{name}" if folder else name, line, index):
+            unique = pattern.removesuffix(".png") + "_{index}.png"
+            return f"{what} {reason}; change one, or name pictures by {shown(unique)}"
+        return None
 
 
 class Settings:
@@ -171,8 +173,3 @@ def _nearest_side(side: int, multiple: int) -> int:
 
 def _by(sides: Mapping[str, int]) -> str:
     return "x".join(str(side) for side in sides.values())
-
-
-def shown(value: str) -> str:
-    """Return a value as messages quote it, cut where it is long."""
-    return repr(value if len(value) <= 80 else value[:77] + "...")

@@ -35,6 +35,9 @@ def batch_command(
     pattern: Annotated[str | None, typer.Option(help="File names: '{sku}.png', '{name}_{index:04d}.png'.")] = None,
     template: Annotated[str | None, typer.Option(help="Prompts: 'a product photo of {name}, {style}'.")] = None,
     folder_by: Annotated[str | None, typer.Option(help="Column to sort pictures by into sub-folders.")] = None,
+    extra_columns: Annotated[
+        list[str] | None, typer.Option(help="Column of your own, though named like a setting; repeatable.")
+    ] = None,
     skip_bad: Annotated[bool | None, typer.Option("--skip-bad", help="Leave out rows with mistakes.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the first row, for rows without one.")] = None,
     overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace what exists or has changed.")] = None,
@@ -76,8 +79,6 @@ def batch_command(
     given = dict(locals())
     renamed = {"out": "output_dir", "pattern": "naming_pattern"}
     given = {renamed.get(name, name): value for name, value in given.items() if name != "table" and value is not None}
-    if "endpoint" in given:
-        given["endpoint"] = tuple(given["endpoint"])
     code = run_job(plan_job(table, given))
     if code:
         raise typer.Exit(code)
@@ -119,6 +120,7 @@ def _run_job(job: Job) -> int:
         pattern=job.naming_pattern,
         template=job.template,
         folder_by=job.folder_by,
+        extra_columns=job.extra_columns,
         default_size=EMBEDDED_SIZE_PX if here else None,
         skipped=skipped if job.skip_bad else None,
     )

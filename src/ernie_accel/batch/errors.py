@@ -1,8 +1,12 @@
-"""Tell what stops a batch, bad input rows, an unusable folder or port, with every problem found in one message."""
+"""Say what stops a batch (bad input rows, an unusable folder or port), with every problem found in one message.
+
+Messages quote what a file holds, and a file can hold anything: `shown` quotes a value, `tidy` bounds a whole message.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ernie_accel.core.errors import ErnieAccelError
@@ -11,6 +15,43 @@ Problem = tuple[int | None, str]
 """The 1-based line of the input file (None: the file as a whole), and what is wrong, with the fix."""
 
 MAX_SHOWN = 100
+
+_MAX_QUOTED, _MAX_MESSAGE = 80, 1000  # characters
+
+
+def shown(value: object) -> str:
+    """Return a value as messages quote it, cut where it is long."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= _MAX_QUOTED else value[: _MAX_QUOTED - 3] + "...")
+    try:
+        text = reprlib.repr(value)
+    except ValueError:  # a whole number of thousands of digits, which Python does not write out
+        return "a number of thousands of digits"
+    return text if len(text) <= _MAX_QUOTED else text[: _MAX_QUOTED - 3] + "..."
+
+
+def listed(names: Iterable[object], most: int = 20) -> str:
+    """Return names as messages list them: quoted, with commas, and a count of those beyond `most`."""
+    names = list(names)
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(shown, names[:most])) + more
+
+
+def tidy(message: str) -> str:
+    """Return a message on one line of bounded length, in which nothing can move a terminal's cursor.
+
+    Doing it twice changes nothing.
+    """
+    if not message.isprintable():
+        message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+    if len(message) <= _MAX_MESSAGE:
+        return message
+    half = _MAX_MESSAGE // 2 - 5
+    return f"{message[:half]} ... {message[-half:]}"  # the fix stands at the end
+
+
+def _tidied(problems: Iterable[Problem]) -> tuple[Problem, ...]:
+    return tuple((line, tidy(text)) for line, text in problems)
 
 
 class BatchInputError(ErnieAccelError, ValueError):
@@ -23,12 +64,12 @@ class BatchInputError(ErnieAccelError, ValueError):
 
     def __init__(self, path: Path | None, problems: Sequence[Problem]) -> None:
         self.path = path
-        self.problems = tuple(problems)
+        self.problems = _tidied(problems)
         super().__init__(path, self.problems)  # these, not the text, so that the error survives pickling
 
     def __str__(self) -> str:
         """Return the heading, one line per problem, and what to do."""
-        heading = "Cannot use " + ("the rows" if self.path is None else f"'{self.path}'")
+        heading = "Cannot use " + ("the rows" if self.path is None else f"'{tidy(str(self.path))}'")
         return _listing(heading, self.problems, "Fix these and run again; nothing was rendered.")
 
 
@@ -42,12 +83,12 @@ class BatchOutputError(ErnieAccelError):
 
     def __init__(self, path: Path, problems: Sequence[Problem]) -> None:
         self.path = path
-        self.problems = tuple(problems)
+        self.problems = _tidied(problems)
         super().__init__(path, self.problems)
 
     def __str__(self) -> str:
         """Return the heading, one line per problem, and what stays true."""
-        return _listing(f"Cannot write to '{self.path}'", self.problems, "No picture was left half-written.")
+        return _listing(f"Cannot write to '{tidy(str(self.path))}'", self.problems, "No picture was left half-written.")
 
 
 class BatchChangedError(ErnieAccelError):
@@ -60,13 +101,13 @@ class BatchChangedError(ErnieAccelError):
 
     def __init__(self, path: Path, problems: Sequence[Problem]) -> None:
         self.path = path
-        self.problems = tuple(problems)
+        self.problems = _tidied(problems)
         super().__init__(path, self.problems)
 
     def __str__(self) -> str:
         """Return the heading, one line per change, and the ways out."""
         fix = "Change it back, choose another output, or allow overwriting: then what changed is made again."
-        return _listing(f"Cannot go on with the job in '{self.path}': it has changed", self.problems, fix)
+        return _listing(f"Cannot go on with the job in '{tidy(str(self.path))}': it has changed", self.problems, fix)
 
 
 class MetricsServerError(ErnieAccelError):

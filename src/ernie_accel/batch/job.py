@@ -9,13 +9,15 @@ The keys are the long names of the command's options. The shape that guides for 
 from __future__ import annotations
 
 import difflib
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
-from ernie_accel.batch.errors import BatchInputError, Problem
+from ernie_accel.batch.errors import BatchInputError, Problem, shown
+from ernie_accel.batch.gate import MAX_JOB_BYTES, NotJsonError, Repeated, decode_json, read_text, text_problem
+from ernie_accel.batch.plain_yaml import parse_yaml
 from ernie_accel.batch.row import MAX_SEED
 from ernie_accel.batch.sift import Sift
 from ernie_accel.core.errors import ErnieAccelError
@@ -35,6 +37,7 @@ class Job:
         naming_pattern: How pictures are named.
         template: How prompts are made from columns.
         folder_by: The column that pictures are sorted by into sub-folders.
+        extra_columns: Columns of the table that look like a setting and are the user's own.
         skip_bad: Leave out rows with mistakes instead of refusing the table.
         seed: Of the first row, for rows that give none.
         overwrite: Replace pictures that exist, and make again what has changed.
@@ -72,6 +75,7 @@ class Job:
     naming_pattern: str | None = None
     template: str | None = None
     folder_by: str | None = None
+    extra_columns: tuple[str, ...] = ()
     skip_bad: bool = False
     seed: int = 0
     overwrite: bool = False
@@ -127,6 +131,7 @@ _RANGES: Mapping[str, tuple[float, float | None]] = {
 _OF_A_PIPELINE = ("preset", "dtype", "skip_unsupported", "free_encoders", "ray_actors")
 _OF_SERVERS = frozenset({"server", "enhancer"})
 _TYPES = get_type_hints(Job)
+_LISTS = ("endpoint", "extra_columns")  # a text alone is a list of one
 _NAMES = tuple(field.name for field in fields(Job))
 
 
@@ -142,7 +147,10 @@ def plan_job(table: Path, given: Mapping[str, Any]) -> Job:
     """
     described = _read_job(table)
     options: dict[str, Any] = {"input_file": table} if described is None else described
-    options |= given
+    wrong: list[Problem] = []
+    options |= _options(given, Path(), wrong)
+    if wrong:
+        raise BatchInputError(table, wrong)
     if "output_dir" not in options:
         raise BatchInputError(table, [(None, "names no output folder; add --out, or output_dir to the job file")])
     job = Job(**options)
@@ -153,28 +161,24 @@ def plan_job(table: Path, given: Mapping[str, Any]) -> Job:
 
 def _read_job(path: Path) -> dict[str, Any] | None:
     """Return the options in a job file, None if `path` is a table; relative paths start at the file's folder."""
-    if path.suffix.lower() not in JOB_SUFFIXES or not path.is_file():
+    suffix = path.suffix.lower()
+    if suffix not in JOB_SUFFIXES or not path.is_file():
         return None
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BatchInputError(path, [(None, f"is not UTF-8 ({error.reason}); save it as UTF-8")]) from error
-    if path.suffix.lower() == ".json":
-        if not text.lstrip().startswith("{"):
+    if suffix == ".json":
+        text = read_text(path)
+        if not text.lstrip(" \t\r\n").startswith("{"):
             return None
-        content = _parse_json(path, text)
-    else:
-        content = _parse_yaml(path, text)
+    if path.stat().st_size > MAX_JOB_BYTES:
+        raise BatchInputError(path, [(None, f"has more than {MAX_JOB_BYTES:,} bytes; expected a job of a few lines")])
+    content = _parse_json(path, text) if suffix == ".json" else parse_yaml(path, read_text(path, MAX_JOB_BYTES))
     if not isinstance(content, dict):
         raise BatchInputError(path, [(None, "is no job; expected keys such as input_file and output_dir")])
     problems: list[Problem] = []
+    if isinstance(content, Repeated):
+        problems += [(None, f"names {shown(name)} twice; keep one") for name in content.names]
     mode = content.pop("batch_mode", None)
-    options = {
-        name: value
-        for name, value in ((name, _option(name, value, path.parent, problems)) for name, value in content.items())
-        if value is not None
-    }
-    if "input_file" not in content:
+    options = _options(content, path.parent, problems)
+    if content.get("input_file") is None:
         problems.append((None, "has no input_file; name the table"))
     problems += _mode_problems(mode, options.get("input_file"))
     if problems:
@@ -184,45 +188,56 @@ def _read_job(path: Path) -> dict[str, Any] | None:
 
 def _parse_json(path: Path, text: str) -> object:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BatchInputError(path, [(error.lineno, f"is not valid JSON ({error.msg})")]) from error
+        return decode_json(text)
+    except NotJsonError as error:
+        raise BatchInputError(path, [error.problem]) from error
 
 
-def _parse_yaml(path: Path, text: str) -> object:
-    import yaml  # here, because most batches need none
+def _options(content: Mapping[str, object], folder: Path, problems: list[Problem]) -> dict[str, Any]:
+    """Return options as `Job` holds them; those that are no options, or of another type, are noted as problems."""
+    found = {}
+    for name, value in content.items():
+        if name not in _NAMES:
+            close = difflib.get_close_matches(name, _NAMES, n=1) if len(name) < 100 else []
+            hint = f"did you mean {close[0]!r}?" if close else f"valid: batch_mode, {', '.join(_NAMES)}"
+            problems.append((None, f"key {shown(name)} is unknown; {hint}"))
+        elif value is not None:
+            typed, reason = _typed(name, value, folder)
+            if reason:
+                problems.append((None, f"{name} is {shown(value)}; {reason}"))
+            else:
+                found[name] = typed
+    return found
 
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        reason = getattr(error, "problem", None) or str(error)
-        raise BatchInputError(path, [(mark.line + 1 if mark else None, f"is not valid YAML ({reason})")]) from error
 
-
-def _option(name: str, value: object, folder: Path, problems: list[Problem]) -> Any:
-    """Return an option's value as `Job` holds it; None, and a problem noted, if it is not one."""
-    if name not in _NAMES:
-        close = difflib.get_close_matches(name, _NAMES, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"valid: batch_mode, {', '.join(_NAMES)}"
-        problems.append((None, f"key {name!r} is unknown; {hint}"))
-        return None
-    if value is None:
-        return None
+def _typed(name: str, value: object, folder: Path) -> tuple[Any, str | None]:
+    """Return an option's value as `Job` holds it, and why there is none."""
     hint = _TYPES[name]
-    if Path in (hint, *getattr(hint, "__args__", ())):
-        if isinstance(value, str):
-            return folder / value
-    elif name == "endpoint":
-        listed = [value] if isinstance(value, str) else value
-        if isinstance(listed, list) and all(isinstance(item, str) for item in listed):
-            return tuple(listed)
-    elif isinstance(value, hint) and (isinstance(value, bool) == (hint is bool)):
-        return value
-    elif isinstance(value, int) and not isinstance(value, bool) and isinstance(1.0, hint):
-        return float(value)
-    problems.append((None, f"{name} is {value!r}; expected {getattr(hint, '__name__', hint)}"))
-    return None
+    kinds = set(get_args(hint)) or {hint}
+    if name in _LISTS:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+            return None, "expected text, or a list of texts"
+        return tuple(items), next((f"one of them {why}" for item in items if (why := text_problem(item))), None)
+    if Path in kinds and isinstance(value, str | Path):
+        # A path from the command line may hold bytes that are not UTF-8; a NUL no path can hold.
+        reason = "it has a NUL character; remove it" if "\0" in str(value) else None
+        return folder / value, reason if value else "expected a path"
+    if str in kinds and isinstance(value, str):
+        reason = text_problem(value)
+        return value, f"it {reason}" if reason else None
+    if bool in kinds and isinstance(value, bool):
+        return value, None
+    if int in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return value, None
+    if float in kinds and isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        return number, None if math.isfinite(number) else "expected a finite number"
+    expected = {Path: "a path", str: "text in quotes", bool: "true or false", int: "a whole number", float: "a number"}
+    return None, f"expected {' or '.join(text for kind, text in expected.items() if kind in kinds)}"
 
 
 def _range_problems(job: Job) -> list[Problem]:
@@ -232,7 +247,7 @@ def _range_problems(job: Job) -> list[Problem]:
         value = getattr(job, name)
         if value is not None and not (low <= value and (high is None or value <= high)):
             expected = f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
-            problems.append((None, f"{name} is {value!r}; expected {expected}"))
+            problems.append((None, f"{name} is {shown(value)}; expected {expected}"))
     try:
         job.sifting()
     except ErnieAccelError as error:
@@ -260,11 +275,9 @@ def _useless_options(job: Job) -> list[Problem]:
 def _mode_problems(mode: object, table: object) -> list[Problem]:
     if mode is None:
         return []
-    if mode not in _MODES:
-        return [(None, f"batch_mode is {mode!r}; expected one of {', '.join(_MODES)}")]
-    if isinstance(table, Path) and table.suffix.lower() not in _MODES[str(mode)]:
-        expected = " or ".join(_MODES[str(mode)])
-        return [
-            (None, f"batch_mode is {mode!r}, but input_file is {table.name!r}; expected a name ending in {expected}")
-        ]
+    if not isinstance(mode, str) or mode not in _MODES:
+        return [(None, f"batch_mode is {shown(mode)}; expected one of {', '.join(_MODES)}")]
+    if isinstance(table, Path) and table.suffix.lower() not in _MODES[mode]:
+        name, expected = shown(table.name), " or ".join(_MODES[mode])
+        return [(None, f"batch_mode is {mode!r}, but input_file is {name}; expected a name ending in {expected}")]
     return []

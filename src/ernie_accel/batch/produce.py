@@ -12,11 +12,11 @@ from typing import Any, NoReturn
 from ernie_accel.batch.assembly import assemble, prepare_folder
 from ernie_accel.batch.engines.base import Engine
 from ernie_accel.batch.engines.local import LocalEngine, Pipe
-from ernie_accel.batch.errors import BatchInputError, Problem
+from ernie_accel.batch.errors import BatchInputError, Problem, shown
 from ernie_accel.batch.ledger import Ledger
 from ernie_accel.batch.line import Line, Result
 from ernie_accel.batch.metrics import MetricsServer
-from ernie_accel.batch.naming import REJECTED_FOLDER, collision_key
+from ernie_accel.batch.naming import REJECTED_FOLDER, TakenNames
 from ernie_accel.batch.row import MAX_SEED, Row
 from ernie_accel.batch.sift import Sift
 from ernie_accel.batch.summary import write_manifest
@@ -275,10 +275,11 @@ def _row_problems(tasks: Sequence[Task]) -> list[Problem]:
     problems: list[Problem] = [
         (task.row.line, f"seed {task.request.seed} {fix}") for task in tasks if not 0 <= task.request.seed <= MAX_SEED
     ]
-    taken: dict[str, Row] = {}
+    taken = TakenNames()
     for task in tasks:
         row = task.row
-        first = taken.setdefault(collision_key(row.path), row)
-        if first is not row:
-            problems.append((row.line, f"file name {row.path!r} is taken by line {first.line}; change one"))
+        if row.folder and (reason := taken.take_folder(row.folder, row.line)):
+            problems.append((row.line, f"folder {shown(row.folder)} {reason}; write both alike"))
+        if reason := taken.take(row.path, row.line, row.index):
+            problems.append((row.line, f"file name {shown(row.path)} {reason}; change one"))
     return problems

@@ -16,6 +16,7 @@ from ernie_accel.batch.errors import BatchInputError, BatchOutputError
 from ernie_accel.batch.ledger import Ledger
 from ernie_accel.batch.line import Result
 from ernie_accel.batch.metrics import MetricsServer
+from ernie_accel.batch.naming import collision_key
 from ernie_accel.batch.row import Row
 from ernie_accel.batch.sift import Sift
 from ernie_accel.batch.task import Task, tasks_of
@@ -76,7 +77,7 @@ class Producer:
             metrics.show(self._telemetry.snapshot)
         self._arrivals: queue.SimpleQueue[Task | None] = queue.SimpleQueue()  # None: no more will come
         self._lock = threading.Lock()
-        self._futures: dict[str, Future[Result]] = {}
+        self._futures: dict[str, Future[Result]] = {}  # by the path as the strictest file system compares it
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="ernie-accel-producer", daemon=True)
         self._thread.start()
@@ -92,17 +93,17 @@ class Producer:
         (task,) = tasks_of([row], self._seed)
         if problems := self._engine.problems([(row.line, task.request)]):
             raise BatchInputError(None, problems)
-        path = self._out / row.path
+        path, key = self._out / row.path, collision_key(row.path)
         future: Future[Result] = Future()
         with self._lock:
             if self._closed:
                 raise ErnieAccelError("the producer is closed; create another")
-            if row.path in self._futures:
+            if key in self._futures:
                 raise BatchOutputError(self._out, [(row.line, f"{row.path!r} is being made; choose another name")])
             if not self._overwrite and (path.exists() or path.is_symlink()):
                 reason = f"{row.path!r} exists; allow overwriting or choose another name"
                 raise BatchOutputError(self._out, [(row.line, reason)])
-            self._futures[row.path] = future
+            self._futures[key] = future
             self._arrivals.put(task)
         return future
 
@@ -158,15 +159,15 @@ class Producer:
             if task is None:
                 return False
             wait = False
-            if self._futures[task.row.path].set_running_or_notify_cancel():
+            if self._futures[collision_key(task.row.path)].set_running_or_notify_cancel():
                 self._telemetry.expect(1)
                 self._line.add([task])
             else:
                 with self._lock:
-                    del self._futures[task.row.path]
+                    del self._futures[collision_key(task.row.path)]
 
     def _answer(self, results: Iterable[Result]) -> None:
         for result in results:
             with self._lock:
-                future = self._futures.pop(result.row.path)
+                future = self._futures.pop(collision_key(result.row.path))
             future.set_result(result)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from ernie_accel.batch.errors import shown
+from ernie_accel.batch.gate import fields_problem
 from ernie_accel.batch.naming import folder_problem, name_problem
 
 SETTINGS = ("prompt", "negative_prompt", "seed", "width", "height", "steps", "guidance_scale", "variants")
@@ -58,7 +60,8 @@ class Row:
         columns: Every named column of the file, unparsed.
 
     Raises:
-        ValueError: If `file_name` or `folder` could leave the output folder: no such `Row` can exist.
+        ValueError: If `file_name` or `folder` could leave the output folder, or a text cannot be written as UTF-8: no
+            such `Row` can exist.
     """
 
     line: int
@@ -77,9 +80,12 @@ class Row:
 
     def __post_init__(self) -> None:
         if reason := name_problem(self.file_name):
-            raise ValueError(f"file name {self.file_name!r} {reason}; expected one like 'red-mug.png'")
+            raise ValueError(f"file name {shown(self.file_name)} {reason}; expected one like 'red-mug.png'")
         if self.folder and (reason := folder_problem(self.folder)):
-            raise ValueError(f"folder {self.folder!r} {reason}; expected one like 'mugs'")
+            raise ValueError(f"folder {shown(self.folder)} {reason}; expected one like 'mugs'")
+        own = {"prompt": self.prompt, "negative_prompt": self.negative_prompt or ""}
+        if reason := fields_problem(own) or fields_problem(self.columns):
+            raise ValueError(reason)
 
     @property
     def path(self) -> str:
