@@ -25,9 +25,10 @@ SGLANG_FIELDS = {
     "seed": int,
     "negative_prompt": str,
     "use_pe": bool,
+    "output_format": str,
     "model": str,
 }
-OMNI_FIELDS = {**{k: v for k, v in SGLANG_FIELDS.items() if k != "use_pe"}, "extra_params": dict}
+OMNI_FIELDS = {**{k: v for k, v in SGLANG_FIELDS.items() if k not in ("use_pe", "output_format")}, "extra_params": dict}
 
 
 class ImageServer:
@@ -130,7 +131,9 @@ class _Handler(BaseHTTPRequestHandler):
             width //= 2
         file = io.BytesIO()
         picture: Image.Image = picture_of(Request(prompt="", seed=body["seed"], width=width, height=height))
-        picture.save(file, "PNG")
+        # As SGLang chooses its format; vLLM-Omni makes PNG only.
+        lossless = self.owner.kind != "sglang" or body.get("output_format") == "png"
+        picture.save(file, "PNG" if lossless else "JPEG")
         png = file.getvalue()[: len(file.getvalue()) // 2 if deed == "half picture" else None]
         answer = {"created": 1, "data": [{"b64_json": base64.b64encode(png).decode(), "revised_prompt": None}]}
         if deed == "empty":

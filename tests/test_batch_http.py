@@ -48,7 +48,7 @@ def test_requests_are_what_the_server_takes(tmp_path, kind):
     assert [result.error for result in results] == [None, None]
     check_pictures(results)
     first, second = sorted(server.requests, key=lambda body: body["seed"])
-    off = {"use_pe": False} if kind == "sglang" else {"extra_params": {"apply_pe": False}}
+    off = {"use_pe": False, "output_format": "png"} if kind == "sglang" else {"extra_params": {"apply_pe": False}}
     assert first == {
         "prompt": "cup 0",
         "n": 1,

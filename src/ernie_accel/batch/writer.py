@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ernie_accel.batch.engines.base import Request
+from ernie_accel.batch.engines.base import ENHANCED_PROMPT, Request
 from ernie_accel.batch.naming import OLDER_FOLDER, REJECTED_FOLDER, REROLL_FOLDER
 from ernie_accel.batch.sift import Finding
 from ernie_accel.batch.task import Task
@@ -181,6 +181,8 @@ def texts_of(request: Request, picture: Image.Image, facts: Mapping[str, str]) -
     texts = {"prompt": request.prompt, "seed": str(request.seed), "settings": json.dumps(settings, sort_keys=True)}
     if request.negative_prompt is not None:
         texts["negative_prompt"] = request.negative_prompt
+    if isinstance(enhanced := picture.info.get(ENHANCED_PROMPT), str):
+        texts[ENHANCED_PROMPT] = enhanced
     return texts | dict(facts)
 
 

@@ -31,7 +31,7 @@ OPTIONAL_PACKAGES: Mapping[str, str] = MappingProxyType(
         "scipy": "scipy",
         "torch_npu": "npu",
         "ray": "ray",
-        "httpx": "http",
+        "httpcore": "http",
         "cudnn": "cudnn",
         "cache_dit": "cache-dit",
     }

@@ -26,6 +26,10 @@ ROUND = 4096
 """Rows prepared at once where the encoders leave the device: at 128 tokens some 3 GB of embeddings in host memory."""
 
 
+ENHANCED_PROMPT = "enhanced_prompt"
+"""Where a picture's `info` holds the prompt it was made from, if an engine knows it and it is not the request's own."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One picture, as an engine is asked for it. What is None is left to the model's own defaults.

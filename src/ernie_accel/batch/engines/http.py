@@ -2,43 +2,50 @@
 
 A request is one picture; the servers make batches of their own. Whatever is wrong for a moment (429, 5xx, a timeout, an
 answer cut off) is tried again, on another server where there is one; whatever is wrong with the request is not.
+
+address  where a server is, and the credentials that go nowhere else
+wire     one request and its answer, within bounds of time and bytes
+answers  what an answer holds, and whether another attempt may help
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
 import json
+import logging
+import math
 import random
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from ernie_accel.batch.engines.base import BatchTimeoutError, Engine, Outcome, Request
+from ernie_accel.batch.engines import answers
+from ernie_accel.batch.engines.address import Address, check_key, parse_address
+from ernie_accel.batch.engines.answers import PassingError, RefusalError
+from ernie_accel.batch.engines.base import ENHANCED_PROMPT, BatchTimeoutError, Engine, Outcome, Request
+from ernie_accel.batch.engines.wire import Wire, WireError
 from ernie_accel.batch.errors import Problem
-from ernie_accel.core.errors import ErnieAccelError, MissingExtraError, UnknownNameError
+from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
+from ernie_accel.core.text import one_line
 
-if TYPE_CHECKING:
-    import httpx
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
 
 SERVERS = ("sglang", "vllm-omni")
 VLLM_OMNI_MAX_STEPS = 200
+VLLM_OMNI_MAX_GUIDANCE = 20.0
 
-_RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _MAX_WAIT_S = 60.0
 _REST_S = 10.0  # how long an endpoint that failed is passed over while another is free
-_MAX_MESSAGE = 300  # characters of a server's refusal
 
 
 class ServerRefusedError(ErnieAccelError):
     """A server will not make this picture, however often it is asked.
 
     Attributes:
-        endpoint: The server.
+        endpoint: The server, without credentials.
         status: The HTTP status; None if it answered well-formed and wrongly.
     """
 
@@ -53,14 +60,6 @@ class ServerRefusedError(ErnieAccelError):
 
 class ServersFailedError(ErnieAccelError):
     """Every attempt at a picture failed in a way that might have passed; the text names the last one."""
-
-
-class _PassingError(Exception):
-    """Something that may be better at the next attempt."""
-
-    def __init__(self, reason: str, wait_s: float | None = None) -> None:
-        self.wait_s = wait_s
-        super().__init__(reason)
 
 
 class HttpEngine(Engine):
@@ -81,53 +80,57 @@ class HttpEngine(Engine):
         enhancer: str | None = None,
         model: str | None = None,
         api_key: str | None = None,
+        enhancer_api_key: str | None = None,
     ) -> None:
         """Connect to nothing yet; servers may still be starting.
+
+        Credentials in an address (`http://user:password@host`, `?token=...`) go to that server alone, and are shown
+        nowhere.
 
         Args:
             endpoints: Base addresses such as "http://10.0.0.7:30000"; a trailing "/v1" is understood.
             server: "sglang" or "vllm-omni": they name some settings differently.
             concurrency: Requests at once to each endpoint.
             retries: Further attempts for a request that failed for a passing reason.
-            request_timeout_s: Seconds for one attempt.
+            request_timeout_s: Seconds for one attempt, from connecting to the last byte.
             backoff_s: Seconds before the first further attempt; doubled each time, times 0.5 to 1.5 at random.
             steps: For rows that give none. The default is ERNIE-Image-Turbo's: SGLang's own would be 50.
             guidance_scale: For rows that give none; likewise, SGLang's own would be 5.0. None: the server's.
-            use_pe: Let the image server enhance prompts; its words are not covered by the row's seed.
+            use_pe: Ask the image server to enhance prompts; its words are not covered by the row's seed. Servers may
+                ignore this, on or off, and their answers do not show it: see `identity`.
             enhancer: Base address of a vLLM server that runs the prompt enhancer; it is asked with the row's seed,
                 and the image server gets what it answers.
             model: The model's name, if the servers serve several.
-            api_key: Sent as a bearer token.
+            api_key: Sent to the image servers as a bearer token, and not to the enhancer.
+            enhancer_api_key: Sent to the enhancer as a bearer token, and not to the image servers.
 
         Raises:
-            MissingExtraError: httpx is not installed.
+            MissingExtraError: httpcore is not installed.
             UnknownNameError: There is no such kind of server.
-            ErnieAccelError: No endpoint is given, or one is no HTTP address.
+            ErnieAccelError: No endpoint is given, one is no HTTP address, or a number is out of range.
         """
-        try:
-            import httpx
-        except ImportError as error:
-            raise MissingExtraError("httpx", "http") from error
         if server not in SERVERS:
             raise UnknownNameError("image server", server, SERVERS)
-        for address in (*endpoints, *([enhancer] if enhancer else [])):
-            if not address.startswith(("http://", "https://")):
-                raise ErnieAccelError(f"endpoint {address!r} is no HTTP address; expected one like http://host:30000")
         if not endpoints:
             raise ErnieAccelError("no endpoint is given; name at least one, like http://host:30000")
-        self._endpoints = [_Endpoint(_base(address)) for address in endpoints]
+        if enhancer is None and enhancer_api_key is not None:
+            raise ErnieAccelError("there is an API key for the enhancer and no enhancer; name it, or leave the key out")
+        check_key(api_key, "the image servers")
+        check_key(enhancer_api_key, "the enhancer")
+        self._check_numbers(concurrency, retries, request_timeout_s, backoff_s)
+        self._endpoints = [_Endpoint(parse_address(each, key=api_key)) for each in endpoints]
+        self._enhancer = _Endpoint(parse_address(enhancer, key=enhancer_api_key)) if enhancer else None
         self._server, self._model, self._use_pe = server, model, use_pe
         self._steps, self._guidance_scale = steps, guidance_scale
         self._retries, self._backoff_s, self._request_timeout_s = retries, backoff_s, request_timeout_s
-        self._enhancer = _Endpoint(_base(enhancer)) if enhancer else None
+        if problem := self._beyond(steps, guidance_scale):
+            raise ErnieAccelError(f"the default for rows {problem}")
         self._enhancer_model: str | None = None
         self.slots = concurrency * len(endpoints)
         self._lock = threading.Lock()
         self._jitter = random.Random()
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.slots)
-        # trust_env off: a proxy for the outside must not take the requests to servers in the same rack
-        self._client = httpx.Client(headers=headers, limits=limits, trust_env=False)
+        self._warned = False
+        self._wire = Wire(kept=self.slots)
 
     def render(self, requests: Sequence[Request], timeout_s: float | None = None) -> Sequence[Outcome]:
         """Ask a server for each picture; see `Engine.render`."""
@@ -143,35 +146,82 @@ class HttpEngine(Engine):
         for line, request in requests:
             if (request.width is None) != (request.height is None):
                 problems.append((line, "gives only one of width and height; image servers need both, or neither"))
-            if self._server == "vllm-omni" and (request.steps or 0) > VLLM_OMNI_MAX_STEPS:
-                problems.append(
-                    (line, f"asks for {request.steps} steps; vLLM-Omni takes {VLLM_OMNI_MAX_STEPS} at most")
-                )
+            if problem := self._beyond(request.steps, request.guidance_scale):
+                problems.append((line, problem))
         return problems
 
     def identity(self) -> Mapping[str, str]:
-        """Return the kind of server and the settings that rows leave to this engine."""
+        """Return the kind of server and the settings that rows leave to this engine.
+
+        What enhanced the prompts is only stated where it is known. Image servers are asked to, or not to; but some
+        releases ignore that, and no answer shows it reliably.
+        """
         settings = {"steps": self._steps, "guidance_scale": self._guidance_scale}
         given = {f"default {name}": f"{value:g}" for name, value in settings.items() if value is not None}
-        enhanced = "vllm" if self._enhancer else "image server" if self._use_pe else "no"
-        return {"pipeline": f"{self._server} image server", "enhanced by": enhanced} | given
+        asked = "asked to be on" if self._asks_for_enhancing else "asked to be off"
+        known = {"enhanced by": "vllm" if self._enhancer else "unknown", "image server's enhancer": asked}
+        return {"pipeline": f"{self._server} image server"} | known | given
 
     def close(self) -> None:
         """Drop the connections; requests under way fail."""
-        self._client.close()
+        self._wire.close()
+
+    @property
+    def _asks_for_enhancing(self) -> bool:
+        return self._use_pe and self._enhancer is None
+
+    @staticmethod
+    def _check_numbers(concurrency: int, retries: int, request_timeout_s: float, backoff_s: float) -> None:
+        wrong = []
+        if concurrency < 1:
+            wrong.append(f"concurrency is {concurrency}; expected 1 or more")
+        if retries < 0:
+            wrong.append(f"retries is {retries}; expected 0 or more")
+        if not 0 < request_timeout_s < math.inf:
+            wrong.append(f"request_timeout_s is {request_timeout_s}; expected seconds, more than 0")
+        if not 0 <= backoff_s < math.inf:
+            wrong.append(f"backoff_s is {backoff_s}; expected seconds, 0 or more")
+        if wrong:
+            raise ErnieAccelError("; ".join(wrong))
+
+    def _beyond(self, steps: int | None, guidance_scale: float | None) -> str | None:
+        """Return what this kind of server would refuse; None: it would not."""
+        if self._server != "vllm-omni":
+            return None
+        if (steps or 0) > VLLM_OMNI_MAX_STEPS:
+            return f"asks for {steps} steps; vLLM-Omni takes {VLLM_OMNI_MAX_STEPS} at most"
+        if (guidance_scale or 0) > VLLM_OMNI_MAX_GUIDANCE:
+            return (
+                f"asks for a guidance_scale of {guidance_scale:g}; vLLM-Omni takes {VLLM_OMNI_MAX_GUIDANCE:g} at most"
+            )
+        return None
 
     def _picture(self, request: Request, deadline: float | None) -> Image.Image:
         prompt = request.prompt
         if self._enhancer is not None:
             prompt = self._attempts([self._enhancer], lambda at: self._enhance(at, request, deadline), deadline)
         body = self._body(request, prompt)
+        size = None if request.width is None or request.height is None else (request.width, request.height)
 
         def ask(at: _Endpoint) -> Image.Image:
-            answer = self._post(at, "/v1/images/generations", body, deadline)
-            return _picture_in(answer, at.address, request)
+            answer = self._post(at, "/v1/images/generations", body, deadline, answers.picture_limit(size))
+            picture = answers.picture_in(answer, size)
+            used = prompt
+            if revised := answers.revised_prompt_in(answer, prompt):
+                used = at.address.without_secrets(revised)
+                self._warn_of_revision(at)
+            picture.info = {} if used == request.prompt else {ENHANCED_PROMPT: used}
+            return picture
 
-        picture: Image.Image = self._attempts(self._endpoints, ask, deadline)
-        return picture
+        return self._attempts(self._endpoints, ask, deadline)
+
+    def _warn_of_revision(self, at: _Endpoint) -> None:
+        if not (self._asks_for_enhancing or self._warned):
+            self._warned = True
+            _log.warning(
+                "%s changes prompts, though it was asked not to; each picture says what it was made from",
+                at.address.shown,
+            )
 
     def _body(self, request: Request, prompt: str) -> dict[str, Any]:
         body: dict[str, Any] = {"prompt": prompt, "n": 1, "response_format": "b64_json", "seed": request.seed}
@@ -183,13 +233,14 @@ class HttpEngine(Engine):
             "negative_prompt": request.negative_prompt,
         }
         body |= {name: value for name, value in optional.items() if value is not None}
-        use_pe = self._use_pe and self._enhancer is None
-        return body | ({"use_pe": use_pe} if self._server == "sglang" else {"extra_params": {"apply_pe": use_pe}})
+        if self._server == "sglang":
+            # SGLang's default is JPEG of quality 75; vLLM-Omni makes PNG. Releases that do not declare `use_pe` drop it.
+            return body | {"output_format": "png", "use_pe": self._asks_for_enhancing}
+        return body | {"extra_params": {"apply_pe": self._asks_for_enhancing}}
 
     def _enhance(self, at: _Endpoint, request: Request, deadline: float | None) -> str:
-        with self._lock:
-            if self._enhancer_model is None:
-                self._enhancer_model = self._only_model(at, deadline)
+        if self._enhancer_model is None:  # two threads may both ask; neither waits for the other
+            self._enhancer_model = answers.model_in(self._post(at, "/v1/models", None, deadline))
         content = {"prompt": request.prompt, "width": request.width or 1024, "height": request.height or 1024}
         body = {
             "model": self._enhancer_model,
@@ -199,37 +250,31 @@ class HttpEngine(Engine):
             "max_tokens": 2048,
             "seed": request.seed & (2**63 - 1),  # vLLM takes signed 64 bits
         }
-        answer = self._post(at, "/v1/chat/completions", body, deadline)
-        try:
-            text = str(answer["choices"][0]["message"]["content"]).strip()
-        except (KeyError, IndexError, TypeError):
-            raise _PassingError(f"{at.address} answered without choices[0].message.content") from None
-        return text or request.prompt
+        text = answers.enhanced_prompt_in(self._post(at, "/v1/chat/completions", body, deadline))
+        return at.address.without_secrets(text) or request.prompt
 
-    def _only_model(self, at: _Endpoint, deadline: float | None) -> str:
-        answer = self._post(at, "/v1/models", None, deadline)
-        try:
-            return str(answer["data"][0]["id"])
-        except (KeyError, IndexError, TypeError):
-            raise _PassingError(f"{at.address} names no model") from None
-
-    def _attempts(self, endpoints: Sequence[_Endpoint], ask: Any, deadline: float | None) -> Any:
+    def _attempts(self, endpoints: Sequence[_Endpoint], ask: Callable[[_Endpoint], _T], deadline: float | None) -> _T:
         """Return the first good answer; wait longer after each that failed, and prefer another server."""
-        for attempt in range(self._retries + 1):
+        attempt = 0
+        while True:
             at = self._choose(endpoints)
+            attempt += 1
             try:
                 return ask(at)
-            except _PassingError as error:
+            except RefusalError as error:
+                reason = at.address.without_secrets(str(error))
+                raise ServerRefusedError(at.address.shown, error.status, reason) from None
+            except PassingError as error:
                 with self._lock:
                     at.rests_until = time.monotonic() + _REST_S
-                if attempt == self._retries:
-                    raise ServersFailedError(f"{error}; given up after {attempt + 1} attempts") from error
-                wait_s = error.wait_s or self._backoff_s * 2**attempt * self._jitter.uniform(0.5, 1.5)
-                _sleep(min(wait_s, _MAX_WAIT_S), deadline)
+                if attempt > self._retries:
+                    reason = f"{at.address.shown} {at.address.without_secrets(str(error))}"
+                    raise ServersFailedError(f"{reason}; given up after {attempt} attempts") from None
+                wait_s = error.wait_s or self._backoff_s * 2 ** min(attempt - 1, 30) * self._jitter.uniform(0.5, 1.5)
             finally:
                 with self._lock:
                     at.busy -= 1
-        raise ValueError(f"retries is {self._retries}; expected 0 or more")
+            _sleep(min(wait_s, _MAX_WAIT_S), deadline)
 
     def _choose(self, endpoints: Sequence[_Endpoint]) -> _Endpoint:
         """Return the endpoint with the fewest requests under way, of those that have not just failed if there are."""
@@ -239,28 +284,31 @@ class HttpEngine(Engine):
             chosen.busy += 1
         return chosen
 
-    def _post(self, at: _Endpoint, path: str, body: Mapping[str, Any] | None, deadline: float | None) -> Any:
+    def _post(
+        self,
+        at: _Endpoint,
+        path: str,
+        body: Mapping[str, Any] | None,
+        deadline: float | None,
+        limit: int = answers.MAX_WORDS_BYTES,
+    ) -> Any:
         """Return the JSON that a server answers."""
-        import httpx
-
-        limit = time.monotonic() + self._request_timeout_s
-        ends = limit if deadline is None else min(limit, deadline)
-        left = ends - time.monotonic()
-        if left <= 0:
+        now = time.monotonic()
+        ends = now + self._request_timeout_s
+        if deadline is not None:
+            ends = min(ends, deadline)
+        if ends <= now:
             raise _DeadlineError
-        content = bytearray()
-        method = "GET" if body is None else "POST"
+        content = None if body is None else json.dumps(body).encode()
         try:
-            with self._client.stream(method, at.address + path, json=body, timeout=left) as answer:
-                for chunk in answer.iter_bytes():
-                    content += chunk
-                    if time.monotonic() > ends:  # httpx' own timeout is for each chunk, and a trickle has many
-                        raise httpx.ReadTimeout("the answer trickled in too slowly")
-        except httpx.TransportError as error:
+            answer = self._wire.send(
+                at.address, path, content, ends=ends, limit=limit, limit_refusal=answers.MAX_REFUSAL_BYTES
+            )
+        except WireError as error:
             if deadline is not None and time.monotonic() >= deadline:
-                raise _DeadlineError from error
-            raise _PassingError(f"{at.address}: {type(error).__name__}: {error}") from error
-        return _parsed(at.address, answer, bytes(content))
+                raise _DeadlineError from None
+            raise PassingError(f"failed: {one_line(str(error), 300)}") from None
+        return answers.parse_answer(answer)
 
 
 class _DeadlineError(Exception):
@@ -270,64 +318,13 @@ class _DeadlineError(Exception):
 class _Endpoint:
     """One server, the requests it has under way, and until when it is passed over."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: Address) -> None:
         self.address = address
         self.busy = 0
         self.rests_until = 0.0
-
-
-def _base(address: str) -> str:
-    return address.rstrip("/").removesuffix("/v1")
 
 
 def _sleep(seconds: float, deadline: float | None) -> None:
     if deadline is not None and time.monotonic() + seconds >= deadline:
         raise _DeadlineError
     time.sleep(seconds)
-
-
-def _parsed(address: str, answer: httpx.Response, content: bytes) -> Any:
-    status = answer.status_code
-    if status in _RETRIED_STATUS:
-        raise _PassingError(f"{address} answered {status}: {_message(content)}", _retry_after(answer))
-    if status != 200:
-        raise ServerRefusedError(address, status, _message(content))
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise _PassingError(f"{address} sent {len(content)} bytes that are no JSON; its answer was cut off") from error
-
-
-def _picture_in(answer: Any, address: str, request: Request) -> Image.Image:
-    """Return the picture of an answer, decoded in full, so that one cut off shows here and not in the file."""
-    data = answer.get("data") if isinstance(answer, dict) else None
-    if not (isinstance(data, list) and len(data) == 1 and isinstance(data[0], dict) and data[0].get("b64_json")):
-        raise _PassingError(f"{address} answered without data[0].b64_json")
-    try:
-        picture = Image.open(io.BytesIO(base64.b64decode(data[0]["b64_json"], validate=True)))
-        picture.load()
-    except (binascii.Error, UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise _PassingError(f"{address} sent a picture that cannot be decoded ({error})") from error
-    if request.width is not None and picture.size != (request.width, request.height):
-        found, wanted = f"{picture.width}x{picture.height}", f"{request.width}x{request.height}"
-        raise ServerRefusedError(address, None, f"it made a picture of {found} px where {wanted} were asked for")
-    return picture.convert("RGB")
-
-
-def _retry_after(answer: httpx.Response) -> float | None:
-    try:
-        return max(0.0, float(answer.headers["retry-after"]))
-    except (KeyError, ValueError):  # absent, or a date
-        return None
-
-
-def _message(content: bytes) -> str:
-    """Return what a server says went wrong: OpenAI's error object, FastAPI's detail, or the text itself."""
-    text = content.decode("utf-8", "replace")
-    try:
-        found = json.loads(text)
-        error = found.get("error", found.get("detail", text))
-        text = str(error.get("message", error) if isinstance(error, dict) else error)
-    except (ValueError, AttributeError):
-        pass
-    return " ".join(text.split())[:_MAX_MESSAGE] or "no reason given"
