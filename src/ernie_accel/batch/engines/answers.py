@@ -11,7 +11,7 @@ import struct
 import time
 import unicodedata
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from PIL import Image
@@ -37,6 +37,7 @@ _MAX_PROMPT = 20_000  # characters; the enhancer is asked for 2048 tokens
 
 _RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
+_UNPACKED_AT_ONCE = 1 << 18  # bytes
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _HEADER_END = 33  # signature, and the chunk IHDR
 _COLOURS = {0: "grayscale", 2: "RGB", 3: "palette", 4: "grayscale with alpha", 6: "RGBA"}
@@ -76,8 +77,12 @@ def picture_limit(size: tuple[int, int] | None) -> int:
     return _ENVELOPE + 5 * pixels
 
 
-def parse_answer(answer: Answer) -> Any:
+def parse_answer(answer: Answer, hide: Callable[[str], str]) -> Any:
     """Return the JSON of a good answer.
+
+    Args:
+        answer: As received.
+        hide: Hides credentials in a text; applied to what is shown, before it is cut.
 
     Raises:
         PassingError: The server is busy or failed, or what it sent is no JSON.
@@ -85,19 +90,19 @@ def parse_answer(answer: Answer) -> Any:
     """
     status = answer.status
     if status in _RETRIED_STATUS:
-        raise PassingError(f"answered {status}: {message_in(answer.content)}", retry_after_s(answer.headers))
+        raise PassingError(f"answered {status}: {message_in(answer.content, hide)}", retry_after_s(answer.headers))
     if 300 <= status < 400:
-        target = redacted(answer.headers.get("location", "nowhere"))[:_MAX_MESSAGE]
+        target = redacted(hide(answer.headers.get("location", "nowhere")))[:_MAX_MESSAGE]
         raise RefusalError(f"it redirects to {target}; that is not followed, name the final address", status)
     if status != 200:
-        raise RefusalError(message_in(answer.content), status)
+        raise RefusalError(message_in(answer.content, hide), status)
     content = answer.content
     if content.count(b"[") + content.count(b"{") > _MAX_BRACKETS or content.count(b",") > _MAX_COMMAS:
         raise PassingError(f"sent {len(content)} bytes of far more values than an answer has")
     try:
         return json.loads(content)
     except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested too deeply
-        kind = one_line(answer.headers.get("content-type", "no content type"), 60)
+        kind = one_line(hide(answer.headers.get("content-type", "no content type")), 60)
         raise PassingError(f"sent {len(content)} bytes ({kind}) that are no JSON, or were cut off") from None
 
 
@@ -169,7 +174,7 @@ def model_in(answer: Any) -> str:
     return name
 
 
-def message_in(content: bytes | bytearray) -> str:
+def message_in(content: bytes | bytearray, hide: Callable[[str], str]) -> str:
     """Return what a server says went wrong, in one line: OpenAI's error, FastAPI's detail, or the text itself."""
     text = bytes(content[:MAX_REFUSAL_BYTES]).decode("utf-8", "replace")
     try:
@@ -180,7 +185,7 @@ def message_in(content: bytes | bytearray) -> str:
         error = found.get("error", found.get("detail"))
         error = error.get("message") if isinstance(error, dict) else error
         text = error if isinstance(error, str) else text
-    return one_line(text, _MAX_MESSAGE) or "no reason given"
+    return one_line(hide(text), _MAX_MESSAGE) or "no reason given"
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
@@ -229,6 +234,7 @@ def _check_header(png: bytes, size: tuple[int, int] | None) -> None:
 def _pixels_only(png: bytes) -> bytes:
     """Return a PNG without texts, profiles and whatever else is not its pixels: those could be large once unpacked."""
     kept, at = [png[:_HEADER_END]], _HEADER_END
+    pixels = _Pixels(png)
     while at + 12 <= len(png):
         length, kind = struct.unpack_from(">I4s", png, at)
         end = at + 12 + length
@@ -240,10 +246,39 @@ def _pixels_only(png: bytes) -> bytes:
             raise PassingError("sent a picture that is damaged: a checksum is wrong")
         if kind == b"IEND" or (kind == b"IDAT" and length):
             kept.append(png[at:end])
+            pixels.add(memoryview(png)[at + 8 : end - 4])
         if kind == b"IEND":
+            pixels.check()
             return b"".join(kept)
         at = end
     raise PassingError("sent a picture that is cut off")
+
+
+class _Pixels:
+    """Counts the bytes of unpacked pixels without keeping them: Pillow leaves missing ones black, silently."""
+
+    def __init__(self, png: bytes) -> None:
+        width, height, _, _, _, _, interlaced = struct.unpack_from(">IIBBBBB", png, 16)
+        self._left = height * (1 + 3 * width)  # a row begins with a byte that names its filter
+        self._counted = not interlaced
+        self._unpacker = zlib.decompressobj()
+
+    def add(self, packed: memoryview) -> None:
+        rest: bytes | memoryview = packed
+        while self._counted and not self._unpacker.eof:
+            try:
+                count = len(self._unpacker.decompress(rest, _UNPACKED_AT_ONCE))
+            except zlib.error:
+                raise PassingError("sent a picture whose pixels cannot be unpacked") from None
+            self._left -= count
+            rest = self._unpacker.unconsumed_tail
+            if self._left < 0 or (not rest and count < _UNPACKED_AT_ONCE):
+                break
+
+    def check(self) -> None:
+        if self._counted and self._left:
+            which = "fewer" if self._left > 0 else "more"
+            raise PassingError(f"sent a picture of {which} pixels than its header says")
 
 
 def _intact(png: bytes, start: int, end: int) -> bool:

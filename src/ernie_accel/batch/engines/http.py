@@ -234,7 +234,7 @@ class HttpEngine(Engine):
         }
         body |= {name: value for name, value in optional.items() if value is not None}
         if self._server == "sglang":
-            # SGLang's default is JPEG of quality 75; vLLM-Omni makes PNG. Releases that do not declare `use_pe` drop it.
+            # SGLang's default is JPEG of quality 75; vLLM-Omni makes PNG. Some releases drop an undeclared `use_pe`.
             return body | {"output_format": "png", "use_pe": self._asks_for_enhancing}
         return body | {"extra_params": {"apply_pe": self._asks_for_enhancing}}
 
@@ -262,14 +262,13 @@ class HttpEngine(Engine):
             try:
                 return ask(at)
             except RefusalError as error:
-                reason = at.address.without_secrets(str(error))
-                raise ServerRefusedError(at.address.shown, error.status, reason) from None
+                raise ServerRefusedError(at.address.shown, error.status, str(error)) from None
             except PassingError as error:
                 with self._lock:
                     at.rests_until = time.monotonic() + _REST_S
                 if attempt > self._retries:
-                    reason = f"{at.address.shown} {at.address.without_secrets(str(error))}"
-                    raise ServersFailedError(f"{reason}; given up after {attempt} attempts") from None
+                    failed = f"{at.address.shown} {error}; given up after {attempt} attempts"
+                    raise ServersFailedError(failed) from None
                 wait_s = error.wait_s or self._backoff_s * 2 ** min(attempt - 1, 30) * self._jitter.uniform(0.5, 1.5)
             finally:
                 with self._lock:
@@ -307,8 +306,8 @@ class HttpEngine(Engine):
         except WireError as error:
             if deadline is not None and time.monotonic() >= deadline:
                 raise _DeadlineError from None
-            raise PassingError(f"failed: {one_line(str(error), 300)}") from None
-        return answers.parse_answer(answer)
+            raise PassingError(f"failed: {one_line(at.address.without_secrets(str(error)), 300)}") from None
+        return answers.parse_answer(answer, at.address.without_secrets)
 
 
 class _DeadlineError(Exception):

@@ -13,6 +13,7 @@ from ernie_accel.core.errors import MissingExtraError
 
 _FRAMING = 256 * 1024  # bytes of headers and chunk sizes, beside twice the body
 _PIECE = 4096  # bytes sent between two looks at the clock
+_CODINGS = ("gzip", "deflate", "br", "zstd", "compress")
 _KEEP_S = 4.0  # seconds a connection is kept for the next request: less than servers keep it (uvicorn: 5)
 
 
@@ -113,7 +114,8 @@ class Wire:
         coding = headers.get("content-encoding", "identity").strip().lower()
         content = bytearray()
         if stream.status == 200 and coding not in ("", "identity"):
-            raise WireError(f"its answer is compressed ({coding[:40]}), though it was asked not to; switch that off")
+            shown = coding if coding in _CODINGS else "in an unknown way"
+            raise WireError(f"its answer is compressed ({shown}), though it was asked not to be; switch that off")
         if stream.status == 200 and headers.get("content-length", "0").isdigit():
             # The length of the digits first: reading thousands of them as a number takes long.
             length = headers.get("content-length", "0").lstrip("0")
