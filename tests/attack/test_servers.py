@@ -351,7 +351,9 @@ def check_harmless(text: str, what: str) -> None:
 def check_words(error: Exception, what: str) -> None:
     text = str(error)
     assert len(text) < 700, f"{what}: {len(text)} characters"
-    bad = [c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")]
+    bad = [
+        c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(c) == "RLO"
+    ]
     assert not bad, f"{what}: {bad} in {text!r}"
     check_harmless("".join([text, repr(error), *traceback.format_exception(error)]), what)
 

@@ -8,27 +8,10 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-# Unicode categories: controls, formats (text direction, zero width), lone surrogates, private use, separators of lines
-_UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
-
 
 def width(text: str) -> int:
     """Return the columns `text` takes in a terminal (East Asian wide characters take two)."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
-
-
-def one_line(text: str, most: int | None = None) -> str:
-    """Return foreign text in one line, without what a terminal would obey or what would reorder the line.
-
-    Args:
-        text: Whatever somebody else wrote.
-        most: Characters to keep; None: all.
-
-    >>> one_line("not\\x1b[2J\\nfound")
-    'not [2J found'
-    """
-    visible = (" " if unicodedata.category(c) in _UNPRINTABLE else c for c in text)
-    return " ".join("".join(visible).split())[:most]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset[int] = frozenset()) -> str:

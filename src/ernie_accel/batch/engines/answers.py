@@ -185,7 +185,7 @@ def message_in(content: bytes | bytearray, hide: Callable[[str], str]) -> str:
         error = found.get("error", found.get("detail"))
         error = error.get("message") if isinstance(error, dict) else error
         text = error if isinstance(error, str) else text
-    return one_line(hide(text), _MAX_MESSAGE) or "no reason given"
+    return one_line(" ".join(hide(text).split()), _MAX_MESSAGE) or "no reason given"
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
