@@ -212,7 +212,7 @@ def test_what_the_enhancer_keeps_on_the_device_leaves_it_with_the_enhancer(monke
         engine = LocalEngine(pipe, free_encoders=True)
         engine.prepare([request(0)])
         assert pipe.pe is None
-        made = pipe._enhance_prompts.__self__._enhancer if transforms else engine._prompts._enhancer
+        made = pipe._around_enhancer.__self__._enhancer if transforms else engine._prompts._enhancer
         assert made is None if transforms else forgotten == [made]
         engine.close()
 

@@ -24,9 +24,9 @@ from ernie_accel import (
 from ernie_accel.core.plan import after
 from ernie_accel.core.preset import presets
 from ernie_accel.models.ernie_image import blocks as ernie_image_blocks
+from ernie_accel.models.graphed_forward import GraphedForward
 from ernie_accel.transforms.denoiser.cache_steps.cache_steps import LEAST_STEPS
 from ernie_accel.transforms.denoiser.cache_steps.forecast import FLOORS_DB
-from ernie_accel.transforms.denoiser.capture_graphs import GraphedForward
 from tests.examples import differences, snapshot
 from tests.pipelines import PIPELINES, interrupt_at, picture, tiny_ernie
 from tests.test_graphs import Recorder

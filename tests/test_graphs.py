@@ -14,7 +14,7 @@ from ernie_accel.core.undo import Undo
 from ernie_accel.kernels import ops
 from ernie_accel.models.ernie_image import blocks as ernie_image_blocks
 from ernie_accel.models.ernie_image import kernels as ernie_image_kernels
-from ernie_accel.transforms.denoiser.capture_graphs import GraphedForward
+from ernie_accel.models.graphed_forward import GraphedForward
 from tests.pipelines import picture, tiny_ernie, tiny_flux
 
 H200 = ernie_accel.Context("cuda", "NVIDIA H200", (9, 0))

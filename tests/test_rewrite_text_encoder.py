@@ -11,7 +11,7 @@ import ernie_accel
 from ernie_accel import Autocast, BatchPromptEncoding, Context, FreeAfterUse, Offload, Quantize, RewriteTextEncoder
 from ernie_accel.batch.engines.prompts import PromptStage
 from ernie_accel.core.plan import after
-from ernie_accel.transforms.prompts.encode_prompts import pass_on
+from ernie_accel.models.ministral.layers import pass_on
 from ernie_accel.transforms.prompts.rewrite_text_encoder import RewrittenForward
 from tests.pipelines import picture, randomize, tiny_ernie
 

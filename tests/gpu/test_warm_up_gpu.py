@@ -7,7 +7,7 @@ import torch
 
 import ernie_accel
 from ernie_accel import CacheSteps, CallDefaults, CaptureGraphs, RewriteBlocks, Warmup
-from ernie_accel.transforms.denoiser.capture_graphs import GraphedForward
+from ernie_accel.models.graphed_forward import GraphedForward
 from tests.pipelines import picture, tiny_ernie
 
 PROMPT = "a red circle on"

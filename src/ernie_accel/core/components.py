@@ -12,6 +12,12 @@ from ernie_accel.core.errors import UnknownNameError
 #: A ``diffusers.DiffusionPipeline``; not imported here, because any object with its attributes will do.
 Pipeline: TypeAlias = Any
 
+#: Components that only work before the denoising starts.
+PROMPT_COMPONENTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "pe")
+
+#: What ``enable_group_offload`` attaches to modules (diffusers/hooks/group_offloading.py).
+GROUP_OFFLOAD_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading", "lazy_leafs")
+
 
 def is_float8(dtype: torch.dtype) -> bool:
     """Return whether `dtype` is one of torch's one-byte floating-point types."""

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from ernie_accel.core.components import Pipeline
+from ernie_accel.core.dtypes import DTYPES
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from ernie_accel.core.saving import MANIFEST, load
-from ernie_accel.transforms.weights.cast_dtype import DTYPES
 
 DEVICES = ("auto", "cpu", "cuda", "npu")
 

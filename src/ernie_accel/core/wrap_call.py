@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, TypeAlias
 
@@ -14,12 +15,17 @@ from ernie_accel.core.undo import Undo
 Around: TypeAlias = Callable[[Callable[[dict[str, Any]], Any], dict[str, Any]], Any]
 
 
-def wrap_call(pipe: Pipeline, attribute: str, undo: Undo) -> None:
-    """Let calls of `pipe` go through the `Around` in its attribute `attribute`, in place.
+_PREFIX = "_around_"
 
-    It is an attribute, and not an argument, so that a deep copy of the pipe calls its own copy. The pipe's new class is
+
+def wrap_call(pipe: Pipeline, name: str, around: Around, undo: Undo) -> None:
+    """Let calls of `pipe` go through `around`, in place; `wrapper` finds it by `name`.
+
+    It is kept in an attribute of the pipe, so that a deep copy of the pipe calls its own copy. The pipe's new class is
     a subclass of the same name and signature: save_pretrained writes the name, and from_pretrained looks it up.
     """
+    attribute = f"{_PREFIX}{name}"
+    undo.setattr(pipe, attribute, around)
     cls = type(pipe)
     stock = cls.__call__
     signature = inspect.signature(stock)
@@ -40,3 +46,22 @@ def wrap_call(pipe: Pipeline, attribute: str, undo: Undo) -> None:
     metaclass: Any = type(cls)
     undo.push(lambda: object.__setattr__(pipe, "__class__", cls))
     object.__setattr__(pipe, "__class__", metaclass(cls.__name__, (cls,), {"__call__": __call__, **names}))
+
+
+def wrapper(pipe: Pipeline, name: str) -> object | None:
+    """Return the object whose method was given to `wrap_call` under `name`; None if none was."""
+    return getattr(vars(pipe).get(f"{_PREFIX}{name}"), "__self__", None)
+
+
+@contextlib.contextmanager
+def leaving_no_trace(pipe: Pipeline) -> Iterator[None]:
+    """Call the pipe, within the block, so that nothing that wraps its calls remembers anything of it.
+
+    A wrapper that keeps something between calls has a method ``leaving_no_trace`` of its own, a context manager.
+    """
+    with contextlib.ExitStack() as stack:
+        for name, around in vars(pipe).items():
+            own = getattr(getattr(around, "__self__", None), "leaving_no_trace", None)
+            if name.startswith(_PREFIX) and own is not None:
+                stack.enter_context(own())
+        yield

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ernie_accel.core.components import Pipeline
+from ernie_accel.core.context import Context
 from ernie_accel.core.undo import Undo
-from ernie_accel.families import repeated_blocks
+from ernie_accel.families import family_of, repeated_blocks
 from ernie_accel.families.family import AlwaysMasks
 
 #: What blocks call their mask argument: those of diffusers' transformers, and the rewritten ones.
@@ -131,3 +132,12 @@ class _MaskHook:
         if kwargs.get(self._name) is None:
             return None
         return args, {**kwargs, self._name: self._change(kwargs[self._name])}
+
+
+def why_no_idle_mask(pipe: Pipeline, context: Context) -> str | None:
+    """Return why no mask reaches the attention of `pipe` unless a batch really pads; None if one always does."""
+    family = family_of(pipe)
+    if family is None or family.always_masks is None:
+        name = family.name if family is not None else type(pipe).__name__
+        return f"{name} builds a mask only for a batch that really pads"
+    return context.planned(pipe).elides_mask

@@ -6,7 +6,7 @@ import functools
 import inspect
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 from ernie_accel.batch.engines.base import PREPARE_BATCH, ROUND, Request, stop_if
@@ -14,6 +14,7 @@ from ernie_accel.core.components import forget_kept, is_moved_in_parts
 from ernie_accel.families import family_of
 from ernie_accel.families.ernie_image import ERNIE_IMAGE
 from ernie_accel.models.ministral.enhancer import PromptEnhancer, Wish, why_not
+from ernie_accel.models.ministral.stand_in import enhancer_of
 
 _KEPT = 1024  # prompts whose embeddings are kept in host memory
 
@@ -109,7 +110,9 @@ class PromptStage:
         # What enhancers keep beside the weights is on the device, too.
         if self._enhancer is not None:
             self._enhancer.forget()
-        getattr(self._pipe, "_forget_enhancer", lambda: None)()
+        installed = enhancer_of(self._pipe)
+        if installed is not None:
+            installed.forget()
 
     def close(self) -> None:
         """Forget the embeddings, and put back on the device what was taken off it."""
@@ -167,8 +170,11 @@ class PromptStage:
         model, tokenizer = self._pipe.pe, self._pipe.pe_tokenizer
         if not why_not(model, tokenizer) and not is_moved_in_parts(model):
             # RewriteEnhancer, where it was applied, has one already, with its own limit of tokens.
-            enhance = getattr(self._pipe, "_enhance_prompts", None)
-            if enhance is None:
+            installed = enhancer_of(self._pipe)
+            enhance: Callable[..., list[str]]
+            if installed is not None:
+                enhance = installed.enhance
+            else:
                 if self._enhancer is None or not self._enhancer.enhances_with(model):
                     self._enhancer = PromptEnhancer(model, tokenizer)
                 enhance = self._enhancer.enhance

@@ -353,6 +353,8 @@ def _pad(
     return text_bth, Rows(grid, lengths, text_bth.shape[1], rule.told_by if is_told else None)
 
 
+#: Attribute of the transformer with the blocks.
+BLOCKS = "layers"
 # What `CaptureGraphs` asks of a rewritten family.
 FORWARD_ARGUMENTS = ("hidden_states", "timestep", "text_bth", "text_lens", "return_dict")
 #: Other tensors in every step.

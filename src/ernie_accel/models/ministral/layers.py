@@ -117,3 +117,11 @@ def places(tensor: Any) -> Iterator[tuple[int, torch.dtype]]:
             yield from places(getattr(tensor, name))
     else:
         yield tensor.data_ptr(), tensor.dtype
+
+
+def pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Stand in for the forward of a layer whose result nothing uses.
+
+    The layer itself has to stay: without it, ``hidden_states[-2]`` would silently be another layer's.
+    """
+    return hidden_states

@@ -11,12 +11,12 @@ import torch
 
 from ernie_accel.core.components import Pipeline, device_of, modules_of
 from ernie_accel.core.context import Context
+from ernie_accel.core.dtypes import DTYPES, why_not_cast
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import wrap_call
-from ernie_accel.transforms.weights.cast_dtype import DTYPES, CastDtype
 
 HALF = tuple(name for name in DTYPES if name != "float32")
 
@@ -51,7 +51,7 @@ class Autocast(Transform):
         return 25.0
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
-        reasons = CastDtype(self.dtype).unsupported(pipe, context)
+        reasons = why_not_cast(pipe, context, self.dtype)
         planned = context.planned(pipe)
         found = {planned.dtype_of(name) for name, module in modules_of(pipe).items() if hasattr(module, "dtype")}
         dtypes = {str(dtype).removeprefix("torch.") for dtype in found - {None}}
@@ -67,8 +67,7 @@ class Autocast(Transform):
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         with Undo() as undo:
-            undo.setattr(pipe, "_around_autocast", partial(_autocast, device_of(pipe).type, DTYPES[self.dtype]))
-            wrap_call(pipe, "_around_autocast", undo)
+            wrap_call(pipe, "autocast", partial(_autocast, device_of(pipe).type, DTYPES[self.dtype]), undo)
         return Applied(self._changes(), undo=undo)
 
     def _changes(self) -> tuple[str, ...]:

@@ -57,8 +57,7 @@ class CheckFinite(Transform):
         check = _Check(pipe, self.rerun)
         with Undo() as undo:
             undo.setattr(pipe.vae, "decode", check.decoding(pipe.vae.decode))
-            undo.setattr(pipe, "_around_finite", check.around)
-            wrap_call(pipe, "_around_finite", undo)
+            wrap_call(pipe, "finite", check.around, undo)
         return Applied(("call", "vae.decode"), undo=undo)
 
 

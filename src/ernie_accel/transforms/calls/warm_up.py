@@ -16,9 +16,10 @@ from ernie_accel.core.components import Pipeline, device_of, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
+from ernie_accel.core.wrap_call import leaving_no_trace
 from ernie_accel.families import family_of
 from ernie_accel.models.ministral.enhancer import Wish
-from ernie_accel.transforms.prompts.encode_prompts import remembering_nothing
+from ernie_accel.models.ministral.stand_in import EnhancerStandIn, enhancer_of
 
 #: The first step compiles, the second of the same shape is the one that `CaptureGraphs` records.
 STEPS = 2
@@ -156,11 +157,12 @@ class Warmup(Transform):
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         spent: list[str] = []
-        with unnoticed(pipe), remembering_nothing(pipe):
+        with unnoticed(pipe), leaving_no_trace(pipe):
             decoded: set[tuple[int, int, int]] = set()
             pending = context.planned(pipe).on_first_call
-            if hasattr(pipe, "_enhance_prompts") and "enhancer" in pending:
-                spent += [_enhance(pipe, batch) for batch in self.batch_sizes]
+            enhancer = enhancer_of(pipe)
+            if enhancer is not None and "enhancer" in pending:
+                spent += [_enhance(enhancer, default_sizes(pipe)[0], batch) for batch in self.batch_sizes]
             encodes_twice = "text-encoder" in pending
             for combination in self._combinations(pipe):
                 shape = combination[:3]
@@ -219,15 +221,14 @@ def prompt_of(tokenizer: Any, length: int) -> str | None:
     return None
 
 
-def _enhance(pipe: Pipeline, batch: int) -> str:
+def _enhance(enhancer: EnhancerStandIn, size: tuple[int, int], batch: int) -> str:
     """Enhance as many prompts as `batch`, twice, and forget them; return what it took, in words.
 
     Reading a prompt happens once in an enhancement, and what happens for the second time is what is captured.
     """
-    width, height = default_sizes(pipe)[0]
     start = time.perf_counter()
     for _ in range(2):
-        pipe._enhance_prompts([Wish(PROMPT, width, height, seed) for seed in range(batch)], max_new_tokens=TOKENS)
+        enhancer.enhance([Wish(PROMPT, *size, seed) for seed in range(batch)], max_new_tokens=TOKENS)
     return f"prompts enhanced, batch {batch}: {1000 * (time.perf_counter() - start):.0f} ms"
 
 

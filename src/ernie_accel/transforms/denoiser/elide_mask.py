@@ -13,7 +13,7 @@ from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
-from ernie_accel.models.masks import PaddingWatch, map_masks, masked_blocks, watch_padding
+from ernie_accel.models.masks import PaddingWatch, map_masks, masked_blocks, watch_padding, why_no_idle_mask
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,12 +70,3 @@ class Elision:
 
     def __call__(self, mask: Tensor) -> Tensor | None:
         return None if self._watch.elided else mask
-
-
-def why_no_idle_mask(pipe: Pipeline, context: Context) -> str | None:
-    """Return why no mask reaches the attention of `pipe` unless a batch really pads; None if one always does."""
-    family = family_of(pipe)
-    if family is None or family.always_masks is None:
-        name = family.name if family is not None else type(pipe).__name__
-        return f"{name} builds a mask only for a batch that really pads"
-    return context.planned(pipe).elides_mask

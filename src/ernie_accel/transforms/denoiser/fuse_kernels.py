@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -17,8 +16,8 @@ from ernie_accel.core.text import human_bytes
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
+from ernie_accel.models.rewritten import block_paths, kernels_of, rewritten_blocks
 from ernie_accel.quantization.guard import refuse_casts
-from ernie_accel.transforms.denoiser.rewrite_blocks import rewritten_blocks
 
 PRECISIONS = ("fp8", "bf16")
 ATTENTIONS = ("auto", "fp8", "bf16")
@@ -79,7 +78,7 @@ class FuseKernels(Transform):
         reasons = self._why_not(pipe, context)
         if reasons:
             return Preview((), note="the kernels cannot run here: " + "; ".join(reasons))
-        if _kernels(pipe).is_installed(pipe.transformer):
+        if kernels_of(pipe).is_installed(pipe.transformer):
             return Preview((), note="the blocks run on the kernels already")
         return Preview(self._on_kernels(pipe, context), self._attention_note(context))
 
@@ -93,12 +92,12 @@ class FuseKernels(Transform):
             rows, columns = weight.shape
             new[name] = replace(weight, nbytes=rows * columns, stored_as="fp8 by fused kernels", is_fresh=True)
             new[f"{name}_scale"] = PlannedWeight((1, rows), torch.float32, 4 * rows, is_fresh=True)
-        lengths = self._attention(context) is not None and _kernels(pipe).is_left_open(pipe.transformer)
+        lengths = self._attention(context) is not None and kernels_of(pipe).is_left_open(pipe.transformer)
         return replace(
             planned.with_weights(new, frozenset(gone)).compiling(self.slot),  # Triton compiles at the first launch
             blocks=Blocks.KERNELS,
             takes_lengths=lengths,
-            tokens_multiple_of=int(_kernels(pipe).TOKENS_MULTIPLE_OF) if lengths else 1,
+            tokens_multiple_of=kernels_of(pipe).TOKENS_MULTIPLE_OF if lengths else 1,
         )
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
@@ -107,7 +106,7 @@ class FuseKernels(Transform):
         transformer, kept_bytes = pipe.transformer, 0
         on_kernels, (to_quantize, left_out) = self._on_kernels(pipe, context), self._layers(pipe, context)
         with Undo() as undo:
-            skipped = left_out | _kernels(pipe).install(transformer, undo, self._attention(context))
+            skipped = left_out | kernels_of(pipe).install(transformer, undo, self._attention(context))
             for path in to_quantize:
                 linear: Any = transformer.get_submodule(path)
                 kept_bytes += linear.weight.numel() * linear.weight.element_size()
@@ -170,9 +169,7 @@ class FuseKernels(Transform):
     def _on_kernels(self, pipe: Pipeline, context: Context) -> tuple[str, ...]:
         """Return the blocks that can run on the kernels: those whose linear layers are concatenated by then."""
         planned, fused = context.planned(pipe).weights, rewritten_blocks(pipe).FUSED_LAYERS
-        return tuple(
-            block for block in _block_paths(pipe) if all(f"{block}.{name}.weight" in planned for name in fused)
-        )
+        return tuple(block for block in block_paths(pipe) if all(f"{block}.{name}.weight" in planned for name in fused))
 
     def _layers(self, pipe: Pipeline, context: Context) -> tuple[list[str], dict[str, str]]:
         """Return the paths within the transformer of the linear layers that become fp8, and why others do not."""
@@ -214,26 +211,6 @@ def _why_not_fp8(weight: PlannedWeight, *, has_bias: bool) -> str | None:
     if rows % 16 or columns % 16:
         return f"its shape {rows} x {columns} is no multiple of 16"
     return None
-
-
-def calls_cudnn(pipe: Pipeline, context: Context) -> bool:
-    """Return whether all blocks call cuDNN's attention themselves, or will by then."""
-    family = family_of(pipe)
-    if family is None or family.kernels is None:
-        return False
-    return context.planned(pipe).takes_lengths or bool(_kernels(pipe).calls_cudnn(pipe.transformer))
-
-
-def _kernels(pipe: Pipeline) -> Any:
-    """Return the module with the family's blocks on kernels; the family must have one."""
-    family = family_of(pipe)
-    if family is None or family.kernels is None:
-        raise LookupError(f"{type(pipe).__name__} has no blocks on fused kernels")
-    return importlib.import_module(family.kernels)
-
-
-def _block_paths(pipe: Pipeline) -> tuple[str, ...]:
-    return tuple(f"transformer.layers.{i}" for i in range(len(pipe.transformer.layers)))
 
 
 def _swap(owner: torch.nn.Module, name: str, new: torch.nn.Module, undo: Undo, keep: bool) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
@@ -12,6 +11,7 @@ from ernie_accel.core.planned import Blocks, PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
+from ernie_accel.models.rewritten import block_paths, rewritten_blocks
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,7 +61,7 @@ class RewriteBlocks(Transform):
             return Preview((), note=f"{family.name if family else type(pipe).__name__}: no rewritten blocks yet")
         if rewritten_blocks(pipe).is_rewritten(pipe.transformer):
             return Preview((), note="the blocks are rewritten already")
-        return Preview(_block_paths(pipe))
+        return Preview(block_paths(pipe))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         planned = context.planned(pipe)
@@ -79,16 +79,4 @@ class RewriteBlocks(Transform):
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         with Undo() as undo:
             skipped = rewritten_blocks(pipe).rewrite(pipe, undo, self.fuse)
-        return Applied(_block_paths(pipe), undo=undo, skipped=skipped)
-
-
-def rewritten_blocks(pipe: Pipeline) -> Any:
-    """Return the module with the rewritten blocks of the pipe's family; the family must have one."""
-    family = family_of(pipe)
-    if family is None or family.rewritten is None:
-        raise LookupError(f"{type(pipe).__name__} has no rewritten blocks")
-    return importlib.import_module(family.rewritten)
-
-
-def _block_paths(pipe: Pipeline) -> tuple[str, ...]:
-    return tuple(f"transformer.layers.{i}" for i in range(len(pipe.transformer.layers)))
+        return Applied(block_paths(pipe), undo=undo, skipped=skipped)

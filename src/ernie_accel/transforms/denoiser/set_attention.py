@@ -20,9 +20,9 @@ from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.models.fused_npu import with_prepared_masks
+from ernie_accel.models.masks import why_no_idle_mask
 from ernie_accel.models.processors import attentions, send_through_dispatcher
-from ernie_accel.transforms.denoiser.elide_mask import why_no_idle_mask
-from ernie_accel.transforms.denoiser.fuse_kernels import calls_cudnn
+from ernie_accel.models.rewritten import calls_cudnn
 
 HALF = (torch.bfloat16, torch.float16)
 

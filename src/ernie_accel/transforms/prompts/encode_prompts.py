@@ -23,6 +23,7 @@ from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import wrap_call
 from ernie_accel.families import family_of
 from ernie_accel.families.family import PromptEncoding
+from ernie_accel.models.ministral.layers import pass_on
 
 #: A prompt as its tokenizer has it: token ids.
 Ids: TypeAlias = tuple[int, ...]
@@ -82,8 +83,7 @@ class BatchPromptEncoding(Transform):
         with Undo() as undo:
             undo.setattr(_last_layer(pipe, how), "forward", pass_on)
             undo.setattr(pipe, "encode_prompt", encoder.encode_prompt)
-            undo.setattr(pipe, "_around_prompts", encoder.around)
-            wrap_call(pipe, "_around_prompts", undo)
+            wrap_call(pipe, "prompts", encoder.around, undo)
         return Applied(changes, undo=undo, note=self._note())
 
     def _changes(self, pipe: Pipeline) -> tuple[str, ...]:
@@ -94,20 +94,6 @@ class BatchPromptEncoding(Transform):
     def _note(self) -> str:
         where = f"in {self.folder}" if self.folder else "in memory"
         return f"keeps the embeddings of {self.cache} prompts {where}" if self.cache else ""
-
-
-@contextmanager
-def remembering_nothing(pipe: Pipeline) -> Iterator[None]:
-    """Encode prompts without looking for them among those that `pipe` remembers, and without remembering them."""
-    encoder = getattr(vars(pipe).get("_around_prompts"), "__self__", None)
-    if encoder is None:  # it remembers none
-        yield
-        return
-    memory, encoder._memory = encoder._memory, _Memory(0)
-    try:
-        yield
-    finally:
-        encoder._memory = memory
 
 
 class _Encoder:
@@ -128,6 +114,15 @@ class _Encoder:
             return call(arguments)
         finally:
             self._upcoming, self._of_this_call = [], None
+
+    @contextmanager
+    def leaving_no_trace(self) -> Iterator[None]:
+        """Encode prompts without looking for them among those that are remembered, and without remembering them."""
+        memory, self._memory = self._memory, _Memory(0)
+        try:
+            yield
+        finally:
+            self._memory = memory
 
     @torch.no_grad()
     def encode_prompt(
@@ -239,11 +234,3 @@ def _encoding_of(pipe: Pipeline) -> PromptEncoding:
 
 def _last_layer(pipe: Pipeline, how: PromptEncoding) -> Any:
     return attrgetter(how.layers)(pipe.text_encoder)[-1]
-
-
-def pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Stand in for the forward of a layer whose result nothing uses.
-
-    The layer itself has to stay: without it, ``hidden_states[-2]`` would silently be another layer's.
-    """
-    return hidden_states

@@ -70,8 +70,7 @@ class TruncatePrompts(Transform):
         changes, limit = self._changes(pipe), _Limit(self, pipe)
         with Undo() as undo:
             undo.setattr(pipe, "encode_prompt", limit.shortening(pipe.encode_prompt))
-            undo.setattr(pipe, "_around_lengths", limit.around)
-            wrap_call(pipe, "_around_lengths", undo)
+            wrap_call(pipe, "lengths", limit.around, undo)
         return Applied(changes, undo=undo, note="prompts within the limit are not touched")
 
     def _changes(self, pipe: Pipeline) -> tuple[str, ...]:

@@ -12,21 +12,16 @@ import torch
 from ernie_accel.core.components import (
     Pipeline,
     Weight,
-    absent_components,
     is_float8,
     modules_of,
-    upcasts_in_a_hook,
     weights_of,
 )
 from ernie_accel.core.context import Context
-from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.dtypes import DTYPES, dtype_name, why_not_cast
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.text import human_bytes
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,10 +52,7 @@ class CastDtype(Transform):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = _ALIASES.get(self.dtype, self.dtype)
-        if name not in DTYPES:
-            raise UnknownNameError("dtype", self.dtype, DTYPES)
-        object.__setattr__(self, "dtype", name)
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
 
     @property
     def floor_db(self) -> float:
@@ -68,17 +60,7 @@ class CastDtype(Transform):
         return 25.0
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
-        reasons = absent_components(pipe, self.components)
-        if reasons:
-            return reasons
-        for name, module in modules_of(pipe, self.components).items():
-            if any(weight.tensor.device.type == "meta" for weight in weights_of(module)):
-                reasons.append(f"{name} is offloaded (its weights are on the meta device): cast before offloading")
-            if upcasts_in_a_hook(module):
-                reasons.append(f"{name} stores its weights by layerwise casting, and casting would break its hooks")
-        if self.dtype == "bfloat16" and context.capability is not None:
-            reasons += [f"{reason}: use 'float16'" for reason in context.below("bfloat16", (8, 0))]
-        return reasons
+        return why_not_cast(pipe, context, self.dtype, self.components)
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         todo = dict(self._weights_to_cast(pipe, context))

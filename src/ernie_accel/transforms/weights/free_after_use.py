@@ -13,14 +13,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ernie_accel.core.components import Pipeline, absent_components, forget_kept, module_bytes, modules_of
+from ernie_accel.core.components import (
+    PROMPT_COMPONENTS,
+    Pipeline,
+    absent_components,
+    forget_kept,
+    module_bytes,
+    modules_of,
+)
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.text import human_bytes
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
-from ernie_accel.transforms.weights.offload import PROMPT_COMPONENTS
 
 #: Where weights go -> what the next call that needs them does.
 PLACES: Mapping[str, str] = MappingProxyType(

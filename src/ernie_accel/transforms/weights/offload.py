@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ernie_accel.core.components import Pipeline, device_of, modules_of
+from ernie_accel.core.components import GROUP_OFFLOAD_HOOKS, PROMPT_COMPONENTS, Pipeline, device_of, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.planned import PlannedPipe
@@ -26,14 +26,9 @@ MODES: Mapping[str, str] = MappingProxyType(
         "stages": "the transformer and the VAE all the time, text encoder and prompt enhancer only while they work",
     }
 )
-#: Components that only work before the denoising starts.
-PROMPT_COMPONENTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "pe")
 
 #: Stays on the accelerator: with streams, its ``decode`` (no ``forward``) meets layers whose group nothing has brought.
 _NOT_IN_GROUPS = ("vae",)
-
-#: What ``enable_group_offload`` hangs onto modules (diffusers/hooks/group_offloading.py).
-GROUP_OFFLOAD_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading", "lazy_leafs")
 
 
 @dataclass(frozen=True, repr=False)

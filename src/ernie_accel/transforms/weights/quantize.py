@@ -14,12 +14,11 @@ from ernie_accel.core.planned import PlannedPipe, PlannedWeight
 from ernie_accel.core.text import human_bytes
 from ernie_accel.core.transform import Applied, Effect, LayerReceipt, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
-from ernie_accel.families import family_of
+from ernie_accel.models.rewritten import rewritten_model
 from ernie_accel.quantization.backend import SCHEMES, LinearSpec, plain_copy
 from ernie_accel.quantization.choose import AUTO, AUTO_SCHEMES, BACKENDS, Choice, check_names, choose
 from ernie_accel.quantization.guard import refuse_casts
 from ernie_accel.quantization.layers import RECEIPT, LinearSite, linear_sites, sqnr_db
-from ernie_accel.transforms.denoiser.rewrite_blocks import rewritten_blocks
 
 #: Layers that the note of a plan names for each reason to leave some out; `Preview.skipped` has all.
 NAMED = 2
@@ -215,14 +214,10 @@ class _Work:
 
 def _to_be_fused(pipe: Pipeline, context: Context) -> Mapping[str, tuple[str, ...]]:
     """Return the layers that will have been concatenated by then: path of the new one -> of its parts."""
-    family = family_of(pipe)
-    if not context.planned(pipe).concatenates_linears or family is None or family.rewritten is None:
+    blocks = rewritten_model(pipe)
+    if blocks is None or not context.planned(pipe).concatenates_linears or blocks.is_rewritten(pipe.transformer):
         return {}
-    blocks = rewritten_blocks(pipe)
-    found: Mapping[str, tuple[str, ...]] = (
-        {} if blocks.is_rewritten(pipe.transformer) else blocks.to_be_fused(pipe.transformer)
-    )
-    return found
+    return blocks.to_be_fused(pipe.transformer)
 
 
 def _replace(site: LinearSite, work: _Work, device: str | None, undo: Undo) -> LayerReceipt:

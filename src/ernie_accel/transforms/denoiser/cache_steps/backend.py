@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import torch
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
-
-if TYPE_CHECKING:
-    from ernie_accel.transforms.denoiser.cache_steps.cache_steps import CacheSteps
 
 #: Largest threshold of a cache of blocks that has a floor, and its default.
 MOST_THRESHOLD = 0.05
@@ -41,6 +38,22 @@ class Trajectory:
         return evaluation // self.order
 
 
+class CacheSettings(Protocol):
+    """The settings of `CacheSteps`, which are explained there."""
+
+    @property
+    def every(self) -> int: ...
+    @property
+    def threshold(self) -> float: ...
+    @property
+    def first(self) -> int: ...
+    @property
+    def last(self) -> int: ...
+
+    def computes(self, step: int, steps: int) -> bool:
+        """Return whether step number `step`, from 0, of `steps` is computed and not forecast."""
+
+
 class Run(ABC):
     """What is remembered of one prompt, or one batch of them, from the first step of a picture to the last."""
 
@@ -61,11 +74,11 @@ class Backend(ABC):
     takes: ClassVar[frozenset[str]]
 
     @abstractmethod
-    def floor_db(self, wanted: CacheSteps) -> float:
+    def floor_db(self, wanted: CacheSettings) -> float:
         """Return the SQNR of the latents that is promised for the settings in `wanted`."""
 
     @abstractmethod
-    def bad_values(self, wanted: CacheSteps) -> list[str]:
+    def bad_values(self, wanted: CacheSettings) -> list[str]:
         """Return what is wrong with the settings that only this backend takes."""
 
     @abstractmethod
@@ -73,18 +86,11 @@ class Backend(ABC):
         """Return every reason why it cannot run on this pipe and machine. Changes nothing."""
 
     @abstractmethod
-    def note(self, wanted: CacheSteps, steps: int | None) -> str:
+    def note(self, wanted: CacheSettings, steps: int | None) -> str:
         """Return what a plan says of it; `steps` is what is planned, if that is known."""
 
     @abstractmethod
-    def start(self, wanted: CacheSteps, transformer: torch.nn.Module, forward: Forward, trajectory: Trajectory) -> Run:
+    def start(
+        self, wanted: CacheSettings, transformer: torch.nn.Module, forward: Forward, trajectory: Trajectory
+    ) -> Run:
         """Return a new run through `forward`, which computes a step of `transformer` in full."""
-
-
-def backends() -> Mapping[str, Backend]:
-    """Return all backends by name, the default first."""
-    from ernie_accel.transforms.denoiser.cache_steps.db_cache import DbCache
-    from ernie_accel.transforms.denoiser.cache_steps.first_block import FirstBlock
-    from ernie_accel.transforms.denoiser.cache_steps.forecast import Forecast
-
-    return {backend.name: backend for backend in (Forecast(), DbCache(), FirstBlock())}

@@ -5,18 +5,21 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from ernie_accel.core.components import Pipeline
+from ernie_accel.core.components import GROUP_OFFLOAD_HOOKS, Pipeline
 from ernie_accel.core.context import Context
-from ernie_accel.transforms.denoiser.cache_steps.backend import MOST_THRESHOLD, Backend, Forward, Run, Trajectory
-from ernie_accel.transforms.denoiser.capture_graphs import GraphedForward
-from ernie_accel.transforms.weights.offload import GROUP_OFFLOAD_HOOKS
-
-if TYPE_CHECKING:
-    from ernie_accel.transforms.denoiser.cache_steps.cache_steps import CacheSteps
+from ernie_accel.models.graphed_forward import GraphedForward
+from ernie_accel.transforms.denoiser.cache_steps.backend import (
+    MOST_THRESHOLD,
+    Backend,
+    CacheSettings,
+    Forward,
+    Run,
+    Trajectory,
+)
 
 #: The attribute of a transformer that holds the blocks which all of its tokens run through.
 BLOCKS = "layers"
@@ -28,10 +31,10 @@ class BlockCache(Backend):
     takes = frozenset({"threshold"})
     promised_db: ClassVar[float]
 
-    def floor_db(self, wanted: CacheSteps) -> float:
+    def floor_db(self, wanted: CacheSettings) -> float:
         return self.promised_db
 
-    def bad_values(self, wanted: CacheSteps) -> list[str]:
+    def bad_values(self, wanted: CacheSettings) -> list[str]:
         if 0 < wanted.threshold <= MOST_THRESHOLD:
             return []
         return [
@@ -55,17 +58,19 @@ class BlockCache(Backend):
             reasons.append(f"{grouped} fetches the next block while one runs, and some would not: use 'forecast'")
         return reasons
 
-    def note(self, wanted: CacheSteps, steps: int | None) -> str:
+    def note(self, wanted: CacheSettings, steps: int | None) -> str:
         return (
             f"computes the first block of every step, and the others where it changed by more than {wanted.threshold}"
         )
 
-    def start(self, wanted: CacheSteps, transformer: torch.nn.Module, forward: Forward, trajectory: Trajectory) -> Run:
+    def start(
+        self, wanted: CacheSettings, transformer: torch.nn.Module, forward: Forward, trajectory: Trajectory
+    ) -> Run:
         return _Steps(wanted, forward, self.cached(wanted, transformer, forward, trajectory), trajectory)
 
     @abstractmethod
     def cached(
-        self, wanted: CacheSteps, transformer: torch.nn.Module, forward: Forward, trajectory: Trajectory
+        self, wanted: CacheSettings, transformer: torch.nn.Module, forward: Forward, trajectory: Trajectory
     ) -> Forward:
         """Return `forward` with a cache of its own. The transformer is as it was whenever that is not running."""
 
@@ -83,7 +88,7 @@ def _grouped(pipe: Pipeline, context: Context) -> str | None:
 class _Steps(Run):
     """The cached forward at all steps but the last ones."""
 
-    def __init__(self, wanted: CacheSteps, whole: Forward, cached: Forward, trajectory: Trajectory) -> None:
+    def __init__(self, wanted: CacheSettings, whole: Forward, cached: Forward, trajectory: Trajectory) -> None:
         self._whole, self._cached, self._trajectory = whole, cached, trajectory
         self._last = trajectory.steps - wanted.last
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -19,8 +20,15 @@ from ernie_accel.core.wrap_call import wrap_call
 from ernie_accel.families import family_of
 from ernie_accel.samplers.solvers import SCHEDULERS
 from ernie_accel.samplers.stepping import installed
-from ernie_accel.transforms.denoiser.cache_steps.backend import MOST_THRESHOLD, Run, Trajectory, backends
+from ernie_accel.transforms.denoiser.cache_steps.backend import MOST_THRESHOLD, Backend, Run, Trajectory
+from ernie_accel.transforms.denoiser.cache_steps.db_cache import DbCache
+from ernie_accel.transforms.denoiser.cache_steps.first_block import FirstBlock
+from ernie_accel.transforms.denoiser.cache_steps.forecast import Forecast
 
+#: All backends by name, the default first.
+BACKENDS: Mapping[str, Backend] = MappingProxyType(
+    {backend.name: backend for backend in (Forecast(), DbCache(), FirstBlock())}
+)
 #: Calls of fewer steps compute all of them: neighbouring steps of a distilled checkpoint have little in common.
 LEAST_STEPS = 20
 
@@ -72,7 +80,7 @@ class CacheSteps(Transform):
     last: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
-        known = backends()
+        known = BACKENDS
         if self.backend not in known:
             raise UnknownNameError("backend of CacheSteps", self.backend, known)
         takers = {name: [each.name for each in known.values() if name in each.takes] for name in ("every", "threshold")}
@@ -93,7 +101,7 @@ class CacheSteps(Transform):
     @property
     def floor_db(self) -> float:
         """SQNR of the latents against those of all steps, earned on the embedded model at 20, 30 and 50 steps."""
-        return backends()[self.backend].floor_db(self)
+        return BACKENDS[self.backend].floor_db(self)
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         family, kind = family_of(pipe), type(pipe).__name__
@@ -111,7 +119,7 @@ class CacheSteps(Transform):
             reasons.append(f"{noisy} adds noise at every step, so the outputs before do not tell the next: use another")
         if getattr(pipe.transformer, "is_cache_enabled", False) or hasattr(pipe.transformer, "_context_manager"):
             reasons.append(f"{type(pipe.transformer).__name__} has a cache of diffusers or cache-dit: disable it first")
-        return reasons + backends()[self.backend].unsupported(pipe, context)
+        return reasons + BACKENDS[self.backend].unsupported(pipe, context)
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         if isinstance(vars(pipe.transformer).get("forward"), CachedForward):
@@ -127,8 +135,7 @@ class CacheSteps(Transform):
         with Undo() as undo:
             # No hook of diffusers: in a deep copy of the pipe, that would run the transformer of the original.
             undo.setattr(transformer, "forward", cached)
-            undo.setattr(pipe, "_around_cached_steps", cached.around)
-            wrap_call(pipe, "_around_cached_steps", undo)
+            wrap_call(pipe, "cached_steps", cached.around, undo)
         return Applied(("transformer.forward",), undo=undo, note=note)
 
     def computes(self, step: int, steps: int) -> bool:
@@ -139,7 +146,7 @@ class CacheSteps(Transform):
 
     def _note(self, pipe: Pipeline, context: Context) -> str:
         steps = context.planned(pipe).num_inference_steps
-        note = backends()[self.backend].note(self, steps)
+        note = BACKENDS[self.backend].note(self, steps)
         return note if steps is None else f"{note}; calls of fewer than {LEAST_STEPS} steps compute all"
 
 
@@ -181,7 +188,7 @@ class CachedForward:
         texts = tuple(text) if isinstance(text, (list, tuple)) else (text,)
         key = tuple(map(id, texts))
         if key not in self._runs:
-            backend = backends()[self._wanted.backend]
+            backend = BACKENDS[self._wanted.backend]
             run = backend.start(self._wanted, self._pipe.transformer, self._forward, self._trajectory)
             self._runs[key] = texts, run
         return self._runs[key][1](scheduler.step_index or 0, *args, **kwargs)

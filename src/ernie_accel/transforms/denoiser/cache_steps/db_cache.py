@@ -13,18 +13,14 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
-from ernie_accel.transforms.denoiser.cache_steps.backend import Forward, Trajectory
+from ernie_accel.transforms.denoiser.cache_steps.backend import CacheSettings, Forward, Trajectory
 from ernie_accel.transforms.denoiser.cache_steps.blocks import BLOCKS, BlockCache, kept
-
-if TYPE_CHECKING:
-    from ernie_accel.transforms.denoiser.cache_steps.cache_steps import CacheSteps
-
 
 #: Handler levels belong to the process: of two threads, the later would take what the earlier set for what was there.
 _QUIET = threading.Lock()
@@ -43,7 +39,7 @@ class DbCache(BlockCache):
         return reasons
 
     def cached(
-        self, wanted: CacheSteps, transformer: torch.nn.Module, forward: Forward, trajectory: Trajectory
+        self, wanted: CacheSettings, transformer: torch.nn.Module, forward: Forward, trajectory: Trajectory
     ) -> Forward:
         with kept(vars(transformer), vars(getattr(transformer, BLOCKS))), _quiet():
             transformer.forward = forward
@@ -58,7 +54,7 @@ class DbCache(BlockCache):
         return run
 
 
-def _enable(transformer: torch.nn.Module, wanted: CacheSteps, trajectory: Trajectory) -> None:
+def _enable(transformer: torch.nn.Module, wanted: CacheSettings, trajectory: Trajectory) -> None:
     import cache_dit
     from cache_dit.caching.block_adapters import FakeDiffusionPipeline
 

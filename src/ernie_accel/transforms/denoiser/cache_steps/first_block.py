@@ -8,15 +8,12 @@ to the blocks, and nothing that they do: so the blocks are brought to the hooks 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ernie_accel.transforms.denoiser.cache_steps.backend import Forward, Trajectory
+from ernie_accel.transforms.denoiser.cache_steps.backend import CacheSettings, Forward, Trajectory
 from ernie_accel.transforms.denoiser.cache_steps.blocks import BLOCKS, BlockCache, kept
-
-if TYPE_CHECKING:
-    from ernie_accel.transforms.denoiser.cache_steps.cache_steps import CacheSteps
 
 
 class FirstBlock(BlockCache):
@@ -26,7 +23,7 @@ class FirstBlock(BlockCache):
     promised_db = 25.0
 
     def cached(
-        self, wanted: CacheSteps, transformer: torch.nn.Module, forward: Forward, trajectory: Trajectory
+        self, wanted: CacheSettings, transformer: torch.nn.Module, forward: Forward, trajectory: Trajectory
     ) -> Forward:
         from diffusers.hooks.first_block_cache import FBCBlockHook, FBCHeadBlockHook
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
-from ernie_accel.transforms.denoiser.cache_steps.backend import Backend, Forward, Run, Trajectory
-
-if TYPE_CHECKING:
-    from ernie_accel.transforms.denoiser.cache_steps.cache_steps import CacheSteps
+from ernie_accel.transforms.denoiser.cache_steps.backend import Backend, CacheSettings, Forward, Run, Trajectory
 
 #: Every how many steps one is computed -> floor in dB; see `CacheSteps.floor_db`.
 FLOORS_DB: Mapping[int, float] = MappingProxyType({2: 30.0, 3: 25.0})
@@ -26,10 +23,10 @@ class Forecast(Backend):
     name = "forecast"
     takes = frozenset({"every"})
 
-    def floor_db(self, wanted: CacheSteps) -> float:
+    def floor_db(self, wanted: CacheSettings) -> float:
         return FLOORS_DB[wanted.every]
 
-    def bad_values(self, wanted: CacheSteps) -> list[str]:
+    def bad_values(self, wanted: CacheSettings) -> list[str]:
         if wanted.every not in FLOORS_DB:
             return [f"every must be {', '.join(map(str, FLOORS_DB))} (steps), got {wanted.every!r}"]
         return []
@@ -37,20 +34,22 @@ class Forecast(Backend):
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         return []
 
-    def note(self, wanted: CacheSteps, steps: int | None) -> str:
+    def note(self, wanted: CacheSettings, steps: int | None) -> str:
         if steps is None:
             return f"computes one of {wanted.every} steps and forecasts the others"
         computed = sum(wanted.computes(step, steps) for step in range(steps))
         return f"computes {computed} of {steps} steps and forecasts the others"
 
-    def start(self, wanted: CacheSteps, transformer: torch.nn.Module, forward: Forward, trajectory: Trajectory) -> Run:
+    def start(
+        self, wanted: CacheSettings, transformer: torch.nn.Module, forward: Forward, trajectory: Trajectory
+    ) -> Run:
         return _Line(wanted, forward, trajectory)
 
 
 class _Line(Run):
     """The last two computed outputs as (sigma, output), the earlier first; an output is a tensor or a list of them."""
 
-    def __init__(self, wanted: CacheSteps, forward: Forward, trajectory: Trajectory) -> None:
+    def __init__(self, wanted: CacheSettings, forward: Forward, trajectory: Trajectory) -> None:
         self._wanted, self._forward, self._trajectory = wanted, forward, trajectory
         self._points: list[tuple[float, Any]] = []
 

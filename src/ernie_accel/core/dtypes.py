@@ -1,0 +1,44 @@
+"""Dtypes of weights by name, and what stands against casting a pipe to one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+import torch
+
+from ernie_accel.core.components import Pipeline, absent_components, modules_of, upcasts_in_a_hook, weights_of
+from ernie_accel.core.context import Context
+from ernie_accel.core.errors import UnknownNameError
+
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+)
+ALIASES: Mapping[str, str] = MappingProxyType({"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"})
+
+
+def dtype_name(dtype: str) -> str:
+    """Return the full name of a dtype: "bf16" is "bfloat16".
+
+    Raises:
+        UnknownNameError: It is none of `DTYPES` and none of `ALIASES`.
+    """
+    name = ALIASES.get(dtype, dtype)
+    if name not in DTYPES:
+        raise UnknownNameError("dtype", dtype, DTYPES)
+    return name
+
+
+def why_not_cast(pipe: Pipeline, context: Context, dtype: str, components: Iterable[str] | None = None) -> list[str]:
+    """Return every reason why components of `pipe` (default: all) cannot be cast to `dtype`, a key of `DTYPES`."""
+    reasons = absent_components(pipe, components)
+    if reasons:
+        return reasons
+    for name, module in modules_of(pipe, components).items():
+        if any(weight.tensor.device.type == "meta" for weight in weights_of(module)):
+            reasons.append(f"{name} is offloaded (its weights are on the meta device): cast before offloading")
+        if upcasts_in_a_hook(module):
+            reasons.append(f"{name} stores its weights by layerwise casting, and casting would break its hooks")
+    if dtype == "bfloat16" and context.capability is not None:
+        reasons += [f"{reason}: use 'float16'" for reason in context.below("bfloat16", (8, 0))]
+    return reasons

@@ -1,0 +1,143 @@
+"""What a family's rewritten model must offer, and what its kernels must; and where they are.
+
+A `Family` names them (``rewritten``, ``kernels``) as a module, or gives an object. `RewriteBlocks`, `FuseKernels`,
+`CaptureGraphs` and `Quantize` ask for nothing that does not stand here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from ernie_accel.core.components import Pipeline
+from ernie_accel.core.context import Context
+from ernie_accel.core.undo import Undo
+from ernie_accel.families import family_of
+
+
+class RewrittenModel(Protocol):
+    """A denoiser's blocks, rewritten: the same numbers from fewer operations."""
+
+    @property
+    def BLOCKS(self) -> str:
+        """Attribute of the transformer with the list of blocks that are rewritten ("layers")."""
+
+    @property
+    def FUSED_LAYERS(self) -> tuple[str, ...]:
+        """Paths within a block of linear layers that take the place of several with one input."""
+
+    @property
+    def FORWARD_ARGUMENTS(self) -> tuple[str, ...]:
+        """Arguments of the forward, in order."""
+
+    @property
+    def STEP_INPUTS(self) -> tuple[str, ...]:
+        """Those that are another tensor at every step."""
+
+    @property
+    def PICTURE_INPUT(self) -> str:
+        """The one that is the same tensor at all steps of a picture: its encoded prompt."""
+
+    def is_rewritten(self, transformer: Any) -> bool:
+        """Return whether `rewrite` was applied to `transformer`."""
+
+    def why_not(self, transformer: Any) -> list[str]:
+        """Return every reason why this stock transformer cannot be rewritten; empty if it can."""
+
+    def to_be_fused(self, transformer: Any) -> Mapping[str, tuple[str, ...]]:
+        """Return which linear layers `rewrite` would make one: path of the new one -> paths of its parts."""
+
+    def rewrite(self, pipe: Any, undo: Undo, fuse: bool) -> dict[str, str]:
+        """Rewrite the transformer of `pipe` in place; return what could not be fused: path -> reason."""
+
+    def token_count(self, transformer: Any, arguments: Mapping[str, Any]) -> int:
+        """Return the image tokens of all pictures of a batch, given the arguments of a forward."""
+
+    def host_facts(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+        """Return what `prepare` goes by beside shapes, as the host knows it: prompt lengths, say."""
+
+    def prepare(self, transformer: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        """Return encoded prompt and positions, which the forward takes as ``at=``; positions have ``tensors``."""
+
+    def as_output(self, sample: Tensor, arguments: Mapping[str, Any]) -> Any:
+        """Return `sample` in the form that the caller of the forward asked for."""
+
+
+class KernelModel(Protocol):
+    """Rewritten blocks on fused kernels."""
+
+    @property
+    def TOKENS_MULTIPLE_OF(self) -> int:
+        """What the tokens of a row are padded to a multiple of where attention takes lengths."""
+
+    def is_installed(self, transformer: Any) -> bool:
+        """Return whether `install` was applied to `transformer`."""
+
+    def install(self, transformer: Any, undo: Undo, attention: str | None = None) -> dict[str, str]:
+        """Put the rewritten blocks on the kernels in place; return what could not be: path -> reason.
+
+        Args:
+            transformer: With rewritten blocks.
+            undo: Takes it back.
+            attention: "fp8" or "bf16" for attention by cuDNN itself, which takes lengths; None leaves it to torch.
+        """
+
+    def is_left_open(self, transformer: Any) -> bool:
+        """Return whether nobody has chosen an attention backend for any block."""
+
+    def calls_cudnn(self, transformer: Any) -> bool:
+        """Return whether all blocks call cuDNN's attention themselves now."""
+
+
+def rewritten_model(pipe: Pipeline) -> RewrittenModel | None:
+    """Return the rewritten model of the pipe's family; None where there is none."""
+    family = family_of(pipe)
+    return None if family is None or family.rewritten is None else cast(RewrittenModel, _found(family.rewritten))
+
+
+def kernel_model(pipe: Pipeline) -> KernelModel | None:
+    """Return the fused kernels of the pipe's family; None where there are none."""
+    family = family_of(pipe)
+    return None if family is None or family.kernels is None else cast(KernelModel, _found(family.kernels))
+
+
+def rewritten_blocks(pipe: Pipeline) -> RewrittenModel:
+    """Return the rewritten model of the pipe's family, which must have one."""
+    found = rewritten_model(pipe)
+    if found is None:
+        raise LookupError(f"{type(pipe).__name__} has no rewritten blocks")
+    return found
+
+
+def kernels_of(pipe: Pipeline) -> KernelModel:
+    """Return the fused kernels of the pipe's family, which must have some."""
+    found = kernel_model(pipe)
+    if found is None:
+        raise LookupError(f"{type(pipe).__name__} has no blocks on fused kernels")
+    return found
+
+
+def block_paths(pipe: Pipeline) -> tuple[str, ...]:
+    """Return the paths of the blocks that are rewritten ("transformer.layers.0")."""
+    name = rewritten_blocks(pipe).BLOCKS
+    return tuple(f"transformer.{name}.{i}" for i in range(len(getattr(pipe.transformer, name))))
+
+
+def calls_cudnn(pipe: Pipeline, context: Context) -> bool:
+    """Return whether all blocks call cuDNN's attention themselves, or will by then."""
+    kernels = kernel_model(pipe)
+    if kernels is None:
+        return False
+    return context.planned(pipe).takes_lengths or kernels.calls_cudnn(pipe.transformer)
+
+
+def _found(named: object) -> object:
+    """Return the object itself, or the module of that name, or "module:attribute"."""
+    if not isinstance(named, str):
+        return named
+    module, _, attribute = named.partition(":")
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
