@@ -28,10 +28,10 @@ from ernie_accel import (
 )
 from ernie_accel.core.components import modules_of
 from ernie_accel.core.errors import SavedPipelineError
-from ernie_accel.core.loading import load_pipeline
-from ernie_accel.core.saving import MANIFEST, WEIGHTS
 from ernie_accel.quantization.choose import BACKENDS
 from ernie_accel.quantization.layers import RECEIPT
+from ernie_accel.storage.loading import load_pipeline
+from ernie_accel.storage.saving import MANIFEST, WEIGHTS
 from tests.pipelines import picture, tiny_ernie, tiny_flux
 from tests.test_quantize_backends import every_pair
 

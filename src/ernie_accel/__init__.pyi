@@ -22,8 +22,6 @@ from ernie_accel.core.preset import presets as presets
 from ernie_accel.core.recommend import Recommendation as Recommendation
 from ernie_accel.core.recommend import recommend as recommend
 from ernie_accel.core.report import Report as Report
-from ernie_accel.core.saving import load as load
-from ernie_accel.core.saving import save as save
 from ernie_accel.core.transform import Applied as Applied
 from ernie_accel.core.transform import Effect as Effect
 from ernie_accel.core.transform import LayerReceipt as LayerReceipt
@@ -35,6 +33,8 @@ from ernie_accel.families.family import Family as Family
 from ernie_accel.fidelity.compare import evaluate as evaluate
 from ernie_accel.fidelity.evaluation import Evaluation as Evaluation
 from ernie_accel.fidelity.evaluation import Thresholds as Thresholds
+from ernie_accel.storage.saving import load as load
+from ernie_accel.storage.saving import save as save
 from ernie_accel.transforms import transform_from_json as transform_from_json
 from ernie_accel.transforms.calls.autocast import Autocast as Autocast
 from ernie_accel.transforms.calls.call_defaults import CallDefaults as CallDefaults

@@ -77,10 +77,10 @@ def plan_command(
 ) -> None:
     """Say what a preset would do to a pipeline, here or on a named device. Exit code 1 if it cannot run."""
     from ernie_accel.core.context import Context
-    from ernie_accel.core.loading import load_pipeline
     from ernie_accel.core.plan import plan
     from ernie_accel.core.preset import find_preset
     from ernie_accel.core.recommend import fitting_preset
+    from ernie_accel.storage.loading import load_pipeline
 
     context = Context.named(device) if device else Context.detect()
     chosen = find_preset(preset) if preset else fitting_preset(context)
@@ -162,10 +162,10 @@ def load_and_optimize(
 ) -> tuple[Pipeline, Report]:
     """Load and optimize a pipeline; a preset that does not exist is refused before anything is loaded."""
     from ernie_accel.core.context import Context
-    from ernie_accel.core.loading import load_pipeline
     from ernie_accel.core.optimize import optimize, report
     from ernie_accel.core.preset import find_preset
     from ernie_accel.core.recommend import fitting_preset
+    from ernie_accel.storage.loading import load_pipeline
 
     chosen = find_preset(preset) if preset else fitting_preset(Context.detect())
     _load_quietly(model)

@@ -45,10 +45,6 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "recommend",
         ),
         "core.report": ("Report",),
-        "core.saving": (
-            "load",
-            "save",
-        ),
         "core.transform": (
             "Applied",
             "Effect",
@@ -63,6 +59,10 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "fidelity.evaluation": (
             "Evaluation",
             "Thresholds",
+        ),
+        "storage.saving": (
+            "load",
+            "save",
         ),
         "transforms": ("transform_from_json",),
         "transforms.calls.autocast": ("Autocast",),

@@ -42,7 +42,7 @@ def load_folder(folder: Path, dtype: torch.dtype | None = None, prompt_enhancer:
     import torch
     from diffusers import ErnieImagePipeline
 
-    from ernie_accel.core.loading import dtype_argument
+    from ernie_accel.storage.loading import dtype_argument
 
     options: dict[str, Any] = {**dtype_argument(dtype if dtype is not None else torch.float32)}
     if not prompt_enhancer:

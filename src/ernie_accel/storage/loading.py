@@ -11,7 +11,7 @@ import torch
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.dtypes import DTYPES
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
-from ernie_accel.core.saving import MANIFEST, load
+from ernie_accel.storage.saving import MANIFEST, load
 
 DEVICES = ("auto", "cpu", "cuda", "npu")
 
