@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import ernie_accel
+from ernie_accel.core.outputs import images_of
 from tests.pipelines import tiny_ernie, tiny_flux
 
 
@@ -74,7 +75,7 @@ def trained():
         ernie_accel.optimize(pipe, *transforms)
         ran.clear()
         size = {"height": 64, "width": 64, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
-        images = pipe(scenes, num_inference_steps=steps, guidance_scale=4.0, **size).images
+        images = images_of(pipe(scenes, num_inference_steps=steps, guidance_scale=4.0, **size))
         return images.float(), len(ran)
 
     latents.pipe = pipe

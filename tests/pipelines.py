@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from ernie_accel.core.outputs import images_of
+
 
 def randomize(module: torch.nn.Module, seed: int = 0, std: float = 0.05) -> None:
     """Give every matrix random values: adaLN and the final linear start at zero, and a random model must not."""
@@ -362,7 +364,7 @@ def picture(pipe: Any, *, seed: int = 0, steps: int = 3, **kwargs: Any) -> torch
             arguments["max_sequence_length"] = 48  # these pipelines pad to it
         if "use_pe" in parameters:
             arguments["use_pe"] = False  # stock draws its words from the global random numbers
-    images: torch.Tensor = pipe(**(arguments | kwargs)).images
+    images: torch.Tensor = images_of(pipe(**(arguments | kwargs)))
     return images.float()
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 import ernie_accel.demo
+from ernie_accel.core.outputs import images_of
 from ernie_accel.demo import MODEL_FOLDER
 from ernie_accel.demo.captions import Request, RequestedObject, language_of, parse
 from ernie_accel.demo.evaluate import enhancer_success, expand
@@ -62,6 +63,12 @@ def test_the_folder_is_small_and_holds_safetensors_and_text_only() -> None:
     assert {f.suffix for f in files} == {".safetensors", ".json", ".jinja"}
 
 
+def test_every_supported_transformers_reads_the_text_encoders_config() -> None:
+    """transformers before 5.17 refuses the RoPE type "axial", which 5.17 began to write; "default" is read by all."""
+    config = json.loads((MODEL_FOLDER / "text_encoder" / "config.json").read_text(encoding="utf-8"))
+    assert config["vision_config"]["rope_parameters"]["rope_type"] == "default"
+
+
 def test_weights_are_finite_and_widths_suit_groups_of_32() -> None:
     for file in MODEL_FOLDER.rglob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
@@ -110,9 +117,9 @@ def test_a_prompts_picture_does_not_depend_on_its_neighbours(pipe: Any) -> None:
     long += "there is a large black square at the bottom. there is a checked grey background."
     options = {"height": 128, "width": 128, "num_inference_steps": 4, "guidance_scale": 1.0, "use_pe": False}
     noise = [torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)]
-    alone = pipe([short], generator=noise[:1], output_type="pt", **options).images[0]
+    alone = images_of(pipe([short], generator=noise[:1], output_type="pt", **options))[0]
     noise = [torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)]
-    together = pipe([short, long], generator=noise, output_type="pt", **options).images[0]
+    together = images_of(pipe([short, long], generator=noise, output_type="pt", **options))[0]
     torch.testing.assert_close(alone, together, atol=2e-3, rtol=0)
 
 

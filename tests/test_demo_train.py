@@ -37,6 +37,11 @@ def test_a_toy_run_leaves_a_pipeline_that_draws(out: Path) -> None:
     assert (out / "sheet.png").exists()
 
 
+def test_a_toy_run_leaves_a_config_that_every_supported_transformers_reads(out: Path) -> None:
+    config = json.loads((out / "model" / "text_encoder" / "config.json").read_text(encoding="utf-8"))
+    assert config["vision_config"]["rope_parameters"]["rope_type"] == "default"
+
+
 def test_a_toy_run_leaves_its_figures(out: Path) -> None:
     record = json.loads((out / "figures.json").read_text(encoding="utf-8"))
     assert record["recipe"]["dit_steps"] == TOY.dit_steps

@@ -14,6 +14,7 @@ import torch
 
 import ernie_accel
 from ernie_accel import Quantize
+from ernie_accel.core.outputs import images_of
 from ernie_accel.demo.judge import judge, summarize, unseen_prompts
 from ernie_accel.quantization.backend import SCHEMES
 from ernie_accel.quantization.layers import sqnr_db
@@ -46,7 +47,7 @@ class Demo:
         arguments = {"height": 128, "width": 128, "num_inference_steps": 8, "guidance_scale": 1.0, "use_pe": False}
         arguments |= {"output_type": "pt", "callback_on_step_end": keep}
         noise = [torch.Generator().manual_seed(seed) for seed in range(len(self.captions))]
-        pictures = self.pipe(list(self.captions), generator=noise, **arguments).images
+        pictures = images_of(self.pipe(list(self.captions), generator=noise, **arguments))
         found = summarize(judge(list(pictures.float().cpu()), self.scenes), self.scenes)
         return last["latents"], found.object_fraction
 

@@ -10,6 +10,7 @@ import torch
 
 import ernie_accel
 from ernie_accel.core.components import pipe_bytes
+from ernie_accel.core.outputs import images_of
 from ernie_accel.models.ernie_image.positions import prompt_lengths, remember_lengths
 from tests.pipelines import picture, tiny_ernie, tiny_flux
 
@@ -249,7 +250,7 @@ def test_the_embedded_models_picture_stays_bitwise_the_same() -> None:
 
     def draw(**more: Any) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
-        return pipe("a red circle on a grey background", generator=generator, **(call | more)).images  # type: ignore[no-any-return]
+        return images_of(pipe("a red circle on a grey background", generator=generator, **(call | more)))  # type: ignore[no-any-return]
 
     expected = [draw(guidance_scale=scale) for scale in (1.0, 3.0)]
     rewritten(pipe)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
+from ernie_accel.core.outputs import images_of
 from ernie_accel.demo.captions import caption
 from ernie_accel.demo.scenes import (
     CANVASES,
@@ -401,7 +402,7 @@ def adherence(
     for (height, width), rows in _rows_by_canvas(scenes).items():
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            made = pipe(
+            output = pipe(
                 [prompts[i][0] for i in batch],
                 height=height,
                 width=width,
@@ -410,7 +411,7 @@ def adherence(
                 generator=[torch.Generator().manual_seed(seed * 1_000_003 + i) for i in batch],
                 output_type="pt",
                 use_pe=False,
-            ).images
-            for i, picture in zip(batch, made.float().cpu(), strict=True):
+            )
+            for i, picture in zip(batch, images_of(output).float().cpu(), strict=True):
                 pictures[i] = picture
     return summarize(judge(pictures, scenes), scenes)

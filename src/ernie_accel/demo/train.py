@@ -463,6 +463,14 @@ def save_pipeline(
     vae.bn = statistics
     vae.to(memory_format=torch.contiguous_format)
     pipe.save_pretrained(folder, safe_serialization=True)
+    _name_rope_as_all_releases_do(folder / "text_encoder" / "config.json")
+
+
+def _name_rope_as_all_releases_do(config_file: Path) -> None:
+    """Write "default" for the vision tower's RoPE: transformers before 5.17 refuses "axial"; all read this."""
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["vision_config"]["rope_parameters"]["rope_type"] = "default"
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _reload(folder: Path, device: str) -> ErnieImagePipeline:

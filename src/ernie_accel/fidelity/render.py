@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ernie_accel.core.components import Pipeline, device_of
+from ernie_accel.core.outputs import images_of
 from ernie_accel.core.undo import Undo
 
 
@@ -90,7 +91,7 @@ def render(
         synchronize(device)
         begin = time.perf_counter()
         try:
-            image = pipe(prompt, generator=torch.Generator().manual_seed(seed), **arguments).images[0]
+            image = images_of(pipe(prompt, generator=torch.Generator().manual_seed(seed), **arguments))[0]
             synchronize(device)
             seconds = time.perf_counter() - begin
         finally:

@@ -179,6 +179,7 @@ class LocalEngine(Engine):
         import torch  # here, so that checking a table does not wait for it
 
         from ernie_accel.batch.engines.noise import latents_for
+        from ernie_accel.core.outputs import images_of
 
         arguments = self._arguments(requests, expired)
         if expired is not None and ("callback_on_step_end" in self._parameters or self._takes_any):
@@ -186,8 +187,8 @@ class LocalEngine(Engine):
         if (latents := latents_for(self._pipe, requests)) is not None:
             arguments["latents"] = latents
         generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
-        images = self._pipe(**arguments, generator=generators[0] if len(requests) == 1 else generators).images
-        return _pictures(images, len(requests))
+        output = self._pipe(**arguments, generator=generators[0] if len(requests) == 1 else generators)
+        return _pictures(images_of(output) if self._as_tensors else output.images, len(requests))
 
     def _arguments(self, requests: Sequence[Request], expired: threading.Event | None) -> dict[str, Any]:
         """Return the call's arguments; the requests are alike in all but prompt, negative prompt and seed."""
