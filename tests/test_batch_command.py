@@ -17,6 +17,7 @@ from PIL import Image
 from ernie_accel.batch import BatchChangedError, BatchInputError, BatchOutputError, command, report
 from ernie_accel.batch.job import plan_job
 from ernie_accel.batch.ledger import Ledger
+from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError
 from tests.child_paths import PYTHONPATH
 from tests.stub_engine import StubEngine, picture_of
@@ -38,7 +39,7 @@ def nothing_is_loaded(monkeypatch):
 
 
 def plan(table, **given):
-    return plan_job(table, {"output_dir": table.parent / "out"} | given)
+    return plan_job(table, {"output_dir": table.parent / "out", "model": "some/model"} | given)
 
 
 @pytest.mark.parametrize(
@@ -49,12 +50,27 @@ def plan(table, **given):
         ({"seed": 2**64}, f"seed is {2**64}; expected 0 to"),
         ({"timeout": 0.0}, "timeout is 0.0; expected 0.1 or more"),
         ({"metrics_port": 65536}, "metrics_port is 65536; expected 0 to 65535"),
-        ({"duplicates": 65}, "duplicate_bits 65 is not within 0 to 64"),
+        ({"duplicates": 65}, "duplicates is 65; expected 0 to 64"),
         ({"endpoint": ("http://a",), "preset": "exact"}, "preset has no effect with endpoint"),
         ({"endpoint": ("http://a",), "free_encoders": True}, "free_encoders has no effect with endpoint"),
         ({"enhancer": "http://a"}, "enhancer has no effect without endpoint"),
         ({"ray_actors": 2, "free_encoders": True}, "free_encoders has no effect with ray_actors"),
         ({"metrics_host": "0.0.0.0"}, "metrics_host has no effect without metrics_port"),
+        ({"steps": 0}, "steps is 0; expected 1 to 1000"),
+        ({"width": 9000}, "width is 9000; expected 16 to 8192"),
+        ({"guidance": 101.0}, "guidance is 101.0; expected 0 to 100"),
+        ({"variants": 0}, "variants is 0; expected 1 to 1000"),
+        ({"sampler": "unipcc"}, "sampler: Unknown scheduler 'unipcc'. Did you mean 'unipc'?"),
+        ({"blur": -1.0}, "blur is -1.0; expected 0 to 1e+06"),
+        ({"endpoint": ("http://a",), "sampler": "unipc"}, "sampler has no effect with endpoint"),
+        ({"endpoint": ("http://a",), "no_enhancer": True}, "no_enhancer has no effect with endpoint"),
+        ({"endpoint": ("http://a",), "ray_gpus": 2.0}, "ray_gpus has no effect with endpoint"),
+        ({"endpoint": ("http://a",), "demo_model": True}, "demo_model has no effect with endpoint"),
+        ({"model": "a/b", "demo_model": True}, "demo_model has no effect with model 'a/b'"),
+        ({"server": "sglang"}, "server has no effect without endpoint"),
+        ({"ray_gpus": 1.0}, "ray_gpus has no effect without ray_actors"),
+        ({"report": False, "gpu_price": 2.0}, "gpu_price has no effect without a report"),
+        ({"watts": 300.0}, "watts has no effect without power_price"),
     ],
 )
 def test_options_that_cannot_work_are_named_whoever_gives_them(table, options, message):
@@ -65,6 +81,180 @@ def test_options_that_cannot_work_are_named_whoever_gives_them(table, options, m
     file.write_text(json.dumps(content | {k: list(v) for k, v in content.items() if isinstance(v, tuple)}))
     with pytest.raises(BatchInputError, match=re.escape(message)):
         plan_job(file, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        ({"max_concurrent": 4}, "max_concurrent has no effect without endpoint"),
+        ({"endpoint": ("http://a",), "batch_size": 4}, "batch_size has no effect with endpoint"),
+        ({"skip_unsupported": True}, "skip_unsupported has no effect without preset"),
+    ],
+)
+def test_options_of_guides_that_do_nothing_are_pointed_out(table, monkeypatch, capsys, options, note):
+    monkeypatch.setattr(command, "_engine", lambda job, facts: StubEngine())
+    assert command.run_job(plan(table, **options)) == 0
+    assert f"note: {note}" in capsys.readouterr().err
+    assert not plan(table).notes
+
+
+def test_options_that_every_row_overrules_are_pointed_out(table, monkeypatch, capsys):
+    monkeypatch.setattr(command, "_engine", lambda job, facts: StubEngine())
+    table.write_text("prompt,steps,seed,width\na,4,1,64\nb,5,2,\n")
+    assert command.run_job(plan(table, steps=8, seed=3, width=32, height=32, template="cup {steps}")) == 0
+    err = capsys.readouterr().err
+    assert [line for line in err.splitlines() if line.startswith("note: ")] == [
+        "note: steps has no effect: every row has a steps of its own",
+        "note: seed has no effect: every row has a seed of its own",
+        "note: the column 'prompt' has no effect: template makes the prompts; to use both, write {prompt} in it",
+    ]
+
+
+def test_settings_of_the_whole_job_are_for_rows_that_leave_them_open(table, monkeypatch):
+    engine = StubEngine()
+    monkeypatch.setattr(command, "_engine", lambda job, facts: engine)
+    table.write_text("prompt,width,steps,guidance_scale,variants\na,64,4,3.5,1\nb,,,,\n")
+    file = table.parent / "job.yaml"
+    file.write_text(
+        "input_file: t.csv\noutput_dir: out\nmodel: a/b\nwidth: 32\nheight: 48\nsteps: 9\nguidance: 1\nvariants: 2"
+    )
+    assert command.run_job(plan_job(file, {"steps": 8})) == 0
+    made = sorted((r for batch in engine.batches for r in batch), key=lambda r: (r.prompt, r.seed))
+    assert [(r.prompt, r.width, r.height, r.steps, r.guidance_scale) for r in made] == [
+        ("a", 64, 48, 4, 3.5),
+        ("b", 32, 48, 8, 1.0),
+        ("b", 32, 48, 8, 1.0),
+    ]
+    with pytest.raises(BatchInputError, match="default width 1000 is not made of multiples of 16"):
+        command.run_job(plan(table, width=1000))
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """Have `_engine` load as ever, and render with a stub; yields the pipes that were loaded."""
+    pipes = []
+    load = command._load
+
+    def note(job, preset):
+        pipes.append(load(job, preset))
+        return pipes[-1]
+
+    monkeypatch.setattr(command, "_load", note)
+    monkeypatch.setattr("ernie_accel.batch.engines.LocalEngine", lambda pipe, **options: StubEngine())
+    return pipes
+
+
+def texts_of(out):
+    return [Image.open(path).text for path in sorted(out.glob("*.png"))]
+
+
+def test_sampler_and_enhancer_are_as_asked_for_and_are_part_of_what_a_job_is(table, loaded, capsys):
+    options = {"model": None, "demo_model": True, "preset": "exact"}
+    assert command.run_job(plan(table, **options, sampler="unipc", no_enhancer=True)) == 0
+    (pipe,) = loaded
+    assert pipe.pe is None
+    assert pipe.pe_tokenizer is None
+    assert re.search(r"SwapScheduler\('unipc'\) +resamples +applied", capsys.readouterr().out)
+    assert texts_of(table.parent / "out")[0].items() >= {"sampler": "unipc", "prompt enhancer": "off"}.items()
+    for left in ({"sampler": "unipc"}, {"no_enhancer": True}):
+        with pytest.raises(BatchChangedError, match=r"setting '(sampler|prompt enhancer)' was .* and is now None"):
+            command.run_job(plan(table, **options, **left))
+
+
+SHAPES = "no model is named, and the embedded demo model draws nothing but flat shapes"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a product photo of a red mug", "teal square", "红色的马克杯", "a large red", "cup 🙂"]
+)
+def test_the_demo_model_refuses_what_it_cannot_draw(table, nothing_is_loaded, capsys, prompt):
+    table.write_text(f"sku,prompt\na,a large red circle\nb,{prompt}\n", encoding="utf-8")
+    with pytest.raises(BatchInputError) as caught:
+        command.run_job(plan(table, model=None))
+    assert SHAPES in str(caught.value)
+    assert "--model baidu/ERNIE-Image-Turbo" in str(caught.value)
+    assert re.search(rf"line 3: .*: '{prompt}'", str(caught.value))
+    assert capsys.readouterr().out.startswith("Model: the embedded demo model (draws flat shapes only); for other")
+    assert not (table.parent / "out").exists()
+
+
+def test_of_many_prompts_that_it_cannot_draw_a_few_are_shown(table, nothing_is_loaded):
+    table.write_text("prompt\n" + "a mug\n" * 50)
+    with pytest.raises(BatchInputError) as caught:
+        command.run_job(plan(table, model=None))
+    assert len(str(caught.value).splitlines()) == 9
+    assert "45 more prompts of 50 are like these" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options"),
+    [
+        (["a large red circle in the center on a cream background", "two rings", "Please draw a blue cross"], {}),
+        (["左上角有一个红色的大圆形，米色背景", "画两个圆环"], {}),
+        (["a product photo of a red mug"], {"demo_model": True}),
+    ],
+)
+def test_the_demo_model_says_everywhere_that_it_is_one(table, monkeypatch, capsys, prompts, options):
+    monkeypatch.setattr(command, "_engine", lambda job, facts: StubEngine())
+    table.write_text("prompt\n" + "\n".join(prompts), encoding="utf-8")
+    for _ in range(2):  # made, and nothing left to do
+        assert command.run_job(plan(table, model=None, **options)) == 0
+        out, err = capsys.readouterr()
+        assert out.splitlines()[0].startswith("Model: the embedded demo model (draws flat shapes only)")
+        assert out.splitlines()[-1].endswith("out, made with the embedded demo model (draws flat shapes only)")
+        if _ == 0:
+            assert "demo model, shapes only: " in err, "before the bar"
+    folder = table.parent / "out"
+    for text in ((folder / "report.md").read_text(), (folder / "report.html").read_text()):
+        assert "embedded demo model, which draws flat shapes and nothing else" in text
+    assert {text["model"] for text in texts_of(folder)} == {"embedded demo model (draws flat shapes only)"}
+
+
+def compiles(table, monkeypatch, rows, **options):
+    """Return whether a job of the embedded model leaves compiling in; it is stopped before it loads anything."""
+    jobs = []
+
+    def stop(job, facts):
+        jobs.append(job)
+        raise RuntimeError
+
+    monkeypatch.setattr(command, "_engine", stop)
+    monkeypatch.setattr(Context, "detect", lambda *_: CPU)
+    table.write_text("prompt\n" + "a red circle\n" * rows)
+    with pytest.raises(RuntimeError):
+        command.run_job(plan(table, **({"model": None} | options)))
+    return jobs[0].compiled
+
+
+CPU = Context(device="cpu", device_name="2 CPU cores")
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "expected"),
+    [
+        (20, {}, False),
+        (1300, {}, False),
+        (1400, {}, True),
+        (700, {"steps": 16}, True),
+        (20, {"width": 1024, "height": 1024}, False),
+        (21, {"width": 1024, "height": 1024}, True),
+        (20, {"preset": "turbo-fp32"}, True),
+        (20, {"model": "a/b"}, True),
+    ],
+)
+def test_a_short_job_on_a_cpu_does_not_compile(table, monkeypatch, capsys, rows, options, expected):
+    assert compiles(table, monkeypatch, rows, **options) is expected
+    said = "Not compiled: compiling takes some 40 s on a CPU and would save some"
+    assert (said in capsys.readouterr().out) is not expected
+
+
+def test_without_compiling_the_rest_of_the_preset_is_applied(table, loaded, capsys):
+    table.write_text("prompt\na red circle\n")
+    assert command.run_job(plan(table, model=None)) == 0
+    out = capsys.readouterr().out
+    assert "would save some 0.0 s on 1 picture; to compile all the same, name the preset (--preset turbo-" in out
+    assert "CallDefaults('turbo')" in out
+    assert "Compile()" not in out
 
 
 def test_every_mistake_of_the_options_is_told_at_once(table):
@@ -201,7 +391,9 @@ def test_a_setting_that_is_given_no_more_is_a_change(table, monkeypatch, overwri
             command.run_job(plan(table))
 
 
-@pytest.mark.parametrize(("change", "named"), [({"server": "vllm-omni"}, "pipeline"), ({"endpoint": ()}, "preset")])
+@pytest.mark.parametrize(
+    ("change", "named"), [({"server": "vllm-omni"}, "pipeline"), ({"endpoint": None, "server": None}, "preset")]
+)
 def test_other_image_servers_or_none_are_a_change(table, monkeypatch, change, named):
     """Each engine adds what it says of itself; a local one is known by its preset before it is loaded."""
 
@@ -217,7 +409,7 @@ def test_other_image_servers_or_none_are_a_change(table, monkeypatch, change, na
     options = {"endpoint": ("http://a",), "server": "sglang"}
     assert command.run_job(plan(table, **options)) == 0
     with pytest.raises(BatchChangedError, match=f"setting '{named}' was"):
-        command.run_job(plan(table, **(options | change)))
+        command.run_job(plan(table, **{k: v for k, v in (options | change).items() if v is not None}))
 
 
 LOADING = """
@@ -237,7 +429,7 @@ main(sys.argv[1:])
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
 def test_an_interrupt_while_the_model_loads_ends_the_command_at_once(table):
     job = subprocess.Popen(
-        [sys.executable, "-c", LOADING, "batch", str(table), "--out", str(table.parent / "out")],
+        [sys.executable, "-c", LOADING, "batch", str(table), "--out", str(table.parent / "out"), "--model", "a/b"],
         env=os.environ | {"PYTHONPATH": PYTHONPATH},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -165,7 +165,16 @@ main(sys.argv[1:])
 
 def start(tmp_path, port):
     (tmp_path / "t.csv").write_text("prompt\none\ntwo\n")
-    job = ["batch", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out"), "--metrics-port", str(port)]
+    job = [
+        "batch",
+        str(tmp_path / "t.csv"),
+        "--out",
+        str(tmp_path / "out"),
+        "--metrics-port",
+        str(port),
+        "--model",
+        "a/b",
+    ]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     return subprocess.Popen([sys.executable, "-c", COMMAND, *job, "--batch-size", "1"], env=environment, **pipes)

@@ -15,13 +15,13 @@ import time
 import pytest
 
 from ernie_accel.batch import Row, Sift, produce
+from ernie_accel.batch.job import EMBEDDED_MODEL
 from ernie_accel.batch.page import latency_chart, speed_chart
 from ernie_accel.batch.report import _worked, write_report
 from ernie_accel.batch.runs import note_run
 from ernie_accel.batch.telemetry import Telemetry, percentile, prometheus_text
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.text import markdown
-from ernie_accel.demo import MODEL_NAME
 from tests.child_paths import PYTHONPATH
 from tests.stub_engine import StubEngine, make_rows
 
@@ -211,7 +211,7 @@ def test_the_report_says_where_each_run_made_its_pictures(tmp_path):
 
 
 def test_a_report_on_pictures_of_the_demo_model_begins_with_that(tmp_path):
-    text, page = report_of(tmp_path, make_rows(1), model=MODEL_NAME)
+    text, page = report_of(tmp_path, make_rows(1), model=EMBEDDED_MODEL)
     assert DEMO in text.splitlines()[2]
     assert DEMO in page
 
@@ -277,7 +277,7 @@ def start(tmp_path, seconds, *arguments):
     command = [sys.executable, "-c", COMMAND, str(seconds), "batch", str(table), "--out", str(tmp_path / "out")]
     environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, "--batch-size", "2", *arguments], env=environment, **pipes)
+    return subprocess.Popen([*command, "--model", "a/b", "--batch-size", "2", *arguments], env=environment, **pipes)
 
 
 def wait_for(stream, text):

@@ -443,7 +443,7 @@ def test_a_sampler_of_a_row_and_a_setting_given_twice_are_pointed_out(write):
     messages = [message for _, message in problems_of(write("prompt,steps,step,sampler\na,7,8,euler\n"))]
     assert messages == [
         f"column 'step' would be ignored; delete it, beside 'steps'{OR_YOURS}",
-        "column 'sampler' would be ignored; the whole job has one sampler, which its preset chooses; "
+        "column 'sampler' would be ignored; the whole job has one sampler: choose it with --sampler; "
         f"delete it{OR_YOURS}",
     ]
 

@@ -20,6 +20,7 @@ from ernie_accel.demo.captions import (
     parse,
     random_request,
     same_content,
+    unknown_part,
 )
 from ernie_accel.demo.scenes import (
     CANVASES,
@@ -179,3 +180,26 @@ def test_importing_the_package_imports_no_torch() -> None:
     code = "import sys, ernie_accel.demo; print(sorted({'torch', 'diffusers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_caption_and_every_short_prompt_is_known_to_the_embedded_model():
+    rng = random.Random(5)
+    for _ in range(500):
+        for text in (caption(random_scene(rng), rng), random_request(rng)[0].text):
+            assert unknown_part(text) is None, text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [
+        ("a product photo of a red mug", "it does not know 'product'"),
+        ("a red t-shirt", "it does not know 't-shirt'"),
+        ("a teal square", "it does not know 'teal'"),
+        ("红色的马克杯", "it does not know '马'"),
+        ("red on cream", "it names no shape"),
+        ("", "it names no shape"),
+        ("a red circle, masterpiece", "it does not know 'masterpiece'"),
+    ],
+)
+def test_what_the_embedded_model_does_not_know_is_named(prompt, reason):
+    assert unknown_part(prompt) == reason

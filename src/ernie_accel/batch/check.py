@@ -10,7 +10,7 @@ from ernie_accel.batch.errors import shown
 from ernie_accel.batch.gate import text_problem
 from ernie_accel.batch.naming import TakenNames, fill_pattern, folder_problem, name_problem
 from ernie_accel.batch.newbie import structure_problems
-from ernie_accel.batch.row import MAX_GUIDANCE, MAX_SEED, MAX_SIDE, MAX_STEPS, MAX_VARIANTS, Columns, Row
+from ernie_accel.batch.row import DEFAULTS, MAX_GUIDANCE, MAX_SEED, MAX_SIDE, MAX_STEPS, MAX_VARIANTS, Columns, Row
 
 
 @dataclass
@@ -22,19 +22,19 @@ class RowCheck:
         template: How prompts are made from columns; None: the column `prompt` holds them.
         folder_by: The column that names a sub-folder.
         size_multiple: Width and height must be divisible by this, in pixels.
-        default_size: Width and height in pixels for rows that do not give theirs.
+        defaults: Settings for rows that leave them open, by column.
     """
 
     pattern: str | None
     template: str | None = None
     folder_by: str | None = None
     size_multiple: int = 16
-    default_size: tuple[int, int] | None = None
+    defaults: Mapping[str, float] = field(default_factory=dict)
     _taken: TakenNames = field(default_factory=TakenNames)
 
     def rows(self, line: int, index: int, columns: Columns) -> tuple[list[Row], list[str]]:
         """Return the pictures that an input row asks for, or what is wrong with it."""
-        settings = Settings(columns)
+        settings = Settings(columns, self.defaults)
         prompt = settings.text("prompt") if self.template is None else fill_pattern(self.template, columns, index)
         if prompt is not None and not prompt.strip():
             prompt = None
@@ -44,7 +44,7 @@ class RowCheck:
             settings.messages.append(f"prompt {reason}")  # the columns' own text was looked at when it was read
         settings.messages += structure_problems(prompt or "")
         seed = settings.whole("seed", 0, MAX_SEED, "write digits, e.g. 42, or leave it empty")
-        width, height = settings.size(self.size_multiple, self.default_size)
+        width, height = settings.size(self.size_multiple)
         steps = settings.whole("steps", 1, MAX_STEPS, "write digits, e.g. 8, or leave it empty")
         guidance_scale = settings.number("guidance_scale", MAX_GUIDANCE, "write e.g. 4.0, or leave it empty")
         variants = (
@@ -107,8 +107,8 @@ class RowCheck:
 class Settings:
     """The settings of one row, parsed; what is wrong with them gathers in `messages`."""
 
-    def __init__(self, columns: Mapping[str, str]) -> None:
-        self._columns = columns
+    def __init__(self, columns: Mapping[str, str], defaults: Mapping[str, float]) -> None:
+        self._columns, self._defaults = columns, defaults
         self.messages: list[str] = []
 
     def text(self, name: str) -> str | None:
@@ -118,7 +118,7 @@ class Settings:
     def whole(self, name: str, low: int, high: int, fix: str) -> int | None:
         text = (self.text(name) or "").strip()
         if not text:
-            return None
+            return self._default(name)
         # Not int() alone: it also takes '1_000' and the digits of other scripts, and balks at very long ones.
         if not re.fullmatch(r"[+-]?[0-9]{1,30}", text):
             self.messages.append(f"{name} {shown(text)} is not a whole number; {fix}")
@@ -131,7 +131,7 @@ class Settings:
     def number(self, name: str, high: float, fix: str) -> float | None:
         text = (self.text(name) or "").strip()
         if not text:
-            return None
+            return self._defaults.get(name)
         if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)", text):
             self.messages.append(f"{name} {shown(text)} is not a number; {fix}")
         elif not 0 <= float(text) <= high:
@@ -140,17 +140,30 @@ class Settings:
             return float(text)
         return None
 
-    def size(self, multiple: int, default: tuple[int, int] | None) -> tuple[int | None, int | None]:
+    def _default(self, name: str) -> int | None:
+        return int(self._defaults[name]) if name in self._defaults else None
+
+    def size(self, multiple: int) -> tuple[int | None, int | None]:
         # Any whole number passes here, so that a bad size is told with the nearest good one.
         limit = 10**30
-        found = len(self.messages)
         width = self.whole("width", -limit, limit, f"write pixels, e.g. {64 * multiple}, or leave it empty")
         height = self.whole("height", -limit, limit, f"write pixels, e.g. {64 * multiple}, or leave it empty")
-        if default is not None and len(self.messages) == found:
-            width, height = default[0] if width is None else width, default[1] if height is None else height
         if reason := size_problem(width, height, multiple):
             self.messages.append(reason)
         return width, height
+
+
+def default_problems(defaults: Mapping[str, float], multiple: int) -> list[str]:
+    """Return what is wrong with settings for rows that leave them open (empty list: nothing)."""
+    messages = [f"default {name!r} is none; valid: {', '.join(DEFAULTS)}" for name in defaults if name not in DEFAULTS]
+    for name, (low, high) in DEFAULTS.items():
+        value = defaults.get(name)
+        if value is not None and name not in ("width", "height") and not low <= value <= high:
+            messages.append(f"default {name} {value} is not within {low:g} to {high:g}; choose another")
+    width, height = (None if defaults.get(name) is None else int(defaults[name]) for name in ("width", "height"))
+    if reason := size_problem(width, height, multiple):
+        messages.append(f"default {reason}")
+    return messages
 
 
 def size_problem(width: int | None, height: int | None, multiple: int) -> str | None:

@@ -9,14 +9,17 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ernie_accel.batch.errors import BatchOutputError
-from ernie_accel.batch.job import Job, plan_job
+from ernie_accel.batch.errors import BatchInputError, BatchOutputError
+from ernie_accel.batch.job import EMBEDDED_MODEL, OPTION_OF, REAL_MODEL, Job, plan_job
+from ernie_accel.batch.row import MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, MAX_VARIANTS, MIN_SIDE
+from ernie_accel.core.text import one_line
 
 if TYPE_CHECKING:
     from ernie_accel.batch.engines import Engine
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 EXIT_FAILED, EXIT_INTERRUPTED = 3, 130
 
 _POWER_EVERY_S = 5.0
+_EMBEDDED_SIZE_PX = (128, 128)  # what the embedded model is good at; diffusers' default is 1024
+_SHOWN_PROMPTS = 5  # of those the embedded model cannot draw
+_COMPILING_SLOTS = ("compile", "vae-compile")
 
 
 def batch_command(
@@ -40,14 +46,38 @@ def batch_command(
     ] = None,
     skip_bad: Annotated[bool | None, typer.Option("--skip-bad", help="Leave out rows with mistakes.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the first row, for rows without one.")] = None,
+    width: Annotated[
+        int | None, typer.Option(min=MIN_SIDE, max=MAX_SIDE, help="In pixels, for rows that give none.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=MIN_SIDE, max=MAX_SIDE, help="The same.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=MAX_STEPS, help="Denoising steps, for rows that give none.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, max=MAX_GUIDANCE, help="Guidance scale, for rows that give none.")
+    ] = None,
+    variants: Annotated[
+        int | None, typer.Option(min=1, max=MAX_VARIANTS, help="Pictures of each row, for rows that do not say.")
+    ] = None,
     overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace what exists or has changed.")] = None,
-    model: Annotated[str | None, typer.Option(help="Pipeline folder or hub id; default: the embedded model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help=f"Pipeline folder or hub id, e.g. {REAL_MODEL}; default: the demo model.")
+    ] = None,
+    demo_model: Annotated[
+        bool | None, typer.Option("--demo-model", help="Let the demo model draw its flat shapes for any prompt.")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="Sampler to swap in: unipc, dpmpp_2m, heun, ...")] = None,
+    no_enhancer: Annotated[
+        bool | None, typer.Option("--no-enhancer", help="Do without the pipeline's prompt enhancer.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="Preset, see `ernie-accel info`; default: what pays.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
     skip_unsupported: Annotated[
         bool | None, typer.Option("--skip-unsupported", help="Leave out what cannot run here instead of refusing.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures per batch; default: found by trying.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Pictures per batch; default: tuned while it runs.")
+    ] = None,
     free_encoders: Annotated[
         bool | None, typer.Option("--free-encoders", help="Encode all prompts first, then free the encoders' memory.")
     ] = None,
@@ -111,9 +141,11 @@ def _remove_if_empty(folder: Path) -> None:
 def _run_job(job: Job) -> int:
     from ernie_accel.batch import read_table
     from ernie_accel.batch.produce import check_folder, renew_manifest
-    from ernie_accel.cli import EMBEDDED_SIZE_PX
 
-    here = not job.endpoint and job.model is None
+    if job.uses_embedded:
+        typer.echo(f"Model: the {EMBEDDED_MODEL}; for other pictures name one: --model {REAL_MODEL}")
+    for note in job.notes:
+        typer.echo(f"note: {note}", err=True)
     skipped: list[Problem] = []
     rows = read_table(
         job.input_file,
@@ -121,11 +153,16 @@ def _run_job(job: Job) -> int:
         template=job.template,
         folder_by=job.folder_by,
         extra_columns=job.extra_columns,
-        default_size=EMBEDDED_SIZE_PX if here else None,
+        default_size=_EMBEDDED_SIZE_PX if job.uses_embedded else None,
+        defaults=job.defaults(),
         skipped=skipped if job.skip_bad else None,
     )
     for line, problem in skipped:
         typer.echo(f"{job.input_file}:{line}: left out: {problem}", err=True)
+    for note in _unused(job, rows):
+        typer.echo(f"note: {note}", err=True)
+    if job.uses_embedded and not job.demo_model:
+        _refuse_what_the_demo_cannot_draw(job, rows)
     power = _Power(job)
     _check_outputs(job)
     with _metrics(job) as metrics:
@@ -136,14 +173,17 @@ def _run_job(job: Job) -> int:
             seed=job.seed,
             overwrite=job.overwrite,
             sift=job.sifting(),
-            facts=dict.fromkeys(("model", "preset")) | facts,
+            facts=dict.fromkeys(("model", "preset", "sampler", "prompt enhancer")) | facts,
         )
         # Image servers are no model to load, and only their engine can tell whether its own settings have changed.
         if not anything and not job.endpoint:
             renew_manifest(rows, job.output_dir, seed=job.seed)
             _report(job, power)
-            typer.echo(f"Nothing to do, {len(rows)} rows were finished before: {job.output_dir.resolve()}")
+            typer.echo(f"Nothing to do, {len(rows)} rows were finished before: {_where(job)}")
             return 0
+        if reason := _why_not_compiled(job, rows):
+            typer.echo(f"Not compiled: {reason} (--preset {facts['preset']})")
+            job = replace(job, compiled=False)
         engine = _engine(job, facts)
         start = time.perf_counter()
         with _interruptible() as interrupted:
@@ -153,7 +193,7 @@ def _run_job(job: Job) -> int:
     _report(job, power)
     rest = f", {rejected} rejected" if rejected else ""
     rest += f", {before} {'not begun' if interrupted else 'done before or not begun'}" if before else ""
-    typer.echo(f"{done} succeeded, {failed} failed{rest}, in {seconds:.1f} s: {job.output_dir.resolve()}")
+    typer.echo(f"{done} succeeded, {failed} failed{rest}, in {seconds:.1f} s: {_where(job)}")
     if interrupted:
         typer.echo("Interrupted; run the same command again to go on.", err=True)
         return EXIT_INTERRUPTED
@@ -217,6 +257,7 @@ def _make(
 
     done = failed = rejected = 0
     try:
+        _note_run(job)
         results = produce(
             engine,
             rows,
@@ -229,6 +270,7 @@ def _make(
             timeout_s=job.timeout,
             sift=job.sifting(),
             facts=facts,
+            progress="demo model, shapes only" if job.uses_embedded else True,
             log_json=job.log_json,
             prometheus=job.prometheus,
             metrics=metrics,
@@ -264,7 +306,12 @@ def _facts(job: Job) -> dict[str, str]:
     """Return what a job's pictures shall say of how they were made; to know it, nothing is loaded."""
     if job.endpoint:
         return {"model": job.model} if job.model else {}
-    return {"model": job.model or "embedded", "preset": _preset_name(job)}
+    facts = {"model": job.model or EMBEDDED_MODEL, "preset": _preset_name(job)}
+    if job.sampler is not None:
+        facts["sampler"] = job.sampler
+    if job.no_enhancer:
+        facts["prompt enhancer"] = "off"
+    return facts
 
 
 def _engine(job: Job, facts: Mapping[str, str]) -> Engine:
@@ -277,7 +324,7 @@ def _engine(job: Job, facts: Mapping[str, str]) -> Engine:
         return HttpEngine(
             job.endpoint, server=job.server, concurrency=job.max_concurrent, enhancer=job.enhancer, model=job.model
         )
-    load = functools.partial(_load, job.model, job.dtype, facts["preset"], job.skip_unsupported)
+    load = functools.partial(_load, job, facts["preset"])
     if job.ray_actors:
         from ernie_accel.batch.engines.ray import RayEngine
 
@@ -302,11 +349,98 @@ def _preset_name(job: Job) -> str:
     return (find_preset(job.preset) if job.preset else fitting_preset(Context.detect())).name
 
 
-def _load(model: str | None, dtype: str, preset: str, skip_unsupported: bool) -> Any:
-    """Load and optimize a pipeline, here or in another process."""
-    from ernie_accel.cli import load_and_optimize
+def _load(job: Job, preset: str) -> Any:
+    """Load and optimize a pipeline as the job says, here or in another process."""
+    from ernie_accel.core.errors import UnsupportedError
+    from ernie_accel.core.optimize import optimize
+    from ernie_accel.core.plan import plan
+    from ernie_accel.core.preset import find_preset
+    from ernie_accel.storage.loading import load_pipeline
+    from ernie_accel.transforms.scheduler.swap_scheduler import SwapScheduler
 
-    return load_and_optimize(model, dtype, preset, skip_unsupported)[0]
+    if job.model is None:  # it loads in a second; a large one keeps its loading bar
+        import diffusers
+
+        diffusers.utils.logging.disable_progress_bar()
+    pipe = load_pipeline(job.model, job.dtype, prompt_enhancer=not job.no_enhancer)
+    pipe.set_progress_bar_config(disable=True)
+    swaps = () if job.sampler is None else (SwapScheduler(job.sampler),)
+    if swaps and not (the_plan := plan(pipe, *swaps)).ok:
+        raise UnsupportedError(the_plan)  # even where a preset's parts may be left out, a sampler asked for may not
+    chosen = find_preset(preset)
+    if not job.compiled:
+        chosen = replace(chosen, transforms=tuple(t for t in chosen.transforms if t.slot not in _COMPILING_SLOTS))
+    # A preset that nobody chose by name may lose a part that cannot run here; the report names it.
+    lenient = job.skip_unsupported or job.preset is None
+    return optimize(pipe, *swaps, preset=chosen, on_unsupported="skip" if lenient else "error")
+
+
+def _where(job: Job) -> str:
+    return f"{job.output_dir.resolve()}{f', made with the {EMBEDDED_MODEL}' if job.uses_embedded else ''}"
+
+
+def _unused(job: Job, rows: Sequence[Row]) -> list[str]:
+    """Return the options that say what every row says itself, in words."""
+    notes = []
+    columns = {name: option for name, option in OPTION_OF.items() if name in job.defaults()}
+    if job.seed:
+        columns["seed"] = "seed"
+    for name, option in columns.items():
+        if all(row.columns.get(name, "").strip() for row in rows):
+            notes.append(f"{option} has no effect: every row has a {name} of its own")
+    if job.template is not None and "{prompt}" not in job.template and any("prompt" in row.columns for row in rows):
+        notes.append("the column 'prompt' has no effect: template makes the prompts; to use both, write {prompt} in it")
+    return notes
+
+
+def _refuse_what_the_demo_cannot_draw(job: Job, rows: Sequence[Row]) -> None:
+    """Refuse prompts that are not about the embedded model's few shapes: it would answer with some shape or other.
+
+    Raises:
+        BatchInputError: There are such prompts.
+    """
+    from ernie_accel.demo.captions import unknown_part
+
+    unknown = [(row, reason) for row in rows if (reason := unknown_part(row.prompt)) is not None]
+    if not unknown:
+        return
+    problems: list[Problem] = [
+        (
+            None,
+            "no model is named, and the embedded demo model draws nothing but flat shapes, such as 'a large red circle "
+            f"in the center on a cream background'; name a model (--model {REAL_MODEL}), or see its shapes all the "
+            "same (--demo-model)",
+        )
+    ]
+    problems += [(row.line, f"{reason}: {one_line(row.prompt, 80)!r}") for row, reason in unknown[:_SHOWN_PROMPTS]]
+    if len(unknown) > _SHOWN_PROMPTS:
+        problems.append((None, f"{len(unknown) - _SHOWN_PROMPTS:,} more prompts of {len(rows):,} are like these"))
+    raise BatchInputError(job.input_file, problems)
+
+
+def _why_not_compiled(job: Job, rows: Sequence[Row]) -> str | None:
+    """Return why the default preset is better not compiled for this job; None: it is, or somebody chose a preset."""
+    if not job.uses_embedded or job.preset is not None:
+        return None
+    from ernie_accel.batch.compile_rule import why_not_compiled
+    from ernie_accel.core.context import Context
+
+    return why_not_compiled(rows, Context.detect())
+
+
+def _note_run(job: Job) -> None:
+    """Remember for the report what makes the pictures."""
+    from ernie_accel.batch.runs import note_run
+
+    if job.endpoint:
+        servers = "1 image server" if len(job.endpoint) == 1 else f"{len(job.endpoint)} image servers"
+        note_run(job.output_dir, f"{servers} ({job.server})", {})
+        return
+    from ernie_accel.core.context import Context
+
+    context = Context.detect()
+    actors = f"{job.ray_actors} Ray actors, started from " if job.ray_actors else ""
+    note_run(job.output_dir, f"{actors}{context}", context.versions)
 
 
 @contextmanager

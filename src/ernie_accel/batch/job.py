@@ -10,19 +10,25 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from ernie_accel.batch.errors import BatchInputError, Problem, shown
 from ernie_accel.batch.gate import MAX_JOB_BYTES, NotJsonError, Repeated, decode_json, read_text, text_problem
 from ernie_accel.batch.plain_yaml import parse_yaml
-from ernie_accel.batch.row import MAX_SEED
+from ernie_accel.batch.row import DEFAULTS, MAX_SEED
 from ernie_accel.batch.sift import Sift
-from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.errors import UnknownNameError
 
 JOB_SUFFIXES = (".yaml", ".yml", ".json")
+
+EMBEDDED_MODEL = "embedded demo model (draws flat shapes only)"
+"""How pictures, reports and messages name the model of a job that names none: nobody shall take it for a real one."""
+
+REAL_MODEL = "baidu/ERNIE-Image-Turbo"
+"""The model that messages advise."""
 
 _MODES = {"csv": (".csv", ".txt", ".tsv"), "json": (".json",), "jsonl": (".jsonl", ".ndjson"), "parquet": (".parquet",)}
 
@@ -40,8 +46,16 @@ class Job:
         extra_columns: Columns of the table that look like a setting and are the user's own.
         skip_bad: Leave out rows with mistakes instead of refusing the table.
         seed: Of the first row, for rows that give none.
+        width: In pixels, for rows that give none.
+        height: In pixels, for rows that give none.
+        steps: Denoising steps, for rows that give none; None: the preset's for the family, else the pipeline's own.
+        guidance: Guidance scale, for rows that give none; None: likewise.
+        variants: Pictures of each row, for rows that do not say.
         overwrite: Replace pictures that exist, and make again what has changed.
         model: Pipeline folder or hub id; None: the embedded model.
+        demo_model: Draw whatever the prompts say with the embedded model, which knows flat shapes only.
+        sampler: Sampler to swap in, as `SwapScheduler` names it; None: the model's own.
+        no_enhancer: Do without the pipeline's prompt enhancer, and do not load it.
         preset: Preset to optimize with; None: what pays here.
         dtype: Of the weights.
         skip_unsupported: Leave out transforms that cannot run here.
@@ -68,6 +82,8 @@ class Job:
         prometheus: File in Prometheus' text format.
         metrics_port: Port at which a Prometheus can scrape the same; 0: any that is free.
         metrics_host: Address to listen at for that.
+        notes: No option: what `plan_job` found that has no effect and does no harm.
+        compiled: No option: whether a preset that nobody chose by name may compile; decided by the rows.
     """
 
     input_file: Path
@@ -78,8 +94,16 @@ class Job:
     extra_columns: tuple[str, ...] = ()
     skip_bad: bool = False
     seed: int = 0
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    variants: int | None = None
     overwrite: bool = False
     model: str | None = None
+    demo_model: bool = False
+    sampler: str | None = None
+    no_enhancer: bool = False
     preset: str | None = None
     dtype: str = "auto"
     skip_unsupported: bool = False
@@ -106,6 +130,18 @@ class Job:
     prometheus: Path | None = None
     metrics_port: int | None = None
     metrics_host: str = "127.0.0.1"
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    compiled: bool = True
+
+    @property
+    def uses_embedded(self) -> bool:
+        """Whether the pictures come from the embedded model."""
+        return not self.endpoint and self.model is None
+
+    def defaults(self) -> dict[str, float]:
+        """Return the settings for rows that leave them open, by column."""
+        given = {name: getattr(self, option) for name, option in OPTION_OF.items()}
+        return {name: value for name, value in given.items() if value is not None}
 
     def sifting(self) -> Sift | None:
         """Return what is sifted out; None: nothing was asked for."""
@@ -114,7 +150,11 @@ class Job:
         return Sift(blur_variance=self.blur, duplicate_bits=self.duplicates, reroll=self.reroll)
 
 
+OPTION_OF: Mapping[str, str] = {name: "guidance" if name == "guidance_scale" else name for name in DEFAULTS}
+"""Column of a table -> the option that says it for rows that leave it open."""
+
 _RANGES: Mapping[str, tuple[float, float | None]] = {
+    **{option: DEFAULTS[name] for name, option in OPTION_OF.items()},
     "seed": (0, MAX_SEED),
     "batch_size": (1, None),
     "retries": (0, None),
@@ -122,17 +162,22 @@ _RANGES: Mapping[str, tuple[float, float | None]] = {
     "max_concurrent": (1, None),
     "ray_actors": (0, None),
     "ray_gpus": (0, None),
-    "reroll": (0, None),
+    "blur": (0, 1e6),
+    "duplicates": (0, 64),
+    "reroll": (0, 100),
     "gpu_price": (0, None),
     "power_price": (0, None),
     "watts": (0, None),
     "metrics_port": (0, 65535),
 }
-_OF_A_PIPELINE = ("preset", "dtype", "skip_unsupported", "free_encoders", "ray_actors")
-_OF_SERVERS = frozenset({"server", "enhancer"})
+_OF_A_PIPELINE = (
+    "preset", "dtype", "skip_unsupported", "free_encoders", "ray_actors", "ray_gpus", "sampler", "no_enhancer"
+)  # fmt: skip
+_OF_SERVERS = ("server", "enhancer")
+_OF_THE_REPORT = ("gpu_price", "power_price", "watts")
 _TYPES = get_type_hints(Job)
 _LISTS = ("endpoint", "extra_columns")  # a text alone is a list of one
-_NAMES = tuple(field.name for field in fields(Job))
+_NAMES = tuple(each.name for each in fields(Job) if each.name not in ("notes", "compiled"))
 
 
 def plan_job(table: Path, given: Mapping[str, Any]) -> Job:
@@ -154,9 +199,10 @@ def plan_job(table: Path, given: Mapping[str, Any]) -> Job:
     if "output_dir" not in options:
         raise BatchInputError(table, [(None, "names no output folder; add --out, or output_dir to the job file")])
     job = Job(**options)
-    if problems := [*_range_problems(job), *_useless_options(job)]:
+    given_names = {name for name, value in options.items() if value is not None and value is not False}
+    if problems := [*_range_problems(job), *_useless_options(job, given_names)]:
         raise BatchInputError(table, problems)
-    return job
+    return replace(job, notes=tuple(_harmless_options(job, given_names)))
 
 
 def _read_job(path: Path) -> dict[str, Any] | None:
@@ -248,28 +294,61 @@ def _range_problems(job: Job) -> list[Problem]:
         if value is not None and not (low <= value and (high is None or value <= high)):
             expected = f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
             problems.append((None, f"{name} is {shown(value)}; expected {expected}"))
-    try:
-        job.sifting()
-    except ErnieAccelError as error:
-        problems.append((None, str(error)))
+    if job.sampler is not None:
+        from ernie_accel.transforms.scheduler.swap_scheduler import SwapScheduler  # here, because it loads torch
+
+        try:
+            SwapScheduler(job.sampler)
+        except UnknownNameError as error:
+            problems.append((None, f"sampler: {error}"))
     return problems
 
 
-def _useless_options(job: Job) -> list[Problem]:
-    """Return the options that would have no effect beside others: they are refused, not ignored."""
-    plain = {field.name: field.default for field in fields(Job)}
-    given = {name for name in _NAMES if getattr(job, name) != plain[name]}
-    clashes = []
+def _useless_options(job: Job, given: Collection[str]) -> list[Problem]:
+    """Return the options that would have no effect beside others, and not do what was meant: they are refused."""
+    clashes: list[tuple[str, str]] = []
     if job.endpoint:
         why = "has no effect with endpoint: the image servers hold the pipeline; start them with it, or leave it out"
-        clashes += [(name, why) for name in _OF_A_PIPELINE if name in given]
+        clashes += [(name, why) for name in _OF_A_PIPELINE if name in given and getattr(job, name) != 0]
+        if job.demo_model:
+            clashes.append(("demo_model", "has no effect with endpoint: the image servers have a model; leave it out"))
     else:
-        clashes += [(name, "has no effect without endpoint; name the image servers") for name in _OF_SERVERS & given]
+        clashes += [
+            (name, "has no effect without endpoint; name the image servers") for name in _OF_SERVERS if name in given
+        ]
+        if job.demo_model and job.model is not None:
+            clashes.append(("demo_model", f"has no effect with model {job.model!r}; leave one of them out"))
+        if "ray_gpus" in given and not job.ray_actors:
+            clashes.append(("ray_gpus", "has no effect without ray_actors; say how many"))
     if job.ray_actors and job.free_encoders:
         clashes.append(("free_encoders", "has no effect with ray_actors: they encode each batch; leave it out"))
     if job.metrics_port is None and "metrics_host" in given:
         clashes.append(("metrics_host", "has no effect without metrics_port; name the port"))
+    if not job.report:
+        clashes += [
+            (name, "has no effect without a report; leave out --no-report") for name in _OF_THE_REPORT if name in given
+        ]
+    elif job.watts is not None and job.power_price is None:
+        clashes.append(("watts", "has no effect without power_price; give the price of a kWh"))
     return [(None, f"{name} {why}") for name, why in clashes]
+
+
+def _harmless_options(job: Job, given: Collection[str]) -> list[str]:
+    """Return what has no effect here and does no harm: guides give some of these always."""
+    notes = []
+    if "max_concurrent" in given and not job.endpoint:
+        notes.append(
+            "max_concurrent has no effect without endpoint: it counts requests to image servers; "
+            "batch_size says how many pictures a pipeline makes at once"
+        )
+    if "batch_size" in given and job.endpoint:
+        notes.append(
+            "batch_size has no effect with endpoint: image servers make batches of their own; "
+            "max_concurrent says how many requests each gets at once"
+        )
+    if "skip_unsupported" in given and job.preset is None and not job.endpoint:
+        notes.append("skip_unsupported has no effect without preset: the default preset leaves out what cannot run")
+    return notes
 
 
 def _mode_problems(mode: object, table: object) -> list[Problem]:

@@ -44,9 +44,9 @@ _ALIASES = {
 
 # Settings of pictures that no column holds.
 _WHOLE_JOB = {
-    "sampler": "the whole job has one sampler, which its preset chooses",
-    "sampler_name": "the whole job has one sampler, which its preset chooses",
-    "scheduler": "the whole job has one sampler, which its preset chooses",
+    "sampler": "the whole job has one sampler: choose it with --sampler",
+    "sampler_name": "the whole job has one sampler: choose it with --sampler",
+    "scheduler": "the whole job has one sampler: choose it with --sampler",
     "denoise": "pictures are made from noise alone",
     "denoising_strength": "pictures are made from noise alone",
     "clip_skip": "the text encoder is used as the model was trained with it",

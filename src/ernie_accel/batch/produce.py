@@ -43,7 +43,7 @@ def produce(
     sift: Sift | None = None,
     facts: Mapping[str, str] | None = None,
     writers: int = 2,
-    progress: bool = True,
+    progress: bool | str = True,
     log_json: str | Path | None = None,
     prometheus: str | Path | None = None,
     metrics: MetricsServer | None = None,
@@ -80,7 +80,7 @@ def produce(
         facts: What the PNGs say beside their rows' settings, such as model and preset; a job does not go on with
             others.
         writers: Threads that encode and write PNG.
-        progress: Show a progress bar on stderr.
+        progress: Show a progress bar on stderr; a text stands before it.
         log_json: File to which a JSON line with the job's state is appended every `interval_s`.
         prometheus: File that is rewritten as often, in Prometheus' text format.
         metrics: Where a Prometheus can scrape the same; it stays open, to be closed by whoever opened it.

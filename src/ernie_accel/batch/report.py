@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ernie_accel.batch.job import EMBEDDED_MODEL, REAL_MODEL
 from ernie_accel.batch.ledger import Entry, Ledger
 from ernie_accel.batch.line import REJECTED
 from ernie_accel.batch.runs import read_runs
@@ -15,14 +16,13 @@ from ernie_accel.batch.summary import write_summary
 from ernie_accel.batch.telemetry import merged, percentile
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.text import markdown, one_line
-from ernie_accel.demo import MODEL_NAME
 
 _MAX_PICTURES = 200  # thumbnails: some 2 MB
 _MAX_FAILURES = 200
 _MAX_REASON = 300  # characters of an error; the manifest has all of it
 _DEMO_WARNING = (
     "These pictures are from the embedded demo model, which draws flat shapes and nothing else. "
-    "For pictures of your products name a model: --model baidu/ERNIE-Image-Turbo"
+    f"For pictures of anything else name a model: --model {REAL_MODEL}"
 )
 
 
@@ -110,7 +110,7 @@ class _Facts:
     @property
     def warning(self) -> str:
         """What a reader must know before looking at the pictures; empty: nothing."""
-        return _DEMO_WARNING if self.settings.get("model") == MODEL_NAME else ""
+        return _DEMO_WARNING if self.settings.get("model") == EMBEDDED_MODEL else ""
 
     def markdown(self) -> str:
         """Return the report for a terminal, a ticket or a pull request."""

@@ -13,10 +13,20 @@ SETTINGS = ("prompt", "negative_prompt", "seed", "width", "height", "steps", "gu
 """The columns that say how a picture is made; every other column is the user's own."""
 
 MAX_SEED = 2**64 - 1  # the largest that torch.Generator.manual_seed takes
+MIN_SIDE = 16  # pixels
 MAX_SIDE = 8192  # pixels; beyond it a typing mistake is far likelier than a wish
 MAX_STEPS = 1000  # the training timesteps of every supported scheduler
 MAX_GUIDANCE = 100.0
 MAX_VARIANTS = 1000
+
+DEFAULTS: Mapping[str, tuple[float, float]] = {
+    "width": (MIN_SIDE, MAX_SIDE),
+    "height": (MIN_SIDE, MAX_SIDE),
+    "steps": (1, MAX_STEPS),
+    "guidance_scale": (0, MAX_GUIDANCE),
+    "variants": (1, MAX_VARIANTS),
+}
+"""The settings that a job can give for rows that leave them open, and their lowest and highest values."""
 
 
 class Columns(Mapping[str, str]):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from ernie_accel.batch.errors import BatchOutputError
 from ernie_accel.batch.ledger import JOB_FOLDER
 
 _FILE = "runs.jsonl"
@@ -21,12 +22,19 @@ def note_run(out: Path, machine: str, versions: Mapping[str, str]) -> None:
         out: The output folder, which holds a ledger or will.
         machine: What renders, in words.
         versions: Of the packages there; those that matter for pictures are kept.
+
+    Raises:
+        BatchOutputError: It cannot be written.
     """
-    folder = out / JOB_FOLDER
-    folder.mkdir(exist_ok=True)
+    path = out / JOB_FOLDER / _FILE
     kept = {name: versions[name] for name in _VERSIONS if name in versions}
-    with (folder / _FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": time.time(), "machine": machine, "versions": kept}) + "\n")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.time(), "machine": machine, "versions": kept}) + "\n")
+    except OSError as error:
+        reason = f"{JOB_FOLDER}/{_FILE} could not be written: {error.strerror or error}; free space, or move it away"
+        raise BatchOutputError(out, [(None, reason)]) from error
 
 
 def read_runs(out: Path) -> dict[str, str]:

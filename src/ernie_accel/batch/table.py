@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from ernie_accel.batch.check import RowCheck, size_problem
+from ernie_accel.batch.check import RowCheck, default_problems
 from ernie_accel.batch.errors import BatchInputError, Problem, listed, shown, tidy
 from ernie_accel.batch.formats import MAX_ROWS, Records, read_records, separator_of
 from ernie_accel.batch.gate import text_problem
@@ -25,6 +25,7 @@ def read_table(
     folder_by: str | None = None,
     extra_columns: Collection[str] = (),
     skipped: list[Problem] | None = None,
+    defaults: Mapping[str, float] | None = None,
 ) -> list[Row]:
     """Read a table with a `prompt` column, and check all of it.
 
@@ -44,6 +45,8 @@ def read_table(
             refused unless it is named here, since it would be ignored. Other columns of your own need no mention.
         skipped: A list to which the problems of single rows are added; such rows are left out, instead of refusing
             the file. They keep their number, so that fixing them later changes no other row.
+        defaults: Settings for rows that leave them open: any of `width`, `height` (which go before `default_size`),
+            `steps`, `guidance_scale` and `variants`.
 
     Returns:
         At least one row per picture, in the file's order, with file names that are distinct on every file system.
@@ -53,12 +56,13 @@ def read_table(
         MissingExtraError: A Parquet file needs pyarrow.
     """
     path = Path(path)
+    sides = {} if default_size is None else dict(zip(("width", "height"), default_size, strict=True))
     return rows_of(
         read_records(path),
         path,
         pattern=pattern,
         size_multiple=size_multiple,
-        default_size=default_size,
+        defaults=sides | dict(defaults or {}),
         template=template,
         folder_by=folder_by,
         extra_columns=extra_columns,
@@ -72,7 +76,7 @@ def rows_of(
     *,
     pattern: str | None = None,
     size_multiple: int = 16,
-    default_size: tuple[int, int] | None = None,
+    defaults: Mapping[str, float] | None = None,
     template: str | None = None,
     folder_by: str | None = None,
     extra_columns: Collection[str] = (),
@@ -83,6 +87,7 @@ def rows_of(
     Raises:
         BatchInputError: With every problem found.
     """
+    defaults = defaults or {}
     named = [name for name in records.columns if name]
     problems = list(records.problems)
     if not named and (problems or records.row_problems):  # nothing was read; what follows would only repeat it
@@ -97,9 +102,9 @@ def rows_of(
         raise BatchInputError(path, names)
     problems += names
     problems += [(None, message) for message in _option_problems(named, template, folder_by)]
-    if default_size is not None and (reason := size_problem(*default_size, size_multiple)):
-        problems.append((None, f"default {reason}"))
-        default_size = None  # reported once, not for every row
+    if bad_defaults := default_problems(defaults, size_multiple):
+        problems += [(None, message) for message in bad_defaults]
+        defaults = {}  # reported once, not for every row
     pattern = default_pattern(named) if pattern is None else pattern
     bad_pattern = pattern_problems(pattern, named)
     problems += [(None, message) for message in bad_pattern]
@@ -109,7 +114,7 @@ def rows_of(
         template=None if problems else template,
         folder_by=None if problems else folder_by,
         size_multiple=size_multiple,
-        default_size=default_size,
+        defaults=defaults,
     )
     rows: list[Row] = []
     row_problems = list(records.row_problems)

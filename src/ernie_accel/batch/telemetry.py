@@ -67,7 +67,7 @@ class Telemetry:
         self,
         total: int,
         *,
-        progress: bool = False,
+        progress: bool | str = False,
         log_json: Path | None = None,
         prometheus: Path | None = None,
         interval_s: float = 5.0,
@@ -77,7 +77,7 @@ class Telemetry:
 
         Args:
             total: Rows to make.
-            progress: Show a bar on stderr.
+            progress: Show a bar on stderr; a text stands before it.
             log_json: Append one JSON line every `interval_s`, and a last one at the end.
             prometheus: Rewrite this file in the text format, for node_exporter's textfile collector.
             interval_s: Seconds.
@@ -97,7 +97,9 @@ class Telemetry:
         self._begin = self._told = clock()
         self._first_batch: float | None = None
         self._last_batch = self._begin
-        self._bar = tqdm(total=total, unit="picture", disable=not progress)
+        self._bar = tqdm(
+            total=total, unit="picture", disable=not progress, desc=progress if isinstance(progress, str) else None
+        )
 
     def expect(self, count: int) -> None:
         """Note that so many more rows are to be made."""

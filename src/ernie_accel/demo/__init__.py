@@ -12,13 +12,10 @@ if TYPE_CHECKING:
     import torch
     from diffusers import ErnieImagePipeline
 
-__all__ = ["MODEL_FOLDER", "MODEL_NAME", "load", "load_folder"]
+__all__ = ["MODEL_FOLDER", "load", "load_folder"]
 
 MODEL_FOLDER = Path(__file__).parent / "model"
 """Where the weights lie, in the layout of `save_pretrained`, as float16 safetensors."""
-
-MODEL_NAME = "embedded demo model (draws flat shapes only)"
-"""How pictures, reports and messages name it, so that nobody takes it for a model that draws everything."""
 
 
 def load(dtype: torch.dtype | None = None, prompt_enhancer: bool = True) -> ErnieImagePipeline:

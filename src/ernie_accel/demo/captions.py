@@ -165,6 +165,42 @@ def language_of(text: str) -> str:
     return "zh" if re.search(r"[\u4e00-\u9fff]", text) else "en"
 
 
+_NUMBERED = {"en": ("two", "2"), "zh": ("两个", "2个")}
+_ASKING = {"en": ("please", "draw", "i", "want"), "zh": ("请画", "画")}
+
+
+def _build_request_token() -> re.Pattern[str]:
+    """Return a pattern that reads what a short prompt may hold beside the words of a caption."""
+    english = [*_NUMBERED["en"], *_ASKING["en"], *(_plural(s) for ss in _WORDS["en"]["shape"].values() for s in ss)]
+    chinese = [*_NUMBERED["zh"], *_ASKING["zh"]]
+    alternatives = sorted([*(rf"\b{word}\b" for word in english), *chinese], key=len, reverse=True)
+    return re.compile(r"\s*(" + "|".join(alternatives) + r")\s*")
+
+
+def _plural(word: str) -> str:
+    return f"{word}es" if word.endswith("s") else f"{word}s"
+
+
+_REQUEST_TOKEN = _build_request_token()
+_SHAPES = tuple(word for t in _WORDS.values() for words in t["shape"].values() for word in words)
+
+
+def unknown_part(prompt: str) -> str | None:
+    """Return what the embedded model does not know in a prompt: a word, or that it names no shape; None: nothing.
+
+    Every word must be one of captions or of short prompts, in English or Chinese. Whether they make sense together is
+    not looked at.
+    """
+    text, position = prompt.strip().lower(), 0
+    while position < len(text):
+        ends = [found.end() for token in (_TOKEN, _REQUEST_TOKEN) if (found := token.match(text, position))]
+        if not ends:
+            words = re.findall(r"[a-z0-9'-]+|\S", text[position : position + 40])
+            return f"it does not know {words[0]!r}"
+        position = max(ends)
+    return None if any(shape in text for shape in _SHAPES) else "it names no shape"
+
+
 def parse(text: str, canvas: tuple[int, int] = (128, 128)) -> Scene | None:
     """Read a full caption of the grammar.
 
@@ -428,9 +464,8 @@ def _forget(o: Object, rng: random.Random) -> RequestedObject:
 def _counted(shape: str, language: str, rng: random.Random) -> str:
     word = rng.choice(_WORDS[language]["shape"][shape])
     if language == "zh":
-        return f"{rng.choice(('两个', '2个'))}{word}"
-    plural = f"{word}es" if word.endswith("s") else f"{word}s"
-    return f"{rng.choice(('two', '2'))} {plural}"
+        return f"{rng.choice(_NUMBERED['zh'])}{word}"
+    return f"{rng.choice(_NUMBERED['en'])} {_plural(word)}"
 
 
 def _short_text(

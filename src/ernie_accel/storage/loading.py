@@ -11,6 +11,7 @@ import torch
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.dtypes import DTYPES
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
+from ernie_accel.families import family_of
 from ernie_accel.storage.saving import MANIFEST, load
 
 DEVICES = ("auto", "cpu", "cuda", "npu")
@@ -32,7 +33,9 @@ def check_dtype(dtype: str) -> None:
         raise UnknownNameError("dtype", dtype, ("auto", *DTYPES))
 
 
-def load_pipeline(model: str | None = None, dtype: str = "auto", device: str = "auto") -> Pipeline:
+def load_pipeline(
+    model: str | None = None, dtype: str = "auto", device: str = "auto", *, prompt_enhancer: bool = True
+) -> Pipeline:
     """Load a diffusers pipeline onto a device, safetensors only and without remote code.
 
     Args:
@@ -40,6 +43,7 @@ def load_pipeline(model: str | None = None, dtype: str = "auto", device: str = "
         dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on an accelerator and float32 on the CPU. What
             `ernie_accel.save` wrote keeps its own.
         device: "cpu", "cuda" or "npu"; "auto" is CUDA where there is one.
+        prompt_enhancer: Keep the pipeline's prompt enhancer, if it has one; without it the device has its memory free.
 
     Raises:
         UnknownNameError: `dtype` or `device` is unknown.
@@ -55,9 +59,19 @@ def load_pipeline(model: str | None = None, dtype: str = "auto", device: str = "
             raise ErnieAccelError(
                 f"{model} was written by ernie_accel.save and keeps its dtypes; found dtype={dtype!r}"
             )
-        return load(model, device=device)
+        saved = load(model, device=device)
+        return saved if prompt_enhancer else _without_enhancer(saved)
     name = dtype if dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
-    return _from_anywhere(model, DTYPES[name]).to(device)
+    pipe = _from_anywhere(model, DTYPES[name])
+    return (pipe if prompt_enhancer else _without_enhancer(pipe)).to(device)
+
+
+def _without_enhancer(pipe: Pipeline) -> Pipeline:
+    """Drop the prompt enhancer of a pipeline that has one, and return the pipeline."""
+    family = family_of(pipe)
+    if family is not None and (how := family.prompt_enhancement) is not None:
+        pipe.register_modules(**{how.model: None, how.tokenizer: None})
+    return pipe
 
 
 def _from_anywhere(model: str | None, dtype: torch.dtype) -> Pipeline:
