@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ernie_accel.batch import BatchOutputError, produce
-from ernie_accel.batch.engines import EngineLostError, LocalEngine, WorkerLostError
+from ernie_accel.batch.engines import EngineLostError, LocalEngine, Request, WorkerLostError
 from ernie_accel.batch.engines.process import ProcessEngine
 from tests.full_disk import disk_full_when
 from tests.pipelines import tiny_ernie
@@ -242,6 +242,9 @@ def test_a_process_engine_asks_its_pipe_what_it_can_do(tmp_path):
         assert engine.identity() == {"pipeline": "StepPipe"}
     finally:
         engine.close()
+    # Not by the connection, on which the answers to other threads come: a row is submitted while another is rendered.
+    ((line, problem),) = engine.problems([(2, Request(prompt="a cup", seed=1, steps=4))])
+    assert (line, problem.partition(",")[0]) == (2, "asks for num_inference_steps")
 
 
 def test_rows_of_a_lost_worker_are_made_by_another_and_a_killer_row_fails(tmp_path):

@@ -130,7 +130,10 @@ class Engine(ABC):
         return request.shape()
 
     def problems(self, requests: Sequence[tuple[int, Request]]) -> list[Problem]:
-        """Return why the requests, each with its input line, cannot be rendered, without rendering any."""
+        """Return why the requests, each with its input line, cannot be rendered, without rendering any.
+
+        Called from any thread, while others render.
+        """
         return []
 
     @abstractmethod

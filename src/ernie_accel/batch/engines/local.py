@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import TYPE_CHECKING, Any, TypeVar
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from PIL import Image
 
@@ -33,6 +37,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 
+_LOOK_S = 0.5  # seconds of waiting for a turn after which it is looked whether the pipe hangs
+
 Pipe = Any
 """A diffusers pipeline: called with a prompt and keyword settings, it returns an object with `.images`."""
 
@@ -40,12 +46,51 @@ MAX_BATCH = 32
 """The largest batch that is tried with a diffusers pipeline; beyond it no measured device gained."""
 
 
+@dataclass(frozen=True)
+class CallSignature:
+    """What a pipe's call takes; engines whose pipe is elsewhere keep one, to be asked from any thread.
+
+    Attributes:
+        name: The pipe's class.
+        parameters: The names of the call's arguments.
+        takes_any: Whether it takes any keyword.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    takes_any: bool
+
+    @classmethod
+    def of(cls, pipe: Pipe) -> CallSignature:
+        """Return the signature of a pipe."""
+        parameters = inspect.signature(pipe).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        return cls(type(pipe).__name__, tuple(parameters), takes_any)
+
+    def problems(self, requests: Sequence[tuple[int, Request]]) -> list[Problem]:
+        """Return what the requests, each with its input line, ask for that the call has no argument for."""
+        if self.takes_any:
+            return []
+        takes = f"it takes: {', '.join(self.parameters)}"
+        problems: list[Problem] = [
+            (None, f"{self.name} takes no {argument}, without which no row can be made; {takes}")
+            for argument in ("prompt", "generator")
+            if argument not in self.parameters
+        ]
+        for line, request in requests:
+            for argument in request.arguments():
+                if argument not in self.parameters and argument != "prompt":
+                    problems.append((line, f"asks for {argument}, which {self.name} does not take; {takes}"))
+        return problems
+
+
 class LocalEngine(Engine):
     """A diffusers pipeline, or any callable like one.
 
     A diffusers pipeline gets batches; anything else one row at a time unless `max_batch` says that it takes lists.
     Each row has a generator of its own on the CPU, so that its noise depends neither on its neighbours nor on the
-    device. For ERNIE-Image, prompts are enhanced and encoded ahead, in batches (see `PromptStage`).
+    device. For ERNIE-Image, prompts are enhanced and encoded ahead, in batches (see `PromptStage`). Engines with
+    the same pipe take turns, a call each: a pipe's scheduler holds the state of one.
     """
 
     def __init__(
@@ -62,13 +107,12 @@ class LocalEngine(Engine):
         """
         self._pipe = pipe
         self._grace_s = grace_s
-        self._parameters = inspect.signature(pipe).parameters
-        self._takes_any = any(p.kind is p.VAR_KEYWORD for p in self._parameters.values())
+        self.signature = CallSignature.of(pipe)
+        self._turn = _Turn.of(pipe)
         is_pipeline = isinstance(getattr(pipe, "components", None), Mapping)
         self.max_batch = (MAX_BATCH if is_pipeline else 1) if max_batch is None else max_batch
-        self._as_tensors = is_pipeline and "output_type" in self._parameters
+        self._as_tensors = is_pipeline and "output_type" in self.signature.parameters
         self._prompts = _prompt_stage(pipe, free_encoders) if is_pipeline else None
-        self._lost = False
         if free_encoders:
             self.ahead, self.in_rounds = ROUND, True
 
@@ -108,7 +152,8 @@ class LocalEngine(Engine):
     def free(self) -> None:
         """Take the encoders off the device, if that was asked for; the next `encode` puts them back."""
         if self._prompts is not None:
-            self._prompts.free()
+            with self._turn:
+                self._prompts.free()
 
     @property
     def tokenizer(self) -> Any:
@@ -122,20 +167,7 @@ class LocalEngine(Engine):
 
     def problems(self, requests: Sequence[tuple[int, Request]]) -> list[Problem]:
         """Return what the requests ask for that the pipe's ``__call__`` has no argument for."""
-        if self._takes_any:
-            return []
-        name = type(self._pipe).__name__
-        takes = f"it takes: {', '.join(self._parameters)}"
-        problems: list[Problem] = [
-            (None, f"{name} takes no {argument}, without which no row can be made; {takes}")
-            for argument in ("prompt", "generator")
-            if argument not in self._parameters
-        ]
-        for line, request in requests:
-            for argument in request.arguments():
-                if argument not in self._parameters and argument != "prompt":
-                    problems.append((line, f"asks for {argument}, which {name} does not take; {takes}"))
-        return problems
+        return self.signature.problems(requests)
 
     def identity(self) -> Mapping[str, str]:
         """Return the pipeline's class."""
@@ -144,23 +176,28 @@ class LocalEngine(Engine):
     def close(self) -> None:
         """Put text encoder and prompt enhancer back where they were."""
         if self._prompts is not None:
-            self._prompts.close()
+            with nullcontext() if self._turn.lost else self._turn:  # after a hang nobody else can use the pipe, either
+                self._prompts.close()
 
     def _within(self, timeout_s: float | None, what: str, work: Callable[[threading.Event | None], _T]) -> _T:
         """Do something with the pipe; `work` is given an event that says when its time is up."""
-        if self._lost:
-            raise EngineLostError("the pipe is still inside a step that hung")
         if timeout_s is None:
-            return work(None)
+            with self._turn:
+                return work(None)
+        self._turn.take()  # before the clock starts: another engine's batch is not this one's fault
         expired = threading.Event()
         future: Future[_T] = Future()
         # A daemon, so that a step which never ends does not keep the program from ending.
-        threading.Thread(target=_fulfil, args=(future, work, expired), daemon=True).start()
+        arguments = (future, work, expired, self._turn)
+        threading.Thread(target=_fulfil, args=arguments, daemon=True).start()
         try:
             return future.result(timeout_s)
         except FutureTimeoutError:
             if future.done():  # the pipe itself raised a TimeoutError
                 raise
+        except KeyboardInterrupt:  # the pipe is still at it
+            self._await_end(future, expired)
+            raise
         expired.set()  # a slow pipe stops at the end of its step; one that hangs does not
         try:
             return future.result(self._grace_s)
@@ -169,11 +206,18 @@ class LocalEngine(Engine):
         except FutureTimeoutError:
             if future.done():
                 raise
-            self._lost = True
+            self._turn.lost = True
             raise EngineLostError(
                 f"{what} after {timeout_s:g} s: the pipe hangs inside a step, which nothing can end within a process; "
                 "the other rows stay pending. Run again, or use ProcessEngine, which replaces its process"
             ) from None
+
+    def _await_end(self, future: Future[Any], expired: threading.Event) -> None:
+        """Have a call end at its next step, so that nobody else calls the pipe meanwhile."""
+        expired.set()
+        self._turn.lost = True  # until it has ended; another Ctrl-C may come first
+        concurrent.futures.wait([future], self._grace_s)
+        self._turn.lost = not future.done()
 
     def _begin(self, requests: Sequence[Request], expired: threading.Event | None) -> Sequence[Begun]:
         import torch  # here, so that checking a table does not wait for it
@@ -182,13 +226,16 @@ class LocalEngine(Engine):
         from ernie_accel.core.outputs import images_of
 
         arguments = self._arguments(requests, expired)
-        if expired is not None and ("callback_on_step_end" in self._parameters or self._takes_any):
+        if expired is not None and self._takes("callback_on_step_end"):
             arguments["callback_on_step_end"] = _stop_when(expired)
         if (latents := latents_for(self._pipe, requests)) is not None:
             arguments["latents"] = latents
         generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
         output = self._pipe(**arguments, generator=generators[0] if len(requests) == 1 else generators)
         return _pictures(images_of(output) if self._as_tensors else output.images, len(requests))
+
+    def _takes(self, argument: str) -> bool:
+        return self.signature.takes_any or argument in self.signature.parameters
 
     def _arguments(self, requests: Sequence[Request], expired: threading.Event | None) -> dict[str, Any]:
         """Return the call's arguments; the requests are alike in all but prompt, negative prompt and seed."""
@@ -212,11 +259,62 @@ def _prompt_stage(pipe: Pipe, free: bool) -> PromptStage | None:
     return PromptStage.of(pipe, free=free)
 
 
-def _fulfil(future: Future[_T], work: Callable[[threading.Event], _T], expired: threading.Event) -> None:
+class _Turn:
+    """Whose turn it is to call a pipe: one thread's at a time, whichever engines it is in.
+
+    Attributes:
+        lost: Whether a call hangs: then it is nobody's turn any more.
+    """
+
+    _of: ClassVar[weakref.WeakKeyDictionary[Any, _Turn]] = weakref.WeakKeyDictionary()
+    _finding: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self) -> None:
+        self.lost = False
+        self._lock = threading.Lock()  # no RLock: it is released by the thread that made the call, see `_fulfil`
+
+    @classmethod
+    def of(cls, pipe: Pipe) -> _Turn:
+        """Return the turn of a pipe, the same for every engine with it."""
+        with cls._finding:
+            try:
+                return cls._of.setdefault(pipe, cls())
+            except (
+                TypeError
+            ):  # neither hashable nor weakly referable: no pipeline, but maybe a callable of its own kind
+                return cls()
+
+    def take(self) -> None:
+        """Wait for the turn.
+
+        Raises:
+            EngineLostError: The pipe hangs.
+        """
+        while not self.lost:
+            if self._lock.acquire(timeout=_LOOK_S):
+                return
+        raise EngineLostError("the pipe is still inside a step that hung")
+
+    def give_back(self) -> None:
+        """End the turn, from any thread."""
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self.take()
+
+    def __exit__(self, *_: object) -> None:
+        self.give_back()
+
+
+def _fulfil(future: Future[_T], work: Callable[[threading.Event], _T], expired: threading.Event, turn: _Turn) -> None:
     try:
-        future.set_result(work(expired))
+        result = work(expired)
     except BaseException as error:  # all of them: this thread has nobody else to tell
+        turn.give_back()
         future.set_exception(error)
+    else:
+        turn.give_back()
+        future.set_result(result)
 
 
 def _stop_when(expired: threading.Event) -> Any:

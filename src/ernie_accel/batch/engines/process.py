@@ -24,7 +24,7 @@ from ernie_accel.batch.engines.base import (
     WorkerLostError,
     in_batches,
 )
-from ernie_accel.batch.engines.local import LocalEngine, Pipe
+from ernie_accel.batch.engines.local import CallSignature, LocalEngine, Pipe
 from ernie_accel.batch.errors import Problem
 from ernie_accel.core.errors import ErnieAccelError
 
@@ -70,6 +70,7 @@ class ProcessEngine(Engine):
         self.max_batch = int(self._call("max_batch"))
         self.ahead, self.in_rounds = int(self._call("ahead")), bool(self._call("in_rounds"))
         self._identity: dict[str, str] = self._call("identity")
+        self._signature: CallSignature = self._call("signature")
 
     def render(self, requests: Sequence[Request], timeout_s: float | None = None) -> Sequence[Outcome]:
         """Have the child render; see `Engine.render`."""
@@ -94,9 +95,8 @@ class ProcessEngine(Engine):
         return self._buckets.get(request, (request.shape(), 0))
 
     def problems(self, requests: Sequence[tuple[int, Request]]) -> list[Problem]:
-        """Ask the child what its pipe cannot do."""
-        found: list[Problem] = self._call("problems", list(requests))
-        return found
+        """Return what the child's pipe has no argument for; the child, which may be rendering, is not asked."""
+        return self._signature.problems(requests)
 
     def identity(self) -> Mapping[str, str]:
         """Return the pipeline's class."""

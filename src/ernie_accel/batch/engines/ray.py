@@ -24,7 +24,7 @@ from ernie_accel.batch.engines.base import (
     WorkerLostError,
     in_batches,
 )
-from ernie_accel.batch.engines.local import LocalEngine, Pipe
+from ernie_accel.batch.engines.local import CallSignature, LocalEngine, Pipe
 from ernie_accel.batch.engines.process import portable
 from ernie_accel.batch.engines.prompts import length_class, token_ids
 from ernie_accel.batch.errors import Problem
@@ -105,7 +105,8 @@ class RayEngine(Engine):
         self.max_batch: int
         self._identity: dict[str, str]
         self._tokenizer: Any
-        self.max_batch, self._identity, self._tokenizer = self._describe(self._actors[0])
+        self._signature: CallSignature
+        self.max_batch, self._identity, self._tokenizer, self._signature = self._describe(self._actors[0])
         self._length_class = functools.lru_cache(maxsize=4096)(self._count)  # asked for again after each batch
         # Threads for all that is prepared at once: each waits for a free actor, in front of what is rendered next.
         self._threads = ThreadPoolExecutor(2 * self.ahead // PREPARE_BATCH, "ernie-accel-encode")
@@ -136,9 +137,8 @@ class RayEngine(Engine):
         return (request.shape(), self._length_class(request.prompt)) if encoded is None else encoded.bucket
 
     def problems(self, requests: Sequence[tuple[int, Request]]) -> list[Problem]:
-        """Ask an actor what its pipe cannot do."""
-        found: list[Problem] = self._ask(self._actors[0].problems.remote(list(requests)), None)
-        return found
+        """Return what the actors' pipe has no argument for; no actor, which may be rendering or lost, is asked."""
+        return self._signature.problems(requests)
 
     def identity(self) -> Mapping[str, str]:
         """Return the pipeline's class."""
@@ -252,10 +252,8 @@ class _Worker:
         self._engine = LocalEngine(load(), max_batch=max_batch)
 
     def describe(self) -> tuple[bool, Any]:
-        return True, (self._engine.max_batch, dict(self._engine.identity()), self._engine.tokenizer)
-
-    def problems(self, requests: Sequence[tuple[int, Request]]) -> tuple[bool, Any]:
-        return True, self._engine.problems(requests)
+        engine = self._engine
+        return True, (engine.max_batch, dict(engine.identity()), engine.tokenizer, engine.signature)
 
     def encode(self, requests: Sequence[Request]) -> tuple[Any, ...]:
         """Return the answer, the buckets of the requests, and what was made for each."""
