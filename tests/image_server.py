@@ -43,6 +43,8 @@ class ImageServer:
         self.misbehave = {prompt: list(deeds) for prompt, deeds in (misbehave or {}).items()}
         self.requests: list[dict] = []
         self.chats: list[dict] = []
+        self.authorizations: set[str | None] = set()  # of every request
+        self.revises = False  # whether it says that it changes prompts
         self.most_at_once = 0
         self._at_once = 0
         self.lock = threading.Lock()
@@ -78,9 +80,11 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
+        self.owner.authorizations.add(self.headers.get("Authorization"))
         self.answer(200, {"object": "list", "data": [{"id": "ernie-pe"}]} if self.path == "/v1/models" else {})
 
     def do_POST(self) -> None:
+        self.owner.authorizations.add(self.headers.get("Authorization"))
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.owner.enter()
         try:
@@ -135,7 +139,8 @@ class _Handler(BaseHTTPRequestHandler):
         lossless = self.owner.kind != "sglang" or body.get("output_format") == "png"
         picture.save(file, "PNG" if lossless else "JPEG")
         png = file.getvalue()[: len(file.getvalue()) // 2 if deed == "half picture" else None]
-        answer = {"created": 1, "data": [{"b64_json": base64.b64encode(png).decode(), "revised_prompt": None}]}
+        revised = f"{body['prompt']}, revised" if self.owner.revises else body["prompt"]
+        answer = {"created": 1, "data": [{"b64_json": base64.b64encode(png).decode(), "revised_prompt": revised}]}
         if deed == "empty":
             answer["data"] = []
         content = json.dumps(answer).encode()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import email.utils
 import socket
+import time
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -10,8 +13,12 @@ import pytest
 from PIL import Image
 
 from ernie_accel.batch import BatchInputError, produce
+from ernie_accel.batch.command import run_job
 from ernie_accel.batch.engines import Request
+from ernie_accel.batch.engines.address import parse_address
+from ernie_accel.batch.engines.answers import retry_after_s
 from ernie_accel.batch.engines.http import HttpEngine
+from ernie_accel.batch.job import plan_job
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from tests.image_server import ImageServer
 from tests.stub_engine import make_rows, picture_of
@@ -138,6 +145,137 @@ def test_prompts_are_enhanced_on_their_own_server_with_the_rows_seed(tmp_path):
     assert {body["use_pe"] for body in server.requests} == {False}
     with Image.open(results[0].path) as picture:
         assert picture.text["enhanced by"] == "vllm"
+        assert (picture.text["prompt"], picture.text["enhanced_prompt"]) == ("cup 0", "cup 0, enhanced 0")
+
+
+@pytest.mark.parametrize("kind", ["sglang", "vllm-omni"])
+@pytest.mark.parametrize("use_pe", [False, True])
+def test_only_what_is_known_of_the_servers_own_enhancer_is_stated(tmp_path, kind, use_pe):
+    with ImageServer(kind) as server:
+        (result,) = run(engine_for(server, use_pe=use_pe), sized_rows(1), tmp_path)
+    with Image.open(result.path) as picture:
+        assert picture.text["enhanced by"] == "unknown"
+        assert picture.text["image server's enhancer"] == f"asked to be {'on' if use_pe else 'off'}"
+        assert "enhanced_prompt" not in picture.text
+
+
+def test_a_prompt_that_the_server_changed_is_kept_and_pointed_out_once(tmp_path, caplog):
+    with ImageServer() as server:
+        server.revises = True
+        results = run(engine_for(server), sized_rows(3), tmp_path)
+    for result in results:
+        with Image.open(result.path) as picture:
+            assert picture.text["enhanced_prompt"] == f"{result.row.prompt}, revised"
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"{server.address} changes prompts, though it was asked not to; each picture says what it was made from"
+    ]
+
+
+def test_each_server_gets_its_own_key_and_no_other(tmp_path):
+    with ImageServer() as server, ImageServer() as enhancer:
+        engine = engine_for(server, enhancer=enhancer.address, api_key="image-key", enhancer_api_key="enhancer-key")
+        run(engine, sized_rows(2), tmp_path)
+    assert server.authorizations == {"Bearer image-key"}
+    assert enhancer.authorizations == {"Bearer enhancer-key"}
+
+
+def test_the_key_of_the_image_servers_does_not_go_to_an_enhancer_without_one(tmp_path):
+    with ImageServer() as server, ImageServer() as enhancer:
+        run(engine_for(server, enhancer=enhancer.address, api_key="image-key"), sized_rows(1), tmp_path)
+    assert enhancer.authorizations == {None}
+
+
+def test_user_and_password_of_an_address_become_its_own_header(tmp_path):
+    with ImageServer() as server:
+        address = server.address.replace("http://", "http://me:p%40ss@")
+        (result,) = run(HttpEngine([address + "/v1"]), sized_rows(1), tmp_path)
+    assert result.error is None
+    assert server.authorizations == {"Basic " + base64.b64encode(b"me:p@ss").decode()}
+
+
+def test_the_command_takes_keys_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGE_KEY", "sk-image\n")
+    monkeypatch.setenv("ENHANCER_KEY", "sk-enhancer")
+    table = tmp_path / "prompts.csv"
+    table.write_text("prompt,width,height\na cup,64,48\n")
+    with ImageServer() as server, ImageServer() as enhancer:
+        options = {"output_dir": tmp_path / "out", "endpoint": [server.address], "enhancer": enhancer.address}
+        options |= {"api_key_env": "IMAGE_KEY", "enhancer_api_key_env": "ENHANCER_KEY"}
+        assert run_job(plan_job(table, options)) == 0
+    assert (server.authorizations, enhancer.authorizations) == ({"Bearer sk-image"}, {"Bearer sk-enhancer"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"endpoint": ["http://a"], "api_key_env": "NOT_SET"}, "the environment variable NOT_SET is not set"),
+        ({"endpoint": ["http://a"], "api_key_env": "s3cret-key"}, "the environment variable is not set"),
+        (
+            {"endpoint": ["http://a"], "api_key_env": "BAD"},
+            "the API key of the image servers (3 characters) has spaces",
+        ),
+        ({"api_key_env": "GOOD"}, "api_key_env has no effect without endpoint"),
+        ({"endpoint": ["http://a"], "enhancer_api_key_env": "GOOD"}, "enhancer_api_key_env has no effect without enh"),
+        ({"endpoint": ["me:s3cret@a"]}, "endpoint: endpoint '***@a' is no HTTP address"),
+        ({"endpoint": ["http://me:s3cret@a b"]}, "endpoint 'http://***@a b' has spaces"),
+        ({"endpoint": ["http://me:s3cret@a"], "api_key_env": "GOOD"}, "one header cannot carry both"),
+        ({"endpoint": ["http://a"], "enhancer": "http://b:s3cret"}, "endpoint 'http://b:***' is no HTTP address"),
+        ({"endpoint": {"http://me:s3cret@a": 1}}, "endpoint is of type dict; expected text"),
+        ({"endpoint": ["http://a"], "enhancer": ["http://me:s3cret@a"]}, "enhancer is a list; expected text in quotes"),
+        ({"endpoint": ["http://me:s3cret\0@a"]}, "endpoint is a list; one of them"),
+        ({"endpoint": ["http://a"], "api_key": "s3cret"}, "key 'api_key' is unknown; did you mean 'api_key_env'?"),
+    ],
+)
+def test_mistakes_with_keys_and_addresses_show_no_secret(tmp_path, monkeypatch, options, message):
+    monkeypatch.setenv("GOOD", "sk-good")
+    monkeypatch.setenv("BAD", "a b")
+    table = tmp_path / "prompts.csv"
+    table.write_text("prompt\na cup\n")
+    with pytest.raises(BatchInputError) as caught:
+        plan_job(table, {"output_dir": tmp_path / "out", "model": "some/model"} | options)
+    assert message in str(caught.value)
+    assert "s3cret" not in str(caught.value) + repr(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("address", "shown", "path", "query"),
+    [
+        ("http://host:30000/v1/", "http://host:30000", "", ""),
+        ("HTTPS://Host/images/v1", "https://host/images", "/images", ""),
+        ("http://[::1]:8000", "http://[::1]:8000", "", ""),
+        ("http://me@host", "http://host", "", ""),
+        ("http://me:pass@host/a b".replace(" ", "%20"), "http://host/a%20b", "/a%20b", ""),
+        ("http://host?key=s3cret&b=1", "http://host", "", "?key=s3cret&b=1"),
+    ],
+)
+def test_addresses_are_taken_apart(address, shown, path, query):
+    found = parse_address(address)
+    assert (found.shown, found.path, found.query) == (shown, path, query)
+    assert "s3cret" not in repr(found) and "pass" not in repr(found)
+
+
+@pytest.mark.parametrize(
+    "address", ["http://", "http://:80", "http://a:b", "http://a:99999", "http://[1", "ftp://a", "a", ""]
+)
+def test_no_addresses_are_refused(address):
+    with pytest.raises(ErnieAccelError, match="expected one like http://host:30000"):
+        parse_address(address)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("0.5", 0.5), ("120", 120.0), ("", None), ("-1", None), ("nan", None), ("inf", None), ("9" * 5000, None),
+        ("1e9", None), ("0x10", None), ("Thu, 01 Jan 1970 00:00:00 GMT", 0.0), ("Thu, 99 Foo", None), ("\u0663", None),
+    ],
+)  # fmt: skip
+def test_retry_after_is_a_number_a_date_or_nothing(value, seconds):
+    assert retry_after_s({"retry-after": value}) == seconds
+
+
+def test_retry_after_a_date_is_the_time_until_then():
+    date = email.utils.formatdate(time.time() + 100, usegmt=True)
+    assert retry_after_s({"retry-after": date}) == pytest.approx(100, abs=2)
 
 
 def test_a_job_on_servers_is_resumed(tmp_path):
@@ -151,12 +289,13 @@ def test_a_job_on_servers_is_resumed(tmp_path):
 
 def test_what_the_api_cannot_carry_is_told_before_anything_is_asked(tmp_path):
     with ImageServer("vllm-omni") as server:
-        rows = [replace(row, height=None, steps=500) for row in sized_rows(1)]
+        rows = [replace(row, height=None, steps=500, guidance_scale=20.5) for row in sized_rows(1)]
         with pytest.raises(BatchInputError) as caught:
             run(engine_for(server), rows, tmp_path)
     assert caught.value.problems == (
         (2, "gives only one of width and height; image servers need both, or neither"),
         (2, "asks for 500 steps; vLLM-Omni takes 200 at most"),
+        (2, "asks for a guidance_scale of 20.5; vLLM-Omni takes 20 at most"),
     )
 
 
@@ -166,6 +305,15 @@ def test_what_the_api_cannot_carry_is_told_before_anything_is_asked(tmp_path):
         ({"endpoints": []}, ErnieAccelError, "no endpoint is given"),
         ({"endpoints": ["localhost:30000"]}, ErnieAccelError, "is no HTTP address; expected one like http://"),
         ({"endpoints": ["http://a"], "server": "sglan"}, UnknownNameError, "Did you mean 'sglang'"),
+        ({"endpoints": ["http://a"], "concurrency": 0, "retries": -1}, ErnieAccelError, "is 0; .* retries is -1"),
+        ({"endpoints": ["http://a"], "request_timeout_s": float("nan")}, ErnieAccelError, "request_timeout_s is nan"),
+        ({"endpoints": ["http://a"], "api_key": "a\nb"}, ErnieAccelError, "API key of the image servers"),
+        ({"endpoints": ["http://a"], "enhancer_api_key": "a"}, ErnieAccelError, "no enhancer; name it"),
+        (
+            {"endpoints": ["http://a"], "server": "vllm-omni", "steps": 201},
+            ErnieAccelError,
+            "the default for rows asks",
+        ),
     ],
 )
 def test_mistakes_in_the_arguments_are_named(arguments, error, text):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ernie_accel.batch.errors import BatchInputError, BatchOutputError
-from ernie_accel.batch.job import EMBEDDED_MODEL, OPTION_OF, REAL_MODEL, Job, plan_job
+from ernie_accel.batch.job import EMBEDDED_MODEL, OPTION_OF, REAL_MODEL, Job, key_in, plan_job
 from ernie_accel.batch.row import MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, MAX_VARIANTS, MIN_SIDE
 from ernie_accel.core.text import one_line
 
@@ -87,6 +87,12 @@ def batch_command(
     endpoint: Annotated[list[str] | None, typer.Option(help="Image server to use instead; repeatable.")] = None,
     server: Annotated[str | None, typer.Option(help="What the image servers run: sglang or vllm-omni.")] = None,
     enhancer: Annotated[str | None, typer.Option(help="vLLM server with the prompt enhancer.")] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the API key of the image servers.")
+    ] = None,
+    enhancer_api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the API key of the enhancer.")
+    ] = None,
     max_concurrent: Annotated[int | None, typer.Option(min=1, help="Requests at once to each server.")] = None,
     ray_actors: Annotated[int | None, typer.Option(min=1, help="Pipelines to run as Ray actors instead.")] = None,
     ray_gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of each actor.")] = None,
@@ -322,7 +328,13 @@ def _engine(job: Job, facts: Mapping[str, str]) -> Engine:
         from ernie_accel.batch.engines.http import HttpEngine
 
         return HttpEngine(
-            job.endpoint, server=job.server, concurrency=job.max_concurrent, enhancer=job.enhancer, model=job.model
+            job.endpoint,
+            server=job.server,
+            concurrency=job.max_concurrent,
+            enhancer=job.enhancer,
+            model=job.model,
+            api_key=key_in(job.api_key_env),
+            enhancer_api_key=key_in(job.enhancer_api_key_env),
         )
     load = functools.partial(_load, job, facts["preset"])
     if job.ray_actors:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -20,7 +22,7 @@ from ernie_accel.batch.gate import MAX_JOB_BYTES, NotJsonError, Repeated, decode
 from ernie_accel.batch.plain_yaml import parse_yaml
 from ernie_accel.batch.row import DEFAULTS, MAX_SEED
 from ernie_accel.batch.sift import Sift
-from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 
 JOB_SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -67,6 +69,8 @@ class Job:
         endpoint: Image servers to use instead of a pipeline here.
         server: What they run: sglang or vllm-omni.
         enhancer: A vLLM server with the prompt enhancer.
+        api_key_env: Name of the environment variable that holds the API key of the image servers.
+        enhancer_api_key_env: Likewise, of the enhancer.
         max_concurrent: Requests at once to each image server.
         ray_actors: Pipelines to run as Ray actors instead of one here.
         ray_gpus: GPUs of each.
@@ -112,9 +116,11 @@ class Job:
     retries: int = 0
     fail_fast: bool = False
     timeout: float | None = None
-    endpoint: tuple[str, ...] = ()
+    endpoint: tuple[str, ...] = field(default=(), repr=False)  # addresses may hold credentials
     server: str = "sglang"
-    enhancer: str | None = None
+    enhancer: str | None = field(default=None, repr=False)
+    api_key_env: str | None = field(default=None, repr=False)
+    enhancer_api_key_env: str | None = field(default=None, repr=False)
     max_concurrent: int = 4
     ray_actors: int = 0
     ray_gpus: float = 1.0
@@ -173,7 +179,9 @@ _RANGES: Mapping[str, tuple[float, float | None]] = {
 _OF_A_PIPELINE = (
     "preset", "dtype", "skip_unsupported", "free_encoders", "ray_actors", "ray_gpus", "sampler", "no_enhancer"
 )  # fmt: skip
-_OF_SERVERS = ("server", "enhancer")
+_OF_SERVERS = ("server", "enhancer", "api_key_env", "enhancer_api_key_env")
+_ADDRESSES = ("endpoint", "enhancer")
+_KEY_NAMES = ("api_key_env", "enhancer_api_key_env")
 _OF_THE_REPORT = ("gpu_price", "power_price", "watts")
 _TYPES = get_type_hints(Job)
 _LISTS = ("endpoint", "extra_columns")  # a text alone is a list of one
@@ -250,10 +258,64 @@ def _options(content: Mapping[str, object], folder: Path, problems: list[Problem
         elif value is not None:
             typed, reason = _typed(name, value, folder)
             if reason:
-                problems.append((None, f"{name} is {shown(value)}; {reason}"))
+                problems.append((None, f"{name} is {_shown_option(name, value)}; {reason}"))
             else:
                 found[name] = typed
     return found
+
+
+def _shown_option(name: str, value: object) -> str:
+    """Return an option's value for a message, without the credentials that it may hold."""
+    if name in _KEY_NAMES:
+        return "***"
+    if name not in _ADDRESSES:
+        return shown(value)
+    from ernie_accel.batch.engines.address import redacted
+
+    if isinstance(value, str):
+        return shown(redacted(value))
+    listed = isinstance(value, list | tuple)
+    return "a list" if listed else f"of type {type(value).__name__}"
+
+
+def _server_problems(job: Job) -> list[Problem]:
+    """Return what is wrong with the addresses of servers, and with the variables that hold their keys."""
+    from ernie_accel.batch.engines.address import check_key, parse_address
+
+    problems: list[Problem] = []
+    keys: dict[str, str | None] = dict.fromkeys(_KEY_NAMES)
+    for name, whose in zip(_KEY_NAMES, ("the image servers", "the enhancer"), strict=True):
+        try:
+            keys[name] = key_in(getattr(job, name))
+            check_key(keys[name], whose)
+        except ErnieAccelError as error:
+            problems.append((None, f"{name}: {error}"))
+    addresses = [("endpoint", each, keys["api_key_env"]) for each in job.endpoint]
+    addresses += [("enhancer", each, keys["enhancer_api_key_env"]) for each in [job.enhancer] if each is not None]
+    for name, address, key in addresses:
+        try:
+            parse_address(address, key=key)
+        except ErnieAccelError as error:
+            problems.append((None, f"{name}: {error}"))
+    return problems
+
+
+def key_in(variable: str | None) -> str | None:
+    """Return the API key that an environment variable holds; None where none is named.
+
+    Raises:
+        ErnieAccelError: There is no such variable, or nothing in it. The text shows no name that could be a key itself.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        name = f"{variable} " if re.fullmatch(r"[A-Z_][A-Z0-9_]{0,60}", variable) else ""
+        raise ErnieAccelError(
+            f"the environment variable {name}is not set, or empty; expected the name of the variable that holds the "
+            "key, such as IMAGE_SERVER_KEY, and not the key itself"
+        )
+    return key
 
 
 def _typed(name: str, value: object, folder: Path) -> tuple[Any, str | None]:
@@ -294,6 +356,8 @@ def _range_problems(job: Job) -> list[Problem]:
         if value is not None and not (low <= value and (high is None or value <= high)):
             expected = f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
             problems.append((None, f"{name} is {shown(value)}; expected {expected}"))
+    if job.endpoint or job.enhancer is not None:
+        problems += _server_problems(job)
     if job.sampler is not None:
         from ernie_accel.transforms.scheduler.swap_scheduler import SwapScheduler  # here, because it loads torch
 
@@ -320,6 +384,8 @@ def _useless_options(job: Job, given: Collection[str]) -> list[Problem]:
             clashes.append(("demo_model", f"has no effect with model {job.model!r}; leave one of them out"))
         if "ray_gpus" in given and not job.ray_actors:
             clashes.append(("ray_gpus", "has no effect without ray_actors; say how many"))
+    if job.endpoint and job.enhancer is None and "enhancer_api_key_env" in given:
+        clashes.append(("enhancer_api_key_env", "has no effect without enhancer; name that server, or leave it out"))
     if job.ray_actors and job.free_encoders:
         clashes.append(("free_encoders", "has no effect with ray_actors: they encode each batch; leave it out"))
     if job.metrics_port is None and "metrics_host" in given:

@@ -58,6 +58,8 @@ def redacted(address: str) -> str:
     if at:
         scheme = re.match(r"\s*[A-Za-z][A-Za-z0-9+.-]*://", before)
         address = f"{scheme.group() if scheme else ''}{HIDDEN}@{after}"
+    elif "[" not in address:  # what stands where a port should may be a password: http://user:password
+        address = re.sub(r"(://[^/:]*):(?!\d{1,5}(/|$))[^/?#]*", rf"\1:{HIDDEN}", address)
     return one_line(re.sub(r"[?#].*", f"?{HIDDEN}", address, flags=re.DOTALL))
 
 

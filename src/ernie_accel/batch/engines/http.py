@@ -123,8 +123,8 @@ class HttpEngine(Engine):
         self._server, self._model, self._use_pe = server, model, use_pe
         self._steps, self._guidance_scale = steps, guidance_scale
         self._retries, self._backoff_s, self._request_timeout_s = retries, backoff_s, request_timeout_s
-        if problem := self._beyond(steps, guidance_scale):
-            raise ErnieAccelError(f"the default for rows {problem}")
+        if problems := self._beyond(steps, guidance_scale):
+            raise ErnieAccelError(f"the default for rows {' and '.join(problems)}")
         self._enhancer_model: str | None = None
         self.slots = concurrency * len(endpoints)
         self._lock = threading.Lock()
@@ -146,8 +146,7 @@ class HttpEngine(Engine):
         for line, request in requests:
             if (request.width is None) != (request.height is None):
                 problems.append((line, "gives only one of width and height; image servers need both, or neither"))
-            if problem := self._beyond(request.steps, request.guidance_scale):
-                problems.append((line, problem))
+            problems += [(line, problem) for problem in self._beyond(request.steps, request.guidance_scale)]
         return problems
 
     def identity(self) -> Mapping[str, str]:
@@ -184,17 +183,17 @@ class HttpEngine(Engine):
         if wrong:
             raise ErnieAccelError("; ".join(wrong))
 
-    def _beyond(self, steps: int | None, guidance_scale: float | None) -> str | None:
-        """Return what this kind of server would refuse; None: it would not."""
+    def _beyond(self, steps: int | None, guidance_scale: float | None) -> list[str]:
+        """Return what this kind of server would refuse."""
         if self._server != "vllm-omni":
-            return None
+            return []
+        problems = []
         if (steps or 0) > VLLM_OMNI_MAX_STEPS:
-            return f"asks for {steps} steps; vLLM-Omni takes {VLLM_OMNI_MAX_STEPS} at most"
+            problems.append(f"asks for {steps} steps; vLLM-Omni takes {VLLM_OMNI_MAX_STEPS} at most")
         if (guidance_scale or 0) > VLLM_OMNI_MAX_GUIDANCE:
-            return (
-                f"asks for a guidance_scale of {guidance_scale:g}; vLLM-Omni takes {VLLM_OMNI_MAX_GUIDANCE:g} at most"
-            )
-        return None
+            found = f"asks for a guidance_scale of {guidance_scale:g}"
+            problems.append(f"{found}; vLLM-Omni takes {VLLM_OMNI_MAX_GUIDANCE:g} at most")
+        return problems
 
     def _picture(self, request: Request, deadline: float | None) -> Image.Image:
         prompt = request.prompt
