@@ -41,8 +41,8 @@ from PIL import Image
 import ernie_accel
 from ernie_accel.batch import Row, produce
 from ernie_accel.batch.engines import LocalEngine
-from ernie_accel.demo.captions import caption
-from ernie_accel.demo.scenes import random_scene
+from ernie_accel.embedded.captions import caption
+from ernie_accel.embedded.scenes import random_scene
 
 STEPS = 8
 GUIDANCE_SCALE = 1.0

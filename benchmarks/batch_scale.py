@@ -28,8 +28,8 @@ from PIL import Image
 from ernie_accel.batch import produce, read_table
 from ernie_accel.batch.engines import Engine, LocalEngine, Outcome, Request
 from ernie_accel.batch.report import write_report
-from ernie_accel.demo.captions import caption
-from ernie_accel.demo.scenes import random_scene
+from ernie_accel.embedded.captions import caption
+from ernie_accel.embedded.scenes import random_scene
 
 MODEL_ROWS, STUB_ROWS = (10, 100, 1_000), (10_000, 100_000)
 T = TypeVar("T")

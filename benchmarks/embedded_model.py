@@ -15,9 +15,10 @@ import json
 from pathlib import Path
 
 import torch
+from tools.embedded_model.evaluate import describe, evaluate, summary
 
-from ernie_accel.demo import MODEL_FOLDER, load
-from ernie_accel.demo.evaluate import describe, evaluate, summary
+from ernie_accel.demo import load
+from ernie_accel.embedded import MODEL_FOLDER
 
 
 def main() -> None:

@@ -22,9 +22,9 @@ from ernie_accel import (
     Warmup,
 )
 from ernie_accel.core.plan import after
-from ernie_accel.core.preset import presets
 from ernie_accel.models.ernie_image import blocks as ernie_image_blocks
 from ernie_accel.models.graphed_forward import GraphedForward
+from ernie_accel.recipes.presets import presets
 from ernie_accel.transforms.denoiser.cache_steps.cache_steps import LEAST_STEPS
 from ernie_accel.transforms.denoiser.cache_steps.forecast import FLOORS_DB
 from tests.examples import differences, snapshot

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ernie_accel.demo.judge import NOTHING, judge, summarize, unseen_prompts
-from ernie_accel.demo.scenes import (
+from ernie_accel.embedded.scenes import (
     CANVASES,
     COLOURS,
     PLACES,

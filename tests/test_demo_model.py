@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from tools.embedded_model.evaluate import enhancer_success, expand
 
 import ernie_accel.demo
 from ernie_accel.core.outputs import images_of
-from ernie_accel.demo import MODEL_FOLDER
-from ernie_accel.demo.captions import Request, RequestedObject, language_of, parse
-from ernie_accel.demo.evaluate import enhancer_success, expand
 from ernie_accel.demo.judge import adherence, judge
+from ernie_accel.embedded import MODEL_FOLDER
+from ernie_accel.embedded.captions import Request, RequestedObject, language_of, parse
 
 LEAST_ADHERENCE = 0.95
 MOST_BYTES = 16_000_000

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ernie_accel.demo.captions import (
+from ernie_accel.embedded.captions import (
     LANGUAGES,
     Request,
     RequestedObject,
@@ -22,7 +22,7 @@ from ernie_accel.demo.captions import (
     same_content,
     unknown_part,
 )
-from ernie_accel.demo.scenes import (
+from ernie_accel.embedded.scenes import (
     CANVASES,
     COLOURS,
     MAX_OBJECTS,

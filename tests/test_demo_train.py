@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from tools.embedded_model import architecture
+from tools.embedded_model.corpus import CaptionedScenes, captioned_scenes, dialogues
+from tools.embedded_model.train import TOY, Recipe, main, train_enhancer
 
-from ernie_accel.demo import architecture, load_folder
-from ernie_accel.demo.corpus import CaptionedScenes, captioned_scenes, dialogues
 from ernie_accel.demo.judge import unseen_prompts
-from ernie_accel.demo.scenes import all_backgrounds
-from ernie_accel.demo.train import TOY, Recipe, main, train_enhancer
+from ernie_accel.embedded.scenes import all_backgrounds
+from ernie_accel.storage.embedded import load_folder
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_training_captions_are_of_the_scenes_beside_them(tokenizer: Any) -> None
 
 
 def architecture_colours() -> dict[str, tuple[str, ...]]:
-    from ernie_accel.demo.scenes import COLOURS
+    from ernie_accel.embedded.scenes import COLOURS
 
     return {c: {"purple": ("purple", "violet"), "cyan": ("cyan", "turquoise")}.get(c, (c,)) for c in COLOURS}
 

@@ -7,8 +7,8 @@ import torch
 
 import ernie_accel
 from ernie_accel import Autocast, CastDtype, Compile, Effect, MakeContiguous, Quantize, SliceVae
-from ernie_accel.core.preset import presets
 from ernie_accel.core.transform import ROUNDING_REL
+from ernie_accel.recipes.presets import presets
 from tests.examples import EXAMPLES, make_awkward
 from tests.pipelines import picture
 

@@ -19,8 +19,8 @@ from ernie_accel import (
     SwapScheduler,
     TileVae,
 )
-from ernie_accel.core.preset import CARDS
 from ernie_accel.core.transform import misfits
+from ernie_accel.recipes.presets import CARDS
 from ernie_accel.transforms import transform_class
 from tests.examples import EXAMPLES
 

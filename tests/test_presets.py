@@ -10,8 +10,8 @@ import torch
 import ernie_accel
 from ernie_accel import Context
 from ernie_accel.core.context import DEVICES, GIB
-from ernie_accel.core.preset import CARDS, find_preset, presets
-from ernie_accel.core.recommend import _NOT_PRECISION, LADDER, card_of
+from ernie_accel.recipes.presets import CARDS, find_preset, presets
+from ernie_accel.recipes.recommend import _NOT_PRECISION, LADDER, card_of
 from ernie_accel.transforms.calls.call_defaults import CallDefaults
 from tests.pipelines import PIPELINES
 

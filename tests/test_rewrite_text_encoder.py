@@ -12,7 +12,7 @@ from ernie_accel import Autocast, BatchPromptEncoding, Context, FreeAfterUse, Of
 from ernie_accel.batch.engines.prompts import PromptStage
 from ernie_accel.core.plan import after
 from ernie_accel.models.ministral.layers import pass_on
-from ernie_accel.transforms.prompts.rewrite_text_encoder import RewrittenForward
+from ernie_accel.models.ministral.text_encoder import RewrittenForward
 from tests.pipelines import picture, randomize, tiny_ernie
 
 CPU, H200 = torch.device("cpu"), Context("cuda", "NVIDIA H200", (9, 0))

@@ -14,9 +14,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from ernie_accel.exports import HOME_OF, SUBPACKAGES
+from ernie_accel.exports import HOME_OF, SUBPACKAGES, VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = sorted((*HOME_OF, *SUBPACKAGES))
 

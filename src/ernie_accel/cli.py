@@ -44,9 +44,9 @@ def demo_command(
 ) -> None:
     """Render the same prompts stock and optimized with the embedded model, and measure both."""
     from ernie_accel.core.context import Context
-    from ernie_accel.core.preset import find_preset
-    from ernie_accel.core.recommend import fitting_preset
     from ernie_accel.demo.show import STEPS, show
+    from ernie_accel.recipes.presets import find_preset
+    from ernie_accel.recipes.recommend import fitting_preset
 
     _load_quietly(None)
     context = Context.detect()
@@ -76,10 +76,10 @@ def plan_command(
     as_json: AsJson = False,
 ) -> None:
     """Say what a preset would do to a pipeline, here or on a named device. Exit code 1 if it cannot run."""
+    from ernie_accel.api import plan
     from ernie_accel.core.context import Context
-    from ernie_accel.core.plan import plan
-    from ernie_accel.core.preset import find_preset
-    from ernie_accel.core.recommend import fitting_preset
+    from ernie_accel.recipes.presets import find_preset
+    from ernie_accel.recipes.recommend import fitting_preset
     from ernie_accel.storage.loading import load_pipeline
 
     context = Context.named(device) if device else Context.detect()
@@ -136,9 +136,9 @@ app.command("evaluate")(evaluate_command)
 def info_command() -> None:
     """Say what is installed, which presets can run here, and why others cannot."""
     from ernie_accel import __version__, demo
+    from ernie_accel.api import plan
     from ernie_accel.core.context import OPTIONAL_PACKAGES, Context
-    from ernie_accel.core.plan import plan
-    from ernie_accel.core.preset import presets
+    from ernie_accel.recipes.presets import presets
 
     context = Context.detect()
     typer.echo(f"ernie-accel {__version__} on {context}")
@@ -161,10 +161,10 @@ def load_and_optimize(
     model: str | None, dtype: str, preset: str | None, skip_unsupported: bool
 ) -> tuple[Pipeline, Report]:
     """Load and optimize a pipeline; a preset that does not exist is refused before anything is loaded."""
+    from ernie_accel.api import optimize, report
     from ernie_accel.core.context import Context
-    from ernie_accel.core.optimize import optimize, report
-    from ernie_accel.core.preset import find_preset
-    from ernie_accel.core.recommend import fitting_preset
+    from ernie_accel.recipes.presets import find_preset
+    from ernie_accel.recipes.recommend import fitting_preset
     from ernie_accel.storage.loading import load_pipeline
 
     chosen = find_preset(preset) if preset else fitting_preset(Context.detect())

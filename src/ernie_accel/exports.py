@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+#: Of the package.
+VERSION = "0.1.0"
+
 #: Module within the package -> the names it is the home of. What lives below ``transforms`` is the catalogue.
 HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -27,23 +30,11 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "UnknownNameError",
             "UnsupportedError",
         ),
-        "core.optimize": (
-            "optimize",
-            "report",
-            "restore",
-        ),
-        "core.plan": (
-            "Plan",
-            "plan",
-        ),
-        "core.preset": (
-            "Preset",
-            "presets",
-        ),
-        "core.recommend": (
-            "Recommendation",
-            "recommend",
-        ),
+        "api": ("optimize", "plan", "report", "restore"),
+        "core.plan": ("Plan",),
+        "core.preset": ("Preset",),
+        "recipes.recommend": ("Recommendation", "recommend"),
+        "recipes.presets": ("presets",),
         "core.report": ("Report",),
         "core.transform": (
             "Applied",

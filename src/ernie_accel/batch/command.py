@@ -345,7 +345,7 @@ def _engine(job: Job, facts: Mapping[str, str]) -> Engine:
         from ernie_accel.batch.engines.process import ProcessEngine
 
         return ProcessEngine(load, max_batch=job.batch_size, free_encoders=job.free_encoders)
-    from ernie_accel.core.optimize import report
+    from ernie_accel.api import report
 
     pipe = load()
     typer.echo(str(report(pipe)))
@@ -355,18 +355,17 @@ def _engine(job: Job, facts: Mapping[str, str]) -> Engine:
 def _preset_name(job: Job) -> str:
     """Return the preset to use; one that does not exist is refused before anything is loaded."""
     from ernie_accel.core.context import Context
-    from ernie_accel.core.preset import find_preset
-    from ernie_accel.core.recommend import fitting_preset
+    from ernie_accel.recipes.presets import find_preset
+    from ernie_accel.recipes.recommend import fitting_preset
 
     return (find_preset(job.preset) if job.preset else fitting_preset(Context.detect())).name
 
 
 def _load(job: Job, preset: str) -> Any:
     """Load and optimize a pipeline as the job says, here or in another process."""
+    from ernie_accel.api import optimize, plan
     from ernie_accel.core.errors import UnsupportedError
-    from ernie_accel.core.optimize import optimize
-    from ernie_accel.core.plan import plan
-    from ernie_accel.core.preset import find_preset
+    from ernie_accel.recipes.presets import find_preset
     from ernie_accel.storage.loading import load_pipeline
     from ernie_accel.transforms.scheduler.swap_scheduler import SwapScheduler
 
@@ -411,7 +410,7 @@ def _refuse_what_the_demo_cannot_draw(job: Job, rows: Sequence[Row]) -> None:
     Raises:
         BatchInputError: There are such prompts.
     """
-    from ernie_accel.demo.captions import unknown_part
+    from ernie_accel.embedded.captions import unknown_part
 
     unknown = [(row, reason) for row in rows if (reason := unknown_part(row.prompt)) is not None]
     if not unknown:

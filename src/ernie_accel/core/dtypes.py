@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
@@ -42,3 +44,9 @@ def why_not_cast(pipe: Pipeline, context: Context, dtype: str, components: Itera
     if dtype == "bfloat16" and context.capability is not None:
         reasons += [f"{reason}: use 'float16'" for reason in context.below("bfloat16", (8, 0))]
     return reasons
+
+
+def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Return `dtype` under the name that the installed diffusers' ``from_pretrained`` wants."""
+    release = tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version("diffusers"))[:2])
+    return {"dtype" if release >= (0, 42) else "torch_dtype": dtype}

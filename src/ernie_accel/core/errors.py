@@ -21,12 +21,8 @@ Messages repeat the input, say what was found, what was expected and the fix; th
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ernie_accel.core.plan import Plan
-    from ernie_accel.core.report import Entry, Report
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 __all__ = [
     "ApplyError",
@@ -74,14 +70,30 @@ class ConflictError(ErnieAccelError, ValueError):
         super().__init__(f"{both} exclude each other: a pipe has one {slot!r} slot. Pass only one of them.")
 
 
+class RefusedPlan(Protocol):
+    """What an error says of a `Plan`."""
+
+    @property
+    def title(self) -> str: ...
+    @property
+    def preset(self) -> object | None: ...
+    @property
+    def blockers(self) -> tuple[str, ...]: ...
+    @property
+    def problems(self) -> Mapping[Any, tuple[str, ...]]: ...
+
+    def problem_lines(self) -> Iterator[str]:
+        """Yield all that stands in the way, one reason a line."""
+
+
 class UnsupportedError(ErnieAccelError):
     """A plan cannot run here.
 
     Attributes:
-        plan: The refused plan; ``plan.problems`` lists the transforms with their reasons.
+        plan: The refused `Plan`; ``plan.problems`` lists the transforms with their reasons.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: RefusedPlan) -> None:
         self.plan = plan
         lines = [f"Cannot apply {plan.title}:", *plan.problem_lines()]
         fixes = ["Fix these"]
@@ -98,13 +110,13 @@ class ApplyError(ErnieAccelError):
 
     Attributes:
         transform: The transform that failed.
-        report: What had been applied until then, as a report.
-        left: What stays applied because it has no undo; empty: the pipe is as it was before.
+        report: What had been applied until then, a `Report`.
+        left: The transforms that stay applied because they have no undo; empty: the pipe is as it was before.
     """
 
-    def __init__(self, transform: object, reason: str, report: Report, left: tuple[Entry, ...] = ()) -> None:
+    def __init__(self, transform: object, reason: str, report: object, left: tuple[object, ...] = ()) -> None:
         self.transform, self.report, self.left = transform, report, left
-        stays = ", ".join(repr(entry.step.transform) for entry in left if entry.applied is not None)
+        stays = ", ".join(map(repr, left))
         state = f"{stays} stays applied: no undo." if stays else "The pipe is as it was before this call."
         super().__init__(f"{transform!r} failed: {reason}\n{state}\n{report}")
 

@@ -12,7 +12,7 @@ from ernie_accel.core.components import Pipeline, bare_float8, pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ConflictError, ErnieAccelError
 from ernie_accel.core.planned import PlannedPipe
-from ernie_accel.core.preset import Preset, find_preset
+from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Entry, Report, planned_by
 from ernie_accel.core.step import Step
 from ernie_accel.core.text import effect_text, human_bytes, summarise, table
@@ -157,14 +157,13 @@ def title_of(transforms: Iterable[Transform], preset: Preset | None) -> str:
 
 
 def compose(
-    transforms: tuple[Transform, ...], preset: Preset | str | None, family: Family | None = None
+    transforms: tuple[Transform, ...], preset: Preset | None, family: Family | None = None
 ) -> tuple[Transform, ...]:
     """Return the transforms of a request for a pipe of `family`, in the order they run.
 
     A transform given beside a preset takes the place of the preset's own in the same slot.
 
     Raises:
-        UnknownNameError: There is no such preset.
         ConflictError: Two of `transforms` want one slot.
         TypeError: Something given is not a transform.
     """
@@ -177,39 +176,16 @@ def compose(
             raise ConflictError(transform.occupies, (by_slot[transform.occupies], transform))
         by_slot[transform.occupies] = transform
     if preset is not None:
-        for transform in find_preset(preset).transforms_for(family):
+        for transform in preset.transforms_for(family):
             by_slot.setdefault(transform.occupies, transform)
     return tuple(sorted(by_slot.values(), key=lambda t: (t.phase, t.occupies)))
 
 
-def plan(
-    pipe: Pipeline,
-    *transforms: Transform,
-    preset: Preset | str | None = None,
-    context: Context | None = None,
-) -> Plan:
-    """Say what `optimize` would do with the same arguments. Changes nothing and needs no accelerator.
-
-    Args:
-        pipe: A diffusers pipeline, as it is now.
-        *transforms: Transforms, in any order; beside a preset they replace those in the same slot.
-        preset: A preset or its name.
-        context: The machine to plan for; default this one. ``Context.named("h200")`` plans for another.
-
-    Returns:
-        The plan; print it.
-
-    Raises:
-        UnknownNameError: There is no such preset.
-        ConflictError: Two transforms want one slot.
-    """
-    wanted = compose(transforms, preset, family_of(pipe))
-    check_pipeline(pipe)
-    named = find_preset(preset) if preset is not None else None
-    machine = context or machine_for(pipe, wanted)
+def plan_request(pipe: Pipeline, wanted: tuple[Transform, ...], preset: Preset | None, machine: Context) -> Plan:
+    """Say what a request would do to a pipe as it is; see ``ernie_accel.plan``. Changes nothing."""
     carried = carried_report(pipe)
     kept, _, removed = keep_entries(pipe, carried, wanted, machine) if carried else ((), (), ())
-    the_plan = plan_steps(pipe, wanted, named, machine, kept)
+    the_plan = plan_steps(pipe, wanted, preset, machine, kept)
     stuck = tuple(_cannot_undo(removed))
     undoes = tuple(entry.step.transform for entry in removed if entry.applied is not None)
     return replace(the_plan, blockers=the_plan.blockers + stuck, undoes=undoes)

@@ -5,17 +5,13 @@ Importing this module imports neither torch nor diffusers.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
     from diffusers import ErnieImagePipeline
 
-__all__ = ["MODEL_FOLDER", "load", "load_folder"]
-
-MODEL_FOLDER = Path(__file__).parent / "model"
-"""Where the weights lie, in the layout of `save_pretrained`, as float16 safetensors."""
+__all__ = ["load"]
 
 
 def load(dtype: torch.dtype | None = None, prompt_enhancer: bool = True) -> ErnieImagePipeline:
@@ -31,20 +27,6 @@ def load(dtype: torch.dtype | None = None, prompt_enhancer: bool = True) -> Erni
     Returns:
         A stock `diffusers.ErnieImagePipeline`.
     """
-    return load_folder(MODEL_FOLDER, dtype, prompt_enhancer)
+    from ernie_accel.storage.embedded import load_embedded
 
-
-def load_folder(folder: Path, dtype: torch.dtype | None = None, prompt_enhancer: bool = True) -> ErnieImagePipeline:
-    """Load a pipeline that `ernie_accel.demo.train` saved; arguments as for :func:`load`."""
-    import torch
-    from diffusers import ErnieImagePipeline
-
-    from ernie_accel.storage.loading import dtype_argument
-
-    options: dict[str, Any] = {**dtype_argument(dtype if dtype is not None else torch.float32)}
-    if not prompt_enhancer:
-        options |= {"pe": None, "pe_tokenizer": None}
-    pipe: ErnieImagePipeline = ErnieImagePipeline.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, **options
-    )
-    return pipe
+    return load_embedded(dtype, prompt_enhancer)

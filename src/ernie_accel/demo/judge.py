@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from ernie_accel.core.outputs import images_of
-from ernie_accel.demo.captions import caption
-from ernie_accel.demo.scenes import (
+from ernie_accel.embedded.captions import caption
+from ernie_accel.embedded.scenes import (
     CANVASES,
     COLOURS,
     RADIUS_PX,

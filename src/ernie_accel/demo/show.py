@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ernie_accel.core.optimize import optimize, report
-from ernie_accel.core.plan import Plan, plan
+from ernie_accel.api import optimize, plan, report
+from ernie_accel.core.plan import Plan
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Report
 from ernie_accel.demo.sheet import Column, contact_sheet

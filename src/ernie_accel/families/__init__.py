@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ernie_accel.core.components import Pipeline
 from ernie_accel.families.ernie_image import ERNIE_IMAGE
 from ernie_accel.families.family import CallSettings, Family, Shape
 from ernie_accel.families.newbie import NEWBIE
@@ -13,7 +12,7 @@ __all__ = ["CallSettings", "FAMILIES", "Family", "Shape", "family_of", "family_o
 FAMILIES: tuple[Family, ...] = (ERNIE_IMAGE, Z_IMAGE, NEWBIE)
 
 
-def family_of(pipe: Pipeline) -> Family | None:
+def family_of(pipe: object) -> Family | None:
     """Return the family whose transformer class `pipe` has, else the one whose shape its transformer has, or None."""
     return family_of_transformer(getattr(pipe, "transformer", None))
 

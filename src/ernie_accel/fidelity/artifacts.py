@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
@@ -14,13 +15,31 @@ from ernie_accel.demo.sheet import Column, contact_sheet
 if TYPE_CHECKING:
     import torch
 
-    from ernie_accel.fidelity.evaluation import Evaluation
+
+class Pair(NamedTuple):
+    """The same picture by both sides.
+
+    Attributes:
+        prompt: What was drawn.
+        baseline: [3, H, W] in [0, 1].
+        candidate: The same shape.
+    """
+
+    prompt: str
+    baseline: torch.Tensor
+    candidate: torch.Tensor
 
 
-def save(evaluation: Evaluation, folder: Path) -> Path:
-    """Write evaluation.md, evaluation.json, sheet.png and baseline-N.png, candidate-N.png into `folder`.
+def save(folder: Path, pages: Mapping[str, str], pairs: Iterable[Pair], rows: Sequence[str]) -> Path:
+    """Write pages, sheet.png and baseline-N.png, candidate-N.png into `folder`.
 
     Values that are not finite are drawn as black; the page names them.
+
+    Args:
+        folder: Made if it is not there.
+        pages: File name -> text.
+        pairs: The pictures.
+        rows: What the sheet says of baseline and candidate.
 
     Returns:
         The folder.
@@ -29,18 +48,17 @@ def save(evaluation: Evaluation, folder: Path) -> Path:
         OSError: It cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "evaluation.md", evaluation.to_markdown().encode())
-    write_atomically(folder / "evaluation.json", evaluation.to_json().encode())
+    for name, text in pages.items():
+        write_atomically(folder / name, text.encode())
     columns = []
-    for number, compared in enumerate(evaluation.pictures, start=1):
-        pair = as_picture(compared.baseline.image), as_picture(compared.candidate.image)
-        for side, picture in zip(("baseline", "candidate"), pair, strict=True):
+    for number, pair in enumerate(pairs, start=1):
+        pictures = as_picture(pair.baseline), as_picture(pair.candidate)
+        for side, picture in zip(("baseline", "candidate"), pictures, strict=True):
             file = io.BytesIO()
             picture.save(file, format="PNG")
             write_atomically(folder / f"{side}-{number}.png", file.getvalue())
-        columns.append(Column(compared.prompt, pair))
-    sides = (evaluation.baseline, evaluation.candidate)
-    contact_sheet(columns, folder / "sheet.png", rows=[f"{side.name}\n{side.picture_ms:.0f} ms" for side in sides])
+        columns.append(Column(pair.prompt, pictures))
+    contact_sheet(columns, folder / "sheet.png", rows=list(rows))
     return folder
 
 

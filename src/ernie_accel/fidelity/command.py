@@ -51,9 +51,9 @@ def evaluate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Hold a dtype or a preset against the plain pipeline. Exit code 1 if a threshold is broken or NaN is found."""
-    from ernie_accel.core.preset import find_preset
     from ernie_accel.fidelity.compare import evaluate
     from ernie_accel.fidelity.evaluation import Thresholds
+    from ernie_accel.recipes.presets import find_preset
     from ernie_accel.storage.loading import check_dtype
     from ernie_accel.transforms.calls.call_defaults import CallDefaults
 
@@ -106,7 +106,7 @@ def _prompts(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
 
 
 def _load(model: str | None, dtype: str, *transforms: Transform, preset: Preset | None = None) -> Pipeline:
-    from ernie_accel.core.optimize import optimize
+    from ernie_accel.api import optimize
     from ernie_accel.storage.loading import load_pipeline
 
     pipe = load_pipeline(model, dtype)

@@ -12,18 +12,19 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from ernie_accel.api import optimize, plan, report, restore
 from ernie_accel.core.components import Pipeline, device_of, modules_of, pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, RestoreError, UnknownNameError, UnsupportedError
-from ernie_accel.core.optimize import optimize, report, restore
-from ernie_accel.core.plan import compose, plan
-from ernie_accel.core.preset import Preset, find_preset
+from ernie_accel.core.plan import compose
+from ernie_accel.core.preset import Preset
 from ernie_accel.core.text import effect_text
 from ernie_accel.core.transform import Transform
 from ernie_accel.families import family_of
 from ernie_accel.fidelity import metrics
 from ernie_accel.fidelity.evaluation import Compared, Evaluation, Fidelity, Side, Thresholds, median_ms
 from ernie_accel.fidelity.render import PeakMemory, Rendering, accepts, render
+from ernie_accel.recipes.presets import find_preset
 
 #: A pipeline, or what loads one (its time is then measured, and only one is in memory at a time).
 Source: TypeAlias = Pipeline | Callable[[], Pipeline]

@@ -238,9 +238,12 @@ class Evaluation:
 
     def save(self, folder: str | Path) -> Path:
         """Write the page, the JSON, all pictures and a contact sheet into `folder`; see `artifacts.save`."""
-        from ernie_accel.fidelity.artifacts import save
+        from ernie_accel.fidelity.artifacts import Pair, save
 
-        return save(self, Path(folder))
+        pages = {"evaluation.md": self.to_markdown(), "evaluation.json": self.to_json()}
+        pairs = (Pair(each.prompt, each.baseline.image, each.candidate.image) for each in self.pictures)
+        rows = [f"{side.name}\n{side.picture_ms:.0f} ms" for side in (self.baseline, self.candidate)]
+        return save(Path(folder), pages, pairs, rows)
 
     def _side_rows(self) -> Iterator[tuple[str, ...]]:
         sides = (self.baseline, self.candidate)

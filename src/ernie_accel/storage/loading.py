@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import re
 from pathlib import Path
 
 import torch
 
 from ernie_accel.core.components import Pipeline
-from ernie_accel.core.dtypes import DTYPES
+from ernie_accel.core.dtypes import DTYPES, dtype_argument
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from ernie_accel.families import family_of
 from ernie_accel.storage.saving import MANIFEST, load
 
 DEVICES = ("auto", "cpu", "cuda", "npu")
-
-
-def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Return `dtype` under the name that the installed diffusers' ``from_pretrained`` wants."""
-    release = tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version("diffusers"))[:2])
-    return {"dtype" if release >= (0, 42) else "torch_dtype": dtype}
 
 
 def check_dtype(dtype: str) -> None:
@@ -76,9 +68,9 @@ def _without_enhancer(pipe: Pipeline) -> Pipeline:
 
 def _from_anywhere(model: str | None, dtype: torch.dtype) -> Pipeline:
     if model is None:
-        from ernie_accel import demo
+        from ernie_accel.storage.embedded import load_embedded
 
-        return demo.load(dtype=dtype)
+        return load_embedded(dtype)
     folder = Path(model)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         raise ErnieAccelError(f"{model} holds no pipeline: there is no model_index.json, as save_pretrained writes it")

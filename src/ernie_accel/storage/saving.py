@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from ernie_accel.core.apply import apply_request, report_of, suspended
 from ernie_accel.core.carried import carry
 from ernie_accel.core.components import Pipeline, modules_of, weights_of
 from ernie_accel.core.context import Context, installed_versions
 from ernie_accel.core.errors import SavedPipelineError
-from ernie_accel.core.optimize import optimize, report, suspended
-from ernie_accel.core.plan import check_pipeline, title_of
+from ernie_accel.core.plan import check_pipeline, compose, title_of
 from ernie_accel.core.report import Entry, Report
 from ernie_accel.core.step import Step
 from ernie_accel.core.transform import Applied, LayerReceipt, Phase, Preview, Transform
@@ -69,7 +69,7 @@ def save(pipe: Pipeline, folder: str | os.PathLike[str]) -> Path:
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
     unfinished.mkdir(parents=True)
     try:
-        transforms = [entry for entry in report(pipe).entries if entry.status != "skipped"]
+        transforms = [entry for entry in report_of(pipe).entries if entry.status != "skipped"]
         with suspended(pipe, after=Phase.QUANTIZE):
             _write(pipe, unfinished, transforms)
         if target.exists():
@@ -122,7 +122,7 @@ def load(
     if rewrites:  # they change the module tree, so the weights find their places only afterwards
         for component in components.values():
             _materialise(getattr(pipe, component.name), component.dtype)
-        optimize(pipe, *rewrites, context=machine)
+        apply_request(pipe, compose(rewrites, None), None, machine, skip_unsupported=False)
     for component in components.values():
         component.fill(getattr(pipe, component.name), device)
     pipe.to(device)
@@ -136,7 +136,7 @@ def load(
     early = tuple(entry for entry in entries if entry.step.transform.phase <= Phase.QUANTIZE)
     carry(pipe, Report(title_of(transforms, None), type(pipe).__name__, machine, early))
     if len(early) < len(entries):
-        optimize(pipe, *transforms, on_unsupported=on_unsupported, context=machine)
+        apply_request(pipe, compose(transforms, None), None, machine, skip_unsupported=on_unsupported == "skip")
     return pipe
 
 
@@ -145,7 +145,7 @@ def _check_can_be_saved(pipe: Pipeline, folder: Path) -> None:
     from ernie_accel.quantization.layers import holder_of
     from ernie_accel.transforms.weights.quantize import Quantize
 
-    for entry in report(pipe).entries:
+    for entry in report_of(pipe).entries:
         transform = entry.step.transform
         known = isinstance(transform, Quantize) or _rewrites(transform)
         if entry.applied is not None and transform.phase == Phase.QUANTIZE and not known:
@@ -171,7 +171,7 @@ def _check_can_be_saved(pipe: Pipeline, folder: Path) -> None:
 def _write(pipe: Pipeline, folder: Path, transforms: list[Entry]) -> None:
     from safetensors.torch import save_file
 
-    from ernie_accel import __version__
+    from ernie_accel.exports import VERSION
 
     components: dict[str, Any] = {}
     for name, part in pipe.components.items():
@@ -197,7 +197,7 @@ def _write(pipe: Pipeline, folder: Path, transforms: list[Entry]) -> None:
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "ernie_accel": __version__,
+        "ernie_accel": VERSION,
         "versions": dict(installed_versions()),
         "pipeline": type(pipe).__name__,
         "transforms": [

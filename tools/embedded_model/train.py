@@ -1,4 +1,4 @@
-"""Trains the embedded model from nothing: `python -m ernie_accel.demo.train --out FOLDER`.
+"""Trains the embedded model from nothing: `python -m tools.embedded_model.train --out FOLDER`.
 
 Stages, each with its own seed and its own weights in FOLDER/stages, which `--resume` takes up again:
 
@@ -32,11 +32,12 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import AutoTokenizer
 
-from ernie_accel.demo import architecture, load_folder
-from ernie_accel.demo.corpus import TEXT_TOKENS, CaptionedScenes, Dialogues, captioned_scenes, dialogues
-from ernie_accel.demo.evaluate import describe, evaluate, summary
 from ernie_accel.demo.judge import unseen_prompts
-from ernie_accel.demo.scenes import CANVASES, SceneBatch, render_batch
+from ernie_accel.embedded.scenes import CANVASES, SceneBatch, render_batch
+from ernie_accel.storage.embedded import load_folder
+from tools.embedded_model import architecture
+from tools.embedded_model.corpus import TEXT_TOKENS, CaptionedScenes, Dialogues, captioned_scenes, dialogues
+from tools.embedded_model.evaluate import describe, evaluate, summary
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLFlux2, ErnieImagePipeline, ErnieImageTransformer2DModel
@@ -518,7 +519,7 @@ def _write_figures(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the trainer from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m ernie_accel.demo.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.embedded_model.train", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, its figures and the stages")
     parser.add_argument("--toy", action="store_true", help="a few steps of each stage, on the CPU")
     parser.add_argument("--resume", action="store_true", help="take up stages that an earlier run has finished")

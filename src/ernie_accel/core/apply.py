@@ -1,15 +1,10 @@
-"""START HERE: change a pipeline by a list of transforms, say what was done, and give the original back.
-
-    plan      ask every transform what it would do                       (plan.py; changes nothing)
-    optimize  plan, then apply one after the other; on failure undo all
-    report    the receipts of what was applied                           (report.py)
-    restore   undo in reverse order
+"""Carry out a plan on a pipe so that whatever interrupts, the pipe is whole or its report says how to make it so.
 
 A pipe that was optimized carries its report, with the receipts in it, in one attribute. Asking again states the
 whole request anew: what both requests begin with stays, the rest of the old one is undone, the rest of the new applied.
 
 Whatever interrupts (Ctrl-C at any line), either the pipe is as it was, or its report lists all that is applied, in part
-too, and `restore` gives the original back: a change is made only after its way back stands in the report.
+too, and `undo_all` gives the original back: a change is made only after its way back stands in the report.
 """
 
 from __future__ import annotations
@@ -18,104 +13,68 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Literal
 
 import torch
 
 from ernie_accel.core.carried import carried_report, carry, drop
 from ernie_accel.core.components import Pipeline, pipe_bytes
 from ernie_accel.core.context import Context
-from ernie_accel.core.errors import ApplyError, RestoreError, UnknownNameError, UnsupportedError
-from ernie_accel.core.plan import check_pipeline, compose, keep_entries, machine_for, plan_steps, title_of
+from ernie_accel.core.errors import ApplyError, RestoreError, UnsupportedError
+from ernie_accel.core.plan import check_pipeline, keep_entries, plan_steps, title_of
 from ernie_accel.core.planned import PlannedPipe
-from ernie_accel.core.preset import Preset, find_preset
+from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Entry, Report
 from ernie_accel.core.step import Step
 from ernie_accel.core.transform import Applied, Phase, Transform
 from ernie_accel.core.undo import Undo, recorded
-from ernie_accel.families import family_of
 
 
-def optimize(
-    pipe: Pipeline,
-    *transforms: Transform,
-    preset: Preset | str | None = None,
-    on_unsupported: Literal["error", "skip"] = "error",
-    context: Context | None = None,
-) -> Pipeline:
-    """Make a pipeline faster or leaner in place, and return it.
-
-    Everything is checked before anything is changed. Optimizing again with the same arguments changes nothing; with
-    others, what no longer belongs is undone first, and put back if the new request is refused. What you change by hand
-    on an optimized pipe (fusing a LoRA, replacing a component) is not noticed: restore it first.
+def apply_request(
+    pipe: Pipeline, wanted: tuple[Transform, ...], preset: Preset | None, machine: Context, *, skip_unsupported: bool
+) -> None:
+    """Make a pipe what `wanted` asks for, in place; see ``ernie_accel.optimize``.
 
     Args:
         pipe: A diffusers pipeline.
-        *transforms: Transforms, in any order; beside a preset they replace those in the same slot.
-        preset: A preset or its name; see ``ernie_accel.presets``.
-        on_unsupported: "error" refuses the whole plan if a transform cannot run here; "skip" leaves such transforms
-            out, and the report says why.
-        context: The machine's facts; default: looked up.
-
-    Returns:
-        The same object.
-
-    Raises:
-        UnknownNameError: There is no such preset.
-        ConflictError: Two transforms want one slot.
-        UnsupportedError: A transform cannot run here (all reasons at once), or the pipe cannot run at all.
-        ApplyError: A transform failed; the pipe is as it was before this call, or the error says what is not.
-        RestoreError: An earlier transform would have to be undone and cannot be; nothing was undone.
+        wanted: All transforms in the order they run.
+        preset: Where they came from, for the title of the report.
+        machine: The machine's facts.
+        skip_unsupported: Leave out what cannot run here, and say why in the report.
     """
-    if on_unsupported not in ("error", "skip"):
-        raise UnknownNameError("value of on_unsupported", on_unsupported, ("error", "skip"))
-    wanted = compose(transforms, preset, family_of(pipe))
-    check_pipeline(pipe)
-    named = find_preset(preset) if preset is not None else None
-    machine = context or machine_for(pipe, wanted)
-
-    old = report(pipe)
+    old = report_of(pipe)
     old = replace(old, entries=tuple(map(_settled, old.entries)))
     kept, resumed, removed = keep_entries(pipe, old, wanted, machine)
     _check_can_rewind(removed)
     try:
         _rewind(pipe, replace(old, entries=kept + removed), keep=len(kept))
-        the_plan = plan_steps(pipe, wanted, named, machine, kept)
-        if the_plan.blockers or (the_plan.problems and on_unsupported == "error"):
+        the_plan = plan_steps(pipe, wanted, preset, machine, kept)
+        if the_plan.blockers or (the_plan.problems and not skip_unsupported):
             raise UnsupportedError(the_plan)
-        new = Report(title_of(wanted, named), type(pipe).__name__, machine, kept)
+        new = Report(title_of(wanted, preset), type(pipe).__name__, machine, kept)
         _apply(pipe, new, the_plan.steps[len(kept) :])
         if not wanted:
             drop(pipe)
     except BaseException:  # Ctrl-C too: a request that failed leaves the pipe as the one before it made it
-        left = _rewind(pipe, report(pipe), keep=len(kept))
+        left = _rewind(pipe, report_of(pipe), keep=len(kept))
         if left:
             carry(pipe, replace(old, entries=kept + left))
         else:
             _put_back(pipe, replace(old, entries=kept + resumed), removed)
         raise
-    return pipe
 
 
-def report(pipe: Pipeline) -> Report:
-    """Return what has been applied to `pipe`, skipped and why; print it. Empty for an untouched pipe."""
+def report_of(pipe: Pipeline) -> Report:
+    """Return the report that a pipe carries, an empty one for an untouched pipe."""
     check_pipeline(pipe)
     return carried_report(pipe) or Report("nothing applied", type(pipe).__name__, Context.detect(pipe), ())
 
 
-def restore(pipe: Pipeline) -> Pipeline:
-    """Undo in place everything `optimize` did, the last thing first, and return the pipe.
-
-    If it is interrupted, the report lists what is still to be undone, and calling it again finishes the work.
-
-    Raises:
-        RestoreError: A transform has no undo; nothing was undone.
-    """
-    carried = report(pipe)
+def undo_all(pipe: Pipeline) -> None:
+    """Undo in place everything that was applied, the last thing first; see ``ernie_accel.restore``."""
+    carried = report_of(pipe)
     _check_can_rewind(carried.entries)
     _rewind(pipe, carried, keep=0)
     drop(pipe)
-    return pipe
 
 
 @contextlib.contextmanager
@@ -125,7 +84,7 @@ def suspended(pipe: Pipeline, after: Phase) -> Iterator[None]:
     Raises:
         RestoreError: Something cannot be undone; nothing was.
     """
-    old = report(pipe)
+    old = report_of(pipe)
     stays = tuple(entry for entry in old.entries if entry.step.transform.phase <= after)
     away = old.entries[len(stays) :]
     _check_can_rewind(away)
@@ -133,7 +92,7 @@ def suspended(pipe: Pipeline, after: Phase) -> Iterator[None]:
         _rewind(pipe, old, keep=len(stays))
         yield
     finally:
-        _rewind(pipe, report(pipe), keep=len(stays))  # finishes the first one, if that was interrupted
+        _rewind(pipe, report_of(pipe), keep=len(stays))  # finishes the first one, if that was interrupted
         _put_back(pipe, replace(old, entries=stays), away)
 
 
@@ -154,11 +113,12 @@ def _apply(pipe: Pipeline, base: Report, steps: Iterable[Step]) -> None:
             done = (*done, _apply_step(pipe, replace(base, entries=base.entries + done), step))
             carry(pipe, replace(base, entries=base.entries + done))
     except BaseException as error:
-        left = _rewind(pipe, report(pipe), keep=len(base.entries))
+        left = _rewind(pipe, report_of(pipe), keep=len(base.entries))
         if current is None or not isinstance(error, Exception):
             raise
         so_far = Report("applied before the failure", type(pipe).__name__, base.context, done)
-        raise ApplyError(current.transform, f"{type(error).__name__}: {error}", so_far, left) from error
+        stays = tuple(entry.step.transform for entry in left if entry.applied is not None)
+        raise ApplyError(current.transform, f"{type(error).__name__}: {error}", so_far, stays) from error
 
 
 def _apply_step(pipe: Pipeline, so_far: Report, step: Step) -> Entry:

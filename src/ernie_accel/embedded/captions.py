@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
-from ernie_accel.demo.scenes import (
+from ernie_accel.embedded.scenes import (
     COLOURS,
     MAX_OBJECTS,
     PLACES,

@@ -12,8 +12,8 @@ import random
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from ernie_accel.demo.captions import caption, random_request
-from ernie_accel.demo.scenes import random_scene
+from ernie_accel.embedded.captions import caption, random_request
+from ernie_accel.embedded.scenes import random_scene
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLFlux2, ErnieImageTransformer2DModel, FlowMatchEulerDiscreteScheduler

@@ -9,11 +9,13 @@ from types import MappingProxyType
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import DEVICES, OPTIONAL_PACKAGES, Context
 from ernie_accel.core.errors import UnknownNameError
-from ernie_accel.core.preset import CARDS, Card, Preset, card_preset, presets
+from ernie_accel.core.plan import Plan, compose, plan_request
+from ernie_accel.core.preset import Preset
 from ernie_accel.core.text import human_bytes
 from ernie_accel.core.transform import Transform
 from ernie_accel.families import family_of
 from ernie_accel.families.ernie_image import ERNIE_IMAGE
+from ernie_accel.recipes.presets import CARDS, Card, card_preset, presets
 from ernie_accel.transforms.calls.call_defaults import MODES
 from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
 from ernie_accel.transforms.weights.cast_dtype import CastDtype
@@ -178,10 +180,12 @@ def _refused(pipe: Pipeline | None, preset: Preset, machine: Context) -> Mapping
     """Return the transforms that cannot run on `pipe`, with their reasons; None if the pipe cannot run at all."""
     if pipe is None:
         return {}
-    from ernie_accel.core.plan import plan
-
-    the_plan = plan(pipe, preset=preset, context=machine)
+    the_plan = _planned(pipe, preset, machine)
     return None if the_plan.blockers else the_plan.problems
+
+
+def _planned(pipe: Pipeline, preset: Preset, machine: Context) -> Plan:
+    return plan_request(pipe, compose((), preset, family_of(pipe)), preset, machine)
 
 
 def _lines(refused: Mapping[Transform, tuple[str, ...]]) -> list[str]:
@@ -204,9 +208,7 @@ def _memory_warnings(pipe: Pipeline | None, preset: Preset, machine: Context) ->
 def _weight_bytes(pipe: Pipeline | None, preset: Preset, machine: Context) -> int:
     """Return the bytes of all weights afterwards: planned on the pipe, or estimated for ERNIE-Image."""
     if pipe is not None:
-        from ernie_accel.core.plan import plan
-
-        the_plan = plan(pipe, preset=preset, context=machine)
+        the_plan = _planned(pipe, preset, machine)
         sizes = [step.planned.nbytes for step in the_plan.steps if step.planned is not None]
         return sizes[-1] if sizes else the_plan.bytes_before
     sizes_bf16 = dict(ERNIE_IMAGE.weight_bytes)

@@ -11,9 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ernie_accel.demo.captions import LANGUAGES, Request, caption, parse, random_request, same_content
 from ernie_accel.demo.judge import adherence, judge, summarize
-from ernie_accel.demo.scenes import CANVASES, random_scene, render
+from ernie_accel.embedded.captions import LANGUAGES, Request, caption, parse, random_request, same_content
+from ernie_accel.embedded.scenes import CANVASES, random_scene, render
 
 if TYPE_CHECKING:
     from diffusers import ErnieImagePipeline

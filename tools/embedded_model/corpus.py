@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from ernie_accel.demo.architecture import MAX_ENHANCED_TOKENS
-from ernie_accel.demo.captions import LANGUAGES, caption, full_caption, language_of, random_request
-from ernie_accel.demo.evaluate import chat_text
-from ernie_accel.demo.scenes import CANVASES, Scene, SceneBatch, random_scene, to_batch
+from ernie_accel.embedded.captions import LANGUAGES, caption, full_caption, language_of, random_request
+from ernie_accel.embedded.scenes import CANVASES, Scene, SceneBatch, random_scene, to_batch
+from tools.embedded_model.architecture import MAX_ENHANCED_TOKENS
+from tools.embedded_model.evaluate import chat_text
 
 TEXT_TOKENS = 88
 """No training caption is longer; one that would be is written again."""

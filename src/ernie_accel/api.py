@@ -1,0 +1,115 @@
+"""START HERE: change a pipeline by a list of transforms, say what was done, and give the original back.
+
+    plan      ask every transform what it would do                       (core/plan.py; changes nothing)
+    optimize  plan, then apply one after the other; on failure undo all  (core/apply.py)
+    report    the receipts of what was applied                           (core/report.py)
+    restore   undo in reverse order
+
+What a transform is stands in ``core/transform.py``; all of them are in ``transforms/``, the presets in ``recipes/``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ernie_accel.core.apply import apply_request, report_of, undo_all
+from ernie_accel.core.components import Pipeline
+from ernie_accel.core.context import Context
+from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.plan import Plan, check_pipeline, compose, machine_for, plan_request
+from ernie_accel.core.preset import Preset
+from ernie_accel.core.report import Report
+from ernie_accel.core.transform import Transform
+from ernie_accel.families import family_of
+from ernie_accel.recipes.presets import find_preset
+
+
+def plan(
+    pipe: Pipeline,
+    *transforms: Transform,
+    preset: Preset | str | None = None,
+    context: Context | None = None,
+) -> Plan:
+    """Say what `optimize` would do with the same arguments. Changes nothing and needs no accelerator.
+
+    Args:
+        pipe: A diffusers pipeline, as it is now.
+        *transforms: Transforms, in any order; beside a preset they replace those in the same slot.
+        preset: A preset or its name.
+        context: The machine to plan for; default this one. ``Context.named("h200")`` plans for another.
+
+    Returns:
+        The plan; print it.
+
+    Raises:
+        UnknownNameError: There is no such preset.
+        ConflictError: Two transforms want one slot.
+    """
+    named, wanted = _request(pipe, transforms, preset)
+    return plan_request(pipe, wanted, named, context or machine_for(pipe, wanted))
+
+
+def optimize(
+    pipe: Pipeline,
+    *transforms: Transform,
+    preset: Preset | str | None = None,
+    on_unsupported: Literal["error", "skip"] = "error",
+    context: Context | None = None,
+) -> Pipeline:
+    """Make a pipeline faster or leaner in place, and return it.
+
+    Everything is checked before anything is changed. Optimizing again with the same arguments changes nothing; with
+    others, what no longer belongs is undone first, and put back if the new request is refused. What you change by hand
+    on an optimized pipe (fusing a LoRA, replacing a component) is not noticed: restore it first.
+
+    Args:
+        pipe: A diffusers pipeline.
+        *transforms: Transforms, in any order; beside a preset they replace those in the same slot.
+        preset: A preset or its name; see ``ernie_accel.presets``.
+        on_unsupported: "error" refuses the whole plan if a transform cannot run here; "skip" leaves such transforms
+            out, and the report says why.
+        context: The machine's facts; default: looked up.
+
+    Returns:
+        The same object.
+
+    Raises:
+        UnknownNameError: There is no such preset.
+        ConflictError: Two transforms want one slot.
+        UnsupportedError: A transform cannot run here (all reasons at once), or the pipe cannot run at all.
+        ApplyError: A transform failed; the pipe is as it was before this call, or the error says what is not.
+        RestoreError: An earlier transform would have to be undone and cannot be; nothing was undone.
+    """
+    if on_unsupported not in ("error", "skip"):
+        raise UnknownNameError("value of on_unsupported", on_unsupported, ("error", "skip"))
+    named, wanted = _request(pipe, transforms, preset)
+    machine = context or machine_for(pipe, wanted)
+    apply_request(pipe, wanted, named, machine, skip_unsupported=on_unsupported == "skip")
+    return pipe
+
+
+def report(pipe: Pipeline) -> Report:
+    """Return what has been applied to `pipe`, skipped and why; print it. Empty for an untouched pipe."""
+    return report_of(pipe)
+
+
+def restore(pipe: Pipeline) -> Pipeline:
+    """Undo in place everything `optimize` did, the last thing first, and return the pipe.
+
+    If it is interrupted, the report lists what is still to be undone, and calling it again finishes the work.
+
+    Raises:
+        RestoreError: A transform has no undo; nothing was undone.
+    """
+    undo_all(pipe)
+    return pipe
+
+
+def _request(
+    pipe: Pipeline, transforms: tuple[Transform, ...], preset: Preset | str | None
+) -> tuple[Preset | None, tuple[Transform, ...]]:
+    """Return the preset, if one was named, and all transforms in the order they run."""
+    named = find_preset(preset) if preset is not None else None
+    wanted = compose(transforms, named, family_of(pipe))
+    check_pipeline(pipe)
+    return named, wanted

@@ -1,0 +1,215 @@
+"""Named tuples of transforms, by mode and precision and by card. Plain data: print it, edit it, replace a part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.preset import Preset
+from ernie_accel.core.transform import Transform
+from ernie_accel.transforms.calls.call_defaults import CallDefaults
+from ernie_accel.transforms.denoiser.capture_graphs import CaptureGraphs
+from ernie_accel.transforms.denoiser.compile import Compile
+from ernie_accel.transforms.denoiser.elide_mask import ElideMask
+from ernie_accel.transforms.denoiser.expand_mask import ExpandAttentionMask
+from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
+from ernie_accel.transforms.denoiser.rewrite_blocks import RewriteBlocks
+from ernie_accel.transforms.prompts.encode_prompts import BatchPromptEncoding
+from ernie_accel.transforms.prompts.rewrite_enhancer import RewriteEnhancer
+from ernie_accel.transforms.prompts.rewrite_text_encoder import RewriteTextEncoder
+from ernie_accel.transforms.scheduler.keep_timesteps_on_host import KeepTimestepsOnHost
+from ernie_accel.transforms.vae.decoder import FuseVae
+from ernie_accel.transforms.weights.cast_dtype import CastDtype
+from ernie_accel.transforms.weights.make_contiguous import MakeContiguous
+from ernie_accel.transforms.weights.move_to import MoveTo
+from ernie_accel.transforms.weights.quantize import Quantize
+
+
+class PresetTable(Mapping[str, Preset]):
+    """The presets by name; printing it lists them."""
+
+    def __init__(self, *presets: Preset) -> None:
+        self._presets = {preset.name: preset for preset in presets}
+
+    def __getitem__(self, name: str) -> Preset:
+        if name not in self._presets:
+            raise KeyError(
+                str(UnknownNameError("preset", name, self, note="A card's name goes to optimize(preset=...)."))
+            )
+        return self._presets[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._presets)
+
+    def __len__(self) -> int:
+        return len(self._presets)
+
+    def __repr__(self) -> str:
+        return "\n".join(line for preset in self.values() for line in _lines(preset))
+
+
+def _lines(preset: Preset) -> Iterator[str]:
+    yield f"{preset.name:14} {preset.summary}"
+    yield f"{'':14} {', '.join(map(repr, preset.transforms))}"
+    if preset.without_kernels:
+        instead = ", ".join(map(repr, preset.without_kernels))
+        yield f"{'':14} for a family without fused kernels: {instead}"
+
+
+_FAST_BF16 = (CastDtype("bfloat16"), RewriteBlocks(), FuseKernels("bf16"))
+_FAST_FP8 = (CastDtype("bfloat16"), RewriteBlocks(), FuseKernels("fp8"))
+_FP8_ELSEWHERE = (Quantize("fp8"),)
+_INT8 = (CastDtype("bfloat16"), Quantize("int8"))
+
+_FAST_PARTS = (
+    BatchPromptEncoding(),
+    RewriteTextEncoder(),
+    KeepTimestepsOnHost(),
+    Compile(),
+    FuseVae(),
+    CaptureGraphs(),
+    RewriteEnhancer(),
+)
+
+presets = PresetTable(
+    Preset(
+        "exact",
+        "Bitwise the same pictures: only what cannot change a bit.",
+        (KeepTimestepsOnHost(), MakeContiguous()),
+    ),
+    Preset(
+        "turbo-fp32",
+        "Few steps, compiled, in the precision the pipe came in: for CPUs, where bfloat16 seldom pays.",
+        (RewriteBlocks(), MakeContiguous(), CallDefaults("turbo"), Compile(), RewriteEnhancer()),
+    ),
+    Preset(
+        "turbo-bf16",
+        "Few steps in bfloat16, on fused kernels or compiled: for a distilled (Turbo) checkpoint on any recent card.",
+        (*_FAST_BF16, MakeContiguous(), CallDefaults("turbo"), *_FAST_PARTS),
+    ),
+    Preset(
+        "turbo-fp16",
+        "Few steps in float16, compiled: for a distilled (Turbo) checkpoint on cards without bfloat16.",
+        (CastDtype("float16"), MakeContiguous(), CallDefaults("turbo"), Compile()),
+    ),
+    Preset(
+        "turbo-fp8",
+        "Few steps with fp8 linears on fused kernels: for a distilled (Turbo) checkpoint on capability 8.9 and above.",
+        (*_FAST_FP8, MakeContiguous(), CallDefaults("turbo"), *_FAST_PARTS),
+        _FP8_ELSEWHERE,
+    ),
+    Preset(
+        "turbo-int8",
+        "Few steps with int8 linears, compiled: for a distilled (Turbo) checkpoint on capability 8.0 to 8.6.",
+        (*_INT8, MakeContiguous(), CallDefaults("turbo"), Compile(), FuseVae()),
+    ),
+    Preset(
+        "npu-bf16",
+        "Few steps in bfloat16 on an Ascend NPU, with masks as it takes them: for a distilled (Turbo) checkpoint.",
+        (
+            CastDtype("bfloat16"),
+            ElideMask(),
+            ExpandAttentionMask(),
+            MakeContiguous(),
+            MoveTo("npu"),
+            CallDefaults("turbo"),
+        ),
+    ),
+    Preset(
+        "turbo-nvfp4",
+        "Few steps with nvfp4 linears, compiled: the fastest on capability 10.0 and above, at a visible cost.",
+        (CastDtype("bfloat16"), Quantize("nvfp4"), MakeContiguous(), CallDefaults("turbo"), Compile(), FuseVae()),
+    ),
+    Preset(
+        "turbo-q4",
+        "Few steps with 4-bit weights (nf4), compiled: for memory and not for speed.",
+        (CastDtype("bfloat16"), Quantize("nf4"), MakeContiguous(), CallDefaults("turbo"), Compile(), FuseVae()),
+    ),
+    Preset(
+        "quality-bf16",
+        "The family's full steps and guidance in bfloat16, compiled: for a base (undistilled) checkpoint.",
+        (*_FAST_BF16, MakeContiguous(), CallDefaults("quality"), *_FAST_PARTS),
+    ),
+    Preset(
+        "quality-fp8",
+        "The family's full steps and guidance with fp8 linears on fused kernels: for a base checkpoint.",
+        (*_FAST_FP8, MakeContiguous(), CallDefaults("quality"), *_FAST_PARTS),
+        _FP8_ELSEWHERE,
+    ),
+    Preset(
+        "quality-int8",
+        "The family's full steps and guidance with int8 linears, compiled: for a base checkpoint.",
+        (*_INT8, MakeContiguous(), CallDefaults("quality"), Compile(), FuseVae()),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """What one device should run.
+
+    Attributes:
+        device: A key of ``context.DEVICES``.
+        preset: Name of a preset.
+        why: The evidence, or that there is none.
+        extra: Transforms that this card needs beside those of the preset; they replace those in the same slot.
+    """
+
+    device: str
+    preset: str
+    why: str
+    extra: tuple[Transform, ...] = ()
+
+
+#: Device -> what to run there. The names are preset names, too: ``optimize(pipe, preset="rtx3090")``. Seconds are of
+#: one ERNIE-Image-Turbo picture at 1024x1024 in 8 steps, as its users publish them.
+CARDS: Mapping[str, Card] = MappingProxyType(
+    {
+        card.device: card
+        for card in (
+            Card("rtx4090", "turbo-fp8", "multiplies in fp8; nothing is published for this card"),
+            Card("rtx3090", "turbo-int8", "published: bf16 12.4 s, fp8 12.7 s (no fp8 units), int8 7.0 s"),
+            Card("rtx3060", "turbo-int8", "published: bf16 43 s, fp8 28.7 s, int8 14.4 s"),
+            Card("rtx4060", "turbo-q4", "in 8 bits the transformer alone (8 GB) fills the card; nothing is published"),
+            Card("a100", "turbo-bf16", "has the memory for bf16; whether int8 is faster here nobody has published"),
+            Card("a6000", "turbo-int8", "the same architecture as the RTX 3090, where int8 takes 0.56 of the time"),
+            Card(
+                "h100",
+                "turbo-fp8",
+                "measured on an H200: a step of the stock model takes 95 ms in fp8 and 134 ms in bf16, both compiled",
+            ),
+            Card(
+                "ascend910b",
+                "npu-bf16",
+                "masks as its kernels take them; no quantized kernels are known to work through diffusers here",
+            ),
+        )
+    }
+)
+
+
+def find_preset(preset: Preset | str) -> Preset:
+    """Return a preset by its name or that of a card, or the preset itself.
+
+    Raises:
+        UnknownNameError: There is no preset and no card of that name.
+    """
+    if isinstance(preset, Preset):
+        return preset
+    if not isinstance(preset, str):
+        raise TypeError(f"expected a preset or its name, got {preset!r}")
+    if preset in presets:
+        return presets[preset]
+    if preset in CARDS:
+        return card_preset(CARDS[preset])
+    raise UnknownNameError("preset", preset, (*presets, *CARDS))
+
+
+def card_preset(card: Card) -> Preset:
+    """Return what `card` should run, under the card's name."""
+    base = presets[card.preset]
+    by_slot = {transform.occupies: transform for transform in (*base.transforms, *card.extra)}
+    summary = f"{card.preset} for this card: {card.why}."
+    return Preset(card.device, summary, tuple(by_slot.values()), base.without_kernels)
