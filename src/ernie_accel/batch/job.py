@@ -274,8 +274,7 @@ def _shown_option(name: str, value: object) -> str:
 
     if isinstance(value, str):
         return shown(redacted(value))
-    listed = isinstance(value, list | tuple)
-    return "a list" if listed else f"of type {type(value).__name__}"
+    return shown(value) if redacted(repr(value)) == repr(value) else "***"
 
 
 def _server_problems(job: Job) -> list[Problem]:
