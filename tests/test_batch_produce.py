@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
 import random
 import re
 import stat
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import pyarrow
 import pytest
 import torch
 from PIL import Image
 
 import ernie_accel
-from ernie_accel.batch import BatchInputError, BatchOutputError, Row, produce
+from ernie_accel.batch import BatchInputError, BatchOutputError, Row, aproduce, produce, read_rows
 from ernie_accel.core.atomic import write_atomically
 
 
@@ -313,3 +317,122 @@ def test_a_file_cut_off_in_the_middle_is_not_left_behind(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "0.png").read_bytes() == b"old"
     assert names(tmp_path) == ["0.png"]
+
+
+class Polars:
+    """Has of a polars.DataFrame what is used."""
+
+    def __init__(self, rows):
+        self._rows, self.columns = rows, list(rows[0])
+
+    def iter_rows(self, *, named=False):
+        return iter(self._rows if named else [tuple(row.values()) for row in self._rows])
+
+    def to_dict(self, *, as_series=True):
+        raise AssertionError("polars' to_dict gives columns")
+
+
+class Pandas:
+    """Has of a pandas.DataFrame what is used; iterated over, it gives the names of its columns."""
+
+    def __init__(self, rows, columns=None):
+        self._rows, self.columns = rows, columns or list(rows[0])
+
+    def to_dict(self, orient="dict"):
+        assert orient == "records"
+        return self._rows
+
+    def __iter__(self):
+        return iter(self.columns)
+
+
+class NAType:
+    """As pandas.NA: it is equal to nothing, and no truth value."""
+
+    def __ne__(self, other):
+        return self
+
+    def __bool__(self):
+        raise TypeError("boolean value of NA is ambiguous")
+
+
+ROWS = [
+    {"sku": "a", "prompt": "one", "steps": np.int64(4), "guidance_scale": np.float32(1.5), "shelf": 7},
+    {"sku": "b", "prompt": "a lid", "steps": NAType(), "guidance_scale": np.float32("nan"), "shelf": None},
+]
+
+
+@pytest.mark.parametrize("wrap", [list, iter, Pandas, Polars, pyarrow.Table.from_pylist], ids=str)
+def test_dicts_and_data_frames_are_rows(tmp_path, wrap):
+    rows = ROWS
+    if wrap == pyarrow.Table.from_pylist:
+        scales = [float(row["guidance_scale"]) for row in ROWS]
+        rows = [row | {"steps": n, "guidance_scale": g} for row, n, g in zip(ROWS, (4, None), scales, strict=True)]
+    pipe = StubPipe()
+    results = run(pipe, wrap(rows), tmp_path)
+    assert names(tmp_path) == ["a.png", "b.png"]
+    assert [call["num_inference_steps"] for call in pipe.calls] == [4, 50]
+    assert [call["guidance_scale"] for call in pipe.calls] == [1.5, 4.0]
+    assert [dict(result.row.columns)["shelf"] for result in results] == ["7", ""]
+    assert [result.row.line for result in results] == [1, 2]
+
+
+@pytest.mark.parametrize("wrap", [list, tuple, iter, lambda prompts: (p for p in prompts)])
+def test_prompts_are_rows(tmp_path, wrap):
+    results = run(StubPipe(), wrap(["a cup", "一只杯子"]), tmp_path, seed=5)
+    assert [(result.row.prompt, result.seed) for result in results] == [("a cup", 5), ("一只杯子", 6)]
+    assert names(tmp_path) == ["00000.png", "00001.png"]
+
+
+def test_rows_of_a_program_are_named_and_filled_as_those_of_a_file():
+    rows = read_rows(
+        [{"name": "mug", "kind": "cups", "cfg": "x"}],
+        pattern="{name}_{index}.png",
+        template="a photo of {name}",
+        folder_by="kind",
+        extra_columns=["cfg"],
+        defaults={"steps": 8, "width": 64, "height": 64, "variants": 2},
+    )
+    assert [(r.path, r.prompt, r.steps, r.width) for r in rows] == [
+        ("cups/mug_0_v1.png", "a photo of mug", 8, 64),
+        ("cups/mug_0_v2.png", "a photo of mug", 8, 64),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("a red mug", "is one str, 'a red mug'; to draw one picture, give a list with one prompt"),
+        (Path("prompts.csv"), "to read a table, give what read_table returns"),
+        ({"prompt": "a"}, "is one dict; give a list of dicts"),
+        (make_row(0), "is one Row; give a list with it"),
+        (7, "is of type int; expected rows: prompts, dicts"),
+        (None, "is of type NoneType; expected rows: prompts, dicts"),
+        (SimpleNamespace(collect=list), "is of type SimpleNamespace: call its collect() first"),
+        (Pandas([{"a": 1}], columns=["prompt", "prompt"]), "has more than one column named 'prompt'"),
+        (["a", ""], "line 2: prompt is empty"),
+        (["a", 5], "line 2: is of type int; expected a prompt or a dict such as {'prompt': 'a red mug'}"),
+        (["a", make_row(0)], "line 2: is a Row among others"),
+        ([{"text": "a"}], "has no 'prompt' column; found: 'text'"),
+        ([{"prompt": "a", "cfg": 3}], "column 'cfg' would be ignored; rename it to 'guidance_scale'"),
+        ([{"prompt": "a", "steps": 0}], "line 1: steps 0 is not within 1 to 1000"),
+        ([{"prompt": "a", "steps": 7.5}], "line 1: steps '7.5' is not a whole number"),
+        ([{"prompt": "a", "width": 1000}], "line 1: width 1000 is not made of multiples of 16"),
+        ([{"prompt": "a", "seed": [1]}], "line 1: 'seed' is a list"),
+        ([{"prompt": "a", "sku": "../x"}], "file name '../x.png'"),
+        ([{"prompt": "a", "sku": "x"}, {"prompt": "b", "sku": "X"}], "line 2: file name 'X.png'"),
+        (["\ud800"], "has half of a surrogate pair"),
+    ],
+    ids=str,
+)
+def test_rows_that_cannot_be_used_are_told_before_anything_is_drawn(tmp_path, rows, message):
+    pipe = StubPipe()
+    with pytest.raises(BatchInputError, match=re.escape(message)):
+        produce(pipe, rows, tmp_path / "out")
+    assert not pipe.calls
+    assert not (tmp_path / "out").exists()
+
+
+def test_aproduce_takes_prompts_too(tmp_path):
+    results = asyncio.run(aproduce(StubPipe(), ["a cup"], tmp_path, progress=False))
+    assert [result.path.name for result in results] == ["00000.png"]

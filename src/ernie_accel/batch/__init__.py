@@ -9,6 +9,7 @@ from __future__ import annotations
 # Imported eagerly on purpose: the function `produce` shares its module's name, and a lazy attribute would
 # turn into that module as soon as anybody imports it. All of these are light.
 from ernie_accel.batch.errors import BatchChangedError, BatchInputError, BatchOutputError
+from ernie_accel.batch.given import read_rows
 from ernie_accel.batch.line import Result
 from ernie_accel.batch.metrics import MetricsServer
 from ernie_accel.batch.produce import aproduce, produce
@@ -28,5 +29,6 @@ __all__ = [
     "Sift",
     "aproduce",
     "produce",
+    "read_rows",
     "read_table",
 ]

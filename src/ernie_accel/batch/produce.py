@@ -13,6 +13,7 @@ from ernie_accel.batch.assembly import assemble, prepare_folder
 from ernie_accel.batch.engines.base import Engine
 from ernie_accel.batch.engines.local import LocalEngine, Pipe
 from ernie_accel.batch.errors import BatchInputError, Problem, shown
+from ernie_accel.batch.given import Rows, as_rows
 from ernie_accel.batch.ledger import Ledger
 from ernie_accel.batch.line import Line, Result
 from ernie_accel.batch.metrics import MetricsServer
@@ -29,7 +30,7 @@ __all__ = ["Result", "aproduce", "check_folder", "produce", "renew_manifest"]
 
 def produce(
     pipe: Pipe | Engine,
-    rows: Iterable[Row],
+    rows: Rows,
     out: str | Path,
     *,
     seed: int = 0,
@@ -54,7 +55,7 @@ def produce(
 
     Nothing is rendered until then::
 
-        for result in produce(pipe, read_table("prompts.csv"), "out"):
+        for result in produce(pipe, ["a red mug", "a blue mug"], "out"):
             print(result.row.line, result.path or result.error)
 
     A row whose picture cannot be made yields a `Result` with `error`, and the others follow. Each row has random
@@ -64,7 +65,8 @@ def produce(
 
     Args:
         pipe: A diffusers pipeline, any callable like one, or an engine (see `ernie_accel.batch.engines`).
-        rows: What to make, as `read_table` returns.
+        rows: What to make: prompts, mappings from column to value, a data frame, or what `read_table` or `read_rows`
+            returns. All are checked as a table is; `read_rows` says how pictures are named and more.
         out: The folder; created if it is missing.
         seed: Rows that give none get ``seed + row.index``.
         overwrite: Replace pictures that are not this job's, and make again what has changed. Otherwise both are
@@ -88,14 +90,14 @@ def produce(
         stop: Asked between batches; once it returns True, nothing more is begun, and what is under way is finished.
 
     Raises:
-        BatchInputError: If rows share a name, a seed is out of range, or a row asks for what the engine cannot do.
+        BatchInputError: If rows are wrong, share a name, have a seed out of range, or ask for what the engine lacks.
         BatchOutputError: If the folder cannot be used, another process works on it, or pictures are in the way; and,
             from the iterator, if a picture cannot be written (full disk), which ends the batch: the next one could
             not be either.
         BatchChangedError: If finished pictures were made from other rows, facts or another kind of engine.
         EngineLostError: From the iterator, if the engine cannot render any more.
     """
-    rows, out = tuple(rows), Path(out)
+    rows, out = as_rows(rows), Path(out)
     engine = pipe if isinstance(pipe, Engine) else LocalEngine(pipe, max_batch=batch_size, free_encoders=free_encoders)
     tasks = tasks_of(rows, seed)
     if problems := [*_row_problems(tasks), *engine.problems([(task.row.line, task.request) for task in tasks])]:
@@ -215,7 +217,7 @@ def _run(
 
 async def aproduce(
     pipe: Pipe | Engine,
-    rows: Iterable[Row],
+    rows: Rows,
     out: str | Path,
     *,
     on_result: Callable[[Result], Any] | None = None,
