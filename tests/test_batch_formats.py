@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ernie_accel.batch import BatchInputError, read_table
+from ernie_accel.batch import BatchInputError, formats, read_table
 from ernie_accel.batch.job import Job, plan_job
 from ernie_accel.batch.newbie import structure_problems
 from ernie_accel.core.errors import ErnieAccelError, MissingExtraError
@@ -155,7 +155,7 @@ def test_rows_of_nothing_but_empty_values_are_left_out_of_every_format(tmp_path)
 
 
 def test_parquet_columns_of_ones_own_of_any_type_pass_through(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     columns = {
@@ -206,7 +206,7 @@ def test_parquet_columns_of_ones_own_of_any_type_pass_through(tmp_path):
 
 
 def test_parquet_settings_that_are_no_scalars_or_not_exact_are_refused(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     from pyarrow import parquet
 
     path = tmp_path / "year=2026" / "t.parquet"  # no column of that name: the folder is not part of the table
@@ -228,6 +228,19 @@ def test_parquet_settings_that_are_no_scalars_or_not_exact_are_refused(tmp_path)
     ((line, message),) = problems_of(path)
     assert line == 1
     assert "that cannot be read" in message
+
+
+def test_a_damaged_dictionary_is_refused_and_a_large_one_is_not_repeated(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    broken = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0, 1]), pyarrow.array(["a"]), safe=False)
+    with pytest.raises(ValueError, match="a value points beyond its dictionary"):
+        formats._python_values(broken)
+    path = tmp_path / "t.parquet"  # 20 kB, in which one text of 5 MB stands 1,000 times
+    long = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000, pyarrow.int32()), ["x" * 5_000_000])
+    parquet.write_table(pyarrow.table({"prompt": long}), path, compression="zstd")
+    assert problems_of(path) == [(None, "holds more than 536,870,912 characters; split it")]
 
 
 def test_a_missing_reader_is_named_with_its_extra(tmp_path, monkeypatch):

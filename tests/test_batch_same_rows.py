@@ -8,14 +8,12 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-import pytest
+import pyarrow
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from ernie_accel.batch import BatchInputError, read_table
-
-pyarrow = pytest.importorskip("pyarrow")
-from pyarrow import parquet  # noqa: E402  # only where there is one
 
 # Few characters, so that names collide; those that formats and file systems treat in ways of their own.
 _CHARACTERS = "aAbß\"',;\t\n\r\0\\/.{}é\u0301\u2028\x85\x1c \ufeff<&\U0001f600"

@@ -260,10 +260,14 @@ def _read_parquet(path: Path) -> Records:
     # ValueError: text in it that is not UTF-8. MemoryError: sizes in a damaged file that cannot be.
     broken = (pyarrow.ArrowException, OSError, ValueError, MemoryError)
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = [str(name) for name in file.schema_arrow.names]
-            if problem := _limits_problem(file.metadata.num_rows, len(names), 0):  # known without reading a row
-                raise BatchInputError(path, [(None, problem)])
+        metadata, schema = (read(path) for read in (pyarrow.parquet.read_metadata, pyarrow.parquet.read_schema))
+        names = [str(name) for name in schema.names]
+        size = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+        if problem := _limits_problem(metadata.num_rows, len(names), size):  # known without reading a row
+            raise BatchInputError(path, [(None, problem)])
+        # Texts that the file holds once stay single: repeated for each of 1,000 rows they could fill the memory.
+        texts = [field.name for field in schema if str(field.type) in ("string", "binary", "large_string")]
+        with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
             records = Records(columns=[name.strip() for name in names], _seen={name.strip() for name in names})
             batches = file.iter_batches(batch_size=_PARQUET_ROWS_AT_ONCE)
             return collect(path, enumerate(_parquet_rows(names, batches), start=1), records)
@@ -284,6 +288,12 @@ def _python_values(column: Any) -> list[object]:
     """Return a column's values as Python holds them: what it cannot hold (nanoseconds, the year 300,000) as text."""
     import pyarrow
 
+    if pyarrow.types.is_dictionary(column.type):
+        known = _python_values(column.dictionary)
+        places = column.indices.to_pylist()
+        if any(place is not None and not 0 <= place < len(known) for place in places):
+            raise ValueError("a value points beyond its dictionary")  # Arrow does not look in a damaged file
+        return [None if place is None else known[place] for place in places]
     if pyarrow.types.is_float16(column.type) or pyarrow.types.is_float32(column.type):
         column = column.cast(pyarrow.string()).cast(pyarrow.float64())  # 4.1 as it was written, not 4.099999904632568
     try:
