@@ -504,8 +504,8 @@ def test_an_alias_bomb_is_refused_at_its_first_alias(tmp_path):
         ('log_json: "a\\0b"', "log_json is 'a\\x00b'; it has a NUL character; remove it"),
         ('log_json: ""', "log_json is ''; expected a path"),
         ('model: "a\\0b"', "model is 'a\\x00b'; it has a NUL character; remove it"),
-        ("endpoint: {a: b}", "endpoint is {'a': 'b'}; expected text, or a list of texts"),
-        ("endpoint: [1]", "endpoint is [1]; expected text, or a list of texts"),
+        ("endpoint: {a: b}", "endpoint is of type dict; expected text, or a list of texts"),
+        ("endpoint: [1]", "endpoint is a list; expected text, or a list of texts"),
         ("batch_mode: [csv]", "batch_mode is ['csv']; expected one of csv, json, jsonl, parquet"),
         ("retries: [[[[[[[[[[[1]]]]]]]]]]]", "retries is [[[[[[[...]]]]]]]; expected a whole number"),
         ("input_file: null", "names 'input_file' twice"),
@@ -532,7 +532,7 @@ def test_options_from_python_are_checked_as_those_of_a_file_are(tmp_path):
     messages = [message for _, message in caught.value.problems]
     assert messages[0] == "retries is '2'; expected a whole number"
     assert messages[1].startswith("key 'ouput' is unknown; did you mean 'output_dir'?")
-    assert messages[2] == "endpoint is ['http://a', 7]; expected text, or a list of texts"
+    assert messages[2] == "endpoint is a list; expected text, or a list of texts"
     with pytest.raises(BatchInputError, match="seed is a number of thousands of digits; expected 0 to"):
         plan_job(as_csv(tmp_path), {"output_dir": tmp_path, "seed": 10**5000})
 
