@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ernie_accel.batch import BatchInputError, formats, read_table
+from ernie_accel.batch import BatchInputError, formats, read_rows, read_table
 from ernie_accel.batch.job import Job, plan_job
 from ernie_accel.batch.newbie import structure_problems
 from ernie_accel.core.errors import ErnieAccelError, MissingExtraError
@@ -248,6 +248,19 @@ def test_a_missing_reader_is_named_with_its_extra(tmp_path, monkeypatch):
     path = write(tmp_path, "t.parquet", "x")
     with pytest.raises(MissingExtraError, match=r"pyarrow is not installed: pip install 'ernie-accel\[parquet\]'"):
         read_table(path)
+
+
+def test_values_that_only_python_programs_have_are_their_rows_problems():
+    endless: list = []
+    endless += [endless, endless]
+    rows = [{"prompt": "a", "own": value} for value in (10**5000, endless, {(1, 2): 3}, [10**5000])]
+    with pytest.raises(BatchInputError) as caught:
+        read_rows([*rows, {"prompt": "b", "own": {3, 4}.__class__}])
+    (first, second, third, fourth) = caught.value.problems
+    assert first == (1, "'own' has thousands of digits; save it as text")
+    assert second == (2, "'own' has more than 131,072 values in it; flatten it")
+    assert third[1].startswith("'own' cannot be kept as JSON text (keys must be str")
+    assert fourth[1].startswith("'own' cannot be kept as JSON text (Exceeds the limit")
 
 
 # Templates, variants, folders, skipping
@@ -504,8 +517,8 @@ def test_an_alias_bomb_is_refused_at_its_first_alias(tmp_path):
         ('log_json: "a\\0b"', "log_json is 'a\\x00b'; it has a NUL character; remove it"),
         ('log_json: ""', "log_json is ''; expected a path"),
         ('model: "a\\0b"', "model is 'a\\x00b'; it has a NUL character; remove it"),
-        ("endpoint: {a: b}", "endpoint is of type dict; expected text, or a list of texts"),
-        ("endpoint: [1]", "endpoint is a list; expected text, or a list of texts"),
+        ("endpoint: {a: b}", "endpoint is {'a': 'b'}; expected text, or a list of texts"),
+        ("endpoint: [1]", "endpoint is [1]; expected text, or a list of texts"),
         ("batch_mode: [csv]", "batch_mode is ['csv']; expected one of csv, json, jsonl, parquet"),
         ("retries: [[[[[[[[[[[1]]]]]]]]]]]", "retries is [[[[[[[...]]]]]]]; expected a whole number"),
         ("input_file: null", "names 'input_file' twice"),
@@ -532,9 +545,10 @@ def test_options_from_python_are_checked_as_those_of_a_file_are(tmp_path):
     messages = [message for _, message in caught.value.problems]
     assert messages[0] == "retries is '2'; expected a whole number"
     assert messages[1].startswith("key 'ouput' is unknown; did you mean 'output_dir'?")
-    assert messages[2] == "endpoint is a list; expected text, or a list of texts"
-    with pytest.raises(BatchInputError, match="seed is a number of thousands of digits; expected 0 to"):
-        plan_job(as_csv(tmp_path), {"output_dir": tmp_path, "seed": 10**5000})
+    assert messages[2] == "endpoint is ['http://a', 7]; expected text, or a list of texts"
+    for name in ("seed", "enhancer", "model"):
+        with pytest.raises(BatchInputError, match=f"{name} is a number of thousands of digits; expected "):
+            plan_job(as_csv(tmp_path), {"output_dir": tmp_path, name: 10**5000})
 
 
 @pytest.mark.parametrize(

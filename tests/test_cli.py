@@ -53,6 +53,14 @@ def test_plan_as_json(capsys):
     assert json.loads(out)["plan"] == "exact"
 
 
+def test_a_prompt_that_no_text_can_be_is_refused_before_anything_is_loaded(capsys, nothing_is_loaded):
+    code, _, err = run(capsys, "optimize", "a mug \udcff")  # as a shell passes on a byte that is not UTF-8
+    assert (code, err.startswith("error: the prompt has half of a surrogate pair, '\\udcff', at character 7")) == (
+        2,
+        True,
+    )
+
+
 def test_optimize_draws_a_picture_and_prints_the_report(capsys, tmp_path):
     picture = tmp_path / "new" / "red.png"
     code, out, _ = run(capsys, "optimize", "a large red circle", "--preset", "exact", "--out", picture)

@@ -107,11 +107,14 @@ def optimize_command(
     """Optimize a pipeline, draw one picture with it, and print the report."""
     from ernie_accel.batch import Row, produce
     from ernie_accel.batch.check import size_problem
+    from ernie_accel.batch.gate import text_problem
 
     usual = EMBEDDED_SIZE_PX if model is None else (None, None)
     width, height = width or usual[0], height or usual[1]
     if not prompt.strip():
         raise ErnieAccelError("the prompt is empty; write what to draw")
+    if problem := text_problem(prompt):
+        raise ErnieAccelError(f"the prompt {problem}")
     if problem := size_problem(width, height, 16):
         raise ErnieAccelError(problem)
     try:

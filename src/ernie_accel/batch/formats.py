@@ -34,6 +34,7 @@ MAX_TOTAL_CHARACTERS = 2**29
 """Of all values together: a small Parquet file can hold one long text a million times."""
 
 _PARQUET_ROWS_AT_ONCE = 1_000
+_MAX_BITS = 4_096  # of whole numbers in rows from Python, which does not write out those of thousands of digits
 _NUL = "\udc00"  # stands for NUL while csv reads, which refuses it before Python 3.11; UTF-8 cannot hold it
 
 
@@ -372,6 +373,8 @@ def _text(name: str, value: object) -> tuple[str, str | None]:
     if isinstance(value, bool):
         return str(value).lower(), None
     if isinstance(value, int):
+        if value.bit_length() > _MAX_BITS:
+            return "", "has thousands of digits; save it as text"
         return str(value), None
     if isinstance(value, float):
         if math.isnan(value):
@@ -393,7 +396,10 @@ def _text(name: str, value: object) -> tuple[str, str | None]:
         return "", f"is {_kind(value)}; expected text, a number, true, false or null"
     if reason := nesting_problem(value):
         return "", reason
-    return json.dumps(value, ensure_ascii=False, default=str), None
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str), None
+    except (TypeError, ValueError) as error:  # rows from Python: keys that JSON does not have, huge numbers
+        return "", f"cannot be kept as JSON text ({error})"
 
 
 def _kind(value: object) -> str:

@@ -176,6 +176,8 @@ def nesting_problem(value: object) -> str | None:
             inner += each.values() if isinstance(each, dict) else each if isinstance(each, list | tuple) else ()
         if not inner:
             return None
+        if len(inner) > MAX_CHARACTERS:  # also a list that holds itself, which only rows from Python can
+            return f"has more than {MAX_CHARACTERS:,} values in it; flatten it"
         level = inner
     return f"is nested more than {MAX_DEPTH} levels deep; flatten it"
 

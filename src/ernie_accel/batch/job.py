@@ -274,7 +274,11 @@ def _shown_option(name: str, value: object) -> str:
 
     if isinstance(value, str):
         return shown(redacted(value))
-    return shown(value) if redacted(repr(value)) == repr(value) else "***"
+    try:
+        whole = repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return shown(value)
+    return shown(value) if redacted(whole) == whole else "***"
 
 
 def _server_problems(job: Job) -> list[Problem]:
