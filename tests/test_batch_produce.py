@@ -20,6 +20,8 @@ from PIL import Image
 
 import ernie_accel
 from ernie_accel.batch import BatchInputError, BatchOutputError, Row, aproduce, produce, read_rows
+from ernie_accel.batch.naming import JOB_FILES, folder_problem
+from ernie_accel.batch.report import write_report
 from ernie_accel.core.atomic import write_atomically
 
 
@@ -75,6 +77,14 @@ def names(folder):
     """Return what is in the folder beside the job's own files."""
     own = {".ernie-accel", "manifest.csv", "manifest.jsonl"}
     return sorted(path.name for path in folder.iterdir() if path.name not in own)
+
+
+def test_folders_may_be_called_nothing_that_a_job_writes(tmp_path):
+    run(PlainPipe(), [make_row(0)], tmp_path)
+    write_report(tmp_path)
+    own = {path.name for path in tmp_path.iterdir()} - {"0.png"}
+    assert {name for name in own if folder_problem(name) is None} == set()
+    assert own - {".ernie-accel"} == set(JOB_FILES)
 
 
 def test_each_row_becomes_a_picture_that_carries_how_it_was_made(tmp_path):

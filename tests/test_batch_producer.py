@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -47,6 +48,18 @@ def test_what_cannot_be_made_is_refused_at_once(tmp_path):
             producer.submit(row)
     with pytest.raises(ErnieAccelError, match="the producer is closed"):
         producer.submit(make_rows(2)[1])
+
+
+@pytest.mark.parametrize(("first", "second"), [("A.png", "a.png"), ("\u00e9.png", "e\u0301.png"), ("a.png", "a.PNG")])
+def test_two_names_that_some_file_system_holds_for_one_are_not_made_together(tmp_path, first, second):
+    hold = threading.Event()
+    with Producer(StubEngine(lambda requests, call: hold.wait(30)), tmp_path) as producer:
+        one, two = (replace(row, file_name=name) for row, name in zip(make_rows(2), (first, second), strict=True))
+        future = producer.submit(one)
+        with pytest.raises(BatchOutputError, match="is being made; choose another name"):
+            producer.submit(two)
+        hold.set()
+        assert future.result(30).path == tmp_path / first
 
 
 def test_a_picture_that_cannot_be_written_answers_its_row_while_the_producer_is_open(tmp_path):
