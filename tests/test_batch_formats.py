@@ -448,14 +448,20 @@ def test_every_mistake_of_a_job_file_is_named_at_once(tmp_path):
     ]
 
 
+def test_an_empty_json_table_is_said_to_be_empty(tmp_path):
+    with pytest.raises(BatchInputError, match=r'is empty; expected \[{"prompt": "a red mug"}, ...\]'):
+        read_table(write(tmp_path, "a.json", " \n"))
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("a.yaml", "input_file: [", "is not valid YAML"),
         ("a.json", "{", "is not valid JSON"),
+        ("a.yaml", "", "is empty; expected keys such as input_file and output_dir"),
         ("a.yaml", "- 1", "is no job; expected keys such as input_file and output_dir"),
         ("a.yaml", "seed: 1", "has no input_file; name the table"),
-        ("a.yaml", "input_file: a.csv", "names no output folder; add --out, or output_dir to the job file"),
+        ("a.yaml", "input_file: a.csv", "no output folder is given; add --out, or output_dir to the job file"),
     ],
 )
 def test_broken_job_files_are_named(tmp_path, name, text, message):

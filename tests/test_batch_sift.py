@@ -45,19 +45,22 @@ def test_good_pictures_pass(seed):
 
 @pytest.mark.parametrize("colour", ["black", "white", "#808080"])
 def test_blank_pictures_are_rejected(colour):
-    assert look(Image.new("RGB", (64, 64), colour)) == "blank: grey values deviate by 0.00, less than 2"
+    assert (
+        look(Image.new("RGB", (64, 64), colour))
+        == "blank: the standard deviation of its grey values is 0.00, less than 2"
+    )
 
 
 def test_blurred_pictures_are_rejected():
     blurred = scene().filter(ImageFilter.GaussianBlur(8))
-    assert look(blurred, blur_variance=20.0).startswith("blurred: Laplacian variance ")
+    assert look(blurred, blur_variance=20.0).startswith("blurred: its Laplacian variance is ")
     assert look(blurred) is None  # off unless asked for
     assert sharpness(np.asarray(scene().convert("L"), np.float32)) > 20
 
 
 @pytest.mark.parametrize("period", [8, 16, 32])
 def test_grids_are_rejected(period):
-    assert look(gridded(period)).startswith(f"grid: steps every {period} px are ")
+    assert look(gridded(period)).startswith(f"grid: edges every {period} px are ")
     assert grid_strength(np.asarray(scene().convert("L"), np.float32))[0] < 2
 
 
@@ -122,7 +125,10 @@ def test_rejected_pictures_go_to_their_folder_with_the_reason(tmp_path):
     assert (good.error, other.error) == (None, None)
     assert bad.rejected
     assert bad.path is None
-    assert bad.error == "rejected: blank: grey values deviate by 0.00, less than 2; see rejected/001.png"
+    assert (
+        bad.error
+        == "rejected: blank: the standard deviation of its grey values is 0.00, less than 2; see rejected/001.png"
+    )
     assert (tmp_path / "rejected" / "001.png").is_file()
     assert not (tmp_path / "001.png").exists()
     again = BlankFor()

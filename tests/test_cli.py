@@ -63,12 +63,19 @@ def test_a_prompt_that_no_text_can_be_is_refused_before_anything_is_loaded(capsy
 
 def test_optimize_draws_a_picture_and_prints_the_report(capsys, tmp_path):
     picture = tmp_path / "new" / "red.png"
-    code, out, _ = run(capsys, "optimize", "a large red circle", "--preset", "exact", "--out", picture)
+    code, out, err = run(capsys, "optimize", "a large red circle", "--preset", "exact", "--out", picture)
     assert code == 0
+    assert "flat shapes" not in err
     assert out.startswith("Report: preset 'exact' on ErnieImagePipeline")
     with Image.open(picture) as image:
         assert image.size == (128, 128)
         assert image.text["prompt"] == "a large red circle"
+
+
+def test_optimize_says_so_where_the_embedded_model_cannot_draw_the_prompt(capsys, tmp_path):
+    code, _, err = run(capsys, "optimize", "a red mug", "--preset", "exact", "--out", tmp_path / "mug.png")
+    assert code == 0
+    assert "draws nothing but flat shapes (it does not know 'mug'); name one: --model baidu/ERNIE-Image-Turbo" in err
 
 
 def test_batch_makes_a_picture_per_row(capsys, tmp_path, table):

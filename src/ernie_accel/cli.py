@@ -108,6 +108,8 @@ def optimize_command(
     from ernie_accel.batch import Row, produce
     from ernie_accel.batch.check import size_problem
     from ernie_accel.batch.gate import text_problem
+    from ernie_accel.batch.job import REAL_MODEL
+    from ernie_accel.embedded.captions import unknown_part
 
     usual = EMBEDDED_SIZE_PX if model is None else (None, None)
     width, height = width or usual[0], height or usual[1]
@@ -121,6 +123,9 @@ def optimize_command(
         row = Row(line=1, index=0, prompt=prompt, file_name=out.name, seed=seed, width=width, height=height)
     except ValueError as error:  # the name of the picture
         raise ErnieAccelError(f"--out {out}: {error}") from error
+    if model is None and (reason := unknown_part(prompt)) is not None:
+        why = f"no model is named, and the embedded demo model draws nothing but flat shapes ({reason})"
+        typer.echo(f"note: {why}; name one: --model {REAL_MODEL}", err=True)
     pipe, the_report = load_and_optimize(model, dtype, preset, skip_unsupported)
     result = next(produce(pipe, [row], out.parent, overwrite=True, resume=False, progress=False))
     if result.error is not None:

@@ -154,6 +154,8 @@ def collect(path: Path | None, rows: Iterable[tuple[int, object]], records: Reco
 def read_json(path: Path, text: str) -> Records:
     """Read a JSON array of objects; each row's line is the one where its object starts."""
     try:
+        if not text.strip():
+            raise BatchInputError(path, [(None, 'is empty; expected [{"prompt": "a red mug"}, ...]')])
         elements = decode_json_array(text)
         if elements is None:
             raise BatchInputError(path, [(1, 'is no JSON array; expected [{"prompt": "a red mug"}, ...]')])

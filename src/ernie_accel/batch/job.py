@@ -205,7 +205,7 @@ def plan_job(table: Path, given: Mapping[str, Any]) -> Job:
     if wrong:
         raise BatchInputError(table, wrong)
     if "output_dir" not in options:
-        raise BatchInputError(table, [(None, "names no output folder; add --out, or output_dir to the job file")])
+        raise BatchInputError(table, [(None, "no output folder is given; add --out, or output_dir to the job file")])
     job = Job(**options)
     given_names = {name for name, value in options.items() if value is not None and value is not False}
     if problems := [*_range_problems(job), *_useless_options(job, given_names)]:
@@ -226,7 +226,8 @@ def _read_job(path: Path) -> dict[str, Any] | None:
         raise BatchInputError(path, [(None, f"has more than {MAX_JOB_BYTES:,} bytes; expected a job of a few lines")])
     content = _parse_json(path, text) if suffix == ".json" else parse_yaml(path, read_text(path, MAX_JOB_BYTES))
     if not isinstance(content, dict):
-        raise BatchInputError(path, [(None, "is no job; expected keys such as input_file and output_dir")])
+        found = "is empty" if content is None else "is no job"
+        raise BatchInputError(path, [(None, f"{found}; expected keys such as input_file and output_dir")])
     problems: list[Problem] = []
     if isinstance(content, Repeated):
         problems += [(None, f"names {shown(name)} twice; keep one") for name in content.names]

@@ -46,13 +46,14 @@ class Sieve:
     def _flaw(self, grey: npt.NDArray[np.float32]) -> str | None:
         sift = self._sift
         if sift.blank_std is not None and (std := float(grey.std())) < sift.blank_std:
-            return f"blank: grey values deviate by {std:.2f}, less than {sift.blank_std:g}"
+            return f"blank: the standard deviation of its grey values is {std:.2f}, less than {sift.blank_std:g}"
         if sift.blur_variance is not None and (variance := sharpness(grey)) < sift.blur_variance:
-            return f"blurred: Laplacian variance {variance:.1f}, less than {sift.blur_variance:g}"
+            return f"blurred: its Laplacian variance is {variance:.1f}, less than {sift.blur_variance:g}"
         if sift.grid_ratio is not None:
             ratio, period = grid_strength(grey)
             if ratio > sift.grid_ratio:
-                return f"grid: steps every {period} px are {ratio:.1f} times the others, more than {sift.grid_ratio:g}"
+                limit = f"more than {sift.grid_ratio:g}"
+                return f"grid: edges every {period} px are {ratio:.1f} times as strong as others, {limit}"
         return None
 
     def _remember(self, digest: int, path: str) -> None:
