@@ -70,3 +70,15 @@ def test_global_settings_stay_as_they_were(ernie):
     before = (inductor.coordinate_descent_tuning, torch._dynamo.config.recompile_limit, inductor.max_autotune)
     ernie_accel.optimize(ernie, Compile())
     assert (inductor.coordinate_descent_tuning, torch._dynamo.config.recompile_limit, inductor.max_autotune) == before
+
+
+@pytest.mark.parametrize(("mode", "meant"), [("max-autotun", "max-autotune"), ("reduce_overhead", "reduce-overhead")])
+def test_a_mode_that_torch_does_not_have_is_refused_when_it_is_written(mode, meant):
+    with pytest.raises(ernie_accel.UnknownNameError, match=f"Unknown mode {mode!r}. Did you mean {meant!r}"):
+        Compile(mode=mode)
+
+
+def test_every_mode_of_torch_can_be_asked_for():
+    from torch._inductor import list_mode_options
+
+    assert all(Compile(mode=mode).mode == mode for mode in list_mode_options())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -15,7 +18,7 @@ def test_this_machine_is_seen(ernie):
     context = Context.detect(ernie)
     assert context.device == "cpu"
     assert context.capability is None
-    assert context.versions["torch"] == torch.__version__
+    assert context.versions["torch"] == importlib.metadata.version("torch")
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -56,3 +59,65 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch, ernie):
 def test_no_optional_package_is_imported_to_learn_its_version(monkeypatch):
     monkeypatch.setattr(module.importlib, "import_module", lambda name: pytest.fail(f"imported {name}"), raising=False)
     assert "torch" in module.installed_versions()
+
+
+@pytest.mark.parametrize(
+    "name", ["RTX 4090", "rtx 4090", "rtx-4090", "NVIDIA GeForce RTX 4090", "GeForce RTX 4090", "RTX4090"]
+)
+def test_a_device_is_found_by_what_people_write_for_it(name):
+    assert Context.named(name) == Context.named("rtx4090")
+
+
+def test_every_device_is_found_by_its_own_full_name():
+    for key, facts in DEVICES.items():
+        assert Context.named(facts.device_name) == Context.named(key)
+
+
+@pytest.mark.parametrize(("name", "meant"), [("4090", "rtx4090"), ("RTX 4090 Ti", "rtx4090"), ("h2000", "h200")])
+def test_an_unknown_device_gets_a_suggestion(name, meant):
+    with pytest.raises(ernie_accel.UnknownNameError, match=f"Did you mean {meant!r}.*Not supported yet: AMD GPUs"):
+        Context.named(name)
+
+
+@pytest.fixture
+def amd(monkeypatch):
+    """Let torch find an AMD card, as its ROCm builds do: under the name of CUDA."""
+    facts = SimpleNamespace(name="AMD Instinct MI300X", major=9, minor=4, total_memory=192 * 2**30)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+
+
+def test_an_amd_card_is_no_cuda_device(amd, ernie):
+    context = Context.detect()
+    assert (context.device, context.torch_device, context.capability) == ("rocm", "cuda", None)
+    assert str(context) == "rocm (AMD Instinct MI300X, 192 GiB), which is not supported yet"
+    plan = ernie_accel.plan(ernie, preset="turbo-fp8", context=context)
+    assert not plan.ok
+    assert "not supported yet" in str(plan)
+    assert Context.detect(ernie, "cuda") == context
+
+
+@pytest.mark.parametrize("device", ["rocm", "mps", "xpu", "hpu"])
+def test_what_is_not_supported_is_recommended_nothing_for_cpus_or_cuda(device, ernie):
+    found = ernie_accel.recommend(Context(device, device), ernie)
+    assert found.preset.name == "exact"
+    assert "not supported yet" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("backend", "text"), [("mps", "Apple GPUs (mps) are not supported yet"), ("xpu", "Intel GPUs (xpu) are not")]
+)
+def test_a_gpu_that_stays_idle_is_named_beside_the_cpu(monkeypatch, ernie, backend, text):
+    assert Context.detect(ernie).idle is None
+    monkeypatch.setattr(torch.backends.mps if backend == "mps" else torch.xpu, "is_available", lambda: True)
+    context = Context.detect()
+    assert (context.device, context.idle) == ("cpu", backend)
+    assert text in str(context)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "mps", "nvidia", "xpu:1"])
+def test_a_move_to_a_device_that_is_not_here_is_refused_by_the_plan(ernie, device):
+    plan = ernie_accel.plan(ernie, ernie_accel.MoveTo(device))
+    assert plan.problems[ernie_accel.MoveTo(device)] == (f"there is no {device!r} here: the device is {plan.context}",)

@@ -261,7 +261,7 @@ def test_a_wish_gives_the_same_words_alone_among_others_and_again(trained):
 
 
 def revised(pipe, prompts, **arguments):
-    small = {"height": 64, "width": 64, "num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
+    small = {"height": 64, "width": 64, "num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "pt"}
     return pipe(prompts, **(small | arguments)).revised_prompts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.metadata
 import inspect
 import json
 import pickle
@@ -238,10 +239,16 @@ def test_a_wish_for_nothing_restores(ernie):
     assert differences(before, snapshot(ernie)) == []
 
 
+def test_a_request_for_nothing_on_an_untouched_pipe_is_an_error_that_names_a_preset(ernie):
+    with pytest.raises(ernie_accel.ErnieAccelError, match=r"nothing to apply.*preset='turbo-fp32'"):
+        ernie_accel.optimize(ernie)
+    assert not ernie_accel.report(ernie).entries
+
+
 def test_the_report_names_what_ran_where(ernie):
     ernie_accel.optimize(ernie, CastDtype("bf16"))
     document = json.loads(ernie_accel.report(ernie).to_json())
-    assert document["versions"]["torch"] == torch.__version__
+    assert document["versions"]["torch"] == importlib.metadata.version("torch")
     assert {"diffusers", "transformers"} <= document["versions"].keys()
     assert document["device"] == "cpu"
     (entry,) = document["entries"]
@@ -249,7 +256,7 @@ def test_the_report_names_what_ran_where(ernie):
     assert entry["status"] == "applied"
     assert entry["bytes_after"] < 0.6 * entry["bytes_before"]
     text = str(ernie_accel.report(ernie))
-    assert f"torch {torch.__version__}" in text
+    assert f"torch {importlib.metadata.version('torch')}" in text
     assert "transformer, vae, text_encoder" in text
 
 

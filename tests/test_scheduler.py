@@ -450,3 +450,33 @@ def test_beta_names_the_package_it_needs(ernie):
 def test_mistakes_are_told_when_the_transform_is_made(arguments, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         SwapScheduler(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("UniPCMultistepScheduler", "unipc"),
+        ("uni_pc", "unipc"),
+        ("uni_pc_bh2", "unipc"),
+        ("DPM++ 2M SDE", "dpmpp_2m_sde"),
+        ("DPM++ 2M", "dpmpp_2m"),
+        ("DPM++ 2M Karras", "dpmpp_2m"),
+        ("DPM++ 3M SDE", "dpmpp_3m"),
+        ("DPM++ SDE", "dpmpp_sde"),
+        ("dpmpp_2m_sde_gpu", "dpmpp_2m_sde"),
+        ("DPMSolverMultistepScheduler", "dpmpp_2m"),
+        ("DPMSolverSDEScheduler", "dpmpp_sde"),
+        ("Euler", "euler"),
+        ("Euler a", "euler_ancestral"),
+        ("k_euler_a", "euler_ancestral"),
+        ("EulerAncestralDiscreteScheduler", "euler_ancestral"),
+        ("FlowMatchEulerDiscreteScheduler", "euler"),
+        ("FlowMatchHeunDiscreteScheduler", "heun"),
+        ("FlowMatchLCMScheduler", "lcm"),
+        ("LCM", "lcm"),
+    ],
+)
+def test_the_names_of_other_programs_are_answered_with_ours(name, meant):
+    with pytest.raises(ernie_accel.UnknownNameError, match=f"Did you mean {meant!r}") as caught:
+        SwapScheduler(name)
+    assert ("karras=True" in str(caught.value)) == ("Karras" in name)

@@ -15,13 +15,14 @@ from typing import Literal
 from ernie_accel.core.apply import apply_request, report_of, undo_all
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
-from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from ernie_accel.core.plan import Plan, check_pipeline, compose, machine_for, plan_request
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Report
 from ernie_accel.core.transform import Transform
 from ernie_accel.families import family_of
 from ernie_accel.recipes.presets import find_preset
+from ernie_accel.recipes.recommend import fitting_preset
 
 
 def plan(
@@ -79,11 +80,18 @@ def optimize(
         UnsupportedError: A transform cannot run here (all reasons at once), or the pipe cannot run at all.
         ApplyError: A transform failed; the pipe is as it was before this call, or the error says what is not.
         RestoreError: An earlier transform would have to be undone and cannot be; nothing was undone.
+        ErnieAccelError: Nothing was asked for, and nothing was applied before that this would undo.
     """
     if on_unsupported not in ("error", "skip"):
         raise UnknownNameError("value of on_unsupported", on_unsupported, ("error", "skip"))
     named, wanted = _request(pipe, transforms, preset)
     machine = context or machine_for(pipe, wanted)
+    if named is None and not wanted and not report_of(pipe).entries:
+        raise ErnieAccelError(
+            "optimize was given nothing to apply: found no preset and no transform. Name a preset, for instance "
+            f"optimize(pipe, preset={fitting_preset(machine).name!r}), which fits this machine "
+            "(print(ernie_accel.presets) lists all), or pass transforms: optimize(pipe, ernie_accel.Compile())."
+        )
     apply_request(pipe, wanted, named, machine, skip_unsupported=on_unsupported == "skip")
     return pipe
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ernie_accel.core.components import Pipeline, device_of
-from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.errors import UnknownNameError, closest
 from ernie_accel.core.planned import PlannedPipe
 
 if TYPE_CHECKING:
@@ -49,18 +50,26 @@ _BUNDLED_PACKAGES = ("triton",)  # with CUDA builds of torch
 _UNBROUGHT_PACKAGES = ("flash_attn", "flash_attn_interface", "sageattention", "xformers")
 _REQUIRED_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 
+SUPPORTED_DEVICES = ("cpu", "cuda", "npu")
+#: What torch runs on too, by the name it has as `Context.device`, and what people call it.
+UNSUPPORTED_DEVICES: Mapping[str, str] = MappingProxyType(
+    {"rocm": "AMD GPUs (ROCm)", "mps": "Apple GPUs (mps)", "xpu": "Intel GPUs (xpu)"}
+)
+NOT_SUPPORTED_YET = f"Not supported yet: {', '.join(UNSUPPORTED_DEVICES.values())}."
+
 
 @dataclass(frozen=True)
 class Context:
     """Facts about one machine; nothing here is looked up again later.
 
     Attributes:
-        device: torch device type: "cpu", "cuda", "npu", ...
+        device: torch device type: "cpu", "cuda", "npu", ...; an AMD GPU, which torch calls "cuda" too, is "rocm".
         device_name: What people call it.
         capability: CUDA compute capability (major, minor); None elsewhere.
         memory_bytes: Memory of the device; None if unknown.
         versions: Installed packages by import name; a package that is not there cannot be imported.
         no_compile: Why torch.compile cannot work here; None if it can.
+        idle: An accelerator that is here and not used because it is not supported yet ("mps"); None if there is none.
         state: What the pipe will be when a transform is asked; None: what it is. Ask `planned`.
     """
 
@@ -70,6 +79,7 @@ class Context:
     memory_bytes: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     no_compile: str | None = None
+    idle: str | None = None
     state: PlannedPipe | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -91,10 +101,11 @@ class Context:
 
         if device.type == "cuda":
             facts = torch.cuda.get_device_properties(device)
+            is_amd = torch.version.hip is not None  # its major and minor are no CUDA compute capability
             return cls(
-                device="cuda",
+                device="rocm" if is_amd else "cuda",
                 device_name=facts.name,
-                capability=(facts.major, facts.minor),
+                capability=None if is_amd else (facts.major, facts.minor),
                 memory_bytes=facts.total_memory,
                 versions=installed_versions(),
                 no_compile=None if _importable("triton") else "torch.compile on CUDA needs triton: pip install triton",
@@ -106,6 +117,7 @@ class Context:
             memory_bytes=memory if device.type == "cpu" else None,
             versions=installed_versions(),
             no_compile=_why_no_cpu_compile() if device.type == "cpu" else None,
+            idle=_idle_accelerator() if device.type == "cpu" else None,
         )
 
     @classmethod
@@ -115,16 +127,31 @@ class Context:
         A CUDA device also gets what CUDA builds of torch bring, whatever build is here.
 
         Args:
-            name: A key of `DEVICES` ("h200", "rtx3060", "ascend910b", ...), in any case.
+            name: A key of `DEVICES` ("h200", "rtx3060", "ascend910b", ...), or what people write for it ("RTX 3060",
+                "GeForce RTX 3060", "NVIDIA H200", "Ascend 910B").
 
         Raises:
             UnknownNameError: There is no such device in the table.
         """
-        if name.lower() not in DEVICES:
-            raise UnknownNameError("device", name, DEVICES)
-        facts = DEVICES[name.lower()]
+        key = _device_key(name)
+        if key not in DEVICES:
+            raise UnknownNameError("device", name, DEVICES, note=NOT_SUPPORTED_YET, suggestion=closest(key, DEVICES))
+        facts = DEVICES[key]
         bundled = dict.fromkeys(_BUNDLED_PACKAGES, "unknown") if facts.device == "cuda" else {}
         return replace(facts, versions={**bundled, **installed_versions()})
+
+    @property
+    def torch_device(self) -> str:
+        """What torch calls the device type."""
+        return "cuda" if self.device == "rocm" else self.device
+
+    @property
+    def not_supported(self) -> str | None:
+        """Say that the device is not supported yet; None if it is."""
+        if self.device in SUPPORTED_DEVICES:
+            return None
+        what = UNSUPPORTED_DEVICES.get(self.device, f"{self.device} devices")
+        return f"{what} are not supported yet: nothing was tested or measured on them"
 
     def planned(self, pipe: Pipeline) -> PlannedPipe:
         """Return what `pipe` will be when it is the turn of the transform that asks."""
@@ -154,7 +181,10 @@ class Context:
             parts.append("capability {}.{}".format(*self.capability))
         if self.memory_bytes is not None:
             parts.append(f"{self.memory_bytes / GIB:.0f} GiB")
-        return ", ".join(parts) + (")" if "(" in parts[0] else "")
+        text = ", ".join(parts) + (")" if "(" in parts[0] else "")
+        if self.not_supported is not None:
+            return f"{text}, which is not supported yet"
+        return text if self.idle is None else f"{text}; {UNSUPPORTED_DEVICES[self.idle]} are not supported yet"
 
 
 def installed_versions() -> Mapping[str, str]:
@@ -185,11 +215,23 @@ def _best_device() -> torch.device:
 
 
 def _is_here(device: str) -> bool:
+    """Return whether a device is on this machine: "cuda:1" where there are two, "cpu" everywhere."""
     import torch
 
-    if device.partition(":")[0] == "npu":  # a word that torch does not know before torch_npu is imported
-        return hasattr(torch, "npu") and bool(torch.npu.is_available())
-    return torch.device(device).type != "cuda" or torch.cuda.is_available()
+    kind, _, index = device.partition(":")
+    if kind == "cpu":
+        return True
+    module: Any = getattr(torch, kind, None)  # torch.npu is there once torch_npu is imported
+    if not hasattr(module, "is_available") or not hasattr(module, "device_count"):
+        return False
+    return bool(module.is_available()) and int(index or 0) < module.device_count()
+
+
+def _idle_accelerator() -> str | None:
+    import torch
+
+    found = {"mps": torch.backends.mps.is_available(), "xpu": torch.xpu.is_available()}
+    return next((name for name, is_here in found.items() if is_here), None)
 
 
 def _why_no_cpu_compile() -> str | None:
@@ -197,6 +239,12 @@ def _why_no_cpu_compile() -> str | None:
     if any(name and shutil.which(name) for name in candidates):
         return None
     return "torch.compile on the CPU needs a C++ compiler, and none of g++, clang++, c++ is on the PATH"
+
+
+def _device_key(name: str) -> str:
+    """Return what people write for a device ("NVIDIA GeForce RTX 4090") in the way of the keys of `DEVICES`."""
+    key = re.sub(r"[\s_-]", "", name.lower())
+    return re.sub(r"^(nvidia|huawei)?(geforce)?(rtx(?=a\d))?", "", key)
 
 
 def _cuda(name: str, major: int, minor: int, gib: int) -> Context:

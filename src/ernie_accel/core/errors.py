@@ -21,6 +21,7 @@ Messages repeat the input, say what was found, what was expected and the fix; th
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -48,13 +49,27 @@ class UnknownNameError(ErnieAccelError, ValueError):
         name: The name as given.
         valid: The names that exist.
         note: What else helps to choose.
+        suggestion: The valid name that was probably meant; None if none is close.
     """
 
-    def __init__(self, kind: str, name: object, valid: Iterable[str], *, note: str = "") -> None:
+    def __init__(
+        self, kind: str, name: object, valid: Iterable[str], *, note: str = "", suggestion: str | None = None
+    ) -> None:
         self.kind, self.name, self.valid, self.note = kind, name, tuple(valid), note
-        close = difflib.get_close_matches(str(name), self.valid, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        self.suggestion = suggestion or closest(str(name), self.valid)
+        hint = f" Did you mean {self.suggestion!r}?" if self.suggestion else ""
         super().__init__(f"Unknown {kind} {name!r}.{hint} Valid: {', '.join(self.valid)}.{note and ' ' + note}")
+
+
+def closest(name: str, valid: Iterable[str]) -> str | None:
+    """Return the valid name closest to `name`, whatever its case and separators ("RTX 4090"); None if none is close."""
+    by_letters = {_letters(each): each for each in valid}
+    close = difflib.get_close_matches(_letters(name), by_letters, n=1)
+    return by_letters[close[0]] if close else None
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\s_.-]", "", name.lower())
 
 
 class ConflictError(ErnieAccelError, ValueError):

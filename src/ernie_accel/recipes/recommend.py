@@ -67,7 +67,7 @@ LADDER: tuple[Rung, ...] = (
     Rung("bf16", "the checkpoint's own precision on tensor cores", ("cuda", "npu"), ((8, 0), _ANY)),
     Rung("fp16", "tensor cores of this generation know no bfloat16", ("cuda",), ((7, 0), (7, 9))),
     Rung("q4", "a quarter of the bytes: for memory and not for speed", ("cuda",), ((7, 5), _ANY), "bitsandbytes"),
-    Rung("fp32", "few CPUs multiply in bfloat16", ("cpu", "mps", "xpu", "npu", "cuda")),
+    Rung("fp32", "few CPUs multiply in bfloat16; `ernie-accel demo` measures this one", ("cpu", "npu", "cuda")),
 )
 
 
@@ -138,7 +138,8 @@ def recommend(
                 warnings = (*left_out, *_memory_warnings(pipe, preset, machine))
                 return Recommendation(preset, machine, why + advice, MappingProxyType(rejected), warnings)
             rejected[preset.name] = (*problems, *_lines(refused)) if refused is not None else ("the pipe cannot run",)
-    return Recommendation(presets["exact"], machine, ("nothing else can run",), MappingProxyType(rejected))
+    last = machine.not_supported or "nothing else can run"
+    return Recommendation(presets["exact"], machine, (last,), MappingProxyType(rejected))
 
 
 def _candidates(machine: Context, mode: str) -> list[tuple[Preset, tuple[str, ...], list[str]]]:

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from ernie_accel.core.components import Pipeline
-from ernie_accel.core.dtypes import DTYPES, dtype_argument
+from ernie_accel.core.context import NOT_SUPPORTED_YET
+from ernie_accel.core.dtypes import ALIASES, DTYPES, dtype_argument, dtype_name
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from ernie_accel.families import family_of
 from ernie_accel.storage.saving import MANIFEST, load
@@ -21,8 +22,8 @@ def check_dtype(dtype: str) -> None:
     Raises:
         UnknownNameError: It is none of the names, nor "auto".
     """
-    if dtype not in ("auto", *DTYPES):
-        raise UnknownNameError("dtype", dtype, ("auto", *DTYPES))
+    if dtype not in ("auto", *DTYPES, *ALIASES):
+        raise UnknownNameError("dtype", dtype, ("auto", *DTYPES, *ALIASES))
 
 
 def load_pipeline(
@@ -32,8 +33,8 @@ def load_pipeline(
 
     Args:
         model: A folder that `save_pretrained` or `ernie_accel.save` wrote, or a hub id; None for the embedded model.
-        dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on an accelerator and float32 on the CPU. What
-            `ernie_accel.save` wrote keeps its own.
+        dtype: "float32", "bfloat16" or "float16" (also "fp32", "bf16", "fp16"); "auto" is bfloat16 on an accelerator
+            and float32 on the CPU. What `ernie_accel.save` wrote keeps its own.
         device: "cpu", "cuda" or "npu"; "auto" is CUDA where there is one.
         prompt_enhancer: Keep the pipeline's prompt enhancer, if it has one; without it the device has its memory free.
 
@@ -43,7 +44,7 @@ def load_pipeline(
     """
     check_dtype(dtype)
     if device not in DEVICES:
-        raise UnknownNameError("device", device, DEVICES)
+        raise UnknownNameError("device", device, DEVICES, note=NOT_SUPPORTED_YET)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if model is not None and (Path(model) / MANIFEST).is_file():
@@ -53,7 +54,7 @@ def load_pipeline(
             )
         saved = load(model, device=device)
         return saved if prompt_enhancer else _without_enhancer(saved)
-    name = dtype if dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
+    name = dtype_name(dtype) if dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
     pipe = _from_anywhere(model, DTYPES[name])
     return (pipe if prompt_enhancer else _without_enhancer(pipe)).to(device)
 

@@ -10,6 +10,7 @@ import torch
 
 from ernie_accel.core.components import Pipeline, absent_components, modules_of
 from ernie_accel.core.context import Context
+from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.planned import Blocks, PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
@@ -51,6 +52,11 @@ class Compile(Transform):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.mode is not None:
+            from torch._inductor import list_mode_options  # here, because it takes a second and few name a mode
+
+            if self.mode not in (modes := list_mode_options()):
+                raise UnknownNameError("mode", self.mode, modes)
         object.__setattr__(self, "cache", as_folder(self.cache))
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:

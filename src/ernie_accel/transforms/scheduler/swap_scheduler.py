@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -14,6 +15,15 @@ from ernie_accel.core.undo import Undo
 from ernie_accel.samplers.solvers import SCHEDULERS
 from ernie_accel.samplers.stepping import install, installed
 
+#: What ComfyUI, A1111 and diffusers call a sampler, in the letters that `_meant` leaves of it.
+_NAMES_ELSEWHERE = {
+    "eulera": "euler_ancestral",
+    "flowmatch": "euler",
+    "unipcbh2": "unipc",
+    "dpmsolver": "dpmpp_2m",
+    "dpmsolversde": "dpmpp_sde",
+    "dpmpp3msde": "dpmpp_3m",
+}
 _SPACINGS = ("karras", "exponential", "beta")
 TIMESTEP_SPACINGS = ("trailing",)
 
@@ -53,8 +63,10 @@ class SwapScheduler(Transform):
     timestep_spacing: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.name not in SCHEDULERS:
-            raise UnknownNameError("scheduler", self.name, SCHEDULERS)
+            suggestion, note = _meant(str(self.name))
+            raise UnknownNameError("scheduler", self.name, SCHEDULERS, note=note, suggestion=suggestion)
         if self.shift is not None and self.shift <= 0:
             raise ValueError(f"shift must be > 0 (1 is no shift), got {self.shift}")
         asked = [name for name in _SPACINGS if getattr(self, name)]
@@ -128,3 +140,13 @@ class SwapScheduler(Transform):
             return ""
         saved = "FlowMatchEulerDiscreteScheduler" + (" (stochastic, unseeded)" if self.name == "lcm" else "")
         return f"{solver.advice}; save_pretrained writes a stock {saved}: swap again after loading"
+
+
+def _meant(name: str) -> tuple[str | None, str]:
+    """Return the name that a class of diffusers, ComfyUI or A1111 has here ("DPM++ 2M SDE Karras"), and a hint."""
+    text = re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "pp").removeprefix("k_"))
+    spacing = next((word for word in _SPACINGS if text.endswith(word)), None)
+    text = re.sub(r"(discrete|multistep|inverse|scheduler|gpu)", "", text.removesuffix(spacing or ""))
+    text = re.sub(r"^flowmatch(?=.)", "", text)
+    mine = {re.sub("_", "", each): each for each in SCHEDULERS} | _NAMES_ELSEWHERE
+    return mine.get(text), f"Its sigmas: SwapScheduler(..., {spacing}=True)." if spacing else ""

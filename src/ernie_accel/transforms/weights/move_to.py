@@ -45,7 +45,7 @@ class MoveTo(Transform):
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = []
-        if self.device.partition(":")[0] != context.device:
+        if self.device.partition(":")[0] != context.torch_device:
             reasons.append(f"there is no {self.device!r} here: the device is {context}")
         hooked = [name for name, module in modules_of(pipe).items() if hasattr(module, "_hf_hook")]
         if hooked:

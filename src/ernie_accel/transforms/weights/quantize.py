@@ -91,7 +91,7 @@ class Quantize(Transform):
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         choice = self.choose(context)
         reasons = list(choice.reasons)
-        if self.device is not None and torch.device(self.device).type != context.device:
+        if self.device is not None and self.device.partition(":")[0] != context.torch_device:
             reasons.append(f"device={self.device!r} is not the device that was planned for, {context}")
         absent = absent_components(pipe, self.components)
         if absent or choice.chosen is None:
