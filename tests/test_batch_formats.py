@@ -473,9 +473,9 @@ def test_broken_job_files_are_named(tmp_path, name, text, message):
     ("text", "line", "message"),
     [
         ("seed: 1\nseed: 2", 2, "found the key 'seed' twice; keep one at column 1"),
-        ("1: a", 1, "found a key that is no text; put it in quotes"),
-        ("null: a", 1, "found a key that is no text"),
-        ("[a]: b", 1, "found a key that is no text"),
+        ("1: a", 1, "found a key that is not text; put it in quotes"),
+        ("null: a", 1, "found a key that is not text"),
+        ("[a]: b", 1, "found a key that is not text"),
         ("a: &x [b]\nc: *x", 2, "found the alias *x; write the value out at column 4"),
         ("a: &a [&b [x]]\n<<: *a", 2, "found the alias *a"),
         ("input_file: !!python/name:os.system a", 1, "found the tag tag:yaml.org,2002:python/name:os.system"),

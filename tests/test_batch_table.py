@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ernie_accel.batch import BatchInputError, Row, formats, read_table, table
+from ernie_accel.batch import BatchInputError, Row, formats, gate, read_table, table
 from ernie_accel.batch.naming import JOB_FILES, collision_key, name_problem
 
 
@@ -480,6 +480,20 @@ def test_tables_beyond_a_limit_are_refused(write, monkeypatch):
     assert problems_of(write("prompt\na\nb\nc\nd\n")) == [(None, "has more than 3 rows; split it")]
     monkeypatch.setattr(table, "MAX_ROWS", 3)
     assert problems_of(write("prompt,variants\na,2\nb,2\n")) == [(3, "asks for more than 3 pictures; split the table")]
+
+
+def test_no_more_of_a_file_is_read_than_a_table_may_have(write):
+    path = write("prompt\n" + "a\n" * 50)
+    assert gate.read_text(path, most=107) == path.read_text()
+    with pytest.raises(BatchInputError, match="has more than 106 bytes; split it"):
+        gate.read_text(path, most=106)
+
+
+@pytest.mark.parametrize("template", [None, "{sku} {prompt}"])
+def test_a_header_that_was_misread_is_the_only_problem(write, template):
+    ((line, message),) = problems_of(write("sku;prompt;seed\nA;a, b;x\n\nB;c;y\n"), template=template)
+    assert line == 1
+    assert message.endswith("The separator looks like ';'; expected ',': save the file with commas")
 
 
 def test_a_value_that_is_too_long_is_refused_where_it_stands(write, tmp_path):

@@ -58,7 +58,7 @@ _OTHER_WORDS = frozenset({"weight", "eight", "speed", "steep", "stops", "stems",
 
 
 def ignored_column(name: str, columns: Collection[str], *, has_template: bool) -> str | None:
-    """Return what to do with a column that looks like a setting and is none (None: it does not look like one).
+    """Return what to do with a column that looks like a setting but is not (None: it does not look like one).
 
     Args:
         name: The column.

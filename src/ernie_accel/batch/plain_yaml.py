@@ -1,7 +1,7 @@
 """Read YAML as the plain data it is used for in job files: text, numbers, true and false, lists and mappings.
 
 Everything else that YAML can do is refused with its place: aliases (nine lines of them make a billion values), tags
-(which name classes), keys that are no text or stand twice, dates, and numbers that are not written as in JSON.
+(which name classes), keys that are not text or stand twice, dates, and numbers that are not written as in JSON.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _loader() -> Any:
             seen = set()
             for key, _ in node.value:
                 if key.tag != "tag:yaml.org,2002:str":
-                    raise _refused("found a key that is no text; put it in quotes", key)
+                    raise _refused("found a key that is not text; put it in quotes", key)
                 if key.value in seen:
                     raise _refused(f"found the key {shown(key.value)} twice; keep one", key)
                 seen.add(key.value)

@@ -41,7 +41,7 @@ def read_table(
         default_size: Width and height in pixels for rows that do not give theirs; None: the pipeline's own.
         template: How prompts are made: text with `{column}` for any column. Without it the column `prompt` holds them.
         folder_by: A column whose values are the sub-folders that pictures are sorted into.
-        extra_columns: Columns of your own that look like a setting (`cfg`, `step`) and are none. Such a column is
+        extra_columns: Columns of your own that look like a setting (`cfg`, `step`) but are not. Such a column is
             refused unless it is named here, since it would be ignored. Other columns of your own need no mention.
         skipped: A list to which the problems of single rows are added; such rows are left out, instead of refusing
             the file. They keep their number, so that fixing them later changes no other row.
