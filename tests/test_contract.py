@@ -11,6 +11,7 @@ import torch
 import ernie_accel
 from ernie_accel.core.components import pipe_bytes
 from ernie_accel.core.context import Context
+from ernie_accel.core.transform import machine_local_fields, undeclared_paths
 from ernie_accel.transforms import TRANSFORMS, transform_class
 from tests.examples import ELSEWHERE, EXAMPLES, differences, make_awkward, snapshot
 from tests.pipelines import picture, tiny_ernie
@@ -53,6 +54,39 @@ def test_it_states_its_facts(transform):
     assert isinstance(transform.slot, str)
     assert (transform.floor_db is not None) == (transform.effect is ernie_accel.Effect.LOSSY)
     assert type(transform).__doc__
+
+
+@wherever_it_runs
+def test_what_belongs_to_one_machine_is_declared_so(transform):
+    """A folder from a stranger could otherwise choose what is read, run or written here."""
+    assert undeclared_paths(type(transform)) == []
+
+
+#: Text that no part of a transform looks up: it is only passed on to the pipe.
+PROSE = {("CallDefaults", "negative_prompt")}
+
+
+@wherever_it_runs
+def test_text_that_is_not_declared_so_is_one_of_known_names(transform, ernie, tmp_path):
+    """No path, module or address gets past the checks of a field that a saved folder may give."""
+    local = machine_local_fields(type(transform))
+    for f in dataclasses.fields(transform):
+        if "str" not in str(f.type) or f.name in local or (type(transform).__name__, f.name) in PROSE:
+            continue
+        for text in (str(tmp_path / "evil"), "evil_module:Evil", "someone/kernels"):
+            value = (text,) if "tuple" in str(f.type) else text
+            try:
+                hostile = dataclasses.replace(transform, **{f.name: value})
+            except ValueError:
+                continue
+            if f.name == "exclude":  # patterns of layer names, which match or do not
+                continue
+            reasons = hostile.unsupported(ernie, Context.named("cpu"))
+            assert reasons or f.name == "mode", (f.name, value)
+            if f.name == "mode":  # torch knows the modes, and refuses others
+                with pytest.raises(ernie_accel.ApplyError):
+                    ernie_accel.optimize(ernie, hostile)
+    assert list(tmp_path.iterdir()) == []
 
 
 @wherever_it_runs

@@ -14,7 +14,7 @@ from ernie_accel.transforms import TRANSFORMS
 
 VERBS = {"evaluate", "load", "optimize", "plan", "recommend", "report", "restore", "save", "transform_from_json"}
 MODULES = {"batch", "demo"}
-DATA = {"presets"}
+DATA = {"MACHINE_LOCAL", "presets"}
 CLASSES = {
     "Applied",
     "Context",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import pickletools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import pytest
@@ -13,16 +12,21 @@ import torch
 import ernie_accel
 from ernie_accel import (
     Applied,
+    BatchPromptEncoding,
     CallDefaults,
     CastDtype,
     Compile,
+    CompileVae,
     Effect,
+    FreeAfterUse,
     FuseKernels,
     MakeContiguous,
+    MoveTo,
     Phase,
     Preview,
     Quantize,
     RewriteBlocks,
+    SliceVae,
     SwapScheduler,
     Transform,
 )
@@ -32,7 +36,8 @@ from ernie_accel.quantization.choose import BACKENDS
 from ernie_accel.quantization.layers import RECEIPT
 from ernie_accel.storage.loading import load_pipeline
 from ernie_accel.storage.saving import MANIFEST, WEIGHTS
-from tests.pipelines import picture, tiny_ernie, tiny_flux
+from tests.pipelines import picture, randomize, tiny_ernie, tiny_flux
+from tests.saved_folders import as_version_1, change
 from tests.test_quantize_backends import every_pair
 
 
@@ -245,22 +250,37 @@ def truncate(folder):
 
 
 def edit(**changes):
+    return lambda folder: change(folder, lambda manifest: manifest.update(changes))
+
+
+def edit_model(component, **changes):
+    return lambda folder: change(folder, lambda manifest: manifest["components"][component].update(changes))
+
+
+def flip_a_bit(name):
     def do(folder):
-        manifest = json.loads((folder / MANIFEST).read_text())
-        (folder / MANIFEST).write_text(json.dumps(manifest | changes))
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) * 2 // 3] ^= 1
+        (folder / name).write_bytes(content)
 
     return do
-
-
-def name_foreign_class(folder):
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["components"]["vae"] |= {"library": "os", "class": "system"}
-    (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
 def overwrite_header(folder):
     file = folder / "transformer" / WEIGHTS
     file.write_bytes(b"\xff" * file.stat().st_size)
+    change(folder)
+
+
+def other_shape(folder):
+    """Write a weight of another shape than the model's."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "vae" / WEIGHTS
+    tensors = load_file(file)
+    tensors["encoder.conv_in.weight"] = tensors["encoder.conv_in.weight"][:, :, :1, :1].contiguous()
+    save_file(tensors, file)
+    change(folder)
 
 
 def drop_a_tensor(folder):
@@ -271,16 +291,12 @@ def drop_a_tensor(folder):
     tensors = load_file(file)
     del tensors["layers.0.self_attention.norm_q.weight"]
     save_file(tensors, file)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"][f"transformer/{WEIGHTS}"] = file.stat().st_size
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    change(folder)
 
 
 def other_layers(folder):
     """Let the receipt of one layer tell another shape."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["components"]["transformer"]["layers"][0]["shape"] = [64, 64]
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    change(folder, lambda manifest: manifest["components"]["transformer"]["layers"][0].update(shape=[64, 64]))
 
 
 @pytest.mark.parametrize(
@@ -291,11 +307,29 @@ def other_layers(folder):
         (lambda folder: (folder / MANIFEST).unlink(), "load it with DiffusionPipeline.from_pretrained"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "is no JSON"),
         (edit(format="something else"), "is not of the format 'ernie_accel pipeline'"),
-        (edit(format_version=99), "is of format version 99; this library reads 1"),
-        (name_foreign_class, "names a class that is not here: os.system"),
+        (edit(format_version=99), "is of format version 99; this library reads 1 and 2"),
+        (edit(pipeline="FluxPipeline"), "tells of a FluxPipeline, model_index.json of another pipeline"),
+        (edit(components={}), r"tells of the models \{\}, model_index.json of \{'text_encoder'"),
+        (edit(surprise=1), "ernie_accel.json: surprise: Extra inputs are not permitted"),
+        (edit(transforms=[1]), r"ernie_accel.json: transforms.0: Input should be"),
+        (edit_model("vae", library="os"), "ernie_accel.json: components.vae.library: Input should be 'diffusers' or"),
+        (edit_model("vae", dtype="nn"), "ernie_accel.json: components.vae.dtype: Value error, not a dtype of torch"),
+        (edit_model("vae", paths=["a"]), "components.vae: Value error, 0 layers have 1 paths"),
+        (edit_model("transformer", aliases={"a": "b"}), "transformer/model.safetensors lacks b, which is a as well"),
+        (edit_model("vae", **{"class": "AutoencoderKL"}), "tells of the models"),
+        (
+            flip_a_bit(f"vae/{WEIGHTS}"),
+            "is damaged: vae/model.safetensors has other bytes than were saved; copy it again",
+        ),
+        (flip_a_bit("tokenizer/tokenizer.json"), "is damaged: tokenizer/tokenizer.json has other bytes"),
+        (
+            lambda folder: (folder / "vae" / "extra.json").write_text("{}"),
+            "holds vae/extra.json, which .* does not list",
+        ),
+        (other_shape, r"has encoder.conv_in.weight as \(16, 3, 1, 1\), and the model as \(16, 3, 3, 3\)"),
         (overwrite_header, "cannot be read"),
         (drop_a_tensor, "transformer/model.safetensors lacks layers.0.self_attention.norm_q.weight"),
-        (other_layers, "the torchao installed here stores it as"),
+        (other_layers, r"has layers.0\S+ as \(64, 64\), and the model as"),
     ],
 )
 def test_a_damaged_or_foreign_folder_is_refused_by_name(damage, says, saved):
@@ -312,10 +346,11 @@ def test_a_folder_that_is_not_there_is_refused_by_name(tmp_path):
 
 
 def test_layers_that_cannot_run_here_are_refused_before_anything_large_is_read(saved):
-    manifest = json.loads((saved / MANIFEST).read_text())
-    for receipt in manifest["components"]["transformer"]["layers"]:
-        receipt["scheme"] = "fp8"
-    (saved / MANIFEST).write_text(json.dumps(manifest))
+    def all_in_fp8(manifest):
+        for receipt in manifest["components"]["transformer"]["layers"]:
+            receipt["scheme"] = "fp8"
+
+    change(saved, all_in_fp8)
     with pytest.raises(SavedPipelineError, match=r"cannot run on cpu.*fp8 needs CUDA compute capability >= 8.9"):
         ernie_accel.load(saved)
 
@@ -368,3 +403,164 @@ def test_what_stock_tools_reload_as_garbage_is_why_this_exists(tmp_path):
     assert torch.equal(picture(again, output_type="latent"), expected)
     again.transformer = ErnieImageTransformer2DModel.from_pretrained(tmp_path / "plain", low_cpu_mem_usage=False)
     assert not torch.allclose(picture(again, output_type="latent"), expected, atol=1e-2)
+
+
+# ---- what belongs to one machine ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_places(tmp_path):
+    """A pipe whose transforms name folders of this machine, saved."""
+    pipe = tiny_ernie()
+    places = Compile(cache=str(tmp_path / "code")), FreeAfterUse(folder=str(tmp_path / "weights")), MoveTo("cpu")
+    prompts = BatchPromptEncoding(cache=3, folder=str(tmp_path / "prompts"))
+    ernie_accel.optimize(pipe, *places, prompts, CallDefaults("turbo"))
+    return ernie_accel.save(pipe, tmp_path / "saved")
+
+
+def transforms_of(pipe):
+    return {entry.step.transform for entry in ernie_accel.report(pipe).entries}
+
+
+def test_what_belongs_to_this_machine_is_not_saved(with_places, tmp_path):
+    assert str(tmp_path) not in (with_places / MANIFEST).read_text()
+    expected = {Compile(), FreeAfterUse(), BatchPromptEncoding(cache=3), CallDefaults("turbo")}
+    assert transforms_of(ernie_accel.load(with_places)) == expected
+
+
+def test_what_belongs_to_this_machine_is_given_to_load(with_places, tmp_path):
+    given = Compile(cache=str(tmp_path / "mine")), BatchPromptEncoding(cache=3, folder=str(tmp_path / "words"))
+    again = ernie_accel.load(with_places, *given, SliceVae())
+    assert transforms_of(again) == {*given, SliceVae(), FreeAfterUse(), CallDefaults("turbo")}
+    assert transforms_of(ernie_accel.optimize(again, *transforms_of(again))) == transforms_of(again)
+
+
+def test_embeddings_kept_in_a_folder_are_those_of_the_loaded_weights(tmp_path):
+    """Two checkpoints share the folder: what tells them apart must be asked when the weights are there."""
+    for seed in (0, 1):
+        pipe = tiny_ernie()
+        randomize(pipe.text_encoder, seed)
+        ernie_accel.optimize(pipe, BatchPromptEncoding(cache=8))
+        folder = ernie_accel.save(pipe, tmp_path / str(seed))
+        kept = BatchPromptEncoding(cache=8, folder=str(tmp_path / "words"))
+        again = ernie_accel.load(folder, kept)
+        for _ in range(2):
+            (found,) = again.encode_prompt("red circle", "cpu")
+            assert torch.equal(found, pipe.encode_prompt("red circle", "cpu")[0])
+
+
+@pytest.mark.parametrize(
+    ("transform", "says"),
+    [
+        (
+            {"transform": "Compile", "cache": "code"},
+            r"Compile has cache='code'; .*load\(folder, Compile\(cache=\.\.\.\)\)",
+        ),
+        ({"transform": "CompileVae", "cache": "/tmp/x"}, "CompileVae has cache='/tmp/x'; nobody but you may choose it"),
+        ({"transform": "FreeAfterUse", "folder": ""}, "FreeAfterUse has folder=''"),
+        ({"transform": "BatchPromptEncoding", "cache": 1, "folder": "x"}, "BatchPromptEncoding has folder='x'"),
+        ({"transform": "Compile", "cahce": 1}, "Unknown field of Compile 'cahce'. Did you mean 'cache'"),
+        ({"transform": "os.system"}, "Unknown transform 'os.system'"),
+        ({"transform": ["Compile"]}, "transforms"),
+        ({}, "transforms"),
+    ],
+)
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_folder_that_chooses_a_place_is_refused(transform, says, version, ernie, tmp_path):
+    folder = ernie_accel.save(ernie, tmp_path / "saved")
+    if version == 1:
+        as_version_1(folder)
+    entry = {"transform": transform, "changed": [], "skipped": {}}
+    change(folder, lambda manifest: manifest.update(transforms=[entry]))
+    with pytest.raises(ernie_accel.ErnieAccelError, match=says):
+        ernie_accel.load(folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved"]
+
+
+def test_a_place_in_a_folder_of_version_0_1_can_be_given_anew(with_places, tmp_path):
+    as_version_1(with_places)
+
+    def older(manifest):
+        for saved in manifest["transforms"]:
+            if saved["transform"]["transform"] == "Compile":
+                saved["transform"]["cache"] = "cache"
+        manifest["transforms"].append(
+            {"transform": {"transform": "MoveTo", "device": "cuda:7"}, "changed": [], "skipped": {}}
+        )
+
+    change(with_places, older)
+    again = ernie_accel.load(with_places, Compile(cache=str(tmp_path / "mine")))  # on the CPU, as load is told
+    assert transforms_of(again) >= {Compile(cache=str(tmp_path / "mine")), FreeAfterUse()}
+    assert not any(isinstance(transform, MoveTo) for transform in transforms_of(again))
+
+
+def test_what_the_weights_are_made_of_cannot_be_replaced(tmp_path):
+    pipe = tiny_ernie()
+    ernie_accel.optimize(pipe, RewriteBlocks(), Quantize("int8-weight-only"))
+    folder = ernie_accel.save(pipe, tmp_path / "saved")
+    why = r"was saved with Quantize\('int8-weight-only'\); Quantize\('nf4'\) cannot take its place"
+    with pytest.raises(SavedPipelineError, match=why):
+        ernie_accel.load(folder, Quantize("nf4"))
+    with pytest.raises(SavedPipelineError, match=r"was saved without CastDtype.*; load it, then optimize it"):
+        ernie_accel.load(folder, CastDtype("bf16"))
+    with pytest.raises(ernie_accel.ConflictError):
+        ernie_accel.load(folder, SwapScheduler("unipc"), SwapScheduler("euler"))
+
+
+@dataclass(frozen=True, repr=False)
+class Watermark(Transform):
+    """A transform of one's own that reads a file."""
+
+    phase: ClassVar[Phase] = Phase.CALL
+    slot: ClassVar[str] = "watermark"
+    effect: ClassVar[Effect] = Effect.EXACT
+
+    logo_file: str | None = None
+
+    def unsupported(self, pipe, context):
+        return []
+
+    def preview(self, pipe, context):
+        return Preview((), note="a test")
+
+    def apply(self, pipe, context):
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, repr=False)
+class DeclaredWatermark(Watermark):
+    """The same, as it should be."""
+
+    logo_file: str | None = field(default=None, metadata=ernie_accel.MACHINE_LOCAL)
+
+
+def test_a_transform_of_ones_own_that_takes_a_path_must_declare_it(ernie, tmp_path):
+    folder = ernie_accel.save(ernie, tmp_path / "saved")
+    with pytest.raises(ernie_accel.ErnieAccelError, match=r"Watermark.logo_file looks like a path.*MACHINE_LOCAL"):
+        ernie_accel.load(folder, known=[Watermark])
+    ernie_accel.optimize(ernie, DeclaredWatermark("logo.png"))
+    ernie_accel.save(ernie, folder)
+    assert transforms_of(ernie_accel.load(folder, known=[DeclaredWatermark])) == {DeclaredWatermark()}
+    again = ernie_accel.load(folder, DeclaredWatermark("mine.png"), known=[DeclaredWatermark])
+    assert transforms_of(again) == {DeclaredWatermark("mine.png")}
+
+
+def test_folders_of_version_0_1_still_load(tmp_path):
+    pipe = tiny_ernie(enhancer=True)
+    ernie_accel.optimize(pipe, RewriteBlocks(), Quantize("int8-weight-only"), CompileVae(), SwapScheduler("unipc"))
+    folder = ernie_accel.save(pipe, tmp_path / "saved")
+    as_version_1(folder)
+    again = ernie_accel.load(folder)
+    assert_same_bits(bits(pipe), bits(again))
+    assert transforms_of(again) == transforms_of(pipe)
+
+
+def test_a_model_that_pipelines_are_not_known_to_use_must_be_named(ernie, tmp_path):
+    from transformers import DebertaConfig, DebertaModel
+
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+    ernie.text_encoder = DebertaModel(DebertaConfig(vocab_size=32, **tiny)).eval()
+    folder = ernie_accel.save(ernie, tmp_path / "saved")
+    with pytest.raises(SavedPipelineError, match=r"text_encoder: transformers.DebertaModel .* known=\(DebertaModel,\)"):
+        ernie_accel.load(folder)
+    assert_same_bits(bits(ernie), bits(ernie_accel.load(folder, known=(DebertaModel,))))

@@ -24,6 +24,7 @@ from ernie_accel.recipes.presets import presets as presets
 from ernie_accel.core.report import Report as Report
 from ernie_accel.core.transform import Applied as Applied
 from ernie_accel.core.transform import Effect as Effect
+from ernie_accel.core.transform import MACHINE_LOCAL as MACHINE_LOCAL
 from ernie_accel.core.transform import LayerReceipt as LayerReceipt
 from ernie_accel.core.transform import Phase as Phase
 from ernie_accel.core.transform import Preview as Preview
@@ -33,7 +34,7 @@ from ernie_accel.families.family import Family as Family
 from ernie_accel.fidelity.compare import evaluate as evaluate
 from ernie_accel.fidelity.evaluation import Evaluation as Evaluation
 from ernie_accel.fidelity.evaluation import Thresholds as Thresholds
-from ernie_accel.storage.saving import load as load
+from ernie_accel.storage.reading import load as load
 from ernie_accel.storage.saving import save as save
 from ernie_accel.transforms import transform_from_json as transform_from_json
 from ernie_accel.transforms.calls.autocast import Autocast as Autocast

@@ -39,6 +39,7 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "core.transform": (
             "Applied",
             "Effect",
+            "MACHINE_LOCAL",
             "LayerReceipt",
             "Phase",
             "Preview",
@@ -51,10 +52,8 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "Evaluation",
             "Thresholds",
         ),
-        "storage.saving": (
-            "load",
-            "save",
-        ),
+        "storage.reading": ("load",),
+        "storage.saving": ("save",),
         "transforms": ("transform_from_json",),
         "transforms.calls.autocast": ("Autocast",),
         "transforms.calls.call_defaults": ("CallDefaults",),

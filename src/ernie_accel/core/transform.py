@@ -9,10 +9,12 @@ from __future__ import annotations
 import enum
 import functools
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from numbers import Integral, Real
+from types import MappingProxyType
 from typing import Any, ClassVar, get_args, get_type_hints
 
 from ernie_accel.core.components import Pipeline
@@ -213,6 +215,33 @@ class Transform(ABC):
     def to_json(self) -> dict[str, Any]:
         """Return the transform as plain data: its class name under "transform", and all its fields."""
         return {"transform": type(self).__name__} | {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+#: Metadata of a field that belongs to one machine, as a folder does: ``field(default=None, metadata=MACHINE_LOCAL)``.
+#: ``save`` leaves it out and ``load`` refuses a folder that gives it, because whoever made the folder would otherwise
+#: choose what is read, run or written here. A transform with such a field and no default for it is not saved at all.
+MACHINE_LOCAL: Mapping[str, bool] = MappingProxyType({"machine_local": True})
+
+_PATH_WORDS = re.compile(r"(^|_)(path|folder|dir|directory|cache|file|filename|root|location|module|command)s?(_|$)")
+
+
+def machine_local_fields(cls: type[Transform]) -> dict[str, Field[Any]]:
+    """Return the fields of a transform class that are declared `MACHINE_LOCAL`, by name."""
+    return {f.name: f for f in fields(cls) if f.metadata.get("machine_local")}
+
+
+def undeclared_paths(cls: type[Transform]) -> list[str]:
+    """Return the fields of a transform class that look like a path and are not declared `MACHINE_LOCAL`.
+
+    Any whose type is a path does, and any text whose name says folder, file, path, cache, command or the like.
+    """
+    declared = machine_local_fields(cls)
+    return [
+        f.name
+        for f in fields(cls)
+        if f.name not in declared
+        and ("Path" in str(f.type) or ("str" in str(f.type) and _PATH_WORDS.search(f.name.lower())))
+    ]
 
 
 #: Numpy's numbers are numbers, too.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,9 +13,16 @@ from ernie_accel.core.context import NOT_SUPPORTED_YET
 from ernie_accel.core.dtypes import ALIASES, DTYPES, dtype_argument, dtype_name
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from ernie_accel.families import family_of
-from ernie_accel.storage.saving import MANIFEST, load
+from ernie_accel.storage.assembly import assemble
+from ernie_accel.storage.folders import current
+from ernie_accel.storage.manifest import INDEX, MANIFEST
+from ernie_accel.storage.reading import load
+from ernie_accel.storage.vetting import vet, vet_index
 
 DEVICES = ("auto", "cpu", "cuda", "npu")
+#: What is fetched of a component: settings, vocabularies, weights that are data; not the copies in other precisions.
+_FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken")
+_NOT_FETCHED = ("*.fp16.*", "*.bf16.*", "*.non_ema.*", "*/openvino_*", "*/flax_*")
 
 
 def check_dtype(dtype: str) -> None:
@@ -29,7 +38,7 @@ def check_dtype(dtype: str) -> None:
 def load_pipeline(
     model: str | None = None, dtype: str = "auto", device: str = "auto", *, prompt_enhancer: bool = True
 ) -> Pipeline:
-    """Load a diffusers pipeline onto a device, safetensors only and without remote code.
+    """Load a diffusers pipeline onto a device; nothing that comes with it is run, and weights are safetensors only.
 
     Args:
         model: A folder that `save_pretrained` or `ernie_accel.save` wrote, or a hub id; None for the embedded model.
@@ -40,6 +49,7 @@ def load_pipeline(
 
     Raises:
         UnknownNameError: `dtype` or `device` is unknown.
+        SavedPipelineError: The folder is damaged, or holds or names more than data.
         ErnieAccelError: There is no such model, or it is no pipeline, or it has another dtype of its own.
     """
     check_dtype(dtype)
@@ -47,7 +57,7 @@ def load_pipeline(
         raise UnknownNameError("device", device, DEVICES, note=NOT_SUPPORTED_YET)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if model is not None and (Path(model) / MANIFEST).is_file():
+    if model is not None and (current(Path(model)) / MANIFEST).is_file():
         if dtype != "auto":
             raise ErnieAccelError(
                 f"{model} was written by ernie_accel.save and keeps its dtypes; found dtype={dtype!r}"
@@ -73,13 +83,39 @@ def _from_anywhere(model: str | None, dtype: torch.dtype) -> Pipeline:
 
         return load_embedded(dtype)
     folder = Path(model)
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise ErnieAccelError(f"{model} holds no pipeline: there is no model_index.json, as save_pretrained writes it")
-    if not folder.exists() and model.count("/") != 1:
-        raise ErnieAccelError(f"there is no folder {model!r}, and it is no hub id either (owner/name)")
-    from diffusers import DiffusionPipeline
+    if folder.is_dir() and not (folder / INDEX).is_file():
+        raise ErnieAccelError(f"{model} holds no pipeline: there is no {INDEX}, as save_pretrained writes it")
+    if not folder.is_dir():
+        if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+            raise ErnieAccelError(f"there is no folder {model!r}, and it is no hub id either (owner/name)")
+        folder = _fetch(model)
+    return _load_plain(folder, dtype)
+
+
+def _fetch(model: str) -> Path:
+    """Return the folder of a hub id in the hub's cache, fetched if it is not there: its index first, then its parts."""
+    from huggingface_hub import snapshot_download
 
     try:
-        return DiffusionPipeline.from_pretrained(model, use_safetensors=True, **dtype_argument(dtype))
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        folder = Path(snapshot_download(model, allow_patterns=[INDEX]))
+        if not (folder / INDEX).is_file():
+            raise ErnieAccelError(f"cannot load {model!r}: there is no {INDEX}, so it is no pipeline")
+        parts = [name for name, cls in vet_index(folder).parts.items() if cls is not None]
+        wanted = [f"{name}/{pattern}" for name in parts for pattern in _FETCHED]
+        return Path(snapshot_download(model, allow_patterns=[INDEX, *wanted], ignore_patterns=[*_NOT_FETCHED]))
+    except (OSError, ValueError) as error:  # no such repository, no network, nothing in the cache
         raise ErnieAccelError(f"cannot load {model!r}: {error}") from error
+
+
+def _load_plain(folder: Path, dtype: torch.dtype) -> Pipeline:
+    def model(name: str, cls: type[Any]) -> torch.nn.Module:
+        import diffusers
+
+        ours = issubclass(cls, diffusers.ModelMixin)
+        wanted = dtype_argument(dtype) if ours else {"dtype": dtype}
+        found: torch.nn.Module = cls.from_pretrained(
+            str(folder / name), use_safetensors=True, local_files_only=True, **wanted
+        )
+        return found.eval()
+
+    return assemble(folder, vet(folder), model)

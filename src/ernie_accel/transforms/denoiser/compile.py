@@ -12,7 +12,7 @@ from ernie_accel.core.components import Pipeline, absent_components, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.planned import Blocks, PlannedPipe
-from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import repeated_blocks
 from ernie_accel.models.compile_cache import as_folder, compile_module, why_not_kept
@@ -37,7 +37,8 @@ class Compile(Transform):
         fullgraph: Refuse graph breaks instead of running slowly.
         mode: As in ``torch.compile``; None is its default.
         cache: Folder to keep the compiled code in, so that the next process need not compile; None leaves that to
-            torch and its own settings. It holds code that is run: nobody else must be able to write there.
+            torch and its own settings. It holds code that is run: nobody else must be able to write there. `save`
+            leaves it out; give it again, as in ``load(saved, Compile(cache=...))``.
     """
 
     phase: ClassVar[Phase] = Phase.COMPILE
@@ -48,7 +49,7 @@ class Compile(Transform):
     dynamic: bool = field(default=True, kw_only=True)
     fullgraph: bool = field(default=True, kw_only=True)
     mode: str | None = field(default=None, kw_only=True)
-    cache: str | None = field(default=None, kw_only=True)
+    cache: str | None = field(default=None, kw_only=True, metadata=MACHINE_LOCAL)
 
     def __post_init__(self) -> None:
         super().__post_init__()

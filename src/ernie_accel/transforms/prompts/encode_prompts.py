@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -18,7 +19,7 @@ from torch import Tensor
 from ernie_accel.core.atomic import write_atomically
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
-from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import wrap_call
 from ernie_accel.families import family_of
@@ -53,7 +54,7 @@ class BatchPromptEncoding(Transform):
     effect: ClassVar[Effect] = Effect.ROUNDING
 
     cache: int = field(default=0, kw_only=True)
-    folder: str | None = field(default=None, kw_only=True)
+    folder: str | None = field(default=None, kw_only=True, metadata=MACHINE_LOCAL)
     max_batch: int = field(default=32, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -188,8 +189,13 @@ class _Files:
     """The embeddings of the last `size` prompts, one safetensors file each; when a file was last used is its mtime."""
 
     def __init__(self, size: int, folder: Path, text_encoder: torch.nn.Module) -> None:
-        self._size, self._folder, self._model = size, folder, _fingerprint(text_encoder)
+        self._size, self._folder, self._text_encoder = size, folder, text_encoder
         folder.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def _model(self) -> str:
+        """What tells checkpoints apart; asked for only at the first prompt, because `load` fills the weights late."""
+        return _fingerprint(self._text_encoder)
 
     def get(self, ids: Ids, device: torch.device) -> Tensor | None:
         from safetensors import SafetensorError, safe_open

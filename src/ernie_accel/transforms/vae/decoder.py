@@ -10,7 +10,7 @@ import torch
 from ernie_accel.core.components import Pipeline, weights_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
-from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.models.compile_cache import as_folder, compile_module, why_not_kept
 from ernie_accel.models.vae_decoder import FusedDecoder, why_not
@@ -34,7 +34,7 @@ class CompileVae(Transform):
     slot: ClassVar[str] = "vae-compile"
     effect: ClassVar[Effect] = Effect.ROUNDING
 
-    cache: str | None = field(default=None, kw_only=True)
+    cache: str | None = field(default=None, kw_only=True, metadata=MACHINE_LOCAL)
 
     def __post_init__(self) -> None:
         super().__post_init__()

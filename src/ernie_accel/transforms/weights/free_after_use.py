@@ -25,7 +25,7 @@ from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.text import human_bytes
-from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 
 #: Where weights go -> what the next call that needs them does.
@@ -61,7 +61,7 @@ class FreeAfterUse(Transform):
 
     to: str = "disk"
     components: tuple[str, ...] | None = field(default=None, kw_only=True)
-    folder: str | None = field(default=None, kw_only=True)
+    folder: str | None = field(default=None, kw_only=True, metadata=MACHINE_LOCAL)
 
     def __post_init__(self) -> None:
         super().__post_init__()

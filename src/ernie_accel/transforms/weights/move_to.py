@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
 from ernie_accel.core.components import Pipeline, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
-from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 
 
@@ -32,7 +32,7 @@ class MoveTo(Transform):
     slot: ClassVar[str] = "device"
     effect: ClassVar[Effect] = Effect.ROUNDING
 
-    device: str
+    device: str = field(metadata=MACHINE_LOCAL)
 
     def __post_init__(self) -> None:
         if not (isinstance(self.device, str) and re.fullmatch(r"[a-z]+(:\d+)?", self.device)):

@@ -1,0 +1,43 @@
+"""Checksums of large files, by all cores: SHA-256 of the SHA-256 of every piece of 64 MiB.
+
+A plain SHA-256 of a file runs on one core, at 1 to 2 GB/s where the processor has instructions for it: slower than a
+good disk. The pieces are independent of each other. They detect damage; whoever changes a file on purpose can write its
+new checksum, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+PIECE_BYTES = 64 * 2**20
+_BLOCK_BYTES = 2**20  # stays in the core's cache
+_THREADS = 16
+
+
+def checksums(files: Iterable[Path]) -> list[str]:
+    """Return the checksum of each file, in hex.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    files = list(files)
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter's lock
+        pieces = [
+            [pool.submit(_digest, file, start) for start in range(0, max(file.stat().st_size, 1), PIECE_BYTES)]
+            for file in files
+        ]
+        return [hashlib.sha256(b"".join(piece.result() for piece in of)).hexdigest() for of in pieces]
+
+
+def _digest(path: Path, start: int) -> bytes:
+    digest, left = hashlib.sha256(), PIECE_BYTES
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while left and (block := file.read(min(left, _BLOCK_BYTES))):
+            digest.update(block)
+            left -= len(block)
+    return digest.digest()

@@ -1,0 +1,40 @@
+"""What saving and loading must both know of a pipe: its quantized layers, and which transforms rebuild its modules."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ernie_accel.core.transform import LayerReceipt, Phase, Transform
+
+if TYPE_CHECKING:
+    from ernie_accel.quantization.backend import Backend
+
+
+def quantized_layers(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """Return the layers that carry a receipt, with their paths."""
+    from ernie_accel.quantization.layers import RECEIPT
+
+    return [(path, layer) for path, layer in module.named_modules() if vars(layer).get(RECEIPT) is not None]
+
+
+def receipt_of(layer: torch.nn.Module) -> LayerReceipt:
+    """Return the receipt of one of `quantized_layers`."""
+    from ernie_accel.quantization.layers import RECEIPT
+
+    receipt: LayerReceipt = vars(layer)[RECEIPT]
+    return receipt
+
+
+def content_of(backend: Backend, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return all that a quantized layer consists of, live: the backend's tensors and the bias."""
+    bias = getattr(layer, "bias", None)
+    return backend.tensors(layer) | ({} if bias is None else {"bias": bias.data})
+
+
+def repeats_rewriting(transform: Transform) -> bool:
+    """Return whether a transform changes the module tree in a way that loading can repeat before there are weights."""
+    from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
+
+    return transform.phase == Phase.REWRITE or isinstance(transform, FuseKernels)
