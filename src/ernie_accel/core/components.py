@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,6 +18,11 @@ PROMPT_COMPONENTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "pe")
 
 #: What ``enable_group_offload`` attaches to modules (diffusers/hooks/group_offloading.py).
 GROUP_OFFLOAD_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading", "lazy_leafs")
+
+
+def is_device_name(device: object) -> bool:
+    """Return whether `device` is written as torch writes one: "cuda", "npu:1"."""
+    return isinstance(device, str) and re.fullmatch(r"[a-z]+(:\d+)?", device) is not None
 
 
 def is_float8(dtype: torch.dtype) -> bool:

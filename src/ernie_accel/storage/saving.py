@@ -56,7 +56,8 @@ def save(pipe: Pipeline, folder: str | os.PathLike[str]) -> Path:
     if there.exists() and not (there / MANIFEST).is_file() and (not there.is_dir() or any(there.iterdir())):
         raise SavedPipelineError(target, "is there already and was not written by ernie_accel.save; choose another")
     _check_can_be_saved(pipe, target)
-    entries = [entry for entry in report_of(pipe).entries if entry.status != "skipped" and _travels(entry.step.transform)]
+    done = [entry for entry in report_of(pipe).entries if entry.status != "skipped"]
+    entries = [entry for entry in done if _travels(entry.step.transform)]
 
     def write(place: Path) -> None:
         with suspended(pipe, after=Phase.QUANTIZE):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
-from ernie_accel.core.components import Pipeline, modules_of
+from ernie_accel.core.components import Pipeline, is_device_name, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
@@ -35,7 +34,7 @@ class MoveTo(Transform):
     device: str = field(metadata=MACHINE_LOCAL)
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.device, str) and re.fullmatch(r"[a-z]+(:\d+)?", self.device)):
+        if not is_device_name(self.device):
             raise ValueError(f"device takes a name such as 'npu' or 'cuda:1', got {self.device!r}")
 
     @property

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from ernie_accel.core.components import Pipeline, absent_components, module_bytes, modules_of
+from ernie_accel.core.components import Pipeline, absent_components, is_device_name, module_bytes, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe, PlannedWeight
 from ernie_accel.core.text import human_bytes
@@ -61,6 +61,8 @@ class Quantize(Transform):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_names(self.scheme, self.backend)
+        if self.device is not None and not is_device_name(self.device):
+            raise ValueError(f"device takes a name such as 'cuda' or 'cuda:1', got {self.device!r}")
 
     @property
     def occupies(self) -> str:
