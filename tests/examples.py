@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -38,6 +37,9 @@ from ernie_accel import (
     TruncatePrompts,
     Warmup,
 )
+from ernie_accel.testing import differences, snapshot
+
+__all__ = ["ELSEWHERE", "EXAMPLES", "differences", "make_awkward", "snapshot"]
 
 EXAMPLES: tuple[Transform, ...] = (
     Autocast("bfloat16"),
@@ -94,60 +96,3 @@ def make_awkward(pipe: Any) -> None:
     memory = torch.empty(second.numel() + 1)
     memory[1:] = second.data.flatten()
     second.data = memory[1:].view(second.shape)
-
-
-def snapshot(pipe: Any) -> dict[str, Any]:
-    """Return all that a transform could change: classes, tensors, strides, settings, call defaults."""
-    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    tensors = {
-        f"{component}.{name}": (id(tensor), tensor.dtype, tensor.stride(), tensor.device, tensor.detach().clone())
-        for component, module in modules.items()
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-    }
-    return {
-        "class": type(pipe),
-        "instance": sorted(vars(pipe)),
-        "signature": str(inspect.signature(pipe.__call__)),
-        "components": {name: id(part) for name, part in pipe.components.items()},
-        "config": str(dict(pipe.config)),
-        "methods": {name: id(value) for name, value in vars(pipe).items() if inspect.isfunction(value)},
-        "scheduler": str(dict(pipe.scheduler.config)),
-        "modules": {
-            f"{component}.{name}": (id(part), type(part), part._compiled_call_impl, _plain(part), _behaviour(part))
-            for component, module in modules.items()
-            for name, part in module.named_modules()
-        },
-        "tensors": tensors,
-    }
-
-
-def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Return what differs between two snapshots, in words; tensors must agree bit for bit."""
-    found = [key for key in before if key != "tensors" and before[key] != after[key]]
-    for name in before["tensors"].keys() | after["tensors"].keys():
-        old, new = before["tensors"].get(name), after["tensors"].get(name)
-        if old is None or new is None or old[:4] != new[:4] or not torch.equal(_values(old[4]), _values(new[4])):
-            found.append(name)
-    return found
-
-
-def _values(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.dequantize() if hasattr(tensor, "__tensor_flatten__") else tensor
-
-
-def _plain(module: torch.nn.Module) -> str:
-    """Return the module's simple attributes, where switches such as `use_tiling` live."""
-    simple = (bool, int, float, str, type(None))
-    return str({k: v for k, v in vars(module).items() if isinstance(v, simple) and k != "_compiled_call_impl"})
-
-
-def _behaviour(module: torch.nn.Module) -> tuple[Any, ...]:
-    """Return what changes what a module does and is no tensor: hooks, a forward of its own, its processor."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    processor = getattr(module, "processor", None)
-    return (
-        *map(id, hooks),
-        vars(module).get("forward"),
-        type(processor),
-        str(getattr(processor, "_attention_backend", None)),
-    )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel.families import FAMILIES, family_of
+from ernie_accel.families import families, family_of
 from ernie_accel.samplers.solvers import SCHEDULERS
 from tests.examples import EXAMPLES, differences, snapshot
 from tests.pipelines import PIPELINES, picture, tiny_lumina2
@@ -39,7 +39,7 @@ def test_a_pipeline_without_a_transformer_has_no_family():
     assert family_of(object()) is None
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
 def test_what_is_known_of_a_family_is_usable(family):
     assert family.modes
     assert set(family.schedulers) <= set(SCHEDULERS)
@@ -54,12 +54,12 @@ def test_what_is_known_of_a_family_is_usable(family):
     ("name", "steps", "guidance"), [("ERNIE-Image", 8, 1.0), ("Z-Image", 9, 0.0)], ids=lambda value: str(value)
 )
 def test_each_turbo_has_its_steps_and_guidance(name, steps, guidance):
-    turbo = next(family for family in FAMILIES if family.name == name).modes["turbo"]
+    turbo = next(family for family in families() if family.name == name).modes["turbo"]
     assert (turbo.num_inference_steps, turbo.guidance_scale) == (steps, guidance)
 
 
 def test_newbie_has_no_turbo_but_its_schedulers():
-    newbie = next(family for family in FAMILIES if family.name == "NewBie-image")
+    newbie = next(family for family in families() if family.name == "NewBie-image")
     assert set(newbie.modes) == {"quality"}
     assert 20 <= newbie.modes["quality"].num_inference_steps <= 28
     assert newbie.schedulers == ("unipc", "dpmpp_2m_sde")

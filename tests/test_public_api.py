@@ -12,8 +12,21 @@ import pytest
 import ernie_accel
 from ernie_accel.transforms import TRANSFORMS
 
-VERBS = {"evaluate", "load", "optimize", "plan", "recommend", "report", "restore", "save", "transform_from_json"}
-MODULES = {"batch", "demo"}
+VERBS = {
+    "evaluate",
+    "load",
+    "optimize",
+    "plan",
+    "recommend",
+    "register_family",
+    "register_package",
+    "register_quantization_backend",
+    "report",
+    "restore",
+    "save",
+    "transform_from_json",
+}
+MODULES = {"batch", "demo", "testing"}
 DATA = {"MACHINE_LOCAL", "presets"}
 CLASSES = {
     "Applied",
@@ -24,6 +37,7 @@ CLASSES = {
     "LayerReceipt",
     "Phase",
     "Plan",
+    "PlannedPipe",
     "Preset",
     "Preview",
     "Recommendation",

@@ -1,9 +1,10 @@
 # Written by docs/generate_stub.py from exports.py.
-from ernie_accel import batch as batch, demo as demo
+from ernie_accel import batch as batch, demo as demo, testing as testing
 from ernie_accel.batch.errors import BatchChangedError as BatchChangedError
 from ernie_accel.batch.errors import BatchInputError as BatchInputError
 from ernie_accel.batch.errors import BatchOutputError as BatchOutputError
 from ernie_accel.core.context import Context as Context
+from ernie_accel.core.context import register_package as register_package
 from ernie_accel.core.errors import ApplyError as ApplyError
 from ernie_accel.core.errors import ConflictError as ConflictError
 from ernie_accel.core.errors import ErnieAccelError as ErnieAccelError
@@ -30,7 +31,10 @@ from ernie_accel.core.transform import Phase as Phase
 from ernie_accel.core.transform import Preview as Preview
 from ernie_accel.core.transform import Transform as Transform
 from ernie_accel.core.undo import Undo as Undo
+from ernie_accel.core.planned import PlannedPipe as PlannedPipe
 from ernie_accel.families.family import Family as Family
+from ernie_accel.families.registry import register_family as register_family
+from ernie_accel.quantization.choose import register_quantization_backend as register_quantization_backend
 from ernie_accel.fidelity.compare import evaluate as evaluate
 from ernie_accel.fidelity.evaluation import Evaluation as Evaluation
 from ernie_accel.fidelity.evaluation import Thresholds as Thresholds

@@ -10,6 +10,8 @@ What a transform is stands in ``core/transform.py``; all of them are in ``transf
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 from ernie_accel.core.apply import apply_request, report_of, undo_all
@@ -20,7 +22,8 @@ from ernie_accel.core.plan import Plan, check_pipeline, compose, machine_for, pl
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Report
 from ernie_accel.core.transform import Transform
-from ernie_accel.families import family_of
+from ernie_accel.families import Family, family_of, give_family
+from ernie_accel.plugins import load_plugins
 from ernie_accel.recipes.presets import find_preset
 from ernie_accel.recipes.recommend import fitting_preset
 
@@ -29,6 +32,7 @@ def plan(
     pipe: Pipeline,
     *transforms: Transform,
     preset: Preset | str | None = None,
+    family: Family | None = None,
     context: Context | None = None,
 ) -> Plan:
     """Say what `optimize` would do with the same arguments. Changes nothing and needs no accelerator.
@@ -37,6 +41,7 @@ def plan(
         pipe: A diffusers pipeline, as it is now.
         *transforms: Transforms, in any order; beside a preset they replace those in the same slot.
         preset: A preset or its name.
+        family: What is known of its architecture, where the library does not find that out; see `register_family`.
         context: The machine to plan for; default this one. ``Context.named("h200")`` plans for another.
 
     Returns:
@@ -46,8 +51,10 @@ def plan(
         UnknownNameError: There is no such preset.
         ConflictError: Two transforms want one slot.
     """
-    named, wanted = _request(pipe, transforms, preset)
-    return plan_request(pipe, wanted, named, context or machine_for(pipe, wanted))
+    check_pipeline(pipe)
+    with _given(pipe, family):
+        named, wanted = _request(pipe, transforms, preset)
+        return plan_request(pipe, wanted, named, context or machine_for(pipe, wanted))
 
 
 def optimize(
@@ -55,6 +62,7 @@ def optimize(
     *transforms: Transform,
     preset: Preset | str | None = None,
     on_unsupported: Literal["error", "skip"] = "error",
+    family: Family | None = None,
     context: Context | None = None,
 ) -> Pipeline:
     """Make a pipeline faster or leaner in place, and return it.
@@ -69,6 +77,8 @@ def optimize(
         preset: A preset or its name; see ``ernie_accel.presets``.
         on_unsupported: "error" refuses the whole plan if a transform cannot run here; "skip" leaves such transforms
             out, and the report says why.
+        family: What is known of its architecture, where the library does not find that out; see `register_family`. It
+            is remembered until `restore`.
         context: The machine's facts; default: looked up.
 
     Returns:
@@ -84,15 +94,18 @@ def optimize(
     """
     if on_unsupported not in ("error", "skip"):
         raise UnknownNameError("value of on_unsupported", on_unsupported, ("error", "skip"))
-    named, wanted = _request(pipe, transforms, preset)
-    machine = context or machine_for(pipe, wanted)
-    if named is None and not wanted and not report_of(pipe).entries:
-        raise ErnieAccelError(
-            "optimize was given nothing to apply: found no preset and no transform. Name a preset, for instance "
-            f"optimize(pipe, preset={fitting_preset(machine).name!r}), which fits this machine "
-            "(print(ernie_accel.presets) lists all), or pass transforms: optimize(pipe, ernie_accel.Compile())."
-        )
-    apply_request(pipe, wanted, named, machine, skip_unsupported=on_unsupported == "skip")
+    check_pipeline(pipe)
+    with _given(pipe, family) as remember:
+        named, wanted = _request(pipe, transforms, preset)
+        machine = context or machine_for(pipe, wanted)
+        if named is None and not wanted and not report_of(pipe).entries:
+            raise ErnieAccelError(
+                "optimize was given nothing to apply: found no preset and no transform. Name a preset, for instance "
+                f"optimize(pipe, preset={fitting_preset(machine).name!r}), which fits this machine "
+                "(print(ernie_accel.presets) lists all), or pass transforms: optimize(pipe, ernie_accel.Compile())."
+            )
+        apply_request(pipe, wanted, named, machine, skip_unsupported=on_unsupported == "skip")
+        remember()
     return pipe
 
 
@@ -110,6 +123,8 @@ def restore(pipe: Pipeline) -> Pipeline:
         RestoreError: A transform has no undo; nothing was undone.
     """
     undo_all(pipe)
+    if getattr(pipe, "transformer", None) is not None:
+        give_family(pipe.transformer, None)
     return pipe
 
 
@@ -117,7 +132,26 @@ def _request(
     pipe: Pipeline, transforms: tuple[Transform, ...], preset: Preset | str | None
 ) -> tuple[Preset | None, tuple[Transform, ...]]:
     """Return the preset, if one was named, and all transforms in the order they run."""
+    load_plugins()
     named = find_preset(preset) if preset is not None else None
-    wanted = compose(transforms, named, family_of(pipe))
-    check_pipeline(pipe)
-    return named, wanted
+    return named, compose(transforms, named, family_of(pipe))
+
+
+@contextlib.contextmanager
+def _given(pipe: Pipeline, family: Family | None) -> Iterator[Callable[[], None]]:
+    """Let `pipe` be of `family` within the block; afterwards too, if the yielded function was called."""
+    if family is None or getattr(pipe, "transformer", None) is None:
+        yield lambda: None
+        return
+    remembered = False
+
+    def remember() -> None:
+        nonlocal remembered
+        remembered = True
+
+    before = give_family(pipe.transformer, family)
+    try:
+        yield remember
+    finally:
+        if not remembered:
+            give_family(pipe.transformer, before)

@@ -19,7 +19,7 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "BatchInputError",
             "BatchOutputError",
         ),
-        "core.context": ("Context",),
+        "core.context": ("Context", "register_package"),
         "core.errors": (
             "ApplyError",
             "ConflictError",
@@ -46,7 +46,10 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "Transform",
         ),
         "core.undo": ("Undo",),
+        "core.planned": ("PlannedPipe",),
         "families.family": ("Family",),
+        "families.registry": ("register_family",),
+        "quantization.choose": ("register_quantization_backend",),
         "fidelity.compare": ("evaluate",),
         "fidelity.evaluation": (
             "Evaluation",
@@ -91,7 +94,7 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 #: Subpackages that are reached as attributes.
-SUBPACKAGES = ("batch", "demo")
+SUBPACKAGES = ("batch", "demo", "testing")
 
 #: Exported name -> its module, whole.
 HOME_OF: Mapping[str, str] = MappingProxyType(

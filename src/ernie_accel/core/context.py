@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 
-#: Import name -> pip extra, of every optional package.
+#: Import name -> pip extra, of every optional package of the library's own.
 OPTIONAL_PACKAGES: Mapping[str, str] = MappingProxyType(
     {
         "torchao": "torchao",
@@ -56,6 +56,28 @@ UNSUPPORTED_DEVICES: Mapping[str, str] = MappingProxyType(
     {"rocm": "AMD GPUs (ROCm)", "mps": "Apple GPUs (mps)", "xpu": "Intel GPUs (xpu)"}
 )
 NOT_SUPPORTED_YET = f"Not supported yet: {', '.join(UNSUPPORTED_DEVICES.values())}."
+
+
+#: Import name -> how to install it, of packages that others registered.
+_REGISTERED: dict[str, str] = {}
+
+
+def register_package(package: str, *, install: str, distribution: str | None = None) -> None:
+    """Let plans look for a package of your own, for this process; `Context.missing` then says how to get it.
+
+    Args:
+        package: Import name ("my_kernels").
+        install: What installs it ("pip install my-kernels").
+        distribution: Its name on PyPI, if that is another than the import name.
+
+    Raises:
+        ValueError: The library looks for that package itself, or it was registered with another way to install it.
+    """
+    if package in OPTIONAL_PACKAGES or _REGISTERED.get(package, install) != install:
+        raise ValueError(f"the package {package!r} is known already, with another way to install it")
+    _REGISTERED[package] = install
+    if distribution is not None:
+        _DISTRIBUTIONS[package] = distribution
 
 
 @dataclass(frozen=True)
@@ -158,10 +180,19 @@ class Context:
         return PlannedPipe.of(pipe) if self.state is None else self.state
 
     def missing(self, package: str) -> list[str]:
-        """Return the reason why `package` cannot be imported, with its pip extra; empty if it can."""
+        """Return the reason why `package` cannot be imported, with its pip extra; empty if it can.
+
+        Raises:
+            UnknownNameError: Nobody looks for a package of that name.
+        """
         if package in self.versions:
             return []
-        return [f"{package} is not installed: pip install 'ernie-accel[{OPTIONAL_PACKAGES[package]}]'"]
+        if package in OPTIONAL_PACKAGES:
+            return [f"{package} is not installed: pip install 'ernie-accel[{OPTIONAL_PACKAGES[package]}]'"]
+        if package in _REGISTERED:
+            return [f"{package} is not installed: {_REGISTERED[package]}"]
+        note = "For one of your own, call ernie_accel.register_package(...) first."
+        raise UnknownNameError("package", package, (*OPTIONAL_PACKAGES, *_REGISTERED), note=note)
 
     def below(self, what: str, need: tuple[int, int]) -> list[str]:
         """Return the reason why `what` cannot run for want of CUDA compute capability `need`; empty if it can."""
@@ -190,7 +221,7 @@ class Context:
 def installed_versions() -> Mapping[str, str]:
     """Return the versions of all packages the library can use, without importing any of them."""
     versions = {}
-    for package in (*_REQUIRED_PACKAGES, *_BUNDLED_PACKAGES, *OPTIONAL_PACKAGES, *_UNBROUGHT_PACKAGES):
+    for package in (*_REQUIRED_PACKAGES, *_BUNDLED_PACKAGES, *OPTIONAL_PACKAGES, *_UNBROUGHT_PACKAGES, *_REGISTERED):
         if _importable(package):
             try:
                 versions[package] = importlib.metadata.version(_DISTRIBUTIONS.get(package, package))

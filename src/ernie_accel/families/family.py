@@ -108,8 +108,9 @@ class Family:
             the scheduler they mean.
         weight_bytes: Bytes of each component of the published bfloat16 checkpoint, for planning without a pipe.
         max_prompt_tokens: What the tokenizer accepts.
-        rewritten: Name of the module with its rewritten blocks (see ``RewriteBlocks``), or None.
-        kernels: Name of the module with its blocks on fused kernels (see ``FuseKernels``), or None.
+        rewritten: Its rewritten blocks for ``RewriteBlocks``: a `RewrittenModel` (``models/rewritten.py``), or the name
+            of a module that is one, or "module:attribute"; None if there are none.
+        kernels: Its blocks on fused kernels for ``FuseKernels``: a `KernelModel`, likewise.
         repeated_blocks: Class names of the repeated blocks, where the transformer's class does not declare them
             (``_repeated_blocks``).
         dispatched: Class name of an attention processor that passes diffusers' dispatcher by -> "module:class" of one
@@ -132,8 +133,8 @@ class Family:
     schedulers: tuple[str, ...] = ()
     weight_bytes: Mapping[str, int] = field(default_factory=dict)
     max_prompt_tokens: int | None = None
-    rewritten: str | None = None
-    kernels: str | None = None
+    rewritten: object | None = None
+    kernels: object | None = None
     repeated_blocks: tuple[str, ...] = ()
     dispatched: Mapping[str, str] = field(default_factory=dict)
     text_argument: str | None = None

@@ -34,25 +34,30 @@ class Scheme:
     floor_db: float
 
 
-SCHEMES: Mapping[str, Scheme] = MappingProxyType(
-    {
-        scheme.name: scheme
-        for scheme in (
-            Scheme("fp8", 8, "e4m3 weights x e4m3 activations, a scale per row, scaled at run time", 30, 28),
-            Scheme("fp8-weight-only", 8, "e4m3 weights, multiplied in the pipe's dtype", 28, 30),
-            Scheme("int8", 8, "int8 weights x int8 activations, a scale per row, scaled at run time", 36, 34),
-            Scheme("int8-weight-only", 8, "int8 weights with a scale per row, multiplied in the pipe's dtype", 36, 38),
-            Scheme("int4", 4, "4-bit integers in groups, multiplied in the pipe's dtype", 17, 18),
-            Scheme("nf4", 4, "4-bit NormalFloat in blocks of 64 (QLoRA, arXiv 2305.14314)", 18, 19),
-            Scheme("fp4", 4, "4-bit floats (bitsandbytes' own code) in blocks of 64", 16, 16),
-            Scheme("nvfp4", 4, "e2m1 weights x e2m1 activations, an e4m3 scale per 16 values", 18, 16),
-            Scheme("mxfp8", 8, "e4m3 weights x e4m3 activations, a power-of-two scale per 32 values (OCP MX)", 28, 27),
-            Scheme("gguf-q8_0", 8, "llama.cpp's Q8_0: int8 in blocks of 32 with a float16 scale", 40, 40),
-            Scheme("gguf-q5_0", 5, "llama.cpp's Q5_0: 5 bits in blocks of 32 with a float16 scale", 24, 26),
-            Scheme("gguf-q4_0", 4, "llama.cpp's Q4_0: 4 bits in blocks of 32 with a float16 scale", 18, 19),
-        )
-    }
-)
+_schemes: dict[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("fp8", 8, "e4m3 weights x e4m3 activations, a scale per row, scaled at run time", 30, 28),
+        Scheme("fp8-weight-only", 8, "e4m3 weights, multiplied in the pipe's dtype", 28, 30),
+        Scheme("int8", 8, "int8 weights x int8 activations, a scale per row, scaled at run time", 36, 34),
+        Scheme("int8-weight-only", 8, "int8 weights with a scale per row, multiplied in the pipe's dtype", 36, 38),
+        Scheme("int4", 4, "4-bit integers in groups, multiplied in the pipe's dtype", 17, 18),
+        Scheme("nf4", 4, "4-bit NormalFloat in blocks of 64 (QLoRA, arXiv 2305.14314)", 18, 19),
+        Scheme("fp4", 4, "4-bit floats (bitsandbytes' own code) in blocks of 64", 16, 16),
+        Scheme("nvfp4", 4, "e2m1 weights x e2m1 activations, an e4m3 scale per 16 values", 18, 16),
+        Scheme("mxfp8", 8, "e4m3 weights x e4m3 activations, a power-of-two scale per 32 values (OCP MX)", 28, 27),
+        Scheme("gguf-q8_0", 8, "llama.cpp's Q8_0: int8 in blocks of 32 with a float16 scale", 40, 40),
+        Scheme("gguf-q5_0", 5, "llama.cpp's Q5_0: 5 bits in blocks of 32 with a float16 scale", 24, 26),
+        Scheme("gguf-q4_0", 4, "llama.cpp's Q4_0: 4 bits in blocks of 32 with a float16 scale", 18, 19),
+    )
+}
+#: How weights can be stored, by name.
+SCHEMES: Mapping[str, Scheme] = MappingProxyType(_schemes)
+
+
+def add_scheme(scheme: Scheme) -> None:
+    """Add a scheme to `SCHEMES`; see ``register_quantization_backend``, which checks it."""
+    _schemes[scheme.name] = scheme
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,51 @@ from types import MappingProxyType
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.text import table
-from ernie_accel.quantization.backend import SCHEMES, Backend
+from ernie_accel.quantization.backend import SCHEMES, Backend, Scheme, add_scheme
 from ernie_accel.quantization.bitsandbytes import BitsAndBytes
 from ernie_accel.quantization.gguf import Gguf
 from ernie_accel.quantization.layerwise import Layerwise
 from ernie_accel.quantization.quanto import Quanto
 from ernie_accel.quantization.torchao import TorchAO
 
+_backends: dict[str, Backend] = {
+    backend.name: backend for backend in (TorchAO(), BitsAndBytes(), Quanto(), Gguf(), Layerwise())
+}
 #: All backends by name, the preferred first: torchao's layers compile best, layerwise casting does without scales.
-BACKENDS: Mapping[str, Backend] = MappingProxyType(
-    {backend.name: backend for backend in (TorchAO(), BitsAndBytes(), Quanto(), Gguf(), Layerwise())}
-)
+#: Those that others registered come last.
+BACKENDS: Mapping[str, Backend] = MappingProxyType(_backends)
 #: What ``Quantize("auto")`` tries, the fastest first. Weight-only schemes save bytes and, uncompiled, cost time.
 AUTO_SCHEMES = ("nvfp4", "fp8", "int8", "int8-weight-only", "fp8-weight-only")
 AUTO = "auto"
+
+
+def register_quantization_backend(backend: Backend, *schemes: Scheme) -> Backend:
+    """Let ``Quantize`` use a backend of your own, for this process; return it.
+
+    Args:
+        backend: The backend; `ernie_accel.testing.check_backend` says whether it keeps its promises.
+        *schemes: What it can store that the library has no name for yet.
+
+    Raises:
+        TypeError: It is no `Backend`.
+        ValueError: Another backend or scheme of that name is known, or it names a scheme that nobody has described.
+    """
+    if not isinstance(backend, Backend):
+        raise TypeError(f"expected a Backend, got {backend!r}")
+    known = _backends.get(backend.name)
+    if known is not None and type(known) is not type(backend):
+        raise ValueError(f"a quantization backend named {backend.name!r} is known already: choose another name")
+    for scheme in schemes:
+        if SCHEMES.get(scheme.name, scheme) != scheme:
+            raise ValueError(f"a scheme named {scheme.name!r} is known already, and it is another: choose another name")
+    described = {*SCHEMES, *(scheme.name for scheme in schemes)}
+    missing = [name for name in backend.schemes if name not in described]
+    if missing:
+        raise ValueError(f"{backend.name} has {', '.join(missing)}, which nobody has described: pass their Scheme, too")
+    for scheme in schemes:
+        add_scheme(scheme)
+    _backends.setdefault(backend.name, backend)
+    return _backends[backend.name]
 
 
 @dataclass(frozen=True)

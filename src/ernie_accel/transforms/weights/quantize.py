@@ -15,8 +15,16 @@ from ernie_accel.core.text import human_bytes
 from ernie_accel.core.transform import Applied, Effect, LayerReceipt, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.models.rewritten import rewritten_model
-from ernie_accel.quantization.backend import SCHEMES, LinearSpec, plain_copy
-from ernie_accel.quantization.choose import AUTO, AUTO_SCHEMES, BACKENDS, Choice, check_names, choose
+from ernie_accel.quantization.backend import SCHEMES, Backend, LinearSpec, plain_copy
+from ernie_accel.quantization.choose import (
+    AUTO,
+    AUTO_SCHEMES,
+    BACKENDS,
+    Choice,
+    check_names,
+    choose,
+    register_quantization_backend,
+)
 from ernie_accel.quantization.guard import refuse_casts
 from ernie_accel.quantization.layers import RECEIPT, LinearSite, linear_sites, sqnr_db
 
@@ -38,7 +46,7 @@ class Quantize(Transform):
         scheme: A key of `SCHEMES` ("fp8", "int8-weight-only", "nf4", "gguf-q8_0", ...); "auto" takes the fastest that
             this machine can run.
         backend: The library that does it; "auto" takes the first that has the scheme and can run it here. Ask
-            `choose` what that is.
+            `choose` what that is. A `Backend` of your own is registered under its name.
         components: Component names: the transformer, the text encoder, the prompt enhancer ("pe").
         exclude: Regular expressions of layers to leave out, matched from the start of the path within the component;
             None takes the family's list (for what no family knows: all outside repeated blocks, and modulation).
@@ -60,6 +68,8 @@ class Quantize(Transform):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.backend, Backend):
+            object.__setattr__(self, "backend", register_quantization_backend(self.backend).name)
         check_names(self.scheme, self.backend)
         if self.device is not None and not is_device_name(self.device):
             raise ValueError(f"device takes a name such as 'cuda' or 'cuda:1', got {self.device!r}")

@@ -1,0 +1,84 @@
+"""The families the library knows: its own, and those that others register."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ernie_accel.families.ernie_image import ERNIE_IMAGE
+from ernie_accel.families.family import Family
+from ernie_accel.families.newbie import NEWBIE
+from ernie_accel.families.z_image import Z_IMAGE
+
+_OWN = (ERNIE_IMAGE, Z_IMAGE, NEWBIE)
+_registered: list[Family] = []
+#: Attribute of a transformer whose family was given and not found.
+_GIVEN = "_ernie_accel_family"
+
+
+def families() -> tuple[Family, ...]:
+    """Return all families, those that were registered last first."""
+    return (*reversed(_registered), *_OWN)
+
+
+def register_family(family: Family) -> Family:
+    """Let the library know an architecture, for this process; return the family.
+
+    Where it and another fit a pipe, the one that was registered last is taken.
+
+    Raises:
+        TypeError: It is no `Family`.
+        ValueError: A family of this name is known and is another, or nothing tells which pipes it fits.
+    """
+    if not isinstance(family, Family):
+        raise TypeError(f"expected a Family, got {family!r}")
+    known = next((other for other in families() if other.name == family.name), None)
+    if known is not None and known != family:
+        raise ValueError(f"a family named {family.name!r} is known already, and it is another: choose another name")
+    if not family.transformer_classes and family.shape is None:
+        raise ValueError(f"nothing tells which pipes are of {family.name!r}: give transformer_classes or a shape")
+    if known is None:
+        _registered.append(family)
+    return family
+
+
+def family_of(pipe: object) -> Family | None:
+    """Return the family whose transformer class `pipe` has, else the one whose shape its transformer has, or None."""
+    return family_of_transformer(getattr(pipe, "transformer", None))
+
+
+def family_of_transformer(transformer: object) -> Family | None:
+    """Return the family that was given for this transformer, else the one whose class or shape it has, or None."""
+    given = getattr(transformer, "__dict__", {}).get(_GIVEN)
+    if isinstance(given, Family):
+        return given
+    return next(_fitting(transformer), None)
+
+
+def _fitting(transformer: object) -> Iterator[Family]:
+    names = {cls.__name__ for cls in type(transformer).__mro__}
+    yield from (family for family in families() if names & set(family.transformer_classes))
+    yield from (family for family in families() if family.shape is not None and family.shape.fits(transformer))
+
+
+def give_family(transformer: object, family: Family | None) -> Family | None:
+    """Let `transformer` be of `family`, whatever its class is; None goes by class and shape again.
+
+    Returns:
+        The family that was given before, or None.
+    """
+    own = vars(transformer)
+    before = own.get(_GIVEN)
+    if family is None:
+        own.pop(_GIVEN, None)
+    else:
+        own[_GIVEN] = family
+    return before
+
+
+def repeated_blocks(model: object) -> tuple[str, ...]:
+    """Return the class names of a model's repeated blocks: those it declares, else those its family knows."""
+    declared = getattr(model, "_repeated_blocks", None)
+    if declared:
+        return tuple(declared)
+    family = family_of_transformer(model)
+    return family.repeated_blocks if family is not None else ()

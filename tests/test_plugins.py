@@ -1,0 +1,229 @@
+"""The doors: a transform, a family and a backend from outside the package, and the contracts that they keep."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from examples.plugin import register
+from examples.plugin.backend import ROWS, PlainRows
+from examples.plugin.family import FLUX
+from examples.plugin.transform import HideProgress
+
+import ernie_accel
+from ernie_accel import CallDefaults, CastDtype, Context, Effect, Phase, Preview, Quantize, SwapScheduler, testing
+from ernie_accel.families import registry
+from ernie_accel.quantization import backend as backends
+from ernie_accel.quantization import choose
+from tests.pipelines import picture, tiny_ernie, tiny_flux
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """Register the example for one test."""
+    monkeypatch.setattr(registry, "_registered", [])
+    before = [(names, dict(names)) for names in (choose._backends, backends._schemes)]
+    register()
+    yield
+    for names, own in before:
+        names.clear()
+        names.update(own)
+
+
+def default_picture(pipe):
+    """Draw with the pipe's own defaults."""
+    call = {"height": 64, "width": 64, "generator": torch.Generator().manual_seed(0), "output_type": "pt"}
+    return pipe("a red circle", use_pe=False, **call).images.float()
+
+
+def test_the_three_examples_keep_their_contracts(plugin):
+    testing.check_transform(HideProgress(leave=True), shown_ernie, picture)
+    testing.check_backend(PlainRows())
+    testing.check_family(FLUX, tiny_flux, picture)
+
+
+def shown_ernie():
+    pipe = tiny_ernie()
+    pipe.set_progress_bar_config(disable=False)
+    return pipe
+
+
+def test_a_family_from_outside_is_known_to_plans_presets_and_quantization(plugin):
+    pipe = tiny_flux()
+    plan = ernie_accel.plan(pipe, CallDefaults("turbo"), Quantize("int8-weight-only"))
+    assert plan.family == "FLUX.1"
+    assert plan.steps[1].preview.changes == ("num_inference_steps 28 -> 4", "guidance_scale 3.5 -> 0.0")
+    assert "kept precise in FLUX.1" in plan.steps[0].preview.note
+    assert ernie_accel.recommend(pipe=pipe, mode="turbo").preset.name.startswith("turbo-")
+
+
+def test_a_backend_from_outside_quantizes_saves_and_loads(plugin, tmp_path):
+    pipe = tiny_ernie(dtype=torch.bfloat16)
+    before = picture(pipe)
+    ernie_accel.optimize(pipe, Quantize("int8-rows"))
+    drawn = picture(pipe)
+    assert not torch.equal(drawn, before)
+    assert "int8-rows by plain-rows" in str(ernie_accel.report(pipe))
+    ernie_accel.save(pipe, tmp_path / "saved")
+    assert torch.equal(picture(ernie_accel.load(tmp_path / "saved")), drawn)
+    ernie_accel.restore(pipe)
+    assert torch.equal(picture(pipe), before)
+
+
+def test_a_backend_may_be_passed_as_an_object(plugin):
+    assert Quantize("int8-rows", backend=PlainRows()) == Quantize("int8-rows", backend="plain-rows")
+
+
+def test_a_family_may_be_given_for_one_pipe(monkeypatch):
+    monkeypatch.setattr(registry, "_registered", [])  # a page of the docs registers it
+    pipe = tiny_flux()
+    plan = ernie_accel.plan(pipe, CallDefaults("turbo"), family=FLUX)
+    assert plan.family == "FLUX.1"
+    assert ernie_accel.plan(pipe, CallDefaults(num_inference_steps=2)).family is None
+    ernie_accel.optimize(pipe, CallDefaults("turbo"), family=FLUX)
+    assert ernie_accel.plan(pipe, CallDefaults("turbo")).family == "FLUX.1"
+    ernie_accel.restore(pipe)
+    assert registry.family_of(pipe) is None
+    with pytest.raises(ernie_accel.UnsupportedError):
+        ernie_accel.optimize(pipe, CallDefaults("turbo"), Quantize("fp8"), family=FLUX)
+    assert registry.family_of(pipe) is None
+
+
+def test_names_that_are_taken_are_refused(plugin):
+    with pytest.raises(ValueError, match="is known already, and it is another"):
+        ernie_accel.register_family(replace(FLUX, size_multiple=8))
+    assert ernie_accel.register_family(FLUX) == FLUX
+    with pytest.raises(ValueError, match="nothing tells which pipes"):
+        ernie_accel.register_family(replace(FLUX, name="other", transformer_classes=()))
+    with pytest.raises(ValueError, match="a scheme named 'int8-rows' is known already"):
+        ernie_accel.register_quantization_backend(PlainRows(), replace(ROWS, bits=7))
+    with pytest.raises(TypeError, match="expected a Backend"):
+        ernie_accel.register_quantization_backend("plain-rows")
+
+
+def test_a_scheme_that_nobody_described_is_refused():
+    class Unknown(PlainRows):
+        name = "unknown"
+        schemes: ClassVar[dict[str, tuple[int, int]]] = {"int3-rows": (0, 0)}
+
+    with pytest.raises(ValueError, match="int3-rows, which nobody has described"):
+        ernie_accel.register_quantization_backend(Unknown())
+
+
+def test_a_package_of_ones_own_can_be_looked_for(monkeypatch):
+    monkeypatch.setattr("ernie_accel.core.context._REGISTERED", {})
+    context = Context("cpu", "a test")
+    with pytest.raises(ernie_accel.UnknownNameError, match=r"register_package"):
+        context.missing("my_kernels")
+    ernie_accel.register_package("my_kernels", install="pip install my-kernels")
+    assert context.missing("my_kernels") == ["my_kernels is not installed: pip install my-kernels"]
+    ernie_accel.register_package("peft", install="pip install peft")
+    assert Context.detect().missing("peft") == []
+    with pytest.raises(ValueError, match="known already"):
+        ernie_accel.register_package("torchao", install="pip install torchao")
+
+
+def test_an_installed_plugin_is_found_and_a_broken_one_named(tmp_path):
+    for name, code in (("good", "import examples.plugin as p; register = p.register"), ("broken", "register = 3")):
+        (tmp_path / f"{name}_plugin.py").write_text(code)
+        info = tmp_path / f"{name}_plugin-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}-plugin\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[ernie_accel.plugins]\n{name} = {name}_plugin:register\n")
+    assert importlib.metadata.entry_points(group="ernie_accel.plugins") == ()
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import ernie_accel; from tests.pipelines import tiny_flux\n"
+        "print(ernie_accel.plan(tiny_flux(), ernie_accel.SliceVae()).family)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "FLUX.1"
+    assert "broken_plugin:register of broken-plugin 1.0 is left out: TypeError" in done.stderr
+
+
+@dataclass(frozen=True, repr=False)
+class DoesNothing(ernie_accel.Transform):
+    """Says that it changes the steps, and does not."""
+
+    phase = Phase.CALL
+    slot = "nothing"
+    effect = Effect.RESAMPLES
+    how: str = "attribute"
+
+    def unsupported(self, pipe, context):
+        return []
+
+    def preview(self, pipe, context):
+        return Preview(("num_inference_steps 50 -> 8",))
+
+    def apply(self, pipe, context):
+        with ernie_accel.Undo() as undo:
+            if self.how == "attribute":
+                undo.setattr(pipe, "_steps", 8)
+        return ernie_accel.Applied(("num_inference_steps 50 -> 8",), undo=undo)
+
+
+@dataclass(frozen=True, repr=False)
+class Lies(DoesNothing):
+    """Says that it is exact, and casts."""
+
+    effect = Effect.EXACT
+
+    def apply(self, pipe, context):
+        return CastDtype("bf16").apply(pipe, context)
+
+    def planned(self, pipe, context):
+        return CastDtype("bf16").planned(pipe, context)
+
+
+def test_the_contract_catches_a_transform_that_does_nothing():
+    with pytest.raises(testing.ContractError, match="another picture is expected"):
+        testing.check_transform(DoesNothing(), tiny_ernie, picture)
+    with pytest.raises(testing.ContractError, match="nothing of the pipe is changed"):
+        testing.check_transform(DoesNothing("not at all"), tiny_ernie, picture)
+
+
+def test_the_contract_catches_receipts_that_are_not_the_plan():
+    with pytest.raises(testing.ContractError, match="the receipt says what the plan said"):
+        testing.check_transform(Lies(), tiny_ernie, picture)
+
+
+@pytest.mark.parametrize(
+    "transform", [SwapScheduler("unipc"), CastDtype("bfloat16"), Quantize("int8-weight-only"), CallDefaults("turbo")]
+)
+def test_the_contract_holds_for_the_catalogue(transform):
+    draw = default_picture if isinstance(transform, CallDefaults) else picture
+    testing.check_transform(transform, tiny_ernie, draw)
+
+
+def test_the_contract_of_a_backend_catches_wrong_bytes_and_products():
+    class Fat(PlainRows):
+        def stored_bytes(self, scheme, spec):
+            return 0
+
+    class Wrong(PlainRows):
+        def dequantize(self, layer):
+            return super().dequantize(layer) * 2
+
+    backends.add_scheme(ROWS)
+    try:
+        for cls, words in ((Fat, "bytes are what was planned"), (Wrong, "promises 36 dB")):
+            with pytest.raises(testing.ContractError, match=words):
+                testing.check_backend(cls())
+    finally:
+        del backends._schemes[ROWS.name]
+
+
+def test_every_backend_of_the_library_keeps_its_contract():
+    from ernie_accel.quantization.choose import BACKENDS
+
+    here = Context.detect()
+    checked = [each for each in BACKENDS.values() if any(not each.unsupported(name, here) for name in each.schemes)]
+    for backend in checked:
+        testing.check_backend(backend)
+    assert len(checked) >= 3
