@@ -9,14 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from contextlib import closing
 
 import pytest
 from PIL import Image
 
 from ernie_accel.batch import BatchChangedError, BatchInputError, BatchOutputError, command, report
 from ernie_accel.batch.job import plan_job
-from ernie_accel.batch.ledger import Ledger
+from ernie_accel.batch.ledger import open_job
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError
 from tests.child_paths import PYTHONPATH
@@ -305,7 +304,7 @@ def test_what_the_folder_holds_is_told_before_anything_is_loaded(table, monkeypa
     monkeypatch.setattr(command, "_engine", lambda job, facts: (loads.append(job), StubEngine())[1])
     assert command.run_job(plan(table)) == 0
     out = table.parent / "out"
-    with closing(Ledger(out)), pytest.raises(BatchOutputError, match="another process is at work on this job"):
+    with open_job(out), pytest.raises(BatchOutputError, match="another process is at work on this job"):
         command.run_job(plan(table))
     with pytest.raises(BatchChangedError, match=r"line 2: '00000\.png': seed was 0 and is now 5"):
         command.run_job(plan(table, seed=5))

@@ -150,7 +150,7 @@ def test_pictures_with_nan_fail_and_their_neighbours_do_not(tmp_path):
 def test_a_full_disk_ends_the_job_and_the_next_run_finishes_it(tmp_path):
     with (
         disk_full_when(lambda file: file > 4),
-        pytest.raises(BatchOutputError, match="No space left on device; mend this and run again"),
+        pytest.raises(BatchOutputError, match="No space left on device; fix this and run again"),
     ):
         run(StubEngine(), make_rows(12), tmp_path, batch_size=2)
     assert set(states(tmp_path)) == {"done", "pending"}
@@ -162,7 +162,7 @@ def test_a_full_disk_ends_the_job_and_the_next_run_finishes_it(tmp_path):
 def test_the_last_picture_that_cannot_be_written_ends_the_job_too(tmp_path):
     with (
         disk_full_when(lambda file: file == 2),
-        pytest.raises(BatchOutputError, match="No space left on device; mend this and run again"),
+        pytest.raises(BatchOutputError, match="No space left on device; fix this and run again"),
     ):
         run(StubEngine(), make_rows(2), tmp_path, batch_size=2, writers=1)
     assert sorted(states(tmp_path)) == ["done", "pending"]

@@ -13,7 +13,8 @@ from dataclasses import replace
 import pytest
 
 from ernie_accel.batch import BatchChangedError, BatchOutputError, produce
-from ernie_accel.batch.ledger import JOB_FOLDER, Ledger
+from ernie_accel.batch.ledger import JOB_FOLDER, Ledger, open_job
+from ernie_accel.batch.task import tasks_of
 from tests.child_paths import PYTHONPATH
 from tests.stub_engine import StubEngine, make_rows
 
@@ -143,9 +144,8 @@ def test_a_file_of_this_job_that_waits_to_be_replaced_is_in_no_later_runs_way(tm
     rows = make_rows(3)
     run(StubEngine(), rows, tmp_path)
     if kind == "killed":  # after the file, before its entry
-        with sqlite3.connect(tmp_path / JOB_FOLDER / "ledger.sqlite") as ledger:
-            ledger.execute("UPDATE rows SET state='running'")
-        ledger.close()
+        with open_job(tmp_path) as (_, ledger):
+            ledger.running(tasks_of(rows, 0))
     elif kind == "truncated":
         for path in tmp_path.glob("*.png"):
             path.write_bytes(path.read_bytes()[:99])
@@ -244,7 +244,7 @@ def test_the_manifest_lists_every_row_with_its_own_columns(tmp_path):
     ]
     assert lines[1]["error"] == "ValueError: no"
     assert lines[0]["bytes"] == (tmp_path / "000.png").stat().st_size
-    with (tmp_path / "manifest.csv").open(newline="") as file:
+    with (tmp_path / "manifest.csv").open(newline="", encoding="utf-8-sig") as file:
         table = list(csv.DictReader(file))
     assert [(line["path"], line["prompt"], line["sku"]) for line in table] == [
         (f"00{i}.png", f"cup {i}", f"S{i}") for i in range(3)

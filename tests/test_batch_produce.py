@@ -54,7 +54,7 @@ class StubPipe:
 
 MEND = (
     " could not be written: No space left on device; "
-    "mend this and run again: finished pictures stay, and the others are made"
+    "fix this and run again: finished pictures stay, and the others are made"
 )
 
 
@@ -195,7 +195,7 @@ def test_a_failed_write_leaves_the_old_picture_and_no_other_file(tmp_path, monke
     old = (tmp_path / "0.png").read_bytes()
     results = produce(StubPipe(), [make_row(0, seed=3), make_row(1)], tmp_path, overwrite=True, progress=False)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise failure
 
     monkeypatch.setattr(os, stage, fail)
@@ -259,10 +259,14 @@ def test_an_unusable_folder_is_refused_before_anything_is_rendered(tmp_path, mon
         with pytest.raises(BatchOutputError, match="a file of this name is in the way; choose a folder"):
             produce(StubPipe(), [make_row(0)], out)
 
-    def fail(*_):
-        raise PermissionError(errno.EACCES, "Permission denied")
+    really_open = os.open
 
-    monkeypatch.setattr(os, "replace", fail)
+    def fail(path, flags, *arguments, **options):
+        if flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return really_open(path, flags, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", fail)
     with pytest.raises(BatchOutputError, match="  Permission denied; choose a folder that can be written to"):
         produce(StubPipe(), [make_row(0)], tmp_path / "out")
     assert names(tmp_path / "out") == []

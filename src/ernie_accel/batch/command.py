@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ernie_accel.batch.errors import BatchInputError, BatchOutputError
+from ernie_accel.batch.errors import BatchInputError, BatchOutputError, shown
 from ernie_accel.batch.job import EMBEDDED_MODEL, OPTION_OF, REAL_MODEL, Job, key_in, plan_job
 from ernie_accel.batch.row import MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, MAX_VARIANTS, MIN_SIDE
 from ernie_accel.core.text import one_line
@@ -180,10 +180,11 @@ def _run_job(job: Job) -> int:
             overwrite=job.overwrite,
             sift=job.sifting(),
             facts=dict.fromkeys(("model", "preset", "sampler", "prompt enhancer")) | facts,
+            files=_written_files(job),
         )
         # Image servers are no model to load, and only their engine can tell whether its own settings have changed.
         if not anything and not job.endpoint:
-            renew_manifest(rows, job.output_dir, seed=job.seed)
+            renew_manifest(rows, job.output_dir, seed=job.seed, overwrite=job.overwrite)
             _report(job, power)
             typer.echo(f"Nothing to do, {len(rows)} rows were finished before: {_where(job)}")
             return 0
@@ -210,18 +211,36 @@ def _report(job: Job, power: _Power) -> None:
     from ernie_accel.batch.report import write_report
 
     if job.report:
-        write_report(job.output_dir, gpu_price=job.gpu_price, power_price=job.power_price, watts=power.watts)
+        write_report(
+            job.output_dir,
+            gpu_price=job.gpu_price,
+            power_price=job.power_price,
+            watts=power.watts,
+            overwrite=job.overwrite,
+        )
+
+
+def _written_files(job: Job) -> Sequence[str]:
+    """Return the names of what a job writes beside its pictures."""
+    from ernie_accel.batch.ledger import MANIFESTS
+    from ernie_accel.batch.report import REPORTS
+
+    return (*MANIFESTS, *REPORTS) if job.report else MANIFESTS
 
 
 def _check_outputs(job: Job) -> None:
     """Refuse a folder or file that cannot be written now, and not after the model was loaded."""
-    from ernie_accel.batch.assembly import prepare_folder
+    from ernie_accel.batch.folder import OutputFolder
+    from ernie_accel.batch.telemetry import refuse_state_files
 
-    prepare_folder(job.output_dir)
+    OutputFolder(job.output_dir, create=True).close()
     for path in filter(None, (job.log_json, job.prometheus)):
-        prepare_folder(path.parent)
-        if path.is_dir():
-            raise BatchOutputError(path.parent, [(None, f"{path.name!r} is a folder; choose another name")])
+        OutputFolder(path.parent, create=True).close()
+    refuse_state_files(job.output_dir, job.log_json, job.prometheus)
+    for name in _written_files(job):  # whatever may be overwritten: without its table no job goes on
+        if (job.output_dir / name).resolve() == job.input_file.resolve():
+            reason = f"the job would replace its own table, {shown(name)}; rename the table, or choose another output"
+            raise BatchOutputError(job.output_dir, [(None, reason)])
 
 
 class _Power:

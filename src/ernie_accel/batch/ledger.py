@@ -3,20 +3,26 @@
 A picture is done when its file was renamed into place *and* the ledger says so, in this order. Between the two a
 kill leaves a whole picture that the ledger calls running: the next run makes it again and replaces it in one step.
 SQLite in exclusive mode is the job's lock as well: the system releases it when the process ends, however it ends.
+
+A ledger can be damaged, or be another file altogether: each row carries a checksum, and what does not fit is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import sqlite3
 import stat
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ernie_accel.batch.errors import BatchChangedError, BatchOutputError, Problem
+from ernie_accel.batch.errors import BatchChangedError, BatchOutputError, Problem, shown
+from ernie_accel.batch.folder import OutputFolder, is_link
+from ernie_accel.batch.naming import JOB_FILES, REJECTED_FOLDER, collision_key
 from ernie_accel.batch.task import Task
 
 FINAL = ("done", "rejected")
@@ -25,25 +31,35 @@ FINAL = ("done", "rejected")
 JOB_FOLDER = ".ernie-accel"
 """The folder inside the output folder that holds the ledger."""
 
-_VERSION = 1
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS rows (
-    path TEXT PRIMARY KEY,         -- relative to the output folder
-    line INTEGER NOT NULL,         -- of the input
-    fingerprint TEXT NOT NULL,     -- of the request
-    request TEXT NOT NULL,         -- JSON
-    columns TEXT NOT NULL,         -- JSON: the input's own columns
-    state TEXT NOT NULL DEFAULT 'pending',
-    seed TEXT,                     -- the one that made the picture; text: SQLite's integers end at 2**63
-    error TEXT,
-    bytes INTEGER,                 -- of the file
-    seconds REAL,                  -- from the start of its batch to the finished file
-    batch_size INTEGER,
-    hash TEXT,                     -- perceptual, hexadecimal, for near-duplicates
-    finished_at REAL               -- Unix time
-);
-"""
+MANIFESTS = ("manifest.jsonl", "manifest.csv")
+"""The files that every job with a ledger writes beside its pictures."""
+
+_FILE = f"{JOB_FOLDER}/ledger.sqlite"
+_OPENED = (_FILE, f"{_FILE}-wal")  # what SQLite writes to
+_VERSION = 2  # 1: without checksums, and without the digests of the job's own files
+_ROWS = {  # the columns of the table of rows, with their types
+    "path": "TEXT PRIMARY KEY",  # relative to the output folder
+    "line": "INTEGER NOT NULL",  # of the input
+    "fingerprint": "TEXT NOT NULL",  # of the request
+    "request": "TEXT NOT NULL",  # JSON
+    "columns": "TEXT NOT NULL",  # JSON: the input's own columns
+    "state": "TEXT NOT NULL DEFAULT 'pending'",
+    "seed": "TEXT",  # the one that made the picture; text: SQLite's integers end at 2**63
+    "error": "TEXT",
+    "bytes": "INTEGER",  # of the file
+    "seconds": "REAL",  # from the start of its batch to the finished file
+    "batch_size": "INTEGER",
+    "hash": "TEXT",  # perceptual, hexadecimal, for near-duplicates
+    "finished_at": "REAL",  # Unix time
+}
+_FILES_TABLE = "CREATE TABLE files (name TEXT, digest TEXT, PRIMARY KEY (name, digest))"  # that the job wrote: SHA-256
+_SCHEMA = (
+    "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    f"CREATE TABLE rows ({', '.join(f'{name} {kind}' for name, kind in _ROWS.items())}, checksum INTEGER)",
+    _FILES_TABLE,
+)
+_COLUMNS = {"settings": ("name", "value"), "rows": (*_ROWS, "checksum"), "files": ("name", "digest")}
+_SUMMED = ", ".join(_ROWS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,66 +84,109 @@ class Ledger:
     """The rows of one job and their states, in the output folder or, for a job nobody resumes, in memory."""
 
     @classmethod
-    def exists(cls, out: Path) -> bool:
-        """Return whether there is a ledger in the output folder `out`."""
-        return (out / JOB_FOLDER / "ledger.sqlite").is_file()
+    def exists(cls, folder: OutputFolder) -> bool:
+        """Return whether there is a ledger, or anything in its place, in an output folder."""
+        return folder.status(_FILE) is not None
 
-    def __init__(self, out: Path, *, durable: bool = True) -> None:
-        """Open the ledger of the output folder `out`, or create it, and lock the job.
+    def __init__(self, folder: OutputFolder, *, durable: bool = True) -> None:
+        """Open the ledger of an output folder, or create it, and lock the job.
 
         Raises:
-            BatchOutputError: Another process is at work there, or the ledger cannot be written or read.
+            BatchOutputError: Another process is at work there, the ledger cannot be written or read, or it is damaged.
         """
-        self._out = out
-        self._path = out / JOB_FOLDER / "ledger.sqlite" if durable else None
+        self._folder = folder
+        self._durable = durable
+        self._overwrite = False
+        self._identities: dict[str, tuple[int, int]] = {}
         try:
-            if self._path:
-                self._path.parent.mkdir(exist_ok=True)
+            if durable:
+                self._refuse_links()
+                folder.append(_FILE, b"")  # not by SQLite, which would follow a link
             # autocommit: every statement outside a `with self._db` block stands on its own
-            self._db = sqlite3.connect(self._path or ":memory:", timeout=0, check_same_thread=False)
+            path = folder.absolute(_FILE) if durable else ":memory:"
+            self._db = sqlite3.connect(path, timeout=0, check_same_thread=False)
         except (OSError, sqlite3.Error) as error:
             raise self._broken(error) from error
         try:
-            self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.executescript(f"BEGIN EXCLUSIVE;{_SCHEMA}COMMIT;")
-            self._check_version()
-        except sqlite3.Error as error:
+            self._open()
+        except BaseException as error:  # Ctrl-C too: a connection left open would lock the job
             self._db.close()
-            raise self._broken(error) from error
+            if isinstance(error, sqlite3.Error):
+                raise self._broken(error) from error
+            raise
 
-    def begin(self, tasks: Sequence[Task], settings: Mapping[str, str], *, overwrite: bool) -> list[Task]:
+    def begin(
+        self, tasks: Sequence[Task], settings: Mapping[str, str], *, overwrite: bool, files: Iterable[str] = MANIFESTS
+    ) -> list[Task]:
         """Take a job's rows in, and return those that are still to be made, in their order.
 
         Args:
             tasks: Every row of the job, with distinct paths.
             settings: What changes pictures beside the rows: model, preset, engine.
-            overwrite: Make changed rows again, and replace pictures that are not this job's.
+            overwrite: Make changed rows again, and replace files that are not this job's.
+            files: The names of what will be written beside the pictures, if the ledger is durable.
 
         Raises:
             BatchChangedError: Finished pictures were made from other rows or settings, and `overwrite` is off.
-            BatchOutputError: Pictures that are not this job's are in the way.
+            BatchOutputError: Files that are not this job's, or links, are in the way.
         """
-        prints, changed_settings, changed, gone = self._compare(tasks, settings, overwrite)
+        prints, changed_settings, changed, gone = self._compare(tasks, settings, overwrite, files)
+        self._overwrite = overwrite
         stale = {task.row.path for task in (tasks if changed_settings else changed)}
         self._store(tasks, prints, settings, stale, gone)
+        self.disclaim_lost()
         states = {path: state for path, state, _ in self._states()}
-        lost = self._lost_files()
-        return [task for task in tasks if states[task.row.path] not in FINAL or task.row.path in lost]
+        return [task for task in tasks if states[task.row.path] not in FINAL]
 
-    def check(self, tasks: Sequence[Task], settings: Mapping[str, str | None], *, overwrite: bool) -> bool:
+    def check(
+        self,
+        tasks: Sequence[Task],
+        settings: Mapping[str, str | None],
+        *,
+        overwrite: bool,
+        files: Iterable[str] = MANIFESTS,
+    ) -> bool:
         """Raise what `begin` would, and return whether it would leave anything to do; change nothing.
 
         Settings that are not named are taken to be as they were; those that are None, not to be any more.
         """
         assumed = {name: value for name, value in {**self.settings(), **settings}.items() if value is not None}
-        _, changed_settings, changed, gone = self._compare(tasks, assumed, overwrite)
+        _, changed_settings, changed, gone = self._compare(tasks, assumed, overwrite, files)
         final = {path for path, state, _ in self._states() if state in FINAL}
         return bool(changed_settings or changed or gone or final != {t.row.path for t in tasks} or self._lost_files())
 
+    def disclaim_lost(self) -> list[str]:
+        """Call no picture done that the folder does not hold as it was made; return the paths of those that were."""
+        lost = sorted(self._lost_files())
+        # Not pending: what is there is this job's, to be replaced.
+        self._update(_to_state("running"), [(path,) for path in lost])
+        return lost
+
+    def write(self, name: str, data: bytes, *, overwrite: bool = False) -> None:
+        """Write one of the job's own files, such as its manifest, so that later runs know that it is theirs.
+
+        Args:
+            name: Directly in the output folder.
+            data: All that it will hold.
+            overwrite: Replace a file that is not this job's, or was changed; so do jobs begun with `overwrite`.
+
+        Raises:
+            BatchOutputError: It cannot be written, or such a file is in its place.
+        """
+        if problems := self._foreign_files([name], overwrite or self._overwrite):
+            raise BatchOutputError(self._folder.path, problems)
+        digest = hashlib.sha256(data).hexdigest()
+        # Before the file, so that a kill after it leaves none that is unknown; the old one is known until then.
+        self._update("INSERT OR IGNORE INTO files VALUES (?, ?)", [(name, digest)])
+        try:
+            self._folder.write(name, data)
+        except OSError as error:
+            reason = f"{name!r} could not be written: {error.strerror or error}; the pictures are not affected"
+            raise BatchOutputError(self._folder.path, [(None, reason)]) from error
+        self._update("DELETE FROM files WHERE name=? AND digest<>?", [(name, digest)])
+
     def _compare(
-        self, tasks: Sequence[Task], settings: Mapping[str, str], overwrite: bool
+        self, tasks: Sequence[Task], settings: Mapping[str, str], overwrite: bool, files: Iterable[str]
     ) -> tuple[dict[str, str], list[str], list[Task], set[str]]:
         """Return the rows' fingerprints by path, what settings and which rows have changed, and which paths are gone.
 
@@ -145,76 +204,150 @@ class Ledger:
             self._refuse_changes(
                 changed_settings if final else [], [t for t in changed if t.row.path in final], gone & final
             )
-        self._refuse_foreign(tasks, known, overwrite)
+        self._refuse_foreign(tasks, known, overwrite, files if self._durable else ())
         return prints, changed_settings, changed, gone
 
     def running(self, tasks: Iterable[Task]) -> None:
         """Note that the pictures are being made; from here on a file of their name is this job's."""
-        self._update("UPDATE rows SET state='running' WHERE path=?", [(task.row.path,) for task in tasks])
+        self._update(_to_state("running"), [(t.row.path,) for t in tasks])
 
     def pending(self, tasks: Iterable[Task]) -> None:
         """Note that the pictures are not being made any more, and were not."""
-        self._update("UPDATE rows SET state='pending' WHERE path=?", [(task.row.path,) for task in tasks])
+        self._update(_to_state("pending"), [(t.row.path,) for t in tasks])
 
     def settle(self, entries: Sequence[Mapping[str, object]]) -> None:
         """Note what became of rows: mappings with `path`, `state` and the other columns of an `Entry`."""
-        self._update(
-            "UPDATE rows SET state=:state, seed=:seed, error=:error, bytes=:bytes, seconds=:seconds,"
-            " batch_size=:batch_size, hash=:hash, finished_at=:finished_at WHERE path=:path",
-            entries,
-        )
+        settled = ("state", "seed", "error", "bytes", "seconds", "batch_size", "hash", "finished_at")
+        self._update(f"UPDATE rows SET {_changed(**{name: f':{name}' for name in settled})} WHERE path=:path", entries)
 
     def entries(self) -> Iterator[Entry]:
         """Yield every row in the order of the input."""
-        cursor = self._db.execute("SELECT * FROM rows ORDER BY rowid")
-        names = [column[0] for column in cursor.description]
-        kept = [(field.name, names.index(field.name)) for field in fields(Entry)]
-        for values in cursor:
-            known: dict[str, Any] = {name: values[place] for name, place in kept}
-            known |= {name: json.loads(known[name]) for name in ("request", "columns")}
+        names = [field.name for field in fields(Entry)]
+        for values in self._select(f"SELECT {', '.join(names)} FROM rows ORDER BY rowid"):
+            known: dict[str, Any] = dict(zip(names, values, strict=True))
+            known |= {name: self._json(known[name]) for name in ("request", "columns")}
             known["seed"] = None if known["seed"] is None else int(known["seed"])
             yield Entry(**known)
 
     def hashes(self) -> Iterator[tuple[str, str]]:
         """Yield the perceptual hash and the path of every picture in its place that has one."""
-        yield from self._db.execute("SELECT hash, path FROM rows WHERE state='done' AND hash IS NOT NULL")
+        yield from self._select("SELECT hash, path FROM rows WHERE state='done' AND hash IS NOT NULL")
 
     def column_names(self) -> list[str]:
         """Return the names of the input's own columns, in the order in which they appear."""
         names: dict[str, None] = {}
-        for (columns,) in self._db.execute("SELECT columns FROM rows ORDER BY rowid"):
-            names.update(dict.fromkeys(json.loads(columns)))
+        for (columns,) in self._select("SELECT columns FROM rows ORDER BY rowid"):
+            names.update(dict.fromkeys(self._json(columns)))
         return list(names)
 
     def counts(self) -> dict[str, int]:
         """Return the number of rows by state."""
-        return dict(self._db.execute("SELECT state, count(*) FROM rows GROUP BY state"))
+        return dict(self._select("SELECT state, count(*) FROM rows GROUP BY state"))
 
     def settings(self) -> dict[str, str]:
         """Return what the job was begun with."""
-        return dict(self._db.execute("SELECT name, value FROM settings"))
+        return dict(self._select("SELECT name, value FROM settings"))
 
     def close(self) -> None:
         """Close the ledger and release the job's lock."""
         self._db.close()
 
-    def _check_version(self) -> None:
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version not in (0, _VERSION):  # 0: just created
-            raise sqlite3.DatabaseError(f"it has format {version}; this release reads {_VERSION}")
-        self._db.execute(f"PRAGMA user_version={_VERSION}")
+    def _open(self) -> None:
+        """Lock the ledger, make its tables if it is new, and check them if it is not."""
+        self._db.create_function("row_checksum", -1, _checksum, deterministic=True)
+        self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        with self._db:
+            self._db.execute("BEGIN EXCLUSIVE")
+            for (found,) in self._db.execute("PRAGMA quick_check(1)"):
+                if found != "ok":
+                    raise sqlite3.DatabaseError(found)
+            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            new = not version and not self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+            if not new and version not in (1, _VERSION):
+                reads = f"this release reads {_VERSION}" if version else "it is another program's database"
+                raise sqlite3.DatabaseError(f"it has format {version}; {reads}")
+            if new:
+                for statement in _SCHEMA:
+                    self._db.execute(statement)
+            elif version == 1:
+                self._renew()
+            self._check_rows()
+            self._db.execute(f"PRAGMA user_version={_VERSION}")  # in one transaction with the tables
+        if self._durable:
+            self._identities = {name: (s.st_dev, s.st_ino) for name in _OPENED if (s := self._folder.status(name))}
+
+    def _renew(self) -> None:
+        """Bring a ledger of format 1 to the present one; the files that such a job has written become known."""
+        self._check_columns({"settings": _COLUMNS["settings"], "rows": tuple(_ROWS)})
+        self._db.execute("ALTER TABLE rows ADD COLUMN checksum INTEGER")
+        self._db.execute(f"UPDATE rows SET checksum=row_checksum({_SUMMED})")
+        self._db.execute(_FILES_TABLE)
+        known = [(name, digest) for name in JOB_FILES if (digest := self._folder.digest(name)) is not None]
+        self._db.executemany("INSERT INTO files VALUES (?, ?)", known)
+
+    def _check_rows(self) -> None:
+        self._check_columns(_COLUMNS)
+        wrong = f"SELECT path FROM rows WHERE checksum IS NOT row_checksum({_SUMMED}) LIMIT 1"
+        for (path,) in self._db.execute(wrong):
+            raise sqlite3.DatabaseError(f"its row {shown(path)} has another checksum")
+
+    def _check_columns(self, expected: Mapping[str, tuple[str, ...]]) -> None:
+        for table, columns in expected.items():
+            found = tuple(name for _, name, *_ in self._db.execute(f"PRAGMA table_info({table})"))
+            if found != columns:
+                raise sqlite3.DatabaseError(f"its table {table!r} is missing, or has other columns")
+
+    def _refuse_links(self) -> None:
+        """Refuse a job folder of which any part leads elsewhere."""
+        names = (_FILE, *(f"{_FILE}-{end}" for end in ("wal", "shm", "journal")), f"{JOB_FOLDER}/runs.jsonl")
+        problems = self._folder.link_problems([JOB_FOLDER])
+        for name in () if problems else names:
+            if (found := self._folder.status(name)) is not None and not stat.S_ISREG(found.st_mode):
+                what = "a link, which can lead out of the folder" if is_link(found) else "no file"
+                problems.append((None, f"{name!r} is {what}; move it away, or choose another output"))
+        if problems:
+            raise BatchOutputError(self._folder.path, problems)
 
     def _states(self) -> Iterator[tuple[str, str, str]]:
-        yield from self._db.execute("SELECT path, state, fingerprint FROM rows")
+        yield from self._select("SELECT path, state, fingerprint FROM rows")
 
-    def _update(self, statement: str, rows: Sequence[Mapping[str, object]] | Sequence[tuple[str]]) -> None:
-        if not rows:
-            return
+    def _select(self, statement: str) -> Iterator[tuple[Any, ...]]:
         try:
-            with self._db:  # one transaction, so one fsync
-                self._db.executemany(statement, rows)
+            yield from self._db.execute(statement)
         except sqlite3.Error as error:
             raise self._broken(error) from error
+
+    def _json(self, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise self._broken(error) from error
+
+    def _update(self, statement: str, rows: Sequence[Mapping[str, object]] | Sequence[tuple[str, ...]]) -> None:
+        if not rows:
+            return
+        with self._writing():
+            self._db.executemany(statement, rows)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Make what follows one transaction, so one fsync, in a ledger that is still the job's."""
+        try:
+            with self._db:
+                yield
+        except sqlite3.Error as error:
+            raise self._broken(error) from error
+        # SQLite does not notice: it writes on into what was deleted.
+        for name, identity in self._identities.items():
+            found = self._folder.status(name)
+            if found is None or (found.st_dev, found.st_ino) != identity:
+                gone = self._folder.problem() or (
+                    f"the job's ledger {name} was deleted or replaced while the job ran; put it back, or allow "
+                    "overwriting: then all is made again"
+                )
+                raise BatchOutputError(self._folder.path, [(None, gone)])
 
     def _store(
         self,
@@ -224,29 +357,27 @@ class Ledger:
         stale: set[str],
         gone: Iterable[str],
     ) -> None:
+        given = ("line", "fingerprint", "request", "columns")
         rows = (  # made as they are stored: their JSON is larger than the rows
             (path, t.row.line, prints[path], t.described(), json.dumps(dict(t.row.columns), ensure_ascii=False))
             for t in tasks
             for path in (t.row.path,)
         )
-        try:
-            with self._db:
-                self._db.executemany("DELETE FROM rows WHERE path=?", [(path,) for path in gone])
-                self._db.executemany(
-                    "INSERT INTO rows (path, line, fingerprint, request, columns) VALUES (?, ?, ?, ?, ?)"
-                    " ON CONFLICT(path) DO UPDATE SET line=excluded.line, fingerprint=excluded.fingerprint,"
-                    " request=excluded.request, columns=excluded.columns",
-                    rows,
-                )
-                # Their pictures exist and are this job's, to be replaced: as if they had been begun.
-                self._db.executemany(
-                    "UPDATE rows SET state='running' WHERE path=? AND state IN ('done', 'rejected')",
-                    [(path,) for path in stale],
-                )
-                self._db.execute("DELETE FROM settings")
-                self._db.executemany("INSERT INTO settings VALUES (?, ?)", settings.items())
-        except sqlite3.Error as error:
-            raise self._broken(error) from error
+        with self._writing():
+            self._db.executemany("DELETE FROM rows WHERE path=?", [(path,) for path in gone])
+            self._db.executemany(
+                "INSERT INTO rows (path, line, fingerprint, request, columns, checksum) VALUES (?1, ?2, ?3, ?4, ?5,"
+                " row_checksum(?1, ?2, ?3, ?4, ?5, 'pending', NULL, NULL, NULL, NULL, NULL, NULL, NULL))"
+                f" ON CONFLICT(path) DO UPDATE SET {_changed(**{name: f'excluded.{name}' for name in given})}",
+                rows,
+            )
+            # Their pictures exist and are this job's, to be replaced: as if they had been begun.
+            self._db.executemany(
+                _to_state("running") + " AND state IN ('done', 'rejected')",
+                [(path,) for path in stale],
+            )
+            self._db.execute("DELETE FROM settings")
+            self._db.executemany("INSERT INTO settings VALUES (?, ?)", settings.items())
 
     def _changed_settings(self, settings: Mapping[str, str]) -> list[str]:
         before = self.settings()
@@ -268,51 +399,97 @@ class Ledger:
             problems.append((task.row.line, f"{task.row.path!r}: {what}"))
         problems += [(None, f"{path!r} is in the folder's ledger and no longer in the input") for path in sorted(gone)]
         if problems:
-            raise BatchChangedError(self._out, problems)
+            raise BatchChangedError(self._folder.path, problems)
 
-    def _refuse_foreign(self, tasks: Sequence[Task], known: Mapping[str, tuple[str, str]], overwrite: bool) -> None:
-        """Refuse pictures in the way, but for those that an earlier run of this job has made or begun."""
-        problems: list[Problem] = []
-        out = str(self._out)
+    def _refuse_foreign(
+        self,
+        tasks: Sequence[Task],
+        known: Mapping[str, tuple[str, str]],
+        overwrite: bool,
+        files: Iterable[str],
+    ) -> None:
+        """Refuse what is in the way, but for the files that an earlier run of this job has made or begun."""
+        folders = dict.fromkeys(task.row.folder for task in tasks if task.row.folder)
+        problems = self._folder.link_problems([JOB_FOLDER, *folders, *self._folder.folders_below(REJECTED_FOLDER)])
         for task in tasks:
             path = task.row.path
-            if (mode := _mode(os.path.join(out, path))) is None:  # noqa: PTH118  # a Path takes longer than the look
+            if (found := self._folder.status(path)) is None:
                 continue
-            if stat.S_ISDIR(mode):
+            if stat.S_ISDIR(found.st_mode):
                 problems.append((task.row.line, f"{path!r} is a folder; move it or choose another output"))
             elif not overwrite and known.get(path, ("pending",))[0] == "pending":
                 problems.append((task.row.line, f"{path!r} exists; allow overwriting or choose another output"))
+        problems += self._foreign_files(files, overwrite)
         if problems:
-            raise BatchOutputError(self._out, problems)
+            raise BatchOutputError(self._folder.path, problems)
+
+    def _foreign_files(self, names: Iterable[str], overwrite: bool) -> list[Problem]:
+        """Return which of the job's own files are in truth somebody else's, or were changed by somebody."""
+        ours = set(self._select("SELECT name, digest FROM files"))
+        problems: list[Problem] = []
+        for name in names:
+            if (found := self._folder.status(name)) is None:
+                continue
+            if stat.S_ISDIR(found.st_mode):
+                problems.append((None, f"{name!r} is a folder; move it or choose another output"))
+            elif not overwrite and (name, self._folder.digest(name)) not in ours:
+                why = "exists, and is not as this job wrote it"
+                problems.append((None, f"{name!r} {why}; move it, allow overwriting or choose another output"))
+        return problems
 
     def _lost_files(self) -> set[str]:
         """Return the paths of pictures that the ledger calls done and the folder does not hold as they were."""
-        out = str(self._out)
-        done = self._db.execute("SELECT path, bytes FROM rows WHERE state='done'")
-        return {path for path, size in done if _file_size(os.path.join(out, path)) != size}  # noqa: PTH118
+        done = self._select("SELECT path, bytes FROM rows WHERE state='done'")
+        return {path for path, size in done if self._folder.size(path) != size}
 
     def _broken(self, error: Exception) -> BatchOutputError:
-        if "locked" in str(error):
+        text = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, sqlite3.Error) and "locked" in text:
             reason = "another process is at work on this job; wait for it, or choose another output"
+        elif isinstance(error, OSError) or any(word in text for word in ("full", "I/O", "open", "readonly")):
+            fix = "free space, allow writing there, or choose another output"
+            reason = f"the job's ledger {_FILE} cannot be used ({text}); {fix}"
         else:
-            reason = (
-                f"the job's ledger {JOB_FOLDER}/ledger.sqlite cannot be used ({error}); free space, or move it away"
-            )
-        return BatchOutputError(self._out, [(None, reason)])
+            fix = "move it away and allow overwriting: then all is made again; or choose another output"
+            reason = f"the job's ledger {_FILE} cannot be used ({text}); {fix}"
+        return BatchOutputError(self._folder.path, [(None, reason)])
 
 
-def _mode(path: str) -> int | None:
-    """Return the mode of what has this name, a link's own if it is one; None if there is nothing."""
-    try:
-        return os.lstat(path).st_mode
-    except OSError:
-        return None
+def is_name_of_the_job(name: str) -> bool:
+    """Return whether a path in the output folder is a picture's, or that of something else that a job keeps there."""
+    key = collision_key(name)
+    return key in JOB_FILES or key.endswith(".png") or key.startswith((f"{JOB_FOLDER}/", f"{REJECTED_FOLDER}/"))
 
 
-def _file_size(path: str) -> int | None:
-    """Return the size of a file, at the end of a link if it is one; None if there is no such file."""
-    try:
-        found = os.stat(path)  # noqa: PTH116  # as above
-    except OSError:
-        return None
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
+@contextmanager
+def open_job(out: Path, *, durable: bool | None = True) -> Iterator[tuple[OutputFolder, Ledger]]:
+    """Open a job's folder and its ledger.
+
+    Args:
+        out: The output folder.
+        durable: Whether the ledger is in that folder; None: if there is one.
+
+    Raises:
+        BatchOutputError: There is no such folder, or the ledger cannot be opened, see there.
+    """
+    with ExitStack() as closing:
+        folder = OutputFolder(out)
+        closing.callback(folder.close)
+        ledger = Ledger(folder, durable=Ledger.exists(folder) if durable is None else durable)
+        closing.callback(ledger.close)
+        yield folder, ledger
+
+
+def _to_state(state: str) -> str:
+    return f"UPDATE rows SET {_changed(state=repr(state))} WHERE path=?"
+
+
+def _changed(**values: str) -> str:
+    """Return what goes behind SET in SQL to change columns of a row to SQL expressions, and its checksum with them."""
+    stored = {name: f"CAST({value} AS {_ROWS[name].split()[0]})" for name, value in values.items()}
+    summed = ", ".join(stored.get(name, name) for name in _ROWS)
+    return ", ".join([*(f"{name}={value}" for name, value in stored.items()), f"checksum=row_checksum({summed})"])
+
+
+def _checksum(*values: object) -> int:
+    return zlib.crc32(repr(values).encode("utf-8", "surrogatepass"))

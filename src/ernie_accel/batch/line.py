@@ -12,7 +12,6 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -29,6 +28,7 @@ from ernie_accel.batch.engines.base import (
     is_out_of_memory,
 )
 from ernie_accel.batch.errors import BatchOutputError, Problem
+from ernie_accel.batch.folder import OutputFolder
 from ernie_accel.batch.ledger import Ledger
 from ernie_accel.batch.row import Row
 from ernie_accel.batch.schedule import Schedule
@@ -102,7 +102,7 @@ class Line:
         writer: Writer,
         schedule: Schedule,
         telemetry: Telemetry,
-        out: Path,
+        folder: OutputFolder,
         *,
         retries: int = 0,
         rerolls: int = 0,
@@ -116,13 +116,13 @@ class Line:
             writer: Makes files.
             schedule: Makes batches.
             telemetry: Counts.
-            out: The output folder, for results and messages.
+            folder: The output folder.
             retries: Further attempts for a row that fails.
             rerolls: Further seeds for a row whose picture is sifted out.
             timeout_s: Seconds for a batch; None: no limit.
         """
         self._engine, self._ledger, self._writer, self._schedule = engine, ledger, writer, schedule
-        self._telemetry, self._out = telemetry, out
+        self._telemetry, self._folder = telemetry, folder
         self._retries, self._rerolls, self._timeout_s = retries, rerolls, timeout_s
         # A single slot renders in the caller's thread: Ctrl-C then reaches a hung pipe, and CUDA has one thread.
         self._pool = ThreadPoolExecutor(engine.slots, "ernie-accel-slot") if engine.slots > 1 else None
@@ -166,7 +166,8 @@ class Line:
             start_more: Whether to begin batches; otherwise only what is under way is brought to its end.
 
         Raises:
-            BatchOutputError: A picture or the ledger could not be written. Nothing more will be begun.
+            BatchOutputError: A picture or the ledger could not be written, or the folder is not there any more. Nothing
+                more will be begun.
             EngineLostError: The engine cannot go on. The same.
         """
         if start_more and self._fatal is None:
@@ -364,15 +365,19 @@ class Line:
         for picture in written:
             self._waited_for(picture)
             if isinstance(picture.error, OSError):
-                reason = picture.error.strerror or str(picture.error)
-                fix = "mend this and run again: finished pictures stay, and the others are made"
-                problem = f"{picture.task.row.path!r} could not be written: {reason}; {fix}"
-                self._unwritten.append((picture.task.row.line, problem))
-                self._fatal = BatchOutputError(self._out, sorted(self._unwritten))
-                self._release([picture.task])
+                self._not_written(picture.task, f"could not be written: {picture.error.strerror or picture.error}")
             else:
                 results += self._picture_written(picture)
         return results
+
+    def _not_written(self, task: Task, reason: str) -> None:
+        """End the job where a picture cannot be written: the next one could not be either."""
+        fix = "fix this and run again: finished pictures stay, and the others are made"
+        gone = self._folder.problem()
+        self._unwritten.append((task.row.line, f"{task.row.path!r} {reason}; {fix}") if gone is None else (None, gone))
+        problems = sorted(dict.fromkeys(self._unwritten), key=lambda problem: (problem[0] or 0, problem[1]))
+        self._fatal = BatchOutputError(self._folder.path, problems)
+        self._release([task])
 
     def _waited_for(self, picture: Written) -> None:
         """Note that a picture which was deferred is there; with the last one its batch has been rendered."""
@@ -390,6 +395,10 @@ class Line:
             return self._unrendered(task, picture.unrendered, picture.seconds, picture.batch_size)
         if picture.error is not None:
             return [self._failed(task, str(picture.error), picture.seconds, picture.batch_size)]
+        rejected = finding is not None and finding.reason is not None
+        if self._folder.size(rejected_path(task) if rejected else task.row.path) != picture.bytes:
+            self._not_written(task, "was written, and removed or changed by somebody else")
+            return []
         if finding is None or finding.reason is None:
             digest = finding.hash if finding else None
             return [self._settle(task, "done", picture.seconds, picture.batch_size, size=picture.bytes, digest=digest)]
@@ -401,16 +410,24 @@ class Line:
         return [self._settle(task, "rejected", picture.seconds, picture.batch_size, error=error)]
 
     def _release(self, tasks: Iterable[Task]) -> None:
-        """Make rows pending again, but for those with a file in their place, which stay as they are, as after a kill.
+        """Make rows pending again, but for those whose file is in its place or may still come; they stay running.
 
-        An earlier run may have made it; called pending, it would pass for somebody else's, and refuse the next run.
+        Called pending, such a file would pass for somebody else's, and the next run would be refused.
         """
-        self._ledger.pending([task for task in tasks if not os.path.lexists(self._out / task.row.path)])
+        self._ledger.pending(
+            [task for task in tasks if not self._writer.holds(task) and self._folder.status(task.row.path) is None]
+        )
 
     def _write_ledger(self) -> None:
-        """Enter what was settled, in one transaction; results are only shown after it."""
+        """Enter what was settled, in one transaction; results are only shown after it.
+
+        Raises:
+            BatchOutputError: The ledger could not be written, or the folder is not where it was: no path would be true.
+        """
         entries, self._entries = self._entries, []
         self._ledger.settle(entries)
+        if entries and (gone := self._folder.problem()):
+            raise BatchOutputError(self._folder.path, [(None, gone)])
 
     def _settle(
         self,
@@ -436,7 +453,7 @@ class Line:
             "finished_at": time.time(),
         }
         self._entries.append(entry)
-        path = self._out / task.row.path if state == "done" else None
+        path = self._folder.path / task.row.path if state == "done" else None
         result = Result(row=task.row, seed=seed, seconds=seconds, path=path, error=error, batch_size=batch_size)
         self._telemetry.settled(state, seconds)
         return result

@@ -9,12 +9,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ernie_accel.batch.assembly import assemble, prepare_folder
+from ernie_accel.batch.assembly import assemble
 from ernie_accel.batch.engines.base import Engine
 from ernie_accel.batch.engines.local import LocalEngine, Pipe
-from ernie_accel.batch.errors import BatchInputError, Problem, shown
+from ernie_accel.batch.errors import BatchInputError, BatchOutputError, Problem, shown
+from ernie_accel.batch.folder import OutputFolder
 from ernie_accel.batch.given import Rows, as_rows
-from ernie_accel.batch.ledger import Ledger
+from ernie_accel.batch.ledger import MANIFESTS, Ledger, open_job
 from ernie_accel.batch.line import Line, Result
 from ernie_accel.batch.metrics import MetricsServer
 from ernie_accel.batch.naming import REJECTED_FOLDER, TakenNames
@@ -22,8 +23,7 @@ from ernie_accel.batch.row import MAX_SEED, Row
 from ernie_accel.batch.sift import Sift
 from ernie_accel.batch.summary import write_manifest
 from ernie_accel.batch.task import Task, tasks_of
-from ernie_accel.batch.telemetry import Telemetry
-from ernie_accel.core.atomic import remove_leftovers
+from ernie_accel.batch.telemetry import Telemetry, refuse_state_files
 
 __all__ = ["Result", "aproduce", "check_folder", "produce", "renew_manifest"]
 
@@ -91,9 +91,10 @@ def produce(
 
     Raises:
         BatchInputError: If rows are wrong, share a name, have a seed out of range, or ask for what the engine lacks.
-        BatchOutputError: If the folder cannot be used, another process works on it, or pictures are in the way; and,
-            from the iterator, if a picture cannot be written (full disk), which ends the batch: the next one could
-            not be either.
+        BatchOutputError: If the folder cannot be used, another process works on it, or files that are not this job's
+            are in the way (also at `log_json` or `prometheus`); and, from the iterator, if a picture cannot be written
+            (full disk), which ends the batch: the next one could not be either; if the folder or its ledger was moved
+            or deleted; or, at the end, if finished pictures were.
         BatchChangedError: If finished pictures were made from other rows, facts or another kind of engine.
         EngineLostError: From the iterator, if the engine cannot render any more.
     """
@@ -102,28 +103,29 @@ def produce(
     tasks = tasks_of(rows, seed)
     if problems := [*_row_problems(tasks), *engine.problems([(task.row.line, task.request) for task in tasks])]:
         raise BatchInputError(None, problems)
-    prepare_folder(out)
+    log_json, prometheus = (None if path is None else Path(path) for path in (log_json, prometheus))
     facts = {**(facts or {}), **engine.identity()}
     with ExitStack() as undo:
-        ledger = Ledger(out, durable=resume)
+        folder = OutputFolder(out, create=True)
+        undo.callback(folder.close)
+        refuse_state_files(out, log_json, prometheus)
+        ledger = Ledger(folder, durable=resume)
         undo.callback(ledger.close)
         to_do = ledger.begin(tasks, facts | _sift_facts(sift), overwrite=overwrite)
-        if resume:  # the ledger is locked: whatever is half-written here was killed
-            rejected = (folder for folder in (out / REJECTED_FOLDER).rglob("*") if folder.is_dir())
-            for folder in {out, out / REJECTED_FOLDER, *rejected, *((out / task.row.path).parent for task in tasks)}:
-                remove_leftovers(folder)
+        if resume:
+            _remove_leftovers(folder, tasks)
         telemetry = Telemetry(
             len(to_do),
             progress=progress,
-            log_json=None if log_json is None else Path(log_json),
-            prometheus=None if prometheus is None else Path(prometheus),
+            log_json=log_json,
+            prometheus=prometheus,
             interval_s=interval_s,
         )
         line = assemble(
             engine,
             ledger,
             telemetry,
-            out,
+            folder,
             batch_size=batch_size,
             retries=retries,
             timeout_s=timeout_s,
@@ -136,7 +138,7 @@ def produce(
             metrics.show(telemetry.snapshot)
         undo.pop_all()
     closing = engine.close if engine is not pipe else None
-    return _run(line, ledger, telemetry, out if resume else None, fail_fast, stop, closing)
+    return _run(line, ledger, telemetry, folder, resume, fail_fast, stop, closing)
 
 
 def check_folder(
@@ -147,26 +149,24 @@ def check_folder(
     overwrite: bool = False,
     sift: Sift | None = None,
     facts: Mapping[str, str | None] | None = None,
+    files: Iterable[str] = MANIFESTS,
 ) -> bool:
     """Return whether `produce` with these arguments has anything to do; raise what it would raise about the folder.
 
     All of that is known before a model is loaded, but for what the engine says of itself, which is taken to be as it
-    was. A fact that is None is one that `produce` will not be given.
+    was. A fact that is None is one that `produce` will not be given. `files` are those that will be written beside the
+    pictures.
 
     Raises:
         BatchOutputError: As `produce`.
         BatchChangedError: As `produce`.
     """
-    out = Path(out)
-    ledger = Ledger(out, durable=Ledger.exists(out))
-    try:
+    with open_job(Path(out), durable=None) as (_, ledger):
         settings = {"sift": None} | dict(facts or {}) | _sift_facts(sift)
-        return ledger.check(tasks_of(rows, seed), settings, overwrite=overwrite)
-    finally:
-        ledger.close()
+        return ledger.check(tasks_of(rows, seed), settings, overwrite=overwrite, files=files)
 
 
-def renew_manifest(rows: Iterable[Row], out: str | Path, *, seed: int = 0) -> None:
+def renew_manifest(rows: Iterable[Row], out: str | Path, *, seed: int = 0, overwrite: bool = False) -> None:
     """Write the manifest of a job that has nothing left to do.
 
     What made the last picture may have been killed before it did, and lines and the input's own columns may have
@@ -175,13 +175,17 @@ def renew_manifest(rows: Iterable[Row], out: str | Path, *, seed: int = 0) -> No
     Raises:
         BatchOutputError: As `produce`.
     """
-    out = Path(out)
-    ledger = Ledger(out)
-    try:
-        ledger.begin(tasks_of(rows, seed), ledger.settings(), overwrite=False)
-        write_manifest(out, ledger)
-    finally:
-        ledger.close()
+    tasks = tasks_of(rows, seed)
+    with open_job(Path(out)) as (folder, ledger):
+        ledger.begin(tasks, ledger.settings(), overwrite=overwrite)
+        _remove_leftovers(folder, tasks)
+        write_manifest(ledger)
+
+
+def _remove_leftovers(folder: OutputFolder, tasks: Sequence[Task]) -> None:
+    """Remove what was half-written when earlier runs were killed; the ledger must be locked."""
+    rows = dict.fromkeys(task.row.folder for task in tasks)
+    folder.remove_leftovers({"", *rows, *folder.folders_below(REJECTED_FOLDER)})
 
 
 def _sift_facts(sift: Sift | None) -> dict[str, str]:
@@ -192,15 +196,17 @@ def _run(
     line: Line,
     ledger: Ledger,
     telemetry: Telemetry,
-    manifest_in: Path | None,
+    folder: OutputFolder,
+    resume: bool,
     fail_fast: bool,
     stop: Callable[[], bool],
     close_engine: Callable[[], None] | None,
 ) -> Iterator[Result]:
-    failed = False
+    anything, failed = line.waiting > 0, False
     with ExitStack() as closing:  # all of them, whatever one raises: a ledger left open would lock the folder
         if close_engine is not None:
             closing.callback(close_engine)
+        closing.callback(folder.close)
         closing.callback(ledger.close)
         closing.callback(telemetry.close)
         closing.callback(line.close)
@@ -211,8 +217,17 @@ def _run(
             for result in line.advance(start_more=start_more):
                 failed = failed or (result.error is not None and not result.rejected)
                 yield result
-        if manifest_in is not None:
-            write_manifest(manifest_in, ledger)
+        if resume:
+            lost = ledger.disclaim_lost() if anything else []
+            write_manifest(ledger)
+            if lost:
+                what = (
+                    f"{shown(lost[0])} was" if len(lost) == 1 else f"{len(lost)} pictures, {shown(lost[0])} first, were"
+                )
+                reason = (
+                    f"{what} removed or changed by somebody else while the job ran; run again to make what is missing"
+                )
+                raise BatchOutputError(folder.path, [(None, reason)])
 
 
 async def aproduce(

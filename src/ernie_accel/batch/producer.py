@@ -6,17 +6,19 @@ import queue
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from ernie_accel.batch.assembly import assemble, prepare_folder
+from ernie_accel.batch.assembly import assemble
 from ernie_accel.batch.engines.base import Engine
 from ernie_accel.batch.engines.local import LocalEngine, Pipe
 from ernie_accel.batch.errors import BatchInputError, BatchOutputError
+from ernie_accel.batch.folder import OutputFolder
 from ernie_accel.batch.ledger import Ledger
 from ernie_accel.batch.line import Result
 from ernie_accel.batch.metrics import MetricsServer
-from ernie_accel.batch.naming import collision_key
+from ernie_accel.batch.naming import REJECTED_FOLDER, collision_key
 from ernie_accel.batch.row import Row
 from ernie_accel.batch.sift import Sift
 from ernie_accel.batch.task import Task, tasks_of
@@ -55,17 +57,18 @@ class Producer:
         Raises:
             BatchOutputError: The folder cannot be used.
         """
-        self._out = Path(out)
-        prepare_folder(self._out)
+        self._folder = OutputFolder(Path(out), create=True)
+        if links := self._folder.link_problems(self._folder.folders_below(REJECTED_FOLDER)):
+            raise BatchOutputError(self._folder.path, links)
         self._engine = pipe if isinstance(pipe, Engine) else LocalEngine(pipe, max_batch=batch_size)
         self._owns_engine = self._engine is not pipe
         self._seed, self._overwrite = seed, overwrite
         self._telemetry = Telemetry(0)
         self._line = assemble(
             self._engine,
-            Ledger(self._out, durable=False),
+            Ledger(self._folder, durable=False),
             self._telemetry,
-            self._out,
+            self._folder,
             batch_size=batch_size,
             retries=retries,
             timeout_s=timeout_s,
@@ -87,22 +90,25 @@ class Producer:
 
         Raises:
             BatchInputError: The engine cannot do what the row asks for.
-            BatchOutputError: The picture exists, or is being made.
+            BatchOutputError: The picture exists, or is being made, or its folder is a link.
             ErnieAccelError: The producer is closed.
         """
         (task,) = tasks_of([row], self._seed)
         if problems := self._engine.problems([(row.line, task.request)]):
             raise BatchInputError(None, problems)
-        path, key = self._out / row.path, collision_key(row.path)
+        if links := self._folder.link_problems([row.folder] if row.folder else []):
+            raise BatchOutputError(self._folder.path, [(row.line, reason) for _, reason in links])
+        key = collision_key(row.path)
         future: Future[Result] = Future()
         with self._lock:
             if self._closed:
                 raise ErnieAccelError("the producer is closed; create another")
             if key in self._futures:
-                raise BatchOutputError(self._out, [(row.line, f"{row.path!r} is being made; choose another name")])
-            if not self._overwrite and (path.exists() or path.is_symlink()):
+                reason = f"{row.path!r} is being made; choose another name"
+                raise BatchOutputError(self._folder.path, [(row.line, reason)])
+            if not self._overwrite and self._folder.status(row.path) is not None:
                 reason = f"{row.path!r} exists; allow overwriting or choose another name"
-                raise BatchOutputError(self._out, [(row.line, reason)])
+                raise BatchOutputError(self._folder.path, [(row.line, reason)])
             self._futures[key] = future
             self._arrivals.put(task)
         return future
@@ -129,24 +135,29 @@ class Producer:
 
     def _work(self) -> None:
         """Run the line until it is closed or broken; whatever ends it, every future gets an answer."""
-        failure: BaseException = ErnieAccelError("the producer was closed before the picture was made")
+        failures: list[BaseException] = []
         try:
             while self._take():
                 self._answer(self._line.advance())
             while not self._line.idle or self._line.waiting or self._line.broken:
                 self._answer(self._line.advance())
         except BaseException as error:  # all of them: this thread has nobody else to tell
-            failure = error
-        finally:
-            self._answer(self._line.close())
-            if self._owns_engine:
-                self._engine.close()
-            with self._lock:
-                self._closed = True
-                left, self._futures = self._futures, {}
-            for future in left.values():
-                if not future.cancelled():
-                    future.set_exception(failure)
+            failures.append(error)
+        try:
+            with ExitStack() as closing:  # all of them, whatever one raises
+                closing.callback(self._folder.close)
+                if self._owns_engine:
+                    closing.callback(self._engine.close)
+                self._answer(self._line.close())
+        except BaseException as error:
+            failures.append(error)
+        failures.append(ErnieAccelError("the producer was closed before the picture was made"))
+        with self._lock:
+            self._closed = True
+            left, self._futures = self._futures, {}
+        for future in left.values():
+            if not future.cancelled():
+                future.set_exception(failures[0])
 
     def _take(self) -> bool:
         """Add what has arrived to the line, waiting only if it has nothing to do; False once no more will come."""

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ernie_accel.batch.job import EMBEDDED_MODEL, REAL_MODEL
-from ernie_accel.batch.ledger import Entry, Ledger
+from ernie_accel.batch.ledger import Entry, Ledger, open_job
 from ernie_accel.batch.line import REJECTED
 from ernie_accel.batch.runs import read_runs
-from ernie_accel.batch.summary import write_summary
 from ernie_accel.batch.telemetry import merged, percentile
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.text import markdown, one_line
+
+REPORTS = ("report.md", "report.html")
+"""The files that hold a job's report, in its output folder."""
 
 _MAX_PICTURES = 200  # thumbnails: some 2 MB
 _MAX_FAILURES = 200
@@ -32,6 +34,7 @@ def write_report(
     gpu_price: float | None = None,
     power_price: float | None = None,
     watts: float | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write ``report.md`` and ``report.html`` from the ledger of a job nobody is working on.
 
@@ -43,22 +46,21 @@ def write_report(
         gpu_price: Of one GPU-hour.
         power_price: Of one kilowatt-hour.
         watts: Power drawn; None: as NVML tells now, when the job may be over.
+        overwrite: Replace reports that are not this job's, or were changed since it wrote them.
 
     Raises:
-        BatchOutputError: The ledger is in use, or the report cannot be written.
+        BatchOutputError: The ledger is in use, or the report cannot be written, or another one is in its place.
     """
     from ernie_accel.batch.page import page  # here, because it loads Pillow, and a job that reports nothing needs none
 
     out = Path(out)
-    ledger = Ledger(out)
-    try:
+    with open_job(out) as (folder, ledger):  # to the end: nobody else may begin to write meanwhile
         facts = _Facts(ledger)
-    finally:
-        ledger.close()
-    facts.add(_costs(facts, gpu_price, power_price, watts))
-    facts.add([*facts.settings.items(), *read_runs(out).items()])
-    write_summary(out / "report.md", facts.markdown().encode())
-    write_summary(out / "report.html", page(facts.content(out)).encode())
+        facts.add(_costs(facts, gpu_price, power_price, watts))
+        facts.add([*facts.settings.items(), *read_runs(out).items()])
+        folder.remove_leftovers([""])
+        ledger.write("report.md", facts.markdown().encode(), overwrite=overwrite)
+        ledger.write("report.html", page(facts.content(out)).encode(), overwrite=overwrite)
 
 
 class _Facts:

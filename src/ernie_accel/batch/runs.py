@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ernie_accel.batch.errors import BatchOutputError
+from ernie_accel.batch.folder import OutputFolder
 from ernie_accel.batch.ledger import JOB_FOLDER
 
 _FILE = "runs.jsonl"
@@ -26,15 +27,17 @@ def note_run(out: Path, machine: str, versions: Mapping[str, str]) -> None:
     Raises:
         BatchOutputError: It cannot be written.
     """
-    path = out / JOB_FOLDER / _FILE
+    name = f"{JOB_FOLDER}/{_FILE}"
     kept = {name: versions[name] for name in _VERSIONS if name in versions}
+    line = json.dumps({"time": time.time(), "machine": machine, "versions": kept}) + "\n"
+    folder = OutputFolder(out)
     try:
-        path.parent.mkdir(exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.time(), "machine": machine, "versions": kept}) + "\n")
+        folder.append(name, line.encode())
     except OSError as error:
-        reason = f"{JOB_FOLDER}/{_FILE} could not be written: {error.strerror or error}; free space, or move it away"
+        reason = f"{name} could not be written: {error.strerror or error}; free space, or move it away"
         raise BatchOutputError(out, [(None, reason)]) from error
+    finally:
+        folder.close()
 
 
 def read_runs(out: Path) -> dict[str, str]:

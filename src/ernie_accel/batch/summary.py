@@ -5,40 +5,43 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from dataclasses import fields
-from pathlib import Path
 
 from ernie_accel.batch.engines.base import Request
-from ernie_accel.batch.errors import BatchOutputError
 from ernie_accel.batch.ledger import Entry, Ledger
-from ernie_accel.core.atomic import write_atomically
 
 MANIFEST_FIELDS = ("path", "state", "line", "prompt", "seed", "error", "bytes", "seconds", "batch_size")
 _REQUEST_FIELDS = sorted(field.name for field in fields(Request))
 
+# https://owasp.org/www-community/attacks/CSV_Injection, and spaces before the sign, which some spreadsheets leave out.
+_FORMULA = re.compile(r"'*(?:\s*[=+\-@＝＋－＠]|[\t\r\n])")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
-def write_manifest(out: Path, ledger: Ledger) -> None:
+
+def write_manifest(ledger: Ledger) -> None:
     """Write ``manifest.jsonl`` and ``manifest.csv``: a line per row, its settings and the input's own columns.
 
     Raises:
-        BatchOutputError: They cannot be written.
+        BatchOutputError: They cannot be written, or other files of their names are in the way.
     """
     # A pass for each file, and no list of rows: of 100,000 it would be larger than both files together.
-    write_summary(out / "manifest.jsonl", _json_lines(ledger))
-    write_summary(out / "manifest.csv", _csv(ledger))
+    ledger.write("manifest.jsonl", _json_lines(ledger))
+    ledger.write("manifest.csv", _csv(ledger))
 
 
-def write_summary(path: Path, text: bytes) -> None:
-    """Write a text file of a job, given as UTF-8, in one step.
+def escaped(text: str) -> str:
+    """Return text as a cell of the CSV, which no spreadsheet takes for a formula: an apostrophe goes before it.
 
-    Raises:
-        BatchOutputError: It cannot be written.
+    Numbers stay as they are. Text that begins with an apostrophe and would be a formula without it gets another one,
+    so that `unescaped` gives back every text.
     """
-    try:
-        write_atomically(path, text)
-    except OSError as error:
-        reason = f"{path.name!r} could not be written: {error.strerror or error}; the pictures are not affected"
-        raise BatchOutputError(path.parent, [(None, reason)]) from error
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
+
+
+def unescaped(cell: str) -> str:
+    """Return the text that `escaped` made a cell of."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell, 1) else cell
 
 
 def _json_lines(ledger: Ledger) -> bytes:
@@ -49,12 +52,20 @@ def _json_lines(ledger: Ledger) -> bytes:
 
 def _csv(ledger: Ledger) -> bytes:
     file = io.BytesIO()
-    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-    writer = csv.DictWriter(text, dict.fromkeys([*MANIFEST_FIELDS, *_REQUEST_FIELDS, *ledger.column_names()]))
-    writer.writeheader()
-    writer.writerows(map(_record, ledger.entries()))
+    # With a byte order mark: without one Excel takes the file for the system's old code page, and Chinese is garbled.
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    names = list(dict.fromkeys([*MANIFEST_FIELDS, *_REQUEST_FIELDS, *ledger.column_names()]))
+    writer = csv.writer(text)
+    writer.writerow(map(escaped, names))
+    for entry in ledger.entries():
+        record = _record(entry)
+        writer.writerow(_cell(record.get(name)) for name in names)
     text.flush()
     return file.getvalue()
+
+
+def _cell(value: object) -> object:
+    return escaped(value) if isinstance(value, str) else value
 
 
 def _record(entry: Entry) -> dict[str, object]:

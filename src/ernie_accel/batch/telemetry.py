@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import stat
 import sys
 import threading
 import time
@@ -15,11 +17,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ernie_accel.batch.errors import BatchOutputError, shown
+from ernie_accel.batch.ledger import is_name_of_the_job
 from ernie_accel.core.atomic import write_atomically
 from ernie_accel.core.text import human_bytes
 
 _RECENT = 1000  # latencies kept for the percentiles
 _WINDOW_S = 300.0  # over which the current speed is measured
+_STATE_BYTES = 10_000  # of a file's start, by which its kind is known
+_PREFIX = "ernie_accel_"  # of every metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +89,9 @@ class Telemetry:
             interval_s: Seconds.
             clock: Seconds that never go back.
         """
-        self._total, self._log_json, self._prometheus, self._interval_s = total, log_json, prometheus, interval_s
+        self._total, self._interval_s = total, interval_s
+        # Where they are now: what becomes a link later is not followed.
+        self._log_json, self._prometheus = (None if p is None else p.resolve() for p in (log_json, prometheus))
         self._clock = clock
         self._lock = threading.Lock()
         self._warned = False
@@ -179,14 +187,78 @@ class Telemetry:
             self._bar.set_postfix_str(in_words(state))
         try:
             if self._log_json is not None:
-                with self._log_json.open("a", encoding="utf-8") as file:
+                with open(self._log_json, "a", encoding="utf-8", opener=_append) as file:
                     file.write(json.dumps(asdict(state)) + "\n")
             if self._prometheus is not None:
-                write_atomically(self._prometheus, prometheus_text(state).encode())
+                # One temporary name for ever: in this folder nobody removes what kills leave behind.
+                temporary = f".{self._prometheus.name}.tmp"
+                write_atomically(self._prometheus, prometheus_text(state).encode(), temporary=temporary)
         except OSError as error:  # pictures matter more than what is said of them
             if not self._warned:
                 warnings.warn(f"the job's state could not be written: {error}; the job goes on", stacklevel=2)
             self._warned = True
+
+
+def refuse_state_files(out: Path, log_json: Path | None, prometheus: Path | None) -> None:
+    """Refuse to write the state of a job over anything but the state of a job.
+
+    Args:
+        out: The job's output folder, which exists.
+        log_json: As `Telemetry` takes it.
+        prometheus: The same.
+
+    Raises:
+        BatchOutputError: One of the files is somebody else's, one of the job's other files, or no file.
+    """
+    if log_json is not None and prometheus is not None and log_json.resolve() == prometheus.resolve():
+        both = f"{log_json.name!r} cannot be both the log and Prometheus' file; choose another name for one"
+        raise BatchOutputError(log_json.parent, [(None, both)])
+    for path, is_ours, kind in ((log_json, _is_log, "JSON log"), (prometheus, _is_metrics, "Prometheus file")):
+        if path is not None and (reason := _state_file_problem(out, path, is_ours, kind)) is not None:
+            raise BatchOutputError(path.parent, [(None, f"{shown(path.name)} {reason}")])
+
+
+def _state_file_problem(out: Path, path: Path, is_ours: Callable[[str], bool], kind: str) -> str | None:
+    """Return why a job's state cannot be written to `path` (None: it can)."""
+    target = path.resolve()
+    if target.is_relative_to(out.resolve()):
+        if is_name_of_the_job(target.relative_to(out.resolve()).as_posix()):
+            return "is a name that the job itself uses; choose another"
+    elif path.absolute().is_relative_to(out.absolute()):
+        return "leads out of the output folder by a link; choose another"
+    try:
+        mode = target.stat().st_mode
+        if stat.S_ISDIR(mode):
+            return "is a folder; choose another name"
+        if not stat.S_ISREG(mode):  # a terminal or a pipe takes lines, and is not to be replaced by a file
+            return None if kind == "JSON log" else "is no file; choose another name"
+        with target.open("rb") as file:
+            start = file.read(_STATE_BYTES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"cannot be used: {error.strerror or error}; choose another name"
+    if not start or is_ours(start.decode("utf-8", "replace").partition("\n")[0]):
+        return None
+    return f"exists, and is not a {kind} that a job wrote; move it, or choose another name"
+
+
+def _is_log(line: str) -> bool:
+    """Return whether a line is one of a JSON log."""
+    try:
+        state = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(state, dict) and {"time", "total", "done", "failed", "rejected"} <= state.keys()
+
+
+def _is_metrics(line: str) -> bool:
+    """Return whether a file that begins with this line is in the text format, with our metrics."""
+    return line.startswith(f"# HELP {_PREFIX}")
+
+
+def _append(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -246,7 +318,7 @@ def prometheus_text(state: Snapshot) -> str:
     for name, (metric, kind, words) in _METRICS.items():
         value = getattr(state, name)
         if value is not None:
-            metric = f"ernie_accel_{metric}"
+            metric = f"{_PREFIX}{metric}"
             lines += [f"# HELP {metric} {words}", f"# TYPE {metric} {kind}", f"{metric} {value!r}"]
     return "\n".join(lines) + "\n"
 

@@ -9,17 +9,16 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ernie_accel.batch.engines.base import ENHANCED_PROMPT, Request
+from ernie_accel.batch.folder import OutputFolder
 from ernie_accel.batch.naming import OLDER_FOLDER, REJECTED_FOLDER, REROLL_FOLDER
 from ernie_accel.batch.sift import Finding
 from ernie_accel.batch.task import Task
-from ernie_accel.core.atomic import write_atomically
 
 if TYPE_CHECKING:
     from ernie_accel.batch.sieve import Sieve
@@ -54,28 +53,39 @@ class Writer:
     """Encodes and writes pictures in threads, a bounded number of them ahead."""
 
     def __init__(
-        self, out: Path, facts: Mapping[str, str], *, threads: int = 2, ahead: int = 8, sieve: Sieve | None = None
+        self,
+        folder: OutputFolder,
+        facts: Mapping[str, str],
+        *,
+        threads: int = 2,
+        ahead: int = 8,
+        sieve: Sieve | None = None,
     ) -> None:
         """Start the threads.
 
         Args:
-            out: The output folder; sub-folders are created as they are needed.
+            folder: The output folder; sub-folders are created as they are needed.
             facts: Text chunks that every PNG carries beside those of its row: model, preset, version.
             threads: Encoder threads; zlib and file writes release Python's lock.
             ahead: Pictures that may wait for a thread; `submit` blocks beyond it, which bounds memory.
             sieve: Looks at every picture; one that it rejects is written into the folder of the rejected.
         """
-        self._out = out
+        self._folder = folder
         self._facts = dict(facts)
         self._ahead = ahead
         self._sieve = sieve
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="ernie-accel-writer")
         self._pending: list[Future[Written]] = []
+        self._held: set[Task] = set()
 
     @property
     def pending(self) -> list[Future[Written]]:
         """The pictures that are being written, as futures to wait on."""
         return self._pending
+
+    def holds(self, task: Task) -> bool:
+        """Return whether a picture of a row was handed over and not collected yet: its file may appear any moment."""
+        return task in self._held
 
     def submit(
         self, task: Task, picture: Image.Image | Callable[[], Image.Image], *, batch_size: int, start: float
@@ -91,13 +101,16 @@ class Writer:
         # One list for counting and waiting: between two looks every picture may have been finished.
         while len(under_way := [future for future in self._pending if not future.done()]) >= self._ahead:
             concurrent.futures.wait(under_way, return_when=concurrent.futures.FIRST_COMPLETED)
+        self._held.add(task)  # before the thread has it: an interrupt may come in between
         self._pending.append(self._pool.submit(self._write, task, picture, batch_size, start))
 
     def collect(self) -> list[Written]:
         """Return what has been finished since the last call."""
         done = [future for future in self._pending if future.done()]
         self._pending = [future for future in self._pending if not future.done()]
-        return [future.result() for future in done]
+        written = [future.result() for future in done]
+        self._held.difference_update(picture.task for picture in written)
+        return written
 
     def set_aside(self, path: str) -> None:
         """Move what lies in the place of a row that failed out of it, where it would pass for the row's picture.
@@ -108,10 +121,8 @@ class Writer:
         Raises:
             OSError: It could not be moved.
         """
-        picture, aside = self._out / path, self._out / older_path(path)
-        if picture.exists() or picture.is_symlink():
-            aside.parent.mkdir(parents=True, exist_ok=True)
-            picture.replace(aside)
+        if self._folder.status(path) is not None:
+            self._folder.move(path, older_path(path))
 
     def close(self) -> None:
         """Finish what was begun and stop the threads."""
@@ -154,12 +165,10 @@ class Writer:
         )
 
     def _place(self, task: Task, png: bytes, *, rejected: bool) -> None:
-        path = self._out / (rejected_path(task) if rejected else task.row.path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, png)
+        self._folder.write(rejected_path(task) if rejected else task.row.path, png)
         if rejected:
             # What an earlier run with other settings made would pass for this row's picture.
-            (self._out / task.row.path).unlink(missing_ok=True)
+            self._folder.remove(task.row.path)
 
 
 def rejected_path(task: Task) -> str:
