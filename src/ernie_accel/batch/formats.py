@@ -12,6 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from ernie_accel.batch.cells import is_manifest, unescaped
 from ernie_accel.batch.errors import BatchInputError, Problem, listed, shown
 from ernie_accel.batch.gate import (
     NotJsonError,
@@ -192,6 +193,9 @@ def read_csv(path: Path, text: str, delimiter: str = ",") -> Records:
     if not any(header):
         empty = "is empty; expected a header such as 'sku,prompt' and a line per picture"
         raise BatchInputError(path, records.problems or [(None, empty)])
+    escapes = is_manifest(header)
+    if escapes:
+        header = list(map(unescaped, header))
     records.columns, records._seen = header, set(header)
     if "prompt" not in header and separator_of(header, delimiter):
         return records  # every row would be misread for the same reason
@@ -199,6 +203,8 @@ def read_csv(path: Path, text: str, delimiter: str = ",") -> Records:
     for line, values in lines:
         if has_nul:
             values = [value.replace(_NUL, "\0") for value in values]
+        if escapes:
+            values = list(map(unescaped, values))
         if len(values) != len(header):
             records.add_unreadable(line, _ragged(values, header, delimiter))
         else:

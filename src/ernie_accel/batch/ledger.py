@@ -100,7 +100,8 @@ class Ledger:
         self._identities: dict[str, tuple[int, int]] = {}
         try:
             if durable:
-                self._refuse_links()
+                if problems := _job_folder_problems(folder):
+                    raise BatchOutputError(folder.path, problems)
                 folder.append(_FILE, b"")  # not by SQLite, which would follow a link
             # autocommit: every statement outside a `with self._db` block stands on its own
             path = folder.absolute(_FILE) if durable else ":memory:"
@@ -130,7 +131,8 @@ class Ledger:
             BatchChangedError: Finished pictures were made from other rows or settings, and `overwrite` is off.
             BatchOutputError: Files that are not this job's, or links, are in the way.
         """
-        prints, changed_settings, changed, gone = self._compare(tasks, settings, overwrite, files)
+        written = files if self._durable else ()
+        prints, changed_settings, changed, gone = self._compare(tasks, settings, overwrite, written)
         self._overwrite = overwrite
         stale = {task.row.path for task in (tasks if changed_settings else changed)}
         self._store(tasks, prints, settings, stale, gone)
@@ -204,7 +206,7 @@ class Ledger:
             self._refuse_changes(
                 changed_settings if final else [], [t for t in changed if t.row.path in final], gone & final
             )
-        self._refuse_foreign(tasks, known, overwrite, files if self._durable else ())
+        self._refuse_foreign(tasks, known, overwrite, files)
         return prints, changed_settings, changed, gone
 
     def running(self, tasks: Iterable[Task]) -> None:
@@ -298,17 +300,6 @@ class Ledger:
             found = tuple(name for _, name, *_ in self._db.execute(f"PRAGMA table_info({table})"))
             if found != columns:
                 raise sqlite3.DatabaseError(f"its table {table!r} is missing, or has other columns")
-
-    def _refuse_links(self) -> None:
-        """Refuse a job folder of which any part leads elsewhere."""
-        names = (_FILE, *(f"{_FILE}-{end}" for end in ("wal", "shm", "journal")), f"{JOB_FOLDER}/runs.jsonl")
-        problems = self._folder.link_problems([JOB_FOLDER])
-        for name in () if problems else names:
-            if (found := self._folder.status(name)) is not None and not stat.S_ISREG(found.st_mode):
-                what = "a link, which can lead out of the folder" if is_link(found) else "no file"
-                problems.append((None, f"{name!r} is {what}; move it away, or choose another output"))
-        if problems:
-            raise BatchOutputError(self._folder.path, problems)
 
     def _states(self) -> Iterator[tuple[str, str, str]]:
         yield from self._select("SELECT path, state, fingerprint FROM rows")
@@ -410,7 +401,8 @@ class Ledger:
     ) -> None:
         """Refuse what is in the way, but for the files that an earlier run of this job has made or begun."""
         folders = dict.fromkeys(task.row.folder for task in tasks if task.row.folder)
-        problems = self._folder.link_problems([JOB_FOLDER, *folders, *self._folder.folders_below(REJECTED_FOLDER)])
+        problems = _job_folder_problems(self._folder)
+        problems += self._folder.link_problems([*folders, *self._folder.folders_below(REJECTED_FOLDER)])
         for task in tasks:
             path = task.row.path
             if (found := self._folder.status(path)) is None:
@@ -444,6 +436,8 @@ class Ledger:
 
     def _broken(self, error: Exception) -> BatchOutputError:
         text = getattr(error, "strerror", None) or str(error)
+        if "user-defined function" in text:  # the checksum's: SQLite hands over text, and this was none
+            text = "one of its rows holds text that is not UTF-8"
         if isinstance(error, sqlite3.Error) and "locked" in text:
             reason = "another process is at work on this job; wait for it, or choose another output"
         elif isinstance(error, OSError) or any(word in text for word in ("full", "I/O", "open", "readonly")):
@@ -478,6 +472,17 @@ def open_job(out: Path, *, durable: bool | None = True) -> Iterator[tuple[Output
         ledger = Ledger(folder, durable=Ledger.exists(folder) if durable is None else durable)
         closing.callback(ledger.close)
         yield folder, ledger
+
+
+def _job_folder_problems(folder: OutputFolder) -> list[Problem]:
+    """Return which parts of a job's own folder are links, or no files."""
+    problems = folder.link_problems([JOB_FOLDER])
+    names = (_FILE, *(f"{_FILE}-{end}" for end in ("wal", "shm", "journal")), f"{JOB_FOLDER}/runs.jsonl")
+    for name in () if problems else names:
+        if (found := folder.status(name)) is not None and not stat.S_ISREG(found.st_mode):
+            what = "a link, which can lead out of the folder" if is_link(found) else "no file"
+            problems.append((None, f"{name!r} is {what}; move it away, or choose another output"))
+    return problems
 
 
 def _to_state(state: str) -> str:

@@ -5,18 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import re
 from dataclasses import fields
 
+from ernie_accel.batch.cells import MANIFEST_FIELDS, escaped
 from ernie_accel.batch.engines.base import Request
 from ernie_accel.batch.ledger import Entry, Ledger
 
-MANIFEST_FIELDS = ("path", "state", "line", "prompt", "seed", "error", "bytes", "seconds", "batch_size")
 _REQUEST_FIELDS = sorted(field.name for field in fields(Request))
-
-# https://owasp.org/www-community/attacks/CSV_Injection, and spaces before the sign, which some spreadsheets leave out.
-_FORMULA = re.compile(r"'*(?:\s*[=+\-@＝＋－＠]|[\t\r\n])")
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 
 def write_manifest(ledger: Ledger) -> None:
@@ -28,20 +23,6 @@ def write_manifest(ledger: Ledger) -> None:
     # A pass for each file, and no list of rows: of 100,000 it would be larger than both files together.
     ledger.write("manifest.jsonl", _json_lines(ledger))
     ledger.write("manifest.csv", _csv(ledger))
-
-
-def escaped(text: str) -> str:
-    """Return text as a cell of the CSV, which no spreadsheet takes for a formula: an apostrophe goes before it.
-
-    Numbers stay as they are. Text that begins with an apostrophe and would be a formula without it gets another one,
-    so that `unescaped` gives back every text.
-    """
-    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
-
-
-def unescaped(cell: str) -> str:
-    """Return the text that `escaped` made a cell of."""
-    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell, 1) else cell
 
 
 def _json_lines(ledger: Ledger) -> bytes:
