@@ -59,8 +59,12 @@ def lines_of(do: Callable[[], Any]) -> Counter[Place]:
     return hits
 
 
-def interrupted_at(place: Place, hit: int, do: Callable[[], Any]) -> bool:
-    """Raise KeyboardInterrupt when `place` is reached for the `hit`-th time (1 is the first); return whether it was."""
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def interrupted_at(place: Place, hit: int, do: Callable[[], Any], stop: Callable[[], None] = interrupt) -> bool:
+    """Call `stop` when `place` is reached for the `hit`-th time (1 is the first); return whether it interrupted."""
     left = hit
 
     def at_line(here: Place) -> None:
@@ -68,7 +72,7 @@ def interrupted_at(place: Place, hit: int, do: Callable[[], Any]) -> bool:
         if here == place:
             left -= 1
             if left == 0:
-                raise KeyboardInterrupt
+                stop()
 
     try:
         with traced(at_line):
