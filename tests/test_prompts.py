@@ -9,6 +9,7 @@ import torch
 
 import ernie_accel
 from ernie_accel import BatchPromptEncoding, CallDefaults, Context, TruncatePrompts
+from ernie_accel.core.outputs import images_of
 from tests.pipelines import picture
 
 PROMPTS = ["a red circle", "a big blue square on red", "a red circle", "circle"]
@@ -164,10 +165,10 @@ def test_a_long_prompt_is_shortened_and_the_result_says_so(ernie, keep, rest, lo
             generator=torch.Generator().manual_seed(0),
             output_type="pt",
         )
-    assert torch.equal(result.images, want)
+    assert torch.equal(images_of(result), want)
     warning = f"prompt 'a big red circle on a small blue square ...' has 13 tokens; its {lost} was cut to leave 5"
     assert result.warnings == (warning,)
-    assert ernie("red", height=64, width=64, num_inference_steps=1, output_type="latent").warnings == ()
+    assert ernie("red", height=64, width=64, num_inference_steps=1).warnings == ()
 
 
 def test_prompts_within_the_limit_are_not_touched(ernie):
@@ -193,7 +194,7 @@ def test_an_enhanced_prompt_is_shortened_after_it_was_enhanced(ernie):
     ernie._enhance_prompt_with_pe = lambda prompt, device, **_: LONG
     ernie_accel.optimize(ernie, TruncatePrompts(4))
     with pytest.warns(UserWarning, match="has 13 tokens"):
-        result = ernie("red", height=64, width=64, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+        result = ernie("red", height=64, width=64, num_inference_steps=1, guidance_scale=1.0)
     assert len(result.warnings) == 1
 
 

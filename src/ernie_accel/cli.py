@@ -1,4 +1,4 @@
-"""The command line: ``ernie-accel demo | plan | optimize | batch | evaluate | info``: thin shells of the API."""
+"""The command line, ``ernie-accel demo | plan | optimize | batch | evaluate | recommend | info``: thin shells."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 
 from ernie_accel.batch.command import batch_command
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.files import check_file
 from ernie_accel.fidelity.command import evaluate_command
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Make a diffusers generation script fast, lean and trustworthy.",
+    epilog="Exit codes: 0 done; 1 a plan cannot run, or an evaluation fails; 2 a mistake, and nothing was done; "
+    "3 some pictures of a batch failed; 130 interrupted.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,47 +35,79 @@ EMBEDDED_SIZE_PX = (128, 128)
 
 Model = Annotated[str | None, typer.Option(help="Pipeline folder or hub id; without it the embedded model.")]
 PresetName = Annotated[str | None, typer.Option(help="Preset, see `ernie-accel info`; default: what pays here.")]
-Dtype = Annotated[str, typer.Option(help="Load weights as float32, bfloat16, float16; auto: float32 on the CPU.")]
+Dtype = Annotated[str, typer.Option(help="Load weights as fp32, bf16 or fp16; auto: fp32 on the CPU, else bf16.")]
+Device = Annotated[str | None, typer.Option(help="A device that need not be here: h200, rtx3060, ascend910b, ...")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the (first) picture.")]
 Skip = Annotated[bool, typer.Option("--skip-unsupported", help="Leave out what cannot run here instead of refusing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from ernie_accel import __version__
+
+        typer.echo(f"ernie-accel {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Take the options that stand before a command; the help of the app is its own."""
+
+
 @app.command("demo")
 def demo_command(
-    out: Annotated[Path, typer.Option(help="Where the contact sheet goes.")] = Path("ernie-accel-demo.png"),
+    out: Annotated[Path, typer.Option(help="Where the contact sheet goes (PNG).")] = Path("ernie-accel-demo.png"),
     preset: PresetName = None,
 ) -> None:
     """Render the same prompts stock and optimized with the embedded model, and measure both."""
     from ernie_accel.core.context import Context
-    from ernie_accel.demo.show import STEPS, show
+    from ernie_accel.core.transform import Transform
+    from ernie_accel.demo.show import STEPS, bfloat16_pays, race_dtypes, show
     from ernie_accel.recipes.presets import find_preset
     from ernie_accel.recipes.recommend import fitting_preset
+    from ernie_accel.transforms.weights.cast_dtype import CastDtype
 
-    _load_quietly(None)
+    check_file(out, ".png")
     context = Context.detect()
     chosen = find_preset(preset) if preset else fitting_preset(context)
-    typer.echo(f"Rendering on {context} with preset {chosen.name!r}; the first optimized picture compiles ...")
-    showing = show(out, chosen, device=context.device)
+    _load_quietly(None)
+    beside: list[Transform] = []
+    if preset is None and context.device == "cpu":
+        race = race_dtypes()
+        typer.echo(f"bfloat16 against float32 on this CPU, stock: {race}")
+        if bfloat16_pays(race):
+            beside.append(CastDtype("bfloat16"))
+            request = f"optimize(pipe, {beside[0]!r}, preset={chosen.name!r})"
+            typer.echo(f"So the optimized pipeline runs in bfloat16, and stock stays in float32: {request}")
+
+    def tell(what: str) -> None:
+        with_them = "".join(f" and {transform!r}" for transform in beside)
+        typer.echo(f"Rendering on {context} with {what}{with_them}; the first optimized picture may compile ...")
+
+    showing = show(out, chosen, *beside, device=context.torch_device, tell=tell)
     typer.echo(f"\n{showing.plan}\n\n{showing.report}\n")
-    count = len(showing.stock_ms)
+    times = showing.times
+    count = len(times.first_ms)
     typer.echo(f"Measured in this run: {count} pairs of pictures, 128x128 px, {STEPS} steps; median, min, max:")
-    for name, times in (("stock", showing.stock_ms), ("optimized", showing.optimized_ms)):
-        typer.echo(f"  {name:10}{statistics.median(times):8.1f} ms {min(times):8.1f} {max(times):8.1f}")
-    low, high = showing.ratio_quartiles
-    verdict = "faster" if low > 1 else "slower on this machine" if high < 1 else "no measurable difference"
-    typer.echo(
-        f"  ratio     {showing.ratio:8.2f} x  {verdict} (median of the pairs; quartiles {low:.2f} to {high:.2f})"
-    )
+    for name, series in (("stock", times.first_ms), ("optimized", times.second_ms)):
+        typer.echo(f"  {name:10}{statistics.median(series):8.1f} ms {min(series):8.1f} {max(series):8.1f}")
+    typer.echo(f"  ratio         {times}")
     typer.echo(f"  the first optimized picture took {showing.first_call_s:.1f} s")
     typer.echo(f"Contact sheet: {showing.sheet.resolve()}")
+    if context.device != "cuda":
+        typer.echo("What the library is made for are GPUs: their figures are in docs/performance.md and the README.")
 
 
 @app.command("plan")
 def plan_command(
     preset: PresetName = None,
     model: Model = None,
-    device: Annotated[str | None, typer.Option(help="Plan for a device: h200, rtx3060, ascend910b, ...")] = None,
+    device: Device = None,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -119,6 +155,7 @@ def optimize_command(
         raise ErnieAccelError(f"the prompt {problem}")
     if problem := size_problem(width, height, 16):
         raise ErnieAccelError(problem)
+    check_file(out, ".png")
     try:
         row = Row(line=1, index=0, prompt=prompt, file_name=out.name, seed=seed, width=width, height=height)
     except ValueError as error:  # the name of the picture
@@ -138,6 +175,23 @@ app.command("batch")(batch_command)
 
 
 app.command("evaluate")(evaluate_command)
+
+
+@app.command("recommend")
+def recommend_command(
+    device: Device = None,
+    model: Annotated[str | None, typer.Option(help="Ask for this pipeline too, not for the machine alone.")] = None,
+    mode: Annotated[str | None, typer.Option(help="turbo (distilled) or quality (base).")] = None,
+) -> None:
+    """Name the preset that pays most, here or on a named device, and why none of the others does."""
+    from ernie_accel.core.context import Context
+    from ernie_accel.recipes.recommend import check_mode, recommend
+    from ernie_accel.storage.loading import load_pipeline
+
+    context = Context.named(device) if device else Context.detect()
+    check_mode(mode)
+    pipe = load_pipeline(model) if model is not None else None
+    typer.echo(str(recommend(context, pipe, mode=mode)))
 
 
 @app.command("info")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from ernie_accel.api import optimize, plan, report
 from ernie_accel.core.plan import Plan
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Report
+from ernie_accel.core.timing import Race
+from ernie_accel.core.transform import Transform
 from ernie_accel.demo.sheet import Column, contact_sheet
 from ernie_accel.storage.loading import load_pipeline
 
@@ -28,6 +31,10 @@ STEPS = 8
 GUIDANCE_SCALE = 1.0
 
 
+#: A dtype that halves the bytes has to be so many times as fast to be worth its rounding.
+WORTH_IT = 1.1
+
+
 @dataclass(frozen=True)
 class Showing:
     """What one run of the demo found.
@@ -36,36 +43,49 @@ class Showing:
         sheet: The contact sheet, a PNG.
         plan: What was planned.
         report: What was applied.
-        stock_ms: Milliseconds of each picture, stock, after a warm-up picture.
-        optimized_ms: The same, optimized; the two were rendered in turn.
+        times: Stock against optimized, after a warm-up picture of each.
         first_call_s: Seconds of the optimized pipe's first picture, compilation included.
     """
 
     sheet: Path
     plan: Plan
     report: Report
-    stock_ms: tuple[float, ...]
-    optimized_ms: tuple[float, ...]
+    times: Race
     first_call_s: float
 
-    @property
-    def ratios(self) -> tuple[float, ...]:
-        """Stock over optimized time of each pair of pictures, rendered one right after the other."""
-        return tuple(stock / fast for stock, fast in zip(self.stock_ms, self.optimized_ms, strict=True))
 
-    @property
-    def ratio(self) -> float:
-        """Speed relative to stock: the median over the pairs."""
-        return statistics.median(self.ratios)
+def race_dtypes(rounds: int = 3) -> Race:
+    """Time the stock embedded model on the CPU in float32 and in bfloat16, in turn; it takes a few seconds.
 
-    @property
-    def ratio_quartiles(self) -> tuple[float, float]:
-        """The lower and the upper quartile over the pairs: if 1 lies between them, nothing can be said."""
-        low, _, high = statistics.quantiles(self.ratios, n=4)
-        return low, high
+    No list of CPUs says which is faster: it depends on the CPU's bfloat16 units, and on what torch makes of them.
+    """
+    pipes = [_quiet(load_pipeline(dtype=dtype, device="cpu")) for dtype in ("float32", "bfloat16")]
+    for pipe in pipes:
+        _render(pipe, PROMPTS[0], 0)
+    times = [[_render(pipe, PROMPTS[0], 0)[1] for pipe in pipes] for _ in range(rounds)]
+    return Race(*map(tuple, zip(*times, strict=True)))
 
 
-def show(sheet: Path, preset: Preset | str, device: str = "cpu", rounds: int = 2) -> Showing:
+def bfloat16_pays(race: Race) -> bool:
+    """Return whether bfloat16, the second of the race, is faster without doubt and by enough."""
+    return not race.too_busy and race.quartiles[0] > 1 and race.ratio > WORTH_IT
+
+
+def what_runs(the_plan: Plan) -> str:
+    """Return what a plan that skips what cannot run is in truth, in words."""
+    if the_plan.ok:
+        return the_plan.title
+    return f"{the_plan.title} without {', '.join(map(repr, the_plan.problems))}, which cannot run here"
+
+
+def show(
+    sheet: Path,
+    preset: Preset | str,
+    *transforms: Transform,
+    device: str = "cpu",
+    rounds: int = 2,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Showing:
     """Render `PROMPTS` with the stock embedded model and with an optimized one, in turn, and write a contact sheet.
 
     Both run `STEPS` steps at the same guidance, and stock runs in the dtype that people load (bfloat16 on an
@@ -73,15 +93,16 @@ def show(sheet: Path, preset: Preset | str, device: str = "cpu", rounds: int = 2
 
     Args:
         sheet: Where the PNG goes.
-        preset: What to apply; transforms that cannot run here are skipped and named in the report.
+        preset: What to apply; transforms that cannot run here are skipped and named.
+        *transforms: What to apply beside the preset.
         device: torch device to run on.
         rounds: How often each prompt is rendered by each pipe.
+        tell: Is told what will run, before it takes its time.
     """
-    stock, fast = (load_pipeline(device=device) for _ in range(2))
-    for pipe in (stock, fast):
-        pipe.set_progress_bar_config(disable=True)
-    the_plan = plan(fast, preset=preset)
-    optimize(fast, preset=preset, on_unsupported="skip")
+    stock, fast = (_quiet(load_pipeline(device=device)) for _ in range(2))
+    the_plan = plan(fast, *transforms, preset=preset)
+    tell(what_runs(the_plan))
+    optimize(fast, *transforms, preset=preset, on_unsupported="skip")
 
     _render(stock, PROMPTS[0], 0)
     first_call_s = _render(fast, PROMPTS[0], 0)[1] / 1e3
@@ -96,9 +117,21 @@ def show(sheet: Path, preset: Preset | str, device: str = "cpu", rounds: int = 2
             fast_image, ms = _render(fast, prompt, seed)
             fast_ms.append(ms)
             columns.append(Column(prompt, (stock_image, fast_image)))
-    labels = [f"{name}\n{statistics.median(ms):.0f} ms" for name, ms in (("stock", stock_ms), ("optimized", fast_ms))]
-    contact_sheet(columns, sheet, rows=labels)
-    return Showing(sheet, the_plan, report(fast), tuple(stock_ms), tuple(fast_ms), first_call_s)
+    times = Race(tuple(stock_ms), tuple(fast_ms))
+    contact_sheet(columns, sheet, rows=_labels(times))
+    return Showing(sheet, the_plan, report(fast), times, first_call_s)
+
+
+def _labels(times: Race) -> list[str]:
+    """Return the labels of the rows: the very figures that the command prints."""
+    ratio = "too busy to tell" if times.too_busy else f"{times.ratio:.2f} x"
+    stock, fast = (f"{statistics.median(ms):.0f} ms" for ms in (times.first_ms, times.second_ms))
+    return [f"stock\n{stock}", f"optimized\n{fast}\n{ratio}"]
+
+
+def _quiet(pipe: Any) -> Any:
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def _render(pipe: Any, prompt: str, seed: int) -> tuple[Image, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,7 +29,7 @@ def evaluate_command(
     prompts: Annotated[list[str] | None, typer.Argument(help="What to draw; default: the demo's prompts.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="One prompt a line, UTF-8.")] = None,
     model: Annotated[str | None, typer.Option(help="Pipeline folder or hub id; default: the embedded model.")] = None,
-    dtype: Annotated[str, typer.Option(help="Load the baseline as float32, bfloat16, float16, auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Load the baseline as fp32, bf16, fp16 or auto.")] = "auto",
     candidate_dtype: Annotated[
         str | None, typer.Option(help="Load the candidate so; default: as the baseline.")
     ] = None,
@@ -40,6 +41,9 @@ def evaluate_command(
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance of both.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the first picture; default 42.")] = None,
     pe: Annotated[str, typer.Option(help="Prompt enhancer: off, or fixed (written once for both).")] = "off",
+    skip_unsupported: Annotated[
+        bool, typer.Option("--skip-unsupported", help="Leave out what cannot run here instead of refusing.")
+    ] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Times each picture is drawn and timed.")] = 1,
     max_nmse: Limit = None,
     min_psnr_db: Limit = None,
@@ -51,12 +55,16 @@ def evaluate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Hold a dtype or a preset against the plain pipeline. Exit code 1 if a threshold is broken or NaN is found."""
+    from ernie_accel.batch.check import size_problem
+    from ernie_accel.core.files import check_folder
     from ernie_accel.fidelity.compare import evaluate
     from ernie_accel.fidelity.evaluation import Thresholds
     from ernie_accel.recipes.presets import find_preset
     from ernie_accel.storage.loading import check_dtype
     from ernie_accel.transforms.calls.call_defaults import CallDefaults
 
+    if classic and (dtype, candidate_dtype) != ("auto", None):
+        raise ErnieAccelError("--classic is bf16 against fp32: leave out --dtype and --candidate-dtype")
     if classic:
         dtype, candidate_dtype = "float32", candidate_dtype or "bfloat16"
     if candidate_dtype is None and preset is None:
@@ -74,11 +82,18 @@ def evaluate_command(
         "guidance_scale": guidance_scale,
         "seed": seed,
     }
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise ErnieAccelError(f"--guidance-scale is {guidance_scale}; expected a number such as 1.0 (no guidance)")
+    if problem := size_problem(width, height, 16):
+        raise ErnieAccelError(problem)
+    texts = _prompts(prompts, prompts_file)
+    if out is not None:
+        check_folder(out)
     usual = (EMBEDDED if model is None else {}) | (CLASSIC if classic else {})
     evaluation = evaluate(
         partial(_load, model, dtype, *same_call),
-        partial(_load, model, candidate_dtype or dtype, preset=found),
-        _prompts(prompts, prompts_file),
+        partial(_load, model, candidate_dtype or dtype, preset=found, skip_unsupported=skip_unsupported),
+        texts,
         pe=pe,  # type: ignore[arg-type]  # checked there
         repeats=repeats,
         thresholds=Thresholds(max_nmse, min_psnr_db, min_ssim, min_sqnr_db, min_speedup, max_ms_per_step),
@@ -102,13 +117,24 @@ def _prompts(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
             raise ErnieAccelError(f"cannot read {file}: {error}") from error
         if not lines:
             raise ErnieAccelError(f"{file} holds no prompt: write one a line")
+    for number, prompt in enumerate(given or (), start=1):
+        if not prompt.strip():
+            raise ErnieAccelError(f"prompt {number} of the command line is empty; write what to draw, or leave it out")
     return (*(given or ()), *lines) or PROMPTS
 
 
-def _load(model: str | None, dtype: str, *transforms: Transform, preset: Preset | None = None) -> Pipeline:
+def _load(
+    model: str | None,
+    dtype: str,
+    *transforms: Transform,
+    preset: Preset | None = None,
+    skip_unsupported: bool = False,
+) -> Pipeline:
     from ernie_accel.api import optimize
     from ernie_accel.storage.loading import load_pipeline
 
     pipe = load_pipeline(model, dtype)
     pipe.set_progress_bar_config(disable=True)
-    return optimize(pipe, *transforms, preset=preset) if transforms or preset else pipe
+    if not transforms and preset is None:
+        return pipe
+    return optimize(pipe, *transforms, preset=preset, on_unsupported="skip" if skip_unsupported else "error")

@@ -117,8 +117,7 @@ def recommend(
     Raises:
         UnknownNameError: There is no such mode.
     """
-    if mode not in (None, *MODES):
-        raise UnknownNameError("mode", mode, MODES)
+    check_mode(mode)
     family = family_of(pipe) if pipe is not None else None
     if mode is None:
         mode = next(iter(family.modes)) if family is not None and "turbo" not in family.modes else "turbo"
@@ -140,6 +139,16 @@ def recommend(
             rejected[preset.name] = (*problems, *_lines(refused)) if refused is not None else ("the pipe cannot run",)
     last = machine.not_supported or "nothing else can run"
     return Recommendation(presets["exact"], machine, (last,), MappingProxyType(rejected))
+
+
+def check_mode(mode: str | None) -> None:
+    """Refuse a mode that `recommend` does not know.
+
+    Raises:
+        UnknownNameError: It is neither None nor one of `MODES`.
+    """
+    if mode not in (None, *MODES):
+        raise UnknownNameError("mode", mode, MODES)
 
 
 def _candidates(machine: Context, mode: str) -> list[tuple[Preset, tuple[str, ...], list[str]]]:

@@ -1,0 +1,67 @@
+"""Compare two series of times taken in turn, and say so where the machine is too busy to tell."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+#: A median so many times the minimum shows that something else took the machine's time: alone it is 1.0 to 1.2 times.
+BUSY_SPREAD = 1.5
+
+
+def spread(times: Sequence[float]) -> float:
+    """Return the median over the minimum: 1 on a machine that does nothing else."""
+    return statistics.median(times) / min(times)
+
+
+@dataclass(frozen=True)
+class Race:
+    """The times of two ways to make the same pictures, made in turn.
+
+    Attributes:
+        first_ms: Milliseconds of each picture, the one way.
+        second_ms: The other way, as many.
+    """
+
+    first_ms: tuple[float, ...]
+    second_ms: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast the second way is: by the medians, as they are shown."""
+        return statistics.median(self.first_ms) / statistics.median(self.second_ms)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The lower and the upper quartile of the ratios of all pairs."""
+        ratios = [first / second for first, second in zip(self.first_ms, self.second_ms, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        return low, high
+
+    @property
+    def spread(self) -> float:
+        """The larger `spread` of the two."""
+        return max(spread(self.first_ms), spread(self.second_ms))
+
+    @property
+    def too_busy(self) -> bool:
+        """Whether the times differ too much among themselves to say which way is faster."""
+        return self.spread > BUSY_SPREAD
+
+    @property
+    def verdict(self) -> str:
+        """Which is faster, in words."""
+        low, high = self.quartiles
+        if self.too_busy:
+            return "this machine is too busy to tell"
+        return "faster" if low > 1 else "slower on this machine" if high < 1 else "no measurable difference"
+
+    def __str__(self) -> str:
+        if self.too_busy:
+            return (
+                f"{self.verdict}: the median picture took {self.spread:.1f} times as long as the fastest one "
+                f"(alone, a machine stays below {BUSY_SPREAD:g}); run again when it is idle"
+            )
+        low, high = self.quartiles
+        return f"{self.ratio:.2f} x  {self.verdict} (of the medians; quartiles of the pairs {low:.2f} to {high:.2f})"
