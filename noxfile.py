@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import nox
+from packaging.requirements import Requirement
 
 nox.options.sessions = ["lint", "typing", "tests", "lite", "docs", "demo"]
 nox.options.reuse_existing_virtualenvs = True
@@ -19,6 +20,17 @@ TEST = (
 )
 
 
+#: What a release of a dependency can break: loading, drawing, comparing, every transform and backend, batches.
+VERSION_TESTS = (
+    "attention", "batch_command", "batch_equality", "batch_formats", "batch_produce", "call_defaults", "cli", "context",
+    "contract", "demo_model", "demo_train", "dtype", "effect", "enhancer", "errors", "extras", "families", "fidelity",
+    "fidelity_command", "memory", "optimize", "order", "outputs", "presets", "prompts", "quantize", "quantize_backends",
+    "rewrite", "saving", "scheduler", "warm_up",
+)  # fmt: skip
+#: diffusers 0.38 offloads groups of layers only where there is an accelerator.
+NOT_ON_LOWEST = ("test_group_offloading_works_on_rewritten_blocks",)
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run all tests with every extra that works on a CPU; a requested backend that cannot be imported fails."""
@@ -26,6 +38,45 @@ def tests(session: nox.Session) -> None:
     # A process for each core, of one thread each: the models are too small for more.
     spread = ("--numprocesses=auto", "--maxprocesses=8", "--dist=loadfile")
     session.run("python", "-m", "pytest", "tests", *spread, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(python="3.11")
+def lowest(session: nox.Session) -> None:
+    """Test the lowest releases that pyproject.toml allows, all at once, of dependencies and extras.
+
+    torch is left to pip, and so to PIP_CONSTRAINT: CPU builds of its lowest release lie on the index of PyTorch alone.
+    Python 3.11 is the last one that all of these releases have wheels for.
+    """
+    session.install(".[all]", *TEST, *_lowest_pins())
+    skipped = ("-k", " and ".join(f"not {name}" for name in NOT_ON_LOWEST))
+    _test_versions(session, *skipped)
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """Test the newest releases of all dependencies and extras, in an environment that may be an old one."""
+    session.install("--upgrade", "--upgrade-strategy", "eager", ".[all]", *TEST)
+    _test_versions(session)
+
+
+def _lowest_pins() -> list[str]:
+    """Return "name==bound" for every lower bound of pyproject.toml; not for torch, nor for what `all` leaves out."""
+    project = nox.project.load_toml("pyproject.toml")["project"]
+    extras = project["optional-dependencies"]
+    (everything,) = map(Requirement, extras["all"])
+    wanted = [*project["dependencies"], *(line for extra in sorted(everything.extras) for line in extras[extra])]
+    pins = []
+    for requirement in map(Requirement, wanted):
+        bounds = [each.version for each in requirement.specifier if each.operator == ">="]
+        if requirement.name != "torch":
+            pins += [f"{requirement.name}=={bound}" for bound in bounds]
+    return pins
+
+
+def _test_versions(session: nox.Session, *arguments: str) -> None:
+    files = session.posargs or [f"tests/test_{name}.py" for name in VERSION_TESTS]
+    spread = ("--numprocesses=auto", "--maxprocesses=8", "--dist=loadfile")
+    session.run("python", "-m", "pytest", *spread, *arguments, *files, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session
