@@ -10,6 +10,7 @@ import torch
 import ernie_accel
 from ernie_accel import Context, FreeAfterUse, MakeContiguous, Offload, TileVae
 from ernie_accel.core.components import module_bytes
+from ernie_accel.core.outputs import images_of
 from tests.pipelines import picture
 
 
@@ -182,7 +183,7 @@ def test_tiling_stays_above_its_floor_on_the_embedded_model():
         "a large red circle in the center on a grey background",
         "a small blue square on the left on a white background",
     ]
-    latents = pipe(
+    output = pipe(
         prompts,
         height=64,
         width=64,
@@ -190,10 +191,11 @@ def test_tiling_stays_above_its_floor_on_the_embedded_model():
         guidance_scale=1.0,
         output_type="latent",
         generator=torch.Generator().manual_seed(0),
-    ).images
+    )
+    latents = images_of(output)
 
     def decode():
-        return pipe(
+        output = pipe(
             prompts,
             height=64,
             width=64,
@@ -202,7 +204,8 @@ def test_tiling_stays_above_its_floor_on_the_embedded_model():
             output_type="pt",
             latents=latents.clone(),
             callback_on_step_end=lambda *_: {"latents": latents},
-        ).images
+        )
+        return images_of(output)
 
     before = decode()
     ernie_accel.optimize(pipe, TileVae(tile_px=32))
