@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import weakref
 
 import pytest
@@ -122,7 +123,7 @@ def test_a_plan_shows_bytes_per_component_what_stays_and_who_does_it(ernie):
     wish = Quantize("int8-weight-only", components=("transformer", "text_encoder"))
     text = str(ernie_accel.plan(ernie, CastDtype("bf16"), wish))
     assert "int8-weight-only by torchao" in text
-    assert "transformer 1.0 MB -> 821.8 kB, text_encoder 261.2 kB -> " in text
+    assert re.search(r"transformer 1.0 MB -> 821.8 kB, text_encoder 261.\d kB -> ", text)  # by release of transformers
     first = "transformer.text_proj, transformer.time_embedding.linear_1 and "
     assert f"kept precise in ERNIE-Image: {first}" in text
     plan = ernie_accel.plan(ernie, CastDtype("bf16"), wish)
