@@ -352,6 +352,9 @@ class Pandas:
     def __init__(self, rows, columns=None):
         self._rows, self.columns = rows, columns or list(rows[0])
 
+    def __repr__(self):
+        return "a data frame"  # an address in a test's id keeps pytest-xdist from running any test
+
     def to_dict(self, orient="dict"):
         assert orient == "records"
         return self._rows
