@@ -13,9 +13,10 @@ import sys
 import pytest
 from PIL import Image
 
-from ernie_accel.batch import BatchChangedError, BatchInputError, BatchOutputError, command, report
+from ernie_accel.batch import BatchChangedError, BatchInputError, BatchOutputError, report
 from ernie_accel.batch.job import plan_job
 from ernie_accel.batch.ledger import open_job
+from ernie_accel.cli import batch as command
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError
 from tests.child_paths import PYTHONPATH
@@ -413,7 +414,7 @@ def test_other_image_servers_or_none_are_a_change(table, monkeypatch, change, na
 
 LOADING = """
 import signal, sys, time
-from ernie_accel.batch import command
+from ernie_accel.cli import batch as command
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
 def load(job, facts):
     print("loading", flush=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ernie_accel.batch import BatchOutputError, Producer, Sift, command, produce, read_table
+from ernie_accel.batch import BatchOutputError, Producer, Sift, produce, read_table
 from ernie_accel.batch.cells import escaped, unescaped
 from ernie_accel.batch.folder import OutputFolder
 from ernie_accel.batch.job import plan_job
@@ -22,6 +22,7 @@ from ernie_accel.batch.naming import JOB_FILES
 from ernie_accel.batch.produce import check_folder, renew_manifest
 from ernie_accel.batch.report import REPORTS, write_report
 from ernie_accel.batch.runs import note_run
+from ernie_accel.cli import batch as command
 from tests.stub_engine import StubEngine, make_rows
 
 MINE = b"sku,prompt\nmine,a mug\n"

@@ -152,7 +152,7 @@ def test_an_address_that_cannot_be_had_is_named(port, host, message):
 
 COMMAND = """
 import sys
-from ernie_accel.batch import command
+from ernie_accel.cli import batch as command
 from tests.stub_engine import StubEngine
 def load(job, facts):
     print("loading the model", flush=True)

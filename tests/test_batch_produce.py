@@ -22,7 +22,7 @@ import ernie_accel
 from ernie_accel.batch import BatchInputError, BatchOutputError, Row, aproduce, produce, read_rows
 from ernie_accel.batch.naming import JOB_FILES, folder_problem
 from ernie_accel.batch.report import write_report
-from ernie_accel.core.atomic import write_atomically
+from ernie_accel.common.atomic import write_atomically
 
 
 class StubPipe:

@@ -20,8 +20,8 @@ from ernie_accel.batch.page import latency_chart, speed_chart
 from ernie_accel.batch.report import _worked, write_report
 from ernie_accel.batch.runs import note_run
 from ernie_accel.batch.telemetry import Telemetry, percentile, prometheus_text
+from ernie_accel.common.text import markdown
 from ernie_accel.core.errors import ErnieAccelError
-from ernie_accel.core.text import markdown
 from tests.child_paths import PYTHONPATH
 from tests.stub_engine import StubEngine, make_rows
 
@@ -257,7 +257,7 @@ def test_a_power_price_needs_the_power(tmp_path):
 
 COMMAND = """
 import sys
-from ernie_accel.batch import command
+from ernie_accel.cli import batch as command
 from tests.stub_engine import StubEngine
 def fail(requests, call):
     print("batch", call, flush=True)

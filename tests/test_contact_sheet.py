@@ -8,8 +8,8 @@ import time
 import pytest
 from PIL import Image, ImageFont
 
-from ernie_accel.demo import sheet
-from ernie_accel.demo.sheet import Column, contact_sheet
+from ernie_accel.common import contact_sheet as sheet
+from ernie_accel.common.contact_sheet import Column, contact_sheet
 
 COLOURS = [(255, 0, 0), (0, 0, 255), (0, 128, 0), (128, 0, 128)]
 

@@ -12,14 +12,16 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "ernie_accel"
 #: From the ground up; names on one line share a floor and do not import each other.
 FLOORS = (
-    ("exports", "families", "embedded", "plugins"),
+    ("exports", "common", "families", "embedded", "plugins"),
     ("core",),
     ("kernels",),
     ("models", "samplers", "quantization"),
     ("transforms",),
     ("recipes", "storage"),
     ("api",),
-    ("testing",),
+    ("testing", "fidelity", "batch"),
+    ("demo",),
+    ("cli",),
 )
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 

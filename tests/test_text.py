@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ernie_accel.core.text import human_bytes, summarise, table, width
+from ernie_accel.common.text import human_bytes, summarise, table, width
 
 
 def test_columns_line_up():

@@ -28,7 +28,7 @@ def assemble(
     writers: int = 2,
 ) -> Line:
     """Return a line without rows; the arguments are those of `produce`."""
-    from ernie_accel import __version__
+    from ernie_accel.exports import VERSION
 
     sieve = None
     if sift is not None:
@@ -38,7 +38,7 @@ def assemble(
     limit = engine.max_batch if batch_size is None else min(batch_size, engine.max_batch)
     # Room for two whole batches: with less, the engine would stand still until part of the first one is written.
     ahead = max(4 * writers, 2 * limit * engine.slots)
-    writer = Writer(folder, dict(facts or {}) | {"version": __version__}, threads=writers, ahead=ahead, sieve=sieve)
+    writer = Writer(folder, dict(facts or {}) | {"version": VERSION}, threads=writers, ahead=ahead, sieve=sieve)
     schedule = Schedule(
         lambda task: engine.bucket(task.current()),
         kin_of=lambda task: task.request.shape(),

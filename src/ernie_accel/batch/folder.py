@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ernie_accel.batch.errors import BatchOutputError, Problem, shown
-from ernie_accel.core.atomic import remove_if_there, remove_leftovers, write_atomically
+from ernie_accel.common.atomic import remove_if_there, remove_leftovers, write_atomically
 
 _BY_DESCRIPTOR = hasattr(os, "O_NOFOLLOW") and {os.open, os.mkdir, os.stat, os.unlink, os.rename} <= os.supports_dir_fd
 _FOLDER = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)

@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from ernie_accel.batch.ledger import Entry
-from ernie_accel.core.text import one_line
+from ernie_accel.common.text import one_line
 
 _THUMBNAIL_PX = 240
 _MAX_CHARACTERS = 300  # of a prompt; the manifest has all of it

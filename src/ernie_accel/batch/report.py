@@ -13,8 +13,8 @@ from ernie_accel.batch.ledger import Entry, Ledger, open_job
 from ernie_accel.batch.line import REJECTED
 from ernie_accel.batch.runs import read_runs
 from ernie_accel.batch.telemetry import merged, percentile
+from ernie_accel.common.text import markdown, one_line
 from ernie_accel.core.errors import ErnieAccelError
-from ernie_accel.core.text import markdown, one_line
 
 REPORTS = ("report.md", "report.html")
 """The files that hold a job's report, in its output folder."""
@@ -130,13 +130,13 @@ class _Facts:
 
     def content(self, out: Path) -> Mapping[str, Any]:
         """Return what the page is filled with."""
-        from ernie_accel import __version__
         from ernie_accel.batch.page import gallery, latency_chart, speed_chart
+        from ernie_accel.exports import VERSION
 
         pictures = gallery(out, self.shown)
         return {
             "title": one_line(out.resolve().name, 200),
-            "version": __version__,
+            "version": VERSION,
             "warning": self.warning,
             "counts": [(state, f"{count:,}") for state, count in self.counts],
             "facts": self.numbers,

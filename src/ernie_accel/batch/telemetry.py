@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from ernie_accel.batch.errors import BatchOutputError, shown
 from ernie_accel.batch.ledger import is_name_of_the_job
-from ernie_accel.core.atomic import write_atomically
-from ernie_accel.core.text import human_bytes
+from ernie_accel.common.atomic import write_atomically
+from ernie_accel.common.text import human_bytes
 
 _RECENT = 1000  # latencies kept for the percentiles
 _WINDOW_S = 300.0  # over which the current speed is measured

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ernie_accel.common.text import effect_text, human_bytes, summarise, table
 from ernie_accel.core.carried import carried_report
 from ernie_accel.core.components import Pipeline, bare_float8, pipe_bytes
 from ernie_accel.core.context import Context
@@ -15,7 +16,6 @@ from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Entry, Report, planned_by
 from ernie_accel.core.step import Step
-from ernie_accel.core.text import effect_text, human_bytes, summarise, table
 from ernie_accel.core.transform import Effect, Transform, misfits
 from ernie_accel.families import family_of
 from ernie_accel.families.family import Family

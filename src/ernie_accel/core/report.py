@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ernie_accel.common.text import effect_text, human_bytes, summarise, table
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.step import Step
-from ernie_accel.core.text import effect_text, human_bytes, summarise, table
 from ernie_accel.core.transform import Applied, Effect
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ernie_accel.api import optimize, plan, report
+from ernie_accel.common.contact_sheet import Column, contact_sheet
 from ernie_accel.core.plan import Plan
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Report
 from ernie_accel.core.timing import Race
 from ernie_accel.core.transform import Transform
-from ernie_accel.demo.sheet import Column, contact_sheet
 from ernie_accel.storage.loading import load_pipeline
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
-from ernie_accel.core.atomic import write_atomically
-from ernie_accel.demo.sheet import Column, contact_sheet
+from ernie_accel.common.atomic import write_atomically
+from ernie_accel.common.contact_sheet import Column, contact_sheet
 
 if TYPE_CHECKING:
     import torch

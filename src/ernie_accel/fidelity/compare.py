@@ -13,12 +13,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from ernie_accel.api import optimize, plan, report, restore
+from ernie_accel.common.text import effect_text
 from ernie_accel.core.components import Pipeline, device_of, modules_of, pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, RestoreError, UnknownNameError, UnsupportedError
 from ernie_accel.core.plan import compose
 from ernie_accel.core.preset import Preset
-from ernie_accel.core.text import effect_text
 from ernie_accel.core.transform import Transform
 from ernie_accel.families import family_of
 from ernie_accel.fidelity import metrics

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ernie_accel.common.text import human_bytes
 from ernie_accel.core.context import Context
-from ernie_accel.core.text import human_bytes
 from ernie_accel.fidelity.render import Rendering
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from ernie_accel.common.text import table
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
-from ernie_accel.core.text import table
 from ernie_accel.quantization.backend import SCHEMES, Backend, Scheme, add_scheme
 from ernie_accel.quantization.bitsandbytes import BitsAndBytes
 from ernie_accel.quantization.gguf import Gguf

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from ernie_accel.common.text import human_bytes
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import DEVICES, OPTIONAL_PACKAGES, Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.plan import Plan, compose, plan_request
 from ernie_accel.core.preset import Preset
-from ernie_accel.core.text import human_bytes
 from ernie_accel.core.transform import Transform
 from ernie_accel.families import family_of
 from ernie_accel.families.ernie_image import ERNIE_IMAGE

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
+from ernie_accel.common.text import one_line
 from ernie_accel.core.errors import ErnieAccelError
-from ernie_accel.core.text import one_line
 
 HIDDEN = "***"
 """What stands in the place of a secret."""

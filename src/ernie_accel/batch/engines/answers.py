@@ -18,7 +18,7 @@ from PIL import Image
 
 from ernie_accel.batch.engines.address import redacted
 from ernie_accel.batch.engines.wire import Answer
-from ernie_accel.core.text import one_line
+from ernie_accel.common.text import one_line
 
 MAX_UNASKED_PIXELS = 2048 * 2048
 """The largest picture taken where the row leaves the size to the server."""

@@ -27,8 +27,8 @@ from ernie_accel.batch.engines.answers import PassingError, RefusalError
 from ernie_accel.batch.engines.base import ENHANCED_PROMPT, BatchTimeoutError, Engine, Outcome, Request
 from ernie_accel.batch.engines.wire import Wire, WireError
 from ernie_accel.batch.errors import Problem
+from ernie_accel.common.text import one_line
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
-from ernie_accel.core.text import one_line
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)

@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 
 import torch
 
+from ernie_accel.common.text import human_bytes
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.planned import Blocks, PlannedPipe, PlannedWeight
-from ernie_accel.core.text import human_bytes
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 
+from ernie_accel.common.text import human_bytes
 from ernie_accel.core.components import (
     Pipeline,
     Weight,
@@ -19,7 +20,6 @@ from ernie_accel.core.components import (
 from ernie_accel.core.context import Context
 from ernie_accel.core.dtypes import DTYPES, dtype_name, why_not_cast
 from ernie_accel.core.planned import PlannedPipe
-from ernie_accel.core.text import human_bytes
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 

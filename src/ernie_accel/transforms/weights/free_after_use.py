@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ernie_accel.common.text import human_bytes
 from ernie_accel.core.components import (
     PROMPT_COMPONENTS,
     Pipeline,
@@ -24,7 +25,6 @@ from ernie_accel.core.components import (
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from ernie_accel.core.planned import PlannedPipe
-from ernie_accel.core.text import human_bytes
 from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import torch
 
+from ernie_accel.common.text import human_bytes
 from ernie_accel.core.components import Pipeline, absent_components, is_device_name, module_bytes, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe, PlannedWeight
-from ernie_accel.core.text import human_bytes
 from ernie_accel.core.transform import Applied, Effect, LayerReceipt, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.models.rewritten import rewritten_model

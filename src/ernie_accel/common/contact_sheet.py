@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ernie_accel.core.atomic import write_atomically
+from ernie_accel.common.atomic import write_atomically
 
 _PAPER, _INK, _MUTED, _EDGE = "#ffffff", "#1f2328", "#656d76", "#d0d7de"
 _MAX_CAPTION_LINES = 6

@@ -19,7 +19,7 @@ import typer
 from ernie_accel.batch.errors import BatchInputError, BatchOutputError, shown
 from ernie_accel.batch.job import EMBEDDED_MODEL, OPTION_OF, REAL_MODEL, Job, key_in, plan_job
 from ernie_accel.batch.row import MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, MAX_VARIANTS, MIN_SIDE
-from ernie_accel.core.text import one_line
+from ernie_accel.common.text import one_line
 
 if TYPE_CHECKING:
     from ernie_accel.batch.engines import Engine

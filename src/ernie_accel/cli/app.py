@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ernie_accel.batch.command import batch_command
+from ernie_accel.cli.batch import batch_command
+from ernie_accel.cli.evaluate import evaluate_command
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.files import check_file
-from ernie_accel.fidelity.command import evaluate_command
 
 if TYPE_CHECKING:
     from ernie_accel.core.components import Pipeline
@@ -44,9 +44,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from ernie_accel import __version__
+        from ernie_accel.exports import VERSION
 
-        typer.echo(f"ernie-accel {__version__}")
+        typer.echo(f"ernie-accel {VERSION}")
         raise typer.Exit
 
 
@@ -197,20 +197,21 @@ def recommend_command(
 @app.command("info")
 def info_command() -> None:
     """Say what is installed, which presets can run here, and why others cannot."""
-    from ernie_accel import __version__, demo
     from ernie_accel.api import plan
     from ernie_accel.core.context import OPTIONAL_PACKAGES, Context
+    from ernie_accel.demo import load
+    from ernie_accel.exports import VERSION
     from ernie_accel.recipes.presets import presets
 
     context = Context.detect()
-    typer.echo(f"ernie-accel {__version__} on {context}")
+    typer.echo(f"ernie-accel {VERSION} on {context}")
     for package, version in context.versions.items():
         typer.echo(f"  {package:16} {version}")
     for package in OPTIONAL_PACKAGES:
         for reason in context.missing(package):
             typer.echo(f"  {package:16} - {reason}")
     _load_quietly(None)
-    pipe = demo.load()
+    pipe = load()
     typer.echo("Presets:")
     for preset in presets.values():
         the_plan = plan(pipe, preset=preset, context=context)
