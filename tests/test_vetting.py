@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from diffusers import DiffusionPipeline
 import ernie_accel
 from ernie_accel.core.errors import SavedPipelineError
 from ernie_accel.storage.loading import load_pipeline
-from ernie_accel.storage.manifest import INDEX
-from ernie_accel.storage.vetting import vet
+from ernie_accel.storage.manifest import INDEX, files_of
+from ernie_accel.storage.vetting import vet, vet_index
 from tests.pipelines import picture, tiny_ernie, tiny_flux
 from tests.saved_folders import change, edit_json
 
@@ -238,3 +239,92 @@ def test_a_broken_file_of_settings_is_one_error(content, folder):
         file.write_bytes(content)
     with pytest.raises(SavedPipelineError, match="vae"):
         read(folder)
+
+
+DIFFUSERS, TRANSFORMERS = "diffusers", "transformers"
+FLOW, KL = [DIFFUSERS, "FlowMatchEulerDiscreteScheduler"], [DIFFUSERS, "AutoencoderKL"]
+#: What published checkpoints say of themselves.
+PUBLISHED = {
+    "FluxPipeline": {
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "scheduler": FLOW,
+        "text_encoder": [TRANSFORMERS, "CLIPTextModel"],
+        "text_encoder_2": [TRANSFORMERS, "T5EncoderModel"],
+        "tokenizer": [TRANSFORMERS, "CLIPTokenizer"],
+        "tokenizer_2": [TRANSFORMERS, "T5TokenizerFast"],
+        "transformer": [DIFFUSERS, "FluxTransformer2DModel"],
+        "vae": KL,
+    },
+    "StableDiffusionPipeline": {
+        "feature_extractor": [TRANSFORMERS, "CLIPFeatureExtractor"],
+        "requires_safety_checker": True,
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "scheduler": [DIFFUSERS, "PNDMScheduler"],
+        "text_encoder": [TRANSFORMERS, "CLIPTextModel"],
+        "tokenizer": [TRANSFORMERS, "CLIPTokenizer"],
+        "unet": [DIFFUSERS, "UNet2DConditionModel"],
+        "vae": KL,
+    },
+    "ZImagePipeline": {
+        "scheduler": FLOW,
+        "text_encoder": [TRANSFORMERS, "Qwen3Model"],
+        "tokenizer": [TRANSFORMERS, "Qwen2Tokenizer"],
+        "transformer": [DIFFUSERS, "ZImageTransformer2DModel"],
+        "vae": KL,
+    },
+    "Lumina2Pipeline": {
+        "scheduler": FLOW,
+        "text_encoder": [TRANSFORMERS, "Gemma2Model"],
+        "tokenizer": [TRANSFORMERS, "GemmaTokenizerFast"],
+        "transformer": [DIFFUSERS, "Lumina2Transformer2DModel"],
+        "vae": KL,
+    },
+    "QwenImagePipeline": {
+        "scheduler": FLOW,
+        "text_encoder": [TRANSFORMERS, "Qwen2_5_VLForConditionalGeneration"],
+        "tokenizer": [TRANSFORMERS, "Qwen2Tokenizer"],
+        "transformer": [DIFFUSERS, "QwenImageTransformer2DModel"],
+        "vae": [DIFFUSERS, "AutoencoderKLQwenImage"],
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_checkpoints_pass(name, tmp_path):
+    index = {"_class_name": name, "_diffusers_version": "0.30.0", "_name_or_path": "someone/something"}
+    (tmp_path / INDEX).write_text(json.dumps(index | PUBLISHED[name]))
+    found = vet_index(tmp_path)
+    assert found.pipeline_class.__name__ == name
+    assert found.parts.keys() | found.settings.keys() == PUBLISHED[name].keys()
+
+
+def test_of_a_hub_id_only_the_index_and_its_parts_are_fetched(originals, tmp_path, monkeypatch):
+    """Neither scripts nor pickles, nor copies in other precisions, nor anything that a refused index names."""
+    import huggingface_hub
+
+    repository = shutil.copytree(originals / "plain", tmp_path / "repository")
+    others = "None.py", "vae/diffusers.py", "vae/x.bin", "vae/x.fp16.safetensors", "unused/config.json", "x.safetensors"
+    for name in others:
+        (repository / name).parent.mkdir(exist_ok=True)
+        (repository / name).write_text("{}")
+    fetched = tmp_path / "models--a--b" / "snapshots" / "0123"
+
+    def snapshot_download(model, *, allow_patterns, ignore_patterns=()):
+        assert model == "a/b"
+        for path in repository.rglob("*"):
+            name = path.relative_to(repository).as_posix()
+            wanted = any(fnmatch(name, pattern) for pattern in allow_patterns)
+            if path.is_file() and wanted and not any(fnmatch(name, pattern) for pattern in ignore_patterns):
+                (fetched / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, fetched / name)
+        return str(fetched)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    load_pipeline("a/b", device="cpu")
+    assert files_of(fetched).keys() == files_of(originals / "plain").keys()
+    shutil.rmtree(fetched)
+    edit_json(repository / INDEX, vae=["evil_module", "Evil"])
+    with pytest.raises(ernie_accel.ErnieAccelError, match=r"evil_module\.Evil is not of diffusers"):
+        load_pipeline("a/b", device="cpu")
+    assert [path.name for path in fetched.iterdir()] == [INDEX]

@@ -57,6 +57,8 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
         "use_kernels": "fetches code from the hub",
     }
 )
+#: Classes that transformers renamed, by the names in older checkpoints.
+_RENAMED: Mapping[str, str] = MappingProxyType({"CLIPFeatureExtractor": "CLIPImageProcessor"})
 #: Names that tokenizers write down and never open.
 _INERT_FILES = frozenset(
     {"special_tokens_map_file", "added_tokens_file", "tokenizer_config_file", "chat_template_file"}
@@ -165,7 +167,8 @@ def _part_class(folder: Path, name: str, library: str, class_name: str | None, p
             home = None
     if home is None:
         raise SavedPipelineError(folder, f"{named} is not of diffusers or transformers, {_OWN_CODE}")
-    found = getattr(home, class_name, None) if class_name is not None and class_name.isidentifier() else None
+    current = None if class_name is None else _RENAMED.get(class_name, class_name)
+    found = getattr(home, current, None) if current is not None and current.isidentifier() else None
     ours = (diffusers.ModelMixin, diffusers.SchedulerMixin)
     theirs = (
         transformers.PreTrainedModel,
@@ -178,7 +181,7 @@ def _part_class(folder: Path, name: str, library: str, class_name: str | None, p
         raise SavedPipelineError(folder, f"{named} is no model, scheduler, tokenizer or processor of that library here")
     path = found.__module__.split(".")
     if path[0] == "transformers" and _model_package(found) not in (None, *packages):
-        fix = f"if you trust the folder, load(..., known=({class_name},))"
+        fix = f"if you trust the folder, load(..., known=({class_name},)), or load it with diffusers"
         raise SavedPipelineError(folder, f"{named} is not among the models that pipelines are known to use: {fix}")
     if path[0] not in ("diffusers", "transformers"):
         raise SavedPipelineError(folder, f"{named} is no class of its own in that library")

@@ -29,7 +29,8 @@ def transform_class(name: str) -> type[Transform]:
 def transform_from_json(data: Mapping[str, Any], known: Iterable[type[Transform]] = ()) -> Transform:
     """Return the transform that `Transform.to_json` described.
 
-    Only classes of the catalogue and of `known` are made; data never names a module to import.
+    Only classes of the catalogue and of `known` are made; data never names a module to import. Folders and files that
+    it names for a transform are taken as they stand: this is for data of your own. `load` reads folders of strangers.
 
     Args:
         data: A mapping with the class name under "transform" and the fields; missing fields take their defaults.
