@@ -148,7 +148,7 @@ def test_a_failed_write_leaves_the_old_sheet_and_no_other_file(tmp_path, monkeyp
     path = contact_sheet([column()], tmp_path / "sheet.png")
     old = path.read_bytes()
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
