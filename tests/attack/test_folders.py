@@ -12,6 +12,8 @@ import pickle
 import random
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,6 +125,22 @@ def plain(tmp_path_factory):
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_watch_sees_what_is_forbidden(bait):
+    """Or the attacks below would pass whatever happened."""
+    with watched(bait) as seen:
+        import evil_module  # noqa: F401
+
+        pickle.loads((bait / "cache").read_bytes())
+        (bait / "ran").unlink()
+        with contextlib.suppress(OSError):
+            socket.create_connection(("localhost", 9), timeout=0.1)
+        subprocess.run([sys.executable, "-c", ""], check=True)
+    text = "\n".join(seen)
+    for event in ("import evil_module", "pickle.find_class", "cache' r", "os.remove", "socket.", "subprocess.Popen"):
+        assert event in text
+    del sys.modules["evil_module"]
 
 
 # ---- hostile folders ------------------------------------------------------------------------------------------------
