@@ -134,12 +134,18 @@ def test_an_index_without_a_part_is_refused(folder):
         ("tokenizer/tokenizer_config.json", {"tokenizer_file": "/etc/passwd"}, "tokenizer_file: names '/etc/passwd'"),
         ("tokenizer/tokenizer_config.json", {"sp_model_kwargs": {"model_file": "/x"}}, "sp_model_kwargs.model_file"),
         ("tokenizer/tokenizer_config.json", {"vocab": "/etc/passwd"}, "vocab: names"),
+        ("tokenizer/special_tokens_map.json", {"tokenizer_file": "/etc/passwd"}, "tokenizer_file: names"),
+        ("tokenizer/special_tokens_map.json", {"auto_map": {"AutoTokenizer": ["e.E", None]}}, "names code"),
+        ("tokenizer/tokenizer_config.json", {"tokenizer_path": "/x/tekken.json"}, "tokenizer_path: names"),
+        ("text_encoder/config.json", {"text_config": {"index_path": "/x"}}, "text_config.index_path: names"),
         ("tokenizer/tokenizer_config.json", {"gguf_file": "x.gguf"}, "gguf_file: names another file"),
         ("tokenizer/tokenizer_config.json", {"fast_tokenizer_files": ["../t.1.json"]}, "names another file"),
         ("pe/generation_config.json", {"custom_generate": "a/b"}, "names code"),
     ],
 )
 def test_settings_that_are_more_than_data_are_refused_by_their_place(file, settings, says, folder):
+    if not (folder / file).exists():
+        (folder / file).write_text("{}")
     edit_json(folder / file, **settings)
     with pytest.raises(SavedPipelineError, match=f"{file}: .*{says}|{file}: {says}"):
         read(folder)
@@ -212,7 +218,7 @@ def test_a_linked_component_is_a_link_too(folder):
 def test_the_hubs_cache_is_made_of_links_and_loads(folder, tmp_path):
     cache = tmp_path / "models--a--b"
     (cache / "blobs").mkdir(parents=True)
-    snapshot = shutil.copytree(folder, cache / "snapshots" / "0123")
+    snapshot = shutil.copytree(folder, cache / "snapshots" / "0123" / "below")
     for number, path in enumerate([path for path in snapshot.rglob("*") if path.is_file()]):
         path.rename(cache / "blobs" / str(number))
         path.symlink_to(cache / "blobs" / str(number))

@@ -277,6 +277,11 @@ def hostile_edits(bait: Path) -> list[tuple[str, dict[str, Any]]]:
             {"name_or_path": str(bait)},
             {"fast_tokenizer_files": [str(bait / "tokenizer.5.0.0.json")]},
         ],
+        "tokenizer/special_tokens_map.json": [
+            code,
+            *({name: str(bait / "tokenizer.json")} for name in ("tokenizer_file", "vocab_file", "vocab", "gguf_file")),
+            {"pad_token": str(bait / "tokenizer.json")},
+        ],
     }
     return [(file, entries) for file, edits in files.items() for entries in edits]
 
@@ -288,7 +293,8 @@ def test_no_settings_can_run_code_or_leave_the_folder(kind, saved, plain, bait, 
     for number, (file, entries) in enumerate(chance.sample(edits, min(len(edits), rounds(short=20, full=1000)))):
         folder = shutil.copytree(saved if kind == "saved" else plain, tmp_path / f"{number}")
         path = folder / file
-        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+        old = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(old | entries))
         if kind == "saved":
             change(folder)
         try_to_read(folder, bait, (file, entries))

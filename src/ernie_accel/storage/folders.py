@@ -27,7 +27,7 @@ _CANNOT = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP
 
 def current(folder: Path) -> Path:
     """Return where the content of `folder` is: there, or beside it if a switch was killed half-way."""
-    old = _set_aside(folder)
+    old = _set_aside(folder.resolve() if folder.is_symlink() else folder)
     return old if not folder.exists() and old.is_dir() else folder
 
 

@@ -59,9 +59,17 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
 )
 #: Classes that transformers renamed, by the names in older checkpoints.
 _RENAMED: Mapping[str, str] = MappingProxyType({"CLIPFeatureExtractor": "CLIPImageProcessor"})
-#: Names that tokenizers write down and never open.
-_INERT_FILES = frozenset(
-    {"special_tokens_map_file", "added_tokens_file", "tokenizer_config_file", "chat_template_file"}
+#: Settings that name another place by their own names, and those that libraries write down and never open.
+_PLACE = re.compile(r"(^|_)(file|path|dir|folder|url|repo|repo_id|checkpoint)$")
+_INERT_PLACES = frozenset(
+    {
+        "_name_or_path",
+        "added_tokens_file",
+        "chat_template_file",
+        "name_or_path",
+        "special_tokens_map_file",
+        "tokenizer_config_file",
+    }
 )
 _OWN_CODE = "which is never run here; if you trust it, load the pipe with diffusers and pass it to optimize"
 
@@ -201,8 +209,7 @@ def check_links(folder: Path) -> None:
         SavedPipelineError: There is one.
     """
     inside = [folder.resolve()]
-    if inside[0].parent.name == "snapshots":
-        inside.append(inside[0].parent.parent / "blobs")
+    inside += [parent.parent / "blobs" for parent in inside[0].parents if parent.name == "snapshots"]
     for root, folders, files in os.walk(folder):
         for path in (Path(root) / name for name in (*folders, *files)):
             if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in inside):
@@ -214,16 +221,15 @@ def _check_part(folder: Path, name: str, part: type[Any], packages: frozenset[st
     place = folder / name
     if not place.is_dir():
         raise SavedPipelineError(folder, f"is incomplete: the folder {name} is missing")
-    for path in place.iterdir():
-        refused = path.is_dir() and path.name != "additional_chat_templates" and not path.name.startswith(".")
-        if refused or path.suffix == ".py" or path.name == "adapter_config.json":
-            raise SavedPipelineError(folder, f"holds {name}/{path.name}, {_OWN_CODE}")
-    for path in sorted(place.glob("*.json")):
-        file = f"{name}/{path.name}"
-        if path.name.endswith(".index.json"):
+    for path in sorted(place.iterdir()):
+        file, lower = f"{name}/{path.name}", path.name.lower()  # some file systems do not tell cases apart
+        refused = path.is_dir() and lower != "additional_chat_templates" and not lower.startswith(".")
+        if refused or lower.endswith(".py") or lower == "adapter_config.json":
+            raise SavedPipelineError(folder, f"holds {file}, {_OWN_CODE}")
+        if lower.endswith(".index.json"):
             _check_shards(folder, file)
-        elif "config" in path.name:
-            _check_settings(folder, file, packages)
+        elif lower.endswith(".json") and ("config" in lower or lower == "special_tokens_map.json"):
+            _check_settings(folder, file, packages)  # a tokenizer takes any argument from both
     _check_names_of_classes(folder, name, part, packages)
 
 
@@ -244,10 +250,8 @@ def _check_settings(folder: Path, file: str, packages: frozenset[str]) -> None:
             method = value.get("quant_method", "bitsandbytes") if isinstance(value, dict) else value
             if not isinstance(method, str) or method not in _QUANTIZATION:
                 reason = f"asks for {method!r}; of quantized checkpoints only bitsandbytes' and ernie_accel's are read"
-        elif file.endswith("tokenizer_config.json") and isinstance(value, str):
-            opened = key.endswith("_file") and key not in _INERT_FILES
-            if opened or key in ("vocab", "merges"):
-                reason = f"names {value!r}, and a tokenizer's files are found by their usual names; remove the entry"
+        elif isinstance(value, str) and (_PLACE.search(key) or key in ("vocab", "merges")) and key not in _INERT_PLACES:
+            reason = f"names {value!r}, and files are found by their usual names; remove the entry"
         if reason is not None:
             raise SavedPipelineError(folder, f"{file}: {place}: {reason}")
 
