@@ -1,1 +1,1 @@
-"""The mechanism: what a transform is, how a plan is made, applied, reported and undone. Start at ``optimize.py``."""
+"""The mechanism: what a transform is, how a plan is made, applied, reported and undone. ``api.py`` above starts it."""
