@@ -12,8 +12,8 @@ and the figures are medians of the rounds; with presets, whose change of the pip
 rounds come first and one more comes last, which shows what the machine itself changed.
 
 The GPU's idle share is from a trace of one more round: the part of the time from the first to the last kernel in which
-no kernel ran. The host's part is told, too: the time from the first call of the engine to the end of its last, outside
-all of them.
+no kernel ran. The host's part is reported, too: the time from the first call of the engine to the end of its last,
+outside all of them.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def loop(pipe: Any, rows: Sequence[Row], out: Path, *, use_pe: bool) -> float:
 
 
 class Timed(LocalEngine):
-    """Notes when the pipe was at work, so that the time in which it was not can be told."""
+    """Notes when the pipe was at work, so that the time in which it was not can be measured."""
 
     def __init__(self, pipe: Any, max_batch: int | None) -> None:
         super().__init__(pipe, max_batch=max_batch)
@@ -405,7 +405,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="default: 24, with --full-size 48")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", type=int, help="pixels; default: 128, with --full-size 512, with --random tiny 64")
-    parser.add_argument("--batch-size", type=int, help="default: found by trying, within each round anew; full size: 8")
+    parser.add_argument("--batch-size", type=int, help="default: tuned automatically, anew in each round; full size: 8")
     parser.add_argument("--preset", action="append", help="optimize the pipe of the batch; repeatable")
     parser.add_argument("--skip-unsupported", action="store_true", help="leave out what the preset cannot do here")
     parser.add_argument("--no-enhancer", action="store_true", help="leave the prompt enhancer out of both")

@@ -421,8 +421,11 @@ def test_no_picture_is_claimed_that_is_no_file(out, loss):
 
 
 def test_without_a_ledger_finished_pictures_may_be_taken_away(out):
+    taken = []
     for result in produce(StubEngine(), make_rows(6), out, resume=False, batch_size=1, progress=False):
         result.path.unlink()
+        taken.append(result.row.path)
+    assert sorted(taken) == sorted(row.path for row in make_rows(6))
 
 
 def test_a_producer_whose_folder_is_gone_answers_everybody(out):

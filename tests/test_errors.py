@@ -70,7 +70,7 @@ def test_an_attribute_that_is_not_there_lists_those_that_are():
         (lambda: CallDefaults(), "CallDefaults() changes nothing: give a mode ('turbo', 'quality') or an argument"),
         (
             lambda: ernie_accel.transform_from_json({"dynamic": True}),
-            "a transform is told by its class name under 'transform', which is missing in {'dynamic': True}",
+            "a transform needs its class name under 'transform', which is missing in {'dynamic': True}",
         ),
     ],
 )

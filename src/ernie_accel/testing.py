@@ -76,7 +76,7 @@ def check_transform(transform: Transform, make_pipe: MakePipe, draw: Draw, *, co
     _same(differences(before, snapshot(pipe)), [], f"{name}: asking changes nothing")
     _same(step.reasons, (), f"{name}: it can run here")
     if step.preview is None or not step.preview.changes or step.planned is None:
-        raise ContractError(f"{name}: it has nothing to do on this pipe; give one on which it has")
+        raise ContractError(f"{name}: it would change nothing on this pipe; use a pipe that it changes")
 
     size = pipe_bytes(pipe)
     optimize(pipe, transform, context=machine)
@@ -168,7 +168,7 @@ def check_backend(backend: Backend, *, context: Context | None = None) -> None:
     """Check that a quantization backend keeps its promises for every scheme that this machine can run.
 
     The weight comes back as near as the scheme promises, in the bytes that were planned; its tensors are all of it; the
-    layer computes a product with that weight; nothing else is taken for a layer of this backend.
+    layer computes a product with that weight; nothing else is treated as a layer of this backend.
 
     Args:
         backend: The backend.

@@ -14,7 +14,7 @@ _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 
 
 def escaped(text: str) -> str:
-    """Return text as a cell that no spreadsheet takes for a formula: an apostrophe goes before it.
+    """Return text as a cell that no spreadsheet treats as a formula: an apostrophe goes before it.
 
     Numbers stay as they are. Text that begins with an apostrophe and would be a formula without it gets another one,
     so that `unescaped` gives back every text.

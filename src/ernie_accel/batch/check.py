@@ -144,7 +144,7 @@ class Settings:
         return int(self._defaults[name]) if name in self._defaults else None
 
     def size(self, multiple: int) -> tuple[int | None, int | None]:
-        # Any whole number passes here, so that a bad size is told with the nearest good one.
+        # Any whole number passes here, so that a bad size is reported with the nearest good one.
         limit = 10**30
         width = self.whole("width", -limit, limit, f"write pixels, e.g. {64 * multiple}, or leave it empty")
         height = self.whole("height", -limit, limit, f"write pixels, e.g. {64 * multiple}, or leave it empty")

@@ -18,7 +18,7 @@ _PIXELS, _STEPS = 128 * 128, 8
 def why_not_compiled(rows: Iterable[Row], context: Context) -> str | None:
     """Return why a job of the embedded model does without compiling, in words; None: it compiles, or could not anyway.
 
-    By all rows and not by those that are left: a job that goes on makes the same pictures. Larger models save minutes
+    All rows count, not only those that are left: a resumed job makes the same pictures. Larger models save minutes
     a picture, and always compile.
     """
     if context.device != "cpu" or context.no_compile is not None:

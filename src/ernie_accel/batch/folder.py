@@ -27,8 +27,8 @@ _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 class OutputFolder:
     """The folder of a job or a service. Names of files start there, with '/' between parts on every system.
 
-    The folder itself may be a link, as may any folder above it. It stays the one that was opened; `problem` tells once
-    another one has its path.
+    The folder itself may be a link, as may any folder above it. It stays the one that was opened; `problem` says when
+    another one has taken its path.
 
     Attributes:
         path: As it was given, for results and messages.

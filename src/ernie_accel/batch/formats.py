@@ -167,9 +167,9 @@ def read_json(path: Path, text: str) -> Records:
 
 
 def read_json_lines(path: Path, text: str) -> Records:
-    """Read a JSON object per line; blank lines are passed over."""
+    """Read a JSON object per line; blank lines are skipped."""
     records = Records()
-    # Not str.splitlines: text in JSON may hold U+2028, U+0085 and others that it takes for line ends.
+    # Not str.splitlines: text in JSON may hold U+2028, U+0085 and others that it treats as line ends.
     for line, content in enumerate(text.split("\n"), start=1):
         if not content.strip(" \t\r"):
             continue
@@ -182,7 +182,7 @@ def read_json_lines(path: Path, text: str) -> Records:
 
 
 def read_csv(path: Path, text: str, delimiter: str = ",") -> Records:
-    """Read CSV with a header; blank lines are passed over."""
+    """Read CSV with a header; blank lines are skipped."""
     records = Records(delimiter=delimiter)
     has_nul = "\0" in text
     if has_nul:

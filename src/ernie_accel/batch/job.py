@@ -27,7 +27,7 @@ from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 JOB_SUFFIXES = (".yaml", ".yml", ".json")
 
 EMBEDDED_MODEL = "embedded demo model (draws flat shapes only)"
-"""How pictures, reports and messages name the model of a job that names none: nobody shall take it for a real one."""
+"""How pictures, reports and messages name the model of a job that names none, so that nobody takes it as real."""
 
 REAL_MODEL = "baidu/ERNIE-Image-Turbo"
 """The model that messages advise."""
@@ -61,7 +61,7 @@ class Job:
         preset: Preset to optimize with; None: what pays here.
         dtype: Of the weights.
         skip_unsupported: Leave out transforms that cannot run here.
-        batch_size: Pictures per batch; None: found by trying.
+        batch_size: Pictures per batch; None: tuned automatically.
         free_encoders: Take the encoders off the device once all prompts are encoded.
         retries: Further attempts for a row that fails.
         fail_fast: Begin nothing more once a row has failed.

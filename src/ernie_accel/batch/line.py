@@ -412,7 +412,7 @@ class Line:
     def _release(self, tasks: Iterable[Task]) -> None:
         """Make rows pending again, but for those whose file is in its place or may still come; they stay running.
 
-        Called pending, such a file would pass for somebody else's, and the next run would be refused.
+        Called pending, such a file would count as somebody else's, and the next run would be refused.
         """
         self._ledger.pending(
             [task for task in tasks if not self._writer.holds(task) and self._folder.status(task.row.path) is None]
@@ -470,6 +470,6 @@ def _render_now(future: Future[Sequence[Begun]], render: Callable[[], Sequence[B
 
 
 def _described(error: Exception) -> str:
-    """Return what to tell of an error; ours say all there is to say without their class."""
+    """Return what to say about an error; ours need no class name."""
     text = str(error) if isinstance(error, ErnieAccelError) else f"{type(error).__name__}: {error}".removesuffix(": ")
     return f"{text}; not even alone did it fit, choose a smaller size" if is_out_of_memory(error) else text

@@ -27,7 +27,7 @@ class MetricsServer:
             for result in produce(pipe, rows, "out", metrics=metrics):
                 ...
 
-    It listens from the start, so that a port in use is told before a model is loaded. Until a job is shown the page
+    It listens from the start, so that a port in use is reported before a model is loaded. Until a job is shown the page
     has no metrics; after its end, those of its last moment.
     """
 

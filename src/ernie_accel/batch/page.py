@@ -21,7 +21,7 @@ from ernie_accel.common.text import one_line
 _THUMBNAIL_PX = 240
 _MAX_CHARACTERS = 300  # of a prompt; the manifest has all of it
 _READERS = 4  # threads: Pillow decodes outside of Python's lock
-_FEWEST = 8  # values that a histogram tells anything of
+_FEWEST = 8  # values below which a histogram says nothing
 _MAX_BARS = 40
 _UNITS = ((3 * 3600, 3600, "hours"), (180, 60, "minutes"), (0, 1, "seconds"))  # used from so many seconds on
 _NAME_COLUMNS = (("sku", "id", "货号", "编号"), ("name", "title", "product", "名称", "商品名称"))
@@ -106,7 +106,7 @@ def _picture(out: Path, entry: Entry) -> Picture | None:
             full = f"{image.width} x {image.height} px"
             image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
             small = image.convert("RGB")
-    # Moved away or damaged, in whatever way Pillow tells of it: the report is of the others, and counts these.
+    # Moved away or damaged, whatever Pillow raises for it: the report shows the others, and counts these.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
     file = io.BytesIO()

@@ -60,7 +60,7 @@ def produce(
 
     A row whose picture cannot be made yields a `Result` with `error`, and the others follow. Each row has random
     numbers of its own, so that neighbours, order and batch size change its picture by no more than rounding. What a
-    row leaves open is left to the pipe's own defaults. Called again, it goes on where it was stopped or killed; what
+    row leaves open is left to the pipe's own defaults. Called again, it resumes where it was stopped or killed; what
     an earlier run finished is not made, nor yielded, again. ``manifest.jsonl`` and ``manifest.csv`` list all.
 
     Args:
@@ -72,14 +72,14 @@ def produce(
         overwrite: Replace pictures that are not this job's, and make again what has changed. Otherwise both are
             errors, before anything is rendered.
         resume: Keep a ledger in the folder. Without it nothing but pictures appears there, and every row is made.
-        batch_size: Rows per batch; None: found by trying. Halved where memory runs out either way.
+        batch_size: Rows per batch; None: tuned automatically. Halved where memory runs out either way.
         free_encoders: Enhance and encode all prompts first, and take text encoder and prompt enhancer off the device
             while the pictures are made; with an `Engine`, give it to that.
         retries: Further attempts for a row that fails.
         fail_fast: Begin nothing more once a row has failed; what is under way is finished.
         timeout_s: Seconds for a batch; see `Engine.render` for what happens to one that takes longer.
         sift: Set pictures aside that are blank, blurred, ...; None: only those with NaN, which fail.
-        facts: What the PNGs say beside their rows' settings, such as model and preset; a job does not go on with
+        facts: What the PNGs say beside their rows' settings, such as model and preset; a job is not resumed with
             others.
         writers: Threads that encode and write PNG.
         progress: Show a progress bar on stderr; a text stands before it.
@@ -269,7 +269,7 @@ async def aproduce(
     work = asyncio.create_task(asyncio.to_thread(run))
     teller = asyncio.create_task(tell())
     try:
-        # For either: a teller that failed takes nothing more from the queue, and would be waited for for ever.
+        # For either: a teller that failed takes nothing more from the queue, and would be waited for forever.
         await asyncio.wait({work, teller}, return_when=asyncio.FIRST_COMPLETED)
         if not teller.done():
             results = work.result()

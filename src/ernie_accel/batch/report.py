@@ -233,7 +233,7 @@ def _costs(
 
 
 def no_watts() -> ErnieAccelError:
-    """Return why the cost of the power cannot be told."""
+    """Return why the cost of the power is unknown."""
     return ErnieAccelError("--power-price needs the power drawn, which cannot be measured here; add --watts")
 
 

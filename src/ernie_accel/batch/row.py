@@ -14,7 +14,7 @@ SETTINGS = ("prompt", "negative_prompt", "seed", "width", "height", "steps", "gu
 
 MAX_SEED = 2**64 - 1  # the largest that torch.Generator.manual_seed takes
 MIN_SIDE = 16  # pixels
-MAX_SIDE = 8192  # pixels; beyond it a typing mistake is far likelier than a wish
+MAX_SIDE = 8192  # pixels; beyond it a typing mistake is far likelier than a real request
 MAX_STEPS = 1000  # the training timesteps of every supported scheduler
 MAX_GUIDANCE = 100.0
 MAX_VARIANTS = 1000

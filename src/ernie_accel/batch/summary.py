@@ -33,7 +33,7 @@ def _json_lines(ledger: Ledger) -> bytes:
 
 def _csv(ledger: Ledger) -> bytes:
     file = io.BytesIO()
-    # With a byte order mark: without one Excel takes the file for the system's old code page, and Chinese is garbled.
+    # With a byte order mark: without one Excel reads the file in the system's old code page, and Chinese is garbled.
     text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     names = list(dict.fromkeys([*MANIFEST_FIELDS, *_REQUEST_FIELDS, *ledger.column_names()]))
     writer = csv.writer(text)

@@ -115,7 +115,7 @@ class Telemetry:
             self._total += count
 
     def begun(self, count: int) -> float:
-        """Note that a batch of `count` rows is being rendered, and return what `ended` is to be told."""
+        """Note that a batch of `count` rows is being rendered, and return what to pass to `ended`."""
         now = self._clock()
         with self._lock:
             self._first_batch = now if self._first_batch is None else self._first_batch
@@ -190,10 +190,10 @@ class Telemetry:
                 with open(self._log_json, "a", encoding="utf-8", opener=_append) as file:
                     file.write(json.dumps(asdict(state)) + "\n")
             if self._prometheus is not None:
-                # One temporary name for ever: in this folder nobody removes what kills leave behind.
+                # Always the same temporary name: in this folder nobody removes what kills leave behind.
                 temporary = f".{self._prometheus.name}.tmp"
                 write_atomically(self._prometheus, prometheus_text(state).encode(), temporary=temporary)
-        except OSError as error:  # pictures matter more than what is said of them
+        except OSError as error:  # pictures matter more than their statistics
             if not self._warned:
                 warnings.warn(f"the job's state could not be written: {error}; the job goes on", stacklevel=2)
             self._warned = True
@@ -208,7 +208,7 @@ def refuse_state_files(out: Path, log_json: Path | None, prometheus: Path | None
         prometheus: The same.
 
     Raises:
-        BatchOutputError: One of the files is somebody else's, one of the job's other files, or no file.
+        BatchOutputError: One of the files belongs to something else, or is one of the job's other files, or is no file.
     """
     if log_json is not None and prometheus is not None and log_json.resolve() == prometheus.resolve():
         both = f"{log_json.name!r} cannot be both the log and Prometheus' file; choose another name for one"

@@ -113,7 +113,7 @@ class Writer:
         return written
 
     def set_aside(self, path: str) -> None:
-        """Move what lies in the place of a row that failed out of it, where it would pass for the row's picture.
+        """Move what lies in the place of a row that failed out of it, where it would be mistaken for the row's picture.
 
         Args:
             path: The row's, relative to the output folder.
@@ -167,7 +167,7 @@ class Writer:
     def _place(self, task: Task, png: bytes, *, rejected: bool) -> None:
         self._folder.write(rejected_path(task) if rejected else task.row.path, png)
         if rejected:
-            # What an earlier run with other settings made would pass for this row's picture.
+            # What an earlier run with other settings made would be mistaken for this row's picture.
             self._folder.remove(task.row.path)
 
 

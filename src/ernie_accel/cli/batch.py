@@ -111,7 +111,7 @@ def batch_command(
     ] = None,
     metrics_host: Annotated[str | None, typer.Option(help="Listen there instead; 0.0.0.0: on every network.")] = None,
 ) -> None:
-    """Make the pictures of a table; run again, it goes on. Exit codes: 0 all done, 3 some failed, 130 interrupted."""
+    """Make the pictures of a table; run it again to resume. Exit codes: 0 all done, 3 some failed, 130 interrupted."""
     given = dict(locals())
     renamed = {"out": "output_dir", "pattern": "naming_pattern"}
     given = {renamed.get(name, name): value for name, value in given.items() if name != "table" and value is not None}
@@ -202,7 +202,7 @@ def _run_job(job: Job) -> int:
     rest += f", {before} {'not begun' if interrupted else 'done before or not begun'}" if before else ""
     typer.echo(f"{done} succeeded, {failed} failed{rest}, in {seconds:.1f} s: {_where(job)}")
     if interrupted:
-        typer.echo("Interrupted; run the same command again to go on.", err=True)
+        typer.echo("Interrupted; run the same command again to resume.", err=True)
         return EXIT_INTERRUPTED
     return EXIT_FAILED if failed or rejected else 0
 
@@ -237,7 +237,7 @@ def _check_outputs(job: Job) -> None:
     for path in filter(None, (job.log_json, job.prometheus)):
         OutputFolder(path.parent, create=True).close()
     refuse_state_files(job.output_dir, job.log_json, job.prometheus)
-    for name in _written_files(job):  # whatever may be overwritten: without its table no job goes on
+    for name in _written_files(job):  # whatever may be overwritten: without its table no job can be resumed
         if (job.output_dir / name).resolve() == job.input_file.resolve():
             reason = f"the job would replace its own table, {shown(name)}; rename the table, or choose another output"
             raise BatchOutputError(job.output_dir, [(None, reason)])
@@ -277,7 +277,7 @@ def _make(
     stop: Callable[[], bool],
     look: Callable[[], None],
 ) -> tuple[int, int, int]:
-    """Make the pictures, tell of those that failed, and return how many were made, failed and were rejected."""
+    """Make the pictures, name those that failed, and return how many were made, failed and were rejected."""
     from ernie_accel.batch import produce
 
     done = failed = rejected = 0
@@ -328,7 +328,7 @@ def _metrics(job: Job) -> Iterator[MetricsServer | None]:
 
 
 def _facts(job: Job) -> dict[str, str]:
-    """Return what a job's pictures shall say of how they were made; to know it, nothing is loaded."""
+    """Return what a job's pictures say about how they were made; to know it, nothing is loaded."""
     if job.endpoint:
         return {"model": job.model} if job.model else {}
     facts = {"model": job.model or EMBEDDED_MODEL, "preset": _preset_name(job)}
@@ -475,9 +475,9 @@ def _note_run(job: Job) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Take Ctrl-C as a wish to finish the batch, noted in the list yielded; a second one ends the process at once.
+    """Take Ctrl-C as a request to finish the batch, noted in the list yielded; a second one ends the process at once.
 
-    At once is safe: a job can be killed at any moment and goes on from its ledger.
+    At once is safe: a job can be killed at any moment and resumed from its ledger.
     """
     signals: list[int] = []
 

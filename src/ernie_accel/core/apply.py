@@ -133,7 +133,7 @@ def _apply_step(pipe: Pipeline, so_far: Report, step: Step) -> Entry:
     under_way = UnderWay()
     carry(pipe, replace(so_far, entries=(*so_far.entries, under_way.entry(step, preview.changes))))
     before, start = pipe_bytes(pipe), time.perf_counter()
-    with torch.inference_mode(False):  # weights made inside would refuse gradients for ever
+    with torch.inference_mode(False):  # weights made inside would refuse gradients forever
         applied = recorded(under_way.journal, lambda: step.transform.apply(pipe, context))
     if not applied.changed:
         raise RuntimeError("it changed nothing, although its preview said it would")

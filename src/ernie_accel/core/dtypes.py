@@ -1,4 +1,4 @@
-"""Dtypes of weights by name, and what stands against casting a pipe to one."""
+"""Dtypes of weights by name, and what prevents casting a pipe to one."""
 
 from __future__ import annotations
 

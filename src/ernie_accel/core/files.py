@@ -1,4 +1,4 @@
-"""Check where results shall go before the work that makes them: nothing is created here."""
+"""Check where results are to go before the work that makes them: nothing is created here."""
 
 from __future__ import annotations
 

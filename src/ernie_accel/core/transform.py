@@ -185,8 +185,8 @@ class Transform(ABC):
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         """Return what the pipe will be once this has run, from ``context.planned(pipe)``, what it will be before.
 
-        Asked only where `preview` tells of changes. Override it in a transform that changes anything `PlannedPipe`
-        tells of: the transforms after it, and the bytes of the plan, go by what is returned.
+        Asked only where `preview` lists changes. Override it in a transform that changes anything `PlannedPipe`
+        describes: the transforms after it, and the bytes of the plan, go by what is returned.
         """
         return context.planned(pipe)
 

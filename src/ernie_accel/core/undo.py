@@ -87,7 +87,7 @@ class Undo:
 
         Args:
             weight: Where it lives. It is looked up again by the undo, because ``module.to`` replaces buffers.
-            value: What it shall hold, same shape.
+            value: What it is to hold, same shape.
             keep_on: Device to keep the old data on until the undo ("cpu" frees the accelerator); default: where it is.
         """
         kept = weight.tensor.data if keep_on is None else weight.tensor.data.to(keep_on)

@@ -97,7 +97,7 @@ def show(
         *transforms: What to apply beside the preset.
         device: torch device to run on.
         rounds: How often each prompt is rendered by each pipe.
-        tell: Is told what will run, before it takes its time.
+        tell: Called with a description of what will run, before it runs.
     """
     stock, fast = (_quiet(load_pipeline(device=device)) for _ in range(2))
     the_plan = plan(fast, *transforms, preset=preset)

@@ -53,7 +53,7 @@ class Side:
         ms_per_step: Median milliseconds of a step.
         steps: Model evaluations of a picture.
         weight_bytes: Bytes of all weights.
-        peak_bytes: Peak memory while drawing; None where it cannot be told.
+        peak_bytes: Peak memory while drawing; None where it cannot be measured.
         peak_kind: What `peak_bytes` counts.
     """
 

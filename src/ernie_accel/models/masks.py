@@ -27,7 +27,7 @@ _MARK = "_ernie_accel_padding"
 
 
 class Padding:
-    """What is known on the host of one padded batch: hung on both its tensors, so that they are known as a pair.
+    """What is known on the host of one padded batch: attached to both its tensors, so that they are known as a pair.
 
     Attributes:
         padded: Whether any prompt is shorter than the batch is wide.

@@ -163,7 +163,7 @@ def sqnr_db(original: torch.Tensor, approximation: torch.Tensor) -> float:
 
 
 def _obstacle(path: str, layer: torch.nn.Module, shared: set[int]) -> str | None:
-    """Return what about this layer, whatever the scheme, stands against replacing it; None if nothing does."""
+    """Return what about this layer, whatever the scheme, prevents replacing it; None if nothing does."""
     if _ADAPTERS & set(path.split(".")):
         return "a LoRA adapter"
     if not isinstance(layer, torch.nn.Linear) or quantized_as(layer) is not None:

@@ -24,7 +24,7 @@ from ernie_accel.transforms.weights.quantize import Quantize
 
 @dataclass(frozen=True)
 class Rung:
-    """One precision of the ladder, and where it pays. What can run is asked of the transforms, not told here.
+    """One precision of the ladder, and where it pays. The transforms decide what can run, not this table.
 
     Attributes:
         precision: The part of a preset's name after the mode.

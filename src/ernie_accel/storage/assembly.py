@@ -1,4 +1,4 @@
-"""Put a pipeline together from a vetted folder, without the loader that would read the folder's words as orders."""
+"""Put a pipeline together from a vetted folder, without the loader that would do what the folder says."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def _in_use(folder: Path) -> Iterator[None]:
 
 
 def _check_empty(folder: Path) -> None:
-    """Where there are no locks, take any content for somebody's who still writes."""
+    """Where there are no locks, treat any content as still being written."""
     if any(folder.iterdir()):
         raise BlockingIOError(errno.EWOULDBLOCK, "another process may be writing here", str(folder))
 

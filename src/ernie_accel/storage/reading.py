@@ -132,13 +132,13 @@ def _check_declared(own: Iterable[type[Transform]]) -> None:
 def _check_they_agree(folder: Path, manifest: Manifest, index: Index) -> None:
     """Refuse a folder whose two lists of components differ."""
     if manifest.pipeline != index.pipeline_class.__name__:
-        raise SavedPipelineError(folder, f"{MANIFEST} tells of a {manifest.pipeline}, {INDEX} of another pipeline")
+        raise SavedPipelineError(folder, f"{MANIFEST} names a {manifest.pipeline}, {INDEX} another pipeline")
     models = {
         name: cls.__name__ for name, cls in index.parts.items() if cls is not None and issubclass(cls, torch.nn.Module)
     }
     saved = {name: model.class_name for name, model in manifest.components.items()}
     if models != saved:
-        raise SavedPipelineError(folder, f"{MANIFEST} tells of the models {saved}, {INDEX} of {models}")
+        raise SavedPipelineError(folder, f"{MANIFEST} lists the models {saved}, {INDEX} lists {models}")
 
 
 def _with_given(
@@ -175,7 +175,7 @@ def _transform(
         cls = next((each for each in own if each.__name__ == name), None) or transform_class(name)
     local = machine_local_fields(cls)
     if any(field.default is MISSING for field in local.values()):
-        return None  # MoveTo of version 0.1: `load` is told the device
+        return None  # MoveTo of version 0.1: `load` takes the device
     with reading(folder, f"{MANIFEST}: transforms: {name}"):
         transform = transform_from_json({key: value for key, value in data.items() if key not in local}, own)
         _check_types(transform)
@@ -278,7 +278,7 @@ class _Weights:
             raise self._wrong(f"lacks {', '.join(unfilled[:3])}")
 
     def _check_layer(self, module: torch.nn.Module, path: str, receipt: LayerReceipt) -> None:
-        """Refuse a receipt of another layer before memory is taken for it."""
+        """Refuse a receipt of another layer before memory is allocated for it."""
         parent, child = _owner(module, path)
         there = None if parent is None else parent._modules.get(child)
         if there is None:

@@ -41,7 +41,7 @@ def transform_from_json(data: Mapping[str, Any], known: Iterable[type[Transform]
         ValueError: There is no class name.
     """
     if "transform" not in data:
-        raise ValueError(f"a transform is told by its class name under 'transform', which is missing in {dict(data)}")
+        raise ValueError(f"a transform needs its class name under 'transform', which is missing in {dict(data)}")
     name = data["transform"]
     own = {cls.__name__: cls for cls in known}
     cls = own[name] if name in own else transform_class(name)

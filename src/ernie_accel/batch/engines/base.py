@@ -95,7 +95,7 @@ class Engine(ABC):
 
         Args:
             requests: At least one.
-            timeout_s: Seconds after which the batch is given up; None: wait for ever.
+            timeout_s: Seconds after which the batch is given up; None: wait forever.
 
         Raises:
             BatchTimeoutError: The batch was given up; the engine can go on.
@@ -121,7 +121,7 @@ class Engine(ABC):
 
         Args:
             requests: At least one; not alike.
-            timeout_s: Seconds for a batch of them; None: wait for ever.
+            timeout_s: Seconds for a batch of them; None: wait forever.
         """
         return
 

@@ -38,7 +38,7 @@ VLLM_OMNI_MAX_STEPS = 200
 VLLM_OMNI_MAX_GUIDANCE = 20.0
 
 _MAX_WAIT_S = 60.0
-_REST_S = 10.0  # how long an endpoint that failed is passed over while another is free
+_REST_S = 10.0  # how long an endpoint that failed is skipped while another is free
 
 
 class ServerRefusedError(ErnieAccelError):
@@ -314,7 +314,7 @@ class _DeadlineError(Exception):
 
 
 class _Endpoint:
-    """One server, the requests it has under way, and until when it is passed over."""
+    """One server, the requests it has under way, and until when it is skipped."""
 
     def __init__(self, address: Address) -> None:
         self.address = address

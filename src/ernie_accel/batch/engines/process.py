@@ -64,7 +64,7 @@ class ProcessEngine(Engine):
         self._load = load
         self._load_timeout_s = load_timeout_s
         self._options = {"max_batch": max_batch, "free_encoders": free_encoders}
-        self._buckets: OrderedDict[Request, Hashable] = OrderedDict()  # as the child told them
+        self._buckets: OrderedDict[Request, Hashable] = OrderedDict()  # as the child reported them
         self._child: multiprocessing.process.BaseProcess | None = None
         self._start()
         self.max_batch = int(self._call("max_batch"))
@@ -91,7 +91,7 @@ class ProcessEngine(Engine):
         self._call("free", timeout_s=timeout_s)
 
     def bucket(self, request: Request) -> Hashable:
-        """Return the request's shape and the class of its prompt's length, where the child has told it."""
+        """Return the request's shape and the class of its prompt's length, where the child has reported it."""
         return self._buckets.get(request, (request.shape(), 0))
 
     def problems(self, requests: Sequence[tuple[int, Request]]) -> list[Problem]:
@@ -140,7 +140,7 @@ class ProcessEngine(Engine):
         except (EOFError, OSError) as error:
             raise self._died() from error
         except KeyboardInterrupt:
-            self._kill()  # or its late answer would be taken for the next one
+            self._kill()  # or its late answer would be read as the next one
             raise
         if not good:
             raise value

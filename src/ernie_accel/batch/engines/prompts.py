@@ -103,7 +103,7 @@ class PromptStage:
             part = getattr(self._pipe, name, None)
             if part is not None:
                 self._freed[name] = (part, part.device)
-                # Out of the pipe too: diffusers takes any component's device for the one to run on.
+                # Out of the pipe too: diffusers runs on the device of any component.
                 setattr(self._pipe, name, None)
                 forget_kept(part)
                 part.to("cpu")

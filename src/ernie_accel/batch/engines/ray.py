@@ -32,7 +32,7 @@ from ernie_accel.core.errors import MissingExtraError
 
 _log = logging.getLogger(__name__)
 
-_TELL_S = 60.0  # seconds of waiting for an actor after which that is told, and told again
+_TELL_S = 60.0  # seconds of waiting for an actor after which that is logged, and logged again
 
 
 @dataclass

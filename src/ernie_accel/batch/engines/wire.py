@@ -39,7 +39,7 @@ class Answer:
 class Wire:
     """Connections to servers, kept between requests; may be used from several threads.
 
-    The timeouts of HTTP clients are for each read, so that a byte every second keeps a request alive for ever, and so
+    The timeouts of HTTP clients are for each read, so that a byte every second keeps a request alive forever, and so
     does an endless row of interim answers (1xx). Here every read and write of a request is given what is left of its
     time, and its bytes are counted from the first one. Redirects are not followed, compressed answers not unpacked.
     """

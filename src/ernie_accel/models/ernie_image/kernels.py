@@ -120,7 +120,7 @@ def _is_unnamed(attention: Any) -> bool:
 def _padding_rule(blocks: tuple[Any, ...]) -> PaddingRule:
     """Return how the rows of a transformer are padded, given all its blocks.
 
-    To a multiple only for those who go by lengths: the mask it would take for another slows that down, or is refused.
+    To a multiple only where all blocks take lengths: others would need a mask, which is slow or refused.
     In fp8 attention takes as long with lengths as without, so it needs no second plan; in bfloat16 it takes longer.
     """
     if not all(getattr(block, "goes_by_lengths", False) for block in blocks):

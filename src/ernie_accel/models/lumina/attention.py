@@ -1,4 +1,4 @@
-"""Lumina 2's attention through diffusers' dispatcher, which its own processor passes by: any kernel, any mask."""
+"""Lumina 2's attention through diffusers' dispatcher, which its own processor bypasses: any kernel, any mask."""
 
 from __future__ import annotations
 

@@ -51,9 +51,9 @@ class Wish(NamedTuple):
 
     Attributes:
         prompt: What the user wrote.
-        width: Of the picture, in pixels; the enhancer is told.
+        width: Of the picture, in pixels; the enhancer reads it beside the prompt.
         height: Of the picture, in pixels.
-        seed: Of the words that are sampled; the same wish gives the same words, alone or among others.
+        seed: Of the words that are sampled; the same request gives the same words, alone or among others.
     """
 
     prompt: str

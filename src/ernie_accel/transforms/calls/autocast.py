@@ -28,7 +28,7 @@ class Autocast(Transform):
     Weights, norms, RoPE angles and the scheduler's arithmetic stay in float32, and nothing has to be kept for undoing.
 
     Pays:
-        For a float32 pipe whose weights shall stay so (while it is being trained, say). ``CastDtype`` needs half the
+        For a float32 pipe whose weights are to stay so (while it is being trained, say). ``CastDtype`` needs half the
         memory and casts once instead of in every call.
 
     Attributes:

@@ -85,14 +85,14 @@ class _Limit:
         self._warnings: list[str] = []
 
     def around(self, call: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> Any:
-        """Call the pipe with prompts that have tokens, and hang the warnings onto its result."""
+        """Call the pipe with prompts that have tokens, and attach the warnings to its result."""
         prompt = arguments.get("prompt")
         prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)
         for number, text in enumerate(prompts, start=1):
             if not self._pipe.tokenizer(text, add_special_tokens=False)["input_ids"]:
                 raise ErnieAccelError(
                     f"prompt {number} of {len(prompts)}, {text!r}, has no tokens: there is nothing to draw. Write what "
-                    "the picture shall show."
+                    "the picture should show."
                 )
         if arguments.get("negative_prompt"):
             arguments = {**arguments, "negative_prompt": self._shorten_all(arguments["negative_prompt"])}

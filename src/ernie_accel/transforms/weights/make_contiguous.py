@@ -23,7 +23,7 @@ class MakeContiguous(Transform):
 
     Pays:
         Once, after loading mapped safetensors files; some int8 CPU kernels even crash on unaligned weights. Channels
-        last pays for a VAE only if that is compiled, too: decoding 1024x1024 takes 85 ms as it comes, 35 ms compiled
+        last pays for a VAE only if that is compiled, too: decoding 1024x1024 takes 85 ms unchanged, 35 ms compiled
         channels last, and 130 ms channels last without compiling.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Move a pipe to the device it shall run on."""
+"""Move a pipe to the device it is to run on."""
 
 from __future__ import annotations
 
