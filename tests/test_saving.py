@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickletools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 import pytest
@@ -567,3 +567,22 @@ def test_a_model_that_pipelines_are_not_known_to_use_must_be_named(ernie, tmp_pa
     with pytest.raises(SavedPipelineError, match=r"text_encoder: transformers.DebertaModel .* known=\(DebertaModel,\)"):
         ernie_accel.load(folder)
     assert_same_bits(bits(ernie), bits(ernie_accel.load(folder, known=(DebertaModel,))))
+
+
+def test_a_checksum_is_that_of_the_checksums_of_the_pieces(tmp_path, monkeypatch):
+    """As the documentation says, so that others can check a folder."""
+    from hashlib import sha256
+
+    from ernie_accel.storage import checksums
+
+    monkeypatch.setattr(checksums, "PIECE_BYTES", 1000)
+    for size in (0, 1, 999, 1000, 1001, 3500):
+        content = bytes(number % 251 for number in range(size))
+        (tmp_path / "file").write_bytes(content)
+        pieces = [content[start : start + 1000] for start in range(0, max(size, 1), 1000)]
+        expected = sha256(b"".join(sha256(piece).digest() for piece in pieces)).hexdigest()
+        assert checksums.checksums([tmp_path / "file"]) == [expected]
+
+
+def test_every_field_of_a_receipt_is_saved():
+    assert set(SavedReceipt.model_fields) == {f.name for f in fields(ernie_accel.LayerReceipt)}

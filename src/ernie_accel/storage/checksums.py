@@ -25,12 +25,15 @@ def checksums(files: Iterable[Path]) -> list[str]:
         OSError: A file cannot be read.
     """
     files = list(files)
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:  # hashing releases the interpreter's lock
+    pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))  # hashing releases the interpreter's lock
+    try:
         pieces = [
             [pool.submit(_digest, file, start) for start in range(0, max(file.stat().st_size, 1), PIECE_BYTES)]
             for file in files
         ]
         return [hashlib.sha256(b"".join(piece.result() for piece in of)).hexdigest() for of in pieces]
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C waits for the pieces under way, not for all
 
 
 def _digest(path: Path, start: int) -> bytes:
