@@ -35,7 +35,7 @@ from ernie_accel.core.errors import SavedPipelineError
 from ernie_accel.quantization.choose import BACKENDS
 from ernie_accel.quantization.layers import RECEIPT
 from ernie_accel.storage.loading import load_pipeline
-from ernie_accel.storage.saving import MANIFEST, WEIGHTS, SavedReceipt
+from ernie_accel.storage.manifest import MANIFEST, WEIGHTS, SavedReceipt
 from tests.pipelines import picture, randomize, tiny_ernie, tiny_flux
 from tests.saved_folders import as_version_1, change
 from tests.test_quantize_backends import every_pair
