@@ -303,7 +303,7 @@ def test_the_jobs_state_goes_on_in_files_of_earlier_jobs(tmp_path, out):
 
 @pytest.mark.skipif(os.name != "posix", reason="devices and pipes in the file system")
 def test_a_device_takes_the_log_and_is_not_replaced_by_a_file(tmp_path, out):
-    with pytest.raises(BatchOutputError, match="'null' is no file; choose another name"):
+    with pytest.raises(BatchOutputError, match="'null' is not a file; choose another name"):
         run(StubEngine(), make_rows(1), out, prometheus="/dev/null")
     assert len(run(StubEngine(), make_rows(1), out, log_json="/dev/null")) == 1
     assert not Path("/dev/null").is_file()

@@ -77,7 +77,7 @@ def test_lines_of_json_are_those_of_the_objects(tmp_path):
     ("name", "content", "problem"),
     [
         ("t.json", "[{]", (1, "is not valid JSON (Expecting property name enclosed in double quotes at column 3); ")),
-        ("t.json", '"a"', (1, 'is no JSON array; expected [{"prompt": "a red mug"}, ...]')),
+        ("t.json", '"a"', (1, 'is not a JSON array; expected [{"prompt": "a red mug"}, ...]')),
         ("t.jsonl", '{"prompt": "a"}\n{"prompt"\n', (2, "is not valid JSON (Expecting ':' delimiter at column 10)")),
         ("t.json", '[{"Seed": 1, "prompt": "a"}]', (None, "column 'Seed' would be ignored; rename it to 'seed'")),
         ("t.parquet", "no parquet", (None, "cannot be read as Parquet")),
@@ -459,7 +459,7 @@ def test_an_empty_json_table_is_said_to_be_empty(tmp_path):
         ("a.yaml", "input_file: [", "is not valid YAML"),
         ("a.json", "{", "is not valid JSON"),
         ("a.yaml", "", "is empty; expected keys such as input_file and output_dir"),
-        ("a.yaml", "- 1", "is no job; expected keys such as input_file and output_dir"),
+        ("a.yaml", "- 1", "is not a job; expected keys such as input_file and output_dir"),
         ("a.yaml", "seed: 1", "has no input_file; name the table"),
         ("a.yaml", "input_file: a.csv", "no output folder is given; add --out, or output_dir to the job file"),
     ],

@@ -69,7 +69,7 @@ def test_what_has_changed_is_named_and_refused(tmp_path):
     with pytest.raises(BatchChangedError) as caught:
         run(engine, changed, tmp_path, facts={"preset": "turbo-fp8"})
     assert str(caught.value) == (
-        f"Cannot go on with the job in '{tmp_path}': it has changed (3 problems):\n"
+        f"Cannot resume the job in '{tmp_path}': it has changed (3 problems):\n"
         "  setting 'preset' was 'exact' and is now 'turbo-fp8'\n"
         "  line 2: '000.png': prompt was 'cup 0' and is now 'a jug'; steps was None and is now 4\n"
         "  '002.png' is in the folder's ledger and no longer in the input\n"

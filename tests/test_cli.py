@@ -136,7 +136,7 @@ def test_a_bad_table_is_told_before_anything_is_loaded(capsys, tmp_path, content
         (("plan", "--device", "h2000"), "error: Unknown device 'h2000'"),
         (("plan", "--dtype", "fp8"), "error: Unknown dtype 'fp8'"),
         (("optimize", "a red circle", "--preset", "nope"), "error: Unknown preset 'nope'"),
-        (("plan", "--model", "no/such/folder"), "error: there is no folder 'no/such/folder', and it is no hub id"),
+        (("plan", "--model", "no/such/folder"), "error: there is no folder 'no/such/folder', and it is not a hub id"),
     ],
 )
 def test_unknown_names_are_told_before_anything_is_loaded(capsys, arguments, message, nothing_is_loaded):

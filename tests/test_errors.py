@@ -163,7 +163,7 @@ def test_float8_storage_that_upcasts_in_a_hook_is_no_such_pipe(ernie):
     [
         (CastDtype("bf16", components=("unet",)), "ErnieImagePipeline has no component 'unet'; its modules are"),
         (Compile(components=("text_encoder",)), "Mistral3Model declares no repeated blocks to compile"),
-        (TileVae(tile_px=30), "tile_px=30 is no multiple of the 8 pixels of a latent: use 24"),
+        (TileVae(tile_px=30), "tile_px=30 is not a multiple of the 8 pixels of a latent: use 24"),
         (CallDefaults("quality", negative_prompt="x"), None),
     ],
 )

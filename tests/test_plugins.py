@@ -95,12 +95,12 @@ def test_a_family_may_be_given_for_one_pipe(monkeypatch):
 
 
 def test_names_that_are_taken_are_refused(plugin):
-    with pytest.raises(ValueError, match="is known already, and it is another"):
+    with pytest.raises(ValueError, match="is registered already, and differs"):
         ernie_accel.register_family(replace(FLUX, size_multiple=8))
     assert ernie_accel.register_family(FLUX) == FLUX
-    with pytest.raises(ValueError, match="nothing tells which pipes"):
+    with pytest.raises(ValueError, match="nothing says which pipes"):
         ernie_accel.register_family(replace(FLUX, name="other", transformer_classes=()))
-    with pytest.raises(ValueError, match="a scheme named 'int8-rows' is known already"):
+    with pytest.raises(ValueError, match="a scheme named 'int8-rows' is registered already"):
         ernie_accel.register_quantization_backend(PlainRows(), replace(ROWS, bits=7))
     with pytest.raises(TypeError, match="expected a Backend"):
         ernie_accel.register_quantization_backend("plain-rows")
@@ -124,7 +124,7 @@ def test_a_package_of_ones_own_can_be_looked_for(monkeypatch):
     assert context.missing("my_kernels") == ["my_kernels is not installed: pip install my-kernels"]
     ernie_accel.register_package("peft", install="pip install peft")
     assert Context.detect().missing("peft") == []
-    with pytest.raises(ValueError, match="known already"):
+    with pytest.raises(ValueError, match="registered already"):
         ernie_accel.register_package("torchao", install="pip install torchao")
 
 

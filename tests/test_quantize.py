@@ -135,13 +135,13 @@ def test_a_plan_shows_bytes_per_component_what_stays_and_who_does_it(ernie):
 
 
 def test_a_shape_that_does_not_fit_is_skipped_with_its_reason(ernie):
-    odd = torch.nn.Linear(100, 128)  # 100 is no multiple of 16, 32 or 64
+    odd = torch.nn.Linear(100, 128)  # 100 is not a multiple of 16, 32 or 64
     ernie.transformer.layers[1].register_module("odd", odd)
     for scheme, multiple in (("int8-weight-only", 16), ("gguf-q8_0", 32), ("nf4", 64)):
         ernie_accel.optimize(ernie, Quantize(scheme))
         reason = ernie_accel.report(ernie).entries[0].applied.skipped["transformer.layers.1.odd"]
-        assert reason == f"its 100 inputs are no multiple of {multiple}"
-        told = f"1 its 100 inputs are no multiple of {multiple}: transformer.layers.1.odd"
+        assert reason == f"its 100 inputs are not multiples of {multiple}"
+        told = f"1 its 100 inputs are not multiples of {multiple}: transformer.layers.1.odd"
         assert told in str(ernie_accel.plan(tiny(odd), Quantize(scheme)))
         assert ernie.transformer.layers[1].odd is odd
         ernie_accel.restore(ernie)

@@ -305,7 +305,7 @@ def other_layers(folder):
         (truncate, r"is damaged: transformer/model.safetensors has \d+ bytes, expected \d+"),
         (lambda folder: (folder / "vae" / WEIGHTS).unlink(), "is incomplete: vae/model.safetensors is missing"),
         (lambda folder: (folder / MANIFEST).unlink(), "load it with DiffusionPipeline.from_pretrained"),
-        (lambda folder: (folder / MANIFEST).write_text("{"), "is no JSON"),
+        (lambda folder: (folder / MANIFEST).write_text("{"), "is not JSON"),
         (edit(format="something else"), "is not of the format 'ernie_accel pipeline'"),
         (edit(format_version=99), "is of format version 99; this library reads 1 and 2"),
         (edit(pipeline="FluxPipeline"), "names a FluxPipeline, model_index.json another pipeline"),

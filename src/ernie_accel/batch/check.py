@@ -155,7 +155,9 @@ class Settings:
 
 def default_problems(defaults: Mapping[str, float], multiple: int) -> list[str]:
     """Return what is wrong with settings for rows that leave them open (empty list: nothing)."""
-    messages = [f"default {name!r} is none; valid: {', '.join(DEFAULTS)}" for name in defaults if name not in DEFAULTS]
+    messages = [
+        f"default {name!r} is not one; valid: {', '.join(DEFAULTS)}" for name in defaults if name not in DEFAULTS
+    ]
     for name, (low, high) in DEFAULTS.items():
         value = defaults.get(name)
         if value is not None and name not in ("width", "height") and not low <= value <= high:

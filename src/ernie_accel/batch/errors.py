@@ -107,7 +107,7 @@ class BatchChangedError(ErnieAccelError):
     def __str__(self) -> str:
         """Return the heading, one line per change, and the ways out."""
         fix = "Change it back, choose another output, or allow overwriting: then what changed is made again."
-        return _listing(f"Cannot go on with the job in '{tidy(str(self.path))}': it has changed", self.problems, fix)
+        return _listing(f"Cannot resume the job in '{tidy(str(self.path))}': it has changed", self.problems, fix)
 
 
 class MetricsServerError(ErnieAccelError):

@@ -159,7 +159,7 @@ def read_json(path: Path, text: str) -> Records:
             raise BatchInputError(path, [(None, 'is empty; expected [{"prompt": "a red mug"}, ...]')])
         elements = decode_json_array(text)
         if elements is None:
-            raise BatchInputError(path, [(1, 'is no JSON array; expected [{"prompt": "a red mug"}, ...]')])
+            raise BatchInputError(path, [(1, 'is not a JSON array; expected [{"prompt": "a red mug"}, ...]')])
         return collect(path, elements)
     except NotJsonError as error:
         line, message = error.problem

@@ -107,7 +107,7 @@ def decode_json(text: str) -> object:
     """Return the value that JSON text holds; an object that names a key twice becomes a `Repeated`.
 
     Raises:
-        NotJsonError: It is no JSON, or is nested too deeply.
+        NotJsonError: It is not JSON, or is nested too deeply.
     """
     with _json_problems(text):
         return _DECODER.decode(text)

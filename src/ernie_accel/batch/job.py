@@ -226,7 +226,7 @@ def _read_job(path: Path) -> dict[str, Any] | None:
         raise BatchInputError(path, [(None, f"has more than {MAX_JOB_BYTES:,} bytes; expected a job of a few lines")])
     content = _parse_json(path, text) if suffix == ".json" else parse_yaml(path, read_text(path, MAX_JOB_BYTES))
     if not isinstance(content, dict):
-        found = "is empty" if content is None else "is no job"
+        found = "is empty" if content is None else "is not a job"
         raise BatchInputError(path, [(None, f"{found}; expected keys such as input_file and output_dir")])
     problems: list[Problem] = []
     if isinstance(content, Repeated):

@@ -480,7 +480,7 @@ def _job_folder_problems(folder: OutputFolder) -> list[Problem]:
     names = (_FILE, *(f"{_FILE}-{end}" for end in ("wal", "shm", "journal")), f"{JOB_FOLDER}/runs.jsonl")
     for name in () if problems else names:
         if (found := folder.status(name)) is not None and not stat.S_ISREG(found.st_mode):
-            what = "a link, which can lead out of the folder" if is_link(found) else "no file"
+            what = "a link, which can lead out of the folder" if is_link(found) else "not a file"
             problems.append((None, f"{name!r} is {what}; move it away, or choose another output"))
     return problems
 

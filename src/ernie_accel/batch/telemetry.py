@@ -231,7 +231,7 @@ def _state_file_problem(out: Path, path: Path, is_ours: Callable[[str], bool], k
         if stat.S_ISDIR(mode):
             return "is a folder; choose another name"
         if not stat.S_ISREG(mode):  # a terminal or a pipe takes lines, and is not to be replaced by a file
-            return None if kind == "JSON log" else "is no file; choose another name"
+            return None if kind == "JSON log" else "is not a file; choose another name"
         with target.open("rb") as file:
             start = file.read(_STATE_BYTES)
     except FileNotFoundError:

@@ -100,7 +100,7 @@ def demo_command(
     typer.echo(f"  the first optimized picture took {showing.first_call_s:.1f} s")
     typer.echo(f"Contact sheet: {showing.sheet.resolve()}")
     if context.device != "cuda":
-        typer.echo("What the library is made for are GPUs: their figures are in docs/performance.md and the README.")
+        typer.echo("The library is made for GPUs: figures for them are in docs/performance.md and the README.")
 
 
 @app.command("plan")

@@ -74,7 +74,7 @@ def register_package(package: str, *, install: str, distribution: str | None = N
         ValueError: The library looks for that package itself, or it was registered with another way to install it.
     """
     if package in OPTIONAL_PACKAGES or _REGISTERED.get(package, install) != install:
-        raise ValueError(f"the package {package!r} is known already, with another way to install it")
+        raise ValueError(f"the package {package!r} is registered already, with another way to install it")
     _REGISTERED[package] = install
     if distribution is not None:
         _DISTRIBUTIONS[package] = distribution

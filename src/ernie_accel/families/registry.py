@@ -27,15 +27,15 @@ def register_family(family: Family) -> Family:
 
     Raises:
         TypeError: It is no `Family`.
-        ValueError: A family of this name is known and is another, or nothing tells which pipes it fits.
+        ValueError: A different family of this name is registered, or nothing says which pipes it fits.
     """
     if not isinstance(family, Family):
         raise TypeError(f"expected a Family, got {family!r}")
     known = next((other for other in families() if other.name == family.name), None)
     if known is not None and known != family:
-        raise ValueError(f"a family named {family.name!r} is known already, and it is another: choose another name")
+        raise ValueError(f"a family named {family.name!r} is registered already, and differs: choose another name")
     if not family.transformer_classes and family.shape is None:
-        raise ValueError(f"nothing tells which pipes are of {family.name!r}: give transformer_classes or a shape")
+        raise ValueError(f"nothing says which pipes belong to {family.name!r}: give transformer_classes or a shape")
     if known is None:
         _registered.append(family)
     return family

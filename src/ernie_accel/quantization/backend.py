@@ -82,11 +82,11 @@ class LinearSpec:
         return self.out_features * self.in_features
 
     def not_multiple_of(self, inputs: int, outputs: int = 1) -> str | None:
-        """Return why the shape does not fit if K is no multiple of `inputs` or N none of `outputs`; else None."""
+        """Return why the shape does not fit if K is not a multiple of `inputs` or N none of `outputs`; else None."""
         if self.in_features % inputs:
-            return f"its {self.in_features} inputs are no multiple of {inputs}"
+            return f"its {self.in_features} inputs are not multiples of {inputs}"
         if self.out_features % outputs:
-            return f"its {self.out_features} outputs are no multiple of {outputs}"
+            return f"its {self.out_features} outputs are not multiples of {outputs}"
         return None
 
 

@@ -42,10 +42,10 @@ def register_quantization_backend(backend: Backend, *schemes: Scheme) -> Backend
         raise TypeError(f"expected a Backend, got {backend!r}")
     known = _backends.get(backend.name)
     if known is not None and type(known) is not type(backend):
-        raise ValueError(f"a quantization backend named {backend.name!r} is known already: choose another name")
+        raise ValueError(f"a quantization backend named {backend.name!r} is registered already: choose another name")
     for scheme in schemes:
         if SCHEMES.get(scheme.name, scheme) != scheme:
-            raise ValueError(f"a scheme named {scheme.name!r} is known already, and it is another: choose another name")
+            raise ValueError(f"a scheme named {scheme.name!r} is registered already, and differs: choose another name")
     described = {*SCHEMES, *(scheme.name for scheme in schemes)}
     missing = [name for name in backend.schemes if name not in described]
     if missing:

@@ -42,7 +42,7 @@ class Quanto(Backend):
 
     def layer_problem(self, scheme: str, spec: LinearSpec) -> str | None:
         if scheme == "int8-weight-only":
-            # torch._weight_int8pack_mm on the CPU reads past a row that is no multiple of 16: a segmentation fault.
+            # torch._weight_int8pack_mm on the CPU reads past a row that is not a multiple of 16: a segmentation fault.
             return spec.not_multiple_of(16)
         if scheme == "int4":
             return spec.not_multiple_of(32, 2)

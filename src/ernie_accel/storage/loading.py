@@ -87,7 +87,7 @@ def _from_anywhere(model: str | None, dtype: torch.dtype) -> Pipeline:
         raise ErnieAccelError(f"{model} holds no pipeline: there is no {INDEX}, as save_pretrained writes it")
     if not folder.is_dir():
         if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-            raise ErnieAccelError(f"there is no folder {model!r}, and it is no hub id either (owner/name)")
+            raise ErnieAccelError(f"there is no folder {model!r}, and it is not a hub id either (owner/name)")
         folder = _fetch(model)
     return _load_plain(folder, dtype)
 
@@ -99,7 +99,7 @@ def _fetch(model: str) -> Path:
     try:
         folder = Path(snapshot_download(model, allow_patterns=[INDEX]))
         if not (folder / INDEX).is_file():
-            raise ErnieAccelError(f"cannot load {model!r}: there is no {INDEX}, so it is no pipeline")
+            raise ErnieAccelError(f"cannot load {model!r}: there is no {INDEX}, so it is not a pipeline")
         parts = [name for name, cls in vet_index(folder).parts.items() if cls is not None]
         wanted = [f"{name}/{pattern}" for name in parts for pattern in _FETCHED]
         return Path(snapshot_download(model, allow_patterns=[INDEX, *wanted], ignore_patterns=[*_NOT_FETCHED]))

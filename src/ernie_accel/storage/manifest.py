@@ -246,19 +246,19 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """Return the object in a JSON file of a folder from anywhere.
 
     Raises:
-        SavedPipelineError: It is no JSON object, or no ordinary file of a reasonable size.
+        SavedPipelineError: It is not a JSON object, or not an ordinary file of a reasonable size.
     """
     try:
         found = (folder / name).stat()
         if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_JSON_BYTES:
-            raise SavedPipelineError(folder, f"{name} is no file of at most {MOST_JSON_BYTES} bytes")
+            raise SavedPipelineError(folder, f"{name} is not a file of at most {MOST_JSON_BYTES} bytes")
         data = json.loads((folder / name).read_text(encoding="utf-8"))
     except OSError as error:
         raise SavedPipelineError(folder, f"{name} cannot be read: {error.strerror or error}") from error
     except RecursionError:
         raise SavedPipelineError(folder, f"{name} is nested too deeply") from None
     except ValueError as error:
-        raise SavedPipelineError(folder, f"{name} is no JSON ({error})") from error
+        raise SavedPipelineError(folder, f"{name} is not JSON ({error})") from error
     if not isinstance(data, dict):
-        raise SavedPipelineError(folder, f"{name} is no JSON object")
+        raise SavedPipelineError(folder, f"{name} is not a JSON object")
     return data

@@ -151,7 +151,7 @@ def _pipeline_class(folder: Path, name: object) -> type[Any]:
 
     found = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
-        raise SavedPipelineError(folder, f"needs {name}, which is no pipeline of the diffusers installed here")
+        raise SavedPipelineError(folder, f"needs {name}, which is not a pipeline of the diffusers installed here")
     path = found.__module__.split(".")
     if path[:2] != ["diffusers", "pipelines"] or len(path) < 4 or path[2] in _FETCHING_PIPELINES:
         raise SavedPipelineError(folder, f"needs {name}, which is not loaded from folders; load it with diffusers")
@@ -192,7 +192,7 @@ def _part_class(folder: Path, name: str, library: str, class_name: str | None, p
         fix = f"if you trust the folder, load(..., known=({class_name},)), or load it with diffusers"
         raise SavedPipelineError(folder, f"{named} is not among the models that pipelines are known to use: {fix}")
     if path[0] not in ("diffusers", "transformers"):
-        raise SavedPipelineError(folder, f"{named} is no class of its own in that library")
+        raise SavedPipelineError(folder, f"{named} is not a class of its own in that library")
     return found
 
 

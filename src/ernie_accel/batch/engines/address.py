@@ -71,14 +71,14 @@ def parse_address(text: str, *, key: str | None = None) -> Address:
         key: An API key for this server, sent as a bearer token.
 
     Raises:
-        ErnieAccelError: It is no HTTP address, or there are two credentials for one header; the text hides them.
+        ErnieAccelError: It is not an HTTP address, or there are two credentials for one header; the text hides them.
     """
 
     def refuse(reason: str) -> ErnieAccelError:
         return ErnieAccelError(f"endpoint {redacted(text)!r} {reason}; expected one like http://host:30000")
 
     if not text.lower().startswith(("http://", "https://")):
-        raise refuse("is no HTTP address")
+        raise refuse("is not an HTTP address")
     if any(character.isspace() or not character.isprintable() for character in text):
         raise refuse("has spaces or control characters")
     try:
@@ -86,7 +86,7 @@ def parse_address(text: str, *, key: str | None = None) -> Address:
         host = (parts.hostname or "").encode("ascii" if ":" in (parts.hostname or "") else "idna").decode("ascii")
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
     except ValueError:  # a bad port, a bad IPv6 address, a name that DNS has no form for; its text may hold a password
-        raise refuse("is no HTTP address") from None
+        raise refuse("is not an HTTP address") from None
     if not host:
         raise refuse("names no host")
     if parts.fragment:

@@ -85,7 +85,7 @@ def parse_answer(answer: Answer, hide: Callable[[str], str]) -> Any:
         hide: Hides credentials in a text; applied to what is shown, before it is cut.
 
     Raises:
-        PassingError: The server is busy or failed, or what it sent is no JSON.
+        PassingError: The server is busy or failed, or what it sent is not JSON.
         RefusalError: The server does not want to.
     """
     status = answer.status
@@ -103,7 +103,7 @@ def parse_answer(answer: Answer, hide: Callable[[str], str]) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested too deeply
         kind = one_line(hide(answer.headers.get("content-type", "no content type")), 60)
-        raise PassingError(f"sent {len(content)} bytes ({kind}) that are no JSON, or were cut off") from None
+        raise PassingError(f"sent {len(content)} bytes ({kind}) that are not JSON, or were cut off") from None
 
 
 def picture_in(answer: Any, size: tuple[int, int] | None) -> Image.Image:
@@ -217,14 +217,14 @@ def _check_header(png: bytes, size: tuple[int, int] | None) -> None:
         for beginning, name in _OTHER_FORMATS:
             if png.startswith(beginning):
                 raise RefusalError(f"it made a {name} where PNG, which loses nothing, was asked for")
-        raise PassingError(f"sent {len(png)} bytes that are no PNG")
+        raise PassingError(f"sent {len(png)} bytes that are not a PNG")
     if len(png) < _HEADER_END or png[8:16] != b"\0\0\0\rIHDR" or not _intact(png, 8, _HEADER_END):
         raise PassingError("sent a PNG whose header is damaged")
     width, height, bits, colours = struct.unpack_from(">IIBB", png, 16)
     if size is not None and (width, height) != size:
         raise RefusalError(f"it made a picture of {width}x{height} px where {size[0]}x{size[1]} were asked for")
     if width * height > MAX_UNASKED_PIXELS and size is None:
-        reason = f"it made a picture of {width}x{height} px, more than is taken unasked; give rows width and height"
+        reason = f"it made a picture of {width}x{height} px, more than is accepted unasked; give rows width and height"
         raise RefusalError(reason)
     if (bits, colours) != (8, 2):
         found = f"{bits}-bit {_COLOURS.get(colours, f'colour type {colours}')}"

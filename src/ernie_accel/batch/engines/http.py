@@ -107,7 +107,7 @@ class HttpEngine(Engine):
         Raises:
             MissingExtraError: httpcore is not installed.
             UnknownNameError: There is no such kind of server.
-            ErnieAccelError: No endpoint is given, one is no HTTP address, or a number is out of range.
+            ErnieAccelError: No endpoint is given, one is not an HTTP address, or a number is out of range.
         """
         if server not in SERVERS:
             raise UnknownNameError("image server", server, SERVERS)

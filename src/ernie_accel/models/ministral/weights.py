@@ -84,7 +84,7 @@ def kernel_weights(model: Any) -> KernelWeights | str:
             f"its hidden states are {str(embed.dtype).removeprefix('torch.')}, not {str(_DTYPE).removeprefix('torch.')}"
         )
     if size < 16 or size & (size - 1):
-        return f"its heads of {size} are no power of two"
+        return f"its heads of {size} are not a power of two"
 
     layers = []
     for i, layer in enumerate(inner.layers):
@@ -132,7 +132,7 @@ def _decode_weight(linear: nn.Module) -> DecodeWeight | str:
     weight: Any = linear.weight
     rows, columns = weight.shape
     if rows % decode.MULTIPLE_N or columns % decode.MULTIPLE_K:
-        return f"is {rows} x {columns}, no multiple of {decode.MULTIPLE_N} x {decode.MULTIPLE_K}"
+        return f"is {rows} x {columns}, not a multiple of {decode.MULTIPLE_N} x {decode.MULTIPLE_K}"
     if type(weight) is nn.Parameter:
         if weight.dtype == _DTYPE and weight.is_contiguous():
             return DecodeWeight(weight.detach())

@@ -209,7 +209,7 @@ def _why_not_fp8(weight: PlannedWeight, *, has_bias: bool) -> str | None:
     if weight.dtype != torch.bfloat16:
         return f"its weight is {weight.dtype}, not torch.bfloat16"
     if rows % 16 or columns % 16:
-        return f"its shape {rows} x {columns} is no multiple of 16"
+        return f"its shape {rows} x {columns} is not a multiple of 16"
     return None
 
 

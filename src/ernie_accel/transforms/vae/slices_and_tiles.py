@@ -83,7 +83,9 @@ class TileVae(Transform):
         factor = _pixels_per_latent(pipe)
         if self.tile_px % factor:
             below = self.tile_px - self.tile_px % factor
-            return [f"tile_px={self.tile_px} is no multiple of the {factor} pixels of a latent: use {below or factor}"]
+            return [
+                f"tile_px={self.tile_px} is not a multiple of the {factor} pixels of a latent: use {below or factor}"
+            ]
         return self._overlap_unsupported(pipe)
 
     def _overlap_unsupported(self, pipe: Pipeline) -> list[str]:
