@@ -172,7 +172,7 @@ def hostile_transforms(bait: Path) -> list[dict[str, Any]]:
 def test_no_field_of_a_transform_can_name_a_place(saved, bait, tmp_path):
     chance = random.Random(SEED)
     entries = hostile_transforms(bait)
-    chosen = chance.sample(entries, min(len(entries), rounds(short=30, full=100_000)))
+    chosen = chance.sample(entries, min(len(entries), rounds(short=25, full=100_000)))
     folder = shutil.copytree(saved, tmp_path / "saved")
     for number, data in enumerate(chosen):
         change(folder, lambda manifest, data=data: manifest.update(transforms=[_entry(data)]))
@@ -362,7 +362,7 @@ def test_a_damaged_folder_is_one_error_or_loads_the_same_bits(saved, tmp_path):
     original = ernie_accel.load(saved)
     expected, report = bits(original), [entry.step.transform for entry in ernie_accel.report(original).entries]
     refused = 0
-    for number in range(rounds(short=40, full=600)):
+    for number in range(rounds(short=25, full=600)):
         folder = shutil.copytree(saved, tmp_path / "saved")
         what = f"{damage(folder, chance)}, round {number}"
         try:
@@ -410,7 +410,7 @@ def test_a_tampered_folder_is_one_error_or_loads(saved, bait, tmp_path):
     """Any entry of any file of settings changed, with checksums to match: no KeyError, no TypeError, no traceback."""
     chance = random.Random(SEED)
     names = sorted(path.relative_to(saved).as_posix() for path in saved.rglob("*.json"))
-    for number in range(rounds(short=40, full=600)):
+    for number in range(rounds(short=25, full=600)):
         folder = shutil.copytree(saved, tmp_path / "saved")
         name = chance.choice([*names, MANIFEST, MANIFEST, MANIFEST])
         if number % 5 == 0:
@@ -459,7 +459,7 @@ def test_an_interrupt_while_saving_leaves_the_folder_and_the_pipe_whole(tmp_path
         ernie_accel.save(pipe, folder)
 
     expected, transforms = bits(pipe), [entry.step.transform for entry in ernie_accel.report(pipe).entries]
-    for place, hit in places_in_storage(save_new, rounds(short=15, full=150)):
+    for place, hit in places_in_storage(save_new, rounds(short=8, full=150)):
         ernie_accel.save(old, folder)
         interrupted_at(place, hit, save_new)
         assert which(folder) in ("old", "new")
@@ -475,7 +475,7 @@ def test_an_interrupt_while_saving_leaves_the_folder_and_the_pipe_whole(tmp_path
 
 def test_an_interrupt_while_loading_leaves_nothing_behind(saved, tmp_path):
     expected, before = bits(ernie_accel.load(saved)), contents(saved)
-    for place, hit in places_in_storage(lambda: ernie_accel.load(saved), rounds(short=15, full=150)):
+    for place, hit in places_in_storage(lambda: ernie_accel.load(saved), rounds(short=8, full=150)):
         interrupted_at(place, hit, lambda: ernie_accel.load(saved))
         assert inspect.isfunction(torch.nn.Module.register_parameter)
         assert torch.nn.Module.register_parameter.__module__ == "torch.nn.modules.module", (place, hit)
@@ -493,7 +493,7 @@ def test_a_kill_while_saving_leaves_the_old_folder_or_the_new(tmp_path):
     def killed() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    for place, hit in places_in_storage(lambda: ernie_accel.save(pipe, folder), rounds(short=8, full=120)):
+    for place, hit in places_in_storage(lambda: ernie_accel.save(pipe, folder), rounds(short=4, full=120)):
         ernie_accel.save(old, folder)
         child = os.fork()
         if not child:
