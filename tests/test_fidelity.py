@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -344,3 +346,17 @@ def test_floors_are_earned_on_the_embedded_model(transform):
         thresholds=Thresholds(max_nmse=0.01, min_sqnr_db=transform.floor_db, min_ssim=0.9),
     )
     assert found.ok, str(found)
+
+
+def test_which_is_faster_is_said_only_where_the_times_allow_it(ernie):
+    found = evaluate(ernie, tiny_ernie(), prompts=("red", "blue", "green"))
+
+    def page(baseline_ms, candidate_ms):
+        pairs = zip(found.pictures, baseline_ms, candidate_ms, strict=True)
+        pictures = tuple(replace(picture, baseline_ms=old, candidate_ms=new) for picture, old, new in pairs)
+        return replace(found, pictures=pictures).to_markdown()
+
+    assert re.search(r"the candidate is (not )?faster\.", page((100.0, 101.0, 102.0), (90.0, 91.0, 92.0)))
+    assert "too busy to tell, the median picture took 78.0 times" in page((100.0, 7800.0, 7900.0), (90.0, 91.0, 92.0))
+    alone = replace(found, pictures=found.pictures[:1], repeats=1).to_markdown()
+    assert "from one time each, which says little; repeat it" in alone

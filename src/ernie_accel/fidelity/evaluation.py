@@ -12,6 +12,7 @@ from typing import Any
 
 from ernie_accel.common.text import human_bytes
 from ernie_accel.core.context import Context
+from ernie_accel.core.timing import Race
 from ernie_accel.fidelity.render import Rendering
 
 
@@ -149,6 +150,14 @@ class Evaluation:
         """Median time of a baseline's picture over that of a candidate's."""
         return self.baseline.picture_ms / self.candidate.picture_ms
 
+    def _which_is_faster(self) -> str:
+        if self.repeats * len(self.pictures) == 1:
+            return "from one time each, which says little; repeat it"
+        times = Race(tuple(p.baseline_ms for p in self.pictures), tuple(p.candidate_ms for p in self.pictures))
+        if times.too_busy:
+            return f"{times.verdict}, the median picture took {times.spread:.1f} times as long as the fastest one"
+        return f"the candidate is {'faster' if self.speedup > 1 else 'not faster'}"
+
     @property
     def failures(self) -> tuple[str, ...]:
         """Every reason why the candidate does not pass. NaN and Inf always fail, whatever the thresholds."""
@@ -229,7 +238,7 @@ class Evaluation:
         lines.append(
             f"Times are medians of {self.repeats} x {len(self.pictures)} pictures, the baseline's before the "
             "candidate's; the warm-up picture of each side is in no time but its own row. A ratio of "
-            f"{self.speedup:.2f}: the candidate is {'faster' if self.speedup > 1 else 'not faster'}."
+            f"{self.speedup:.2f}: {self._which_is_faster()}."
         )
         lines += [f"Note: {note}." for note in self.notes]
         return "\n".join(lines) + "\n"
