@@ -50,7 +50,7 @@ def test_services_and_jobs_that_share_a_pipe_take_turns(tmp_path, timeout_s):
 
 
 def test_ctrl_c_under_a_timeout_leaves_nobody_in_the_pipe():
-    pipe = OneAtATime(steps=10_000)
+    pipe = OneAtATime(steps=10_000_000)
     engine = LocalEngine(pipe)
     threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):

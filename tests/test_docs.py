@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ernie_accel.cli import main
+from ernie_accel.families import registry
 from ernie_accel.core import context
 from ernie_accel.transforms import TRANSFORMS, transform_class
 
@@ -31,6 +32,8 @@ def examples(page: Path) -> list[tuple[int, str]]:
 @pytest.mark.parametrize("page", [p for p in PAGES if examples(p)], ids=lambda p: p.name)
 def test_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "_registered", [])  # a page registers a family, and another a package
+    monkeypatch.setattr("ernie_accel.core.context._REGISTERED", {})
     (tmp_path / "prompts.csv").write_text("sku,prompt\nmug,a large red circle in the center on a grey background\n")
     namespace: dict = {}
     for line, code in examples(page):
