@@ -50,11 +50,15 @@ def test_services_and_jobs_that_share_a_pipe_take_turns(tmp_path, timeout_s):
 
 
 def test_ctrl_c_under_a_timeout_leaves_nobody_in_the_pipe():
-    pipe = OneAtATime(steps=10_000_000)
+    pipe = OneAtATime(steps=10_000)
     engine = LocalEngine(pipe)
-    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        engine.render([Request(prompt="a cup", seed=1)], 30.0)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, it is ignored
+    try:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            engine.render([Request(prompt="a cup", seed=1)], 30.0)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert pipe.inside == 0
     pipe.steps = 1
     (picture,) = LocalEngine(pipe).render([Request(prompt="a cup", seed=1)])

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ernie_accel.cli import main
-from ernie_accel.families import registry
 from ernie_accel.core import context
+from ernie_accel.families import registry
 from ernie_accel.transforms import TRANSFORMS, transform_class
 
 ROOT = Path(__file__).parents[1]
