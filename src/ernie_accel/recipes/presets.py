@@ -81,7 +81,7 @@ presets = PresetTable(
     ),
     Preset(
         "turbo-fp32",
-        "Few steps, compiled, in the precision the pipe came in: for CPUs, where bfloat16 seldom pays.",
+        "Few steps, compiled, in the precision the pipe came in: for CPUs; beside CastDtype('bfloat16') where it pays.",
         (RewriteBlocks(), MakeContiguous(), CallDefaults("turbo"), Compile(), RewriteEnhancer()),
     ),
     Preset(

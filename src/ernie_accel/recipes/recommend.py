@@ -67,7 +67,11 @@ LADDER: tuple[Rung, ...] = (
     Rung("bf16", "the checkpoint's own precision on tensor cores", ("cuda", "npu"), ((8, 0), _ANY)),
     Rung("fp16", "tensor cores of this generation know no bfloat16", ("cuda",), ((7, 0), (7, 9))),
     Rung("q4", "a quarter of the bytes: for memory and not for speed", ("cuda",), ((7, 5), _ANY), "bitsandbytes"),
-    Rung("fp32", "few CPUs multiply in bfloat16; `ernie-accel demo` measures this one", ("cpu", "npu", "cuda")),
+    Rung(
+        "fp32",
+        "few CPUs have bfloat16 units; `ernie-accel demo` measures this one",
+        ("cpu", "npu", "cuda"),
+    ),
 )
 
 
