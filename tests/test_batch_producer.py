@@ -73,11 +73,15 @@ def test_a_picture_that_cannot_be_written_answers_its_row_while_the_producer_is_
 
 
 def test_a_lost_engine_answers_everybody_and_closes(tmp_path):
+    submitted = threading.Event()
+
     def before(requests, call):
+        submitted.wait(30)  # a producer that is closed already takes no more
         raise EngineLostError("the pipe hangs")
 
     producer = Producer(StubEngine(before), tmp_path, batch_size=1)
     futures = [producer.submit(row) for row in make_rows(3)]
+    submitted.set()
     outcomes = [future.exception(30) or future.result().error for future in futures]
     assert "the pipe hangs" in {str(outcome) for outcome in outcomes}
     producer.close()
