@@ -76,3 +76,19 @@ def test_mistakes_are_one_message_before_anything_is_loaded(capsys, monkeypatch,
     assert code == 2
     assert err.startswith("error: ")
     assert message in err
+
+
+def test_a_preset_that_cannot_run_here_is_refused_before_a_picture_is_drawn(capsys, tiny, monkeypatch):
+    monkeypatch.setattr("ernie_accel.fidelity.compare.render", lambda *_: pytest.fail("a picture was drawn"))
+    code, _, err = run(capsys, "a red circle", "--preset", "turbo-fp8", *TINY)
+    assert code == 2
+    assert "FuseKernels('fp8')" in err
+    assert err.rstrip().endswith("or pass --skip-unsupported.")
+
+
+def test_what_cannot_run_here_can_be_left_out_and_the_page_says_what_ran(capsys, tiny):
+    code, out, _ = run(capsys, "a red circle", "--preset", "turbo-fp8", "--skip-unsupported", *TINY)
+    assert code == 0
+    (candidate,) = (line for line in out.splitlines() if line.startswith("Candidate: "))
+    assert "CastDtype('bfloat16')" in candidate
+    assert "FuseKernels" not in candidate

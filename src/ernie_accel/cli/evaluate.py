@@ -91,7 +91,7 @@ def evaluate_command(
         check_folder(out)
     usual = (EMBEDDED if model is None else {}) | (CLASSIC if classic else {})
     evaluation = evaluate(
-        partial(_load, model, dtype, *same_call),
+        partial(_load, model, dtype, *same_call, refuse=None if skip_unsupported else found),
         partial(_load, model, candidate_dtype or dtype, preset=found, skip_unsupported=skip_unsupported),
         texts,
         pe=pe,  # type: ignore[arg-type]  # checked there
@@ -129,12 +129,21 @@ def _load(
     *transforms: Transform,
     preset: Preset | None = None,
     skip_unsupported: bool = False,
+    refuse: Preset | None = None,
 ) -> Pipeline:
-    from ernie_accel.api import optimize
+    """Load a side. `refuse` is what the other side will apply: if it cannot run, this one need not draw a picture.
+
+    Raises:
+        UnsupportedError: `preset` or `refuse` cannot run here.
+    """
+    from ernie_accel.api import optimize, plan
+    from ernie_accel.core.errors import UnsupportedError
     from ernie_accel.storage.loading import load_pipeline
 
     pipe = load_pipeline(model, dtype)
     pipe.set_progress_bar_config(disable=True)
+    if refuse is not None and not (the_plan := plan(pipe, preset=refuse)).ok:
+        raise UnsupportedError(the_plan)
     if not transforms and preset is None:
         return pipe
     return optimize(pipe, *transforms, preset=preset, on_unsupported="skip" if skip_unsupported else "error")
