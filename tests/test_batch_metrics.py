@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
+from contextlib import ExitStack, suppress
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -115,6 +117,66 @@ def test_only_the_metrics_are_served():
         head = urllib.request.Request(metrics.url, method="HEAD")
         with urllib.request.urlopen(head, timeout=10) as answer:
             assert answer.read() == b""
+
+
+def address_of(metrics):
+    return "127.0.0.1", int(metrics.url.split(":")[2].split("/")[0])
+
+
+def threads_of_the_server():
+    return [thread for thread in threading.enumerate() if "process_request_thread" in thread.name]
+
+
+def test_half_open_connections_take_few_threads_and_keep_nobody_out():
+    with MetricsServer(0) as metrics, ExitStack() as opened:
+        most = 0
+        for number in range(200):
+            silent = opened.enter_context(socket.create_connection(address_of(metrics), timeout=10))
+            silent.sendall(b"GET /metr"[: number % 10])
+            most = max(most, len(threads_of_the_server()))
+            if number % 20 == 19:
+                assert scrape(metrics.url) == {}
+        assert most <= 9  # one may be ending
+
+
+def test_a_client_that_trickles_is_ended_in_time(monkeypatch):
+    monkeypatch.setattr("ernie_accel.batch.metrics._CLIENT_S", 0.3)
+    start = time.monotonic()
+    with MetricsServer(0) as metrics, socket.create_connection(address_of(metrics), timeout=10) as slow:
+        slow.sendall(b"GET /metrics HTTP/1.0\r\nX: ")
+        with suppress(OSError):  # whichever end the system notices first
+            while time.monotonic() < start + 5:
+                slow.sendall(b"x")
+                time.sleep(0.05)
+        assert time.monotonic() - start < 3
+        assert scrape(metrics.url) == {}
+
+
+@pytest.mark.parametrize("request_", [b"GET /" + b"x" * 10**6, b"GET /metrics HTTP/1.0\r\n" + b"X: y\r\n" * 10**5])
+def test_an_endless_request_is_not_read(request_):
+    with MetricsServer(0) as metrics, socket.create_connection(address_of(metrics), timeout=10) as client:
+        answer = b""
+        with suppress(OSError):  # reset, since the rest was not read
+            client.sendall(request_)
+            answer = client.recv(10_000)
+        assert b"200" not in answer[:20]
+        assert scrape(metrics.url) == {}
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"\0" * 100, b"\xff\xfe\r\n\r\n", b"GET\r\n\r\n", b"POST /metrics HTTP/1.1\r\n\r\n", b"\r\n"]
+)
+def test_garbage_is_answered_quietly(garbage, capfd):
+    with MetricsServer(0) as metrics:
+        for read in (True, False):
+            with socket.create_connection(address_of(metrics), timeout=10) as client:
+                client.sendall(garbage)
+                client.shutdown(socket.SHUT_WR)
+                if read:
+                    with suppress(OSError):
+                        assert b" 200 " not in client.recv(10_000)
+        assert scrape(metrics.url) == {}
+    assert capfd.readouterr() == ("", "")
 
 
 def test_it_listens_on_this_machine_only_unless_told_otherwise():

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import errno
+import logging
+import math
 import os
 import socket
 import socketserver
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from types import TracebackType
+from typing import Any
 
 from ernie_accel.batch.errors import MetricsServerError
 from ernie_accel.batch.telemetry import Snapshot, prometheus_text
@@ -17,7 +22,12 @@ from ernie_accel.batch.telemetry import Snapshot, prometheus_text
 #: Of the text format; https://prometheus.io/docs/instrumenting/exposition_formats
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-_CLIENT_S = 10.0  # seconds a client may be silent before its thread is given up
+_log = logging.getLogger(__name__)
+
+_CLIENT_S = 10.0  # seconds that a client has for its request and the answer
+_CONNECTIONS = 8  # at once, each with a thread
+_EVICTION_S = 1.0  # seconds that a new one waits for an older one to end
+_REQUEST_BYTES = 16_384
 
 
 class MetricsServer:
@@ -100,13 +110,63 @@ def _reason(error: OSError) -> str:
 
 # Not http.server's own class: it looks its name up in the DNS, which can take seconds, and knows IPv4 only.
 class _Server(socketserver.ThreadingTCPServer):
+    """Answers a few connections at once; a newer one goes before one that has been silent for longest."""
+
     daemon_threads = True
+    request_queue_size = 128  # in the system, without a thread: a burst would make others wait for a second
     allow_reuse_address = os.name == "posix"  # elsewhere it would let two programs share a port
 
     def __init__(self, family: int, address: object, page: Callable[[], bytes]) -> None:
         self.address_family = family
         self.page = page
+        self._free = threading.BoundedSemaphore(_CONNECTIONS)
+        self._lock = threading.Lock()
+        self._open: dict[socket.socket, float] = {}  # and when each was accepted, the oldest first
         super().__init__(address, _Answer)  # type: ignore[arg-type]  # as getaddrinfo returns it, IPv6 too
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread of its own. A Prometheus asks at once: who is in the way has asked for nothing yet."""
+        if not self._free.acquire(blocking=False):
+            self._end(most=1)
+            if not self._free.acquire(timeout=_EVICTION_S):
+                self.shutdown_request(request)
+                return
+        with self._lock:
+            self._open[request] = time.monotonic()
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread could be started
+            self._closed(request)
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer; the place is free afterwards."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._closed(request)
+
+    def service_actions(self) -> None:
+        """Several times a second: end connections that have had their time, however busily they trickle."""
+        self._end(older_than=time.monotonic() - _CLIENT_S)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Tell the log alone: a client that goes away in the middle is nobody's error, and the bar stays whole."""
+        _log.debug("a client at %s was not answered", client_address, exc_info=True)
+
+    def _closed(self, request: socket.socket) -> None:
+        with self._lock:
+            known = self._open.pop(request, None)
+        if known is not None:
+            self._free.release()
+
+    def _end(self, *, most: int | None = None, older_than: float = math.inf) -> None:
+        """End the oldest connections; their threads see the end of the request, and give their places back."""
+        with self._lock:
+            old = [request for request, since in self._open.items() if since < older_than]
+            for request in old[:most]:
+                with suppress(OSError):  # the client was faster
+                    request.shutdown(socket.SHUT_RDWR)
 
 
 class _Answer(BaseHTTPRequestHandler):
@@ -114,8 +174,15 @@ class _Answer(BaseHTTPRequestHandler):
     timeout = _CLIENT_S
     server_version = "ernie-accel"
 
+    def setup(self) -> None:
+        """Read no more of a request than a scrape can have."""
+        super().setup()
+        self.rfile: Any = _Bounded(self.rfile, _REQUEST_BYTES)
+
     def do_GET(self) -> None:
-        if self.path.partition("?")[0] == "/metrics":
+        if self.rfile.left <= 0:
+            self._send(431, b"the request is too large\n", "text/plain; charset=utf-8")
+        elif self.path.partition("?")[0] == "/metrics":
             self._send(200, self.server.page(), CONTENT_TYPE)
         else:
             self._send(404, b"the metrics are at /metrics\n", "text/plain; charset=utf-8")
@@ -132,3 +199,22 @@ class _Answer(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+
+class _Bounded:
+    """Lines of a stream, until so many bytes have been read; after that it seems to have ended."""
+
+    def __init__(self, stream: Any, most: int) -> None:
+        self._stream, self.left = stream, most
+
+    def readline(self, size: int) -> bytes:
+        line: bytes = self._stream.readline(min(size, self.left)) if self.left > 0 else b""
+        self.left -= len(line)
+        return line
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._stream.closed)
+
+    def close(self) -> None:
+        self._stream.close()
