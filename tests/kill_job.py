@@ -1,4 +1,4 @@
-"""Kill a batch job at random moments, resume it each time, check the end: ``python -m tests.kill_job FOLDER KILLS``.
+"""Kill a batch job at random moments and resume it each time: ``python -m tests.kill_job FOLDER KILLS SEED``.
 
 A program of its own, because it forks: a child runs the job and is killed, so no interpreter has to start 200 times.
 """
@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ernie_accel.batch import produce
+from ernie_accel.batch.report import write_report
 from ernie_accel.batch.task import tasks_of
 from tests.stub_engine import StubEngine, make_rows, picture_of
 
@@ -27,6 +28,7 @@ ROWS = 300
 def run_job(out: Path) -> None:
     for _ in produce(StubEngine(seconds=0.001), make_rows(ROWS), out, batch_size=3, progress=False):
         pass
+    write_report(out)
 
 
 def run_to_the_end(out: Path) -> None:
@@ -56,7 +58,7 @@ def check(out: Path, undisturbed: Path) -> None:
     expected = {f"{i:03d}.png" for i in range(ROWS)}
     found = {path.name for path in out.glob("*.png")}
     assert found == expected, f"{len(found)} pictures, missing {sorted(expected - found)}"
-    leftovers = [path.name for path in out.iterdir() if path.name.endswith(".tmp")]
+    leftovers = [path.name for path in out.rglob("*.tmp")]
     assert not leftovers, leftovers
     for task in tasks_of(make_rows(ROWS), 0):
         path = out / task.row.path
@@ -72,7 +74,7 @@ def check(out: Path, undisturbed: Path) -> None:
 
 def main() -> None:
     folder, kills = Path(sys.argv[1]), int(sys.argv[2])
-    moments = random.Random(0)
+    moments = random.Random(int(sys.argv[3]))
     undisturbed = folder / "undisturbed"
     tqdm.set_lock(threading.RLock())  # its own is shared between processes, and a killed child may hold it for ever
     start = time.perf_counter()

@@ -179,13 +179,20 @@ class OutputFolder:
                 yield f"{name}/{each}" if below == "." else f"{name}/{below}/{each}"
 
     def remove_leftovers(self, names: Iterable[str]) -> None:
-        """Remove what kills have left of files in these folders ("": this one); nobody else may be writing there."""
+        """Remove what kills have left of files in these folders ("": this one); nobody else may be writing there.
+
+        Raises:
+            BatchOutputError: They cannot be removed, or one of the folders is a link.
+        """
         for name in names:
-            with (
-                suppress(FileNotFoundError, NotADirectoryError),
-                self._parent_of(f"{name}/_" if name else "_") as (last, parent),
-            ):
-                remove_leftovers(os.path.dirname(last) if parent is None else parent)
+            try:
+                with self._parent_of(f"{name}/_" if name else "_") as (last, parent):
+                    remove_leftovers(os.path.dirname(last) if parent is None else parent)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                reason = f"what a killed run left there cannot be removed: {error.strerror or error}"
+                raise BatchOutputError(self.path, [(None, f"{reason}; fix this, or choose another output")]) from error
 
     def _probe(self) -> None:
         """Make sure that files can be made here, by making one."""

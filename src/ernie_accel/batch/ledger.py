@@ -81,7 +81,11 @@ class Entry:
 
 
 class Ledger:
-    """The rows of one job and their states, in the output folder or, for a job nobody resumes, in memory."""
+    """The rows of one job and their states, in the output folder or, for a job nobody resumes, in memory.
+
+    Attributes:
+        durable: Whether it is in the folder.
+    """
 
     @classmethod
     def exists(cls, folder: OutputFolder) -> bool:
@@ -89,32 +93,35 @@ class Ledger:
         return folder.status(_FILE) is not None
 
     def __init__(self, folder: OutputFolder, *, durable: bool = True) -> None:
-        """Open the ledger of an output folder, or create it, and lock the job.
+        """Say where the ledger is; `open` opens it.
+
+        These are two steps so that whoever is interrupted between them has already seen to it that it will be closed: a
+        ledger left open would lock the job.
+        """
+        self._folder = folder
+        self.durable = durable
+        self._overwrite = False
+        self._identities: dict[str, tuple[int, int]] = {}
+        self._connection: sqlite3.Connection | None = None
+
+    def open(self) -> None:
+        """Open the ledger, or create it, and lock the job.
 
         Raises:
             BatchOutputError: Another process is at work there, the ledger cannot be written or read, or it is damaged.
         """
-        self._folder = folder
-        self._durable = durable
-        self._overwrite = False
-        self._identities: dict[str, tuple[int, int]] = {}
         try:
-            if durable:
-                if problems := _job_folder_problems(folder):
-                    raise BatchOutputError(folder.path, problems)
-                folder.append(_FILE, b"")  # not by SQLite, which would follow a link
+            if self.durable:
+                if problems := _job_folder_problems(self._folder):
+                    raise BatchOutputError(self._folder.path, problems)
+                self._folder.append(_FILE, b"")  # not by SQLite, which would follow a link
+            path = self._folder.absolute(_FILE) if self.durable else ":memory:"
             # autocommit: every statement outside a `with self._db` block stands on its own
-            path = folder.absolute(_FILE) if durable else ":memory:"
-            self._db = sqlite3.connect(path, timeout=0, check_same_thread=False)
+            self._connection = sqlite3.connect(path, timeout=0, check_same_thread=False)
+            self._prepare()
         except (OSError, sqlite3.Error) as error:
+            self.close()
             raise self._broken(error) from error
-        try:
-            self._open()
-        except BaseException as error:  # Ctrl-C too: a connection left open would lock the job
-            self._db.close()
-            if isinstance(error, sqlite3.Error):
-                raise self._broken(error) from error
-            raise
 
     def begin(
         self, tasks: Sequence[Task], settings: Mapping[str, str], *, overwrite: bool, files: Iterable[str] = MANIFESTS
@@ -131,7 +138,7 @@ class Ledger:
             BatchChangedError: Finished pictures were made from other rows or settings, and `overwrite` is off.
             BatchOutputError: Files that are not this job's, or links, are in the way.
         """
-        written = files if self._durable else ()
+        written = files if self.durable else ()
         prints, changed_settings, changed, gone = self._compare(tasks, settings, overwrite, written)
         self._overwrite = overwrite
         stale = {task.row.path for task in (tasks if changed_settings else changed)}
@@ -251,10 +258,17 @@ class Ledger:
         return dict(self._select("SELECT name, value FROM settings"))
 
     def close(self) -> None:
-        """Close the ledger and release the job's lock."""
-        self._db.close()
+        """Close the ledger and release the job's lock; nothing happens if it is not open."""
+        if self._connection is not None:
+            self._connection.close()
 
-    def _open(self) -> None:
+    @property
+    def _db(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise RuntimeError("the ledger is not open")
+        return self._connection
+
+    def _prepare(self) -> None:
         """Lock the ledger, make its tables if it is new, and check them if it is not."""
         self._db.create_function("row_checksum", -1, _checksum, deterministic=True)
         self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
@@ -277,7 +291,7 @@ class Ledger:
                 self._renew()
             self._check_rows()
             self._db.execute(f"PRAGMA user_version={_VERSION}")  # in one transaction with the tables
-        if self._durable:
+        if self.durable:
             self._identities = {name: (s.st_dev, s.st_ino) for name in _OPENED if (s := self._folder.status(name))}
 
     def _renew(self) -> None:
@@ -306,7 +320,8 @@ class Ledger:
 
     def _select(self, statement: str) -> Iterator[tuple[Any, ...]]:
         try:
-            yield from self._db.execute(statement)
+            for row in self._db.execute(statement):  # noqa: UP028  # would close the cursor, which a closed ledger refuses
+                yield row
         except sqlite3.Error as error:
             raise self._broken(error) from error
 
@@ -471,6 +486,7 @@ def open_job(out: Path, *, durable: bool | None = True) -> Iterator[tuple[Output
         closing.callback(folder.close)
         ledger = Ledger(folder, durable=Ledger.exists(folder) if durable is None else durable)
         closing.callback(ledger.close)
+        ledger.open()
         yield folder, ledger
 
 

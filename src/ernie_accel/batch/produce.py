@@ -105,12 +105,15 @@ def produce(
         raise BatchInputError(None, problems)
     log_json, prometheus = (None if path is None else Path(path) for path in (log_json, prometheus))
     facts = {**(facts or {}), **engine.identity()}
-    with ExitStack() as undo:
+    with ExitStack() as opened:
+        if engine is not pipe:
+            opened.callback(engine.close)
         folder = OutputFolder(out, create=True)
-        undo.callback(folder.close)
+        opened.callback(folder.close)
         refuse_state_files(out, log_json, prometheus)
         ledger = Ledger(folder, durable=resume)
-        undo.callback(ledger.close)
+        opened.callback(ledger.close)
+        ledger.open()
         to_do = ledger.begin(tasks, facts | _sift_facts(sift), overwrite=overwrite)
         if resume:
             _remove_leftovers(folder, tasks)
@@ -121,6 +124,7 @@ def produce(
             prometheus=prometheus,
             interval_s=interval_s,
         )
+        opened.callback(telemetry.close)
         line = assemble(
             engine,
             ledger,
@@ -133,12 +137,12 @@ def produce(
             facts=facts,
             writers=writers,
         )
+        opened.callback(line.close)
         line.add(to_do)
         if metrics is not None:
             metrics.show(telemetry.snapshot)
-        undo.pop_all()
-    closing = engine.close if engine is not pipe else None
-    return _run(line, ledger, telemetry, folder, resume, fail_fast, stop, closing)
+        # The stack goes on to the iterator, which closes what is open in its turn.
+        return _run(opened.pop_all(), line, ledger, folder, resume, fail_fast, stop)
 
 
 def check_folder(
@@ -161,9 +165,17 @@ def check_folder(
         BatchOutputError: As `produce`.
         BatchChangedError: As `produce`.
     """
-    with open_job(Path(out), durable=None) as (_, ledger):
-        settings = {"sift": None} | dict(facts or {}) | _sift_facts(sift)
-        return ledger.check(tasks_of(rows, seed), settings, overwrite=overwrite, files=files)
+    tasks = tasks_of(rows, seed)
+    settings = {"sift": None} | dict(facts or {}) | _sift_facts(sift)
+    durable = None
+    while True:
+        with open_job(Path(out), durable=durable) as (folder, ledger):
+            try:
+                return ledger.check(tasks, settings, overwrite=overwrite, files=files)
+            except BatchOutputError:
+                if ledger.durable or not Ledger.exists(folder):
+                    raise
+        durable = True  # a job began there meanwhile: what is in the way are its pictures, and it says so itself
 
 
 def renew_manifest(rows: Iterable[Row], out: str | Path, *, seed: int = 0, overwrite: bool = False) -> None:
@@ -193,23 +205,16 @@ def _sift_facts(sift: Sift | None) -> dict[str, str]:
 
 
 def _run(
+    opened: ExitStack,
     line: Line,
     ledger: Ledger,
-    telemetry: Telemetry,
     folder: OutputFolder,
     resume: bool,
     fail_fast: bool,
     stop: Callable[[], bool],
-    close_engine: Callable[[], None] | None,
 ) -> Iterator[Result]:
-    anything, failed = line.waiting > 0, False
-    with ExitStack() as closing:  # all of them, whatever one raises: a ledger left open would lock the folder
-        if close_engine is not None:
-            closing.callback(close_engine)
-        closing.callback(folder.close)
-        closing.callback(ledger.close)
-        closing.callback(telemetry.close)
-        closing.callback(line.close)
+    with opened:  # all of it is closed, whatever one part raises: a ledger left open would lock the folder
+        anything, failed = line.waiting > 0, False
         while True:
             start_more = not (stop() or (fail_fast and failed))
             if line.idle and not line.broken and not (start_more and line.waiting):
@@ -221,13 +226,12 @@ def _run(
             lost = ledger.disclaim_lost() if anything else []
             write_manifest(ledger)
             if lost:
-                what = (
-                    f"{shown(lost[0])} was" if len(lost) == 1 else f"{len(lost)} pictures, {shown(lost[0])} first, were"
-                )
-                reason = (
-                    f"{what} removed or changed by somebody else while the job ran; run again to make what is missing"
-                )
-                raise BatchOutputError(folder.path, [(None, reason)])
+                raise BatchOutputError(folder.path, [(None, _lost_problem(lost))])
+
+
+def _lost_problem(lost: Sequence[str]) -> str:
+    what = f"{shown(lost[0])} was" if len(lost) == 1 else f"{len(lost)} pictures, {shown(lost[0])} first, were"
+    return f"{what} removed or changed by somebody else while the job ran; run again to make what is missing"
 
 
 async def aproduce(

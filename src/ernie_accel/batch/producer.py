@@ -64,9 +64,11 @@ class Producer:
         self._owns_engine = self._engine is not pipe
         self._seed, self._overwrite = seed, overwrite
         self._telemetry = Telemetry(0)
+        ledger = Ledger(self._folder, durable=False)
+        ledger.open()
         self._line = assemble(
             self._engine,
-            Ledger(self._folder, durable=False),
+            ledger,
             self._telemetry,
             self._folder,
             batch_size=batch_size,

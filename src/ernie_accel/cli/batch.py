@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from ernie_accel.batch.metrics import MetricsServer
     from ernie_accel.batch.row import Row
 
-EXIT_FAILED, EXIT_INTERRUPTED = 3, 130
+EXIT_FAILED, EXIT_SIGNAL = 3, 128
+"""Exit codes: some rows failed; the number of a signal is added to the second, as shells do it: 130 for Ctrl-C."""
 
 _POWER_EVERY_S = 5.0
 _EMBEDDED_SIZE_PX = (128, 128)  # what the embedded model is good at; diffusers' default is 1024
@@ -111,7 +112,10 @@ def batch_command(
     ] = None,
     metrics_host: Annotated[str | None, typer.Option(help="Listen there instead; 0.0.0.0: on every network.")] = None,
 ) -> None:
-    """Make the pictures of a table; run it again to resume. Exit codes: 0 all done, 3 some failed, 130 interrupted."""
+    """Make the pictures of a table; run it again to resume.
+
+    Exit codes: 0 all done, 2 refused, 3 some failed, 130 interrupted, 143 terminated.
+    """
     given = dict(locals())
     renamed = {"out": "output_dir", "pattern": "naming_pattern"}
     given = {renamed.get(name, name): value for name, value in given.items() if name != "table" and value is not None}
@@ -203,7 +207,7 @@ def _run_job(job: Job) -> int:
     typer.echo(f"{done} succeeded, {failed} failed{rest}, in {seconds:.1f} s: {_where(job)}")
     if interrupted:
         typer.echo("Interrupted; run the same command again to resume.", err=True)
-        return EXIT_INTERRUPTED
+        return EXIT_SIGNAL + interrupted[0]
     return EXIT_FAILED if failed or rejected else 0
 
 
@@ -475,7 +479,7 @@ def _note_run(job: Job) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Take Ctrl-C as a request to finish the batch, noted in the list yielded; a second one ends the process at once.
+    """Finish the batch on Ctrl-C or SIGTERM, noted in the list yielded; a second one ends the process at once.
 
     At once is safe: a job can be killed at any moment and resumed from its ledger.
     """
@@ -483,12 +487,12 @@ def _interruptible() -> Iterator[list[int]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         if signals:
-            os._exit(EXIT_INTERRUPTED)
+            os._exit(EXIT_SIGNAL + number)
         signals.append(number)
         typer.echo("\nFinishing the batch under way; Ctrl-C again to stop at once.", err=True)
 
-    before = signal.signal(signal.SIGINT, note)
-    try:
+    with ExitStack() as handlers:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers.callback(signal.signal, number, signal.getsignal(number))
+            signal.signal(number, note)
         yield signals
-    finally:
-        signal.signal(signal.SIGINT, before)
