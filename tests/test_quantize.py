@@ -140,8 +140,8 @@ def test_a_shape_that_does_not_fit_is_skipped_with_its_reason(ernie):
     for scheme, multiple in (("int8-weight-only", 16), ("gguf-q8_0", 32), ("nf4", 64)):
         ernie_accel.optimize(ernie, Quantize(scheme))
         reason = ernie_accel.report(ernie).entries[0].applied.skipped["transformer.layers.1.odd"]
-        assert reason == f"its 100 inputs are not multiples of {multiple}"
-        told = f"1 its 100 inputs are not multiples of {multiple}: transformer.layers.1.odd"
+        assert reason == f"its 100 inputs are not a multiple of {multiple}"
+        told = f"1 its 100 inputs are not a multiple of {multiple}: transformer.layers.1.odd"
         assert told in str(ernie_accel.plan(tiny(odd), Quantize(scheme)))
         assert ernie.transformer.layers[1].odd is odd
         ernie_accel.restore(ernie)

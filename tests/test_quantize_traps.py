@@ -62,7 +62,7 @@ def test_torchao_kernels_that_take_bfloat16_only_refuse_float32_before_anything_
 def test_quanto_int8_on_the_cpu_meets_no_row_it_would_read_past():
     """torch._weight_int8pack_mm segfaults where K is not a multiple of 16."""
     problem = BACKENDS["quanto"].layer_problem("int8-weight-only", LinearSpec(64, 40, torch.bfloat16))
-    assert problem == "its 40 inputs are not multiples of 16"
+    assert problem == "its 40 inputs are not a multiple of 16"
 
 
 def test_quanto_int8_from_a_weight_off_a_16_byte_boundary_does_not_crash():
@@ -152,7 +152,7 @@ def test_gguf_encodes_what_diffusers_decodes():
     """No K-quants are offered: the gguf package cannot encode them."""
     assert set(BACKENDS["gguf"].schemes) == {"gguf-q8_0", "gguf-q5_0", "gguf-q4_0"}
     problem = BACKENDS["gguf"].layer_problem("gguf-q4_0", LinearSpec(64, 48, torch.bfloat16))
-    assert problem == "its 48 inputs are not multiples of 32"
+    assert problem == "its 48 inputs are not a multiple of 32"
 
 
 def test_layerwise_casting_is_not_undone_by_a_cast_in_silence():

@@ -84,9 +84,9 @@ class LinearSpec:
     def not_multiple_of(self, inputs: int, outputs: int = 1) -> str | None:
         """Return why the shape does not fit if K is not a multiple of `inputs` or N none of `outputs`; else None."""
         if self.in_features % inputs:
-            return f"its {self.in_features} inputs are not multiples of {inputs}"
+            return f"its {self.in_features} inputs are not a multiple of {inputs}"
         if self.out_features % outputs:
-            return f"its {self.out_features} outputs are not multiples of {outputs}"
+            return f"its {self.out_features} outputs are not a multiple of {outputs}"
         return None
 
 
