@@ -8,12 +8,15 @@ import os
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
 
 from ernie_accel.batch import BatchChangedError, BatchOutputError, produce
 from ernie_accel.batch.ledger import JOB_FOLDER, Ledger, open_job
+from ernie_accel.batch.produce import renew_manifest
+from ernie_accel.batch.report import write_report
 from ernie_accel.batch.task import tasks_of
 from tests.child_paths import PYTHONPATH
 from tests.stub_engine import StubEngine, make_rows
@@ -176,6 +179,31 @@ def test_what_a_kill_left_of_any_file_is_removed(tmp_path):
         path.touch()
     run(StubEngine(), rows, tmp_path)
     assert not [path for path in leftovers if path.exists()]
+
+
+@pytest.mark.parametrize("what", [lambda rows, out: renew_manifest(rows, out), lambda rows, out: write_report(out)])
+def test_what_a_kill_left_of_manifest_or_report_is_removed_though_no_picture_is_made(tmp_path, what):
+    run(StubEngine(), make_rows(1), tmp_path)
+    leftover = tmp_path / f".{0:016x}.tmp"
+    leftover.touch()
+    what(make_rows(1), tmp_path)
+    assert not leftover.exists()
+
+
+def test_a_job_that_began_with_a_ledger_of_format_1_goes_on(tmp_path):
+    rows = make_rows(4)
+    run(StubEngine(), rows, tmp_path, batch_size=1, stop=stop_after(2))
+    with closing(sqlite3.connect(tmp_path / JOB_FOLDER / "ledger.sqlite")) as ledger, ledger:
+        columns = [name for _, name, *_ in ledger.execute("PRAGMA table_info(rows)") if name != "checksum"]
+        ledger.execute(f"CREATE TABLE former AS SELECT {', '.join(columns)} FROM rows")
+        for statement in ("DROP TABLE rows", "DROP TABLE files", "ALTER TABLE former RENAME TO rows"):
+            ledger.execute(statement)
+        ledger.execute("CREATE UNIQUE INDEX paths ON rows (path)")
+        ledger.execute("PRAGMA user_version=1")
+    manifest = (tmp_path / "manifest.csv").read_bytes()
+    assert len(run(StubEngine(), rows, tmp_path)) == 2
+    assert (tmp_path / "manifest.csv").read_bytes() != manifest
+    assert run(StubEngine(), rows, tmp_path) == []
 
 
 def test_changes_before_anything_is_finished_are_no_obstacle(tmp_path):
