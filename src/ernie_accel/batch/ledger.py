@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ernie_accel.batch.errors import BatchChangedError, BatchOutputError, Problem, shown
+from ernie_accel.batch.errors import BatchChangedError, BatchOutputError, Problem
 from ernie_accel.batch.folder import OutputFolder, is_link
 from ernie_accel.batch.naming import JOB_FILES, REJECTED_FOLDER, collision_key
 from ernie_accel.batch.task import Task
@@ -59,7 +59,8 @@ _SCHEMA = (
     _FILES_TABLE,
 )
 _COLUMNS = {"settings": ("name", "value"), "rows": (*_ROWS, "checksum"), "files": ("name", "digest")}
-_SUMMED = ", ".join(_ROWS)
+# How SQLite's messages begin that do not tell of damage.
+_NOT_DAMAGED = ("database or disk is full", "disk I/O error", "unable to open", "attempt to write a readonly")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +271,8 @@ class Ledger:
 
     def _prepare(self) -> None:
         """Lock the ledger, make its tables if it is new, and check them if it is not."""
-        self._db.create_function("row_checksum", -1, _checksum, deterministic=True)
+        # Not a function in Python: SQLite would turn Ctrl-C in it into an error, as if the ledger were damaged.
+        self._db.create_function("crc32", 1, zlib.crc32, deterministic=True)
         self._db.execute("PRAGMA locking_mode=EXCLUSIVE")
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
@@ -298,16 +300,15 @@ class Ledger:
         """Bring a ledger of format 1 to the present one; the files that such a job has written become known."""
         self._check_columns({"settings": _COLUMNS["settings"], "rows": tuple(_ROWS)})
         self._db.execute("ALTER TABLE rows ADD COLUMN checksum INTEGER")
-        self._db.execute(f"UPDATE rows SET checksum=row_checksum({_SUMMED})")
+        self._db.execute(f"UPDATE rows SET checksum={_checksum()}")
         self._db.execute(_FILES_TABLE)
         known = [(name, digest) for name in JOB_FILES if (digest := self._folder.digest(name)) is not None]
         self._db.executemany("INSERT INTO files VALUES (?, ?)", known)
 
     def _check_rows(self) -> None:
         self._check_columns(_COLUMNS)
-        wrong = f"SELECT path FROM rows WHERE checksum IS NOT row_checksum({_SUMMED}) LIMIT 1"
-        for (path,) in self._db.execute(wrong):
-            raise sqlite3.DatabaseError(f"its row {shown(path)} has another checksum")
+        for (number,) in self._db.execute(f"SELECT rowid FROM rows WHERE checksum IS NOT {_checksum()} LIMIT 1"):
+            raise sqlite3.DatabaseError(f"the checksum of row {number} does not match")
 
     def _check_columns(self, expected: Mapping[str, tuple[str, ...]]) -> None:
         for table, columns in expected.items():
@@ -363,6 +364,10 @@ class Ledger:
         stale: set[str],
         gone: Iterable[str],
     ) -> None:
+        new = {**dict.fromkeys(_ROWS, "NULL"), "state": "'pending'"}
+        new |= {
+            name: f"?{place}" for place, name in enumerate(("path", "line", "fingerprint", "request", "columns"), 1)
+        }
         given = ("line", "fingerprint", "request", "columns")
         rows = (  # made as they are stored: their JSON is larger than the rows
             (path, t.row.line, prints[path], t.described(), json.dumps(dict(t.row.columns), ensure_ascii=False))
@@ -372,8 +377,7 @@ class Ledger:
         with self._writing():
             self._db.executemany("DELETE FROM rows WHERE path=?", [(path,) for path in gone])
             self._db.executemany(
-                "INSERT INTO rows (path, line, fingerprint, request, columns, checksum) VALUES (?1, ?2, ?3, ?4, ?5,"
-                " row_checksum(?1, ?2, ?3, ?4, ?5, 'pending', NULL, NULL, NULL, NULL, NULL, NULL, NULL))"
+                f"INSERT INTO rows ({', '.join(new)}, checksum) VALUES ({', '.join(new.values())}, {_checksum(**new)})"
                 f" ON CONFLICT(path) DO UPDATE SET {_changed(**{name: f'excluded.{name}' for name in given})}",
                 rows,
             )
@@ -451,11 +455,9 @@ class Ledger:
 
     def _broken(self, error: Exception) -> BatchOutputError:
         text = getattr(error, "strerror", None) or str(error)
-        if "user-defined function" in text:  # the checksum's: SQLite hands over text, and this was none
-            text = "one of its rows holds text that is not UTF-8"
         if isinstance(error, sqlite3.Error) and "locked" in text:
             reason = "another process is at work on this job; wait for it, or choose another output"
-        elif isinstance(error, OSError) or any(word in text for word in ("full", "I/O", "open", "readonly")):
+        elif isinstance(error, OSError) or text.startswith(_NOT_DAMAGED):
             fix = "free space, allow writing there, or choose another output"
             reason = f"the job's ledger {_FILE} cannot be used ({text}); {fix}"
         else:
@@ -508,9 +510,15 @@ def _to_state(state: str) -> str:
 def _changed(**values: str) -> str:
     """Return what goes behind SET in SQL to change columns of a row to SQL expressions, and its checksum with them."""
     stored = {name: f"CAST({value} AS {_ROWS[name].split()[0]})" for name, value in values.items()}
-    summed = ", ".join(stored.get(name, name) for name in _ROWS)
-    return ", ".join([*(f"{name}={value}" for name, value in stored.items()), f"checksum=row_checksum({summed})"])
+    return ", ".join([*(f"{name}={value}" for name, value in stored.items()), f"checksum={_checksum(**stored)}"])
 
 
-def _checksum(*values: object) -> int:
-    return zlib.crc32(repr(values).encode("utf-8", "surrogatepass"))
+def _checksum(**values: str) -> str:
+    """Return the SQL expression of a row's checksum; columns that are not given are as they are."""
+    # Seconds as whole microseconds: how SQLite writes fractions as text has changed between its releases.
+    parts = [
+        f"CAST({values.get(name, name)} * 1e6 AS INTEGER)" if kind == "REAL" else values.get(name, name)
+        for name, kind in _ROWS.items()
+    ]
+    text = " || char(31) || ".join(f"ifnull({part}, char(30))" for part in parts)
+    return f"crc32(CAST({text} AS BLOB))"

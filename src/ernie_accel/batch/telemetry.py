@@ -93,7 +93,7 @@ class Telemetry:
         # Where they are now: what becomes a link later is not followed.
         self._log_json, self._prometheus = (None if p is None else p.resolve() for p in (log_json, prometheus))
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # one that an interrupt has left locked must not stop `close`
         self._warned = False
         self._counts = {"done": 0, "failed": 0, "rejected": 0}
         self._latencies: deque[float] = deque(maxlen=_RECENT)
