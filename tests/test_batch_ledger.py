@@ -64,6 +64,14 @@ def test_rows_may_be_added_to_a_finished_job(tmp_path):
     assert [result.row.index for result in run(StubEngine(), make_rows(5), tmp_path, batch_size=1)] == [3, 4]
 
 
+def test_the_manifest_keeps_the_order_of_the_input_when_rows_are_added_in_the_middle(tmp_path):
+    rows = make_rows(5)
+    run(StubEngine(), [rows[0], rows[3]], tmp_path)
+    run(StubEngine(), [rows[4], *rows[:4]], tmp_path)
+    listed = [json.loads(line)["path"] for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert listed == ["004.png", "000.png", "001.png", "002.png", "003.png"]
+
+
 def test_what_has_changed_is_named_and_refused(tmp_path):
     rows = make_rows(3)
     run(StubEngine(), rows, tmp_path, facts={"preset": "exact"})
@@ -194,7 +202,9 @@ def test_a_job_that_began_with_a_ledger_of_format_1_goes_on(tmp_path):
     rows = make_rows(4)
     run(StubEngine(), rows, tmp_path, batch_size=1, stop=stop_after(2))
     with closing(sqlite3.connect(tmp_path / JOB_FOLDER / "ledger.sqlite")) as ledger, ledger:
-        columns = [name for _, name, *_ in ledger.execute("PRAGMA table_info(rows)") if name != "checksum"]
+        columns = [
+            name for _, name, *_ in ledger.execute("PRAGMA table_info(rows)") if name not in ("place", "checksum")
+        ]
         ledger.execute(f"CREATE TABLE former AS SELECT {', '.join(columns)} FROM rows")
         for statement in ("DROP TABLE rows", "DROP TABLE files", "ALTER TABLE former RENAME TO rows"):
             ledger.execute(statement)

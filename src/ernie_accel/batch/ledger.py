@@ -51,12 +51,15 @@ _ROWS = {  # the columns of the table of rows, with their types
     "batch_size": "INTEGER",
     "hash": "TEXT",  # perceptual, hexadecimal, for near-duplicates
     "finished_at": "REAL",  # Unix time
+    "place": "INTEGER",  # in the input: rows are added in the middle, too
 }
+_INDEX = "CREATE INDEX places ON rows (place)"  # or all rows would be sorted in memory to be listed
 _FILES_TABLE = "CREATE TABLE files (name TEXT, digest TEXT, PRIMARY KEY (name, digest))"  # that the job wrote: SHA-256
 _SCHEMA = (
     "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
     f"CREATE TABLE rows ({', '.join(f'{name} {kind}' for name, kind in _ROWS.items())}, checksum INTEGER)",
     _FILES_TABLE,
+    _INDEX,
 )
 _COLUMNS = {"settings": ("name", "value"), "rows": (*_ROWS, "checksum"), "files": ("name", "digest")}
 # How SQLite's messages begin that do not tell of damage.
@@ -233,7 +236,7 @@ class Ledger:
     def entries(self) -> Iterator[Entry]:
         """Yield every row in the order of the input."""
         names = [field.name for field in fields(Entry)]
-        for values in self._select(f"SELECT {', '.join(names)} FROM rows ORDER BY rowid"):
+        for values in self._select(f"SELECT {', '.join(names)} FROM rows ORDER BY place"):
             known: dict[str, Any] = dict(zip(names, values, strict=True))
             known |= {name: self._json(known[name]) for name in ("request", "columns")}
             known["seed"] = None if known["seed"] is None else int(known["seed"])
@@ -246,7 +249,7 @@ class Ledger:
     def column_names(self) -> list[str]:
         """Return the names of the input's own columns, in the order in which they appear."""
         names: dict[str, None] = {}
-        for (columns,) in self._select("SELECT columns FROM rows ORDER BY rowid"):
+        for (columns,) in self._select("SELECT columns FROM rows ORDER BY place"):
             names.update(dict.fromkeys(self._json(columns)))
         return list(names)
 
@@ -298,10 +301,12 @@ class Ledger:
 
     def _renew(self) -> None:
         """Bring a ledger of format 1 to the present one; the files that such a job has written become known."""
-        self._check_columns({"settings": _COLUMNS["settings"], "rows": tuple(_ROWS)})
-        self._db.execute("ALTER TABLE rows ADD COLUMN checksum INTEGER")
-        self._db.execute(f"UPDATE rows SET checksum={_checksum()}")
+        self._check_columns({"settings": _COLUMNS["settings"], "rows": tuple(_ROWS)[:-1]})
+        for column in ("place", "checksum"):
+            self._db.execute(f"ALTER TABLE rows ADD COLUMN {column} INTEGER")
+        self._db.execute(f"UPDATE rows SET {_changed(place='rowid')}")
         self._db.execute(_FILES_TABLE)
+        self._db.execute(_INDEX)
         known = [(name, digest) for name in JOB_FILES if (digest := self._folder.digest(name)) is not None]
         self._db.executemany("INSERT INTO files VALUES (?, ?)", known)
 
@@ -365,20 +370,18 @@ class Ledger:
         gone: Iterable[str],
     ) -> None:
         new = {**dict.fromkeys(_ROWS, "NULL"), "state": "'pending'"}
-        new |= {
-            name: f"?{place}" for place, name in enumerate(("path", "line", "fingerprint", "request", "columns"), 1)
-        }
-        given = ("line", "fingerprint", "request", "columns")
+        given = ("path", "line", "fingerprint", "request", "columns", "place")
+        new |= {name: f"?{number}" for number, name in enumerate(given, 1)}
         rows = (  # made as they are stored: their JSON is larger than the rows
-            (path, t.row.line, prints[path], t.described(), json.dumps(dict(t.row.columns), ensure_ascii=False))
-            for t in tasks
+            (path, t.row.line, prints[path], t.described(), _json_of(t.row.columns), place)
+            for place, t in enumerate(tasks)
             for path in (t.row.path,)
         )
         with self._writing():
             self._db.executemany("DELETE FROM rows WHERE path=?", [(path,) for path in gone])
             self._db.executemany(
                 f"INSERT INTO rows ({', '.join(new)}, checksum) VALUES ({', '.join(new.values())}, {_checksum(**new)})"
-                f" ON CONFLICT(path) DO UPDATE SET {_changed(**{name: f'excluded.{name}' for name in given})}",
+                f" ON CONFLICT(path) DO UPDATE SET {_changed(**{name: f'excluded.{name}' for name in given[1:]})}",
                 rows,
             )
             # Their pictures exist and are this job's, to be replaced: as if they had been begun.
@@ -501,6 +504,10 @@ def _job_folder_problems(folder: OutputFolder) -> list[Problem]:
             what = "a link, which can lead out of the folder" if is_link(found) else "not a file"
             problems.append((None, f"{name!r} is {what}; move it away, or choose another output"))
     return problems
+
+
+def _json_of(columns: Mapping[str, str]) -> str:
+    return json.dumps(dict(columns), ensure_ascii=False)
 
 
 def _to_state(state: str) -> str:
