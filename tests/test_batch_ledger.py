@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 
 from ernie_accel.batch import BatchChangedError, BatchOutputError, produce
-from ernie_accel.batch.ledger import JOB_FOLDER, Ledger, open_job
+from ernie_accel.batch.ledger import _ROWS, JOB_FOLDER, Ledger, open_job
 from ernie_accel.batch.produce import renew_manifest
 from ernie_accel.batch.report import write_report
 from ernie_accel.batch.task import tasks_of
@@ -196,6 +196,23 @@ def test_what_a_kill_left_of_manifest_or_report_is_removed_though_no_picture_is_
     leftover.touch()
     what(make_rows(1), tmp_path)
     assert not leftover.exists()
+
+
+@pytest.mark.parametrize("column", [*_ROWS, "checksum"])
+def test_a_row_of_which_any_column_is_damaged_is_refused_and_the_ledger_stays(tmp_path, column):
+    rows = make_rows(3)
+    run(StubEngine(), rows, tmp_path)
+    path = tmp_path / JOB_FOLDER / "ledger.sqlite"
+    with closing(sqlite3.connect(path)) as ledger, ledger:
+        ledger.execute(f"UPDATE rows SET {column}=CASE {column} WHEN 7 THEN 8 ELSE 7 END WHERE path='001.png'")
+        damaged = list(ledger.execute("SELECT * FROM rows"))
+    for attempt in (lambda: run(StubEngine(), rows, tmp_path, overwrite=True), lambda: write_report(tmp_path)):
+        with pytest.raises(
+            BatchOutputError, match=r"the checksum of row 2 does not match\); move it away and allow over"
+        ):
+            attempt()
+    with closing(sqlite3.connect(path)) as ledger:
+        assert list(ledger.execute("SELECT * FROM rows")) == damaged
 
 
 def test_a_job_that_began_with_a_ledger_of_format_1_goes_on(tmp_path):
