@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import copy
 import dataclasses
 import inspect
@@ -71,11 +72,14 @@ def watched(outside: Path) -> Iterator[list[str]]:
         sys.addaudithook(_watch)
         _watch_is_on.append(True)
     seen: list[str] = []
+    gc.collect()  # pipes of earlier tests remove their temporary folders when they are collected: not meanwhile
+    gc.disable()
     _seen, _outside = seen, str(outside)
     try:
         yield seen
     finally:
         _seen = None
+        gc.enable()
 
 
 _watch_is_on: list[bool] = []
