@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import copy
 import dataclasses
+import gc
 import inspect
 import json
 import os
