@@ -26,24 +26,48 @@ def device(name, **changes):
 def test_a_preset_is_named_after_its_mode_and_holds_one_transform_a_slot(preset):
     slots = [transform.slot for transform in preset.transforms]
     assert len(slots) == len(set(slots))
-    mode, _, precision = preset.name.partition("-")
     modes = [transform.mode for transform in preset.transforms if isinstance(transform, CallDefaults)]
-    expected = "turbo" if mode == "npu" else mode  # named after the device, as the masks it needs are the device's
-    assert modes == ([expected] if precision else [])
+    assert modes == ([] if preset.mode == "exact" else [preset.mode])
+    stem = preset.device or preset.mode  # on the device that its masks are for there is one mode only
+    assert preset.name == (stem if preset.precision is None else f"{stem}-{preset.precision}")
+
+
+#: What a preset of each precision holds; for the others it is what the transformer is cast to.
+QUANTIZED = {"int8": "int8", "nvfp4": "nvfp4", "q4": "nf4"}
+
+
+@pytest.mark.parametrize("preset", presets.values(), ids=lambda preset: preset.name)
+def test_a_preset_computes_in_the_precision_it_says(preset):
+    held = {type(transform).__name__: transform for transform in preset.transforms}
+    if preset.precision in QUANTIZED:
+        assert held["Quantize"].scheme == QUANTIZED[preset.precision]
+    elif "FuseKernels" in held:
+        assert held["FuseKernels"].precision == preset.precision
+    elif preset.precision in (None, "fp32"):
+        assert not {"CastDtype", "Quantize", "FuseKernels"} & held.keys()
+    else:
+        assert preset.precision == {"bfloat16": "bf16", "float16": "fp16"}[held["CastDtype"].dtype]
+
+
+def test_a_preset_of_ones_own_needs_no_mode_and_that_of_a_card_keeps_it():
+    own = ernie_accel.Preset("mine", "one cast", (ernie_accel.CastDtype("bf16"),))
+    assert (own.mode, own.precision, own.device) == (None, None, None)
+    card = find_preset("rtx3090")
+    assert (card.name, card.mode, card.precision) == ("rtx3090", "turbo", "int8")
 
 
 def test_what_presets_do_beside_the_denoiser() -> None:
     """Rewritten encoders are for those on fused kernels, `FuseVae` also for those that are only compiled."""
     encoders = {"BatchPromptEncoding", "RewriteTextEncoder", "RewriteEnhancer"}
     for name, preset in presets.items():
-        mode, _, precision = name.partition("-")
         held = {type(transform).__name__ for transform in preset.transforms}
-        assert ("FuseVae" in held) == (mode in ("turbo", "quality") and precision not in ("fp32", "fp16")), name
-        assert (encoders <= held) == (mode in ("turbo", "quality") and precision in ("bf16", "fp8")), name
+        fast = preset.mode in ("turbo", "quality") and preset.device is None
+        assert ("FuseVae" in held) == (fast and preset.precision not in ("fp32", "fp16")), name
+        assert (encoders <= held) == (fast and preset.precision in ("bf16", "fp8")), name
 
 
 def test_every_rung_is_a_preset():
-    assert {f"turbo-{rung.precision}" for rung in LADDER} <= set(presets)
+    assert {rung.precision for rung in LADDER} <= {each.precision for each in presets.values() if each.mode == "turbo"}
 
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=lambda card: card.device)
@@ -91,7 +115,7 @@ MACHINES = {
 def test_every_preset_runs_on_every_family_that_has_its_mode(name, family):
     pipe = PIPELINES[family]()
     plan = ernie_accel.plan(pipe, preset=name, context=device(MACHINES.get(name, "h200")))
-    if family in ("lumina2", "newbie") and name.startswith(("turbo-", "npu-")):
+    if family in ("lumina2", "newbie") and presets[name].mode == "turbo":
         (refused,) = plan.problems.items()  # there is no distilled NewBie-image
         assert refused[0] == CallDefaults("turbo")
         assert "a preset whose name begins with 'quality-'" in refused[1][0]

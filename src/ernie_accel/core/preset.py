@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ernie_accel.core.errors import ConflictError
 from ernie_accel.core.transform import Transform
@@ -14,16 +14,37 @@ class Preset:
     """A name for a combination that works.
 
     Attributes:
-        name: ``<mode>-<precision>`` in kebab-case.
+        name: What `optimize` finds it by, in kebab-case.
         summary: One sentence: what it is for.
         transforms: What it applies, in any order.
         without_kernels: What takes the place of those in the same slots for a family that has no fused kernels.
+        mode: How the pipe is called: "turbo", "quality", or "exact" for its own settings; None if it is none of these.
+        precision: What the denoiser computes in: "fp8", "bf16", ...; None where the pipe's own precision stays.
+        device: Torch device type it is made for; None: for any.
     """
 
     name: str
     summary: str
     transforms: tuple[Transform, ...]
     without_kernels: tuple[Transform, ...] = ()
+    mode: str | None = field(default=None, kw_only=True)
+    precision: str | None = field(default=None, kw_only=True)
+    device: str | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def of(
+        cls,
+        mode: str,
+        precision: str | None,
+        summary: str,
+        transforms: tuple[Transform, ...],
+        without_kernels: tuple[Transform, ...] = (),
+        *,
+        device: str | None = None,
+    ) -> Preset:
+        """Return a preset whose name follows from its facts: ``<mode>-<precision>``, or ``<device>-<precision>``."""
+        name = "-".join(filter(None, (device or mode, precision)))
+        return cls(name, summary, transforms, without_kernels, mode=mode, precision=precision, device=device)
 
     def __post_init__(self) -> None:
         for transforms in (self.transforms, self.without_kernels):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from ernie_accel.core.errors import UnknownNameError
@@ -74,39 +74,46 @@ _FAST_PARTS = (
 )
 
 presets = PresetTable(
-    Preset(
+    Preset.of(
         "exact",
+        None,
         "Bitwise the same pictures: only what cannot change a bit.",
         (KeepTimestepsOnHost(), MakeContiguous()),
     ),
-    Preset(
-        "turbo-fp32",
+    Preset.of(
+        "turbo",
+        "fp32",
         "Few steps, compiled, in the precision the pipe came in: for CPUs; beside CastDtype('bfloat16') where it pays.",
         (RewriteBlocks(), MakeContiguous(), CallDefaults("turbo"), Compile(), RewriteEnhancer()),
     ),
-    Preset(
-        "turbo-bf16",
+    Preset.of(
+        "turbo",
+        "bf16",
         "Few steps in bfloat16, on fused kernels or compiled: for a distilled (Turbo) checkpoint on any recent card.",
         (*_FAST_BF16, MakeContiguous(), CallDefaults("turbo"), *_FAST_PARTS),
     ),
-    Preset(
-        "turbo-fp16",
+    Preset.of(
+        "turbo",
+        "fp16",
         "Few steps in float16, compiled: for a distilled (Turbo) checkpoint on cards without bfloat16.",
         (CastDtype("float16"), MakeContiguous(), CallDefaults("turbo"), Compile()),
     ),
-    Preset(
-        "turbo-fp8",
+    Preset.of(
+        "turbo",
+        "fp8",
         "Few steps with fp8 linears on fused kernels: for a distilled (Turbo) checkpoint on capability 8.9 and above.",
         (*_FAST_FP8, MakeContiguous(), CallDefaults("turbo"), *_FAST_PARTS),
         _FP8_ELSEWHERE,
     ),
-    Preset(
-        "turbo-int8",
+    Preset.of(
+        "turbo",
+        "int8",
         "Few steps with int8 linears, compiled: for a distilled (Turbo) checkpoint on capability 8.0 to 8.6.",
         (*_INT8, MakeContiguous(), CallDefaults("turbo"), Compile(), FuseVae()),
     ),
-    Preset(
-        "npu-bf16",
+    Preset.of(
+        "turbo",
+        "bf16",
         "Few steps in bfloat16 on an Ascend NPU, with masks as it takes them: for a distilled (Turbo) checkpoint.",
         (
             CastDtype("bfloat16"),
@@ -116,30 +123,36 @@ presets = PresetTable(
             MoveTo("npu"),
             CallDefaults("turbo"),
         ),
+        device="npu",
     ),
-    Preset(
-        "turbo-nvfp4",
+    Preset.of(
+        "turbo",
+        "nvfp4",
         "Few steps with nvfp4 linears, compiled: the fastest on capability 10.0 and above, at a visible cost.",
         (CastDtype("bfloat16"), Quantize("nvfp4"), MakeContiguous(), CallDefaults("turbo"), Compile(), FuseVae()),
     ),
-    Preset(
-        "turbo-q4",
+    Preset.of(
+        "turbo",
+        "q4",
         "Few steps with 4-bit weights (nf4), compiled: for memory and not for speed.",
         (CastDtype("bfloat16"), Quantize("nf4"), MakeContiguous(), CallDefaults("turbo"), Compile(), FuseVae()),
     ),
-    Preset(
-        "quality-bf16",
+    Preset.of(
+        "quality",
+        "bf16",
         "The family's full steps and guidance in bfloat16, compiled: for a base (undistilled) checkpoint.",
         (*_FAST_BF16, MakeContiguous(), CallDefaults("quality"), *_FAST_PARTS),
     ),
-    Preset(
-        "quality-fp8",
+    Preset.of(
+        "quality",
+        "fp8",
         "The family's full steps and guidance with fp8 linears on fused kernels: for a base checkpoint.",
         (*_FAST_FP8, MakeContiguous(), CallDefaults("quality"), *_FAST_PARTS),
         _FP8_ELSEWHERE,
     ),
-    Preset(
-        "quality-int8",
+    Preset.of(
+        "quality",
+        "int8",
         "The family's full steps and guidance with int8 linears, compiled: for a base checkpoint.",
         (*_INT8, MakeContiguous(), CallDefaults("quality"), Compile(), FuseVae()),
     ),
@@ -212,4 +225,4 @@ def card_preset(card: Card) -> Preset:
     base = presets[card.preset]
     by_slot = {transform.occupies: transform for transform in (*base.transforms, *card.extra)}
     summary = f"{card.preset} for this card: {card.why}."
-    return Preset(card.device, summary, tuple(by_slot.values()), base.without_kernels)
+    return replace(base, name=card.device, summary=summary, transforms=tuple(by_slot.values()))

@@ -27,7 +27,7 @@ class Rung:
     """One precision of the ladder, and where it pays. The transforms decide what can run, not this table.
 
     Attributes:
-        precision: The part of a preset's name after the mode.
+        precision: `Preset.precision` of the presets on it.
         why: Why it is worth having.
         devices: Device types.
         capability: Lowest and highest CUDA compute capability, inclusive; None: any.
@@ -161,14 +161,22 @@ def _candidates(machine: Context, mode: str) -> list[tuple[Preset, tuple[str, ..
     card = card_of(machine)
     if card is not None and mode == "turbo":
         own = presets[card.preset] if not card.extra else card_preset(card)
-        package = next((rung.package for rung in LADDER if card.preset.endswith(rung.precision)), None)
+        package = next((rung.package for rung in LADDER if rung.precision == own.precision), None)
         found.append((own, (f"{DEVICES[card.device].device_name}: {card.why}",), _missing(machine, package)))
+    rungs = _by_precision(machine, mode)
     for rung in LADDER:
-        on_npu = machine.device == "npu" and mode == "turbo"
-        name = f"npu-{rung.precision}" if on_npu else f"{mode}-{rung.precision}"
-        if name in presets and name not in {preset.name for preset, _, _ in found}:
-            found.append((presets[name], (rung.why,), rung.problems(machine)))
+        preset = rungs.get(rung.precision)
+        if preset is not None and preset.name not in {other.name for other, _, _ in found}:
+            found.append((preset, (rung.why,), rung.problems(machine)))
     return found
+
+
+def _by_precision(machine: Context, mode: str) -> dict[str | None, Preset]:
+    """Return the presets of a mode: those made for this type of device where there are any, else those for all."""
+    of_mode = [preset for preset in presets.values() if preset.mode == mode]
+    made_for = {preset.device for preset in of_mode}
+    device = machine.device if machine.device in made_for else None
+    return {preset.precision: preset for preset in of_mode if preset.device == device}
 
 
 def _missing(context: Context, package: str | None) -> list[str]:
