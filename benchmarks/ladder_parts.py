@@ -95,15 +95,15 @@ def enhance_ms(pipe: Any, new_tokens: int) -> dict[str, Any]:
 
 def enhance_eight_ms(pipe: Any, job: Job) -> dict[str, Any]:
     """Time the enhancing of the prompts of a call with eight; the time of a token is that of all eight."""
-    device, wishes = next(pipe.pe.parameters()).device, [prompt_of(16, seed) for seed in range(PROMPTS)]
+    device, requests = next(pipe.pe.parameters()).device, [prompt_of(16, seed) for seed in range(PROMPTS)]
     around = getattr(pipe, "_around_enhancer", None)
-    arguments: dict[str, Any] = {"prompt": wishes, "prompt_embeds": None, "use_pe": True, "generator": None}
+    arguments: dict[str, Any] = {"prompt": requests, "prompt_embeds": None, "use_pe": True, "generator": None}
     arguments |= {"num_images_per_prompt": 1, "width": 1024, "height": 1024}
 
     def enhance() -> None:
         if around is None:
-            for wish in wishes:
-                pipe._enhance_prompt_with_pe(wish, device)
+            for request in requests:
+                pipe._enhance_prompt_with_pe(request, device)
         else:
             around(lambda given: None, arguments)
 

@@ -145,11 +145,11 @@ class Bench:
 
     def measure(self, scheme: str, backend: str, reference: dict[str, Any], result: dict[str, Any]) -> None:
         """Quantize, compare, time eager and compiled; append a row."""
-        wish = Quantize(scheme, backend=backend, device=self.device)
+        request = Quantize(scheme, backend=backend, device=self.device)
         pipe = self.pipe("cpu" if self.arguments.tiny else self.device).to("cpu")
         started = time.perf_counter()
         peak_before = self.reset_peak()
-        ernie_accel.optimize(pipe, wish)
+        ernie_accel.optimize(pipe, request)
         peak = self.peak() - peak_before
         seconds = time.perf_counter() - started
         block = pipe.transformer.layers[1]
@@ -169,19 +169,19 @@ class Bench:
             "quantized_bytes": module_bytes(pipe.transformer),
             "layers": len(details),
         }
-        row |= self.times(pipe, reference["args"], reference["kwargs"], (wish,))
+        row |= self.times(pipe, reference["args"], reference["kwargs"], (request,))
         result["rows"].append(row)
         print(row, flush=True)
 
-    def times(self, pipe: Any, args: Any, kwargs: Any, wishes: tuple[Any, ...]) -> dict[str, Any]:
+    def times(self, pipe: Any, args: Any, kwargs: Any, requests: tuple[Any, ...]) -> dict[str, Any]:
         """Return milliseconds of the second block, eager and, where it can be, compiled."""
         block = pipe.transformer.layers[1]
         found: dict[str, Any] = {"eager_ms": self.median_ms(block, args, kwargs), "compiled_ms": None}
-        plan = ernie_accel.plan(pipe, *wishes, Compile())
+        plan = ernie_accel.plan(pipe, *requests, Compile())
         if not plan.ok:
             return found | {"not_compiled": "; ".join(plan.problems[Compile()])}
         torch._dynamo.reset()
-        ernie_accel.optimize(pipe, *wishes, Compile())
+        ernie_accel.optimize(pipe, *requests, Compile())
         started = time.perf_counter()
         with torch.no_grad():
             block(*args, **kwargs)

@@ -266,7 +266,7 @@ def test_auto_chooses_and_says_why(ernie, device, packages, elide, dtype, expect
     machine = after(machine, ernie, CastDtype(dtype), *([ElideMask()] if elide else []))
     auto = SetAttention()
     assert auto.choose(ernie, machine) == expected
-    why = auto.why(ernie, machine)
+    why = auto.explain(ernie, machine)
     assert why.startswith(f"SetAttention() takes {expected!r} on ")
     assert all(name in why for name in BACKENDS)
     assert (", no mask (" in why) == elide

@@ -118,11 +118,11 @@ def test_every_family_is_cached_and_no_picture_knows_of_the_one_before(name, gui
 def test_guidance_that_ends_half_way_mixes_no_prompts(backend, often):
     """Lumina 2 can leave the negative prompt out of the last steps: who counts calls takes one prompt for the other."""
     pipe = PIPELINES["lumina2"]()
-    wish = {"steps": 24, "guidance_scale": 4.0, "cfg_trunc_ratio": 0.5, "output_type": "latent"}
-    before = picture(pipe, **wish)
+    request = {"steps": 24, "guidance_scale": 4.0, "cfg_trunc_ratio": 0.5, "output_type": "latent"}
+    before = picture(pipe, **request)
     ernie_accel.optimize(pipe, often(backend))
-    with_both = db(picture(pipe, **wish | {"cfg_trunc_ratio": 1.0}), picture(PIPELINES["lumina2"](), **wish))
-    assert db(picture(pipe, **wish), before) > with_both
+    with_both = db(picture(pipe, **request | {"cfg_trunc_ratio": 1.0}), picture(PIPELINES["lumina2"](), **request))
+    assert db(picture(pipe, **request), before) > with_both
 
 
 @both

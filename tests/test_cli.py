@@ -93,10 +93,10 @@ def test_batch_makes_a_picture_per_row(capsys, tmp_path, table):
 def test_a_row_that_fails_is_told_and_the_exit_code_is_three(capsys, tmp_path, table, monkeypatch):
     ids = PromptEnhancer._ids
 
-    def fail_on_blue(self, wish, system_prompt):
-        if "blue" in wish.prompt:
+    def fail_on_blue(self, request, system_prompt):
+        if "blue" in request.prompt:
             raise RuntimeError("no blue today")
-        return ids(self, wish, system_prompt)
+        return ids(self, request, system_prompt)
 
     monkeypatch.setattr(PromptEnhancer, "_ids", fail_on_blue)
     code, out, err = run(capsys, "batch", table, "--out", tmp_path / "out", "--preset", "exact")
@@ -270,7 +270,7 @@ def test_a_picture_that_cannot_be_made_is_told_before_anything_is_loaded(
 
 
 def test_without_a_compiler_the_default_preset_leaves_compiling_out_and_says_so(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("ernie_accel.core.context._why_no_cpu_compile", lambda: "no compiler here")
+    monkeypatch.setattr("ernie_accel.core.context._no_cpu_compile_reason", lambda: "no compiler here")
     code, out, _ = run(capsys, "optimize", "a large red circle", "--out", tmp_path / "red.png")
     assert code == 0
     assert re.search(r"Compile\(\) +- +skipped +no compiler here", out)

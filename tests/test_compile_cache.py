@@ -134,17 +134,17 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_changes(tran
     with pytest.raises(ernie_accel.UnsupportedError, match="file is a file; give a folder"):
         ernie_accel.optimize(pipe, transform(cache=str(tmp_path / "file" / "cache")), context=Context("cuda", "a test"))
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    wish = transform(cache=tmp_path / "new")
-    assert wish.unsupported(pipe, Context("cuda", "a test")) == [
+    request = transform(cache=tmp_path / "new")
+    assert request.unsupported(pipe, Context("cuda", "a test")) == [
         f"cache={str(tmp_path / 'new')!r}: {tmp_path} cannot be written to; give another folder"
     ]
     assert pipe.vae.decoder._compiled_call_impl is None and pipe.transformer.layers[0]._compiled_call_impl is None
 
 
 def test_a_space_in_the_path_is_refused_where_a_command_line_would_break_at_it(tmp_path):
-    wish = Compile(cache=tmp_path / "my cache")
-    assert ["space in" in reason for reason in wish.unsupported(tiny_ernie(), Context("cpu", "a test"))] == [True]
-    assert wish.unsupported(tiny_ernie(), Context("cuda", "a test")) == []
+    request = Compile(cache=tmp_path / "my cache")
+    assert ["space in" in reason for reason in request.unsupported(tiny_ernie(), Context("cpu", "a test"))] == [True]
+    assert request.unsupported(tiny_ernie(), Context("cuda", "a test")) == []
 
 
 @pytest.mark.parametrize("transform", [Compile, CompileVae])

@@ -14,7 +14,13 @@ import ernie_accel
 from ernie_accel import Autocast, FreeAfterUse, Offload, RewriteEnhancer
 from ernie_accel.models.ministral import decoder
 from ernie_accel.models.ministral.decoder import Decoder, _Workplace
-from ernie_accel.models.ministral.enhancer import TEMPERATURE, TOP_P, PromptEnhancer, Wish, why_not
+from ernie_accel.models.ministral.enhancer import (
+    TEMPERATURE,
+    TOP_P,
+    EnhanceRequest,
+    PromptEnhancer,
+    unsupported_reasons,
+)
 from ernie_accel.models.ministral.sampling import Sampling, choose, draws_for
 from tests.pipelines import picture, randomize, tiny_enhancer, tiny_ernie, tiny_tokenizer
 
@@ -49,9 +55,9 @@ def stock_greedy(model, ids, tokens, eos=2):
 def test_greedy_texts_of_the_trained_enhancer_are_those_of_stock_alone_and_together(trained):
     stock = [trained._enhance_prompt_with_pe(prompt, CPU, 128, 96, **GREEDY) for prompt in PROMPTS]
     enhancer = PromptEnhancer(trained.pe, trained.pe_tokenizer)
-    wishes = [Wish(prompt, 128, 96, seed) for seed, prompt in enumerate(PROMPTS)]
-    assert enhancer.enhance(wishes, **GREEDY) == stock
-    assert [enhancer.enhance([wish], **GREEDY)[0] for wish in wishes] == stock
+    requests = [EnhanceRequest(prompt, 128, 96, seed) for seed, prompt in enumerate(PROMPTS)]
+    assert enhancer.enhance(requests, **GREEDY) == stock
+    assert [enhancer.enhance([request], **GREEDY)[0] for request in requests] == stock
     assert len(set(stock)) == len(stock)
 
 
@@ -213,11 +219,11 @@ def test_the_largest_random_number_still_draws_a_token_that_may_be_drawn():
 def test_it_samples_with_what_the_checkpoint_says_or_transformers_default(trained):
     enhancer, seen = PromptEnhancer(trained.pe, trained.pe_tokenizer), []
     enhancer._decoder.generate = lambda ids, limit, eos, sampling, *_: seen.append(sampling) or [[5]]
-    enhancer.enhance([Wish("x", 64, 64, 0)])
+    enhancer.enhance([EnhanceRequest("x", 64, 64, 0)])
     trained.pe.generation_config.top_k = 7
-    enhancer.enhance([Wish("x", 64, 64, 0)])
+    enhancer.enhance([EnhanceRequest("x", 64, 64, 0)])
     trained.pe.generation_config.top_k = None
-    enhancer.enhance([Wish("x", 64, 64, 0)], **GREEDY)
+    enhancer.enhance([EnhanceRequest("x", 64, 64, 0)], **GREEDY)
     assert seen == [Sampling(TEMPERATURE, 50, TOP_P), Sampling(TEMPERATURE, 7, TOP_P), None]
     assert type(trained.pe.generation_config)._get_default_generation_params()["top_k"] == 50
 
@@ -235,7 +241,7 @@ def test_a_tokenizer_without_a_limit_leaves_that_of_the_model(trained, monkeypat
     enhancer, seen = PromptEnhancer(trained.pe, trained.pe_tokenizer), []
     monkeypatch.setattr(trained.pe_tokenizer, "model_max_length", 10**30)
     enhancer._decoder.generate = lambda ids, limit, *_: seen.append(limit) or [[5]]
-    enhancer.enhance([Wish("x", 64, 64, 0)])
+    enhancer.enhance([EnhanceRequest("x", 64, 64, 0)])
     assert seen == [trained.pe.config.max_position_embeddings]
     assert enhancer.enhance([]) == []
 
@@ -252,10 +258,10 @@ def test_the_random_numbers_of_many_seeds_are_uniform():
 
 def test_a_wish_gives_the_same_words_alone_among_others_and_again(trained):
     enhancer = PromptEnhancer(trained.pe, trained.pe_tokenizer)
-    wishes = [Wish("a red circle", 128, 128, seed) for seed in range(12)]
-    together = enhancer.enhance(wishes)
+    requests = [EnhanceRequest("a red circle", 128, 128, seed) for seed in range(12)]
+    together = enhancer.enhance(requests)
     before = torch.get_rng_state()
-    assert [enhancer.enhance([wish])[0] for wish in wishes[::-1]] == together[::-1]
+    assert [enhancer.enhance([request])[0] for request in requests[::-1]] == together[::-1]
     assert torch.equal(torch.get_rng_state(), before)
     assert len(Counter(together)) > 6
 
@@ -421,9 +427,9 @@ def test_a_plan_knows_that_the_weights_will_come_layer_by_layer(mode, verdict):
 
 
 def test_an_unknown_language_model_is_refused_by_name():
-    (reason,) = why_not(torch.nn.Linear(1, 1), tiny_tokenizer())
+    (reason,) = unsupported_reasons(torch.nn.Linear(1, 1), tiny_tokenizer())
     assert reason == "its prompt enhancer is a Linear, not a Ministral3ForCausalLM"
 
 
 def test_what_is_ignored_in_a_generation_config_is_without_effect_by_default():
-    assert why_not(tiny_enhancer(), tiny_tokenizer()) == []
+    assert unsupported_reasons(tiny_enhancer(), tiny_tokenizer()) == []

@@ -19,7 +19,7 @@ from ernie_accel import (
     SwapScheduler,
     TileVae,
 )
-from ernie_accel.core.transform import misfits
+from ernie_accel.core.transform import wrongly_typed_fields
 from ernie_accel.recipes.presets import CARDS
 from ernie_accel.transforms import transform_class
 from tests.examples import EXAMPLES
@@ -117,9 +117,12 @@ def test_an_argument_of_another_type_is_refused_before_anything_is_touched(ernie
 
 
 def test_arguments_of_the_right_types_are_taken_as_they_are():
-    assert [misfits(transform) for transform in EXAMPLES] == [[] for _ in EXAMPLES]
-    assert misfits(ernie_accel.CallDefaults(num_inference_steps=np.int64(8), guidance_scale=np.float32(1))) == []
-    assert misfits(ernie_accel.CallDefaults(num_inference_steps=8, guidance_scale=1)) == []
+    assert [wrongly_typed_fields(transform) for transform in EXAMPLES] == [[] for _ in EXAMPLES]
+    assert (
+        wrongly_typed_fields(ernie_accel.CallDefaults(num_inference_steps=np.int64(8), guidance_scale=np.float32(1)))
+        == []
+    )
+    assert wrongly_typed_fields(ernie_accel.CallDefaults(num_inference_steps=8, guidance_scale=1)) == []
 
 
 def test_all_reasons_are_told_at_once(ernie):

@@ -320,11 +320,11 @@ def test_automatic_attention_leaves_it_to_kernels_that_call_cudnn(precision: str
     ernie_accel.optimize(pipe, ernie_accel.RewriteBlocks(), fuse, auto, context=WITH_CUDNN)
     assert tokens_seen(pipe) == {kernels.TOKENS_MULTIPLE_OF}
     assert auto.preview(pipe, WITH_CUDNN).changes == ()  # nor where they are in place
-    assert auto.why(pipe, WITH_CUDNN).startswith("SetAttention() chooses none on cuda (NVIDIA H200, ")
+    assert auto.explain(pipe, WITH_CUDNN).startswith("SetAttention() chooses none on cuda (NVIDIA H200, ")
 
     ernie_accel.restore(pipe)
     ernie_accel.optimize(pipe, ernie_accel.RewriteBlocks(), fuse, auto, context=H200)  # without the extra it chooses
-    assert auto.why(pipe, H200).startswith("SetAttention() takes 'cudnn' on cuda")
+    assert auto.explain(pipe, H200).startswith("SetAttention() takes 'cudnn' on cuda")
 
 
 def test_automatic_attention_chooses_where_another_model_has_changed_the_default() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 import ernie_accel
 from ernie_accel import CompileVae, Context, FuseVae
-from ernie_accel.models.vae_decoder import FusedDecoder, _twice_as_large, why_not
+from ernie_accel.models.vae_decoder import FusedDecoder, _twice_as_large, unsupported_reason
 from tests.pipelines import picture, tiny_ernie, tiny_flux
 
 GPU = Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6"})
@@ -223,7 +223,7 @@ def test_a_decoder_it_does_not_know_is_left_alone_with_the_reason(
 ) -> None:
     pipe = pipe_with_attention()
     setattr(pipe.vae.decoder.get_submodule(path), name, value)
-    assert reason in (why_not(pipe.vae.decoder) or "")
+    assert reason in (unsupported_reason(pipe.vae.decoder) or "")
     preview = FuseVae().preview(pipe, GPU)
     assert preview.changes == ()
     assert reason in preview.note
@@ -234,7 +234,7 @@ def test_decoders_of_other_autoencoders_are_left_alone() -> None:
     pipe = tiny_ernie()
     with torch.device("meta"):
         pipe.vae = AutoencoderDC()
-    assert why_not(pipe.vae.decoder) == "it is a diffusers.models.autoencoders.autoencoder_dc.Decoder"
+    assert unsupported_reason(pipe.vae.decoder) == "it is a diffusers.models.autoencoders.autoencoder_dc.Decoder"
     assert FuseVae().preview(pipe, GPU).changes == ()
 
 

@@ -86,7 +86,7 @@ def test_on_the_cpu_there_is_nothing_to_do_until_the_pipe_is_elsewhere(ernie):
     (entry,) = ernie_accel.report(ernie).entries
     assert entry.status == "nothing to do"
     assert "set_timesteps" not in vars(ernie.scheduler)
-    ernie_accel.optimize(ernie, KeepTimestepsOnHost(), context=H200)  # the same wish, on another machine
+    ernie_accel.optimize(ernie, KeepTimestepsOnHost(), context=H200)  # the same request, on another machine
     assert "set_timesteps" in vars(ernie.scheduler)
     ernie_accel.restore(ernie)
     assert "set_timesteps" not in vars(ernie.scheduler)
@@ -96,9 +96,9 @@ def test_on_the_cpu_there_is_nothing_to_do_until_the_pipe_is_elsewhere(ernie):
 @pytest.mark.parametrize("last", [SwapScheduler("unipc"), SwapScheduler("heun")])
 def test_whatever_scheduler_comes_and_goes_only_the_one_in_place_is_wrapped(ernie, last):
     own, keep = ernie.scheduler, KeepTimestepsOnHost()
-    for wish in ((keep,), (keep, last), (last,), (last, keep), (keep,), (keep,)):
-        ernie_accel.optimize(ernie, *wish, context=H200)
-        assert isinstance(ernie.scheduler.set_timesteps, _OnHost) == (keep in wish)
+    for request in ((keep,), (keep, last), (last,), (last, keep), (keep,), (keep,)):
+        ernie_accel.optimize(ernie, *request, context=H200)
+        assert isinstance(ernie.scheduler.set_timesteps, _OnHost) == (keep in request)
     ernie_accel.restore(ernie)
     assert ernie.scheduler is own
     assert "set_timesteps" not in vars(own)

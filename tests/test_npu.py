@@ -229,7 +229,7 @@ def test_without_ascend_drivers_nothing_imports_torch_npu():
         "import sys; from tests.pipelines import picture, tiny_ernie; import ernie_accel\n"
         "pipe = tiny_ernie(); npu = ernie_accel.Context.named('ascend910b')\n"
         "plan = ernie_accel.plan(pipe, ernie_accel.SetAttention('npu'), preset='npu-bf16', context=npu)\n"
-        "print(ernie_accel.SetAttention().why(pipe, npu))\n"
+        "print(ernie_accel.SetAttention().explain(pipe, npu))\n"
         "ernie_accel.optimize(pipe, preset='npu-bf16', on_unsupported='skip'); picture(pipe)\n"
         "print(plan.problems, 'torch_npu' in sys.modules)"
     )

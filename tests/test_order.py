@@ -55,6 +55,6 @@ def test_layout_comes_after_casting_which_lays_out_anew(ernie):
 def test_whatever_order_is_given_the_picture_is_the_same(ernie, order):
     from tests.pipelines import picture, tiny_ernie
 
-    wish = [CastDtype("bf16"), RewriteBlocks(), MakeContiguous(), CallDefaults("turbo")]
-    other = ernie_accel.optimize(tiny_ernie(), *wish)
-    assert torch.equal(picture(ernie_accel.optimize(ernie, *wish[::order])), picture(other))
+    request = [CastDtype("bf16"), RewriteBlocks(), MakeContiguous(), CallDefaults("turbo")]
+    other = ernie_accel.optimize(tiny_ernie(), *request)
+    assert torch.equal(picture(ernie_accel.optimize(ernie, *request[::order])), picture(other))

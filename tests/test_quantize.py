@@ -36,9 +36,9 @@ def without(context, *packages):
 def test_plan_receipt_and_restore_agree(backend, scheme):
     pipe = tiny_ernie(dtype=torch.bfloat16)
     original, before = picture(pipe, steps=1), snapshot(pipe)
-    wish = Quantize(scheme, backend=backend.name, components=("transformer", "text_encoder"))
-    step = ernie_accel.plan(pipe, wish).steps[0]
-    ernie_accel.optimize(pipe, wish)
+    request = Quantize(scheme, backend=backend.name, components=("transformer", "text_encoder"))
+    step = ernie_accel.plan(pipe, request).steps[0]
+    ernie_accel.optimize(pipe, request)
     applied = ernie_accel.report(pipe).entries[0].applied
     assert applied.changed == step.preview.changes == tuple(detail.name for detail in applied.details)
     assert pipe_bytes(pipe) == step.planned.nbytes < applied.bytes_before
@@ -53,10 +53,10 @@ def test_plan_receipt_and_restore_agree(backend, scheme):
 @pytest.mark.parametrize("fuse", [True, False])
 def test_plan_and_receipt_agree_on_blocks_that_are_rewritten_before(fuse):
     """Planned on stock blocks, the layers bear the names that they will have."""
-    wish = CastDtype("bf16"), RewriteBlocks(fuse=fuse), Quantize("int8-weight-only")
+    request = CastDtype("bf16"), RewriteBlocks(fuse=fuse), Quantize("int8-weight-only")
     pipe = tiny_ernie()
-    step = ernie_accel.plan(pipe, *wish).steps[2]
-    ernie_accel.optimize(pipe, *wish)
+    step = ernie_accel.plan(pipe, *request).steps[2]
+    ernie_accel.optimize(pipe, *request)
     applied = ernie_accel.report(pipe).entries[2].applied
     assert any(name.endswith(".to_qkv") for name in applied.changed) is fuse
     assert step.preview.changes == applied.changed
@@ -64,9 +64,9 @@ def test_plan_and_receipt_agree_on_blocks_that_are_rewritten_before(fuse):
 
 
 def test_excluding_a_part_excludes_the_layer_it_was_fused_into():
-    pipe, wish = tiny_ernie(), (RewriteBlocks(), Quantize("int8-weight-only", exclude=(r".*\.to_q$",)))
-    preview = ernie_accel.plan(pipe, *wish).steps[1].preview
-    ernie_accel.optimize(pipe, *wish)
+    pipe, request = tiny_ernie(), (RewriteBlocks(), Quantize("int8-weight-only", exclude=(r".*\.to_q$",)))
+    preview = ernie_accel.plan(pipe, *request).steps[1].preview
+    ernie_accel.optimize(pipe, *request)
     applied = ernie_accel.report(pipe).entries[1].applied
     assert preview.changes == applied.changed
     assert applied.skipped == {f"transformer.layers.{i}.self_attention.to_qkv": "excluded" for i in range(2)}
@@ -75,10 +75,10 @@ def test_excluding_a_part_excludes_the_layer_it_was_fused_into():
 def test_a_lora_keeps_plan_and_receipt_in_agreement_too():
     from peft import LoraConfig
 
-    pipe, wish = tiny_ernie(), (RewriteBlocks(), Quantize("int8-weight-only"))
+    pipe, request = tiny_ernie(), (RewriteBlocks(), Quantize("int8-weight-only"))
     pipe.transformer.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
-    preview = ernie_accel.plan(pipe, *wish).steps[1].preview
-    ernie_accel.optimize(pipe, *wish)
+    preview = ernie_accel.plan(pipe, *request).steps[1].preview
+    ernie_accel.optimize(pipe, *request)
     changed = ernie_accel.report(pipe).entries[1].applied.changed
     assert preview.changes == changed
     assert any("to_q.base_layer" in name for name in changed) and any("gate_up_proj" in name for name in changed)
@@ -120,14 +120,14 @@ def test_layer_receipts_say_what_happened_and_are_json():
 
 
 def test_a_plan_shows_bytes_per_component_what_stays_and_who_does_it(ernie):
-    wish = Quantize("int8-weight-only", components=("transformer", "text_encoder"))
-    text = str(ernie_accel.plan(ernie, CastDtype("bf16"), wish))
+    request = Quantize("int8-weight-only", components=("transformer", "text_encoder"))
+    text = str(ernie_accel.plan(ernie, CastDtype("bf16"), request))
     assert "int8-weight-only by torchao" in text
     assert re.search(r"transformer 1.0 MB -> 821.8 kB, text_encoder 261.\d kB -> ", text)  # by release of transformers
     first = "transformer.text_proj, transformer.time_embedding.linear_1 and "
     assert f"kept precise in ERNIE-Image: {first}" in text
-    plan = ernie_accel.plan(ernie, CastDtype("bf16"), wish)
-    ernie_accel.optimize(ernie, CastDtype("bf16"), wish)
+    plan = ernie_accel.plan(ernie, CastDtype("bf16"), request)
+    ernie_accel.optimize(ernie, CastDtype("bf16"), request)
     assert pipe_bytes(ernie) == plan.steps[1].planned.nbytes
     applied = ernie_accel.report(ernie).entries[1].applied
     assert plan.steps[1].preview.skipped == applied.skipped
@@ -158,10 +158,10 @@ def test_each_component_has_exclusions_of_its_own():
     pipe = ernie_accel.demo.load(torch.bfloat16)
     lengths = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     prompt = torch.arange(3, 9)[None]
-    wish = Quantize("int8-weight-only", components=("transformer", "text_encoder", "pe"))
-    ernie_accel.optimize(pipe, wish)
+    request = Quantize("int8-weight-only", components=("transformer", "text_encoder", "pe"))
+    ernie_accel.optimize(pipe, request)
     applied = ernie_accel.report(pipe).entries[0].applied
-    by_component = {name: [] for name in wish.components}
+    by_component = {name: [] for name in request.components}
     for name in applied.skipped:
         by_component[name.split(".")[0]].append(name.split(".", 1)[1])
     assert by_component["pe"] == ["lm_head"]
@@ -187,8 +187,8 @@ def test_the_head_stays_where_no_family_knows_the_model(monkeypatch):
 
 
 def test_own_exclusions_replace_the_familys(ernie):
-    wish = Quantize("int8-weight-only", exclude=(r"layers\.1\b", "x_embedder"))
-    changes = ernie_accel.plan(ernie, wish).steps[0].preview.changes
+    request = Quantize("int8-weight-only", exclude=(r"layers\.1\b", "x_embedder"))
+    changes = ernie_accel.plan(ernie, request).steps[0].preview.changes
     assert "transformer.layers.0.self_attention.to_q" in changes
     assert not any("layers.1." in name for name in changes)
 
@@ -246,7 +246,7 @@ def test_quantizing_twice_is_refused_by_name(ernie):
     assert "transformer is quantized already (8 layers, transformer.layers.0.mlp.linear_fc2 as nf4" in reason
     assert "restore(pipe) first" in reason
     assert Quantize("nf4").preview(ernie, Context.detect(ernie)).changes == ()
-    ernie_accel.optimize(ernie, Quantize("int8"))  # a new wish: the old one is undone first
+    ernie_accel.optimize(ernie, Quantize("int8"))  # a new request: the old one is undone first
     assert {detail.scheme for detail in ernie_accel.report(ernie).entries[0].applied.details} == {"int8"}
 
 
@@ -259,11 +259,11 @@ def test_what_others_quantized_is_refused_too(ernie):
 
 
 def test_without_originals_restore_says_plainly_why_not(ernie):
-    wish = Quantize("int8-weight-only", keep_originals=False)
-    ernie_accel.optimize(ernie, wish)
+    request = Quantize("int8-weight-only", keep_originals=False)
+    ernie_accel.optimize(ernie, request)
     with pytest.raises(ernie_accel.RestoreError, match="the weights are gone") as caught:
         ernie_accel.restore(ernie)
-    assert caught.value.transform == wish
+    assert caught.value.transform == request
     assert "cannot be undone: keep_originals=False" in str(ernie_accel.report(ernie))
 
 
@@ -440,9 +440,9 @@ def test_streaming_holds_one_unquantized_layer_and_moves_the_rest_last(backend, 
 
     monkeypatch.setattr(type(backend), "quantize", watch_quantize)
     monkeypatch.setattr(type(pipe), "to", watch_move)
-    wish = Quantize(scheme, backend=backend.name, device="cpu")
-    assert wish.moves_to == "cpu"
-    ernie_accel.optimize(pipe, wish)
+    request = Quantize(scheme, backend=backend.name, device="cpu")
+    assert request.moves_to == "cpu"
+    ernie_accel.optimize(pipe, request)
     assert alive == [0] * 8
     assert moved_after == [8]
     ernie_accel.restore(pipe)

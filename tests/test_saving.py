@@ -66,8 +66,8 @@ def assert_same_bits(a, b):
 @every_pair
 def test_reload_is_bit_equal_for_every_backend(backend, scheme, tmp_path):
     pipe = tiny_ernie(dtype=torch.bfloat16)
-    wish = Quantize(scheme, backend=backend.name, components=("transformer", "text_encoder"))
-    ernie_accel.optimize(pipe, wish)
+    request = Quantize(scheme, backend=backend.name, components=("transformer", "text_encoder"))
+    ernie_accel.optimize(pipe, request)
     assert ernie_accel.save(pipe, tmp_path / "saved") == tmp_path / "saved"
     expected = picture(pipe, steps=1)  # after saving, too: saving changes nothing
     again = ernie_accel.load(tmp_path / "saved")
@@ -81,10 +81,10 @@ def test_reload_is_bit_equal_for_every_backend(backend, scheme, tmp_path):
 
 
 def test_the_transforms_travel_and_those_after_quantization_are_applied_again(tmp_path):
-    wishes = CastDtype("bf16"), Quantize("int8-weight-only"), MakeContiguous(), SwapScheduler("euler", shift=5.0)
-    wishes += CallDefaults("turbo"), Compile()
+    requests = CastDtype("bf16"), Quantize("int8-weight-only"), MakeContiguous(), SwapScheduler("euler", shift=5.0)
+    requests += CallDefaults("turbo"), Compile()
     pipe = tiny_ernie()
-    ernie_accel.optimize(pipe, *wishes)
+    ernie_accel.optimize(pipe, *requests)
     before = str(ernie_accel.report(pipe).title)
     ernie_accel.save(pipe, tmp_path / "saved")
     assert pipe.scheduler.config.shift == 5.0
@@ -131,8 +131,8 @@ def test_blocks_on_fused_kernels_are_saved_and_loaded_bit_equal(precision, tmp_p
     assert type(again.transformer.layers[1]) is type(pipe.transformer.layers[1])
     assert_same_bits(bits(pipe), bits(again))
     assert torch.equal(picture(again, steps=1), expected)
-    wishes = [[entry.step.transform for entry in ernie_accel.report(p).entries] for p in (pipe, again)]
-    assert wishes[0] == wishes[1]
+    requests = [[entry.step.transform for entry in ernie_accel.report(p).entries] for p in (pipe, again)]
+    assert requests[0] == requests[1]
     if precision == "fp8":
         with pytest.raises(ernie_accel.ErnieAccelError, match="its weights are quantized"):
             again.to(torch.float16)

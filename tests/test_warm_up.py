@@ -65,8 +65,8 @@ def calls_of(pipe):
 
 
 def test_the_first_picture_compiles_nothing(graphs):
-    wish = CallDefaults(guidance_scale=1.0), Compile(), CompileVae(), Warmup(sizes=((64, 64),), batch_sizes=(1, 2))
-    pipe = ernie_accel.optimize(tiny_ernie(), *wish)
+    request = CallDefaults(guidance_scale=1.0), Compile(), CompileVae(), Warmup(sizes=((64, 64),), batch_sizes=(1, 2))
+    pipe = ernie_accel.optimize(tiny_ernie(), *request)
     compiled = graphs.frame_count
     assert compiled > 0
     picture(pipe)

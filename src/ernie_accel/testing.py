@@ -159,7 +159,7 @@ def check_family(family: Family, make_pipe: MakePipe, draw: Draw) -> None:
     blocks = rewritten_model(pipe)
     if blocks is None:
         return
-    _same(blocks.why_not(pipe.transformer), [], f"{family.name}: the transformer can be rewritten")
+    _same(blocks.unsupported_reasons(pipe.transformer), [], f"{family.name}: the transformer can be rewritten")
     _same(len(block_paths(pipe)) > 0, True, f"{family.name}: there are blocks in {blocks.BLOCKS!r}")
     check_transform(RewriteBlocks(), make_pipe, draw)
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import ernie_accel
 from ernie_accel.models.ministral.decoder import Decoder, _Workplace
-from ernie_accel.models.ministral.enhancer import PromptEnhancer, Wish
+from ernie_accel.models.ministral.enhancer import EnhanceRequest, PromptEnhancer
 from ernie_accel.models.ministral.sampling import Sampling, draws_for
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -251,6 +251,6 @@ if not INTERPRETED:
         greedy: Any = {"temperature": 1.0, "top_p": 1.0}
         stock = [pipe._enhance_prompt_with_pe(p, torch.device("cuda"), 128, 128, **greedy) for p in prompts]
         enhancer = PromptEnhancer(pipe.pe, pipe.pe_tokenizer)
-        wishes = [Wish(prompt, 128, 128, 0) for prompt in prompts]
-        assert enhancer.enhance(wishes, **greedy) == stock
-        assert [enhancer.enhance([wish], **greedy)[0] for wish in wishes * 2] == stock * 2
+        requests = [EnhanceRequest(prompt, 128, 128, 0) for prompt in prompts]
+        assert enhancer.enhance(requests, **greedy) == stock
+        assert [enhancer.enhance([request], **greedy)[0] for request in requests * 2] == stock * 2

@@ -41,7 +41,7 @@ def assemble(
     writer = Writer(folder, dict(facts or {}) | {"version": VERSION}, threads=writers, ahead=ahead, sieve=sieve)
     schedule = Schedule(
         lambda task: engine.bucket(task.current()),
-        kin_of=lambda task: task.request.shape(),
+        similar_key_of=lambda task: task.request.shape(),
         limit=limit,
         start=1 if batch_size is None else limit,
         probe=batch_size is None,

@@ -15,7 +15,7 @@ _SAVED_S = 0.03  # a picture of the embedded model of 128 x 128 px in 8 steps: a
 _PIXELS, _STEPS = 128 * 128, 8
 
 
-def why_not_compiled(rows: Iterable[Row], context: Context) -> str | None:
+def skip_compile_reason(rows: Iterable[Row], context: Context) -> str | None:
     """Return why a job of the embedded model does without compiling, in words; None: it compiles, or could not anyway.
 
     All rows count, not only those that are left: a resumed job makes the same pictures. Larger models save minutes

@@ -87,7 +87,7 @@ class Schedule:
         limit: int,
         start: int = 1,
         probe: bool = True,
-        kin_of: Callable[[Task], Hashable] | None = None,
+        similar_key_of: Callable[[Task], Hashable] | None = None,
     ) -> None:
         """Start empty.
 
@@ -96,12 +96,12 @@ class Schedule:
             limit: The largest batch.
             start: The batch size to begin with.
             probe: Whether to look for a better size; otherwise `start` is kept while memory allows.
-            kin_of: What buckets share that take about the same batch size: a new one begins with what the one before
-                it has found. None: every bucket begins with `start`.
+            similar_key_of: A key shared by buckets that suit about the same batch size: a new bucket begins with the
+                size found for the one before it. None: every bucket begins with `start`.
         """
-        self._kin_of = kin_of
-        self._kin: dict[Hashable, Hashable] = {}  # of each bucket
-        self._latest: dict[Hashable, BatchSizer] = {}  # of each kin, the one that made the last batch
+        self._similar_key_of = similar_key_of
+        self._similar_keys: dict[Hashable, Hashable] = {}  # of each bucket
+        self._latest: dict[Hashable, BatchSizer] = {}  # of each similar key, the one that made the last batch
         self._bucket_of = bucket_of
         self._limit, self._start, self._probe = limit, min(start, limit), probe
         # Ordered dicts: taking the first of a dict whose first ones were deleted looks at all of those again.
@@ -150,16 +150,16 @@ class Schedule:
 
     def _bucket(self, task: Task) -> deque[Task]:
         key = self._bucket_of(task)
-        if self._kin_of is not None and key not in self._kin:
-            self._kin[key] = self._kin_of(task)
+        if self._similar_key_of is not None and key not in self._similar_keys:
+            self._similar_keys[key] = self._similar_key_of(task)
         self._maybe_full[key] = None
         return self._buckets.setdefault(key, deque())
 
     def _take(self, key: Hashable) -> list[Task]:
         queue = self._buckets[key]
         tasks = [queue.popleft() for _ in range(min(self._size(key), len(queue)))]
-        if key in self._kin:
-            self._latest[self._kin[key]] = self.sizer(key)
+        if key in self._similar_keys:
+            self._latest[self._similar_keys[key]] = self.sizer(key)
         self._waiting -= len(tasks)
         if not queue:
             del self._buckets[key]
@@ -168,7 +168,7 @@ class Schedule:
 
     def _size(self, key: Hashable) -> int:
         sizer = self.sizer(key)
-        latest = self._latest.get(self._kin[key]) if key in self._kin else None
+        latest = self._latest.get(self._similar_keys[key]) if key in self._similar_keys else None
         if sizer.fresh and latest is not None:
             sizer.size = latest.size
         return sizer.size

@@ -192,7 +192,7 @@ def _run_job(job: Job) -> int:
             _report(job, power)
             typer.echo(f"Nothing to do, {len(rows)} rows were finished before: {_where(job)}")
             return 0
-        if reason := _why_not_compiled(job, rows):
+        if reason := _skip_compile_reason(job, rows):
             typer.echo(f"Not compiled: {reason} (--preset {facts['preset']})")
             job = replace(job, compiled=False)
         engine = _engine(job, facts)
@@ -452,14 +452,14 @@ def _refuse_what_the_demo_cannot_draw(job: Job, rows: Sequence[Row]) -> None:
     raise BatchInputError(job.input_file, problems)
 
 
-def _why_not_compiled(job: Job, rows: Sequence[Row]) -> str | None:
+def _skip_compile_reason(job: Job, rows: Sequence[Row]) -> str | None:
     """Return why the default preset is better not compiled for this job; None: it is, or somebody chose a preset."""
     if not job.uses_embedded or job.preset is not None:
         return None
-    from ernie_accel.batch.compile_rule import why_not_compiled
+    from ernie_accel.batch.compile_rule import skip_compile_reason
     from ernie_accel.core.context import Context
 
-    return why_not_compiled(rows, Context.detect())
+    return skip_compile_reason(rows, Context.detect())
 
 
 def _note_run(job: Job) -> None:

@@ -138,7 +138,7 @@ class Context:
             device_name=f"{os.cpu_count()} CPU cores" if device.type == "cpu" else device.type,
             memory_bytes=memory if device.type == "cpu" else None,
             versions=installed_versions(),
-            no_compile=_why_no_cpu_compile() if device.type == "cpu" else None,
+            no_compile=_no_cpu_compile_reason() if device.type == "cpu" else None,
             idle=_idle_accelerator() if device.type == "cpu" else None,
         )
 
@@ -194,7 +194,7 @@ class Context:
         note = "For one of your own, call ernie_accel.register_package(...) first."
         raise UnknownNameError("package", package, (*OPTIONAL_PACKAGES, *_REGISTERED), note=note)
 
-    def below(self, what: str, need: tuple[int, int]) -> list[str]:
+    def missing_capability(self, what: str, need: tuple[int, int]) -> list[str]:
         """Return the reason why `what` cannot run for want of CUDA compute capability `need`; empty if it can."""
         if (self.capability or (0, 0)) >= need:
             return []
@@ -204,7 +204,7 @@ class Context:
     def without_kernels(self, what: str, need: tuple[int, int]) -> list[str]:
         """Return the reasons why Triton kernels of capability `need` cannot run here; empty if they can."""
         triton = "triton is not installed (it comes with CUDA builds of torch): pip install triton"
-        return self.below(what, need) + ([] if "triton" in self.versions else [triton])
+        return self.missing_capability(what, need) + ([] if "triton" in self.versions else [triton])
 
     def __str__(self) -> str:
         parts = [self.device if self.device_name == self.device else f"{self.device} ({self.device_name}"]
@@ -265,7 +265,7 @@ def _idle_accelerator() -> str | None:
     return next((name for name, is_here in found.items() if is_here), None)
 
 
-def _why_no_cpu_compile() -> str | None:
+def _no_cpu_compile_reason() -> str | None:
     candidates = (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")
     if any(name and shutil.which(name) for name in candidates):
         return None

@@ -31,7 +31,9 @@ def dtype_name(dtype: str) -> str:
     return name
 
 
-def why_not_cast(pipe: Pipeline, context: Context, dtype: str, components: Iterable[str] | None = None) -> list[str]:
+def unsupported_cast_reasons(
+    pipe: Pipeline, context: Context, dtype: str, components: Iterable[str] | None = None
+) -> list[str]:
     """Return every reason why components of `pipe` (default: all) cannot be cast to `dtype`, a key of `DTYPES`."""
     reasons = absent_components(pipe, components)
     if reasons:
@@ -42,7 +44,7 @@ def why_not_cast(pipe: Pipeline, context: Context, dtype: str, components: Itera
         if upcasts_in_a_hook(module):
             reasons.append(f"{name} stores its weights by layerwise casting, and casting would break its hooks")
     if dtype == "bfloat16" and context.capability is not None:
-        reasons += [f"{reason}: use 'float16'" for reason in context.below("bfloat16", (8, 0))]
+        reasons += [f"{reason}: use 'float16'" for reason in context.missing_capability("bfloat16", (8, 0))]
     return reasons
 
 

@@ -248,7 +248,7 @@ def undeclared_paths(cls: type[Transform]) -> list[str]:
 _NUMBERS: Mapping[type, type] = {int: Integral, float: Real}
 
 
-def misfits(transform: Transform) -> list[str]:
+def wrongly_typed_fields(transform: Transform) -> list[str]:
     """Return what is wrong with arguments of a plain type (int, float, bool, str, or None): 2.5 for an int, say."""
     kinds = _plain_kinds(type(transform))
     values = {name: getattr(transform, name) for name in kinds}

@@ -92,9 +92,9 @@ def evaluate(
     settings = {name: value for name, value in asked.items() if value is not None} | dict(call or {})
     texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
 
-    wish = _asked_for(candidate) if _is_change(candidate) else None
+    request = _asked_for(candidate) if _is_change(candidate) else None
     pipe, load_s = _loaded(baseline)
-    change = wish.transforms_for(family_of(pipe)) if isinstance(wish, Preset) else wish
+    change = request.transforms_for(family_of(pipe)) if isinstance(request, Preset) else request
     context = Context.detect(pipe)
     if change is not None:
         _check(pipe, change)

@@ -67,7 +67,7 @@ def as_folder(cache: str | os.PathLike[str] | None) -> str | None:
     return None if cache is None else os.fspath(cache)
 
 
-def why_not_kept(folder: str | None, device: str) -> list[str]:
+def unsupported_cache_reasons(folder: str | None, device: str) -> list[str]:
     """Return why compiled code cannot be kept in `folder`, which need not be there yet; empty if it can.
 
     Args:

@@ -134,7 +134,7 @@ class _MaskHook:
         return args, {**kwargs, self._name: self._change(kwargs[self._name])}
 
 
-def why_no_idle_mask(pipe: Pipeline, context: Context) -> str | None:
+def no_mask_reason(pipe: Pipeline, context: Context) -> str | None:
     """Return why no mask reaches the attention of `pipe` unless a batch really pads; None if one always does."""
     family = family_of(pipe)
     if family is None or family.always_masks is None:

@@ -44,7 +44,7 @@ class RewrittenModel(Protocol):
     def is_rewritten(self, transformer: Any) -> bool:
         """Return whether `rewrite` was applied to `transformer`."""
 
-    def why_not(self, transformer: Any) -> list[str]:
+    def unsupported_reasons(self, transformer: Any) -> list[str]:
         """Return every reason why this stock transformer cannot be rewritten; empty if it can."""
 
     def to_be_fused(self, transformer: Any) -> Mapping[str, tuple[str, ...]]:

@@ -25,7 +25,7 @@ _Run: TypeAlias = Callable[[Any, Tensor, Tensor | None, Any], tuple[Tensor, Tens
 
 
 class FusedDecoder:
-    """The forward of a decoder that `why_not` has no objection to; same arguments, same result up to rounding.
+    """The forward of a decoder that `unsupported_reason` accepts; same arguments, same result up to rounding.
 
     It holds no weights: what is loaded into the decoder or cast counts from the next call on.
     """
@@ -55,7 +55,7 @@ class FusedDecoder:
         return out
 
 
-def why_not(decoder: Any) -> str | None:
+def unsupported_reason(decoder: Any) -> str | None:
     """Return what in a decoder is not as `FusedDecoder` computes it, or None."""
     if "forward" in vars(decoder):
         return "its forward was replaced (by offloading, for instance)"
@@ -66,12 +66,12 @@ def why_not(decoder: Any) -> str | None:
     for path, (block, known) in blocks.items():
         if _path_of(block) != f"diffusers.models.unets.unet_2d_blocks.{known}":
             return f"{path} is a {_path_of(block)}"
-    if reason := _why_not_norm(decoder.conv_norm_out, decoder.conv_act):
+    if reason := _unsupported_norm_reason(decoder.conv_norm_out, decoder.conv_act):
         return f"it ends with {reason}"
     paths = {part: path for path, part in decoder.named_modules()}
     for part in _parts(decoder):
         kind = _KINDS.get(_path_of(part))
-        reason = f"is a {_path_of(part)}" if kind is None else kind.why_not(part)
+        reason = f"is a {_path_of(part)}" if kind is None else kind.unsupported_reason(part)
         if reason is not None:
             return f"{paths[part]} {reason}"
     return None
@@ -88,11 +88,11 @@ def _parts(decoder: Any) -> list[Any]:
     return parts
 
 
-def _why_not_resnet(block: Any) -> str | None:
+def _unsupported_resnet_reason(block: Any) -> str | None:
     if any(type(conv) is not nn.Conv2d for conv in (block.conv1, block.conv2, block.conv_shortcut or block.conv2)):
         return "has quantized or adapted convolutions"
     for norm in (block.norm1, block.norm2):
-        if reason := _why_not_norm(norm, block.nonlinearity):
+        if reason := _unsupported_norm_reason(norm, block.nonlinearity):
             return f"has {reason}"
     if block.dropout.p > 0:
         return "drops values out"
@@ -103,12 +103,12 @@ def _why_not_resnet(block: Any) -> str | None:
     return None
 
 
-def _why_not_attention(block: Any) -> str | None:
+def _unsupported_attention_reason(block: Any) -> str | None:
     if any(type(linear) is not nn.Linear for linear in (block.to_q, block.to_k, block.to_v, block.to_out[0])):
         return "has quantized or adapted layers"
     if type(block.processor).__name__ != "AttnProcessor2_0":
         return f"computes with a {type(block.processor).__name__}"
-    if reason := _why_not_norm(block.group_norm):
+    if reason := _unsupported_norm_reason(block.group_norm):
         return f"has {reason}"
     if any(norm is not None for norm in (block.spatial_norm, block.norm_q, block.norm_k)):
         return "has other norms"
@@ -119,7 +119,7 @@ def _why_not_attention(block: Any) -> str | None:
     return None
 
 
-def _why_not_norm(norm: Any, activation: Any = None) -> str | None:
+def _unsupported_norm_reason(norm: Any, activation: Any = None) -> str | None:
     if type(norm) is not nn.GroupNorm or not norm.affine:
         return f"a {type(norm).__name__} for a norm"
     if activation is not None and type(activation) is not nn.SiLU:
@@ -127,7 +127,7 @@ def _why_not_norm(norm: Any, activation: Any = None) -> str | None:
     return None
 
 
-def _why_not_upsampler(block: Any) -> str | None:
+def _unsupported_upsampler_reason(block: Any) -> str | None:
     if block.norm is not None or not block.interpolate or block.use_conv_transpose or block.name != "conv":
         return "does not interpolate and then convolve"
     return None if type(block.conv) is nn.Conv2d else "has no convolution, or a quantized or adapted one"
@@ -180,14 +180,16 @@ def _twice_as_large(x_bchw: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class _Kind:
     run: _Run
-    why_not: Callable[[Any], str | None]
+    unsupported_reason: Callable[[Any], str | None]
     first_norm: str | None
 
 
 _KINDS = {
-    "diffusers.models.resnet.ResnetBlock2D": _Kind(_run_resnet, _why_not_resnet, "norm1"),
-    "diffusers.models.attention_processor.Attention": _Kind(_run_attention, _why_not_attention, "group_norm"),
-    "diffusers.models.upsampling.Upsample2D": _Kind(_run_upsampler, _why_not_upsampler, None),
+    "diffusers.models.resnet.ResnetBlock2D": _Kind(_run_resnet, _unsupported_resnet_reason, "norm1"),
+    "diffusers.models.attention_processor.Attention": _Kind(
+        _run_attention, _unsupported_attention_reason, "group_norm"
+    ),
+    "diffusers.models.upsampling.Upsample2D": _Kind(_run_upsampler, _unsupported_upsampler_reason, None),
 }
 
 

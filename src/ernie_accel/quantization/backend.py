@@ -116,7 +116,7 @@ class Backend(ABC):
         """Return every reason why `scheme` cannot run on this machine; empty if it can."""
         if scheme not in self.schemes:
             return [f"{self.name} has no {scheme}; it has {', '.join(self.schemes)}"]
-        reasons = context.below(scheme, self.schemes[scheme])
+        reasons = context.missing_capability(scheme, self.schemes[scheme])
         if not reasons and context.device not in self.devices:
             reasons.append(f"{self.name} runs on {' and '.join(self.devices)}, not on {context.device}")
         return reasons + (context.missing(self.package) if self.package else [])
@@ -172,7 +172,7 @@ def bias_of(linear: torch.nn.Linear) -> torch.nn.Parameter | None:
     return None if linear.bias is None else torch.nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
 
 
-def mend_empty_rows(values: torch.Tensor, scale: torch.Tensor) -> None:
+def fix_empty_rows(values: torch.Tensor, scale: torch.Tensor) -> None:
     """Make rows of zeros zeros again, in place: scaled by their largest magnitude they became 0 / 0, NaN.
 
     Args:

@@ -31,7 +31,7 @@ class BitsAndBytes(Backend):
     def unsupported(self, scheme: str, context: Context) -> list[str]:
         reasons = super().unsupported(scheme, context)
         if scheme == "int8" and context.capability is not None:
-            reasons = context.below("int8", (7, 5)) + reasons
+            reasons = context.missing_capability("int8", (7, 5)) + reasons
         return reasons
 
     def layer_problem(self, scheme: str, spec: LinearSpec) -> str | None:

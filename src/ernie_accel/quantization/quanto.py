@@ -9,7 +9,7 @@ from typing import Any, ClassVar, final
 import torch
 
 from ernie_accel.core.context import Context
-from ernie_accel.quantization.backend import Backend, LinearSpec, bias_of, defined_in, mend_empty_rows
+from ernie_accel.quantization.backend import Backend, LinearSpec, bias_of, defined_in, fix_empty_rows
 
 _QTYPES = MappingProxyType({"int8-weight-only": "qint8", "fp8-weight-only": "qfloat8", "int4": "qint4"})
 
@@ -65,7 +65,7 @@ class Quanto(Backend):
         layer.freeze()
         layer.weight.requires_grad_(False)
         if scheme == "fp8-weight-only":
-            mend_empty_rows(layer.weight._data, layer.weight._scale)
+            fix_empty_rows(layer.weight._data, layer.weight._scale)
         quantized: torch.nn.Module = layer.train(linear.training)
         return quantized
 

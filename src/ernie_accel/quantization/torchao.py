@@ -10,7 +10,7 @@ from typing import Any, ClassVar, final
 import torch
 
 from ernie_accel.core.context import Context
-from ernie_accel.quantization.backend import Backend, LinearSpec, defined_in, mend_empty_rows, plain_copy
+from ernie_accel.quantization.backend import Backend, LinearSpec, defined_in, fix_empty_rows, plain_copy
 
 INT4_GROUP = 32
 #: The tinygemm kernels pad K to this; torchao/quantization/quantize_/workflows/int4/int4_tile_packed_to_4d_tensor.py.
@@ -41,7 +41,7 @@ class TorchAO(Backend):
     def unsupported(self, scheme: str, context: Context) -> list[str]:
         reasons = super().unsupported(scheme, context)
         if scheme == "int8" and context.capability is not None:
-            reasons = context.below("int8", (8, 0)) + reasons
+            reasons = context.missing_capability("int8", (8, 0)) + reasons
         if scheme == "int8-weight-only" and context.device == "cuda":
             # benchmarks/results/quantization_h200_202611.md: a compiled block took 2002 ms instead of 3.7 (torch 2.11).
             reasons.append("torchao's int8-weight-only, compiled on CUDA, takes 500 times as long as bfloat16")
@@ -86,7 +86,7 @@ class TorchAO(Backend):
         layer.weight.requires_grad_(False)
         if scheme in ("fp8", "fp8-weight-only"):
             weight: Any = layer.weight
-            mend_empty_rows(weight.qdata, weight.scale)
+            fix_empty_rows(weight.qdata, weight.scale)
         # A method bound to the layer and kept on it: a cycle, which would hold the weight until the next collection.
         vars(layer).pop("extra_repr", None)
         return layer

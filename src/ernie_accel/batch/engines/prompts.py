@@ -13,7 +13,7 @@ from ernie_accel.batch.engines.base import PREPARE_BATCH, ROUND, Request, stop_i
 from ernie_accel.core.components import forget_kept, is_moved_in_parts
 from ernie_accel.families import family_of
 from ernie_accel.families.ernie_image import ERNIE_IMAGE
-from ernie_accel.models.ministral.enhancer import PromptEnhancer, Wish, why_not
+from ernie_accel.models.ministral.enhancer import EnhanceRequest, PromptEnhancer, unsupported_reasons
 from ernie_accel.models.ministral.stand_in import enhancer_of
 
 _KEPT = 1024  # prompts whose embeddings are kept in host memory
@@ -164,11 +164,10 @@ class PromptStage:
 
         self._put_back("pe")
         parameters = _call_defaults(self._pipe)
-        wishes = [
-            Wish(r.prompt, r.width or parameters["width"], r.height or parameters["height"], r.seed) for r in requests
-        ]
+        width, height = parameters["width"], parameters["height"]
+        asked = [EnhanceRequest(r.prompt, r.width or width, r.height or height, r.seed) for r in requests]
         model, tokenizer = self._pipe.pe, self._pipe.pe_tokenizer
-        if not why_not(model, tokenizer) and not is_moved_in_parts(model):
+        if not unsupported_reasons(model, tokenizer) and not is_moved_in_parts(model):
             # RewriteEnhancer, where it was applied, has one already, with its own limit of tokens.
             installed = enhancer_of(self._pipe)
             enhance: Callable[..., list[str]]
@@ -178,15 +177,15 @@ class PromptStage:
                 if self._enhancer is None or not self._enhancer.enhances_with(model):
                     self._enhancer = PromptEnhancer(model, tokenizer)
                 enhance = self._enhancer.enhance
-            texts: list[str] = enhance(wishes, between_tokens=functools.partial(stop_if, expired))
+            texts: list[str] = enhance(asked, between_tokens=functools.partial(stop_if, expired))
             return texts
         texts = []
-        for wish in wishes:  # stock's own way, one by one
+        for each in asked:  # stock's own way, one by one
             stop_if(expired)
             with torch.random.fork_rng():
-                torch.manual_seed(wish.seed)
-                size = {"width": wish.width, "height": wish.height}
-                texts.append(self._pipe._enhance_prompt_with_pe(wish.prompt, self._device, **size))
+                torch.manual_seed(each.seed)
+                size = {"width": each.width, "height": each.height}
+                texts.append(self._pipe._enhance_prompt_with_pe(each.prompt, self._device, **size))
         return texts
 
     def _encode_missing(self, texts: Iterable[str], expired: threading.Event | None) -> None:

@@ -113,7 +113,7 @@ class _Part(nn.Module):
         """The fused layer (or what quantization put in its place), or None while the linear layers stand alone."""
         return self._modules.get(self.fused_name)
 
-    def why_not_fused(self) -> str | None:
+    def unfusible_reason(self) -> str | None:
         """Return why the linear layers cannot be fused, or None."""
         for name in self.fusible:
             layer = getattr(self, name)
@@ -333,24 +333,25 @@ def _grid(transformer: Any, hidden_states: Tensor) -> tuple[int, int]:
 def _pad(
     transformer: Any, text_bth: Tensor, text_lens: Tensor, grid: tuple[int, int], *, for_graph: bool = False
 ) -> tuple[Tensor, Rows]:
-    """Return the text with as many more tokens as the transformer's rule wants, and what the rows are then made of.
+    """Return the text padded as the transformer's rule requires, and the layout of the padded rows.
 
-    What the tokens are that are added, no other token sees.
+    No other token sees the added ones, so their values do not matter.
 
     Args:
         transformer: Has the rule.
         text_bth: Text of each prompt.
         text_lens: Tokens of each prompt [B].
         grid: Height and width of the image in tokens.
-        for_graph: Where blocks go by lengths, tell them though nothing be padded: so the graph serves others, too.
+        for_graph: If the blocks use lengths, pass them even if nothing is padded, so that padded batches can replay
+            the same graph.
     """
     rule: PaddingRule = transformer._padding_rule()
     lengths, more = prompt_lengths(text_lens), -(grid[0] * grid[1] + text_bth.shape[1]) % rule.multiple_of
     if more:
         text_bth = F.pad(text_bth, (0, 0, 0, more))
     is_padded = any(length != text_bth.shape[1] for length in lengths)
-    is_told = is_padded or rule.always_told or (for_graph and rule.told_by == "lengths")
-    return text_bth, Rows(grid, lengths, text_bth.shape[1], rule.told_by if is_told else None)
+    passes_padding = is_padded or rule.always_lengths or (for_graph and rule.padding_input == "lengths")
+    return text_bth, Rows(grid, lengths, text_bth.shape[1], rule.padding_input if passes_padding else None)
 
 
 #: Attribute of the transformer with the blocks.
@@ -394,7 +395,7 @@ def is_rewritten(transformer: Any) -> bool:
     return any(isinstance(layer, RewrittenErnieBlock) for layer in transformer.layers)
 
 
-def why_not(transformer: Any) -> list[str]:
+def unsupported_reasons(transformer: Any) -> list[str]:
     """Return every reason why this stock transformer cannot be rewritten."""
     reasons = []
     axes, head_dim = tuple(transformer.config.rope_axes_dim), transformer.head_dim
@@ -413,7 +414,7 @@ def to_be_fused(transformer: Any) -> dict[str, tuple[str, ...]]:
     found = {}
     for i, stock in enumerate(transformer.layers):
         for name, part in RewrittenErnieBlock(stock).parts.items():
-            if part.why_not_fused() is None:
+            if part.unfusible_reason() is None:
                 at = f"layers.{i}.{name}"
                 found[f"{at}.{part.fused_name}"] = tuple(f"{at}.{child}" for child in part.fusible)
     return found
@@ -427,7 +428,7 @@ def rewrite(pipe: Any, undo: Undo, fuse: bool) -> dict[str, str]:
         undo.push(partial(_put_back, transformer.layers, i, block, stock))
         transformer.layers[i] = block
         for name, part in block.parts.items():
-            reason = part.why_not_fused() if fuse else "fuse=False"
+            reason = part.unfusible_reason() if fuse else "fuse=False"
             if reason is None:
                 part.fuse()
             else:

@@ -108,7 +108,7 @@ def is_left_open(transformer: Any) -> bool:
 
 def calls_cudnn(transformer: Any) -> bool:
     """Return whether all blocks call cuDNN's attention themselves now."""
-    return _padding_rule(tuple(transformer.layers)).told_by == "lengths"
+    return _padding_rule(tuple(transformer.layers)).padding_input == "lengths"
 
 
 def _is_unnamed(attention: Any) -> bool:
@@ -125,7 +125,7 @@ def _padding_rule(blocks: tuple[Any, ...]) -> PaddingRule:
     """
     if not all(getattr(block, "goes_by_lengths", False) for block in blocks):
         return PaddingRule()
-    return PaddingRule(TOKENS_MULTIPLE_OF, "lengths", always_told=any(block.has_fp8_attention for block in blocks))
+    return PaddingRule(TOKENS_MULTIPLE_OF, "lengths", always_lengths=any(block.has_fp8_attention for block in blocks))
 
 
 def is_installed(transformer: Any) -> bool:
@@ -142,7 +142,7 @@ def install(transformer: Any, undo: Undo, attention: str | None = None) -> dict[
     for i, block in enumerate(transformer.layers):
         apart = [part for part in block.parts.values() if part.fused is None]
         if apart:
-            skipped[f"transformer.layers.{i}"] = "; ".join(str(part.why_not_fused()) for part in apart)
+            skipped[f"transformer.layers.{i}"] = "; ".join(str(part.unfusible_reason()) for part in apart)
             continue
         undo.push(partial(transformer.layers.__setitem__, i, block))
         transformer.layers[i] = KernelErnieBlock(block, attention)

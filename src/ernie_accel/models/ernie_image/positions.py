@@ -1,4 +1,4 @@
-"""Where the tokens of an ERNIE-Image batch are, and how long its prompts: found once for all steps of a picture."""
+"""Where the tokens of an ERNIE-Image batch are, and how long its prompts are: computed once for all steps."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from torch.nn import functional as F
 
 
 class PaddingRule(NamedTuple):
-    """How a transformer's rows of tokens are padded, and how its blocks know.
+    """How a transformer pads its rows of tokens, and how its blocks learn which tokens are padding.
 
     Attributes:
-        multiple_of: The number of tokens is made a multiple of this.
-        told_by: "mask", which comes with the lengths, or "lengths" alone if all blocks go by these.
-        always_told: Blocks get lengths even where nothing is padded, so that such a batch looks like others.
+        multiple_of: The number of tokens is rounded up to a multiple of this.
+        padding_input: "mask" gives the blocks a mask and the lengths; "lengths" gives only the lengths, for models
+            in which every block uses these.
+        always_lengths: Pass lengths even if nothing is padded, so that padded and unpadded batches share a graph.
     """
 
     multiple_of: int = 1
-    told_by: Literal["mask", "lengths"] = "mask"
-    always_told: bool = False
+    padding_input: Literal["mask", "lengths"] = "mask"
+    always_lengths: bool = False
 
 
 class Rows(NamedTuple):
@@ -34,13 +35,13 @@ class Rows(NamedTuple):
         grid: Height and width of the image in tokens.
         lengths: Tokens of each prompt.
         tokens: Tokens that each prompt is padded to.
-        told_by: What blocks know padding by; None only if nothing is padded.
+        padding_input: What tells the blocks which tokens are padding; None only if nothing is padded.
     """
 
     grid: tuple[int, int]
     lengths: tuple[int, ...]
     tokens: int
-    told_by: Literal["mask", "lengths"] | None
+    padding_input: Literal["mask", "lengths"] | None
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,11 @@ def _position(pos_embed: Callable[[Tensor], Tensor], rows: Rows, like: Tensor) -
     image_ids = torch.cat([offset, grid_ids.expand(batch, -1, -1)], -1)
     angles = pos_embed(torch.cat([image_ids, text_ids], 1))
     real_b, mask = (height * width + lengths_b).int(), None
-    if rows.told_by == "mask":
+    if rows.padding_input == "mask":
         mask = (torch.arange(height * width + rows.tokens, device=device) < real_b[:, None])[:, None, None]
-    return Position(angles.cos().to(like.dtype), angles.sin().to(like.dtype), real_b if rows.told_by else None, mask)
+    return Position(
+        angles.cos().to(like.dtype), angles.sin().to(like.dtype), real_b if rows.padding_input else None, mask
+    )
 
 
 def prompt_lengths(text_lens: Tensor) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ernie_accel.models.ministral.decoder import Decoder
-from ernie_accel.models.ministral.layers import why_others
+from ernie_accel.models.ministral.layers import unsupported_config_reasons
 from ernie_accel.models.ministral.sampling import Sampling, draws_for
 
 #: What the pipeline samples with, in its ``_enhance_prompt_with_pe``.
@@ -46,7 +46,7 @@ _WITHOUT_EFFECT = {
 }
 
 
-class Wish(NamedTuple):
+class EnhanceRequest(NamedTuple):
     """A prompt to enhance.
 
     Attributes:
@@ -80,7 +80,7 @@ class PromptEnhancer:
 
     def enhance(
         self,
-        wishes: Sequence[Wish],
+        requests: Sequence[EnhanceRequest],
         *,
         system_prompt: str | None = None,
         temperature: float = TEMPERATURE,
@@ -91,7 +91,7 @@ class PromptEnhancer:
         """Return the enhanced prompts.
 
         Args:
-            wishes: Any number, none included; up to 16 are decoded together.
+            requests: Any number, none included; up to 16 are decoded together.
             system_prompt: What the chat begins with, or None for nothing.
             temperature: Divides the logits, > 0; with 1.0 and `top_p` 1.0, decoding is greedy, as in the pipeline.
             top_p: Probability that the candidates reach together, in (0, 1].
@@ -99,33 +99,33 @@ class PromptEnhancer:
                 but no more than the model has positions (a tokenizer without a limit says 10**30).
             between_tokens: Called every few tokens; what it raises ends the work.
         """
-        if not wishes:
+        if not requests:
             return []
-        ids = [self._ids(wish, system_prompt) for wish in wishes]
+        ids = [self._ids(request, system_prompt) for request in requests]
         limit = min(max_new_tokens or self._tokenizer.model_max_length, self._model.config.max_position_embeddings)
         sampling = None
         if temperature != 1.0 or top_p != 1.0:
             top_k = self._model.generation_config.top_k
             sampling = Sampling(temperature, _DEFAULT_TOP_K if top_k is None else top_k, top_p)
-        draws_bt = draws_for([wish.seed for wish in wishes], limit)
+        draws_bt = draws_for([request.seed for request in requests], limit)
         _wake(self._model)
         end = self._tokenizer.eos_token_id
         answers = self._decoder.generate(ids, limit, [] if end is None else [end], sampling, draws_bt, between_tokens)
         return [self._tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
 
-    def _ids(self, wish: Wish, system_prompt: str | None) -> list[int]:
-        user = {"prompt": wish.prompt, "width": wish.width, "height": wish.height}
+    def _ids(self, request: EnhanceRequest, system_prompt: str | None) -> list[int]:
+        user = {"prompt": request.prompt, "width": request.width, "height": request.height}
         messages = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
         messages.append({"role": "user", "content": json.dumps(user, ensure_ascii=False)})
         text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
         return list(self._tokenizer(text)["input_ids"])
 
 
-def why_not(model: Any, tokenizer: Any) -> list[str]:
+def unsupported_reasons(model: Any, tokenizer: Any) -> list[str]:
     """Return why `PromptEnhancer` cannot stand in for the pipeline's own way with these; empty if it can."""
     if type(model).__name__ != "Ministral3ForCausalLM":
         return [f"its prompt enhancer is a {type(model).__name__}, not a Ministral3ForCausalLM"]
-    reasons = why_others(model.config)
+    reasons = unsupported_config_reasons(model.config)
     for name, values in _WITHOUT_EFFECT.items():
         value = getattr(model.generation_config, name, None)
         if value not in values:

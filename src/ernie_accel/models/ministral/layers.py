@@ -32,7 +32,7 @@ class Positions:
     q_scale_bt11: Tensor | None
 
 
-def why_others(config: Any) -> list[str]:
+def unsupported_config_reasons(config: Any) -> list[str]:
     """Return why a model with this ``Ministral3Config`` computes something else than these layers; empty if not."""
     reasons = []
     if config.rope_parameters["rope_type"] in ("dynamic", "longrope"):

@@ -10,7 +10,7 @@ import torch
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.wrap_call import wrapper
 from ernie_accel.families.family import PromptEnhancement
-from ernie_accel.models.ministral.enhancer import TEMPERATURE, TOP_P, PromptEnhancer, Wish
+from ernie_accel.models.ministral.enhancer import TEMPERATURE, TOP_P, EnhanceRequest, PromptEnhancer
 
 
 class EnhancerStandIn:
@@ -19,7 +19,7 @@ class EnhancerStandIn:
     def __init__(self, pipe: Pipeline, how: PromptEnhancement, max_new_tokens: int | None) -> None:
         self._pipe, self._how, self._max_new_tokens = pipe, how, max_new_tokens
         self._enhancer: PromptEnhancer | None = None
-        self._wishes: list[Wish] = []  # the prompts of the call under way
+        self._requests: list[EnhanceRequest] = []  # the prompts of the call under way
         self._answers: list[str] = []  # to them, once the first was asked for
         self._asked = 0
 
@@ -31,11 +31,11 @@ class EnhancerStandIn:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = _seeds(arguments["generator"], len(prompts), arguments["num_images_per_prompt"])
         size = arguments["width"], arguments["height"]
-        self._wishes = [Wish(prompt, *size, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        self._requests = [EnhanceRequest(prompt, *size, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         try:
             return call(arguments)
         finally:
-            self._wishes, self._answers, self._asked = [], [], 0
+            self._requests, self._answers, self._asked = [], [], 0
 
     def enhance_one(
         self,
@@ -48,19 +48,21 @@ class EnhancerStandIn:
         top_p: float = TOP_P,
     ) -> str:
         """Return the enhanced prompt, as the pipeline's own method; outside of a call, sampled by a fresh seed."""
-        if self._wishes:
-            self._answers = self._answers or self.enhance(self._wishes)
+        if self._requests:
+            self._answers = self._answers or self.enhance(self._requests)
             self._asked += 1
             return self._answers[(self._asked - 1) % len(self._answers)]  # `CheckFinite` may make a call twice
-        wish = Wish(prompt, width, height, _fresh_seed())
-        return self.enhance([wish], system_prompt=system_prompt, temperature=temperature, top_p=top_p)[0]
+        request = EnhanceRequest(prompt, width, height, _fresh_seed())
+        return self.enhance([request], system_prompt=system_prompt, temperature=temperature, top_p=top_p)[0]
 
-    def enhance(self, wishes: Sequence[Wish], *, max_new_tokens: int | None = None, **settings: Any) -> list[str]:
+    def enhance(
+        self, requests: Sequence[EnhanceRequest], *, max_new_tokens: int | None = None, **settings: Any
+    ) -> list[str]:
         """Return the enhanced prompts; see `PromptEnhancer.enhance`. The transform's limit of tokens is the default."""
         model = getattr(self._pipe, self._how.model)
         if self._enhancer is None or not self._enhancer.enhances_with(model):
             self._enhancer = PromptEnhancer(model, getattr(self._pipe, self._how.tokenizer))
-        return self._enhancer.enhance(wishes, max_new_tokens=max_new_tokens or self._max_new_tokens, **settings)
+        return self._enhancer.enhance(requests, max_new_tokens=max_new_tokens or self._max_new_tokens, **settings)
 
     def forget(self) -> None:
         """Let go of what is kept on the device between calls, and of a model that is no longer the pipe's."""

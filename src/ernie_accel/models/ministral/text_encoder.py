@@ -21,7 +21,7 @@ from ernie_accel.models.ministral.layers import (
     rms_norm,
     run_layer,
     signed,
-    why_others,
+    unsupported_config_reasons,
 )
 from ernie_accel.models.replays import Capture, Replays
 
@@ -32,13 +32,13 @@ _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", 
 _KNOWN = ("input_ids", "inputs_embeds", "use_cache", "output_hidden_states", "output_attentions", "return_dict")
 
 
-def why_not(model: Any) -> list[str]:
+def unsupported_reasons(model: Any) -> list[str]:
     """Return why `RewrittenForward` cannot stand in for the forward of a language model; empty if it can."""
     if type(model).__name__ != "Ministral3Model":
         return [f"its text encoder's language model is a {type(model).__name__}, not a Ministral3Model"]
     if "forward" in vars(model):
         return ["the forward of its text encoder's language model was replaced already"]
-    return why_others(model.config)
+    return unsupported_config_reasons(model.config)
 
 
 class _Look(NamedTuple):
@@ -116,7 +116,7 @@ class RewrittenForward:
             and self._setting(given, "return_dict") is not False
             and getattr(config, "is_causal", None) is not False
             and getattr(config, "tie_last_hidden_states", None) is not False
-            and not why_others(config)
+            and not unsupported_config_reasons(config)
         )
 
     def _setting(self, given: Mapping[str, Any], name: str) -> Any:

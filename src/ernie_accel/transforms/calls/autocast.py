@@ -11,7 +11,7 @@ import torch
 
 from ernie_accel.core.components import Pipeline, device_of, modules_of
 from ernie_accel.core.context import Context
-from ernie_accel.core.dtypes import DTYPES, why_not_cast
+from ernie_accel.core.dtypes import DTYPES, unsupported_cast_reasons
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
@@ -51,7 +51,7 @@ class Autocast(Transform):
         return 25.0
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
-        reasons = why_not_cast(pipe, context, self.dtype)
+        reasons = unsupported_cast_reasons(pipe, context, self.dtype)
         planned = context.planned(pipe)
         found = {planned.dtype_of(name) for name, module in modules_of(pipe).items() if hasattr(module, "dtype")}
         dtypes = {str(dtype).removeprefix("torch.") for dtype in found - {None}}

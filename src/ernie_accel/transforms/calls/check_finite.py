@@ -77,9 +77,9 @@ class _Check:
         try:
             return call(self._watching(arguments))
         except _NotFiniteError as error:
-            why_not = self._why_no_rerun()
-            if why_not is not None:
-                raise ErnieAccelError(f"{error}. {why_not}") from error
+            rerun_problem = self._no_rerun_reason()
+            if rerun_problem is not None:
+                raise ErnieAccelError(f"{error}. {rerun_problem}") from error
             found = str(error)
         warnings.warn(f"{found}: the call is made again in float32", UserWarning, stacklevel=2)
         noise.rewind()
@@ -129,7 +129,7 @@ class _Check:
         modules = modules_of(self._pipe).values()
         return [weight for module in modules for weight in weights_of(module) if weight.tensor.dtype in _HALF]
 
-    def _why_no_rerun(self) -> str | None:
+    def _no_rerun_reason(self) -> str | None:
         """Return why the call cannot be made again in float32; None if it can."""
         if not self._rerun:
             return "CheckFinite(rerun=False) makes no second try: use bfloat16 or float32"

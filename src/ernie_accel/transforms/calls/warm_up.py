@@ -18,7 +18,7 @@ from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transfor
 from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import leaving_no_trace
 from ernie_accel.families import family_of
-from ernie_accel.models.ministral.enhancer import Wish
+from ernie_accel.models.ministral.enhancer import EnhanceRequest
 from ernie_accel.models.ministral.stand_in import EnhancerStandIn, enhancer_of
 
 #: The first step compiles, the second of the same shape is the one that `CaptureGraphs` records.
@@ -228,7 +228,7 @@ def _enhance(enhancer: EnhancerStandIn, size: tuple[int, int], batch: int) -> st
     """
     start = time.perf_counter()
     for _ in range(2):
-        enhancer.enhance([Wish(PROMPT, *size, seed) for seed in range(batch)], max_new_tokens=TOKENS)
+        enhancer.enhance([EnhanceRequest(PROMPT, *size, seed) for seed in range(batch)], max_new_tokens=TOKENS)
     return f"prompts enhanced, batch {batch}: {1000 * (time.perf_counter() - start):.0f} ms"
 
 

@@ -15,7 +15,7 @@ from ernie_accel.core.planned import Blocks, PlannedPipe
 from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import repeated_blocks
-from ernie_accel.models.compile_cache import as_folder, compile_module, why_not_kept
+from ernie_accel.models.compile_cache import as_folder, compile_module, unsupported_cache_reasons
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,7 +64,7 @@ class Compile(Transform):
         reasons = absent_components(pipe, self.components)
         if context.no_compile is not None:
             reasons.append(context.no_compile)
-        reasons += why_not_kept(self.cache, context.device)
+        reasons += unsupported_cache_reasons(self.cache, context.device)
         if reasons:
             return reasons
         return self._broken_by_quantization(pipe, context) + [

@@ -13,7 +13,7 @@ from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
-from ernie_accel.models.masks import PaddingWatch, map_masks, masked_blocks, watch_padding, why_no_idle_mask
+from ernie_accel.models.masks import PaddingWatch, map_masks, masked_blocks, no_mask_reason, watch_padding
 
 
 @dataclass(frozen=True, repr=False)
@@ -43,7 +43,7 @@ class ElideMask(Transform):
         return []
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
-        note = why_no_idle_mask(pipe, context)
+        note = no_mask_reason(pipe, context)
         return Preview(() if note else self._changes(pipe), note=note or "")
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:

@@ -72,10 +72,10 @@ class FuseKernels(Transform):
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         # Without the bf16 kernels a pipe computes the same thing more slowly, so there is nothing to refuse.
-        return self._why_not(pipe, context) if self.precision == "fp8" else []
+        return self._unsupported_reasons(pipe, context) if self.precision == "fp8" else []
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
-        reasons = self._why_not(pipe, context)
+        reasons = self._unsupported_reasons(pipe, context)
         if reasons:
             return Preview((), note="the kernels cannot run here: " + "; ".join(reasons))
         if kernels_of(pipe).is_installed(pipe.transformer):
@@ -120,7 +120,7 @@ class FuseKernels(Transform):
         note = "; ".join(filter(None, (self._attention_note(context), kept)))
         return Applied(on_kernels, undo=undo, skipped=skipped, note=note)
 
-    def _why_not(self, pipe: Pipeline, context: Context) -> list[str]:
+    def _unsupported_reasons(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = context.without_kernels(self.precision, (8, 9) if self.precision == "fp8" else (8, 0))
         family = family_of(pipe)
         if family is None or family.kernels is None:
@@ -128,7 +128,7 @@ class FuseKernels(Transform):
             instead = ": use Quantize('fp8') in its place" if self.precision == "fp8" else ""
             return [*reasons, f"there are no fused kernels for {name} yet{instead}"]
         if self.attention == "fp8":
-            reasons += self._why_no_fp8_attention(context)
+            reasons += self._no_fp8_attention_reasons(context)
         planned = context.planned(pipe)
         has_lora = getattr(pipe.transformer, "_hf_peft_config_loaded", False)
         if planned.blocks < Blocks.REWRITTEN and not rewritten_blocks(pipe).is_rewritten(pipe.transformer):
@@ -146,13 +146,13 @@ class FuseKernels(Transform):
             reasons.append(f"the kernels take bfloat16 weights, found {found}: add CastDtype('bfloat16')")
         return reasons
 
-    def _why_no_fp8_attention(self, context: Context) -> list[str]:
+    def _no_fp8_attention_reasons(self, context: Context) -> list[str]:
         reasons = [] if self.precision == "fp8" else ["fp8 attention goes with FuseKernels('fp8')"]
-        return reasons + _why_no_cudnn(context)
+        return reasons + _no_cudnn_reasons(context)
 
     def _attention(self, context: Context) -> str | None:
         """Return the precision of cuDNN's own attention, or None where torch's stays."""
-        if _why_no_cudnn(context):
+        if _no_cudnn_reasons(context):
             return None
         return "fp8" if self.attention != "bf16" and self.precision == "fp8" else "bf16"
 
@@ -163,7 +163,7 @@ class FuseKernels(Transform):
         if self.precision != "fp8":
             missing = context.missing("cudnn") if (context.capability or (0, 0)) >= _CUDNN_CAPABILITY else []
             return "; ".join(f"attention by torch, planned anew for each prompt length: {each}" for each in missing)
-        reasons = _why_no_cudnn(context) if self.attention == "auto" else []
+        reasons = _no_cudnn_reasons(context) if self.attention == "auto" else []
         return ": ".join(["attention in bf16", *filter(None, ["; ".join(reasons)])])
 
     def _on_kernels(self, pipe: Pipeline, context: Context) -> tuple[str, ...]:
@@ -184,7 +184,7 @@ class FuseKernels(Transform):
             is_linear = name.startswith(blocks) and name.endswith(".weight") and len(weight.shape) == 2
             if self.precision != "fp8" or not is_linear or any(re.match(pattern, path) for pattern in exclude):
                 continue
-            why = _why_not_fp8(weight, has_bias=f"transformer.{path}.bias" in planned)
+            why = _not_fp8_reason(weight, has_bias=f"transformer.{path}.bias" in planned)
             if why is None:
                 todo.append(path)
             else:
@@ -192,14 +192,14 @@ class FuseKernels(Transform):
         return todo, left_out
 
 
-def _why_no_cudnn(context: Context) -> list[str]:
+def _no_cudnn_reasons(context: Context) -> list[str]:
     """Return why cuDNN's own attention cannot be called."""
     old = (context.capability or (0, 0)) < _CUDNN_CAPABILITY
     reasons = ["cuDNN's own attention needs CUDA compute capability >= 9.0"] if old else []
     return reasons + context.missing("cudnn")
 
 
-def _why_not_fp8(weight: PlannedWeight, *, has_bias: bool) -> str | None:
+def _not_fp8_reason(weight: PlannedWeight, *, has_bias: bool) -> str | None:
     """Return why a linear layer cannot become an `Fp8Linear`, or None."""
     rows, columns = weight.shape
     if has_bias:

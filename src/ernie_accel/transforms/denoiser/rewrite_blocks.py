@@ -45,7 +45,7 @@ class RewriteBlocks(Transform):
         blocks, transformer = rewritten_blocks(pipe), pipe.transformer
         if blocks.is_rewritten(transformer):
             return []
-        reasons: list[str] = blocks.why_not(transformer)
+        reasons: list[str] = blocks.unsupported_reasons(transformer)
         if any("forward" in vars(part) for part in transformer.modules()):
             reasons.append(
                 "the transformer carries hooks already (offloading, layerwise casting): optimize first, then call "

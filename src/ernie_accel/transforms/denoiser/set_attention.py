@@ -20,7 +20,7 @@ from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.models.fused_npu import with_prepared_masks
-from ernie_accel.models.masks import why_no_idle_mask
+from ernie_accel.models.masks import no_mask_reason
 from ernie_accel.models.processors import attentions, send_through_dispatcher
 from ernie_accel.models.rewritten import calls_cudnn
 
@@ -37,7 +37,7 @@ class Backend:
         devices: Device types it runs on.
         capability: Least CUDA compute capability.
         preferred_from: CUDA compute capability from which "auto" takes it; None: wherever it runs.
-        below: CUDA compute capability it does not reach any more, or None.
+        capability_below: First CUDA compute capability that it no longer supports, or None.
         dtypes: Dtypes it takes; empty: all.
         max_head_dim: Largest head size it takes; None: any.
         takes_mask: Whether it takes an attention mask. For those that do not, a padded batch runs on "native".
@@ -49,7 +49,7 @@ class Backend:
     devices: tuple[str, ...] = ("cuda",)
     capability: tuple[int, int] = (0, 0)
     preferred_from: tuple[int, int] | None = None
-    below: tuple[int, int] | None = None
+    capability_below: tuple[int, int] | None = None
     dtypes: tuple[torch.dtype, ...] = ()
     max_head_dim: int | None = None
     takes_mask: bool = True
@@ -89,7 +89,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             "_flash_3",
             "FlashAttention 3, Hopper only",
             capability=(9, 0),
-            below=(10, 0),
+            capability_below=(10, 0),
             dtypes=HALF,
             max_head_dim=256,
             takes_mask=False,
@@ -140,9 +140,9 @@ class SetAttention(Transform):
 
     Attributes:
         backend: A key of `BACKENDS`: "native", "cudnn", "flash", "efficient", "math" (all in torch), "flash2",
-            "flash3", "sage", "xformers", "npu" (packages). "auto" takes the first of `PREFERRED` that runs; see `why`.
-            It chooses none where `FuseKernels` calls cuDNN itself: a name puts a stop to that in blocks whose attention
-            is in bfloat16, and to the padding by which prompt lengths share plans and graphs in all.
+            "flash3", "sage", "xformers", "npu" (packages). "auto" takes the first of `PREFERRED` that runs (see
+            `explain`), and none where `FuseKernels` calls cuDNN itself. A name overrides those calls in blocks whose
+            attention is in bfloat16, and in all blocks the padding that lets prompt lengths share plans and graphs.
     """
 
     phase: ClassVar[Phase] = Phase.ATTENTION
@@ -214,7 +214,7 @@ class SetAttention(Transform):
             return None
         return next((name for name in PREFERRED if _auto_takes(name, pipe, context)), "native")
 
-    def why(self, pipe: Pipeline, context: Context | None = None) -> str:
+    def explain(self, pipe: Pipeline, context: Context | None = None) -> str:
         """Return what speaks for and against every backend here, one line each, and the choice.
 
         Args:
@@ -226,7 +226,7 @@ class SetAttention(Transform):
         if chosen is None:
             return f"{self!r} chooses none on {context}: {_LEFT_OPEN}"
         dtype = str(_dtype(pipe, context)).removeprefix("torch.")
-        mask = why_no_idle_mask(pipe, context)
+        mask = no_mask_reason(pipe, context)
         lines = [
             f"{self!r} takes {chosen!r} on {context}: {dtype}, head size {_head_dim(pipe)}, "
             + (f"no mask ({mask})" if mask else "a mask in every call (ElideMask() would drop it)")
@@ -264,9 +264,9 @@ def reasons_against(name: str, pipe: Pipeline, context: Context) -> list[str]:
     if context.device not in backend.devices:
         reasons.append(f"{name!r} runs on {' and '.join(backend.devices)}; this device is {context.device}")
     elif context.capability is not None:
-        reasons += context.below(repr(name), backend.capability)
-        if backend.below is not None and context.capability >= backend.below:
-            have, limit = ("{}.{}".format(*capability) for capability in (context.capability, backend.below))
+        reasons += context.missing_capability(repr(name), backend.capability)
+        if backend.capability_below is not None and context.capability >= backend.capability_below:
+            have, limit = ("{}.{}".format(*capability) for capability in (context.capability, backend.capability_below))
             reasons.append(f"{name!r} is built for CUDA compute capability < {limit}; this device has {have}")
     if backend.package is not None and backend.package[0] not in context.versions:
         reasons.append(f"{name!r} needs {backend.package[0]}, which is not installed: {backend.package[1]}")
@@ -277,7 +277,7 @@ def reasons_against(name: str, pipe: Pipeline, context: Context) -> list[str]:
         reasons.append(f"{name!r} computes in {wanted}; the transformer is {found}: add CastDtype('bfloat16')")
     if backend.max_head_dim is not None and head_dim is not None and head_dim > backend.max_head_dim:
         reasons.append(f"{name!r} takes heads of at most {backend.max_head_dim}; this transformer has {head_dim}")
-    if not backend.takes_mask and why_no_idle_mask(pipe, context) is None:
+    if not backend.takes_mask and no_mask_reason(pipe, context) is None:
         reasons.append(f"{name!r} takes no mask, and this transformer passes one in every call: add ElideMask()")
     return reasons
 

@@ -13,7 +13,7 @@ from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import wrap_call
 from ernie_accel.families import family_of
 from ernie_accel.families.family import PromptEnhancement
-from ernie_accel.models.ministral.enhancer import why_not
+from ernie_accel.models.ministral.enhancer import unsupported_reasons
 from ernie_accel.models.ministral.stand_in import EnhancerStandIn
 
 
@@ -56,7 +56,7 @@ class RewriteEnhancer(Transform):
         if is_moved_in_parts(model) or context.planned(pipe).offload in ("sequential", "group"):
             why = f"{how.model} is offloaded or cast layer by layer: Offload('model') or 'stages' go with this"
             return Preview((), note=why)
-        problems = why_not(model, getattr(pipe, how.tokenizer))
+        problems = unsupported_reasons(model, getattr(pipe, how.tokenizer))
         return Preview((), note="; ".join(problems)) if problems else Preview(_changes(how))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:

@@ -12,7 +12,7 @@ from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
-from ernie_accel.models.ministral.text_encoder import RewrittenForward, why_not
+from ernie_accel.models.ministral.text_encoder import RewrittenForward, unsupported_reasons
 
 
 @dataclass(frozen=True, repr=False)
@@ -59,7 +59,7 @@ class RewriteTextEncoder(Transform):
         if is_moved_in_parts(pipe.text_encoder) or context.planned(pipe).offload in ("sequential", "group"):
             why = "text_encoder is offloaded or cast layer by layer: Offload('model') or 'stages' go with this"
             return Preview((), note=why)
-        problems = why_not(model)
+        problems = unsupported_reasons(model)
         return Preview((), note="; ".join(problems)) if problems else Preview(_changes(pipe))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:

@@ -12,8 +12,8 @@ from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
-from ernie_accel.models.compile_cache import as_folder, compile_module, why_not_kept
-from ernie_accel.models.vae_decoder import FusedDecoder, why_not
+from ernie_accel.models.compile_cache import as_folder, compile_module, unsupported_cache_reasons
+from ernie_accel.models.vae_decoder import FusedDecoder, unsupported_reason
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,7 +44,7 @@ class CompileVae(Transform):
         reasons = [] if context.no_compile is None else [context.no_compile]
         if not isinstance(_decoder(pipe), torch.nn.Module):
             reasons.append(f"{type(pipe).__name__} has no vae.decoder")
-        return reasons + why_not_kept(self.cache, context.device)
+        return reasons + unsupported_cache_reasons(self.cache, context.device)
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         if _decoder(pipe)._compiled_call_impl is not None:
@@ -95,7 +95,7 @@ class FuseVae(Transform):
             return Preview((), note="the decoder runs on the kernels already")
         if decoder._compiled_call_impl is not None:
             return Preview((), note="the decoder is compiled already")
-        reason = why_not(decoder)
+        reason = unsupported_reason(decoder)
         return Preview(("vae.decoder",)) if reason is None else Preview((), note=f"not this decoder: {reason}")
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:

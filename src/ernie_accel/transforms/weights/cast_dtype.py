@@ -18,7 +18,7 @@ from ernie_accel.core.components import (
     weights_of,
 )
 from ernie_accel.core.context import Context
-from ernie_accel.core.dtypes import DTYPES, dtype_name, why_not_cast
+from ernie_accel.core.dtypes import DTYPES, dtype_name, unsupported_cast_reasons
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
@@ -61,7 +61,7 @@ class CastDtype(Transform):
         return 25.0
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
-        return why_not_cast(pipe, context, self.dtype, self.components)
+        return unsupported_cast_reasons(pipe, context, self.dtype, self.components)
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         todo = dict(self._weights_to_cast(pipe, context))

@@ -162,21 +162,21 @@ class Quantize(Transform):
 class _Work:
     """What a `Quantize` means for one pipe on one machine; the same for preview and apply, so that they agree."""
 
-    def __init__(self, wish: Quantize, pipe: Pipeline, context: Context) -> None:
-        chosen = wish.choose(context).chosen
+    def __init__(self, request: Quantize, pipe: Pipeline, context: Context) -> None:
+        chosen = request.choose(context).chosen
         if chosen is None:
-            raise ValueError(f"{wish!r} cannot run here; unsupported() says why")
+            raise ValueError(f"{request!r} cannot run here; unsupported() says why")
         self.scheme, self.backend = chosen.scheme, BACKENDS[chosen.backend]
         self.name = f"{chosen.scheme} by {chosen.backend}"
-        self.sites = linear_sites(pipe, wish.components, wish.exclude, _to_be_fused(pipe, context))
+        self.sites = linear_sites(pipe, request.components, request.exclude, _to_be_fused(pipe, context))
         self._before = context.planned(pipe)
         plain = [site for site in self.sites if self._stored_as(site) is None]
         #: Why layers stay as they are, by name.
-        self.left_out = {site.name: why for site in plain if (why := self._why_not(site)) is not None}
+        self.left_out = {site.name: why for site in plain if (why := self._left_out_reason(site)) is not None}
         #: The layers to quantize.
         self.todo = [site for site in plain if site.name not in self.left_out]
 
-    def _why_not(self, site: LinearSite) -> str | None:
+    def _left_out_reason(self, site: LinearSite) -> str | None:
         if site.left_out is not None:
             return site.left_out
         return self.backend.layer_problem(self.scheme, self._spec(site))
