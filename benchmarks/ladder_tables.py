@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ernie_accel.core.hardware import hardware_called
+
 Result = dict[str, Any]
 Row = dict[str, Any]
 
@@ -14,9 +16,22 @@ def text_of(result: Result) -> str:
     lines = [f"# {result['section'].capitalize()} on {result['device']}", "", f"`{result['command']}`", ""]
     lines += [f"{about}; commit {result['commit']}.", ""]
     if result["ceilings"]:
-        rates = ", ".join(f"{name} {value:.1f}" for name, value in result["ceilings"].items())
-        lines += [f"Ceilings: {rates}.", ""]
+        peaks = _published(result["device"])
+        rates = (f"{name} {value:.1f}{_share(value, peaks.get(name))}" for name, value in result["ceilings"].items())
+        lines += [f"Ceilings: {', '.join(rates)}.", ""]
     return "\n".join(lines) + "\n" + tables(result) + "\n"
+
+
+def _published(device: str) -> dict[str, float]:
+    """Return what the vendor publishes of a device, by the names that the ceilings have."""
+    row = hardware_called(device)
+    rates = row.published() if row is not None else None
+    known = rates.known() if rates is not None else {}
+    return {{"bandwidth_tb_s": "copy_tb_s"}.get(name, name): value for name, value in known.items()}
+
+
+def _share(value: float, peak: float | None) -> str:
+    return "" if peak is None else f" ({value / peak:.0%} of the published {peak:g})"
 
 
 def tables(result: Result) -> str:

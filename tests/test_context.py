@@ -11,7 +11,7 @@ import torch
 import ernie_accel
 from ernie_accel import Context
 from ernie_accel.core import context as module
-from ernie_accel.core.context import DEVICES
+from ernie_accel.core.hardware import HARDWARE
 
 
 def test_this_machine_is_seen(ernie):
@@ -21,7 +21,7 @@ def test_this_machine_is_seen(ernie):
     assert context.versions["torch"] == importlib.metadata.version("torch")
 
 
-@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("name", list(HARDWARE))
 def test_every_named_device_can_be_planned_for(name, ernie):
     context = Context.named(name.upper())
     assert (context.device == "cuda") == (context.capability is not None)
@@ -69,8 +69,8 @@ def test_a_device_is_found_by_what_people_write_for_it(name):
 
 
 def test_every_device_is_found_by_its_own_full_name():
-    for key, facts in DEVICES.items():
-        assert Context.named(facts.device_name) == Context.named(key)
+    for key, row in HARDWARE.items():
+        assert Context.named(row.name) == Context.named(key)
 
 
 @pytest.mark.parametrize(("name", "meant"), [("4090", "rtx4090"), ("RTX 4090 Ti", "rtx4090"), ("h2000", "h200")])

@@ -13,6 +13,8 @@ from ernie_accel.core.errors import RestoreError as RestoreError
 from ernie_accel.core.errors import SavedPipelineError as SavedPipelineError
 from ernie_accel.core.errors import UnknownNameError as UnknownNameError
 from ernie_accel.core.errors import UnsupportedError as UnsupportedError
+from ernie_accel.core.hardware import Hardware as Hardware
+from ernie_accel.core.hardware import Rates as Rates
 from ernie_accel.api import optimize as optimize
 from ernie_accel.api import plan as plan
 from ernie_accel.api import report as report
@@ -22,6 +24,7 @@ from ernie_accel.core.preset import Preset as Preset
 from ernie_accel.recipes.recommend import Recommendation as Recommendation
 from ernie_accel.recipes.recommend import recommend as recommend
 from ernie_accel.recipes.presets import presets as presets
+from ernie_accel.recipes.presets import register_hardware as register_hardware
 from ernie_accel.core.report import Report as Report
 from ernie_accel.core.transform import Applied as Applied
 from ernie_accel.core.transform import Effect as Effect

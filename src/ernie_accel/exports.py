@@ -30,11 +30,12 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "UnknownNameError",
             "UnsupportedError",
         ),
+        "core.hardware": ("Hardware", "Rates"),
         "api": ("optimize", "plan", "report", "restore"),
         "core.plan": ("Plan",),
         "core.preset": ("Preset",),
         "recipes.recommend": ("Recommendation", "recommend"),
-        "recipes.presets": ("presets",),
+        "recipes.presets": ("presets", "register_hardware"),
         "core.report": ("Report",),
         "core.transform": (
             "Applied",

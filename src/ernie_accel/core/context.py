@@ -5,22 +5,21 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ernie_accel.core.components import Pipeline, device_of
-from ernie_accel.core.errors import UnknownNameError, closest
+from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.hardware import GIB, hardware_named
 from ernie_accel.core.planned import PlannedPipe
+from ernie_accel.plugins import load_plugins
 
 if TYPE_CHECKING:
     import torch
-
-GIB = 2**30
 
 #: Import name -> pip extra, of every optional package of the library's own.
 OPTIONAL_PACKAGES: Mapping[str, str] = MappingProxyType(
@@ -144,23 +143,22 @@ class Context:
 
     @classmethod
     def named(cls, name: str) -> Context:
-        """Return the facts of a well-known device, with the packages that are installed here.
+        """Return the facts of a device of the table, with the packages that are installed here.
 
         A CUDA device also gets what CUDA builds of torch bring, whatever build is here.
 
         Args:
-            name: A key of `DEVICES` ("h200", "rtx3060", "ascend910b", ...), or what people write for it ("RTX 3060",
+            name: A key of `HARDWARE` ("h200", "rtx3060", "ascend910b", ...), or what people write for it ("RTX 3060",
                 "GeForce RTX 3060", "NVIDIA H200", "Ascend 910B").
 
         Raises:
             UnknownNameError: There is no such device in the table.
         """
-        key = _device_key(name)
-        if key not in DEVICES:
-            raise UnknownNameError("device", name, DEVICES, note=NOT_SUPPORTED_YET, suggestion=closest(key, DEVICES))
-        facts = DEVICES[key]
-        bundled = dict.fromkeys(_BUNDLED_PACKAGES, "unknown") if facts.device == "cuda" else {}
-        return replace(facts, versions={**bundled, **installed_versions()})
+        load_plugins()
+        row = hardware_named(name, note=NOT_SUPPORTED_YET)
+        bundled = dict.fromkeys(_BUNDLED_PACKAGES, "unknown") if row.device == "cuda" else {}
+        versions = {**bundled, **installed_versions()}
+        return cls(row.device, row.name, row.capability, row.memory_bytes, versions)
 
     @property
     def torch_device(self) -> str:
@@ -270,35 +268,3 @@ def _no_cpu_compile_reason() -> str | None:
     if any(name and shutil.which(name) for name in candidates):
         return None
     return "torch.compile on the CPU needs a C++ compiler, and none of g++, clang++, c++ is on the PATH"
-
-
-def _device_key(name: str) -> str:
-    """Return what people write for a device ("NVIDIA GeForce RTX 4090") in the way of the keys of `DEVICES`."""
-    key = re.sub(r"[\s_-]", "", name.lower())
-    return re.sub(r"^(nvidia|huawei)?(geforce)?(rtx(?=a\d))?", "", key)
-
-
-def _cuda(name: str, major: int, minor: int, gib: int) -> Context:
-    return Context("cuda", name, (major, minor), gib * GIB)
-
-
-#: Well-known devices for `Context.named`; capability and memory as their vendors publish them.
-DEVICES: Mapping[str, Context] = MappingProxyType(
-    {
-        "cpu": Context("cpu", "cpu"),
-        "v100": _cuda("NVIDIA V100", 7, 0, 32),
-        "t4": _cuda("NVIDIA T4", 7, 5, 16),
-        "a100": _cuda("NVIDIA A100", 8, 0, 80),
-        "a6000": _cuda("NVIDIA RTX A6000", 8, 6, 48),
-        "rtx3060": _cuda("NVIDIA GeForce RTX 3060", 8, 6, 12),
-        "rtx3090": _cuda("NVIDIA GeForce RTX 3090", 8, 6, 24),
-        "rtx4060": _cuda("NVIDIA GeForce RTX 4060", 8, 9, 8),
-        "rtx4090": _cuda("NVIDIA GeForce RTX 4090", 8, 9, 24),
-        "l40s": _cuda("NVIDIA L40S", 8, 9, 48),
-        "h100": _cuda("NVIDIA H100", 9, 0, 80),
-        "h200": _cuda("NVIDIA H200", 9, 0, 141),
-        "b200": _cuda("NVIDIA B200", 10, 0, 180),
-        "rtx5090": _cuda("NVIDIA GeForce RTX 5090", 12, 0, 32),
-        "ascend910b": Context("npu", "Ascend 910B", None, 64 * GIB),
-    }
-)

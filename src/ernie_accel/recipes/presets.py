@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from dataclasses import replace
 
 from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.hardware import HARDWARE, Hardware, add_row
 from ernie_accel.core.preset import Preset
-from ernie_accel.core.transform import Transform
+from ernie_accel.plugins import load_plugins
 from ernie_accel.transforms.calls.call_defaults import CallDefaults
 from ernie_accel.transforms.denoiser.capture_graphs import CaptureGraphs
 from ernie_accel.transforms.denoiser.compile import Compile
@@ -159,70 +159,47 @@ presets = PresetTable(
 )
 
 
-@dataclass(frozen=True)
-class Card:
-    """What one device should run.
+def register_hardware(row: Hardware) -> Hardware:
+    """Add a row to the table of hardware, for this process; return the row.
 
-    Attributes:
-        device: A key of ``context.DEVICES``.
-        preset: Name of a preset.
-        why: The evidence, or that there is none.
-        extra: Transforms that this card needs beside those of the preset; they replace those in the same slot.
+    ``Context.named``, ``--device`` and, if it names a preset, ``optimize(preset=row.key)`` find it then, and
+    ``recommend`` knows the device by its name.
+
+    Raises:
+        TypeError: It is no `Hardware`.
+        ValueError: Another device, or a preset, has its key or its name.
+        UnknownNameError: There is no such preset.
     """
+    if not isinstance(row, Hardware):
+        raise TypeError(f"expected a Hardware, got {row!r}")
+    if row.preset is not None and row.preset not in presets:
+        raise UnknownNameError("preset", row.preset, presets)
+    if row.key in presets:
+        raise ValueError(f"key={row.key!r} is the name of a preset: choose another")
+    add_row(row)
+    return row
 
-    device: str
-    preset: str
-    why: str
-    extra: tuple[Transform, ...] = ()
 
-
-#: Device -> what to run there. The names are preset names, too: ``optimize(pipe, preset="rtx3090")``. Seconds are of
-#: one ERNIE-Image-Turbo picture at 1024x1024 in 8 steps, as its users publish them.
-CARDS: Mapping[str, Card] = MappingProxyType(
-    {
-        card.device: card
-        for card in (
-            Card("rtx4090", "turbo-fp8", "multiplies in fp8; nothing is published for this card"),
-            Card("rtx3090", "turbo-int8", "published: bf16 12.4 s, fp8 12.7 s (no fp8 units), int8 7.0 s"),
-            Card("rtx3060", "turbo-int8", "published: bf16 43 s, fp8 28.7 s, int8 14.4 s"),
-            Card("rtx4060", "turbo-q4", "in 8 bits the transformer alone (8 GB) fills the card; nothing is published"),
-            Card("a100", "turbo-bf16", "has the memory for bf16; whether int8 is faster here nobody has published"),
-            Card("a6000", "turbo-int8", "the same architecture as the RTX 3090, where int8 takes 0.56 of the time"),
-            Card(
-                "h100",
-                "turbo-fp8",
-                "measured on an H200: a step of the stock model takes 95 ms in fp8 and 134 ms in bf16, both compiled",
-            ),
-            Card(
-                "ascend910b",
-                "npu-bf16",
-                "masks as its kernels take them; no quantized kernels are known to work through diffusers here",
-            ),
-        )
-    }
-)
+def hardware_presets() -> dict[str, str]:
+    """Return key of a device -> name of its preset, for those that have one; the keys are preset names, too."""
+    return {row.key: row.preset for row in HARDWARE.values() if row.preset is not None}
 
 
 def find_preset(preset: Preset | str) -> Preset:
-    """Return a preset by its name or that of a card, or the preset itself.
+    """Return a preset by its name or that of a device, or the preset itself.
 
     Raises:
-        UnknownNameError: There is no preset and no card of that name.
+        UnknownNameError: There is no preset and no device with a preset of that name.
     """
     if isinstance(preset, Preset):
         return preset
     if not isinstance(preset, str):
         raise TypeError(f"expected a preset or its name, got {preset!r}")
+    load_plugins()
     if preset in presets:
         return presets[preset]
-    if preset in CARDS:
-        return card_preset(CARDS[preset])
-    raise UnknownNameError("preset", preset, (*presets, *CARDS))
-
-
-def card_preset(card: Card) -> Preset:
-    """Return what `card` should run, under the card's name."""
-    base = presets[card.preset]
-    by_slot = {transform.occupies: transform for transform in (*base.transforms, *card.extra)}
-    summary = f"{card.preset} for this card: {card.why}."
-    return replace(base, name=card.device, summary=summary, transforms=tuple(by_slot.values()))
+    by_device = hardware_presets()
+    if preset in by_device:
+        base, row = presets[by_device[preset]], HARDWARE[preset]
+        return replace(base, name=row.key, summary=f"{base.name} for this card: {row.why}.")
+    raise UnknownNameError("preset", preset, (*presets, *by_device))

@@ -8,14 +8,16 @@ from types import MappingProxyType
 
 from ernie_accel.common.text import human_bytes
 from ernie_accel.core.components import Pipeline
-from ernie_accel.core.context import DEVICES, OPTIONAL_PACKAGES, Context
+from ernie_accel.core.context import OPTIONAL_PACKAGES, Context
 from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.hardware import hardware_called
 from ernie_accel.core.plan import Plan, compose, plan_request
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.transform import Transform
 from ernie_accel.families import family_of
 from ernie_accel.families.ernie_image import ERNIE_IMAGE
-from ernie_accel.recipes.presets import CARDS, Card, card_preset, presets
+from ernie_accel.plugins import load_plugins
+from ernie_accel.recipes.presets import presets
 from ernie_accel.transforms.calls.call_defaults import MODES
 from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
 from ernie_accel.transforms.weights.cast_dtype import CastDtype
@@ -122,6 +124,7 @@ def recommend(
         UnknownNameError: There is no such mode.
     """
     check_mode(mode)
+    load_plugins()
     family = family_of(pipe) if pipe is not None else None
     if mode is None:
         mode = next(iter(family.modes)) if family is not None and "turbo" not in family.modes else "turbo"
@@ -158,11 +161,11 @@ def check_mode(mode: str | None) -> None:
 def _candidates(machine: Context, mode: str) -> list[tuple[Preset, tuple[str, ...], list[str]]]:
     """Return (preset, why, what speaks against it on this machine): the card's own first, then the ladder."""
     found: list[tuple[Preset, tuple[str, ...], list[str]]] = []
-    card = card_of(machine)
-    if card is not None and mode == "turbo":
-        own = presets[card.preset] if not card.extra else card_preset(card)
+    row = hardware_called(machine.device_name)
+    if row is not None and row.preset is not None and mode == presets[row.preset].mode:
+        own = presets[row.preset]
         package = next((rung.package for rung in LADDER if rung.precision == own.precision), None)
-        found.append((own, (f"{DEVICES[card.device].device_name}: {card.why}",), _missing(machine, package)))
+        found.append((own, (f"{row.name}: {row.why}",), _missing(machine, package)))
     rungs = _by_precision(machine, mode)
     for rung in LADDER:
         preset = rungs.get(rung.precision)
@@ -186,16 +189,6 @@ def _missing(context: Context, package: str | None) -> list[str]:
     if package in OPTIONAL_PACKAGES:
         return context.missing(package)
     return [f"{package} is not installed (it comes with CUDA builds of torch): pip install {package}"]
-
-
-def card_of(machine: Context) -> Card | None:
-    """Return the entry of `CARDS` for this device, or None. Ti, SUPER and laptop variants are other cards."""
-    for card in CARDS.values():
-        name = DEVICES[card.device].device_name
-        rest = machine.device_name.removeprefix(name)
-        if machine.device_name.startswith(name) and not {"Ti", "SUPER", "Laptop"} & set(rest.split()):
-            return card
-    return None
 
 
 def _refused(pipe: Pipeline | None, preset: Preset, machine: Context) -> Mapping[Transform, tuple[str, ...]] | None:
