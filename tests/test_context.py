@@ -32,7 +32,7 @@ def test_every_named_device_can_be_planned_for(name, ernie):
 
 
 def test_a_named_cuda_device_has_what_cuda_builds_of_torch_bring(monkeypatch, ernie):
-    """A laptop with a CPU build of torch plans for an H200 as the README shows it."""
+    """A laptop with a CPU build of torch plans for an H200 as docs/concepts.md shows it."""
     real = module._importable
     monkeypatch.setattr(module, "_importable", lambda package: package != "triton" and real(package))
     assert "triton" in Context.named("h200").versions

@@ -49,10 +49,10 @@ def test_the_page_of_transforms_is_what_the_code_says():
 
 
 @pytest.mark.parametrize("beside", [{}, {"cudnn": "1.32"}], ids=["here", "with cudnn"])
-def test_the_plan_in_the_readme_is_what_the_command_prints(capsys, monkeypatch, beside):
+def test_the_plan_in_the_docs_is_what_the_command_prints(capsys, monkeypatch, beside):
     installed = context.installed_versions()
     monkeypatch.setattr(context, "installed_versions", lambda: {**installed, **beside})
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
     command, shown = re.search(r"^\$ ernie-accel (plan .*)\n((?s:.*?))^```", text, flags=re.MULTILINE).groups()
     with pytest.raises(SystemExit, match=r"^0$"):
         main(command.split())
