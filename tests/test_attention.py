@@ -123,6 +123,31 @@ def test_a_text_that_somebody_pads_further_is_masked(ernie):
     assert all(mask is not None for mask in spy.masks)
 
 
+def test_what_is_known_of_a_text_holds_with_its_own_lengths_only(ernie):
+    """Exactly this pair: two batches of one width, one of which pads, called across."""
+    ernie_accel.optimize(ernie, ElideMask())
+    full, padded = inputs((3, 3), 3), inputs((2, 3), 3)
+    full["text_bth"] = full["text_bth"].clone()
+    for given in (full, padded):
+        ernie.transformer(**given)  # each is looked at, and known from now on
+    for text, lengths, elided in ((full, padded, False), (padded, full, True), (padded, padded, False)):
+        given = text | {"text_lens": lengths["text_lens"]}
+        with Spy() as spy:
+            ernie.transformer(**given)
+        assert spy.masks
+        assert all((mask is None) == elided for mask in spy.masks)
+
+
+def test_a_text_of_the_pipelines_own_with_other_lengths_is_looked_at(ernie):
+    ernie_accel.optimize(ernie, ElideMask())
+    text, lengths = ernie._pad_text([torch.randn(3, 64), torch.randn(3, 64)], torch.device("cpu"), torch.float32, 64)
+    given = inputs((3, 3), 3) | {"text_bth": text, "text_lens": lengths}
+    for lens, elided in ((lengths, True), (torch.tensor([2, 3]), False)):
+        with Spy() as spy:
+            ernie.transformer(**given | {"text_lens": lens})
+        assert all((mask is None) == elided for mask in spy.masks)
+
+
 @pytest.mark.parametrize(
     ("transforms", "whole"),
     [

@@ -76,6 +76,20 @@ def test_the_engine_is_idle_while_no_batch_is_rendered_however_they_overlap(batc
     assert telemetry.snapshot().engine_idle == pytest.approx(idle)
 
 
+def test_a_batch_that_claims_more_time_than_has_passed_ends_now():
+    """An image server tells its own seconds; what it says must not count as work that is yet to come."""
+    now = [0.0]
+    telemetry = Telemetry(10, clock=lambda: now[0])
+    begun = telemetry.begun(1)
+    now[0] = 10.0
+    telemetry.ended(begun, 1000.0)
+    now[0] = 50.0
+    begun = telemetry.begun(1)
+    now[0] = 60.0
+    telemetry.ended(begun, 10.0)
+    assert telemetry.snapshot().engine_idle == pytest.approx(40 / 60)
+
+
 def test_machines_get_json_lines_and_prometheus_text(tmp_path):
     log, metrics = tmp_path / "log.jsonl", tmp_path / "metrics.prom"
     options = {"log_json": log, "prometheus": metrics, "interval_s": 0.0, "progress": False}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch._dynamo.testing
 
 import ernie_accel
-from ernie_accel import Compile
+from ernie_accel import Compile, Context, Quantize
+from ernie_accel.core.planned import Blocks
 from tests.pipelines import tiny_ernie
 
 counter = torch._dynamo.testing.CompileCounter
@@ -50,6 +53,75 @@ def test_state_dict_keys_stay(ernie):
     keys = list(ernie.transformer.state_dict())
     ernie_accel.optimize(ernie, Compile())
     assert list(ernie.transformer.state_dict()) == keys
+
+
+@pytest.fixture
+def both(ernie):
+    """A pipe whose text encoder declares its blocks, as some pipelines' do."""
+    ernie.text_encoder._repeated_blocks = ["Ministral3DecoderLayer"]
+    return ernie
+
+
+BOTH = {
+    "transformer": ("transformer.layers.0", "transformer.layers.1"),
+    "text_encoder": tuple(f"text_encoder.language_model.layers.{i}" for i in range(3)),
+}
+
+
+@pytest.mark.parametrize("components", [("transformer",), ("text_encoder",), ("text_encoder", "transformer")], ids=str)
+def test_the_components_that_were_asked_for_are_compiled_and_no_others(both, components):
+    expected = tuple(name for component in components for name in BOTH[component])
+    assert ernie_accel.plan(both, Compile(components=components)).steps[0].preview.changes == expected
+    ernie_accel.optimize(both, Compile(components=components))
+    parts = {
+        f"{component}.{path}": part for component in BOTH for path, part in getattr(both, component).named_modules()
+    }
+    compiled = {name for name, part in parts.items() if part._compiled_call_impl is not None}
+    assert compiled == set(expected) == set(ernie_accel.report(both).entries[0].applied.changed)
+    ernie_accel.restore(both)
+    assert all(part._compiled_call_impl is None for part in parts.values())
+
+
+def test_a_component_that_cannot_be_compiled_is_named_whatever_the_others_are(ernie):
+    plan = ernie_accel.plan(ernie, Compile(components=("transformer", "text_encoder", "unet")))
+    assert [reason.partition(";")[0] for reason in plan.steps[0].reasons] == [
+        "ErnieImagePipeline has no component 'unet'"
+    ]
+    plan = ernie_accel.plan(ernie, Compile(components=("transformer", "text_encoder", "vae")))
+    assert plan.steps[0].reasons == tuple(
+        f"{name} declares no repeated blocks to compile (_repeated_blocks)"
+        for name in ("Mistral3Model", "AutoencoderKLFlux2")
+    )
+
+
+@pytest.mark.parametrize(
+    ("components", "left"),
+    [
+        (("transformer",), ("transformer",)),
+        (("text_encoder",), ()),
+        (("transformer", "text_encoder"), ("transformer",)),
+    ],
+    ids=str,
+)
+def test_only_blocks_that_run_on_fused_kernels_are_left_to_them(both, components, left):
+    context = Context.named("h200")
+    context = replace(context, state=replace(context.planned(both), blocks=Blocks.KERNELS))
+    preview = Compile(components=components).preview(both, context)
+    assert preview.changes == tuple(name for each in components if each not in left for name in BOTH[each])
+    assert ("fused kernels, which need no compiling" in preview.note) == bool(left)
+    assert ("the first picture compiles" in preview.note) == bool(preview.changes)
+
+
+def test_layers_that_break_graphs_are_a_reason_for_their_component_only(both):
+    """quanto's int4 in bfloat16 cannot be traced."""
+    both.transformer.bfloat16(), both.text_encoder.bfloat16()
+    int4 = Quantize("int4", backend="quanto", components=("text_encoder",), exclude=())
+    for components, reasons in ((("transformer",), 0), (("text_encoder",), 1), (("transformer", "text_encoder"), 1)):
+        step = ernie_accel.plan(both, int4, Compile(components=components)).steps[1]
+        assert len(step.reasons) == reasons, components
+        assert all("cannot be traced: take another backend" in reason for reason in step.reasons)
+        broken = ernie_accel.plan(both, int4, Compile(components=components, fullgraph=False))
+        assert broken.steps[1].reasons == ()
 
 
 def test_blocks_compiled_before_are_left_alone(ernie):

@@ -291,6 +291,33 @@ def test_what_a_step_before_has_done_is_not_done_again(ernie):
     assert len(ernie_accel.report(ernie).entries[1].applied.changed) == 1
 
 
+class AsContiguous(MakeContiguous):
+    """Does what MakeContiguous does, in a slot of its own and before it; its plan says nothing of that."""
+
+    phase = ernie_accel.Phase.REWRITE
+    slot = "as-contiguous"
+
+
+def test_what_a_step_before_has_done_whole_is_nothing_to_do_whatever_the_plan_said(ernie):
+    """Each step is asked again when it is its turn: not every transform can tell the later ones what it will do."""
+    make_awkward(ernie)
+    plan = ernie_accel.plan(ernie, AsContiguous(), MakeContiguous())
+    assert [step.verdict for step in plan.steps] == ["apply", "apply"]
+    ernie_accel.optimize(ernie, AsContiguous(), MakeContiguous())
+    first, second = ernie_accel.report(ernie).entries
+    assert (first.status, second.status) == ("applied", "nothing to do")
+    assert first.step.preview.changes == first.applied.changed
+    assert (second.step.preview.changes, second.step.planned) == ((), None)
+
+
+def test_the_report_says_what_was_found_when_it_was_the_transforms_turn(ernie):
+    make_awkward(ernie)
+    ernie_accel.optimize(ernie, CastDtype("bf16"), MakeContiguous())
+    for entry in ernie_accel.report(ernie).entries:
+        assert entry.step.preview.changes == entry.applied.changed
+        assert entry.step.planned.nbytes == entry.applied.bytes_after
+
+
 def test_restore_reaches_buffers_that_a_move_replaced(ernie):
     original = picture(ernie)
     mean = ernie.vae.bn.running_mean.clone()

@@ -79,19 +79,20 @@ class Compile(Transform):
         return [f"{broken[name]}: {fix}" for name in self.components if name in broken]
 
     def _leaves_to_kernels(self, pipe: Pipeline, context: Context) -> bool:
-        return self.components == ("transformer",) and context.planned(pipe).blocks is Blocks.KERNELS
+        return "transformer" in self.components and context.planned(pipe).blocks is Blocks.KERNELS
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        changes = tuple(name for name, block in self._blocks(pipe, context) if not _is_compiled(block))
+        notes = ["the first picture compiles"] if changes else []
         if self._leaves_to_kernels(pipe, context):
-            return Preview((), note="the blocks run on fused kernels, which need no compiling")
-        changes = tuple(name for name, block in self._blocks(pipe) if not _is_compiled(block))
-        return Preview(changes, note="the first picture compiles" if changes else "the blocks are compiled already")
+            notes.append("the blocks run on fused kernels, which need no compiling")
+        return Preview(changes, note="; ".join(notes) or "the blocks are compiled already")
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         return context.planned(pipe).compiling(self.slot)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
-        blocks = dict(self._blocks(pipe))
+        blocks = dict(self._blocks(pipe, context))
         compiled = {name: "was compiled before" for name, block in blocks.items() if _is_compiled(block)}
         with Undo() as undo:
             for name, block in blocks.items():
@@ -105,8 +106,9 @@ class Compile(Transform):
             note="the first picture compiles",
         )
 
-    def _blocks(self, pipe: Pipeline) -> Iterator[tuple[str, torch.nn.Module]]:
-        for component, module in modules_of(pipe, self.components).items():
+    def _blocks(self, pipe: Pipeline, context: Context) -> Iterator[tuple[str, torch.nn.Module]]:
+        left = {"transformer"} if self._leaves_to_kernels(pipe, context) else set()
+        for component, module in modules_of(pipe, [name for name in self.components if name not in left]).items():
             names = repeated_blocks(module)
             for path, part in module.named_modules():
                 if type(part).__name__ in names:
