@@ -190,8 +190,8 @@ def test_a_size_is_looked_for_between_the_start_and_the_limit(probe, start, limi
     assert (sizer.size, sizer.limit) == (min(start, 4), limit)
 
 
-def test_a_new_bucket_begins_with_the_size_of_its_latest_kin_and_an_old_one_keeps_its_own():
-    waiting = Schedule(lambda task: task.request.steps, limit=8, kin_of=lambda task: task.request.steps < 20)
+def test_a_new_bucket_begins_with_the_size_of_the_latest_similar_one_and_an_old_one_keeps_its_own():
+    waiting = Schedule(lambda task: task.request.steps, limit=8, similar_key_of=lambda task: task.request.steps < 20)
     waiting.add(tasks(2, 8))
     assert len(waiting.next_batch()) == 1
     sizer = waiting.sizer(8)
@@ -199,7 +199,7 @@ def test_a_new_bucket_begins_with_the_size_of_its_latest_kin_and_an_old_one_keep
     assert sizer.size == 4
     waiting.next_batch()
     waiting.add([*tasks(5, 9), *tasks(5, 30, start=5)])
-    assert numbers(waiting.next_batch()) == [0, 1, 2, 3], "9 steps are kin of 8"
+    assert numbers(waiting.next_batch()) == [0, 1, 2, 3], "9 steps are similar to 8"
     waiting.next_batch()
     assert numbers(waiting.next_batch()) == [5], "30 steps are not"
     assert waiting.sizer_of(tasks(1, 9)[0]) is waiting.sizer(9)
