@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+import ernie_accel
+from ernie_accel.batch import ledger
 from ernie_accel.cli import main
 from ernie_accel.core import context
 from ernie_accel.families import registry
+from ernie_accel.storage import manifest
 from ernie_accel.transforms import TRANSFORMS, transform_class
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +75,35 @@ def test_the_readme_has_examples_that_run():
 def test_links_within_the_repository_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def documented_keys(document: str) -> set[str]:
+    """Return the JSON keys that docs/stability.md promises for a document, given as in its table."""
+    page = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| {re.escape(document)} \| (.*) \|$", page, flags=re.MULTILINE)
+    return set(re.findall(r"`(\w+)`", row))
+
+
+def test_the_page_of_stability_lists_the_keys_of_plans_and_reports():
+    pipe, transform = ernie_accel.demo.load(), ernie_accel.KeepTimestepsOnHost()  # has no fields
+    request = ernie_accel.CastDtype("bfloat16")
+    plan = json.loads(ernie_accel.plan(pipe, transform).to_json())
+    ernie_accel.optimize(pipe, request)
+    report = json.loads(ernie_accel.report(pipe).to_json())
+    assert set(plan) == documented_keys("`Plan.to_json()`")
+    assert set(plan["steps"][0]) == documented_keys("a step of a plan")
+    assert set(report) == documented_keys("`Report.to_json()`")
+    assert set(report["entries"][0]) == documented_keys("an entry of a report") | {f.name for f in fields(request)}
+
+
+def test_the_page_of_stability_names_the_formats_that_are_written():
+    page = (ROOT / "docs" / "stability.md").read_text(encoding="utf-8")
+    formats = re.findall(r"^\| (.*) \| (\d+) \| .* \| (\d+) \(.*\|$", page, flags=re.MULTILINE)
+    assert [(int(now), int(before)) for _, now, before in formats] == [
+        (manifest.FORMAT_VERSION, manifest.FORMAT_VERSIONS[0]),
+        (ledger._VERSION, 1),
+    ]
+    assert max(manifest.FORMAT_VERSIONS) == manifest.FORMAT_VERSION
 
 
 @pytest.mark.parametrize("name", sorted(set(TRANSFORMS) - {"Quantize"}))  # each scheme pays elsewhere: quantization.md
