@@ -95,7 +95,7 @@ def test_options_of_guides_that_do_nothing_are_pointed_out(table, monkeypatch, c
     monkeypatch.setattr(command, "_engine", lambda job, facts: StubEngine())
     assert command.run_job(plan(table, **options)) == 0
     assert f"note: {note}" in capsys.readouterr().err
-    assert not plan(table).notes
+    assert not plan(table).notes()
 
 
 def test_options_that_every_row_overrules_are_pointed_out(table, monkeypatch, capsys):

@@ -19,6 +19,7 @@ from ernie_accel.batch.ledger import MANIFESTS, Ledger, open_job
 from ernie_accel.batch.line import Line, Result
 from ernie_accel.batch.metrics import MetricsServer
 from ernie_accel.batch.naming import REJECTED_FOLDER, TakenNames
+from ernie_accel.batch.options import check_arguments
 from ernie_accel.batch.row import MAX_SEED, Row
 from ernie_accel.batch.sift import Sift
 from ernie_accel.batch.summary import write_manifest
@@ -90,6 +91,7 @@ def produce(
         stop: Asked between batches; once it returns True, nothing more is begun, and what is under way is finished.
 
     Raises:
+        ErnieAccelError: If an argument is out of range.
         BatchInputError: If rows are wrong, share a name, have a seed out of range, or ask for what the engine lacks.
         BatchOutputError: If the folder cannot be used, another process works on it, or files that are not this job's
             are in the way (also at `log_json` or `prometheus`); and, from the iterator, if a picture cannot be written
@@ -98,6 +100,7 @@ def produce(
         BatchChangedError: If finished pictures were made from other rows, facts or another kind of engine.
         EngineLostError: From the iterator, if the engine cannot render any more.
     """
+    check_arguments("produce", locals())
     rows, out = as_rows(rows), Path(out)
     engine = pipe if isinstance(pipe, Engine) else LocalEngine(pipe, max_batch=batch_size, free_encoders=free_encoders)
     tasks = tasks_of(rows, seed)

@@ -19,6 +19,7 @@ from ernie_accel.batch.ledger import Ledger
 from ernie_accel.batch.line import Result
 from ernie_accel.batch.metrics import MetricsServer
 from ernie_accel.batch.naming import REJECTED_FOLDER, collision_key
+from ernie_accel.batch.options import check_arguments
 from ernie_accel.batch.row import Row
 from ernie_accel.batch.sift import Sift
 from ernie_accel.batch.task import Task, tasks_of
@@ -55,8 +56,10 @@ class Producer:
         """Start the line's thread; the arguments are those of `produce`.
 
         Raises:
+            ErnieAccelError: An argument is out of range.
             BatchOutputError: The folder cannot be used.
         """
+        check_arguments("Producer", locals())
         self._folder = OutputFolder(Path(out), create=True)
         if links := self._folder.link_problems(self._folder.folders_below(REJECTED_FOLDER)):
             raise BatchOutputError(self._folder.path, links)

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ernie_accel.batch.job import EMBEDDED_MODEL, REAL_MODEL
+from ernie_accel.batch.job import EMBEDDED_MODEL
 from ernie_accel.batch.ledger import Entry, Ledger, open_job
 from ernie_accel.batch.line import REJECTED
+from ernie_accel.batch.options import REAL_MODEL, check_arguments
 from ernie_accel.batch.runs import read_runs
 from ernie_accel.batch.telemetry import merged, percentile
 from ernie_accel.common.text import markdown, one_line
@@ -49,8 +50,10 @@ def write_report(
         overwrite: Replace reports that are not this job's, or were changed since it wrote them.
 
     Raises:
+        ErnieAccelError: A price or the power is out of range.
         BatchOutputError: The ledger is in use, or the report cannot be written, or another one is in its place.
     """
+    check_arguments("write_report", locals())
     from ernie_accel.batch.page import page  # here, because it loads Pillow, and a job that reports nothing needs none
 
     out = Path(out)

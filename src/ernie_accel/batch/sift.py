@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from ernie_accel.batch.options import check_arguments
 from ernie_accel.core.errors import ErnieAccelError
 
 HASH_SIDE = 8
@@ -36,16 +37,11 @@ class Sift:
     reroll: int = 0
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("blank_std", 0, 255),
-            ("blur_variance", 0, 1e6),
-            ("grid_ratio", 1, 1e6),
-            ("duplicate_bits", 0, HASH_SIDE**2),
-            ("reroll", 0, 100),
-        ):
+        check_arguments("Sift", vars(self))
+        for name, low, high in (("blank_std", 0, 255), ("grid_ratio", 1, 1e6)):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise ErnieAccelError(f"{name} {value} is not within {low} to {high:g}; choose another threshold")
+                raise ErnieAccelError(f"{name} is {value}; expected {low} to {high:g}")
 
     def __str__(self) -> str:
         """Return the thresholds in use, as the ledger keeps them."""

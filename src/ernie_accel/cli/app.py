@@ -144,7 +144,7 @@ def optimize_command(
     from ernie_accel.batch import Row, produce
     from ernie_accel.batch.check import size_problem
     from ernie_accel.batch.gate import text_problem
-    from ernie_accel.batch.job import REAL_MODEL
+    from ernie_accel.batch.options import REAL_MODEL
     from ernie_accel.embedded.captions import unknown_part
 
     usual = EMBEDDED_SIZE_PX if model is None else (None, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import signal
 import statistics
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ernie_accel.batch.errors import BatchInputError, BatchOutputError, shown
-from ernie_accel.batch.job import EMBEDDED_MODEL, OPTION_OF, REAL_MODEL, Job, key_in, plan_job
-from ernie_accel.batch.row import MAX_GUIDANCE, MAX_SIDE, MAX_STEPS, MAX_VARIANTS, MIN_SIDE
+from ernie_accel.batch.job import EMBEDDED_MODEL, Job, key_in, plan_job
+from ernie_accel.batch.options import OPTION_OF, OPTIONS, REAL_MODEL, Option
 from ernie_accel.common.text import one_line
 
 if TYPE_CHECKING:
@@ -36,92 +37,36 @@ _SHOWN_PROMPTS = 5  # of those the embedded model cannot draw
 _COMPILING_SLOTS = ("compile", "vae-compile")
 
 
-def batch_command(
-    table: Annotated[Path, typer.Argument(help="CSV, JSON, JSONL or Parquet with a column `prompt`; or a job file.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the pictures; the job's ledger lives in it.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="File names: '{sku}.png', '{name}_{index:04d}.png'.")] = None,
-    template: Annotated[str | None, typer.Option(help="Prompts: 'a product photo of {name}, {style}'.")] = None,
-    folder_by: Annotated[str | None, typer.Option(help="Column to sort pictures by into sub-folders.")] = None,
-    extra_columns: Annotated[
-        list[str] | None, typer.Option(help="Column of your own, though named like a setting; repeatable.")
-    ] = None,
-    skip_bad: Annotated[bool | None, typer.Option("--skip-bad", help="Leave out rows with mistakes.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the first row, for rows without one.")] = None,
-    width: Annotated[
-        int | None, typer.Option(min=MIN_SIDE, max=MAX_SIDE, help="In pixels, for rows that give none.")
-    ] = None,
-    height: Annotated[int | None, typer.Option(min=MIN_SIDE, max=MAX_SIDE, help="The same.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, max=MAX_STEPS, help="Denoising steps, for rows that give none.")
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(min=0, max=MAX_GUIDANCE, help="Guidance scale, for rows that give none.")
-    ] = None,
-    variants: Annotated[
-        int | None, typer.Option(min=1, max=MAX_VARIANTS, help="Pictures of each row, for rows that do not say.")
-    ] = None,
-    overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace what exists or has changed.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help=f"Pipeline folder or hub id, e.g. {REAL_MODEL}; default: the demo model.")
-    ] = None,
-    demo_model: Annotated[
-        bool | None, typer.Option("--demo-model", help="Let the demo model draw its flat shapes for any prompt.")
-    ] = None,
-    sampler: Annotated[str | None, typer.Option(help="Sampler to swap in: unipc, dpmpp_2m, heun, ...")] = None,
-    no_enhancer: Annotated[
-        bool | None, typer.Option("--no-enhancer", help="Do without the pipeline's prompt enhancer.")
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help="Preset, see `ernie-accel info`; default: what pays.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")] = None,
-    skip_unsupported: Annotated[
-        bool | None, typer.Option("--skip-unsupported", help="Leave out what cannot run here instead of refusing.")
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Pictures per batch; default: tuned while it runs.")
-    ] = None,
-    free_encoders: Annotated[
-        bool | None, typer.Option("--free-encoders", help="Encode all prompts first, then free the encoders' memory.")
-    ] = None,
-    retries: Annotated[int | None, typer.Option(min=0, help="Further attempts for a row that fails.")] = None,
-    fail_fast: Annotated[bool | None, typer.Option("--fail-fast", help="Stop at the first row that fails.")] = None,
-    timeout: Annotated[float | None, typer.Option(min=0.1, help="Seconds for a batch, in a child process.")] = None,
-    endpoint: Annotated[list[str] | None, typer.Option(help="Image server to use instead; repeatable.")] = None,
-    server: Annotated[str | None, typer.Option(help="What the image servers run: sglang or vllm-omni.")] = None,
-    enhancer: Annotated[str | None, typer.Option(help="vLLM server with the prompt enhancer.")] = None,
-    api_key_env: Annotated[
-        str | None, typer.Option(help="Environment variable with the API key of the image servers.")
-    ] = None,
-    enhancer_api_key_env: Annotated[
-        str | None, typer.Option(help="Environment variable with the API key of the enhancer.")
-    ] = None,
-    max_concurrent: Annotated[int | None, typer.Option(min=1, help="Requests at once to each server.")] = None,
-    ray_actors: Annotated[int | None, typer.Option(min=1, help="Pipelines to run as Ray actors instead.")] = None,
-    ray_gpus: Annotated[float | None, typer.Option(min=0, help="GPUs of each actor.")] = None,
-    sift: Annotated[bool | None, typer.Option("--sift", help="Set blank and grid-patterned pictures aside.")] = None,
-    blur: Annotated[float | None, typer.Option(help="Also blurred ones, of a Laplacian variance below this.")] = None,
-    duplicates: Annotated[int | None, typer.Option(help="Also near-duplicates, up to so many bits of 64.")] = None,
-    reroll: Annotated[int | None, typer.Option(min=0, help="Further seeds for a picture set aside.")] = None,
-    report: Annotated[bool | None, typer.Option(help="Write report.html and report.md at the end.")] = None,
-    gpu_price: Annotated[float | None, typer.Option(min=0, help="Price of a GPU-hour, for the report.")] = None,
-    power_price: Annotated[float | None, typer.Option(min=0, help="Price of a kWh, for the report.")] = None,
-    watts: Annotated[float | None, typer.Option(min=0, help="Power drawn, where it cannot be measured.")] = None,
-    log_json: Annotated[Path | None, typer.Option(help="Append the job's state as JSON lines.")] = None,
-    prometheus: Annotated[Path | None, typer.Option(help="Keep the job's state in Prometheus' text format.")] = None,
-    metrics_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Serve the same at http://127.0.0.1:PORT/metrics; 0: any free.")
-    ] = None,
-    metrics_host: Annotated[str | None, typer.Option(help="Listen there instead; 0.0.0.0: on every network.")] = None,
-) -> None:
+def batch_command(table: Path, **given: Any) -> None:
     """Make the pictures of a table; run it again to resume.
 
     Exit codes: 0 all done, 2 refused, 3 some failed, 130 interrupted, 143 terminated.
     """
-    given = dict(locals())
-    renamed = {"out": "output_dir", "pattern": "naming_pattern"}
-    given = {renamed.get(name, name): value for name, value in given.items() if name != "table" and value is not None}
-    code = run_job(plan_job(table, given))
+    named = {option.name: given.get(option.command) for option in OPTIONS.values()}
+    code = run_job(plan_job(table, {name: value for name, value in named.items() if value is not None}))
     if code:
         raise typer.Exit(code)
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    """Return an option as typer reads one; not given is None, so that a job file can say it."""
+    declared: Any = list[str] if option.kind is tuple else option.kind
+    annotation: Any
+    if option.name == "input_file":
+        annotation, default = Annotated[declared, typer.Argument(help=option.help)], inspect.Parameter.empty
+    else:
+        flag = option.command.replace("_", "-")
+        # A switch that is off can only be turned on.
+        spelt = (f"--{flag}/--no-{flag}" if option.default else f"--{flag}",) if option.kind is bool else ()
+        setting = typer.Option(*spelt, min=option.low, max=option.high, help=option.help)
+        annotation, default = Annotated[declared | None, setting], None
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Parameter(option.command, kind, default=default, annotation=annotation)
+
+
+batch_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # typer reads it
+    [_parameter(option) for option in OPTIONS.values()], return_annotation=None
+)
 
 
 def run_job(job: Job) -> int:
@@ -154,7 +99,7 @@ def _run_job(job: Job) -> int:
 
     if job.uses_embedded:
         typer.echo(f"Model: the {EMBEDDED_MODEL}; for other pictures name one: --model {REAL_MODEL}")
-    for note in job.notes:
+    for note in job.notes():
         typer.echo(f"note: {note}", err=True)
     skipped: list[Problem] = []
     rows = read_table(
@@ -194,7 +139,7 @@ def _run_job(job: Job) -> int:
             return 0
         if reason := _skip_compile_reason(job, rows):
             typer.echo(f"Not compiled: {reason} (--preset {facts['preset']})")
-            job = replace(job, compiled=False)
+            job = job.model_copy(update={"compiled": False})
         engine = _engine(job, facts)
         start = time.perf_counter()
         with _interruptible() as interrupted:

@@ -28,7 +28,7 @@ from ernie_accel.batch.engines.local import CallSignature, LocalEngine, Pipe
 from ernie_accel.batch.engines.process import portable
 from ernie_accel.batch.engines.prompts import length_class, token_ids
 from ernie_accel.batch.errors import Problem
-from ernie_accel.core.errors import MissingExtraError
+from ernie_accel.core.errors import ErnieAccelError, MissingExtraError
 
 _log = logging.getLogger(__name__)
 
@@ -74,11 +74,14 @@ class RayEngine(Engine):
             address: Of a cluster to connect to, if not connected yet; None: a new local one.
 
         Raises:
+            ErnieAccelError: `actors` is less than 1, or `num_gpus` less than 0.
             MissingExtraError: Ray is not installed.
             EngineLostError: A cluster that was started for this has too few GPUs or CPUs for the actors. Others may
                 grow: there an actor without a place is waited for, and the log says so every minute.
             WorkerLostError: The first actor died, because the pipeline could not be loaded or its machine was lost.
         """
+        if actors < 1 or not num_gpus >= 0:
+            raise ErnieAccelError(f"actors is {actors}, num_gpus {num_gpus}; expected 1 or more, and 0 or more")
         try:
             import ray
         except ImportError as error:
