@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import numpy as np
 import pytest
 import torch
 
@@ -19,10 +18,8 @@ from ernie_accel import (
     SwapScheduler,
     TileVae,
 )
-from ernie_accel.core.transform import wrongly_typed_fields
 from ernie_accel.recipes.presets import hardware_presets
 from ernie_accel.transforms import transform_class
-from tests.examples import EXAMPLES
 
 
 def test_an_unknown_preset_lists_the_valid_ones(ernie):
@@ -96,32 +93,6 @@ def test_a_preset_given_as_a_transform(ernie):
 def test_no_pipeline():
     with pytest.raises(ernie_accel.ErnieAccelError, match=r"expected a diffusers pipeline .* got Linear"):
         ernie_accel.plan(torch.nn.Linear(2, 2), Compile())
-
-
-@pytest.mark.parametrize(
-    ("transform", "problem"),
-    [
-        (ernie_accel.CacheSteps(first=2.5), "first takes int, got 2.5"),
-        (ernie_accel.CallDefaults(num_inference_steps=8.0), "num_inference_steps takes int or None, got 8.0"),
-        (ernie_accel.CaptureGraphs(keep=True), "keep takes int, got True"),
-        (Compile(dynamic=1), "dynamic takes bool, got 1"),
-    ],
-    ids=repr,
-)
-def test_an_argument_of_another_type_is_refused_before_anything_is_touched(ernie, transform, problem):
-    with pytest.raises(ernie_accel.UnsupportedError) as caught:
-        ernie_accel.optimize(ernie, transform)
-    assert problem in str(caught.value)
-    assert ernie_accel.report(ernie).entries == ()
-
-
-def test_arguments_of_the_right_types_are_taken_as_they_are():
-    assert [wrongly_typed_fields(transform) for transform in EXAMPLES] == [[] for _ in EXAMPLES]
-    assert (
-        wrongly_typed_fields(ernie_accel.CallDefaults(num_inference_steps=np.int64(8), guidance_scale=np.float32(1)))
-        == []
-    )
-    assert wrongly_typed_fields(ernie_accel.CallDefaults(num_inference_steps=8, guidance_scale=1)) == []
 
 
 def test_all_reasons_are_told_at_once(ernie):

@@ -16,7 +16,7 @@ from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Entry, Report, planned_by
 from ernie_accel.core.step import Step
-from ernie_accel.core.transform import Effect, Transform, wrongly_typed_fields
+from ernie_accel.core.transform import Effect, Transform
 from ernie_accel.families import family_of
 from ernie_accel.families.family import Family
 
@@ -228,7 +228,7 @@ def _as_it_stands(entry: Entry) -> Step:
 
 
 def _ask(pipe: Pipeline, transform: Transform, context: Context) -> Step:
-    reasons = tuple(wrongly_typed_fields(transform) or transform.unsupported(pipe, context))
+    reasons = tuple(transform.unsupported(pipe, context))
     if reasons:
         return Step(transform, reasons, None)
     preview = transform.preview(pipe, context)

@@ -13,10 +13,10 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from numbers import Integral, Real
 from types import MappingProxyType
-from typing import Any, ClassVar, get_args, get_type_hints
+from typing import Any, ClassVar
 
+from ernie_accel.core.arguments import arguments_of
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
@@ -158,14 +158,20 @@ class Transform(ABC):
         missing = [fact for fact in ("phase", "slot", "effect") if not hasattr(cls, fact)]
         if missing and ABC not in cls.__bases__:
             raise TypeError(f"{cls.__name__} must say its {', '.join(missing)} as class attributes")
+        own = vars(cls).get("__post_init__")
+        if own is not None:
+            type.__setattr__(cls, "__post_init__", _after_check(own))
 
     def __post_init__(self) -> None:
-        """Accept a list where component names are expected, and refuse a bare string, which would be its letters."""
-        names = getattr(self, "components", None)
-        if isinstance(names, str) or names == ():
-            raise ValueError(f"components takes a tuple of names, as in components=('transformer',); got {names!r}")
-        if isinstance(names, list):
-            object.__setattr__(self, "components", tuple(names))
+        """Refuse arguments of other types than declared, and make lists tuples; before a subclass's own checks.
+
+        Raises:
+            ValueError: There are some.
+        """
+        for name, value in arguments_of(self).items():
+            object.__setattr__(self, name, value)
+        if getattr(self, "components", None) == ():
+            raise ValueError("components takes a tuple of at least one name, as in ('transformer',); got ()")
 
     @property
     def occupies(self) -> str:
@@ -217,6 +223,17 @@ class Transform(ABC):
         return {"transform": type(self).__name__} | {f.name: getattr(self, f.name) for f in fields(self)}
 
 
+def _after_check(own: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Return the ``__post_init__`` of a subclass, run once the arguments are of the types it declares."""
+
+    @functools.wraps(own)
+    def __post_init__(self: Transform) -> None:
+        Transform.__post_init__(self)
+        own(self)
+
+    return __post_init__
+
+
 #: Metadata of a field that belongs to one machine, as a folder does: ``field(default=None, metadata=MACHINE_LOCAL)``.
 #: ``save`` leaves it out and ``load`` refuses a folder that gives it, because whoever made the folder would otherwise
 #: choose what is read, run or written here. A transform with such a field and no default for it is not saved at all.
@@ -242,34 +259,3 @@ def undeclared_paths(cls: type[Transform]) -> list[str]:
         if f.name not in declared
         and ("Path" in str(f.type) or ("str" in str(f.type) and _PATH_WORDS.search(f.name.lower())))
     ]
-
-
-#: Numpy's numbers are numbers, too.
-_NUMBERS: Mapping[type, type] = {int: Integral, float: Real}
-
-
-def wrongly_typed_fields(transform: Transform) -> list[str]:
-    """Return what is wrong with arguments of a plain type (int, float, bool, str, or None): 2.5 for an int, say."""
-    kinds = _plain_kinds(type(transform))
-    values = {name: getattr(transform, name) for name in kinds}
-    return [
-        f"{name} takes {' or '.join(kind.__name__.replace('NoneType', 'None') for kind in kinds[name])}, got {value!r}"
-        for name, value in values.items()
-        if not any(_is(value, kind) for kind in kinds[name])
-    ]
-
-
-@functools.cache
-def _plain_kinds(cls: type[Transform]) -> dict[str, tuple[type, ...]]:
-    try:
-        hints = get_type_hints(cls)
-    except NameError:  # of a class written inside a function, say: nothing is known
-        return {}
-    kinds = {f.name: get_args(hints[f.name]) or (hints[f.name],) for f in fields(cls)}
-    return {name: given for name, given in kinds.items() if set(given) <= {int, float, bool, str, type(None)}}
-
-
-def _is(value: object, kind: type) -> bool:
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    return isinstance(value, _NUMBERS.get(kind, kind))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -99,6 +99,28 @@ def linear_sites(
             found.insert(last + 1, site)  # a new child is its parent's last
         sites += found
     return sites
+
+
+def idle_patterns(exclude: tuple[str, ...] | None, paths: Collection[str]) -> list[str]:
+    """Return one reason for each pattern of `exclude` that matches none of the `paths` of modules."""
+    idle = [pattern for pattern in exclude or () if not any(re.match(pattern, path) for path in paths)]
+    return [f"exclude: {pattern!r} matches no layer{_meant(pattern, paths)}" for pattern in idle]
+
+
+def excludable_paths(pipe: Pipeline, components: Iterable[str]) -> Iterator[str]:
+    """Yield what patterns of layers to leave out are matched with: each module's path, and those it was made of."""
+    for module in modules_of(pipe, components).values():
+        for path, layer in module.named_modules():
+            yield path
+            parent = path.rpartition(".")[0]
+            yield from (f"{parent}.{name}" for name in getattr(layer, "part_names", ()))
+
+
+def _meant(pattern: str, paths: Collection[str]) -> str:
+    within = next((path for path in paths if re.search(pattern, path)), None)
+    if within is None:
+        return ": leave it out, or look for the paths in named_modules()"
+    return f" from the start of its path, as {within!r}: write {f'.*{pattern}'!r}"
 
 
 def _matches(patterns: tuple[str, ...], paths: tuple[str, ...]) -> bool:

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
-from pydantic.errors import PydanticSchemaGenerationError
 
 from ernie_accel.core.apply import apply_request
 from ernie_accel.core.carried import carry
@@ -178,7 +176,6 @@ def _transform(
         return None  # MoveTo of version 0.1: `load` takes the device
     with reading(folder, f"{MANIFEST}: transforms: {name}"):
         transform = transform_from_json({key: value for key, value in data.items() if key not in local}, own)
-        _check_types(transform)
     instead = given.get(transform.occupies)
     if instead is None:
         for key, field in local.items():
@@ -192,27 +189,6 @@ def _transform(
             why = f"{instead!r} cannot take its place, because the saved weights are made of it"
             raise SavedPipelineError(folder, f"was saved with {transform!r}; {why}")
     return instead
-
-
-def _check_types(transform: Transform) -> None:
-    """Refuse fields of other types than declared, which Python itself lets pass.
-
-    Raises:
-        ValueError: There is one.
-    """
-    try:
-        hints = get_type_hints(type(transform))
-    except NameError:  # of a class written inside a function, say: nothing is known
-        return
-    for f in fields(transform):
-        value = getattr(transform, f.name)
-        try:
-            declared: TypeAdapter[Any] = TypeAdapter(hints[f.name])
-            declared.validate_python(value, strict=True)
-        except PydanticSchemaGenerationError:  # a type of somebody's own, which checks itself
-            continue
-        except ValidationError as error:
-            raise ValueError(f"{f.name}: {error.errors()[0]['msg']}, got {value!r}") from error
 
 
 def _empty(place: Path, cls: type[Any]) -> torch.nn.Module:

@@ -40,6 +40,10 @@ class CaptureGraphs(Transform):
     max_tokens: int = field(default=2048, kw_only=True)
     keep: int = field(default=4, kw_only=True)
 
+    def __post_init__(self) -> None:
+        if self.max_tokens < 0 or self.keep < 1:
+            raise ValueError(f"max_tokens must be >= 0 and keep >= 1, got {self.max_tokens} and {self.keep}")
+
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         return []  # where it cannot work it does nothing, and the pipe computes the same
 

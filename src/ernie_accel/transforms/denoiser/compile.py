@@ -52,7 +52,6 @@ class Compile(Transform):
     cache: str | None = field(default=None, kw_only=True, metadata=MACHINE_LOCAL)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.mode is not None:
             from torch._inductor import list_mode_options  # here, because it takes a second and few name a mode
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from ernie_accel.common.text import human_bytes
+from ernie_accel.core.arguments import check_patterns
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
@@ -18,6 +19,7 @@ from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
 from ernie_accel.models.rewritten import block_paths, kernels_of, rewritten_blocks
 from ernie_accel.quantization.guard import refuse_casts
+from ernie_accel.quantization.layers import idle_patterns
 
 PRECISIONS = ("fp8", "bf16")
 ATTENTIONS = ("auto", "fp8", "bf16")
@@ -64,6 +66,7 @@ class FuseKernels(Transform):
             raise UnknownNameError("precision", self.precision, PRECISIONS)
         if self.attention not in ATTENTIONS:
             raise UnknownNameError("attention", self.attention, ATTENTIONS)
+        check_patterns("exclude", self.exclude or ())
 
     @property
     def floor_db(self) -> float:
@@ -140,6 +143,8 @@ class FuseKernels(Transform):
                 "a LoRA is loaded, and the kernels have no layers for it: merge it (pipe.fuse_lora(), then "
                 "pipe.unload_lora_weights())"
             )
+        paths = [name.removeprefix("transformer.").removesuffix(".weight") for name in planned.weights]
+        reasons += idle_patterns(self.exclude, paths)
         dtype = planned.dtype_of("transformer")
         if dtype != torch.bfloat16 and planned.blocks < Blocks.KERNELS:
             found = str(dtype).removeprefix("torch.")

@@ -63,7 +63,6 @@ class SwapScheduler(Transform):
     timestep_spacing: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.name not in SCHEDULERS:
             suggestion, note = _meant(str(self.name))
             raise UnknownNameError("scheduler", self.name, SCHEDULERS, note=note, suggestion=suggestion)

@@ -37,7 +37,6 @@ class CompileVae(Transform):
     cache: str | None = field(default=None, kw_only=True, metadata=MACHINE_LOCAL)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         object.__setattr__(self, "cache", as_folder(self.cache))
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:

@@ -52,7 +52,6 @@ class CastDtype(Transform):
     keep_originals: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
 
     @property

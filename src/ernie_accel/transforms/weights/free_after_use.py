@@ -64,7 +64,6 @@ class FreeAfterUse(Transform):
     folder: str | None = field(default=None, kw_only=True, metadata=MACHINE_LOCAL)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.to not in PLACES:
             raise UnknownNameError("place to free weights to", self.to, PLACES)
 

@@ -40,7 +40,6 @@ class MakeContiguous(Transform):
     channels_last: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.channels_last:
             object.__setattr__(self, "effect", Effect.ROUNDING)
 

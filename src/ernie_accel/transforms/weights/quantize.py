@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from ernie_accel.common.text import human_bytes
+from ernie_accel.core.arguments import check_patterns
 from ernie_accel.core.components import Pipeline, absent_components, is_device_name, module_bytes, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe, PlannedWeight
@@ -26,7 +27,7 @@ from ernie_accel.quantization.choose import (
     register_quantization_backend,
 )
 from ernie_accel.quantization.guard import refuse_casts
-from ernie_accel.quantization.layers import RECEIPT, LinearSite, linear_sites, sqnr_db
+from ernie_accel.quantization.layers import RECEIPT, LinearSite, excludable_paths, idle_patterns, linear_sites, sqnr_db
 
 #: Layers that the note of a plan names for each reason to leave some out; `Preview.skipped` has all.
 NAMED = 2
@@ -60,17 +61,17 @@ class Quantize(Transform):
     effect: ClassVar[Effect] = Effect.LOSSY
 
     scheme: str
-    backend: str = field(default=AUTO, kw_only=True)
+    backend: str = field(default=AUTO, kw_only=True, metadata={"also_takes": Backend})
     components: tuple[str, ...] = field(default=("transformer",), kw_only=True)
     exclude: tuple[str, ...] | None = field(default=None, kw_only=True)
     device: str | None = field(default=None, kw_only=True)
     keep_originals: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if isinstance(self.backend, Backend):
             object.__setattr__(self, "backend", register_quantization_backend(self.backend).name)
         check_names(self.scheme, self.backend)
+        check_patterns("exclude", self.exclude or ())
         if self.device is not None and not is_device_name(self.device):
             raise ValueError(f"device takes a name such as 'cuda' or 'cuda:1', got {self.device!r}")
 
@@ -108,6 +109,8 @@ class Quantize(Transform):
         absent = absent_components(pipe, self.components)
         if absent or choice.chosen is None:
             return reasons + absent
+        paths = [*excludable_paths(pipe, self.components), *_to_be_fused(pipe, context)]
+        reasons += idle_patterns(self.exclude, paths)
         work = _Work(self, pipe, context)
         return reasons + [reason for component in self.components for reason in work.problems(component)]
 
