@@ -173,10 +173,10 @@ def test_the_last_picture_that_cannot_be_written_ends_the_job_too(tmp_path):
 
 def test_a_slow_batch_is_given_up_at_the_end_of_its_step(tmp_path):
     engine = LocalEngine(StepPipe())
-    results = run(engine, prompts("a", "slow", "b"), tmp_path, timeout_s=0.3)
+    results = run(engine, prompts("a", "slow", "b"), tmp_path, timeout_s=1.0)
     assert [result.error for result in results] == [
         None,
-        "not finished after 0.3 s (--timeout) and given up",
+        "not finished after 1 s (--timeout) and given up",
         None,
     ]
 

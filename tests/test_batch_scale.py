@@ -21,7 +21,7 @@ from ernie_accel.batch.folder import OutputFolder
 from ernie_accel.batch.formats import read_json
 from ernie_accel.batch.ledger import open_job
 from ernie_accel.batch.report import write_report
-from ernie_accel.batch.schedule import Schedule
+from ernie_accel.batch.schedule import BatchSizer, Schedule
 from ernie_accel.batch.summary import write_manifest
 from ernie_accel.batch.task import Task, tasks_of
 from ernie_accel.batch.writer import Writer
@@ -189,12 +189,15 @@ def test_the_engine_does_not_wait_until_half_of_a_large_batch_is_written(tmp_pat
     assert [result.error for result in results] == [None] * 64
 
 
-def test_a_bucket_begins_with_the_size_that_one_like_it_has_found(tmp_path):
+def test_a_bucket_begins_with_the_size_that_one_like_it_has_found(tmp_path, monkeypatch):
     class Lengths(StubEngine):
         def bucket(self, request):
             return (request.shape(), request.seed // 60)  # as of two lengths of prompts
 
-    engine = Lengths(max_batch=4, seconds=0.02)  # a batch takes as long as one picture: the largest pays
+    succeeded = BatchSizer.succeeded
+    # A batch takes as long as one picture, by a clock that no other process slows down: the largest pays.
+    monkeypatch.setattr(BatchSizer, "succeeded", lambda self, count, _: succeeded(self, count, 1.0))
+    engine = Lengths(max_batch=4)
     list(produce(engine, make_rows(120), tmp_path, progress=False))
     first, second = ([len(batch) for batch in engine.batches if batch[0].seed // 60 == length] for length in (0, 1))
     assert first[:5] == [1, 1, 2, 2, 4]

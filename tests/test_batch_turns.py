@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +19,8 @@ from tests.stub_engine import make_rows, picture_of
 class OneAtATime:
     """A pipe with state, as schedulers have: it notices a second call while one is under way."""
 
-    def __init__(self, steps: int = 3) -> None:
-        self.steps = steps
+    def __init__(self, steps: int = 3, at_step_3: Callable[[], None] = lambda: None) -> None:
+        self.steps, self.at_step_3 = steps, at_step_3
         self.calls = self.inside = self.most = 0
 
     def __call__(self, prompt, generator, callback_on_step_end=None):
@@ -29,6 +30,8 @@ class OneAtATime:
         try:
             for step in range(self.steps):
                 time.sleep(0.002)
+                if step == 3:
+                    self.at_step_3()
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, step, 0, {})
         finally:
@@ -50,11 +53,10 @@ def test_services_and_jobs_that_share_a_pipe_take_turns(tmp_path, timeout_s):
 
 
 def test_ctrl_c_under_a_timeout_leaves_nobody_in_the_pipe():
-    pipe = OneAtATime(steps=10_000)
+    pipe = OneAtATime(steps=10_000, at_step_3=lambda: os.kill(os.getpid(), signal.SIGINT))
     engine = LocalEngine(pipe)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background, it is ignored
     try:
-        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             engine.render([Request(prompt="a cup", seed=1)], 30.0)
     finally:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
 
 import pytest
 from PIL import Image, ImageFont
 
 from ernie_accel.common import contact_sheet as sheet
 from ernie_accel.common.contact_sheet import Column, contact_sheet
+from tests.little_work import little_work
 
 COLOURS = [(255, 0, 0), (0, 0, 255), (0, 128, 0), (128, 0, 128)]
 
@@ -160,6 +160,5 @@ def test_a_failed_write_leaves_the_old_sheet_and_no_other_file(tmp_path, monkeyp
 
 def test_a_caption_of_one_long_word_costs_no_time(tmp_path):
     word = "masterpiece,best_quality," * 1400
-    begun = time.perf_counter()
-    contact_sheet([Column(word, [Image.new("RGB", (8, 8))])], tmp_path / "sheet.png", rows=("",))
-    assert time.perf_counter() - begun < 5
+    with little_work(5):
+        contact_sheet([Column(word, [Image.new("RGB", (8, 8))])], tmp_path / "sheet.png", rows=("",))

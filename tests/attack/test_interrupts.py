@@ -136,7 +136,7 @@ def test_an_interrupt_at_any_line_leaves_a_whole_pipe_or_a_true_report(before, d
         start()
         hits = lines_of(lambda: do(pipe))
     places = [(place, hit) for place, count in hits.items() for hit in {1, count, chance.randint(1, count)}]
-    if len(places) > (most := rounds(short=40, full=100_000)):
+    if len(places) > (most := rounds(short=15, full=100_000)):
         places = chance.sample(places, most)
     missed = 0
     start()
