@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
 import pytest
 import torch
 
 import ernie_accel
-from ernie_accel.families import families, family_of
+from ernie_accel.families import UNKNOWN, families, family_of
 from ernie_accel.samplers.solvers import SCHEDULERS
 from tests.examples import EXAMPLES, differences, snapshot
 from tests.pipelines import PIPELINES, picture, tiny_lumina2
@@ -19,7 +23,7 @@ every_pipeline = pytest.mark.parametrize("name", PIPELINES)
 @every_pipeline
 def test_each_pipeline_has_its_family(name):
     family = family_of(PIPELINES[name]())
-    assert (family.name if family else None) == FAMILY_NAMES.get(name)
+    assert family.name == FAMILY_NAMES.get(name, "unknown")
 
 
 def test_a_renamed_transformer_is_known_by_its_shape(monkeypatch):
@@ -27,7 +31,7 @@ def test_a_renamed_transformer_is_known_by_its_shape(monkeypatch):
     assert "Lumina2" not in str(type(pipe.transformer).__mro__)
     assert family_of(pipe).name == "NewBie-image"
     pipe.transformer.config = {**pipe.transformer.config, "pooled_projection_dim": None}
-    assert family_of(pipe) is None
+    assert family_of(pipe) is UNKNOWN
 
 
 def test_the_pooled_embedding_is_really_used():
@@ -36,7 +40,48 @@ def test_the_pooled_embedding_is_really_used():
 
 
 def test_a_pipeline_without_a_transformer_has_no_family():
-    assert family_of(object()) is None
+    assert family_of(object()) is family_of(None) is UNKNOWN
+    assert not UNKNOWN.is_known and all(family.is_known for family in families())
+    assert UNKNOWN not in families()
+
+
+def test_of_the_unknown_family_nothing_is_known():
+    """What a transform asks of it says "none" by the value that says so for any family."""
+    for f in fields(UNKNOWN):
+        assert f.name in ("name", "size_multiple") or not getattr(UNKNOWN, f.name), f.name
+
+
+def test_messages_name_the_class_of_a_pipe_of_no_known_family_and_else_the_family(flux, ernie):
+    assert UNKNOWN.name_for(flux) == "FluxPipeline"
+    assert UNKNOWN.unknown_reasons(flux, "so on") == ["FluxPipeline is of no known family, and so on"]
+    known = family_of(ernie)
+    assert (known.name_for(ernie), known.unknown_reasons(ernie, "so on")) == ("ERNIE-Image", [])
+
+
+def test_a_pipe_may_be_given_no_family(ernie):
+    """Nothing is assumed of it then: its blocks are not rewritten, whatever its class."""
+    plan = ernie_accel.plan(ernie, ernie_accel.RewriteBlocks(), family=UNKNOWN)
+    (reasons,) = plan.problems.values()
+    assert plan.family is None
+    assert reasons == (f"{type(ernie).__name__} is of no known family, and blocks are rewritten family by family",)
+
+
+def test_a_family_without_modes_is_told_to_give_values(ernie):
+    bare = replace(family_of(ernie), name="bare", modes={}, text_argument=None)
+    plan = ernie_accel.plan(ernie, ernie_accel.CallDefaults("turbo"), ernie_accel.CacheSteps(), family=bare)
+    text = str(plan)
+    assert "no turbo settings are known for bare: give values" in text
+    assert "bare does not say what tells its prompts apart (Family.text_argument)" in text
+
+
+def test_no_code_asks_whether_there_is_a_family():
+    """`UNKNOWN` is asked like any other; only an argument that was not given is None."""
+    asks = re.compile(r"\bfamily is (not )?None|family_of\w*\([^)]*\) is (not )?None|\bif family (else|and)\b")
+    source = Path(ernie_accel.__file__).parent
+    found = {
+        path.relative_to(source).as_posix() for path in source.rglob("*.py") if asks.search(path.read_text("utf-8"))
+    }
+    assert found == {"api.py", "families/registry.py"}
 
 
 @pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
@@ -67,10 +112,11 @@ def test_newbie_has_no_turbo_but_its_schedulers():
 
 def names_on(pipe):
     """Return the names by which a reason can say what it found: of the pipe, its family, its parts."""
-    family = family_of(pipe)
-    return {type(pipe).__name__, *(type(part).__name__ for part in pipe.components.values())} - {"NoneType"} | (
-        {family.name} if family else set()
-    )
+    return {
+        family_of(pipe).name_for(pipe),
+        type(pipe).__name__,
+        *(type(part).__name__ for part in pipe.components.values()),
+    } - {"NoneType"}
 
 
 def draws(transform):

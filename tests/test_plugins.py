@@ -17,7 +17,7 @@ from examples.plugin.transform import HideProgress
 
 import ernie_accel
 from ernie_accel import CallDefaults, CastDtype, Context, Effect, Phase, Preview, Quantize, SwapScheduler, testing
-from ernie_accel.families import registry
+from ernie_accel.families import UNKNOWN, registry
 from ernie_accel.quantization import backend as backends
 from ernie_accel.quantization import choose
 from tests.pipelines import picture, tiny_ernie, tiny_flux
@@ -88,16 +88,18 @@ def test_a_family_may_be_given_for_one_pipe(monkeypatch):
     ernie_accel.optimize(pipe, CallDefaults("turbo"), family=FLUX)
     assert ernie_accel.plan(pipe, CallDefaults("turbo")).family == "FLUX.1"
     ernie_accel.restore(pipe)
-    assert registry.family_of(pipe) is None
+    assert registry.family_of(pipe) is UNKNOWN
     with pytest.raises(ernie_accel.UnsupportedError):
         ernie_accel.optimize(pipe, CallDefaults("turbo"), Quantize("fp8"), family=FLUX)
-    assert registry.family_of(pipe) is None
+    assert registry.family_of(pipe) is UNKNOWN
 
 
 def test_names_that_are_taken_are_refused(plugin):
     with pytest.raises(ValueError, match="is registered already, and differs"):
         ernie_accel.register_family(replace(FLUX, size_multiple=8))
     assert ernie_accel.register_family(FLUX) == FLUX
+    with pytest.raises(ValueError, match="'unknown' is registered already, and differs"):
+        ernie_accel.register_family(replace(FLUX, name="unknown"))
     with pytest.raises(ValueError, match="nothing says which pipes"):
         ernie_accel.register_family(replace(FLUX, name="other", transformer_classes=()))
     with pytest.raises(ValueError, match="a scheme named 'int8-rows' is registered already"):

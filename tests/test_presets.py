@@ -10,6 +10,7 @@ import torch
 import ernie_accel
 from ernie_accel import Context
 from ernie_accel.core.hardware import GIB, HARDWARE
+from ernie_accel.families import UNKNOWN
 from ernie_accel.recipes.presets import find_preset, hardware_presets, presets
 from ernie_accel.recipes.recommend import _NOT_PRECISION, LADDER
 from ernie_accel.transforms.calls.call_defaults import CallDefaults
@@ -154,7 +155,7 @@ def test_a_family_without_kernels_gets_fp8_by_quantizing_and_keeps_what_is_given
     own = ernie_accel.Quantize("int8-weight-only")
     steps = ernie_accel.plan(PIPELINES["z_image"](), own, preset="h100", context=h200).steps
     assert [step.transform for step in steps if step.transform.slot == "quantize"] == [own]
-    assert presets["turbo-fp8"].transforms_for(None) == presets["turbo-fp8"].transforms
+    assert presets["turbo-fp8"].transforms_for(UNKNOWN) == presets["turbo-fp8"].transforms
     assert "for a family without fused kernels: Quantize('fp8')" in repr(presets)
 
 

@@ -14,6 +14,7 @@ import ernie_accel
 from ernie_accel import CastDtype, Compile, ConflictError, Context, Quantize, RewriteBlocks, UnsupportedError
 from ernie_accel.core.components import pipe_bytes
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.families import UNKNOWN
 from ernie_accel.quantization.choose import BACKENDS
 from ernie_accel.quantization.layers import linear_sites, sqnr_db
 from tests.examples import differences, snapshot
@@ -181,7 +182,7 @@ def test_each_component_has_exclusions_of_its_own():
 def test_the_head_stays_where_no_family_knows_the_model(monkeypatch):
     pipe = ernie_accel.demo.load(torch.bfloat16)
     pipe.pe.lm_head.weight = torch.nn.Parameter(pipe.pe.lm_head.weight.clone())  # untied, so only the list keeps it
-    monkeypatch.setattr("ernie_accel.families.family_of", lambda pipe: None)
+    monkeypatch.setattr("ernie_accel.families.family_of", lambda pipe: UNKNOWN)
     left_out = {site.name: site.left_out for site in linear_sites(pipe, ("pe",), None) if site.left_out}
     assert left_out == {"pe.lm_head": "kept precise: outside blocks, or modulates"}
 

@@ -18,7 +18,7 @@ from ernie_accel.core.report import Entry, Report, planned_by
 from ernie_accel.core.step import Step
 from ernie_accel.core.transform import Effect, Transform
 from ernie_accel.families import family_of
-from ernie_accel.families.family import Family
+from ernie_accel.families.family import UNKNOWN, Family
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def title_of(transforms: Iterable[Transform], preset: Preset | None) -> str:
 
 
 def compose(
-    transforms: tuple[Transform, ...], preset: Preset | None, family: Family | None = None
+    transforms: tuple[Transform, ...], preset: Preset | None, family: Family = UNKNOWN
 ) -> tuple[Transform, ...]:
     """Return the transforms of a request for a pipe of `family`, in the order they run.
 
@@ -277,7 +277,7 @@ def plan_steps(
     family = family_of(pipe)
     return Plan(
         pipe_class=type(pipe).__name__,
-        family=family.name if family else None,
+        family=family.name if family.is_known else None,
         context=context,
         steps=tuple(steps),
         blockers=tuple(_blockers(pipe)),

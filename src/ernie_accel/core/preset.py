@@ -54,7 +54,7 @@ class Preset:
                     raise ConflictError(transform.occupies, (by_slot[transform.occupies], transform))
                 by_slot[transform.occupies] = transform
 
-    def transforms_for(self, family: Family | None) -> tuple[Transform, ...]:
-        """Return what it applies to a pipe of `family`; None is a pipe of no known family."""
-        instead = self.without_kernels if family is not None and family.kernels is None else ()
+    def transforms_for(self, family: Family) -> tuple[Transform, ...]:
+        """Return what it applies to a pipe of `family`; for an unknown one nothing takes the place of anything."""
+        instead = self.without_kernels if family.is_known and family.kernels is None else ()
         return tuple({transform.occupies: transform for transform in (*self.transforms, *instead)}.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ernie_accel.families.family import CallSettings, Family, Shape
+from ernie_accel.families.family import UNKNOWN, CallSettings, Family, Shape
 from ernie_accel.families.registry import (
     families,
     family_of,
@@ -13,6 +13,7 @@ from ernie_accel.families.registry import (
 )
 
 __all__ = [
+    "UNKNOWN",
     "CallSettings",
     "Family",
     "Shape",

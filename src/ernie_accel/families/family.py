@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 
 @dataclass(frozen=True)
@@ -142,3 +143,41 @@ class Family:
     prompt_encoding: PromptEncoding | None = None
     prompt_enhancement: PromptEnhancement | None = None
     reads_timesteps: bool = False
+
+    @property
+    def is_known(self) -> bool:
+        """Whether this is a family at all: of `UNKNOWN` nothing is known."""
+        return True
+
+    def name_for(self, pipe: object) -> str:
+        """Return what messages call the architecture of `pipe`: the family's name, or the pipe's class."""
+        return self.name
+
+    def unknown_reasons(self, pipe: object, why: str) -> list[str]:
+        """Return the reason why what is known family by family is not known for `pipe`; empty for a known family.
+
+        Args:
+            pipe: The pipe that is asked about.
+            why: The second half of the sentence: "blocks are rewritten family by family".
+        """
+        return []
+
+
+@dataclass(frozen=True)
+class _UnknownFamily(Family):
+    @property
+    def is_known(self) -> bool:
+        return False
+
+    def name_for(self, pipe: object) -> str:
+        return type(pipe).__name__
+
+    def unknown_reasons(self, pipe: object, why: str) -> list[str]:
+        return [f"{type(pipe).__name__} is of no known family, and {why}"]
+
+
+#: What every pipe belongs to that no other family fits: nothing is left precise, rewritten, enhanced or masked for it,
+#: it has no modes and no sizes. Transforms ask it like any other.
+UNKNOWN: Family = _UnknownFamily(
+    name="unknown", transformer_classes=(), modes=MappingProxyType({}), size_multiple=1, sizes=()
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ernie_accel.families.ernie_image import ERNIE_IMAGE
-from ernie_accel.families.family import Family
+from ernie_accel.families.family import UNKNOWN, Family
 from ernie_accel.families.newbie import NEWBIE
 from ernie_accel.families.z_image import Z_IMAGE
 
@@ -31,7 +31,7 @@ def register_family(family: Family) -> Family:
     """
     if not isinstance(family, Family):
         raise TypeError(f"expected a Family, got {family!r}")
-    known = next((other for other in families() if other.name == family.name), None)
+    known = next((other for other in (UNKNOWN, *families()) if other.name == family.name), None)
     if known is not None and known != family:
         raise ValueError(f"a family named {family.name!r} is registered already, and differs: choose another name")
     if not family.transformer_classes and family.shape is None:
@@ -41,17 +41,21 @@ def register_family(family: Family) -> Family:
     return family
 
 
-def family_of(pipe: object) -> Family | None:
-    """Return the family whose transformer class `pipe` has, else the one whose shape its transformer has, or None."""
+def family_of(pipe: object) -> Family:
+    """Return the family of `pipe`; `UNKNOWN`, of which nothing is known, where none fits. Never None.
+
+    In this order: the family that was given for it (``optimize(..., family=)``), the one whose transformer class it
+    has, the one whose shape its transformer has; of several, the one that was registered last.
+    """
     return family_of_transformer(getattr(pipe, "transformer", None))
 
 
-def family_of_transformer(transformer: object) -> Family | None:
-    """Return the family that was given for this transformer, else the one whose class or shape it has, or None."""
+def family_of_transformer(transformer: object) -> Family:
+    """Return the family of a pipe with this transformer; see `family_of`."""
     given = getattr(transformer, "__dict__", {}).get(_GIVEN)
     if isinstance(given, Family):
         return given
-    return next(_fitting(transformer), None)
+    return next(_fitting(transformer), UNKNOWN)
 
 
 def _fitting(transformer: object) -> Iterator[Family]:
@@ -80,5 +84,4 @@ def repeated_blocks(model: object) -> tuple[str, ...]:
     declared = getattr(model, "_repeated_blocks", None)
     if declared:
         return tuple(declared)
-    family = family_of_transformer(model)
-    return family.repeated_blocks if family is not None else ()
+    return family_of_transformer(model).repeated_blocks

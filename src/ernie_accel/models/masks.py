@@ -137,7 +137,6 @@ class _MaskHook:
 def no_mask_reason(pipe: Pipeline, context: Context) -> str | None:
     """Return why no mask reaches the attention of `pipe` unless a batch really pads; None if one always does."""
     family = family_of(pipe)
-    if family is None or family.always_masks is None:
-        name = family.name if family is not None else type(pipe).__name__
-        return f"{name} builds a mask only for a batch that really pads"
+    if family.always_masks is None:
+        return f"{family.name_for(pipe)} builds a mask only for a batch that really pads"
     return context.planned(pipe).elides_mask

@@ -46,8 +46,7 @@ def send_through_dispatcher(transformer: nn.Module, undo: Undo) -> None:
 
 def _stand_in(transformer: object, processor: object) -> Any:
     """Return the class that stands in for a processor's, or None."""
-    family = family_of_transformer(transformer)
-    path = family.dispatched.get(type(processor).__name__) if family is not None else None
+    path = family_of_transformer(transformer).dispatched.get(type(processor).__name__)
     if path is None:
         return None
     module, _, name = path.partition(":")

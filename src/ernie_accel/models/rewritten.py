@@ -94,14 +94,14 @@ class KernelModel(Protocol):
 
 def rewritten_model(pipe: Pipeline) -> RewrittenModel | None:
     """Return the rewritten model of the pipe's family; None where there is none."""
-    family = family_of(pipe)
-    return None if family is None or family.rewritten is None else cast(RewrittenModel, _found(family.rewritten))
+    rewritten = family_of(pipe).rewritten
+    return None if rewritten is None else cast(RewrittenModel, _found(rewritten))
 
 
 def kernel_model(pipe: Pipeline) -> KernelModel | None:
     """Return the fused kernels of the pipe's family; None where there are none."""
-    family = family_of(pipe)
-    return None if family is None or family.kernels is None else cast(KernelModel, _found(family.kernels))
+    kernels = family_of(pipe).kernels
+    return None if kernels is None else cast(KernelModel, _found(kernels))
 
 
 def rewritten_blocks(pipe: Pipeline) -> RewrittenModel:

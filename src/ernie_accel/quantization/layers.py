@@ -75,9 +75,9 @@ def linear_sites(
     for component, module in modules_of(pipe, components).items():
         patterns, why = exclude, "excluded"
         if patterns is None:
-            known = family.keep_precise.get(component) if family is not None else None
+            known = family.keep_precise.get(component)
             patterns = GENERIC_EXCLUDE if known is None else known
-            why = f"kept precise in {family.name}" if family and known else "kept precise: outside blocks, or modulates"
+            why = f"kept precise in {family.name}" if known else "kept precise: outside blocks, or modulates"
         shared = _shared_parameters(module)
         to_come = fused if component == "transformer" else {}
         gone = {path for paths in to_come.values() for path in paths}

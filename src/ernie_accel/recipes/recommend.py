@@ -125,13 +125,11 @@ def recommend(
     """
     check_mode(mode)
     load_plugins()
-    family = family_of(pipe) if pipe is not None else None
+    family = family_of(pipe)
     if mode is None:
-        mode = next(iter(family.modes)) if family is not None and "turbo" not in family.modes else "turbo"
-    samplers = " or ".join(f"SwapScheduler({name!r})" for name in family.schedulers) if family is not None else ""
-    advice = (
-        (f"{family.name}'s guides sample with {samplers}: pass it beside the preset",) if family and samplers else ()
-    )
+        mode = "turbo" if "turbo" in family.modes else next(iter(family.modes), "turbo")
+    samplers = " or ".join(f"SwapScheduler({name!r})" for name in family.schedulers)
+    advice = (f"{family.name}'s guides sample with {samplers}: pass it beside the preset",) if samplers else ()
     machine = context or Context.detect(pipe)
     rejected: dict[str, tuple[str, ...]] = {}
     candidates = [(*candidate, _refused(pipe, candidate[0], machine)) for candidate in _candidates(machine, mode)]

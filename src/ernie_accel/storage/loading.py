@@ -71,8 +71,8 @@ def load_pipeline(
 
 def _without_enhancer(pipe: Pipeline) -> Pipeline:
     """Drop the prompt enhancer of a pipeline that has one, and return the pipeline."""
-    family = family_of(pipe)
-    if family is not None and (how := family.prompt_enhancement) is not None:
+    how = family_of(pipe).prompt_enhancement
+    if how is not None:
         pipe.register_modules(**{how.model: None, how.tokenizer: None})
     return pipe
 

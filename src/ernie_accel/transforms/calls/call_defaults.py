@@ -58,10 +58,10 @@ class CallDefaults(Transform):
         from ernie_accel.families import family_of
 
         family = family_of(pipe)
-        if self.mode is not None and family is None:
-            unknown = f"no {self.mode} settings are known for {type(pipe).__name__}"
+        if self.mode is not None and not family.modes:
+            unknown = f"no {self.mode} settings are known for {family.name_for(pipe)}"
             return [f"{unknown}: give values, as in CallDefaults(num_inference_steps=8, guidance_scale=1.0)"]
-        if self.mode is not None and family is not None and self.mode not in family.modes:
+        if self.mode is not None and self.mode not in family.modes:
             other = next(iter(family.modes))
             has = f"{family.name} has no {self.mode!r} settings; it has {', '.join(family.modes)}"
             return [f"{has}: use CallDefaults({other!r}), or a preset whose name begins with '{other}-'"]
@@ -94,10 +94,10 @@ class CallDefaults(Transform):
         """Return the arguments by name: those of the mode, overridden by those given."""
         from ernie_accel.families import family_of
 
-        family = family_of(pipe)
+        modes = family_of(pipe).modes
         wanted: dict[str, Any] = {}
-        if self.mode is not None and family is not None:
-            settings = family.modes[self.mode]
+        if self.mode is not None and self.mode in modes:
+            settings = modes[self.mode]
             wanted["num_inference_steps"] = settings.num_inference_steps
             if settings.guidance_scale is not None:
                 wanted["guidance_scale"] = settings.guidance_scale

@@ -124,8 +124,7 @@ class Warmup(Transform):
         ]
 
     def _bad_sizes(self, pipe: Pipeline) -> list[str]:
-        family = family_of(pipe)
-        multiple = family.size_multiple if family is not None else int(getattr(pipe, "vae_scale_factor", 1))
+        multiple = math.lcm(family_of(pipe).size_multiple, int(getattr(pipe, "vae_scale_factor", 1)))
         return [
             f"{type(pipe).__name__} draws sizes divisible by {multiple}, got {width}x{height}: "
             f"use {_nearest(width, multiple)}x{_nearest(height, multiple)}"
@@ -197,10 +196,10 @@ def _shape(each: Combination, multiple: int) -> Combination:
 
 
 def default_sizes(pipe: Pipeline) -> tuple[tuple[int, int], ...]:
-    """Return the (width, height) that the family's authors recommend; of no known family, what the pipe defaults to."""
-    family = family_of(pipe)
-    if family is not None:
-        return family.sizes
+    """Return the (width, height) that the family's authors recommend, else what the pipe defaults to."""
+    sizes = family_of(pipe).sizes
+    if sizes:
+        return sizes
     parameters = _call_parameters(pipe)
     width, height = parameters["width"].default, parameters["height"].default
     if not (isinstance(width, int) and isinstance(height, int)):

@@ -51,9 +51,10 @@ class CaptureGraphs(Transform):
         if context.device != "cuda":
             return Preview((), note=f"CUDA graphs need a CUDA device; this is {context.device}")
         family = family_of(pipe)
-        if family is None or family.rewritten is None:
-            name = family.name if family else type(pipe).__name__
-            return Preview((), note=f"it builds on rewritten blocks, and there are none for {name} yet")
+        if family.rewritten is None:
+            return Preview(
+                (), note=f"it builds on rewritten blocks, and there are none for {family.name_for(pipe)} yet"
+            )
         planned = context.planned(pipe)
         if planned.blocks is Blocks.STOCK and not rewritten_blocks(pipe).is_rewritten(pipe.transformer):
             return Preview((), note="the stock forward cannot be captured: add RewriteBlocks()")

@@ -38,9 +38,7 @@ class ElideMask(Transform):
     effect: ClassVar[Effect] = Effect.ROUNDING
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
-        if family_of(pipe) is None:
-            return [f"{type(pipe).__name__} is of no known family, and which masks can go is known family by family"]
-        return []
+        return family_of(pipe).unknown_reasons(pipe, "which masks can go is known family by family")
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         note = no_mask_reason(pipe, context)
@@ -50,11 +48,11 @@ class ElideMask(Transform):
         return replace(context.planned(pipe), elides_mask=f"{self!r} drops it")
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
-        family = family_of(pipe)
-        if family is None or family.always_masks is None:
+        how = family_of(pipe).always_masks
+        if how is None:
             raise LookupError(f"{type(pipe).__name__} builds no mask that could be elided")
         with Undo() as undo:
-            watch = watch_padding(pipe, family.always_masks, undo)
+            watch = watch_padding(pipe, how, undo)
             map_masks(pipe.transformer, Elision(watch), undo)
         return Applied(self._changes(pipe), undo=undo)
 

@@ -60,9 +60,8 @@ class ExpandAttentionMask(Transform):
         return Preview(self._changes(pipe), note=note)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
-        family = family_of(pipe)
+        how = family_of(pipe).always_masks
         with Undo() as undo:
-            how = family.always_masks if family is not None else None
             watch = watch_padding(pipe, how, undo) if how is not None else None
             send_through_dispatcher(pipe.transformer, undo)
             map_masks(pipe.transformer, Expansion(watch), undo)

@@ -126,10 +126,9 @@ class FuseKernels(Transform):
     def _unsupported_reasons(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = context.without_kernels(self.precision, (8, 9) if self.precision == "fp8" else (8, 0))
         family = family_of(pipe)
-        if family is None or family.kernels is None:
-            name = family.name if family else type(pipe).__name__
+        if family.kernels is None:
             instead = ": use Quantize('fp8') in its place" if self.precision == "fp8" else ""
-            return [*reasons, f"there are no fused kernels for {name} yet{instead}"]
+            return [*reasons, f"there are no fused kernels for {family.name_for(pipe)} yet{instead}"]
         if self.attention == "fp8":
             reasons += self._no_fp8_attention_reasons(context)
         planned = context.planned(pipe)
@@ -178,10 +177,7 @@ class FuseKernels(Transform):
 
     def _layers(self, pipe: Pipeline, context: Context) -> tuple[list[str], dict[str, str]]:
         """Return the paths within the transformer of the linear layers that become fp8, and why others do not."""
-        family = family_of(pipe)
-        exclude = self.exclude
-        if exclude is None:
-            exclude = family.keep_precise.get("transformer", ()) if family is not None else ()
+        exclude = family_of(pipe).keep_precise.get("transformer", ()) if self.exclude is None else self.exclude
         planned, blocks = context.planned(pipe).weights, tuple(f"{path}." for path in self._on_kernels(pipe, context))
         todo, left_out = [], {}
         for name, weight in planned.items():

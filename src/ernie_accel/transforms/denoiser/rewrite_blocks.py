@@ -38,10 +38,9 @@ class RewriteBlocks(Transform):
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         family = family_of(pipe)
-        if family is None:
-            return [f"{type(pipe).__name__} is of no known family, and blocks are rewritten family by family"]
         if family.rewritten is None:
-            return []  # nothing to do, which is no harm: the stock blocks compute the same
+            # For a known family there is nothing to do, which is no harm: the stock blocks compute the same.
+            return family.unknown_reasons(pipe, "blocks are rewritten family by family")
         blocks, transformer = rewritten_blocks(pipe), pipe.transformer
         if blocks.is_rewritten(transformer):
             return []
@@ -57,8 +56,8 @@ class RewriteBlocks(Transform):
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         family = family_of(pipe)
-        if family is None or family.rewritten is None:
-            return Preview((), note=f"{family.name if family else type(pipe).__name__}: no rewritten blocks yet")
+        if family.rewritten is None:
+            return Preview((), note=f"{family.name_for(pipe)}: no rewritten blocks yet")
         if rewritten_blocks(pipe).is_rewritten(pipe.transformer):
             return Preview((), note="the blocks are rewritten already")
         return Preview(block_paths(pipe))

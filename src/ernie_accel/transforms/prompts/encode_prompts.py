@@ -64,16 +64,14 @@ class BatchPromptEncoding(Transform):
             raise ValueError(f"folder={self.folder!r} with cache=0 keeps nothing: give cache=1000, say")
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
-        family = family_of(pipe)
-        if family is None or family.prompt_encoding is None:
+        if family_of(pipe).prompt_encoding is None:
             return []  # nothing to do
         if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "tokenizer", None) is None:
             return [f"{type(pipe).__name__} was loaded without text encoder or tokenizer"]
         return []
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
-        family = family_of(pipe)
-        if family is None or family.prompt_encoding is None:
+        if family_of(pipe).prompt_encoding is None:
             return Preview((), note=f"{type(pipe).__name__} encodes the prompts of a call together already")
         return Preview(self._changes(pipe), note=self._note())
 
@@ -232,10 +230,10 @@ def _fingerprint(module: torch.nn.Module, sample: int = 64) -> str:
 
 
 def _encoding_of(pipe: Pipeline) -> PromptEncoding:
-    family = family_of(pipe)
-    if family is None or family.prompt_encoding is None:
+    how = family_of(pipe).prompt_encoding
+    if how is None:
         raise LookupError(f"{type(pipe).__name__} has no prompt encoding that could be batched")
-    return family.prompt_encoding
+    return how
 
 
 def _last_layer(pipe: Pipeline, how: PromptEncoding) -> Any:

@@ -77,8 +77,7 @@ class RewriteEnhancer(Transform):
 
 def _enhancement_of(pipe: Pipeline) -> PromptEnhancement | None:
     """Return how this pipe enhances prompts, or None if it does not."""
-    family = family_of(pipe)
-    how = None if family is None else family.prompt_enhancement
+    how = family_of(pipe).prompt_enhancement
     if how is None or getattr(pipe, how.model, None) is None or getattr(pipe, how.tokenizer, None) is None:
         return None
     return how

@@ -75,10 +75,10 @@ class RewriteTextEncoder(Transform):
 
 def _path(pipe: Pipeline) -> str | None:
     """Return where the language model of the pipe's text encoder is, or None where none is known."""
-    family = family_of(pipe)
-    if family is None or family.prompt_encoding is None or getattr(pipe, "text_encoder", None) is None:
+    how = family_of(pipe).prompt_encoding
+    if how is None or getattr(pipe, "text_encoder", None) is None:
         return None
-    return f"text_encoder.{family.prompt_encoding.layers.rpartition('.')[0]}"
+    return f"text_encoder.{how.layers.rpartition('.')[0]}"
 
 
 def _language_model(pipe: Pipeline) -> Any:

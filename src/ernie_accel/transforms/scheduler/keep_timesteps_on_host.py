@@ -66,5 +66,4 @@ class _OnHost:
 
 
 def _reads_on_host(pipe: Pipeline) -> bool:
-    family = family_of(pipe)
-    return family is not None and family.reads_timesteps and getattr(pipe, "scheduler", None) is not None
+    return family_of(pipe).reads_timesteps and getattr(pipe, "scheduler", None) is not None

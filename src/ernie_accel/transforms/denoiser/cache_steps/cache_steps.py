@@ -104,9 +104,10 @@ class CacheSteps(Transform):
         return BACKENDS[self.backend].floor_db(self)
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
-        family, kind = family_of(pipe), type(pipe).__name__
-        if family is None or family.text_argument is None:
-            return [f"{kind} is of no known family, and what tells its prompts apart is known family by family"]
+        family = family_of(pipe)
+        if family.text_argument is None:
+            unknown = family.unknown_reasons(pipe, "what tells its prompts apart is known family by family")
+            return unknown or [f"{family.name} does not say what tells its prompts apart (Family.text_argument)"]
         reasons = []
         steps = context.planned(pipe).num_inference_steps
         if steps is not None and steps < LEAST_STEPS:
@@ -127,11 +128,11 @@ class CacheSteps(Transform):
         return Preview(("transformer.forward",), note=self._note(pipe, context))
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
-        family, transformer = family_of(pipe), pipe.transformer
-        if family is None or family.text_argument is None:
-            raise LookupError(f"{type(pipe).__name__} is of no known family")
+        text_argument, transformer = family_of(pipe).text_argument, pipe.transformer
+        if text_argument is None:
+            raise LookupError(f"nothing tells the prompts of {type(pipe).__name__} apart")
         note = self._note(pipe, context)
-        cached = CachedForward(self, pipe, family.text_argument)
+        cached = CachedForward(self, pipe, text_argument)
         with Undo() as undo:
             # No hook of diffusers: in a deep copy of the pipe, that would run the transformer of the original.
             undo.setattr(transformer, "forward", cached)
