@@ -16,6 +16,9 @@ Pipeline: TypeAlias = Any
 #: Components that only work before the denoising starts.
 PROMPT_COMPONENTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "pe")
 
+#: What predicts noise or velocity at every step, by component name; a pipe has one, or a few that take turns.
+DENOISERS = ("transformer", "transformer_2", "unet", "prior", "decoder")
+
 #: What ``enable_group_offload`` attaches to modules (diffusers/hooks/group_offloading.py).
 GROUP_OFFLOAD_HOOKS = ("group_offloading", "layer_execution_tracker", "lazy_prefetch_group_offloading", "lazy_leafs")
 
@@ -49,11 +52,29 @@ def modules_of(pipe: Pipeline, names: Iterable[str] | None = None) -> dict[str, 
     return {name: modules[name] for name in names}
 
 
+def denoisers_of(pipe: Pipeline) -> dict[str, torch.nn.Module]:
+    """Return the modules that work at every denoising step by component name: UNet, transformer or several of them."""
+    modules = modules_of(pipe)
+    return {name: modules[name] for name in DENOISERS if name in modules}
+
+
+def staying_denoisers_note(pipe: Pipeline, components: Iterable[str]) -> str:
+    """Return which denoisers of the pipe are not among `components`, for the note of a plan; "" if all are."""
+    components = tuple(components)
+    left = [name for name in denoisers_of(pipe) if name not in components]
+    if not left or not set(components) & set(DENOISERS):
+        return ""
+    return f"{' and '.join(left)} stays as it is (components={(*components, *left)!r} takes it, too)"
+
+
 def absent_components(pipe: Pipeline, names: Iterable[str] | None) -> list[str]:
     """Return one reason for each of `names` that is no module of this pipe (for ``Transform.unsupported``)."""
     modules = modules_of(pipe)
+    denoisers = tuple(denoisers_of(pipe))
+    hint = f": write components={denoisers!r}" if denoisers and "transformer" not in denoisers else ""
     return [
         f"{type(pipe).__name__} has no component {name!r}; its modules are {', '.join(modules)}"
+        f"{hint if name == 'transformer' else ''}"
         for name in names or ()
         if name not in modules
     ]

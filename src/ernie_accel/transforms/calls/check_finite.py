@@ -19,6 +19,8 @@ from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transfor
 from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import wrap_call
 
+#: Argument of a call that names what the callback is given.
+_INPUTS = "callback_on_step_end_tensor_inputs"
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -46,6 +48,8 @@ class CheckFinite(Transform):
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
             return [f"{type(pipe).__name__} cannot tell when a step ends (it takes no callback_on_step_end)"]
+        if "latents" not in getattr(type(pipe), "_callback_tensor_inputs", ("latents",)):
+            return [f"{type(pipe).__name__} does not show its latents when a step ends (_callback_tensor_inputs)"]
         if getattr(pipe, "vae", None) is None:
             return [f"{type(pipe).__name__} has no component 'vae'"]
         return []
@@ -106,12 +110,15 @@ class _Check:
 
     def _watching(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call with a callback that looks at the latents before the caller's own does."""
-        theirs, wanted = arguments["callback_on_step_end"], list(arguments["callback_on_step_end_tensor_inputs"])
+        theirs = arguments["callback_on_step_end"]
+        # Diffusers' own callbacks say themselves what they read, whatever the argument says; None is allowed, too.
+        named = getattr(theirs, "tensor_inputs", arguments.get(_INPUTS))
+        wanted = [] if named is None else list(named)
         steps = arguments.get("num_inference_steps")
 
         def look_and_call(pipe: Pipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            where = f"the latents after step {step + 1} of {steps} in {_name(pipe.transformer.dtype)}"
-            look(tensors["latents"], where)
+            latents = tensors["latents"]
+            look(latents, f"the latents after step {step + 1} of {steps} in {_name(latents.dtype)}")
             if theirs is None:
                 return {}
             given = {name: tensor for name, tensor in tensors.items() if name in wanted}
@@ -122,7 +129,7 @@ class _Check:
         return {
             **arguments,
             "callback_on_step_end": look_and_call,
-            "callback_on_step_end_tensor_inputs": inputs,
+            _INPUTS: inputs,
         }
 
     def _half_weights(self) -> list[Weight]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from ernie_accel.core.components import Pipeline, absent_components, modules_of
+from ernie_accel.core.components import Pipeline, absent_components, modules_of, staying_denoisers_note
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.planned import Blocks, PlannedPipe
@@ -85,7 +85,9 @@ class Compile(Transform):
         notes = ["the first picture compiles"] if changes else []
         if self._leaves_to_kernels(pipe, context):
             notes.append("the blocks run on fused kernels, which need no compiling")
-        return Preview(changes, note="; ".join(notes) or "the blocks are compiled already")
+        notes = notes or ["the blocks are compiled already"]
+        stays = staying_denoisers_note(pipe, self.components)
+        return Preview(changes, note="; ".join(filter(None, (*notes, stays))))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         return context.planned(pipe).compiling(self.slot)

@@ -8,12 +8,12 @@ import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 
-from ernie_accel.core.components import Pipeline
+from ernie_accel.core.components import Pipeline, denoisers_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.planned import PlannedPipe
@@ -165,7 +165,7 @@ class SetAttention(Transform):
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         if not any(_attentions(pipe)):
             return [
-                f"no attention of {type(pipe).__name__}'s transformer goes through diffusers' dispatcher, so none can "
+                f"no attention of {type(pipe).__name__}'s denoiser goes through diffusers' dispatcher, so none can "
                 "be given another backend"
             ]
         return [] if self.backend == "auto" else reasons_against(self.backend, pipe, context)
@@ -194,7 +194,8 @@ class SetAttention(Transform):
         _check_attention_backend_requirements(backend)
         changes = _changes(pipe, name, context)
         with Undo() as undo:
-            send_through_dispatcher(pipe.transformer, undo)
+            for denoiser in denoisers_of(pipe).values():
+                send_through_dispatcher(denoiser, undo)
             for _, attention in _attentions(pipe):
                 if name == "npu":
                     processor = with_prepared_masks(attention.processor)
@@ -245,11 +246,7 @@ class SetAttention(Transform):
 
 def _changes(pipe: Pipeline, name: str, context: Context) -> tuple[str, ...]:
     wanted, unnamed_is_cudnn = BACKENDS[name].diffusers, calls_cudnn(pipe, context)
-    return tuple(
-        f"transformer.{path}"
-        for path, part in _attentions(pipe)
-        if unnamed_is_cudnn or _name_of(part.processor) != wanted
-    )
+    return tuple(path for path, part in _attentions(pipe) if unnamed_is_cudnn or _name_of(part.processor) != wanted)
 
 
 def _auto_takes(name: str, pipe: Pipeline, context: Context) -> bool:
@@ -283,7 +280,8 @@ def reasons_against(name: str, pipe: Pipeline, context: Context) -> list[str]:
 
 
 def _attentions(pipe: Pipeline) -> Iterator[tuple[str, Any]]:
-    return attentions(getattr(pipe, "transformer", None))
+    for name, denoiser in denoisers_of(pipe).items():
+        yield from ((f"{name}.{path}", part) for path, part in attentions(denoiser))
 
 
 def _name_of(processor: Any) -> str:
@@ -300,8 +298,9 @@ def _name_of(processor: Any) -> str:
 
 def _dtype(pipe: Pipeline, context: Context) -> torch.dtype:
     """Return the dtype the transformer will compute in."""
-    found: torch.dtype = context.planned(pipe).dtype_of("transformer") or pipe.transformer.dtype
-    return found
+    name, denoiser = next(iter(denoisers_of(pipe).items()))
+    found: Any = context.planned(pipe).dtype_of(name) or denoiser.dtype
+    return cast("torch.dtype", found)
 
 
 def _head_dim(pipe: Pipeline) -> int | None:

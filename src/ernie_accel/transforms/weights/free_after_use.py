@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from ernie_accel.common.text import human_bytes
 from ernie_accel.core.components import (
+    DENOISERS,
     PROMPT_COMPONENTS,
     Pipeline,
     absent_components,
+    denoisers_of,
     forget_kept,
     module_bytes,
     modules_of,
@@ -69,9 +71,10 @@ class FreeAfterUse(Transform):
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = absent_components(pipe, self.components)
-        if "transformer" not in modules_of(pipe):
+        if not denoisers_of(pipe):
             reasons.append(
-                f"{type(pipe).__name__} has no transformer, whose first step would tell that prompts are done"
+                f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}, whose first step would tell that prompts "
+                "are done"
             )
         if reasons:
             return reasons
@@ -108,7 +111,8 @@ class FreeAfterUse(Transform):
                 undo.push(weights.discard)
                 undo.hook_before_forward(part, weights.need)
                 undo.hook_before_state_dict(part, weights.need)
-                undo.hook_before_forward(pipe.transformer, weights.free)
+                for denoiser in denoisers_of(pipe).values():
+                    undo.hook_before_forward(denoiser, weights.free)
                 generate: Any = getattr(part, "generate", None)
                 if generate is not None:
                     undo.setattr(part, "generate", _needing(weights, generate))

@@ -10,7 +10,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from ernie_accel.core.components import GROUP_OFFLOAD_HOOKS, PROMPT_COMPONENTS, Pipeline, device_of, modules_of
+from ernie_accel.core.components import (
+    DENOISERS,
+    GROUP_OFFLOAD_HOOKS,
+    PROMPT_COMPONENTS,
+    Pipeline,
+    denoisers_of,
+    device_of,
+    modules_of,
+)
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.planned import PlannedPipe
@@ -68,6 +76,8 @@ class Offload(Transform):
             reasons.append(f"{type(pipe).__name__} does not say in which order its components work: use 'group'")
         if self.mode == "stages" and not any(self._prompt_components(pipe)):
             reasons.append(f"{type(pipe).__name__} has none of {', '.join(PROMPT_COMPONENTS)}")
+        if self.mode == "stages" and not denoisers_of(pipe):
+            reasons.append(f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}: use 'model'")
         moved = [name for name, module in modules_of(pipe).items() if hasattr(module, "_hf_hook")]
         if moved:
             reasons.append(f"{', '.join(moved)}: offloaded already; call pipe.remove_all_hooks() first")
@@ -127,7 +137,8 @@ class Offload(Transform):
             for hook in hooks:
                 hook.offload()
 
-        undo.hook_before_forward(pipe.transformer, leave)
+        for denoiser in denoisers_of(pipe).values():
+            undo.hook_before_forward(denoiser, leave)
 
 
 def _end_cpu_offload(pipe: Pipeline, device: torch.device) -> None:

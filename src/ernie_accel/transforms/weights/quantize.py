@@ -10,7 +10,14 @@ import torch
 
 from ernie_accel.common.text import human_bytes
 from ernie_accel.core.arguments import check_patterns
-from ernie_accel.core.components import Pipeline, absent_components, is_device_name, module_bytes, modules_of
+from ernie_accel.core.components import (
+    Pipeline,
+    absent_components,
+    is_device_name,
+    module_bytes,
+    modules_of,
+    staying_denoisers_note,
+)
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe, PlannedWeight
 from ernie_accel.core.transform import Applied, Effect, LayerReceipt, Phase, Preview, Transform
@@ -127,7 +134,8 @@ class Quantize(Transform):
         where = f" on its way to {self.device}" if self.device else ""
         note = f"{work.name}{where}; {', '.join(sizes)}; {_tell_left_out(work.left_out, len(work.sites))}"
         remark = work.backend.remark(work.scheme, context.device)
-        note += f"; {remark}" if remark else ""
+        stays = staying_denoisers_note(pipe, self.components)
+        note = "; ".join(filter(None, (note, remark, stays)))
         return Preview(tuple(site.name for site in todo), note, work.left_out)
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
