@@ -14,7 +14,6 @@ TEST = (
     "pytest-xdist>=3.6",
     "scikit-image>=0.24",
     "peft>=0.17",
-    "prometheus-client>=0.20",
     "hypothesis>=6.100",
     "triton>=3; sys_platform == 'linux'",
 )
@@ -22,7 +21,8 @@ TEST = (
 
 #: What a release of a dependency can break: loading, drawing, comparing, every transform and backend, batches.
 VERSION_TESTS = (
-    "attention", "batch_command", "batch_equality", "batch_formats", "batch_produce", "call_defaults", "cli", "context",
+    "attention", "batch_command", "batch_equality", "batch_formats", "batch_metrics", "batch_options",
+    "batch_produce", "call_defaults", "cli", "context",
     "contract", "demo_model", "demo_train", "dtype", "effect", "enhancer", "errors", "extras", "families", "fidelity",
     "fidelity_command", "memory", "optimize", "order", "outputs", "presets", "prompts", "quantize", "quantize_backends",
     "rewrite", "saving", "scheduler", "warm_up",

@@ -18,8 +18,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ernie_accel.batch import MetricsServer, Producer, produce
 from ernie_accel.batch.errors import MetricsServerError
+from ernie_accel.batch.exposition import _COUNTERS, _GAUGES, exposition
 from ernie_accel.batch.metrics import page_url
-from ernie_accel.batch.telemetry import _METRICS, Snapshot, Telemetry, prometheus_text
+from ernie_accel.batch.snapshot import LATENCY_BOUNDS_S, Snapshot
+from ernie_accel.batch.telemetry import Telemetry
+from ernie_accel.cli import main
+from ernie_accel.core.errors import ErnieAccelError
 from tests.child_paths import PYTHONPATH
 from tests.stub_engine import StubEngine, make_rows
 
@@ -31,15 +35,18 @@ def scrape(url):
 
 
 def parse(text):
-    """Return the values by metric; each has its help and its type, and is there once."""
-    values = {}
+    """Return the values by metric and part of a histogram; each metric has its help and its type, and is there once."""
+    values, families = {}, 0
     for family in text_string_to_metric_families(text):
-        assert family.documentation and family.type in ("counter", "gauge"), family.name
-        (sample,) = family.samples
-        assert sample.name not in values
-        values[sample.name] = sample.value
+        families += 1
+        assert family.documentation and family.type in ("counter", "gauge", "histogram"), family.name
+        assert len(family.samples) == 1 or family.type == "histogram"
+        for sample in family.samples:
+            name = sample.name + "".join(f" {label}={value}" for label, value in sample.labels.items())
+            assert name not in values
+            values[name] = sample.value
     assert text == "" or text.endswith("\n")
-    assert len(re.findall("^# HELP ", text, re.M)) == len(re.findall("^# TYPE ", text, re.M)) == len(values)
+    assert len(re.findall("^# HELP ", text, re.M)) == len(re.findall("^# TYPE ", text, re.M)) == families
     return values
 
 
@@ -63,16 +70,69 @@ def test_a_running_job_can_be_scraped(tmp_path):
     assert {state["ernie_accel_rows"] for state in seen} == {6}
     assert seen[-1]["ernie_accel_batch_size"] == 2
     assert 0 <= seen[-1]["ernie_accel_engine_idle_ratio"] <= 1
-    assert seen[-1]["ernie_accel_latency_p95_seconds"] > 0
+    assert seen[-1]["ernie_accel_picture_seconds_count"] == 6
+    assert 0 < seen[-1]["ernie_accel_picture_seconds_sum"] < 60
 
 
 def test_every_field_of_a_snapshot_has_a_metric_and_keeps_all_its_digits():
-    fields = set(Snapshot.__dataclass_fields__) - {"time"}
-    assert set(_METRICS) == fields
-    known = {name: 1_234_567 + number for number, name in enumerate(_METRICS)}
-    values = parse(prometheus_text(Snapshot(time=0.0, **known)))
-    assert list(values.values()) == list(known.values())
-    assert all(re.fullmatch("ernie_accel_[a-z0-9_]+", name) for name in values)
+    # A percentile cannot be aggregated over jobs; the histogram can.
+    fields = set(Snapshot.__dataclass_fields__) - {"time", "latency_p50_s", "latency_p95_s"}
+    assert _COUNTERS.keys() | _GAUGES.keys() | {"latency_sum_s", "latency_counts"} == fields
+    names = dict(_GAUGES) | {name: (f"{metric}_total", words) for name, (metric, words) in _COUNTERS.items()}
+    known = {name: 1_234_567 + number for number, name in enumerate(names)}
+    counts = tuple(range(len(LATENCY_BOUNDS_S)))
+    state = Snapshot(
+        time=0.0, latency_p50_s=1, latency_p95_s=1, latency_sum_s=0.1 + 0.2, latency_counts=counts, **known
+    )
+    values = parse(exposition(state).decode())
+    assert {name: values.pop(f"ernie_accel_{metric}") for name, (metric, _) in names.items()} == known
+    assert values.pop("ernie_accel_picture_seconds_sum") == 0.1 + 0.2
+    assert values.pop("ernie_accel_picture_seconds_count") == known["done"]
+    bounds = [f"ernie_accel_picture_seconds_bucket le={bound}" for bound in (*LATENCY_BOUNDS_S, "+Inf")]
+    assert values == dict(zip(bounds, (*counts, known["done"]), strict=True))
+
+
+def test_seconds_of_pictures_are_counted_in_buckets_and_those_that_failed_are_not():
+    telemetry = Telemetry(9)
+    for seconds in (0.05, 0.1, 0.11, 9.0, 599.0, 600.0, 10_000.0):
+        telemetry.settled("done", seconds)
+    telemetry.settled("failed", 1.0)
+    telemetry.settled("rejected", 1.0)
+    values = parse(exposition(telemetry.snapshot()).decode())
+    buckets = {name.partition("le=")[2]: value for name, value in values.items() if "_bucket" in name}
+    expected = {"0.1": 2, "0.25": 3, "0.5": 3, "1.0": 3, "2.5": 3, "5.0": 3, "10.0": 4, "30.0": 4, "60.0": 4}
+    assert buckets == expected | {"120.0": 4, "300.0": 4, "600.0": 6, "+Inf": 7}
+    assert values["ernie_accel_picture_seconds_sum"] == pytest.approx(11208.26)
+
+
+@pytest.mark.parametrize("arguments", [["--metrics-port", "0"], ["--prometheus", "job.prom"]])
+def test_a_missing_package_is_named_with_its_extra_before_anything_is_drawn(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    monkeypatch.setattr("ernie_accel.cli.batch._engine", lambda job, facts: pytest.fail("the model was loaded"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.csv").write_text("prompt\none\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["batch", "t.csv", "--out", "out", "--model", "a/b", *arguments])
+    assert caught.value.code == 2
+    missing = "error: prometheus_client is not installed: pip install 'ernie-accel[metrics]'\n"
+    assert capsys.readouterr().err == missing
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+    with pytest.raises(ErnieAccelError, match=r"ernie-accel\[metrics\]"):
+        produce(StubEngine(), make_rows(1), tmp_path / "out", prometheus=tmp_path / "job.prom", progress=False)
+    with pytest.raises(ErnieAccelError, match=r"ernie-accel\[metrics\]"):
+        MetricsServer(0)
+    assert not list(tmp_path.glob("out/*.png"))
+
+
+def test_a_job_that_nobody_scrapes_does_not_load_the_client(tmp_path):
+    code = (
+        "import sys; from ernie_accel.batch import produce; from tests.stub_engine import StubEngine, make_rows; "
+        f"list(produce(StubEngine(), make_rows(1), {str(tmp_path / 'out')!r}, progress=False)); "
+        "print('prometheus_client' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout == "False\n"
 
 
 def test_a_service_can_be_scraped_and_its_eta_is_not_negative(tmp_path):

@@ -14,11 +14,13 @@ import sys
 import pytest
 
 from ernie_accel.batch import Row, Sift, produce
+from ernie_accel.batch.exposition import exposition
 from ernie_accel.batch.job import EMBEDDED_MODEL
 from ernie_accel.batch.page import latency_chart, speed_chart
 from ernie_accel.batch.report import _worked, write_report
 from ernie_accel.batch.runs import note_run
-from ernie_accel.batch.telemetry import Telemetry, percentile, prometheus_text
+from ernie_accel.batch.snapshot import percentile
+from ernie_accel.batch.telemetry import Telemetry
 from ernie_accel.common.text import markdown
 from ernie_accel.core.errors import ErnieAccelError
 from tests.child_paths import PYTHONPATH
@@ -99,14 +101,17 @@ def test_machines_get_json_lines_and_prometheus_text(tmp_path):
     assert len(lines) > 1
     assert set(lines[0]) >= {"time", "total", "pictures_per_min", "eta_s", "batch_size", "latency_p95_s"}
     text = metrics.read_text()
-    assert "ernie_accel_pictures_done_total 5\n" in text
-    assert re.search(r"^ernie_accel_latency_p95_seconds [\d.e-]+$", text, flags=re.MULTILINE)
+    assert "ernie_accel_pictures_done_total 5.0\n" in text
+    assert 'ernie_accel_picture_seconds_bucket{le="+Inf"} 5.0\n' in text
+    number = r"[\d.e+-]+"
     for line in text.splitlines():
-        assert re.fullmatch(r"# HELP \w+ .+|# TYPE \w+ (counter|gauge)|\w+ [\d.e+-]+", line)
+        assert re.fullmatch(
+            rf'# HELP \w+ .+|# TYPE \w+ (counter|gauge|histogram)|\w+(\{{le="[^"]+"\}})? {number}', line
+        )
 
 
 def test_what_is_not_known_is_left_out_of_the_metrics():
-    assert "eta" not in prometheus_text(Telemetry(3).snapshot())
+    assert b"eta" not in exposition(Telemetry(3).snapshot())
 
 
 def test_the_report_tells_counts_reasons_and_cost(tmp_path):

@@ -7,6 +7,7 @@ import importlib.util
 import pytest
 
 import ernie_accel
+from ernie_accel.cli import main
 from ernie_accel.core.context import OPTIONAL_PACKAGES, Context
 from tests.pipelines import picture, tiny_ernie
 
@@ -36,3 +37,14 @@ def test_presets_that_need_no_extra_work(preset):
     ernie_accel.optimize(pipe, ernie_accel.SliceVae(), preset=preset)
     ernie_accel.restore(pipe)
     assert picture(pipe).isfinite().all()
+
+
+@pytest.mark.parametrize("arguments", [["--metrics-port", "0"], ["--prometheus", "job.prom"]])
+def test_metrics_of_a_batch_are_refused_with_the_extra(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.csv").write_text("prompt\na red circle\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["batch", "t.csv", "--out", "out", *arguments])
+    assert caught.value.code == 2
+    assert "prometheus_client is not installed: pip install 'ernie-accel[metrics]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

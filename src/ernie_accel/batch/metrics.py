@@ -1,4 +1,8 @@
-"""Serve a job's state over HTTP, for a Prometheus that scrapes instead of reading files."""
+"""Serve a job's state over HTTP, for a Prometheus that scrapes instead of reading files.
+
+The server is our own, and not that of prometheus-client: that one has a thread for each connection, however many there
+are, and reads requests of any length.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,8 @@ from types import TracebackType
 from typing import Any
 
 from ernie_accel.batch.errors import MetricsServerError
-from ernie_accel.batch.telemetry import Snapshot, prometheus_text
+from ernie_accel.batch.exposition import exposition, require_client
+from ernie_accel.batch.snapshot import Snapshot
 
 #: Of the text format; https://prometheus.io/docs/instrumenting/exposition_formats
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -49,10 +54,12 @@ class MetricsServer:
             host: Address to listen at. The default cannot be reached from other machines; "0.0.0.0" can, by anybody.
 
         Raises:
+            MissingExtraError: prometheus-client is not installed.
             MetricsServerError: The port is in use, or cannot be listened at.
         """
         if not 0 <= port <= 65535:
             raise MetricsServerError(host, port, "a port is within 0 to 65535; choose another")
+        require_client()
         self._state: Callable[[], Snapshot] | None = None
         try:
             (family, _, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -90,7 +97,7 @@ class MetricsServer:
 
     def _page(self) -> bytes:
         state = self._state
-        return b"" if state is None else prometheus_text(state()).encode()
+        return b"" if state is None else exposition(state())
 
 
 def page_url(host: str, port: int) -> str:

@@ -22,8 +22,9 @@ from ernie_accel.batch.naming import REJECTED_FOLDER, collision_key
 from ernie_accel.batch.options import check_arguments
 from ernie_accel.batch.row import Row
 from ernie_accel.batch.sift import Sift
+from ernie_accel.batch.snapshot import Snapshot
 from ernie_accel.batch.task import Task, tasks_of
-from ernie_accel.batch.telemetry import Snapshot, Telemetry
+from ernie_accel.batch.telemetry import Telemetry
 from ernie_accel.core.errors import ErnieAccelError
 
 

@@ -13,7 +13,8 @@ from ernie_accel.batch.ledger import Entry, Ledger, open_job
 from ernie_accel.batch.line import REJECTED
 from ernie_accel.batch.options import REAL_MODEL, check_arguments
 from ernie_accel.batch.runs import read_runs
-from ernie_accel.batch.telemetry import merged, percentile
+from ernie_accel.batch.snapshot import percentile
+from ernie_accel.batch.telemetry import merged
 from ernie_accel.common.text import markdown, one_line
 from ernie_accel.core.errors import ErnieAccelError
 

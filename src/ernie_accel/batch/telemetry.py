@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
-import math
 import os
 import stat
 import sys
@@ -11,56 +12,21 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ernie_accel.batch.errors import BatchOutputError, shown
+from ernie_accel.batch.exposition import FIRST_LINE, exposition, require_client
 from ernie_accel.batch.ledger import is_name_of_the_job
+from ernie_accel.batch.snapshot import LATENCY_BOUNDS_S, Snapshot, in_words, percentile
 from ernie_accel.common.atomic import write_atomically
-from ernie_accel.common.text import human_bytes
 
 _RECENT = 1000  # latencies kept for the percentiles
 _WINDOW_S = 300.0  # over which the current speed is measured
 _STATE_BYTES = 10_000  # of a file's start, by which its kind is known
-_PREFIX = "ernie_accel_"  # of every metric
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """The state of a job at one moment. Counts are of this run; None where nothing is known yet.
-
-    Attributes:
-        time: Unix time.
-        total: Rows of this run.
-        done: Pictures in place.
-        failed: Rows that failed.
-        rejected: Pictures sifted out.
-        pictures_per_min: Over the last five minutes.
-        eta_s: Seconds until the end at this speed.
-        batch_size: Of the last batch.
-        latency_p50_s: Median seconds from the start of a row's batch to its file.
-        latency_p95_s: The 95th percentile.
-        engine_idle: Part of the time, 0 to 1, in which nothing was rendered.
-        gpu_utilization: Percent, by NVML; only where its Python binding is installed.
-        gpu_memory_bytes: Allocated by torch, at the peak; None where another process has the GPU.
-    """
-
-    time: float
-    total: int
-    done: int
-    failed: int
-    rejected: int
-    pictures_per_min: float | None
-    eta_s: float | None
-    batch_size: int | None
-    latency_p50_s: float | None
-    latency_p95_s: float | None
-    engine_idle: float | None
-    gpu_utilization: int | None
-    gpu_memory_bytes: int | None
 
 
 class Telemetry:
@@ -97,6 +63,8 @@ class Telemetry:
         self._warned = False
         self._counts = {"done": 0, "failed": 0, "rejected": 0}
         self._latencies: deque[float] = deque(maxlen=_RECENT)
+        self._latency_sum_s = 0.0
+        self._latency_counts = [0] * (len(LATENCY_BOUNDS_S) + 1)  # of each bucket alone; the last one has no bound
         self._finished: deque[float] = deque()
         self._batch_size: int | None = None
         self._under_way: list[float] = []  # when each batch was begun
@@ -142,6 +110,8 @@ class Telemetry:
             self._counts[state] += 1
             if state == "done":
                 self._latencies.append(seconds)
+                self._latency_sum_s += seconds
+                self._latency_counts[bisect.bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
                 self._finished.append(now)
         self._bar.update()
         if now - self._told >= self._interval_s:
@@ -169,6 +139,8 @@ class Telemetry:
                 batch_size=self._batch_size,
                 latency_p50_s=percentile(latencies, 0.50),
                 latency_p95_s=percentile(latencies, 0.95),
+                latency_sum_s=self._latency_sum_s,
+                latency_counts=tuple(itertools.accumulate(self._latency_counts[:-1])),
                 engine_idle=max(0.0, 1 - busy_s / spent) if spent > 0 else None,
                 gpu_utilization=gpu_utilization,
                 gpu_memory_bytes=gpu_memory_bytes,
@@ -192,7 +164,7 @@ class Telemetry:
             if self._prometheus is not None:
                 # Always the same temporary name: in this folder nobody removes what kills leave behind.
                 temporary = f".{self._prometheus.name}.tmp"
-                write_atomically(self._prometheus, prometheus_text(state).encode(), temporary=temporary)
+                write_atomically(self._prometheus, exposition(state), temporary=temporary)
         except OSError as error:  # pictures matter more than their statistics
             if not self._warned:
                 warnings.warn(f"the job's state could not be written: {error}; the job goes on", stacklevel=2)
@@ -208,8 +180,11 @@ def refuse_state_files(out: Path, log_json: Path | None, prometheus: Path | None
         prometheus: The same.
 
     Raises:
+        MissingExtraError: A Prometheus file is to be written, and prometheus-client is not installed.
         BatchOutputError: One of the files belongs to something else, or is one of the job's other files, or is no file.
     """
+    if prometheus is not None:
+        require_client()
     if log_json is not None and prometheus is not None and log_json.resolve() == prometheus.resolve():
         both = f"{log_json.name!r} cannot be both the log and Prometheus' file; choose another name for one"
         raise BatchOutputError(log_json.parent, [(None, both)])
@@ -254,7 +229,7 @@ def _is_log(line: str) -> bool:
 
 def _is_metrics(line: str) -> bool:
     """Return whether a file that begins with this line is in the text format, with our metrics."""
-    return line.startswith(f"# HELP {_PREFIX}")
+    return line.startswith(FIRST_LINE)
 
 
 def _append(path: str, flags: int) -> int:
@@ -270,57 +245,6 @@ def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
         else:
             apart.append((start, end))
     return apart
-
-
-def percentile(ordered: list[float], part: float) -> float | None:
-    """Return the nearest-rank percentile of ascending values; None if there are none."""
-    return ordered[max(0, math.ceil(part * len(ordered)) - 1)] if ordered else None
-
-
-def in_words(state: Snapshot) -> str:
-    """Return the state in the few words that fit behind a progress bar."""
-    words = [f"failed={state.failed}"]
-    if state.rejected:
-        words.append(f"rejected={state.rejected}")
-    if state.pictures_per_min is not None:
-        words.append(f"{state.pictures_per_min:.1f}/min")
-    if state.batch_size is not None:
-        words.append(f"batch={state.batch_size}")
-    if state.latency_p50_s is not None and state.latency_p95_s is not None:
-        words.append(f"p50={state.latency_p50_s:.1f}s p95={state.latency_p95_s:.1f}s")
-    if state.gpu_utilization is not None:
-        words.append(f"gpu={state.gpu_utilization}%")
-    if state.gpu_memory_bytes is not None:
-        words.append(human_bytes(state.gpu_memory_bytes))
-    return ", ".join(words)
-
-
-#: Field of a snapshot -> (name, type, help) of its metric. Units are Prometheus' base units, and in the names.
-_METRICS: Mapping[str, tuple[str, str, str]] = {
-    "total": ("rows", "gauge", "Rows of this run."),
-    "done": ("pictures_done_total", "counter", "Pictures in place."),
-    "failed": ("pictures_failed_total", "counter", "Rows that failed."),
-    "rejected": ("pictures_rejected_total", "counter", "Pictures sifted out."),
-    "pictures_per_min": ("pictures_per_minute", "gauge", "Pictures per minute over the last five minutes."),
-    "eta_s": ("eta_seconds", "gauge", "Seconds until the end at this speed."),
-    "batch_size": ("batch_size", "gauge", "Rows of the last batch."),
-    "latency_p50_s": ("latency_p50_seconds", "gauge", "Median from the start of a row's batch to its file."),
-    "latency_p95_s": ("latency_p95_seconds", "gauge", "95th percentile of the same."),
-    "engine_idle": ("engine_idle_ratio", "gauge", "Part of the time in which nothing was rendered, 0 to 1."),
-    "gpu_utilization": ("gpu_utilization_percent", "gauge", "The GPU's utilisation as NVML tells it, 0 to 100."),
-    "gpu_memory_bytes": ("gpu_memory_peak_bytes", "gauge", "Memory allocated by torch, at the peak."),
-}
-
-
-def prometheus_text(state: Snapshot) -> str:
-    """Return the state in Prometheus' text format; what is not known is left out."""
-    lines = []
-    for name, (metric, kind, words) in _METRICS.items():
-        value = getattr(state, name)
-        if value is not None:
-            metric = f"{_PREFIX}{metric}"
-            lines += [f"# HELP {metric} {words}", f"# TYPE {metric} {kind}", f"{metric} {value!r}"]
-    return "\n".join(lines) + "\n"
 
 
 def gpu_facts() -> tuple[int | None, int | None]:

@@ -32,6 +32,8 @@ OPTIONAL_PACKAGES: Mapping[str, str] = MappingProxyType(
         "torch_npu": "npu",
         "ray": "ray",
         "httpcore": "http",
+        "pyarrow": "parquet",
+        "prometheus_client": "metrics",
         "cudnn": "cudnn",
         "cache_dit": "cache-dit",
     }
@@ -39,6 +41,7 @@ OPTIONAL_PACKAGES: Mapping[str, str] = MappingProxyType(
 _DISTRIBUTIONS = {
     "optimum.quanto": "optimum-quanto",
     "torch_npu": "torch-npu",
+    "prometheus_client": "prometheus-client",
     "cudnn": "nvidia-cudnn-frontend",
     "cache_dit": "cache-dit",
     "flash_attn": "flash-attn",
