@@ -18,9 +18,11 @@ PAGE = Path(__file__).parent / "transforms.md"
 INTRODUCTION = """\
 # Transforms
 
-Every transform of the catalogue, in the order they run. This page is written by `docs/generate_transforms.py` from
-the docstrings; figures without another source were measured on an NVIDIA H200 at 1024x1024, batch 1.
-`ernie_accel.plan(pipe, ...)` says for your pipe and machine what each would change, or why it cannot run.
+Every transform of the catalogue, in the order in which they run. `ernie_accel.plan(pipe, ...)` says what each would
+change in your pipe on your machine, or why it cannot run.
+
+`docs/generate_transforms.py` writes this page from the docstrings. Figures without another source were measured on an
+NVIDIA H200 at 1024x1024, batch 1.
 """
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 LADDER, PARTS, FUSED = "ladder_h200_202611", "parts_h200_202611", "parts_fused_h200_202611"

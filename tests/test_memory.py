@@ -100,7 +100,7 @@ def test_channels_last_lays_out_convolutions_only_and_says_when_it_pays(ernie):
     weights = {f"vae.{name}": p for name, p in ernie.vae.named_parameters() if p.ndim == 4}
     assert set(entry.applied.changed) >= {n for n, p in weights.items() if min(p.shape[1:]) > 1}
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights.values())
-    assert "pays only in a compiled model" in entry.applied.note
+    assert "pay only in a compiled model" in entry.applied.note
     image = picture(ernie)
     assert ((image - before).norm() / before.norm()).item() < 1e-5
     assert MakeContiguous(channels_last=("vae",)).effect is ernie_accel.Effect.ROUNDING

@@ -349,7 +349,7 @@ def test_unknown_names_get_the_valid_ones_and_those_that_run_here():
     ) as caught:
         Quantize("int8", backend="awq")
     assert "This machine can run torchao, bitsandbytes, quanto, gguf, layerwise." in str(caught.value)
-    with pytest.raises(ernie_accel.UnknownNameError, match="nf4 is done by bitsandbytes"):
+    with pytest.raises(ernie_accel.UnknownNameError, match="nf4 is available from bitsandbytes"):
         Quantize("nf4", backend="torchao")
     with pytest.raises(ernie_accel.UnknownNameError, match="gguf-q4_0"):
         Quantize("gguf-q4_k")  # no package encodes K-quants

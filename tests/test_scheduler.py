@@ -398,7 +398,7 @@ def test_the_receipt_says_what_is_only_sound_for_distilled_models(ernie):
     for name in SCHEDULERS:
         (step,) = ernie_accel.plan(ernie, SwapScheduler(name)).steps
         assert ("only sound for distilled" in step.preview.note) == (name == "lcm")
-        assert ("two evaluations a step" in step.preview.note) == (name in TWO_STAGE)
+        assert ("two evaluations per step" in step.preview.note) == (name in TWO_STAGE)
 
 
 def test_the_plan_says_what_would_change(ernie):

@@ -1,1 +1,1 @@
-"""What every floor may use: files that are whole or not there, text for people, contact sheets. Knows nothing else."""
+"""What every layer may use: files written whole or not at all, text for people, contact sheets. Imports no layer."""

@@ -1,4 +1,4 @@
-"""Write a file so that it is there whole or not at all, whatever interrupts."""
+"""Write a file whole or not at all, whatever interrupts the write."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _LEFTOVER = re.compile(r"\.[0-9a-f]{16}\.tmp")
 def write_atomically(
     path: str | os.PathLike[str], data: bytes, *, dir_fd: int | None = None, temporary: str | None = None
 ) -> None:
-    """Write `data` to `path`, replacing what is there in one step.
+    """Write `data` to `path`, replacing an existing file in one step.
 
     Other programs see the old file or the new one, never a part. On any error or interrupt the old file stays
     and the temporary one beside it is removed. A link of this name is replaced, never followed.
 
     Args:
-        path: Of the file.
-        data: All that it will hold.
-        dir_fd: A descriptor of the folder at which a relative `path` starts; None: the working directory.
-        temporary: Name of the temporary file, for a file that only one program writes: what a kill leaves of it is
-            removed by the next write. None: a name that nobody else uses, see `remove_leftovers`.
+        path: Path of the file.
+        data: The whole content.
+        dir_fd: A descriptor of the folder that a relative `path` starts from; None: the working directory.
+        temporary: Name of the temporary file, for a file that only one program writes. If a kill leaves it behind, the
+            next write removes it. None: a unique name, see `remove_leftovers`.
 
     Raises:
         OSError: If the folder cannot be written to, or the disk is full.
@@ -51,7 +51,7 @@ def remove_if_there(path: str, *, dir_fd: int | None = None) -> None:
 
 
 def remove_leftovers(folder: str | int) -> None:
-    """Remove the temporary files of writes in `folder` that were killed; nobody else may be writing there.
+    """Remove the temporary files that killed writes left in `folder`; nobody else may be writing there.
 
     Args:
         folder: Its path, or a descriptor of it where the system takes one.

@@ -17,10 +17,10 @@ from ernie_accel.common.atomic import write_atomically
 
 _PAPER, _INK, _MUTED, _EDGE = "#ffffff", "#1f2328", "#656d76", "#d0d7de"
 _MAX_CAPTION_LINES = 6
-_MAX_CAPTION = 1000  # characters: more than so many lines hold, and all that is measured of a longer text
+_MAX_CAPTION = 1000  # characters: more than fit, and a longer text is measured only so far
 
-# Pillow brings a clean font of little more than ASCII. Where a text needs more, the first of these that is
-# installed and covers most of it is taken: fonts with Chinese first, since most captions beyond ASCII are.
+# Pillow's own font covers little more than ASCII. If a text needs more, the installed font of this list that covers
+# most of it is used: fonts with Chinese come first, since most captions beyond ASCII are Chinese.
 _SYSTEM_FONTS = (
     "NotoSansCJK-Regular.ttc",
     "NotoSansCJKsc-Regular.otf",
@@ -47,7 +47,7 @@ class Column:
     """One prompt and its picture from every run.
 
     Attributes:
-        caption: What was asked for; wrapped under the pictures.
+        caption: The prompt, for instance; wrapped under the pictures.
         pictures: One for each row of the sheet, top to bottom.
     """
 
@@ -126,7 +126,7 @@ def _draw(columns: Sequence[Column], rows: Sequence[str], cell: int) -> Image.Im
 
 
 def _fit(picture: Image.Image, cell: int) -> Image.Image:
-    """Return the picture as RGB, over paper where it is transparent, its longer side as long as a cell."""
+    """Return the picture as RGB, scaled to the cell; transparent parts show the paper."""
     if picture.has_transparency_data:
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, _PAPER), picture.convert("RGBA"))
     scale = cell / max(picture.size)
@@ -170,7 +170,7 @@ def _leading(font: ImageFont.FreeTypeFont) -> int:
 
 
 def _line(text: str, size: int, colour: str) -> tuple[str, ImageFont.FreeTypeFont, str]:
-    """Return a text that can be drawn, the font that does, and the colour."""
+    """Return a drawable form of a text, the font that can draw it, and the colour."""
     # Composed, because an accent on its own is drawn beside its letter where text shaping is missing.
     text = " ".join(unicodedata.normalize("NFC", text).split())
     font = max(_fonts(size), key=lambda font: sum(_has_glyph(font, character) for character in text))
@@ -194,7 +194,7 @@ def _fonts(size: int) -> tuple[ImageFont.FreeTypeFont, ...]:
 
 @lru_cache(maxsize=4096)
 def _has_glyph(font: ImageFont.FreeTypeFont, character: str) -> bool:
-    # Pillow does not show a font's character map; but what it lacks, it draws as it does this noncharacter.
+    # Pillow does not expose a font's character map, but it draws missing characters like this noncharacter.
     return character == " " or bytes(font.getmask(character)) != bytes(font.getmask("\U0010ffff"))
 
 

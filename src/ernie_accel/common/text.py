@@ -1,4 +1,4 @@
-"""Lay out plans and reports as text that a person reads and a log file keeps, and make foreign text safe to show."""
+"""Lay out plans and reports as plain text, and make foreign text safe to show."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 
 def width(text: str) -> int:
-    """Return the columns `text` takes in a terminal (East Asian wide characters take two)."""
+    """Return how many columns `text` takes in a terminal (East Asian wide characters take two)."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
@@ -59,7 +59,7 @@ def effect_text(effect: str, floor_db: float | None) -> str:
     return effect if floor_db is None else f"{effect}, >= {floor_db:g} dB"
 
 
-# Controls, lone surrogates, and what reverses the direction of the text around it: none of them is for a reader.
+# Control characters, lone surrogates and bidirectional overrides: none of them is meant for a reader.
 _UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _MARKDOWN = re.compile(r"([\\`*_\[\]|~$#!])")
 

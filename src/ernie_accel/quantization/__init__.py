@@ -1,1 +1,1 @@
-"""Linear layers in fewer bits: schemes, backends (one a file), which layers, and the guard against casts."""
+"""Linear layers in fewer bits: schemes, backends (one per file), choice of layers, and the guard against casts."""

@@ -1,4 +1,4 @@
-"""What a quantization backend must answer: can it, quantize, dequantize, and which tensors hold the result."""
+"""The interface of a quantization backend: what it supports, quantize, dequantize, and which tensors to save."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ernie_accel.core.context import Context
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a weight is stored, and what is promised of it. The promises are earned by tests.
+    """How a weight is stored, and what accuracy is promised. Tests check the promises.
 
     Attributes:
         name: Name of the scheme.
-        bits: Of a stored value, scales not counted.
+        bits: Bits of a stored value, not counting scales.
         summary: What it stores and how it multiplies.
         weight_db: Promised SQNR of a weight in dB, for a matrix of normally distributed values.
         floor_db: Promised SQNR of the final latents in dB against the unquantized pipe, same seeds, 8 steps, captions
-            that leave nothing open; earned on the embedded model with 2 dB to spare, by the formats' own arithmetic
-            in emulation where no CPU has the products ("fp8", "nvfp4", "mxfp8").
+            that leave nothing open; tested on the embedded model with 2 dB to spare. Formats that no CPU can
+            multiply ("fp8", "nvfp4", "mxfp8") are emulated with their own arithmetic.
     """
 
     name: str
@@ -91,13 +91,13 @@ class LinearSpec:
 
 
 class Backend(ABC):
-    """One quantization library, as four answers. Concrete ones are final and carry no state.
+    """One quantization library, behind four groups of methods. Concrete classes are final and carry no state.
 
-    1. `unsupported`, `layer_problem`, `stored_bytes`: what can it do here, what not and why, and how large is it?
-    2. `quantize`: make the layer that takes a linear's place.
-    3. `dequantize`: what does such a layer hold?
-    4. `tensors`: which tensors are its content? They are saved, and a reload copies them into a blank layer of the
-       same scheme and shape; so no backend needs a file format of its own, and none reads one.
+    1. `unsupported`, `layer_problem`, `stored_bytes`: what it can do here, what it cannot and why, and the sizes.
+    2. `quantize`: make the layer that replaces a linear layer.
+    3. `dequantize`: return the weight that such a layer holds.
+    4. `tensors`: the tensors that hold its content. They are saved, and a reload copies them into a blank layer of the
+       same scheme and shape. So no backend needs a file format of its own, and none reads one.
 
     Class-level facts:
         name: As in ``Quantize(backend=...)``.
@@ -131,10 +131,10 @@ class Backend(ABC):
 
     @abstractmethod
     def quantize(self, scheme: str, linear: torch.nn.Linear) -> torch.nn.Module:
-        """Return the layer that takes the place of `linear`, on its device; `linear` is not changed."""
+        """Return the layer that replaces `linear`, on its device; `linear` is not changed."""
 
     def blank(self, scheme: str, linear: torch.nn.Linear) -> torch.nn.Module:
-        """Return a quantized layer for `linear`'s shape, dtype and device whose content is about to be copied in."""
+        """Return a blank quantized layer of `linear`'s shape, dtype and device, for content to be copied in."""
         return self.quantize(scheme, linear)
 
     @abstractmethod
@@ -147,10 +147,10 @@ class Backend(ABC):
 
     @abstractmethod
     def holds(self, layer: torch.nn.Module) -> bool:
-        """Return whether `layer` is quantized by this library, whoever did it; imports nothing."""
+        """Return whether `layer` was quantized with this library, by anyone; imports nothing."""
 
     def remark(self, scheme: str, device: str) -> str:
-        """Return what a reader of the plan should know of `scheme` on this torch device type; "" for nothing."""
+        """Return a note for the plan about `scheme` on this torch device type; "" for none."""
         return ""
 
     def breaks_graph(self, scheme: str, dtype: torch.dtype) -> str | None:
@@ -173,11 +173,11 @@ def bias_of(linear: torch.nn.Linear) -> torch.nn.Parameter | None:
 
 
 def fix_empty_rows(values: torch.Tensor, scale: torch.Tensor) -> None:
-    """Make rows of zeros zeros again, in place: scaled by their largest magnitude they became 0 / 0, NaN.
+    """Restore rows of zeros in place: scaled by their largest magnitude, they became 0 / 0, which is NaN.
 
     Args:
         values: float8 [N, K].
-        scale: One a row [N, 1]; 0 where the row was empty.
+        scale: One per row [N, 1]; 0 where the row was empty.
     """
     empty = scale == 0
     values.view(torch.uint8).masked_fill_(empty, 0)

@@ -1,4 +1,4 @@
-"""bitsandbytes: its int8 and 4-bit kernels, with scales that move and are saved as what they are: buffers.
+"""bitsandbytes: its int8 and 4-bit kernels, with scales in buffers, so that they move and are saved.
 
 Its own ``Linear8bitLt`` and ``Linear4bit`` keep scales beside the tensors. So they stay behind when a pipe moves after
 its first picture, are missing from ``save_pretrained`` (the reload is noise), and on some CPUs the first forward
@@ -98,7 +98,7 @@ class FourBitLinear(torch.nn.Module):
     """Unpack 4-bit weights with the kernel of bitsandbytes, and multiply in the activations' dtype.
 
     Attributes:
-        weight: Two values a byte, uint8 [N * K / 2, 1].
+        weight: Two values per byte, uint8 [N * K / 2, 1].
         absmax: Largest magnitude of each block of 64 values, float32 [N * K / 64].
     """
 

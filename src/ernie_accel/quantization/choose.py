@@ -1,4 +1,4 @@
-"""Choose scheme and backend by hardware, and be able to say why: every candidate with every reason."""
+"""Choose scheme and backend by hardware, and explain the choice: every candidate with every reason."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ernie_accel.quantization.torchao import TorchAO
 _backends: dict[str, Backend] = {
     backend.name: backend for backend in (TorchAO(), BitsAndBytes(), Quanto(), Gguf(), Layerwise())
 }
-#: All backends by name, the preferred first: torchao's layers compile best, layerwise casting does without scales.
-#: Those that others registered come last.
+#: All backends by name, the preferred first: torchao's layers compile best, layerwise casting has no scales.
+#: Registered backends come last.
 BACKENDS: Mapping[str, Backend] = MappingProxyType(_backends)
 #: What ``Quantize("auto")`` tries, the fastest first. Weight-only schemes save bytes and, uncompiled, cost time.
 AUTO_SCHEMES = ("nvfp4", "fp8", "int8", "int8-weight-only", "fp8-weight-only")
@@ -32,11 +32,11 @@ def register_quantization_backend(backend: Backend, *schemes: Scheme) -> Backend
 
     Args:
         backend: The backend; `ernie_accel.testing.check_backend` says whether it keeps its promises.
-        *schemes: What it can store that the library has no name for yet.
+        *schemes: Schemes of it that the library does not know yet.
 
     Raises:
         TypeError: It is no `Backend`.
-        ValueError: Another backend or scheme of that name is known, or it names a scheme that nobody has described.
+        ValueError: Another backend or scheme of that name is known, or it names an unknown scheme.
     """
     if not isinstance(backend, Backend):
         raise TypeError(f"expected a Backend, got {backend!r}")
@@ -49,7 +49,7 @@ def register_quantization_backend(backend: Backend, *schemes: Scheme) -> Backend
     described = {*SCHEMES, *(scheme.name for scheme in schemes)}
     missing = [name for name in backend.schemes if name not in described]
     if missing:
-        raise ValueError(f"{backend.name} has {', '.join(missing)}, which nobody has described: pass their Scheme, too")
+        raise ValueError(f"{backend.name} has unknown schemes {', '.join(missing)}: pass a Scheme for each, too")
     for scheme in schemes:
         add_scheme(scheme)
     _backends.setdefault(backend.name, backend)
@@ -73,11 +73,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, and from what. Print it.
+    """The choice and all candidates; printable.
 
     Attributes:
         context: The machine.
-        candidates: All that were looked at, the preferred first.
+        candidates: All candidates, the preferred first.
     """
 
     context: Context
@@ -106,11 +106,11 @@ class Choice:
 
 
 def choose(scheme: str, backend: str, context: Context) -> Choice:
-    """Look at every backend that has the scheme, the preferred first.
+    """Check every backend that has the scheme, the preferred first.
 
     Args:
-        scheme: A key of `SCHEMES`; "auto" looks at `AUTO_SCHEMES`.
-        backend: A key of `BACKENDS`, to look at no other; or "auto".
+        scheme: A key of `SCHEMES`; "auto" tries `AUTO_SCHEMES`.
+        backend: A key of `BACKENDS`, or "auto" for all.
         context: The machine.
     """
     schemes = AUTO_SCHEMES if scheme == AUTO else (scheme,)
@@ -120,14 +120,14 @@ def choose(scheme: str, backend: str, context: Context) -> Choice:
         for candidate in (BACKENDS.values() if backend == AUTO else (BACKENDS[backend],))
         if name in candidate.schemes or (backend != AUTO and scheme != AUTO)
     ]
-    # The CPU multiplies faster in its own dtype than in int8, which it would have to quantize for first.
+    # On a CPU int8 is slower: the activations have to be quantized first.
     if scheme == AUTO and context.device == "cpu":
         pairs.sort(key=lambda pair: pair[0] in ("nvfp4", "fp8", "int8"))
     return Choice(context, tuple(Candidate(name, b.name, tuple(b.unsupported(name, context))) for name, b in pairs))
 
 
 def check_names(scheme: str, backend: str) -> None:
-    """Refuse names nobody has heard of; name the valid ones, and those that can run on this machine.
+    """Refuse unknown names; list the valid ones, and those that can run on this machine.
 
     Raises:
         UnknownNameError: There is no such scheme or backend, or the backend does not have the scheme.
@@ -143,5 +143,5 @@ def check_names(scheme: str, backend: str) -> None:
         raise UnknownNameError("scheme", scheme, (AUTO, *SCHEMES), note=f"This machine can run {', '.join(here)}.")
     if backend != AUTO and scheme not in BACKENDS[backend].schemes:
         have = [name for name, candidate in BACKENDS.items() if scheme in candidate.schemes]
-        note = f"{scheme} is done by {', '.join(have)}."
+        note = f"{scheme} is available from {', '.join(have)}."
         raise UnknownNameError(f"scheme of {backend}", scheme, BACKENDS[backend].schemes, note=note)

@@ -1,4 +1,4 @@
-"""GGUF: llama.cpp's block formats, encoded in memory into the linear layer diffusers loads GGUF files with."""
+"""GGUF: llama.cpp's block formats, encoded in memory, in the linear layer that diffusers uses for GGUF files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from ernie_accel.quantization.backend import Backend, LinearSpec, bias_of, defined_in
 
-#: Values a block; and bytes a block of each scheme, its float16 scale included (ggml-common.h).
+#: Values per block; and bytes per block of each scheme, its float16 scale included (ggml-common.h).
 BLOCK = 32
 BLOCK_BYTES = MappingProxyType({"gguf-q8_0": 34, "gguf-q5_0": 22, "gguf-q4_0": 18})
 

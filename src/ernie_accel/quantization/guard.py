@@ -1,4 +1,4 @@
-"""Keep a quantized pipe from being cast: the values would be torn from their scales, in silence."""
+"""Keep a quantized pipe from being cast, which would silently separate values from their scales."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CASTS = ("half", "float", "double", "bfloat16", "type")
 
 
 def refuse_casts(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:
-    """Make ``.to(dtype)``, ``.half()`` ... of the pipe and of these components raise; moving them stays as it was.
+    """Make ``.to(dtype)``, ``.half()`` ... of the pipe and of these components raise; moving them still works.
 
     On the instances only. A bound method, unlike a closure, follows its owner through ``copy.deepcopy``.
     """
@@ -52,7 +52,7 @@ def _refusing(name: str) -> Callable[..., Any]:
 
 def _refusal(owner: Any, call: str) -> ErnieAccelError:
     return ErnieAccelError(
-        f"{type(owner).__name__}.{call}: its weights are quantized, and a cast would tear them from their scales. "
+        f"{type(owner).__name__}.{call}: its weights are quantized, and a cast would separate them from their scales. "
         "Move it with .to(device) alone; for another dtype restore(pipe) first, then "
         "optimize(pipe, CastDtype(...), Quantize(...))"
     )

@@ -1,4 +1,4 @@
-"""Find the linear layers of a pipe, say which are left out and why, and measure what quantizing did to each."""
+"""Find the linear layers of a pipe, say which are left out and why, and measure the error of each."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from ernie_accel.core.components import Pipeline, modules_of
 from ernie_accel.quantization.backend import Backend
 from ernie_accel.quantization.choose import BACKENDS
 
-#: Left out of a component that no family knows: all outside numbered blocks, and what modulates, embeds or predicts
-#: inside them. Quantized, these cost the most for the least (five times the error, see docs/quantization.md).
+#: Left out of a component that no family knows: everything outside numbered blocks, and inside them what modulates,
+#: embeds or predicts. Quantizing these costs the most accuracy and saves the least (see docs/quantization.md).
 GENERIC_EXCLUDE = (r"(?!.*\.\d+\.)", r"(?i).*(norm|adaln|modulation|embed)", r"lm_head\b")
 _ADAPTERS = frozenset({"lora_A", "lora_B"})
 
 
 @dataclass(frozen=True)
 class LinearSite:
-    """One linear layer of a pipe, and where it hangs.
+    """One linear layer of a pipe, and its place.
 
     Attributes:
         name: Component and path, "transformer.layers.1.mlp.up_proj".
         parent: The module that has it as a child.
         child: Its name there.
         layer: The layer, quantized or not.
-        left_out: Why it must stay as it is; None if it may be quantized.
+        left_out: Why it must not be quantized; None if it may be.
         stored_as: "scheme by backend" of a layer that is quantized already; else None.
-        parts: For a layer that is not there yet, the linear layers that will be concatenated to it; `layer` is the
+        parts: For a layer that does not exist yet, the linear layers that will be concatenated into it; `layer` is the
             first of them.
     """
 
@@ -48,7 +48,7 @@ class LinearSite:
     def linear(self) -> torch.nn.Linear:
         """The layer, for one that is not quantized."""
         if not isinstance(self.layer, torch.nn.Linear):
-            raise TypeError(f"{self.name} is a {type(self.layer).__name__}, no nn.Linear")
+            raise TypeError(f"{self.name} is a {type(self.layer).__name__}, not an nn.Linear")
         return self.layer
 
 
@@ -145,7 +145,7 @@ def _to_come(
 
 
 def quantized_as(layer: torch.nn.Module) -> str | None:
-    """Return "scheme by backend" for a quantized layer (by whomever), else None."""
+    """Return "scheme by backend" for a layer that anyone has quantized, else None."""
     from ernie_accel.core.transform import LayerReceipt
 
     receipt = vars(layer).get(RECEIPT)
@@ -185,7 +185,7 @@ def sqnr_db(original: torch.Tensor, approximation: torch.Tensor) -> float:
 
 
 def _obstacle(path: str, layer: torch.nn.Module, shared: set[int]) -> str | None:
-    """Return what about this layer, whatever the scheme, prevents replacing it; None if nothing does."""
+    """Return why this layer cannot be replaced in any scheme; None if it can."""
     if _ADAPTERS & set(path.split(".")):
         return "a LoRA adapter"
     if not isinstance(layer, torch.nn.Linear) or quantized_as(layer) is not None:

@@ -17,8 +17,8 @@ STORAGE = torch.float8_e4m3fn
 class Layerwise(Backend):
     """Attach diffusers' casting hook to a copy of the layer.
 
-    No scales: values under 2^-9 in magnitude become zero and those over 448 overflow. It is the choice where no
-    quantization package can be installed.
+    There are no scales: magnitudes under 2^-9 become zero, and those over 448 overflow. Use it where no quantization
+    package can be installed.
     """
 
     name: ClassVar[str] = "layerwise"

@@ -1,4 +1,4 @@
-"""optimum-quanto: int8 weights on CUDA and the CPU, fp8 and int4 on the CPU, without the ways it is known to crash."""
+"""optimum-quanto: int8 weights on CUDA and the CPU, fp8 and int4 on the CPU, without its known crashes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torchao: fp8, int8, int4 and the Blackwell formats as tensor subclasses that torch.compile sees through."""
+"""torchao: fp8, int8, int4 and the Blackwell formats as tensor subclasses that torch.compile can trace."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TorchAO(Backend):
 
     def remark(self, scheme: str, device: str) -> str:
         if scheme == "int4" and device == "cuda":
-            return "tinygemm is made for single tokens; 4000 rows take 17 times as long as in bfloat16, in nf4 as long"
+            return "tinygemm is made for single tokens: 4000 rows take 17 times as long as bfloat16; use nf4 instead"
         if scheme in ("fp8", "int8") and device == "cuda":
             return "faster only when compiled: add Compile()"
         return ""
@@ -82,7 +82,7 @@ class TorchAO(Backend):
         layer = plain_copy(linear, linear.weight.detach())
         quantize_(layer, _config(scheme))
         if type(layer.weight) is torch.nn.Parameter:
-            raise RuntimeError(f"torchao left a weight of shape {tuple(linear.weight.shape)} as it was ({scheme})")
+            raise RuntimeError(f"torchao did not quantize a weight of shape {tuple(linear.weight.shape)} ({scheme})")
         layer.weight.requires_grad_(False)
         if scheme in ("fp8", "fp8-weight-only"):
             weight: Any = layer.weight

@@ -8,11 +8,11 @@ import torch
 
 
 class RowNoise:
-    """Standard normal noise that the first latents of a run decide, each picture of a batch by its own.
+    """Standard normal noise, seeded by the first latents of a run, separately for each picture of a batch.
 
     Pipelines pass no generator to ``step``, so stock stochastic sampling draws from the global one. But the first
-    latents were drawn from the pipeline's generator: hashing them carries its seed over. Only their signs are hashed,
-    because these survive a cast to another dtype; a bfloat16 run gets the noise of the float32 one.
+    latents were drawn from the pipeline's generator, so hashing them carries its seed over. Only their signs are
+    hashed, because signs survive a cast: a bfloat16 run gets the same noise as a float32 one.
     """
 
     def __init__(self, first_latents: torch.Tensor) -> None:

@@ -1,10 +1,10 @@
-"""How each sampler goes from one sigma to the next, in the variables of flow matching and nothing else.
+"""How each sampler steps from one sigma to the next, in the variables of flow matching.
 
 The sample at noise level sigma is ``x = (1 - sigma) * data + sigma * noise``, the model predicts the velocity
 ``v = noise - data``, and so ``data = x - sigma * v``. The DPM-Solver++ family (arXiv 2211.01095) and UniPC
 (arXiv 2302.04867) integrate over the half log signal-to-noise ratio ``lambda = log((1 - sigma) / sigma)``, which is
-minus infinity at sigma 1, where every run begins. The limits of all coefficients are finite; they come out right here
-because the scalars are Python floats, of which the formulas below never form ``inf - inf`` or ``inf / inf``.
+minus infinity at sigma 1, where every run begins. The limits of all coefficients are finite. They come out right
+because the scalars are Python floats, and the formulas below never form ``inf - inf`` or ``inf / inf``.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Solver(ABC):
     """One run of a sampler.
 
     Class-level facts:
-        evaluations: Model evaluations of a step. With two, a run of n steps evaluates 2n - 1 times: the last step,
+        evaluations: Model evaluations per step. With two, a run of n steps evaluates 2n - 1 times: the last step,
             to sigma 0, needs one.
         stochastic: Whether it adds noise on the way.
-        advice: What a reader of a receipt should know.
+        advice: A hint for the receipt.
     """
 
     evaluations: ClassVar[int] = 1
@@ -57,7 +57,7 @@ class Solver(ABC):
 
     @abstractmethod
     def advance(self, i: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Return the sample that the model is to see next.
+        """Return the sample for the next model evaluation.
 
         Args:
             i: Number of the evaluation, from 0; a run may begin later (image to image).
@@ -67,9 +67,9 @@ class Solver(ABC):
 
 
 class EulerAncestral(Solver):
-    """Ancestral Euler for rectified flows: go down further than asked, then add noise. Keeps the variance.
+    """Ancestral Euler for rectified flows: step down further than required, then add noise. Keeps the variance.
 
-    As ``sample_euler_ancestral_RF`` of ComfyUI with eta 1, to which its "euler_ancestral" leads for such models, and as
+    As ``sample_euler_ancestral_RF`` of ComfyUI with eta 1, which its "euler_ancestral" becomes for such models, and as
     ``LTXEulerAncestralRFScheduler`` of diffusers.
     """
 
@@ -88,7 +88,7 @@ class EulerAncestral(Solver):
 
 
 class LCM(Solver):
-    """Predict the data, then noise it to the next level: the multistep sampling of consistency models.
+    """Predict the data, then add noise up to the next level: the multistep sampling of consistency models.
 
     As ``FlowMatchLCMScheduler`` and ``FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)`` of diffusers.
     Source: arXiv 2303.01469, algorithm 1.
@@ -107,7 +107,7 @@ class Heun(Solver):
     """Heun's method on the velocity: try an Euler step, then take the mean of the slopes at both ends."""
 
     evaluations = 2
-    advice = "two evaluations a step: n steps cost 2n - 1"
+    advice = "two evaluations per step: n steps cost 2n - 1"
 
     def __init__(self, sigmas: Sequence[float], noise: Noise) -> None:
         super().__init__(sigmas, noise)
@@ -128,7 +128,7 @@ class Heun(Solver):
 
 
 class DPMpp2M(Solver):
-    """DPM-Solver++(2M), multistep: one evaluation a step, the slope of the data from the last two."""
+    """DPM-Solver++(2M), multistep: one evaluation per step, the slope of the data from the last two."""
 
     advice = "pays from about 20 steps on; at 8 it differs little from euler"
 
@@ -179,7 +179,7 @@ class DPMpp3M(DPMpp2M):
     advice = "pays from about 20 steps on; at 8 it differs little from euler, and dpmpp_2m is steadier"
 
     def _highest(self, i: int) -> int:
-        # Below 15 steps the step before the last is of second order, as diffusers has it for stability.
+        # Below 15 steps the last but one step is of second order, for stability, as in diffusers.
         steps = len(self.sigmas) - 1
         return 2 if steps < 15 and i == steps - 2 else 3
 
@@ -188,7 +188,7 @@ class DPMpp2MSDE(DPMpp2M):
     """SDE-DPM-Solver++(2M): the multistep method for the stochastic equation with the same distributions."""
 
     stochastic = True
-    advice = "adds noise at every step, so it needs 20 steps and more"
+    advice = "adds noise at every step, so it needs 20 or more steps"
 
     def _update(self, x: torch.Tensor, s: float, t: float, slopes: tuple[torch.Tensor, ...]) -> torch.Tensor:
         data = slopes[0] if len(slopes) == 1 else slopes[0] + slopes[1] / 2
@@ -204,7 +204,7 @@ class DPMppSDE(Solver):
 
     evaluations = 2
     stochastic = True
-    advice = "adds noise at every step; two evaluations a step: n steps cost 2n - 1"
+    advice = "adds noise at every step; two evaluations per step: n steps cost 2n - 1"
 
     def __init__(self, sigmas: Sequence[float], noise: Noise) -> None:
         super().__init__(sigmas, noise)

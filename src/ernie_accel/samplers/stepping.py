@@ -1,9 +1,9 @@
-"""Let a stock flow-matching scheduler step by another solver, without another class.
+"""Let a stock flow-matching scheduler use another solver, without another class.
 
-Stock classes of other samplers are no way to swap: on the sigmas that flow-matching pipelines pass, most of them raise
-and some run a silently wrong schedule. So the scheduler stays diffusers' own ``FlowMatchEulerDiscreteScheduler``, which
-makes the checkpoint's sigmas and float timesteps from whatever the pipeline passes; only ``step`` is another one, on
-the instance. What ``save_pretrained`` writes is therefore a stock scheduler with the checkpoint's schedule.
+The stock classes of other samplers cannot be swapped in: on the sigmas that flow-matching pipelines pass, most of them
+raise, and some silently run a wrong schedule. So the scheduler stays diffusers' ``FlowMatchEulerDiscreteScheduler``,
+which makes the checkpoint's sigmas and float timesteps from whatever the pipeline passes. Only ``step`` is replaced, on
+the instance. So ``save_pretrained`` writes a stock scheduler with the checkpoint's schedule.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _ATTRIBUTE = "_ernie_accel_stepping"
 
 @dataclass
 class Stepping:
-    """What a scheduler instance steps by.
+    """Which solver a scheduler instance uses.
 
     Attributes:
         name: A key of `SCHEDULERS`.
-        trailing: Space the steps trailing where the pipeline leaves the spacing to the scheduler.
+        trailing: Use trailing spacing if the pipeline leaves the spacing to the scheduler.
         run: The solver in the middle of a run; None before the first.
     """
 
@@ -36,7 +36,7 @@ class Stepping:
 
 
 def install(scheduler: Any, name: str, trailing: bool) -> None:
-    """Let `scheduler`, a stock instance, step by the solver called `name`, in place."""
+    """Let `scheduler`, a stock instance, use the solver called `name`, in place."""
     setattr(scheduler, _ATTRIBUTE, Stepping(name, trailing))
     scheduler.set_timesteps = MethodType(_set_timesteps, scheduler)
     solver = SCHEDULERS[name]
@@ -46,7 +46,7 @@ def install(scheduler: Any, name: str, trailing: bool) -> None:
 
 
 def installed(scheduler: Any) -> Stepping | None:
-    """Return what `scheduler` steps by, or None for a stock one."""
+    """Return the solver that `scheduler` uses, or None for a stock one."""
     found = vars(scheduler).get(_ATTRIBUTE)
     return found if isinstance(found, Stepping) else None
 
@@ -62,7 +62,7 @@ def _set_timesteps(
     """Make the schedule as stock does (in place), then add the evaluations between its steps, if there are any."""
     stepping: Stepping = getattr(self, _ATTRIBUTE)
     if stepping.trailing and sigmas is None and timesteps is None:
-        # Stock would begin and end at sigmas that are shifted already, and shift them again.
+        # Stock would take sigmas that are shifted already, and shift them again.
         sigmas = torch.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps) if num_inference_steps else None
     type(self).set_timesteps(self, num_inference_steps, device=device, sigmas=sigmas, mu=mu, timesteps=timesteps)
     solver = SCHEDULERS[stepping.name]
@@ -80,7 +80,7 @@ def _step(
     generator: torch.Generator | list[torch.Generator] | None = None,
     return_dict: bool = True,
 ) -> Any:
-    """Do one step: the velocity `model_output` [B, ...] at `sample` [B, ...]. Returns the dtype of `model_output`.
+    """Run one step: the velocity `model_output` [B, ...] at `sample` [B, ...]. Returns the dtype of `model_output`.
 
     Args:
         self: The scheduler.

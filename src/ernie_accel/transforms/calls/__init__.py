@@ -1,1 +1,1 @@
-"""Transforms of calls of the pipe: defaults, autocast, checks, warming up."""
+"""Transforms of calls of the pipe: defaults, autocast, checks, warm-up."""

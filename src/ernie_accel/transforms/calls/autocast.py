@@ -23,13 +23,13 @@ HALF = tuple(name for name in DTYPES if name != "float32")
 
 @dataclass(frozen=True, repr=False)
 class Autocast(Transform):
-    """Run every call of the pipe under ``torch.autocast``: products and convolutions in half precision.
+    """Run every call of the pipe under ``torch.autocast``: matrix products and convolutions in half precision.
 
-    Weights, norms, RoPE angles and the scheduler's arithmetic stay in float32, and nothing has to be kept for undoing.
+    Weights, norms, RoPE angles and the scheduler's arithmetic stay in float32. Undoing needs no copies.
 
     Pays:
-        For a float32 pipe whose weights are to stay so (while it is being trained, say). ``CastDtype`` needs half the
-        memory and casts once instead of in every call.
+        For a float32 pipe whose weights have to stay in float32, for example while it is being trained. Otherwise
+        ``CastDtype`` is better: it needs half the memory, and casts once instead of in every call.
 
     Attributes:
         dtype: "bfloat16" or "float16".

@@ -1,4 +1,4 @@
-"""Change what ``pipe(prompt)`` does when the caller says nothing: steps, guidance, prompt enhancer."""
+"""Change the defaults of ``pipe(prompt)``: steps, guidance, prompt enhancer."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ MODES = ("turbo", "quality")
 
 @dataclass(frozen=True, repr=False)
 class CallDefaults(Transform):
-    """Give the call of this one pipe other defaults. Arguments that the caller passes always win.
+    """Change the default arguments of calls of this one pipe. Arguments that the caller passes always win.
 
-    A call is looked up on the class, so the instance gets a class of its own: a subclass of the same name whose
+    Python looks a call up on the class, so the instance gets a class of its own: a subclass of the same name whose
     signature shows the new defaults. The original class is not touched.
 
     Pays:
-        The most of all: 8 steps at guidance 1 instead of 50 at 4 are 8 forwards of one prompt in place of 50 of two.
-        Only for a checkpoint that was distilled for it: eight steps of a base checkpoint look bad.
+        More than anything else: 8 steps at guidance 1 are 8 forwards of one prompt, and 50 steps at guidance 4 are 50
+        forwards of two. But only for a checkpoint that was distilled for it: eight steps of a base checkpoint look bad.
 
     Attributes:
         mode: "turbo" (a distilled checkpoint) or "quality" (a base one): the family's own settings.
-        num_inference_steps: Denoising steps, >= 1; this and the following win over the mode's.
+        num_inference_steps: Denoising steps, >= 1. This and the following arguments override the mode.
         guidance_scale: Classifier-free guidance.
         use_pe: Whether prompts are enhanced (ERNIE-Image).
         negative_prompt: What the picture should not show.

@@ -1,4 +1,4 @@
-"""Notice NaN and infinity where they arise, instead of delivering a black picture."""
+"""Detect NaN and infinity where they arise, instead of delivering a black picture."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _HALF = (torch.bfloat16, torch.float16)
 class CheckFinite(Transform):
     """Check the latents after every step and the decoded picture for NaN and infinity.
 
-    A call that breaks is made once more in float32, with the same noise and a UserWarning that names the step; if that
-    is not possible or breaks, too, an error names it. The check reads one number a step from the device.
+    A call that fails the check is repeated once in float32, with the same noise, and a UserWarning names the step. If
+    it cannot be repeated, or fails again, an error names the step. The check reads one number per step from the device.
 
     Pays:
-        With float16, whose largest number is 65504, and with quantized models; in batches, where nobody looks at each
-        picture. A rerun needs memory for the weights in float32 beside those of the pipe.
+        With float16, whose largest number is 65504, with quantized models, and in batches, where nobody looks at each
+        picture. A rerun needs memory for the weights in float32, in addition to those of the pipe.
 
     Attributes:
-        rerun: Whether a call may be made again in float32. Quantized weights cannot.
+        rerun: Whether a call may be repeated in float32. Quantized weights cannot.
     """
 
     phase: ClassVar[Phase] = Phase.CALL
@@ -76,7 +76,7 @@ class _Check:
         self._pipe, self._rerun = pipe, rerun
 
     def around(self, call: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> Any:
-        """Call the pipe, and if it breaks once more in float32."""
+        """Call the pipe; if it fails the check, call it once more in float32."""
         noise = _Noise(arguments.get("generator"))
         try:
             return call(self._watching(arguments))

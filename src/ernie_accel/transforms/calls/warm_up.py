@@ -55,25 +55,27 @@ class Combination(NamedTuple):
 class Warmup(Transform):
     """Call the pipe once for every size, batch size and prompt length, so that no later call compiles or captures.
 
-    Each call takes two steps through the pipe as it then is, with its own call defaults (so with guidance where that
-    is the default) and without prompt enhancer; the first of a size and batch size is decoded, the others stop at the
-    latents. Where `RewriteEnhancer` is in place, as many short prompts are enhanced before that, to a few tokens: its
-    kernels are compiled then, and its graphs captured for prompts of about that length. Where `RewriteTextEncoder` is,
-    each is called twice, the second time without decoding: its graphs are captured then. No picture is kept; global
-    random states, the scheduler and the prompts that `BatchPromptEncoding` remembers are left as they were. The receipt
-    gives the milliseconds of each call. Compiled code belongs to what compiled it: ``restore`` drops it with that.
-    Whatever is optimized anew before it makes it run again.
+    Each call runs two steps with the pipe's own call defaults (including guidance, if that is the default), but without
+    the prompt enhancer. The first call of a size and batch size is decoded; the others stop at the latents.
+
+    With `RewriteEnhancer`, a batch of short prompts is enhanced first, to a few tokens each. This compiles its kernels,
+    and captures its graphs for prompts of about that length. With `RewriteTextEncoder`, each call is made twice, the
+    second time without decoding, which captures its graphs.
+
+    No picture is kept. Global random states, the scheduler and the prompts that `BatchPromptEncoding` has cached do not
+    change. The receipt gives the milliseconds of each call. ``restore`` drops compiled code together with the transform
+    that compiled it. If an earlier transform is applied again, the warm-up runs again, too.
 
     Pays:
-        For services, and before anything is timed: the first picture takes as long as the second. It takes the time
-        that the first picture would have lost (8 to 10 s for the compiled blocks, 15 s for the VAE), and for sizes that
-        are never asked for, more.
+        For services, and before you time anything: the first picture takes as long as the second. The warm-up takes
+        the time that the first picture would have taken longer (8 to 10 s for compiled blocks, 15 s for the VAE), and
+        more if you list sizes that are never used.
 
     Attributes:
         sizes: (width, height) in pixels; None for all that the family's authors recommend, or for the pipe's default.
-        batch_sizes: Prompts of one call.
-        prompt_lengths: Tokens of a prompt, special ones included, as the pipe's tokenizer counts; None for one short
-            prompt. Only captured graphs tell lengths apart; compiled blocks take any.
+        batch_sizes: Numbers of prompts per call.
+        prompt_lengths: Tokens of a prompt, special ones included, as the pipe's tokenizer counts them; None for one
+            short prompt. Only captured graphs depend on the length; compiled blocks accept any.
     """
 
     phase: ClassVar[Phase] = Phase.WARMUP
@@ -196,7 +198,7 @@ def _shape(each: Combination, multiple: int) -> Combination:
 
 
 def default_sizes(pipe: Pipeline) -> tuple[tuple[int, int], ...]:
-    """Return the (width, height) that the family's authors recommend, else what the pipe defaults to."""
+    """Return the (width, height) that the family's authors recommend, else the pipe's default."""
     sizes = family_of(pipe).sizes
     if sizes:
         return sizes
@@ -276,7 +278,7 @@ def _call_parameters(pipe: Pipeline) -> Mapping[str, Any]:
 
 
 def _is_compiled(pipe: Pipeline) -> bool:
-    """Return whether any module of the pipe was compiled, by whomever."""
+    """Return whether any module of the pipe was compiled, by this library or otherwise."""
     return any(
         part._compiled_call_impl is not None or isinstance(part, torch._dynamo.eval_frame.OptimizedModule)
         for module in modules_of(pipe).values()

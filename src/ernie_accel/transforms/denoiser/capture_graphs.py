@@ -19,18 +19,19 @@ from ernie_accel.models.rewritten import rewritten_blocks
 class CaptureGraphs(Transform):
     """Capture the transformer's forward into a CUDA graph for each shape of its inputs, and replay it.
 
-    The first step of a new shape runs uncaptured, the second is captured, the others are replays: of a picture of eight
-    steps, six need no launches. Pictures above about 700 x 700 pixels keep the GPU busy anyway and run as before, and
-    so does what runs under autocast. Image size and prompt length make a shape; where `FuseKernels` pads tokens, 64
-    prompt lengths make one. Only the last few are kept. Moving or replacing weights is noticed with the next picture.
+    The first step of a new shape runs uncaptured, the second is captured, and the others are replays. So of a picture
+    of eight steps, six need no launches. Image size and prompt length make a shape; where `FuseKernels` pads tokens,
+    64 prompt lengths share one. Only the graphs of the last few shapes are kept. Moved or replaced weights are noticed
+    at the next picture. Pictures above about 700 x 700 pixels run as before, because they keep the GPU busy anyway, and
+    so do calls under autocast.
 
     Pays:
-        Below about 700 x 700 pixels: a step at 256x256 takes 11.2 ms in compiled blocks, 10.9 with ``turbo-bf16``,
-        which adds it, and 7.7 with ``turbo-fp8``, where torchao's compiled fp8 without it takes 21.8.
+        Below about 700 x 700 pixels. At 256x256 a step takes 11.2 ms in compiled blocks and 10.9 with ``turbo-bf16``,
+        which adds graphs; 7.7 with ``turbo-fp8``, where torchao's compiled fp8 without graphs takes 21.8.
 
     Attributes:
         max_tokens: Images of more tokens (of 16 x 16 pixels), times the batch, are not captured.
-        keep: Shapes to keep graphs of.
+        keep: How many shapes to keep graphs of.
     """
 
     phase: ClassVar[Phase] = Phase.COMPILE

@@ -22,22 +22,22 @@ from ernie_accel.models.compile_cache import as_folder, compile_module, unsuppor
 class Compile(Transform):
     """Compile every repeated block of a model with ``torch.compile`` ("regional compilation").
 
-    One graph serves all blocks and, with ``dynamic=True``, all prompt lengths and sizes; batch 1 and larger batches
-    take one graph each. The first picture pays for it. State-dict keys stay the same.
+    One graph serves all blocks and, with ``dynamic=True``, all prompt lengths and sizes. Batch 1 has a graph of its
+    own, and all larger batches share another. The first picture takes longer. State-dict keys stay the same.
 
     Pays:
-        From a handful of pictures on: a step of the stock transformer takes 134 to 139 ms instead of 201 in bfloat16,
-        and quantized weights need it (fp8 takes 95 ms compiled, 223 without). The first call takes 8 to 10 s more. Not
-        proven for Lumina 2, whose RoPE is complex and stays outside of the generated code.
+        From a handful of pictures on. A step of the stock transformer takes 134 to 139 ms instead of 201 in bfloat16,
+        and quantized weights need it (fp8 takes 95 ms compiled, 223 without). The first call takes 8 to 10 s longer.
+        Not proven for Lumina 2, whose RoPE is complex and stays outside the generated code.
 
     Attributes:
-        components: Component names; their classes must declare ``_repeated_blocks`` as most of diffusers'
-            models do, or be those of a known family.
-        dynamic: Compile for any sequence length. False recompiles for each and gives up after the eighth.
+        components: Component names; their classes must declare ``_repeated_blocks``, as most of diffusers' models do,
+            or belong to a known family.
+        dynamic: Compile for any sequence length. False recompiles for each length, and gives up after the eighth.
         fullgraph: Refuse graph breaks instead of running slowly.
         mode: As in ``torch.compile``; None is its default.
-        cache: Folder to keep the compiled code in, so that the next process need not compile; None leaves that to
-            torch and its own settings. It holds code that is run: nobody else must be able to write there. `save`
+        cache: Folder that keeps the compiled code, so that the next process need not compile; None leaves this to
+            torch and its own settings. It holds code that is run: nobody else may be able to write to it. `save`
             leaves it out; give it again, as in ``load(saved, Compile(cache=...))``.
     """
 

@@ -18,19 +18,19 @@ from ernie_accel.models.masks import PaddingWatch, map_masks, masked_blocks, no_
 
 @dataclass(frozen=True, repr=False)
 class ElideMask(Transform):
-    """Give the blocks no attention mask where no prompt of the batch is padded; keep it where one is.
+    """Drop the blocks' attention mask where no prompt of the batch is padded; keep it where one is.
 
     ERNIE-Image builds an all-True mask for every forward. Flash and sage kernels refuse any mask (diffusers issue
     13801), and cuDNN takes 1.6 times as long with one (0.72 instead of 0.44 ms at [1, 32, 4224, 128] on an H200).
-    What pads is known on the host to the pipeline, which pads: no device synchronisation, and a compiled block stays
-    one graph without and one with a mask. On the CPU the bits stay the same; elsewhere another kernel may be chosen.
 
-    Whoever calls the transformer with tensors of their own pays one read of the lengths for each; in a transformer
-    compiled as a whole such calls keep their mask.
+    The pipeline pads on the host, so the host knows without a device synchronisation whether anything is padded. A
+    compiled block has one graph with a mask and one without. On the CPU the bits stay the same; elsewhere torch may
+    choose another kernel. If you call the transformer with tensors of your own, each call reads their lengths once; in
+    a transformer that is compiled as a whole, such calls keep their mask.
 
     Pays:
-        With one prompt a call, or prompts of one length, and no guidance, on every accelerator. With guidance an empty
-        negative prompt is always padded, and nothing is gained. RewriteBlocks does the same by itself.
+        With one prompt per call, or prompts of one length, and no guidance, on every accelerator. With guidance, an
+        empty negative prompt is always padded, so there is no gain. RewriteBlocks does the same by itself.
     """
 
     phase: ClassVar[Phase] = Phase.ATTENTION

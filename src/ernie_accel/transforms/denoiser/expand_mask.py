@@ -26,20 +26,20 @@ MASKED_BELOW = -1e4
 class ExpandAttentionMask(Transform):
     """Expand the blocks' masks from [B, S] or [B, 1, 1, S] to contiguous bool [B, 1, S, S], True where attended.
 
-    Ascend's FlashAttentionScore, which computes both ``scaled_dot_product_attention`` and ``npu_fusion_attention``
-    there, accepts [B, N, Sq, Skv], [B, 1, Sq, Skv], [1, 1, Sq, Skv] and [Sq, Skv] only; a broadcast mask is refused
+    On Ascend, FlashAttentionScore computes both ``scaled_dot_product_attention`` and ``npu_fusion_attention``. It
+    accepts [B, N, Sq, Skv], [B, 1, Sq, Skv], [1, 1, Sq, Skv] and [Sq, Skv] only, and refuses a broadcast mask
     (``get unsupported atten_mask shape, the shape is [16, 1, 1, 1500]``; ops-transformer,
-    flash_attention_score_tiling_general.cpp). The fusion kernel's True means masked out: the "npu" backend of
-    diffusers inverts what it is given, but takes 0 and -inf of an additive mask for the opposite of what they mean,
-    so additive masks become bool here.
+    flash_attention_score_tiling_general.cpp). In the fusion kernel, True means masked out. The "npu" backend of
+    diffusers inverts the mask it gets, but reads 0 and -inf of an additive mask as the opposite of what they mean. So
+    additive masks become bool here.
 
-    Expanded and inverted once for all blocks, and in ERNIE-Image once for all steps of a picture; both masks take
-    S * S bytes a prompt (18 MB at 1024x1024). With ``SetAttention("npu")`` the inverse reaches the fused kernel as it
-    is (or no mask, where nothing is padded); diffusers by itself looks in every layer whether a mask masks anything,
-    which waits for the device, expands it and inverts it. Compiled blocks expand inside their graphs.
+    The mask is expanded and inverted once for all blocks, and in ERNIE-Image once for all steps of a picture. Both
+    masks take S * S bytes per prompt (18 MB at 1024x1024). With ``SetAttention("npu")`` the fused kernel gets the
+    inverted mask as it is, or none where nothing is padded. diffusers alone checks in every layer whether a mask masks
+    anything, which waits for the device, and expands and inverts it. Compiled blocks expand inside their graphs.
 
     Pays:
-        On Ascend, where a padded batch does not run without it. Nowhere else: other kernels broadcast by themselves.
+        On Ascend, where a padded batch does not run without it. Nowhere else, because other kernels broadcast.
     """
 
     phase: ClassVar[Phase] = Phase.ATTENTION

@@ -30,23 +30,23 @@ _CUDNN_CAPABILITY = (9, 0)
 class FuseKernels(Transform):
     """Run rewritten blocks on fused kernels, and store and multiply their linear layers in fp8.
 
-    Norm, modulation, residual, RoPE, GELU and the fp8 conversion of activations (one scale a row) are six launches a
-    block; the products run on the fp8 tensor cores. Nothing is compiled by ``torch.compile``, so the first picture
-    takes seconds. Takes the place of ``Quantize("fp8")``. Needs `RewriteBlocks` before it.
+    Norm, modulation, residual, RoPE, GELU and the fp8 conversion of activations (one scale per row) take six launches
+    per block; the products run on the fp8 tensor cores. Nothing is compiled by ``torch.compile``, so the first picture
+    takes only seconds. It replaces ``Quantize("fp8")``, and needs `RewriteBlocks`.
 
-    With the extra "cudnn" and capability 9.0 the attention is called from cuDNN itself: it leaves padding out without a
-    mask, and one plan serves 64 prompt lengths, where torch makes one for each. In bfloat16 it has another kernel for
-    batches in which nothing is padded, which is faster; what `CaptureGraphs` captures does without. Where it is in
-    bfloat16 and a backend was chosen by name ("native" is torch's own), that one is used.
+    With the extra "cudnn" and capability 9.0, attention is called from cuDNN directly. It skips padding without a mask,
+    and one plan serves 64 prompt lengths, where torch makes a plan for each. In bfloat16, cuDNN has a faster kernel for
+    batches in which nothing is padded, which `CaptureGraphs` cannot use. If attention is in bfloat16 and you choose a
+    backend by name ("native" is torch's own), that backend is used instead.
 
     Pays:
-        "fp8" on Hopper and Ada cards: a step takes 77 ms (75 with attention in fp8), where torchao's fp8, compiled,
-        takes 95 and stock 198; and nothing has to be compiled. "bf16" takes 122.5 ms, where compiled blocks take 125.
+        "fp8" on Hopper and Ada cards: a step takes 77 ms (75 with attention in fp8), where compiled torchao fp8 takes
+        95 and stock 198, and nothing has to be compiled. "bf16": a step takes 122.5 ms, where compiled blocks take 125.
 
     Attributes:
-        precision: "fp8", or "bf16" for the kernels without quantization; these do nothing where they cannot run.
+        precision: "fp8", or "bf16" for the kernels without quantization, which is a no-op where they cannot run.
         attention: With precision "fp8": "fp8" (by cuDNN, with the extra "cudnn" and capability 9.0), "bf16", or "auto"
-            for fp8 where that is possible; the plan says which it is.
+            for fp8 where that is possible; the plan says which one it is.
         exclude: Regular expressions of layers to leave in bfloat16, matched from the start of the path within the
             transformer; None takes the family's list.
         keep_originals: Keep the unquantized weights in host memory, so that ``restore`` is exact.

@@ -131,11 +131,11 @@ _LEFT_OPEN = "the fused kernels call cuDNN themselves, with the lengths of promp
 class SetAttention(Transform):
     """Choose the attention kernel of the transformer through diffusers' dispatcher, on this instance only.
 
-    ``set_attention_backend`` of diffusers also changes the default of every other model in the process, which stays
-    as it is here. A kernel that takes no mask gets every batch that is not padded; a padded one runs on "native".
+    diffusers' own ``set_attention_backend`` also changes the default of every other model in the process; this does
+    not. A kernel that takes no mask gets the batches that are not padded; padded ones run on "native".
 
     Pays:
-        "auto" where the default is not the fastest: on Hopper and Blackwell cuDNN without a mask takes 0.44 ms, where
+        "auto" where the default is not the fastest. On Hopper and Blackwell, cuDNN without a mask takes 0.44 ms, where
         FlashAttention 2 takes 0.88 and the memory-efficient kernel 1.66. "math" and "efficient" are for comparing.
 
     Attributes:
@@ -289,7 +289,7 @@ def _name_of(processor: Any) -> str:
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
     if not hasattr(processor, "_attention_backend"):
-        return str(AttentionBackendName.NATIVE.value)  # passes the dispatcher by, to what that calls native
+        return str(AttentionBackendName.NATIVE.value)  # bypasses the dispatcher and calls what it names native
     backend = processor._attention_backend
     if backend is None:
         backend = _AttentionBackendRegistry.get_active_backend()[0]

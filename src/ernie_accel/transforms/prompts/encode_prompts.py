@@ -1,4 +1,4 @@
-"""Encode all prompts of a call at once, each text once, and remember the last ones."""
+"""Encode all prompts of a call together, each text once, and keep the last embeddings."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ Ids: TypeAlias = tuple[int, ...]
 class BatchPromptEncoding(Transform):
     """Encode prompts and negative prompts of a call in one right-padded forward of the text encoder, each text once.
 
-    Stock ERNIE-Image encodes one by one, duplicates included: 8 prompts took 122 and 280 ms on two hosts with an H200,
-    batched 17 and 32, and 13 with `RewriteTextEncoder`. Its last layer, whose output nothing uses, is skipped.
-    Embeddings equal those of the loop within 5e-7 in float32. While this is in place, ``last_hidden_state`` of the text
-    encoder is not what it was.
+    Stock ERNIE-Image encodes prompts one by one, duplicates included. On two hosts with an H200, 8 prompts took 122 and
+    280 ms; batched they took 17 and 32 ms, and 13 with `RewriteTextEncoder`. The text encoder's last layer is skipped,
+    because nothing uses its output; so its ``last_hidden_state`` differs while this transform is applied. Embeddings
+    equal those of the loop within 5e-7 in float32.
 
     Pays:
-        With several prompts a call, or with guidance; the cache, with prompts or negative prompts that come again.
+        With several prompts per call, or with guidance. The cache pays if prompts or negative prompts repeat.
 
     Attributes:
-        cache: Prompts whose embeddings are kept for later calls, >= 0, the least recently used going first.
-        folder: Where they are kept, as safetensors; None for memory. Files are told apart by prompt, tokenizer result
-            and weights, so several checkpoints can share a folder.
-        max_batch: Prompts of one forward at most, >= 1.
+        cache: How many prompts to keep embeddings of for later calls, >= 0; the least recently used are dropped first.
+        folder: Where embeddings are kept, as safetensors; None for memory. A file is identified by prompt, tokenizer
+            result and weights, so several checkpoints can share a folder.
+        max_batch: Prompts per forward at most, >= 1.
     """
 
     phase: ClassVar[Phase] = Phase.REWRITE

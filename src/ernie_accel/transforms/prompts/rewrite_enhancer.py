@@ -1,4 +1,4 @@
-"""Let the prompt enhancer write faster, for many prompts at once, and reproducibly."""
+"""Make the prompt enhancer faster, batched and reproducible."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ from ernie_accel.models.ministral.stand_in import EnhancerStandIn
 class RewriteEnhancer(Transform):
     """Decode the prompt enhancer with a static cache, all prompts of a call together, sampled on the device by seed.
 
-    On CUDA a token is one graph launch, and in bfloat16 or fp8-weight-only its layers are fused kernels that read each
+    On CUDA a token is one graph launch. In bfloat16 or fp8-weight-only, the layers are fused kernels that read each
     weight once for up to 16 prompts. Greedy decoding gives the tokens of stock. Sampling draws from the same
-    distribution, with random numbers of the call's generator's seed, so that a prompt and a seed always give the same
-    words, whatever else is in the batch; stock draws from torch's global random numbers. Whether prompts are enhanced
-    (``use_pe``) stays as it is. An enhancer that it cannot stand in for is left to stock, and the plan says why.
+    distribution, with random numbers from the seed of the call's generator; stock draws from torch's global generator.
+    So a prompt and a seed always give the same words, whatever else is in the batch.
+
+    Whether prompts are enhanced (``use_pe``) does not change. If this cannot replace an enhancer, stock's is used, and
+    the plan says why.
 
     Pays:
-        Wherever prompts are enhanced: there, on a fast card, stock's enhancer takes most of the time of a picture.
-        `Quantize("fp8-weight-only", components=("pe",))` beside it halves what a token reads.
+        Wherever prompts are enhanced: on a fast card, stock's enhancer takes most of the time of a picture. Adding
+        `Quantize("fp8-weight-only", components=("pe",))` halves the bytes that each token reads.
 
     Attributes:
         max_new_tokens: Tokens of an enhanced prompt at most, >= 1; None for what the tokenizer accepts, as in stock.

@@ -19,21 +19,24 @@ from ernie_accel.models.ministral.text_encoder import RewrittenForward, unsuppor
 class RewriteTextEncoder(Transform):
     """Replace the forward of the text encoder's language model by one of fewer kernels, replayed as a CUDA graph.
 
-    It knows ``Ministral3Model``, the language model of ERNIE-Image's text encoder. Stock launches almost 50 kernels a
-    layer, which takes the host longer than the GPU needs for them; here it is 19, and in a graph one launch for all.
-    The first forward of a shape runs as it is, the second is captured, the others are replays; only the last few shapes
-    are kept, and moved or replaced weights are noticed. Linear layers of other classes (adapters, some quantizers) are
-    called as they are, without graphs. Calls for anything but hidden states of whole texts (masks, caches, attentions,
-    gradients, autocast) and layers that someone has changed get the forward as it was. A key/value cache is returned
-    only if asked for by ``use_cache=True``. In bfloat16 the hidden states are 0.85 to 0.97 of stock's distance from
-    float32 (random weights, on a CPU), because a norm rounds once instead of twice.
+    It supports ``Ministral3Model``, the language model of ERNIE-Image's text encoder. Stock launches almost 50 kernels
+    per layer, which takes the host longer than the GPU needs to run them. Here a layer is 19 kernels, and a graph needs
+    one launch for all layers. The first forward of a shape runs uncaptured, the second is captured, and the others are
+    replays. Only the last few shapes are kept, and moved or replaced weights are noticed.
+
+    Linear layers of other classes (adapters, some quantizers) are called unchanged, without graphs. The stock forward
+    runs for layers that someone has changed, and for calls that want anything but hidden states of whole texts (masks,
+    caches, attentions, gradients, autocast). A key/value cache is returned only with ``use_cache=True``.
+
+    In bfloat16, the distance of the hidden states from float32 is 0.85 to 0.97 of stock's (random weights, on a CPU),
+    because a norm rounds once instead of twice.
 
     Pays:
-        With every prompt, and most with few or short ones, whose encoding the host's launches hold up.
+        With every prompt, and most with few or short ones, whose encoding is limited by the host's launches.
 
     Attributes:
-        max_tokens: Forwards of more tokens are not captured: of all texts, each padded to a multiple of 64; >= 0.
-        keep: Shapes to keep graphs of, >= 1. One holds the hidden states of all layers.
+        max_tokens: Forwards of more tokens are not captured, counting all texts, each padded to a multiple of 64; >= 0.
+        keep: How many shapes to keep graphs of, >= 1. A graph holds the hidden states of all layers.
     """
 
     phase: ClassVar[Phase] = Phase.COMPILE

@@ -23,15 +23,15 @@ KEEP = ("head", "tail")
 class TruncatePrompts(Transform):
     """Shorten every prompt to a number of tokens, as the pipe's own tokenizer counts them, special tokens included.
 
-    A shortened prompt is named in ``result.warnings`` and by a UserWarning; the picture is made all the same. A
-    prompt without any token is an error that names it (stock draws something for it, or crashes); an empty negative
-    prompt is fine. Enhanced prompts are shortened after they were enhanced. Shorter prompts are not touched.
+    A shortened prompt is named in ``result.warnings`` and in a UserWarning, and its picture is drawn. A prompt without
+    any token raises an error that names it (stock draws something for it, or crashes); an empty negative prompt is
+    fine. Enhanced prompts are shortened after enhancing. Prompts that are short enough do not change.
 
     Pays:
-        For batches of prompts that nobody has read: one that is too long or empty does not spoil the others in silence.
+        For batches of prompts that nobody has read: a prompt that is too long or empty does not silently spoil others.
 
     Attributes:
-        max_tokens: Tokens that stay at most.
+        max_tokens: The largest number of tokens to keep.
         keep: "head" keeps the beginning, "tail" the end.
     """
 

@@ -20,17 +20,17 @@ _CHANGES = ("scheduler.timesteps device -> host",)
 class KeepTimestepsOnHost(Transform):
     """Keep the scheduler's timesteps in host memory, where ``ErnieImagePipeline`` reads one before every step.
 
-    Stock has them on the device, so each ``t.item()`` waits until the step before is finished; only then does the host
-    begin to hand over the next one, and the device waits for its first, small kernels. The sigmas, with which latents
-    are stepped, stay where they are: a scalar on the host would be rounded otherwise.
+    Stock keeps them on the device, so each ``t.item()`` waits until the previous step is finished. Only then does the
+    host launch the next step, and the device is idle until its first, small kernels arrive. The sigmas, which step the
+    latents, stay on the device, because a scalar on the host would be rounded differently.
 
     Pays:
-        Where steps are short or the host is slow: with captured graphs, no step waits for the device any more. On a
-        CPU, and for a pipeline that reads its timesteps on the device, there is nothing to change.
+        Where steps are short or the host is slow: with captured graphs, no step waits for the device any more. It is a
+        no-op on a CPU, and for a pipeline that reads its timesteps on the device.
     """
 
     phase: ClassVar[Phase] = Phase.SCHEDULER
-    slot: ClassVar[str] = "timesteps"  # behind "scheduler": it is the new one's timesteps that count
+    slot: ClassVar[str] = "timesteps"  # sorts after "scheduler", so that it changes the new scheduler
     effect: ClassVar[Effect] = Effect.EXACT
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
@@ -57,7 +57,7 @@ class _OnHost:
 
     def __init__(self, scheduler: Any, set_timesteps: Callable[..., None]) -> None:
         self._scheduler, self._set_timesteps = scheduler, set_timesteps
-        self.__signature__ = inspect.signature(set_timesteps)  # pipelines ask it what it takes
+        self.__signature__ = inspect.signature(set_timesteps)  # pipelines inspect its arguments
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Make the schedule, in place."""

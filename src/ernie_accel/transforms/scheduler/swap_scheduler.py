@@ -30,16 +30,16 @@ TIMESTEP_SPACINGS = ("trailing",)
 
 @dataclass(frozen=True, repr=False)
 class SwapScheduler(Transform):
-    """Swap the scheduler by name; the checkpoint's shift and all its other settings stay unless given.
+    """Swap the scheduler by name; keep the checkpoint's shift and all its other settings unless you give others.
 
-    Every sampler runs on the sigmas of the checkpoint's own scheduler and ends at 0. The noise of the stochastic ones
-    comes from the initial latents, so that the pipeline's ``generator`` decides all of it and a picture made in a
-    batch equals the same one made alone; stock diffusers uses the global generator.
+    Every sampler runs on the sigmas of the checkpoint's own scheduler and ends at 0. Stochastic samplers derive their
+    noise from the initial latents. So the pipeline's ``generator`` decides all of it, and a picture made in a batch
+    equals the same one made alone; stock diffusers uses the global generator.
 
     Pays:
-        Second-order samplers from 20 steps on, where they halve the error of Euler at the same steps ("unipc",
-        "dpmpp_2m"; "heun" at twice the cost); at 9 steps and shift 4 next to nothing. Stochastic ones are a matter of
-        taste, and "lcm" and "euler_ancestral" of distilled checkpoints.
+        Second-order samplers pay from 20 steps on, where they halve Euler's error at the same number of steps ("unipc",
+        "dpmpp_2m"; "heun" at twice the cost). At 9 steps and shift 4 they gain next to nothing. Stochastic samplers
+        are a matter of taste; "lcm" and "euler_ancestral" suit distilled checkpoints.
 
     Attributes:
         name: "euler", "euler_ancestral", "heun", "unipc", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m", "dpmpp_sde", "lcm".
@@ -47,8 +47,8 @@ class SwapScheduler(Transform):
         karras: Space the sigmas between the first and the last one as Karras et al. do (arXiv 2206.00364, rho 7).
         exponential: Space them evenly in their logarithm.
         beta: Space them by a beta distribution (arXiv 2407.12173); needs scipy.
-        timestep_spacing: "trailing" spaces the steps 1, (n-1)/n, ..., 1/n before the shift where the pipeline leaves
-            that to the scheduler. ERNIE-Image, Z-Image and Lumina 2 pass these themselves. None: as stock.
+        timestep_spacing: "trailing" puts the steps at 1, (n-1)/n, ..., 1/n before the shift, if the pipeline leaves
+            that to the scheduler. ERNIE-Image, Z-Image and Lumina 2 pass these sigmas themselves. None: as stock.
     """
 
     phase: ClassVar[Phase] = Phase.SCHEDULER

@@ -13,9 +13,9 @@ from ernie_accel.core.undo import Undo
 
 @dataclass(frozen=True, repr=False)
 class SliceVae(Transform):
-    """Decode a batch one picture at a time. Peak memory of a batch falls to that of one picture.
+    """Decode a batch one picture at a time. The peak memory of a batch falls to that of one picture.
 
-    Other batch sizes may select other convolution kernels, so this is rounding, not exact.
+    Another batch size may select other convolution kernels, so the effect is rounding, not exact.
 
     Pays:
         For batches of large pictures whose decoding runs out of memory. A single picture gains nothing.
@@ -37,17 +37,18 @@ class SliceVae(Transform):
 
 @dataclass(frozen=True, repr=False)
 class TileVae(Transform):
-    """Decode a picture in overlapping tiles that are blended. Peak memory falls to that of one tile.
+    """Decode a picture in overlapping tiles that are blended. The peak memory falls to that of one tile.
 
-    Group normalisation sees one tile at a time, so colours may differ a little between tiles; pictures no larger than
+    Group normalisation sees one tile at a time, so colours may differ a little between tiles. Pictures no larger than
     a tile are not touched.
 
-    Measured on the embedded model, overlap 0.25, the worse of two pictures against the same latents untiled: 20.4 dB
-    PSNR with 2x2 tiles of 32 pixels (4 latents, as few as can be), 26.6 dB with 64-pixel tiles at 128x128, 30.6 dB
-    with 96-pixel tiles. Of the seams, single pixels differ by up to half of the range: small tiles are a last resort.
+    PSNR against the same latents decoded untiled, on the embedded model with an overlap of 0.25, the worse of two
+    pictures: 20.4 dB with 2x2 tiles of 32 pixels (4 latents, the minimum), 26.6 dB with 64-pixel tiles at 128x128, and
+    30.6 dB with 96-pixel tiles. At the seams, single pixels differ by up to half of the range, so small tiles are a
+    last resort.
 
     Pays:
-        For pictures whose decoding runs out of memory, above 1024x1024 say. Take the largest tile that fits.
+        For pictures whose decoding runs out of memory, for example above 1024x1024. Use the largest tile that fits.
 
     Attributes:
         tile_px: Side of a tile in pixels, a multiple of the VAE's scale factor; None keeps the VAE's own.
@@ -129,7 +130,7 @@ def _vae_lacks(pipe: Pipeline, switch: str, what: str) -> list[str]:
 
 def _preview(pipe: Pipeline, settings: dict[str, Any]) -> Preview:
     changes = _changes(pipe, settings)
-    return Preview(changes, note="" if changes else "the VAE is set so already")
+    return Preview(changes, note="" if changes else "the VAE has these settings already")
 
 
 def _apply(pipe: Pipeline, settings: dict[str, Any]) -> Applied:

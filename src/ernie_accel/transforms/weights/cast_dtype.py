@@ -28,19 +28,19 @@ from ernie_accel.core.undo import Undo
 class CastDtype(Transform):
     """Cast all floating-point weights of the pipe.
 
-    Equal, bit for bit, to loading with ``torch_dtype``: non-persistent buffers (RoPE frequencies) and the modules a
-    model declares to keep in float32 stay as they are.
+    The result equals loading with ``torch_dtype``, bit for bit. Non-persistent buffers (RoPE frequencies) and modules
+    that a model declares to keep in float32 are not cast.
 
     Pays:
-        For a float32 pipe on every device with matrix units: half the memory, and the kernels that all speed here
-        builds on. A checkpoint that was loaded in bfloat16 has nothing to gain. CPUs with bfloat16
-        units (avx512_bf16, amx) can be faster: ``ernie-accel demo`` measures yours.
+        For a float32 pipe on any device with matrix units: it halves the memory, and the fast kernels need it. A
+        checkpoint that was loaded in bfloat16 gains nothing. CPUs with bfloat16 units (avx512_bf16, amx) can be
+        faster: ``ernie-accel demo`` measures yours.
 
     Attributes:
         dtype: "bfloat16", "float16" or "float32" (also "bf16", "fp16", "fp32").
         components: Component names; None for all.
         keep_originals: Keep weights that lose bits in host memory, so that ``restore`` is exact. Weights that survive
-            the way there and back (a bfloat16 checkpoint loaded in float32) are never kept.
+            the round trip (of a bfloat16 checkpoint loaded in float32) are never kept.
     """
 
     phase: ClassVar[Phase] = Phase.DTYPE

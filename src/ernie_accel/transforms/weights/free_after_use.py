@@ -43,18 +43,18 @@ PLACES: Mapping[str, str] = MappingProxyType(
 class FreeAfterUse(Transform):
     """Free the weights of components that have done their work when the first denoising step begins.
 
-    Unlike ``Offload("stages")``, which needs host memory for them, this frees host memory, too: of ERNIE-Image's 31 GB
-    in bfloat16, text encoder and prompt enhancer are 15. Saving a model brings its weights back first.
+    ``Offload("stages")`` needs host memory for them; this frees host memory too. Of ERNIE-Image's 31 GB in bfloat16,
+    the text encoder and the prompt enhancer take 15. Saving a model first reads its weights back.
 
     Pays:
-        Where memory is short, the host's too, and one call makes many pictures. Not for many calls of one picture
-        each, which read the weights anew: pass prompt_embeds, or use BatchPromptEncoding with a cache.
+        Where memory is short, on the host as well, and one call makes many pictures. Many calls of one picture each
+        would read the weights every time: pass prompt_embeds there, or use BatchPromptEncoding with a cache.
 
     Attributes:
-        to: "disk": into one safetensors file a component, written at the first use; the next call that needs the
-            weights reads them back. "nowhere": they are gone, and the next call that needs them says so.
+        to: "disk" writes one safetensors file per component at the first use, and the next call that needs the weights
+            reads them back. "nowhere" drops them, and the next call that needs them fails with a message.
         components: Component names; None for those that only encode prompts.
-        folder: Where the files go; None for a temporary folder, which goes away with the pipe.
+        folder: Where the files go; None for a temporary folder, which is deleted with the pipe.
     """
 
     phase: ClassVar[Phase] = Phase.MEMORY
@@ -73,8 +73,8 @@ class FreeAfterUse(Transform):
         reasons = absent_components(pipe, self.components)
         if not denoisers_of(pipe):
             reasons.append(
-                f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}, whose first step would tell that prompts "
-                "are done"
+                f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}, whose first step shows that "
+                "the prompts are encoded"
             )
         if reasons:
             return reasons
@@ -191,7 +191,7 @@ class _Weights:
 
 
 def _needing(weights: _Weights, generate: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a model's ``generate`` that fetches its weights first: it looks at the model before its first forward."""
+    """Wrap a model's ``generate`` so that it fetches the weights first; it reads the model before its first forward."""
 
     @wraps(generate)
     def fetch_and_generate(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Move a pipe to the device it is to run on."""
+"""Move a pipe to the device that it will run on."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ernie_accel.core.undo import Undo
 class MoveTo(Transform):
     """Move all components to one device, after they were cast and quantized; ``restore`` moves each back.
 
-    What a plan asks of the machine, it asks of that device.
+    A plan checks what that device can do.
 
     Pays:
-        With a preset for a device that scripts do not name by themselves, as "npu". For a pipe larger than the device,
-        `Quantize(..., device=...)` or `Offload` are what is wanted.
+        In a preset for a device that scripts do not name by themselves, such as "npu". If the pipe is larger than the
+        device, use `Quantize(..., device=...)` or `Offload` instead.
 
     Attributes:
-        device: As torch writes it: "npu", "cuda", "cuda:1", "cpu".
+        device: A torch device: "npu", "cuda", "cuda:1", "cpu".
     """
 
     phase: ClassVar[Phase] = Phase.MEMORY

@@ -1,4 +1,4 @@
-"""Keep on the accelerator only what is computing: weights wait in host memory."""
+"""Keep on the accelerator only what is in use; all other weights wait in host memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MODES: Mapping[str, str] = MappingProxyType(
     {
         "model": "one component at a time; moving ERNIE-Image's transformer in costs a second or so a picture",
         "sequential": "one layer at a time; the least memory, and by far the slowest",
-        "group": "a few blocks at a time, the next on their way meanwhile where the device has streams; and the VAE",
+        "group": "a few blocks at a time (the next are loaded meanwhile if the device has streams), and the VAE",
         "stages": "the transformer and the VAE all the time, text encoder and prompt enhancer only while they work",
     }
 )
@@ -41,18 +41,18 @@ _NOT_IN_GROUPS = ("vae",)
 
 @dataclass(frozen=True, repr=False)
 class Offload(Transform):
-    """Offload weights to host memory between uses. The arithmetic stays the same; time is traded for memory.
+    """Offload weights to host memory between uses. This saves memory and costs time; the arithmetic stays the same.
 
-    "model", "sequential" and "group" are diffusers' own (``enable_model_cpu_offload`` and so on). "stages" is for cards
-    that hold the transformer but not the 15 GB of ERNIE-Image's text encoder and prompt enhancer beside it.
+    "model", "sequential" and "group" are diffusers' own modes (``enable_model_cpu_offload`` and so on). "stages" is for
+    cards that can hold the transformer, but not the 15 GB of ERNIE-Image's text encoder and prompt enhancer as well.
 
     Pays:
-        Only where the pipe does not fit otherwise: every mode is slower than none. Try a quantized transformer first,
+        Only if the pipe does not fit otherwise, because every mode costs time. Try a quantized transformer first,
         then "stages", "model", "group" and "sequential", from the fastest to the leanest.
 
     Attributes:
         mode: A key of `MODES`.
-        blocks_per_group: For "group", how many blocks travel together, >= 1.
+        blocks_per_group: For "group": blocks that move together, >= 1.
     """
 
     phase: ClassVar[Phase] = Phase.MEMORY

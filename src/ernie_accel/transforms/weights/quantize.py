@@ -42,24 +42,25 @@ NAMED = 2
 
 @dataclass(frozen=True, repr=False)
 class Quantize(Transform):
-    """Quantize the linear layers of the repeated blocks; leave out what the family knows to break.
+    """Quantize the linear layers of the repeated blocks; leave out those that the family keeps precise.
 
-    Beside one for the transformer, the text encoder or the prompt enhancer can have one of their own.
+    The text encoder and the prompt enhancer can have a `Quantize` of their own beside the transformer's.
 
     Pays:
-        For memory, always. For speed, compiled and with a scheme that multiplies in its own dtype ("fp8" from
-        capability 8.9, "int8" from 8.0), or for the prompt enhancer, which waits for its weights: "fp8-weight-only".
+        For memory, always. For speed, if the pipe is compiled and the scheme multiplies in its own dtype ("fp8" from
+        capability 8.9, "int8" from 8.0). The prompt enhancer is limited by reading its weights, so there
+        "fp8-weight-only" is faster too.
 
     Attributes:
         scheme: A key of `SCHEMES` ("fp8", "int8-weight-only", "nf4", "gguf-q8_0", ...); "auto" takes the fastest that
             this machine can run.
-        backend: The library that does it; "auto" takes the first that has the scheme and can run it here. Ask
-            `choose` what that is. A `Backend` of your own is registered under its name.
+        backend: The library that quantizes; "auto" takes the first that has the scheme and can run it here (see
+            `choose`). A `Backend` object of your own is registered under its name.
         components: Component names: the transformer, the text encoder, the prompt enhancer ("pe").
         exclude: Regular expressions of layers to leave out, matched from the start of the path within the component;
-            None takes the family's list (for what no family knows: all outside repeated blocks, and modulation).
-        device: Move the whole pipe there, quantizing layer by layer on the way: the device never holds more than the
-            quantized pipe and one layer. None quantizes where the pipe is.
+            None takes the family's list (without a family: everything outside repeated blocks, and modulation).
+        device: Move the whole pipe there, quantizing layer by layer on the way, so that the device never holds more
+            than the quantized pipe and one layer. None quantizes on the pipe's present device.
         keep_originals: Keep the unquantized weights in host memory, so that ``restore`` is exact.
     """
 
@@ -171,7 +172,7 @@ class Quantize(Transform):
 
 
 class _Work:
-    """What a `Quantize` means for one pipe on one machine; the same for preview and apply, so that they agree."""
+    """What a `Quantize` means for one pipe on one machine; preview and apply share it, so that they agree."""
 
     def __init__(self, request: Quantize, pipe: Pipeline, context: Context) -> None:
         chosen = request.choose(context).chosen
@@ -306,5 +307,5 @@ def _tell_left_out(left_out: dict[str, str], total: int, component: str | None =
     for why, names in sorted(by_reason.items(), key=lambda item: -len(item[1])):
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         reasons.append(f"{len(names)} {why}: {', '.join(names[:NAMED])}{more}")
-    told = f" ({'; '.join(reasons)})" if reasons else ""
-    return f"leaves {sum(map(len, by_reason.values()))} of {total} linear layers as they are{told}"
+    because = f" ({'; '.join(reasons)})" if reasons else ""
+    return f"leaves {sum(map(len, by_reason.values()))} of {total} linear layers as they are{because}"

@@ -35,36 +35,39 @@ LEAST_STEPS = 20
 
 @dataclass(frozen=True, repr=False)
 class CacheSteps(Transform):
-    """Compute the transformer in full at some steps only, and put something near in the place of the others.
+    """Compute the transformer in full at some steps only, and approximate its output at the others.
 
-    Three backends; each starts anew with every call of the pipe, and is off in calls of fewer than 20 steps.
+    There are three backends. Each starts anew with every call of the pipe, and is off in calls of fewer than 20 steps.
 
-    - "forecast" (the default): the velocity that a flow-matching model predicts changes slowly along a trajectory, so
-      the line through its last two computed values, over the noise level, tells the next: TaylorSeer (arXiv
-      2503.06923) of first order, of the whole output. Which steps are computed is fixed and needs no threshold, no look
-      at the device and no second graph: compiled, captured, rewritten and fused blocks run as they are.
-    - "cache-dit": DBCache of that package with its Taylor calibrator. The first block runs at every step; the others
-      rest, never twice running, where its residual changed by less than `threshold`.
-    - "diffusers": its first-block cache, the same without calibrator, as often running as the threshold allows.
+    - "forecast" (the default): the velocity that a flow-matching model predicts changes slowly along a trajectory. So
+      the line through its last two computed values, over the noise level, predicts the next one. This is TaylorSeer
+      (arXiv 2503.06923) of first order, applied to the whole output. The computed steps are fixed. There is no
+      threshold, no device synchronisation and no second graph, so compiled, captured, rewritten and fused blocks run
+      unchanged.
+    - "cache-dit": DBCache of that package with its Taylor calibrator. The first block runs at every step. If its
+      residual changed by less than `threshold`, the others are skipped, but never at two steps in a row.
+    - "diffusers": its first-block cache. It works the same way without a calibrator, and may skip any number of steps
+      in a row.
 
-    The last two look at the device at every step and cannot go with captured graphs. Neither patches a class: what both
-    packages do on their own, and why it does not do here, is in ``docs/concepts.md``.
+    The last two read a value from the device at every step, so they cannot be combined with captured graphs. Neither
+    patches a class here. ``docs/concepts.md`` says what both packages do on their own, and why that does not work.
 
-    On the embedded model, two prompts at 64x64, 50 steps, guidance 4, latents against those of all steps: forecast 63
-    dB with 27 computed steps and 43 dB with 19 (``every=3``), cache-dit 1.5.3 57 dB with 29, diffusers 50 dB with 25.
-    In bfloat16 and 30 steps it is 35, 32, 35 and 35 dB. Computing one of four steps would leave nothing of some
-    pictures at 20 steps.
+    Distance of the latents from those of all steps, on the embedded model, two prompts at 64x64, guidance 4: at 50
+    steps, forecast has 63 dB with 27 computed steps and 43 dB with 19 (``every=3``), cache-dit 1.5.3 has 57 dB with 29,
+    and diffusers 50 dB with 25. In bfloat16 at 30 steps these are 35, 32, 35 and 35 dB. Computing one of four steps
+    would destroy some pictures at 20 steps.
 
     Pays:
         For base checkpoints at 20 to 50 steps, of which ``every=2`` computes little more than half. Not for distilled
-        ones: it refuses below 20 planned steps, and a call that asks for fewer computes them all. No checkpoint of full
-        size has been measured, and no threshold but on the embedded model.
+        ones: it refuses below 20 planned steps, and a call with fewer steps computes them all. No checkpoint of full
+        size has been measured, and thresholds only on the embedded model.
 
     Attributes:
         every: For "forecast": compute every second (2) or third (3) step; the others are forecast.
         backend: "forecast", "cache-dit" (needs the extra of that name) or "diffusers".
-        threshold: For "cache-dit" and "diffusers": mean change of the first block's residual, relative to its mean, up
-            to which the other blocks rest; above 0, at most 0.05. Less is nearer and saves less.
+        threshold: For "cache-dit" and "diffusers": the mean change of the first block's residual, relative to its mean,
+            up to which the other blocks are skipped; above 0, at most 0.05. A lower value is more accurate and saves
+            less.
         first: Steps at the start that are all computed, >= 2.
         last: Steps at the end that are all computed, >= 0.
     """
