@@ -67,6 +67,32 @@ def staying_denoisers_note(pipe: Pipeline, components: Iterable[str]) -> str:
     return f"{' and '.join(left)} stays as it is (components={(*components, *left)!r} takes it, too)"
 
 
+def wrapped_by_compile(pipe: Pipeline, components: Iterable[str]) -> list[str]:
+    """Return one reason for each module of these components that ``torch.compile`` returned.
+
+    Such a wrapper hides the class of what it compiles, and puts its own name into all paths.
+    """
+    modules = modules_of(pipe)
+    paths = (
+        f"{name}.{path}" if path else name
+        for name in components
+        if name in modules
+        for path, part in modules[name].named_modules()
+        if _is_wrapper(part)
+    )
+    return [
+        f"{path} is a wrapper that torch.compile(...) returned, and what is inside cannot be changed through it: use "
+        "pipe.transformer.compile() or Compile() instead, which wrap nothing, or take it off first, as in "
+        "pipe.transformer = pipe.transformer._orig_mod"
+        for path in paths
+    ]
+
+
+def _is_wrapper(module: object) -> bool:
+    # By what it holds, and not by its class: importing that takes a second.
+    return isinstance(module, torch.nn.Module) and "_orig_mod" in module._modules
+
+
 def absent_components(pipe: Pipeline, names: Iterable[str] | None) -> list[str]:
     """Return one reason for each of `names` that is no module of this pipe (for ``Transform.unsupported``)."""
     modules = modules_of(pipe)

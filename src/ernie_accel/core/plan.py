@@ -9,7 +9,7 @@ from typing import Any
 
 from ernie_accel.common.text import effect_text, human_bytes, summarise, table
 from ernie_accel.core.carried import carried_report
-from ernie_accel.core.components import Pipeline, bare_float8, pipe_bytes
+from ernie_accel.core.components import Pipeline, bare_float8, pipe_bytes, wrapped_by_compile
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ConflictError, ErnieAccelError
 from ernie_accel.core.planned import PlannedPipe
@@ -228,7 +228,7 @@ def _as_it_stands(entry: Entry) -> Step:
 
 
 def _ask(pipe: Pipeline, transform: Transform, context: Context) -> Step:
-    reasons = tuple(transform.unsupported(pipe, context))
+    reasons = tuple(wrapped_by_compile(pipe, transform.changes_inside) or transform.unsupported(pipe, context))
     if reasons:
         return Step(transform, reasons, None)
     preview = transform.preview(pipe, context)

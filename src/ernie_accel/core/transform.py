@@ -179,6 +179,11 @@ class Transform(ABC):
         return self.slot
 
     @property
+    def changes_inside(self) -> tuple[str, ...]:
+        """The components whose modules or forwards it replaces: a plan refuses those that torch.compile wrapped."""
+        return ()
+
+    @property
     def floor_db(self) -> float | None:
         """For a LOSSY transform, the promised signal-to-noise ratio of the latents in dB; else None."""
         return None

@@ -52,10 +52,16 @@ def family_of(pipe: object) -> Family:
 
 def family_of_transformer(transformer: object) -> Family:
     """Return the family of a pipe with this transformer; see `family_of`."""
+    transformer = _inside(transformer)
     given = getattr(transformer, "__dict__", {}).get(_GIVEN)
     if isinstance(given, Family):
         return given
     return next(_fitting(transformer), UNKNOWN)
+
+
+def _inside(transformer: object) -> object:
+    """Return what ``torch.compile(...)`` wrapped, where `transformer` is the wrapper, whose class says nothing."""
+    return getattr(transformer, "__dict__", {}).get("_modules", {}).get("_orig_mod", transformer)
 
 
 def _fitting(transformer: object) -> Iterator[Family]:
@@ -70,7 +76,7 @@ def give_family(transformer: object, family: Family | None) -> Family | None:
     Returns:
         The family that was given before, or None.
     """
-    own = vars(transformer)
+    own = vars(_inside(transformer))
     before = own.get(_GIVEN)
     if family is None:
         own.pop(_GIVEN, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from ernie_accel.core.components import Pipeline
+from ernie_accel.core.components import DENOISERS, Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import Blocks, PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
@@ -44,6 +44,10 @@ class CaptureGraphs(Transform):
     def __post_init__(self) -> None:
         if self.max_tokens < 0 or self.keep < 1:
             raise ValueError(f"max_tokens must be >= 0 and keep >= 1, got {self.max_tokens} and {self.keep}")
+
+    @property
+    def changes_inside(self) -> tuple[str, ...]:
+        return DENOISERS
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         return []  # where it cannot work it does nothing, and the pipe computes the same

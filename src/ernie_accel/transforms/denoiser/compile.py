@@ -59,6 +59,10 @@ class Compile(Transform):
                 raise UnknownNameError("mode", self.mode, modes)
         object.__setattr__(self, "cache", as_folder(self.cache))
 
+    @property
+    def changes_inside(self) -> tuple[str, ...]:
+        return self.components
+
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = absent_components(pipe, self.components)
         if context.no_compile is not None:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ernie_accel.core.components import Pipeline
+from ernie_accel.core.components import DENOISERS, Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
@@ -36,6 +36,10 @@ class ElideMask(Transform):
     phase: ClassVar[Phase] = Phase.ATTENTION
     slot: ClassVar[str] = "attention-mask"
     effect: ClassVar[Effect] = Effect.ROUNDING
+
+    @property
+    def changes_inside(self) -> tuple[str, ...]:
+        return DENOISERS
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         return family_of(pipe).unknown_reasons(pipe, "which masks can go is known family by family")

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ernie_accel.core.components import Pipeline
+from ernie_accel.core.components import DENOISERS, Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
@@ -45,6 +45,10 @@ class ExpandAttentionMask(Transform):
     phase: ClassVar[Phase] = Phase.ATTENTION
     slot: ClassVar[str] = "attention-mask-shape"
     effect: ClassVar[Effect] = Effect.ROUNDING
+
+    @property
+    def changes_inside(self) -> tuple[str, ...]:
+        return DENOISERS
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         transformer = getattr(pipe, "transformer", None)

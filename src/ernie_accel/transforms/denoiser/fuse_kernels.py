@@ -10,7 +10,7 @@ import torch
 
 from ernie_accel.common.text import human_bytes
 from ernie_accel.core.arguments import check_patterns
-from ernie_accel.core.components import Pipeline
+from ernie_accel.core.components import DENOISERS, Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.planned import Blocks, PlannedPipe, PlannedWeight
@@ -72,6 +72,10 @@ class FuseKernels(Transform):
     def floor_db(self) -> float:
         """SQNR of the final latents in dB against the pipe before, same seed."""
         return 10.0 if self.precision == "fp8" else 25.0
+
+    @property
+    def changes_inside(self) -> tuple[str, ...]:
+        return DENOISERS
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         # Without the bf16 kernels a pipe computes the same thing more slowly, so there is nothing to refuse.

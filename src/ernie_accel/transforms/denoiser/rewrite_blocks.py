@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from ernie_accel.core.components import Pipeline
+from ernie_accel.core.components import DENOISERS, Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import Blocks, PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
@@ -35,6 +35,10 @@ class RewriteBlocks(Transform):
     effect: ClassVar[Effect] = Effect.ROUNDING
 
     fuse: bool = field(default=True, kw_only=True)
+
+    @property
+    def changes_inside(self) -> tuple[str, ...]:
+        return DENOISERS
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         family = family_of(pipe)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 
-from ernie_accel.core.components import Pipeline, denoisers_of
+from ernie_accel.core.components import DENOISERS, Pipeline, denoisers_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.planned import PlannedPipe
@@ -161,6 +161,10 @@ class SetAttention(Transform):
     def floor_db(self) -> float | None:
         """For "sage", SQNR of the latents, checked on an emulation of its int8 scheme; the package needs CUDA."""
         return 15.0 if self.backend == "sage" else None
+
+    @property
+    def changes_inside(self) -> tuple[str, ...]:
+        return DENOISERS
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         if not any(_attentions(pipe)):

@@ -40,6 +40,10 @@ class CompileVae(Transform):
     def __post_init__(self) -> None:
         object.__setattr__(self, "cache", as_folder(self.cache))
 
+    @property
+    def changes_inside(self) -> tuple[str, ...]:
+        return ("vae",)
+
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = [] if context.no_compile is None else [context.no_compile]
         if not isinstance(_decoder(pipe), torch.nn.Module):
@@ -80,6 +84,10 @@ class FuseVae(Transform):
     phase: ClassVar[Phase] = Phase.COMPILE
     slot: ClassVar[str] = "vae-compile"
     effect: ClassVar[Effect] = Effect.ROUNDING
+
+    @property
+    def changes_inside(self) -> tuple[str, ...]:
+        return ("vae",)
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         if not isinstance(_decoder(pipe), torch.nn.Module):

@@ -109,6 +109,10 @@ class Quantize(Transform):
             return None
         return BACKENDS[chosen.backend].breaks_graph(chosen.scheme, dtype)
 
+    @property
+    def changes_inside(self) -> tuple[str, ...]:
+        return self.components
+
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         choice = self.choose(context)
         reasons = list(choice.reasons)

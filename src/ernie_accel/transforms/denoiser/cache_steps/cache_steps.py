@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ernie_accel.core.components import Pipeline
+from ernie_accel.core.components import DENOISERS, Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
@@ -105,6 +105,10 @@ class CacheSteps(Transform):
     def floor_db(self) -> float:
         """SQNR of the latents against those of all steps, earned on the embedded model at 20, 30 and 50 steps."""
         return BACKENDS[self.backend].floor_db(self)
+
+    @property
+    def changes_inside(self) -> tuple[str, ...]:
+        return DENOISERS
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         family = family_of(pipe)
