@@ -116,9 +116,11 @@ def effect(cls: type[Transform]) -> str:
         Effect.LOSSY: "loses bits, above a floor in dB that the plan shows",
         Effect.RESAMPLES: "another picture by design",
     }
-    other = [e for e in Effect if e is not cls.effect and f"Effect.{e.name}" in inspect.getsource(cls)]
+    declared = inspect.getattr_static(cls, "effect")
+    usual = cls().effect if isinstance(declared, property) else declared
+    other = [e for e in Effect if e is not usual and f"Effect.{e.name}" in inspect.getsource(cls)]
     also = "".join(f"; with some arguments `{e.value}`: {words[e]}" for e in other)
-    return f"`{cls.effect.value}`: {words[cls.effect]}{also}"
+    return f"`{usual.value}`: {words[usual]}{also}"
 
 
 def needs(cls: type[Transform]) -> str:

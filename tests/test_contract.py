@@ -51,6 +51,7 @@ def test_it_is_an_immutable_value(transform):
 def test_it_states_its_facts(transform):
     assert isinstance(transform.phase, ernie_accel.Phase)
     assert isinstance(transform.effect, ernie_accel.Effect)
+    assert "effect" not in vars(transform)  # a class attribute or a property, never overwritten
     assert isinstance(transform.slot, str)
     assert (transform.floor_db is not None) == (transform.effect is ernie_accel.Effect.LOSSY)
     assert type(transform).__doc__

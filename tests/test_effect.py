@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import Autocast, CastDtype, Compile, Effect, MakeContiguous, Quantize, SliceVae
+from ernie_accel import Autocast, CastDtype, Compile, Effect, MakeContiguous, Quantize, SetAttention, SliceVae
 from ernie_accel.core.transform import ROUNDING_REL
 from ernie_accel.recipes.presets import presets
 from tests.examples import EXAMPLES, make_awkward
@@ -60,6 +62,17 @@ def test_what_resamples_really_gives_another_picture(ernie):
         ernie_accel.optimize(ernie, transform)
         assert rel(picture(ernie), before) > 1e-3
         ernie_accel.restore(ernie)
+
+
+def test_an_effect_may_depend_on_the_arguments(ernie):
+    """As a property; plan, JSON and the catalogue go by the value of the transform that was asked for."""
+    assert SetAttention("sage").effect is Effect.LOSSY and SetAttention("sage").floor_db is not None
+    assert SetAttention().effect is Effect.ROUNDING and SetAttention().floor_db is None
+    for layout, effect in (((), "exact"), (("vae",), "rounding")):
+        plan = ernie_accel.plan(ernie, MakeContiguous(channels_last=layout))
+        assert [step["effect"] for step in json.loads(plan.to_json())["steps"]] == [effect]
+    with pytest.raises(AttributeError):
+        MakeContiguous().effect = Effect.LOSSY
 
 
 def test_a_plan_has_the_strongest_effect_of_what_it_would_apply(ernie):

@@ -1,6 +1,6 @@
 """What a transform is: one opt-in change to a pipeline, with its order, its effect and its receipt.
 
-A concrete transform is a frozen dataclass with four class-level facts and three methods. Its repr is a line of a
+A concrete transform is a frozen dataclass with four facts and three methods. Its repr is a line of a
 plan, it compares by value and it survives a round trip through JSON. See ``docs/adding-a-transform.md``.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import inspect
 import math
 import re
 from abc import ABC, abstractmethod
@@ -144,20 +145,23 @@ class Transform(ABC):
     Class-level facts:
         phase: When it runs.
         slot: What it occupies; a pipe has at most one transform per slot.
-        effect: What it does to the picture.
+        effect: What it does to the picture: a class attribute, or a property where it depends on the arguments.
         extra: The pip extra it needs, or None.
     """
 
     phase: ClassVar[Phase]
     slot: ClassVar[str]
-    effect: ClassVar[Effect]
     extra: ClassVar[str | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        missing = [fact for fact in ("phase", "slot", "effect") if not hasattr(cls, fact)]
+        missing = [fact for fact in ("phase", "slot") if not hasattr(cls, fact)]
+        missing += ["effect"] if inspect.getattr_static(cls, "effect") is vars(Transform)["effect"] else []
         if missing and ABC not in cls.__bases__:
-            raise TypeError(f"{cls.__name__} must say its {', '.join(missing)} as class attributes")
+            raise TypeError(
+                f"{cls.__name__} must say its {', '.join(missing)} as class attributes; "
+                "an effect that depends on the arguments may be a property"
+            )
         own = vars(cls).get("__post_init__")
         if own is not None:
             type.__setattr__(cls, "__post_init__", _after_check(own))
@@ -172,6 +176,11 @@ class Transform(ABC):
             object.__setattr__(self, name, value)
         if getattr(self, "components", None) == ():
             raise ValueError("components takes a tuple of at least one name, as in ('transformer',); got ()")
+
+    @property
+    def effect(self) -> Effect:
+        """What this transform, with these arguments, does to the picture."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its effect")
 
     @property
     def occupies(self) -> str:

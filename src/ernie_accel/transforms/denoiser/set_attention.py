@@ -147,15 +147,17 @@ class SetAttention(Transform):
 
     phase: ClassVar[Phase] = Phase.ATTENTION
     slot: ClassVar[str] = "attention-processor"
-    effect: ClassVar[Effect] = Effect.ROUNDING
 
     backend: str = "auto"
 
     def __post_init__(self) -> None:
         if self.backend != "auto" and self.backend not in BACKENDS:
             raise UnknownNameError("attention backend", self.backend, ("auto", *BACKENDS))
-        if self.backend == "sage":
-            object.__setattr__(self, "effect", Effect.LOSSY)  # int8 products; all the others round
+
+    @property
+    def effect(self) -> Effect:
+        """ROUNDING; LOSSY for "sage", which multiplies in int8."""
+        return Effect.LOSSY if self.backend == "sage" else Effect.ROUNDING
 
     @property
     def floor_db(self) -> float | None:

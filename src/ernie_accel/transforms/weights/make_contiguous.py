@@ -34,14 +34,14 @@ class MakeContiguous(Transform):
 
     phase: ClassVar[Phase] = Phase.LAYOUT
     slot: ClassVar[str] = "layout"
-    effect: ClassVar[Effect] = Effect.EXACT
 
     components: tuple[str, ...] | None = field(default=None, kw_only=True)
     channels_last: tuple[str, ...] = field(default=(), kw_only=True)
 
-    def __post_init__(self) -> None:
-        if self.channels_last:
-            object.__setattr__(self, "effect", Effect.ROUNDING)
+    @property
+    def effect(self) -> Effect:
+        """EXACT; ROUNDING where convolutions are laid out channels last, as other kernels take them."""
+        return Effect.ROUNDING if self.channels_last else Effect.EXACT
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = absent_components(pipe, self.components) + absent_components(pipe, self.channels_last)
