@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -22,6 +23,8 @@ from ernie_accel.core.dtypes import DTYPES, dtype_name, unsupported_cast_reasons
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
+from ernie_accel.quantization.backend import defined_in
+from ernie_accel.quantization.layers import quantized_as
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,7 +63,20 @@ class CastDtype(Transform):
         return 25.0
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
-        return unsupported_cast_reasons(pipe, context, self.dtype, self.components)
+        reasons = unsupported_cast_reasons(pipe, context, self.dtype, self.components)
+        return reasons or list(self._torn_apart(pipe, context))
+
+    def _torn_apart(self, pipe: Pipeline, context: Context) -> Iterator[str]:
+        """Yield why components cannot be cast: their quantized layers would stay, and take another dtype."""
+        for name, _ in self._weights_to_cast(pipe, context):
+            stored = ((path, quantized_as(part)) for path, part in modules_of(pipe)[name].named_modules())
+            path, how = next(((path, how) for path, how in stored if how is not None), ("", None))
+            if how is not None:
+                others = tuple(other for other in modules_of(pipe, self.components) if other != name)
+                yield (
+                    f"{name} is quantized ({path} as {how}), and its layers would go on computing in the dtype they "
+                    f"were made for: load it with that dtype, or leave it out with components={others!r}"
+                )
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         todo = dict(self._weights_to_cast(pipe, context))
@@ -70,17 +86,20 @@ class CastDtype(Transform):
         return Preview(tuple(todo), keeps)
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
-        todo = self._weights_to_cast(pipe, context)
-        names = {f"{component}.{weight.path}" for component, weights in todo for weight in weights}
-        return context.planned(pipe).cast(DTYPES[self.dtype], names.__contains__)
+        planned = context.planned(pipe)
+        for component, pairs in self._weights_to_cast(pipe, context):
+            for dtype in {dtype for _, dtype in pairs}:
+                names = {f"{component}.{weight.path}" for weight, to in pairs if to == dtype}
+                planned = planned.cast(dtype, names.__contains__)
+        return planned
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         todo = dict(self._weights_to_cast(pipe, context))
         lossy_bytes = 0
         with Undo() as undo:
-            for weight in (weight for weights in todo.values() for weight in weights):
+            for weight, dtype in (pair for pairs in todo.values() for pair in pairs):
                 tensor = weight.tensor
-                cast = tensor.data.to(DTYPES[self.dtype])
+                cast = tensor.data.to(dtype)
                 reversible = torch.equal(cast.to(tensor.dtype), tensor.data)
                 lossy_bytes += 0 if reversible else tensor.numel() * tensor.element_size()
                 if not reversible and self.keep_originals:
@@ -95,29 +114,40 @@ class CastDtype(Transform):
         kept = f"keeps {human_bytes(lossy_bytes)} of originals in host memory for restore()" if lossy_bytes else ""
         return Applied(tuple(todo), undo=undo, note=kept)
 
-    def _weights_to_cast(self, pipe: Pipeline, context: Context) -> Iterator[tuple[str, list[Weight]]]:
-        """Yield (component, its weights that will be of another dtype then) for every component that has any."""
+    def _weights_to_cast(
+        self, pipe: Pipeline, context: Context
+    ) -> Iterator[tuple[str, list[tuple[Weight, torch.dtype]]]]:
+        """Yield (component, [(weight that is of another dtype, its new one)]) for every component that has any."""
         planned = context.planned(pipe).weights
         for name, module in modules_of(pipe, self.components).items():
-            stays = _float32_modules(module)
+            stays = _keeps_float32(module, DTYPES[self.dtype])
             weights = [
-                weight
+                (weight, dtype)
                 for weight in weights_of(module)
                 if weight.tensor.is_floating_point()
                 and (now := planned.get(f"{name}.{weight.path}")) is not None
-                and now.dtype != DTYPES[self.dtype]
+                and now.dtype != (dtype := torch.float32 if stays(weight.path) else DTYPES[self.dtype])
                 and now.stored_as is None
                 and not is_float8(weight.tensor.dtype)
-                and not stays.intersection(weight.path.split("."))
             ]
             if weights:
                 yield name, weights
 
 
-def _float32_modules(module: torch.nn.Module) -> set[str]:
-    """Return the module names that a diffusers or transformers model declares to keep in float32."""
-    declared = (getattr(module, name, None) or () for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
-    return {name for names in declared for name in names}
+def _keeps_float32(module: torch.nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Return which weights (by path) ``from_pretrained`` loads in float32, whatever half precision is asked for.
+
+    Diffusers goes by the names of modules (``load_model_dict_into_meta``), transformers by patterns that match
+    anywhere, and those that are not "strict" count for float16 alone (``PreTrainedModel._get_dtype_plan``): the ``wo``
+    of T5 overflows in float16, not in bfloat16.
+    """
+    plain, strict = (
+        set(getattr(module, name, None) or ()) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    )
+    if not defined_in(module, "transformers"):
+        return lambda path: not plain.isdisjoint(path.split("."))
+    patterns = (strict | plain if dtype == torch.float16 else strict) if dtype != torch.float32 else set()
+    return lambda path: any(re.search(pattern.replace("*", ".*"), path) for pattern in patterns)
 
 
 def _cast_to(weight: Weight, dtype: torch.dtype) -> None:
