@@ -105,12 +105,14 @@ class Backend(ABC):
         schemes: The names of its schemes, each with the lowest CUDA compute capability it runs on; (0, 0) is any
             device of `devices`.
         devices: torch device types it runs on.
+        takes_loras: Whether PEFT can add a LoRA to its layers once they are made; where not, loading one is refused.
     """
 
     name: ClassVar[str]
     package: ClassVar[str | None]
     schemes: ClassVar[Mapping[str, tuple[int, int]]]
     devices: ClassVar[tuple[str, ...]] = ("cuda", "cpu")
+    takes_loras: ClassVar[bool] = False
 
     def unsupported(self, scheme: str, context: Context) -> list[str]:
         """Return every reason why `scheme` cannot run on this machine; empty if it can."""

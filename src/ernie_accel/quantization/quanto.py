@@ -23,6 +23,7 @@ class Quanto(Backend):
 
     name: ClassVar[str] = "quanto"
     package: ClassVar[str | None] = "optimum.quanto"
+    takes_loras: ClassVar[bool] = True
     schemes: ClassVar[Mapping[str, tuple[int, int]]] = MappingProxyType(dict.fromkeys(_QTYPES, (0, 0)))
 
     def unsupported(self, scheme: str, context: Context) -> list[str]:

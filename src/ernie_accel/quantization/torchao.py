@@ -26,6 +26,7 @@ class TorchAO(Backend):
 
     name: ClassVar[str] = "torchao"
     package: ClassVar[str | None] = "torchao"
+    takes_loras: ClassVar[bool] = True
     schemes: ClassVar[Mapping[str, tuple[int, int]]] = MappingProxyType(
         {
             "fp8": (8, 9),

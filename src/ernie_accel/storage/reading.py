@@ -101,8 +101,10 @@ def load(
     quantized = [name for name, of in receipts.items() if of]
     if quantized:
         from ernie_accel.quantization.guard import refuse_casts
+        from ernie_accel.quantization.refusals import refuse_loras, refuse_saving
 
-        refuse_casts(pipe, quantized, Undo())
+        for refuse in (refuse_casts, refuse_saving, refuse_loras):
+            refuse(pipe, quantized, Undo())
     details = tuple(receipt for of in receipts.values() for receipt in of.values())
     early = tuple(_entry(transform, data, details) for transform, data in saved if transform.phase <= Phase.QUANTIZE)
     carry(pipe, Report(title_of(wanted, None), type(pipe).__name__, machine, early))

@@ -20,6 +20,7 @@ from ernie_accel.families import family_of
 from ernie_accel.models.rewritten import block_paths, kernels_of, rewritten_blocks
 from ernie_accel.quantization.guard import refuse_casts
 from ernie_accel.quantization.layers import idle_patterns
+from ernie_accel.quantization.refusals import refuse_saving
 
 PRECISIONS = ("fp8", "bf16")
 ATTENTIONS = ("auto", "fp8", "bf16")
@@ -121,6 +122,7 @@ class FuseKernels(Transform):
                 _swap(transformer.get_submodule(owner), name, Fp8Linear(linear.weight), undo, self.keep_originals)
             if kept_bytes:
                 refuse_casts(pipe, ("transformer",), undo)
+                refuse_saving(pipe, ("transformer",), undo)
         if not self.keep_originals and kept_bytes:
             return Applied(on_kernels, no_undo="keep_originals=False: the weights are gone", skipped=skipped)
         kept = f"keeps {human_bytes(kept_bytes)} of originals in host memory for restore()" if kept_bytes else ""
