@@ -27,7 +27,7 @@ from PIL import Image
 
 from ernie_accel.batch import produce, read_table
 from ernie_accel.batch.engines import Engine, LocalEngine, Outcome, Request
-from ernie_accel.batch.report import write_report
+from ernie_accel.batch.output.report import write_report
 from ernie_accel.embedded.captions import caption
 from ernie_accel.embedded.scenes import random_scene
 

@@ -18,8 +18,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from ernie_accel.batch import produce
-from ernie_accel.batch.report import write_report
-from ernie_accel.batch.task import tasks_of
+from ernie_accel.batch.input.task import tasks_of
+from ernie_accel.batch.output.report import write_report
 from tests.stub_engine import StubEngine, make_rows, picture_of
 
 ROWS = 300

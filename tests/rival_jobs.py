@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ernie_accel.batch.job import plan_job
+from ernie_accel.batch.input.job import plan_job
 from ernie_accel.cli import batch as command
 from ernie_accel.core.errors import ErnieAccelError
 from tests.stub_engine import StubEngine

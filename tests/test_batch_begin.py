@@ -14,8 +14,8 @@ import pytest
 from ernie_accel.batch import Producer, aproduce, produce
 from ernie_accel.batch.engines import EngineLostError, LocalEngine, WorkerLostError
 from ernie_accel.batch.engines.base import NotFiniteError, Request, finished
-from ernie_accel.batch.schedule import BatchSizer
-from ernie_accel.batch.writer import Writer
+from ernie_accel.batch.line.schedule import BatchSizer
+from ernie_accel.batch.output.writer import Writer
 from tests.pipelines import tiny_ernie
 from tests.stub_engine import StubEngine, make_rows, picture_of
 

@@ -13,9 +13,10 @@ import sys
 import pytest
 from PIL import Image
 
-from ernie_accel.batch import BatchChangedError, BatchInputError, BatchOutputError, report
-from ernie_accel.batch.job import plan_job
-from ernie_accel.batch.ledger import open_job
+from ernie_accel.batch import BatchChangedError, BatchInputError, BatchOutputError
+from ernie_accel.batch.input.job import plan_job
+from ernie_accel.batch.output import report
+from ernie_accel.batch.output.ledger import open_job
 from ernie_accel.cli import batch as command
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError

@@ -16,14 +16,14 @@ import pytest
 from PIL import Image
 
 from ernie_accel.batch import BatchOutputError, Producer, Sift, produce, read_table
-from ernie_accel.batch.cells import escaped, unescaped
-from ernie_accel.batch.folder import OutputFolder
-from ernie_accel.batch.job import plan_job
-from ernie_accel.batch.ledger import JOB_FOLDER, open_job
-from ernie_accel.batch.naming import JOB_FILES
-from ernie_accel.batch.produce import check_folder, renew_manifest
-from ernie_accel.batch.report import REPORTS, write_report
-from ernie_accel.batch.runs import note_run
+from ernie_accel.batch.input.cells import escaped, unescaped
+from ernie_accel.batch.input.job import plan_job
+from ernie_accel.batch.input.naming import JOB_FILES
+from ernie_accel.batch.line.produce import check_folder, renew_manifest
+from ernie_accel.batch.output.folder import OutputFolder
+from ernie_accel.batch.output.ledger import JOB_FOLDER, open_job
+from ernie_accel.batch.output.report import REPORTS, write_report
+from ernie_accel.batch.output.runs import note_run
 from ernie_accel.cli import batch as command
 from tests.stub_engine import StubEngine, make_rows
 
@@ -172,7 +172,7 @@ def test_a_producer_follows_no_link(out, elsewhere):
 
 def test_names_are_refused_links_without_descriptors_too(out, elsewhere, monkeypatch):
     """As on Windows."""
-    monkeypatch.setattr("ernie_accel.batch.folder._BY_DESCRIPTOR", False)
+    monkeypatch.setattr("ernie_accel.batch.output.folder._BY_DESCRIPTOR", False)
     run(StubEngine(), in_folder(2), out)
     assert len(list((out / "mugs").iterdir())) == 2
     run(StubEngine(lambda *_: 1 / 0), [replace(row, seed=9) for row in in_folder(2)], out, overwrite=True)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ernie_accel.batch import BatchInputError, formats, read_rows, read_table
-from ernie_accel.batch.job import Job, plan_job
-from ernie_accel.batch.newbie import structure_problems
+from ernie_accel.batch import BatchInputError, read_rows, read_table
+from ernie_accel.batch.input import formats
+from ernie_accel.batch.input.job import Job, plan_job
+from ernie_accel.batch.input.newbie import structure_problems
 from ernie_accel.core.errors import ErnieAccelError, MissingExtraError
 
 RECORDS = [

@@ -17,7 +17,7 @@ from ernie_accel.batch.engines import Request
 from ernie_accel.batch.engines.address import parse_address
 from ernie_accel.batch.engines.answers import retry_after_s
 from ernie_accel.batch.engines.http import HttpEngine
-from ernie_accel.batch.job import plan_job
+from ernie_accel.batch.input.job import plan_job
 from ernie_accel.cli.batch import run_job
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from tests.image_server import ImageServer

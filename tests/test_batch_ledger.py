@@ -14,10 +14,10 @@ from dataclasses import replace
 import pytest
 
 from ernie_accel.batch import BatchChangedError, BatchOutputError, produce
-from ernie_accel.batch.ledger import _ROWS, JOB_FOLDER, Ledger, open_job
-from ernie_accel.batch.produce import renew_manifest
-from ernie_accel.batch.report import write_report
-from ernie_accel.batch.task import tasks_of
+from ernie_accel.batch.input.task import tasks_of
+from ernie_accel.batch.line.produce import renew_manifest
+from ernie_accel.batch.output.ledger import _ROWS, JOB_FOLDER, Ledger, open_job
+from ernie_accel.batch.output.report import write_report
 from tests.child_paths import PYTHONPATH
 from tests.stub_engine import StubEngine, make_rows
 

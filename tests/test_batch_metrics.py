@@ -18,10 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ernie_accel.batch import MetricsServer, Producer, produce
 from ernie_accel.batch.errors import MetricsServerError
-from ernie_accel.batch.exposition import _COUNTERS, _GAUGES, exposition
-from ernie_accel.batch.metrics import page_url
-from ernie_accel.batch.snapshot import LATENCY_BOUNDS_S, Snapshot
-from ernie_accel.batch.telemetry import Telemetry
+from ernie_accel.batch.watch.exposition import _COUNTERS, _GAUGES, exposition
+from ernie_accel.batch.watch.metrics import page_url
+from ernie_accel.batch.watch.snapshot import LATENCY_BOUNDS_S, Snapshot
+from ernie_accel.batch.watch.telemetry import Telemetry
 from ernie_accel.cli import main
 from ernie_accel.core.errors import ErnieAccelError
 from tests.child_paths import PYTHONPATH
@@ -200,7 +200,7 @@ def test_half_open_connections_take_few_threads_and_keep_nobody_out():
 
 
 def test_a_client_that_trickles_is_ended_in_time(monkeypatch):
-    monkeypatch.setattr("ernie_accel.batch.metrics._CLIENT_S", 0.3)
+    monkeypatch.setattr("ernie_accel.batch.watch.metrics._CLIENT_S", 0.3)
     start = time.monotonic()
     with MetricsServer(0) as metrics, socket.create_connection(address_of(metrics), timeout=10) as slow:
         slow.sendall(b"GET /metrics HTTP/1.0\r\nX: ")

@@ -14,10 +14,10 @@ import pytest
 from ernie_accel.batch import BatchInputError, MetricsServer, Producer, Sift, produce, read_rows, read_table
 from ernie_accel.batch.engines.http import HttpEngine
 from ernie_accel.batch.engines.ray import RayEngine
-from ernie_accel.batch.job import plan_job
-from ernie_accel.batch.options import OPTION_OF, OPTIONS, check_arguments
-from ernie_accel.batch.report import write_report
-from ernie_accel.batch.row import DEFAULTS
+from ernie_accel.batch.input.job import plan_job
+from ernie_accel.batch.input.options import OPTION_OF, OPTIONS, check_arguments
+from ernie_accel.batch.input.row import DEFAULTS
+from ernie_accel.batch.output.report import write_report
 from ernie_accel.cli import main
 from ernie_accel.cli.batch import batch_command
 from ernie_accel.core.errors import ErnieAccelError

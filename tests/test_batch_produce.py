@@ -20,8 +20,8 @@ from PIL import Image
 
 import ernie_accel
 from ernie_accel.batch import BatchInputError, BatchOutputError, Row, aproduce, produce, read_rows
-from ernie_accel.batch.naming import JOB_FILES, folder_problem
-from ernie_accel.batch.report import write_report
+from ernie_accel.batch.input.naming import JOB_FILES, folder_problem
+from ernie_accel.batch.output.report import write_report
 from ernie_accel.common.atomic import write_atomically
 
 

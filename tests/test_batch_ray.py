@@ -15,7 +15,7 @@ from PIL import Image
 
 from ernie_accel.batch import produce
 from ernie_accel.batch.engines import EngineLostError, LocalEngine, Request, WorkerLostError
-from ernie_accel.batch.task import tasks_of
+from ernie_accel.batch.input.task import tasks_of
 from tests.child_paths import PYTHONPATH
 from tests.pipelines import tiny_ernie
 from tests.stub_engine import StubEngine, make_rows

@@ -14,13 +14,13 @@ import sys
 import pytest
 
 from ernie_accel.batch import Row, Sift, produce
-from ernie_accel.batch.exposition import exposition
-from ernie_accel.batch.job import EMBEDDED_MODEL
-from ernie_accel.batch.page import latency_chart, speed_chart
-from ernie_accel.batch.report import _worked, write_report
-from ernie_accel.batch.runs import note_run
-from ernie_accel.batch.snapshot import percentile
-from ernie_accel.batch.telemetry import Telemetry
+from ernie_accel.batch.input.job import EMBEDDED_MODEL
+from ernie_accel.batch.output.page import latency_chart, speed_chart
+from ernie_accel.batch.output.report import _worked, write_report
+from ernie_accel.batch.output.runs import note_run
+from ernie_accel.batch.watch.exposition import exposition
+from ernie_accel.batch.watch.snapshot import percentile
+from ernie_accel.batch.watch.telemetry import Telemetry
 from ernie_accel.common.text import markdown
 from ernie_accel.core.errors import ErnieAccelError
 from tests.child_paths import PYTHONPATH

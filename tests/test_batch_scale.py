@@ -15,16 +15,16 @@ import pytest
 from PIL import Image
 
 from ernie_accel.batch import produce
-from ernie_accel.batch import writer as writer_module
 from ernie_accel.batch.engines import Request
-from ernie_accel.batch.folder import OutputFolder
-from ernie_accel.batch.formats import read_json
-from ernie_accel.batch.ledger import open_job
-from ernie_accel.batch.report import write_report
-from ernie_accel.batch.schedule import BatchSizer, Schedule
-from ernie_accel.batch.summary import write_manifest
-from ernie_accel.batch.task import Task, tasks_of
-from ernie_accel.batch.writer import Writer
+from ernie_accel.batch.input.formats import read_json
+from ernie_accel.batch.input.task import Task, tasks_of
+from ernie_accel.batch.line.schedule import BatchSizer, Schedule
+from ernie_accel.batch.output import writer as writer_module
+from ernie_accel.batch.output.folder import OutputFolder
+from ernie_accel.batch.output.ledger import open_job
+from ernie_accel.batch.output.manifest import write_manifest
+from ernie_accel.batch.output.report import write_report
+from ernie_accel.batch.output.writer import Writer
 from tests.stub_engine import StubEngine, make_rows
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ernie_accel.batch.engines import Request
-from ernie_accel.batch.schedule import BatchSizer, Schedule
-from ernie_accel.batch.task import Task
+from ernie_accel.batch.input.task import Task
+from ernie_accel.batch.line.schedule import BatchSizer, Schedule
 from tests.stub_engine import make_rows
 
 

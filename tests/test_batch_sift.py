@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from ernie_accel.batch import Sift, produce
-from ernie_accel.batch.sieve import Sieve, bits_set, difference_hash, grid_strength, sharpness
+from ernie_accel.batch.output.sieve import Sieve, bits_set, difference_hash, grid_strength, sharpness
 from ernie_accel.core.errors import ErnieAccelError
 from tests.stub_engine import StubEngine, make_rows
 

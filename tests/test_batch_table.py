@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ernie_accel.batch import BatchInputError, Row, formats, gate, read_table, table
-from ernie_accel.batch.naming import JOB_FILES, collision_key, name_problem
+from ernie_accel.batch import BatchInputError, Row, read_table
+from ernie_accel.batch.input import formats, gate, table
+from ernie_accel.batch.input.naming import JOB_FILES, collision_key, name_problem
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import ernie_accel
-from ernie_accel.batch import ledger
+from ernie_accel.batch.output import ledger
 from ernie_accel.cli import main
 from ernie_accel.core import context
 from ernie_accel.families import registry

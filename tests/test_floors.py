@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -23,6 +24,8 @@ FLOORS = (
     ("demo",),
     ("cli",),
 )
+#: Of the package `batch`, likewise; `errors` is below them, and `ernie_accel.batch` itself above.
+BATCH_ROOMS = ("engines", "input", "watch", "output", "line")
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 
@@ -65,6 +68,30 @@ def test_no_arrow_goes_up(module):
         if room(other) != room(module) and (room(other) not in FLOOR_OF or FLOOR_OF[room(other)] >= floor)
     ]
     assert up == []
+
+
+def batch_floor(module: str) -> int:
+    """Return a module's floor within `batch`."""
+    parts = module.split(".")[2:]
+    return len(BATCH_ROOMS) if not parts else -1 if parts == ["errors"] else BATCH_ROOMS.index(parts[0])
+
+
+BATCH = [name for name in MODULES if room(name) == "batch"]
+
+
+@pytest.mark.parametrize("module", BATCH)
+def test_no_room_of_batch_imports_one_above_it(module):
+    up = [other for other in GRAPH[module] if other in BATCH and batch_floor(other) > batch_floor(module)]
+    assert up == []
+
+
+def test_every_room_of_batch_says_what_it_is_for():
+    assert {name.split(".")[2] for name in BATCH if name.count(".") >= 2} == {"errors", *BATCH_ROOMS}
+    for name in BATCH_ROOMS:
+        modules = {path.stem for path in (SOURCE / "batch" / name).glob("*.py")} - {"__init__"}
+        text = ast.get_docstring(ast.parse((SOURCE / "batch" / name / "__init__.py").read_text(encoding="utf-8")))
+        missing = {each for each in modules if not re.search(rf"\b{each}\b", text)}
+        assert name == "engines" or not missing
 
 
 def test_no_transform_imports_another():

@@ -24,8 +24,8 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from ernie_accel.batch import BatchOutputError, produce, read_table
-from ernie_accel.batch.ledger import JOB_FOLDER
-from ernie_accel.batch.report import write_report
+from ernie_accel.batch.output.ledger import JOB_FOLDER
+from ernie_accel.batch.output.report import write_report
 from ernie_accel.core.errors import ErnieAccelError
 from tests.attack import SEED, rounds
 from tests.attack.test_interrupts import interrupted_at, lines_of
@@ -426,7 +426,7 @@ SLOW_JOB = """
 import sys
 from pathlib import Path
 from ernie_accel.cli import batch as command
-from ernie_accel.batch.job import plan_job
+from ernie_accel.batch.input.job import plan_job
 from tests.stub_engine import StubEngine
 command._engine = lambda job, facts: StubEngine(lambda *_: print("rendering", flush=True), seconds=0.05)
 command._note_run = lambda job: None  # it loads torch

@@ -23,10 +23,10 @@ from pyarrow import parquet
 
 import ernie_accel
 from ernie_accel.batch import produce, read_table
-from ernie_accel.batch.job import plan_job
-from ernie_accel.batch.naming import collision_key
-from ernie_accel.batch.newbie import structure_problems
-from ernie_accel.batch.options import OPTIONS
+from ernie_accel.batch.input.job import plan_job
+from ernie_accel.batch.input.naming import collision_key
+from ernie_accel.batch.input.newbie import structure_problems
+from ernie_accel.batch.input.options import OPTIONS
 from ernie_accel.core.errors import ErnieAccelError
 from tests.attack import SEED, rounds
 from tests.little_work import little_work

@@ -142,9 +142,9 @@ def optimize_command(
 ) -> None:
     """Optimize a pipeline, draw one picture with it, and print the report."""
     from ernie_accel.batch import Row, produce
-    from ernie_accel.batch.check import size_problem
-    from ernie_accel.batch.gate import text_problem
-    from ernie_accel.batch.options import REAL_MODEL
+    from ernie_accel.batch.input.check import size_problem
+    from ernie_accel.batch.input.gate import text_problem
+    from ernie_accel.batch.input.options import REAL_MODEL
     from ernie_accel.embedded.captions import unknown_part
 
     usual = EMBEDDED_SIZE_PX if model is None else (None, None)

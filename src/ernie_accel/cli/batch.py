@@ -18,15 +18,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ernie_accel.batch.errors import BatchInputError, BatchOutputError, shown
-from ernie_accel.batch.job import EMBEDDED_MODEL, Job, key_in, plan_job
-from ernie_accel.batch.options import OPTION_OF, OPTIONS, REAL_MODEL, Option
+from ernie_accel.batch.input.job import EMBEDDED_MODEL, Job, key_in, plan_job
+from ernie_accel.batch.input.options import OPTION_OF, OPTIONS, REAL_MODEL, Option
 from ernie_accel.common.text import one_line
 
 if TYPE_CHECKING:
     from ernie_accel.batch.engines import Engine
     from ernie_accel.batch.errors import Problem
-    from ernie_accel.batch.metrics import MetricsServer
-    from ernie_accel.batch.row import Row
+    from ernie_accel.batch.input.row import Row
+    from ernie_accel.batch.watch.metrics import MetricsServer
 
 EXIT_FAILED, EXIT_SIGNAL = 3, 128
 """Exit codes: some rows failed; the number of a signal is added to the second, as shells do it: 130 for Ctrl-C."""
@@ -95,7 +95,7 @@ def _remove_if_empty(folder: Path) -> None:
 
 def _run_job(job: Job) -> int:
     from ernie_accel.batch import read_table
-    from ernie_accel.batch.produce import check_folder, renew_manifest
+    from ernie_accel.batch.line.produce import check_folder, renew_manifest
 
     if job.uses_embedded:
         typer.echo(f"Model: the {EMBEDDED_MODEL}; for other pictures name one: --model {REAL_MODEL}")
@@ -157,7 +157,7 @@ def _run_job(job: Job) -> int:
 
 
 def _report(job: Job, power: _Power) -> None:
-    from ernie_accel.batch.report import write_report
+    from ernie_accel.batch.output.report import write_report
 
     if job.report:
         write_report(
@@ -171,16 +171,16 @@ def _report(job: Job, power: _Power) -> None:
 
 def _written_files(job: Job) -> Sequence[str]:
     """Return the names of what a job writes beside its pictures."""
-    from ernie_accel.batch.ledger import MANIFESTS
-    from ernie_accel.batch.report import REPORTS
+    from ernie_accel.batch.output.ledger import MANIFESTS
+    from ernie_accel.batch.output.report import REPORTS
 
     return (*MANIFESTS, *REPORTS) if job.report else MANIFESTS
 
 
 def _check_outputs(job: Job) -> None:
     """Refuse a folder or file that cannot be written now, and not after the model was loaded."""
-    from ernie_accel.batch.folder import OutputFolder
-    from ernie_accel.batch.telemetry import refuse_state_files
+    from ernie_accel.batch.output.folder import OutputFolder
+    from ernie_accel.batch.watch.telemetry import refuse_state_files
 
     OutputFolder(job.output_dir, create=True).close()
     for path in filter(None, (job.log_json, job.prometheus)):
@@ -196,7 +196,7 @@ class _Power:
     """The power drawn while pictures are made, for their cost; afterwards the GPU would be idle."""
 
     def __init__(self, job: Job) -> None:
-        from ernie_accel.batch import report
+        from ernie_accel.batch.output import report
 
         self._given, self._samples, self._next = job.watts, list[float](), 0.0
         self._wanted = job.report and job.power_price is not None and job.watts is None
@@ -205,7 +205,7 @@ class _Power:
 
     def look(self) -> None:
         """Measure, at most every few seconds."""
-        from ernie_accel.batch import report
+        from ernie_accel.batch.output import report
 
         if self._wanted and time.monotonic() >= self._next and (watts := report.measured_watts()) is not None:
             self._samples.append(watts)
@@ -266,7 +266,7 @@ def _make(
 @contextmanager
 def _metrics(job: Job) -> Iterator[MetricsServer | None]:
     """Serve the job's metrics if that was asked for, from now: a port in use must not cost loading a model."""
-    from ernie_accel.batch.metrics import MetricsServer
+    from ernie_accel.batch.watch.metrics import MetricsServer
 
     if job.metrics_port is None:
         yield None
@@ -401,7 +401,7 @@ def _skip_compile_reason(job: Job, rows: Sequence[Row]) -> str | None:
     """Return why the default preset is better not compiled for this job; None: it is, or somebody chose a preset."""
     if not job.uses_embedded or job.preset is not None:
         return None
-    from ernie_accel.batch.compile_rule import skip_compile_reason
+    from ernie_accel.batch.line.compile_rule import skip_compile_reason
     from ernie_accel.core.context import Context
 
     return skip_compile_reason(rows, Context.detect())
@@ -409,7 +409,7 @@ def _skip_compile_reason(job: Job, rows: Sequence[Row]) -> str | None:
 
 def _note_run(job: Job) -> None:
     """Remember for the report what makes the pictures."""
-    from ernie_accel.batch.runs import note_run
+    from ernie_accel.batch.output.runs import note_run
 
     if job.endpoint:
         servers = "1 image server" if len(job.endpoint) == 1 else f"{len(job.endpoint)} image servers"

@@ -55,7 +55,7 @@ def evaluate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Hold a dtype or a preset against the plain pipeline. Exit code 1 if a threshold is broken or NaN is found."""
-    from ernie_accel.batch.check import size_problem
+    from ernie_accel.batch.input.check import size_problem
     from ernie_accel.core.files import check_folder
     from ernie_accel.fidelity.compare import evaluate
     from ernie_accel.fidelity.evaluation import Thresholds

@@ -1,0 +1,199 @@
+"""Check one row: its settings, its name, its structured prompt; every problem found comes with its fix."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ernie_accel.batch.errors import shown
+from ernie_accel.batch.input.gate import text_problem
+from ernie_accel.batch.input.naming import TakenNames, fill_pattern, folder_problem, name_problem
+from ernie_accel.batch.input.newbie import structure_problems
+from ernie_accel.batch.input.row import (
+    DEFAULTS,
+    MAX_GUIDANCE,
+    MAX_SEED,
+    MAX_SIDE,
+    MAX_STEPS,
+    MAX_VARIANTS,
+    Columns,
+    Row,
+)
+
+
+@dataclass
+class RowCheck:
+    """How rows are checked, and the names that those before have taken.
+
+    Attributes:
+        pattern: How pictures are named; None if the pattern itself is bad, and names are not checked.
+        template: How prompts are made from columns; None: the column `prompt` holds them.
+        folder_by: The column that names a sub-folder.
+        size_multiple: Width and height must be divisible by this, in pixels.
+        defaults: Settings for rows that leave them open, by column.
+    """
+
+    pattern: str | None
+    template: str | None = None
+    folder_by: str | None = None
+    size_multiple: int = 16
+    defaults: Mapping[str, float] = field(default_factory=dict)
+    _taken: TakenNames = field(default_factory=TakenNames)
+
+    def rows(self, line: int, index: int, columns: Columns) -> tuple[list[Row], list[str]]:
+        """Return the pictures that an input row asks for, or what is wrong with it."""
+        settings = Settings(columns, self.defaults)
+        prompt = settings.text("prompt") if self.template is None else fill_pattern(self.template, columns, index)
+        if prompt is not None and not prompt.strip():
+            prompt = None
+        if prompt is None and ("prompt" in columns or self.template is not None):
+            settings.messages.append("prompt is empty; write what to draw, or delete the line")
+        if self.template is not None and (reason := text_problem(prompt or "")):
+            settings.messages.append(f"prompt {reason}")  # the columns' own text was looked at when it was read
+        settings.messages += structure_problems(prompt or "")
+        seed = settings.whole("seed", 0, MAX_SEED, "write digits, e.g. 42, or leave it empty")
+        width, height = settings.size(self.size_multiple)
+        steps = settings.whole("steps", 1, MAX_STEPS, "write digits, e.g. 8, or leave it empty")
+        guidance_scale = settings.number("guidance_scale", MAX_GUIDANCE, "write e.g. 4.0, or leave it empty")
+        variants = (
+            settings.whole("variants", 1, MAX_VARIANTS, "write how many pictures, e.g. 4, or leave it empty") or 1
+        )
+        if seed is not None and seed + variants - 1 > MAX_SEED:
+            settings.messages.append(f"seed {seed} leaves no room for {variants} variants; choose a smaller one")
+        names = [] if self.pattern is None else self._names(line, index, columns, variants)
+        folder = columns.get(self.folder_by, "").strip() if self.folder_by else ""
+        messages = []
+        if folder and (reason := folder_problem(folder)):
+            messages.append(f"folder {shown(folder)} (from column {shown(self.folder_by)}) {reason}; change the value")
+            folder = ""
+        elif folder and (reason := self._taken.take_folder(folder, line)):
+            messages.append(f"folder {shown(folder)} (from column {shown(self.folder_by)}) {reason}; write both alike")
+        for name in names:
+            if self.pattern and (reason := self._name_problem(name, folder, line, index, self.pattern)):
+                messages.append(reason)
+        messages += settings.messages
+        if prompt is None or not names or messages:
+            return [], messages
+        return [
+            Row(
+                line=line,
+                index=index,
+                prompt=prompt,
+                file_name=name,
+                negative_prompt=settings.text("negative_prompt"),
+                seed=seed,
+                width=width,
+                height=height,
+                steps=steps,
+                guidance_scale=guidance_scale,
+                variant=variant,
+                folder=folder,
+                columns=columns,
+            )
+            for variant, name in enumerate(names)
+        ], []
+
+    def _names(self, line: int, index: int, columns: Columns, variants: int) -> list[str]:
+        """Return a file name per variant; those of several are told apart by a number, counted from 1."""
+        name = fill_pattern(self.pattern or "", columns, index)
+        if variants == 1:
+            return [name]
+        stem, suffix = (name[:-4], name[-4:]) if name.lower().endswith(".png") else (name, "")
+        return [f"{stem}_v{variant + 1}{suffix}" for variant in range(variants)]
+
+    def _name_problem(self, name: str, folder: str, line: int, index: int, pattern: str) -> str | None:
+        """Return why a row cannot have its file name, by itself or beside the rows before."""
+        what = f"file name {shown(name)} (from {shown(pattern)})"
+        if reason := name_problem(name):
+            return f"{what} {reason}; change the value, or name pictures by another column"
+        if reason := self._taken.take(f"{folder}/{name}" if folder else name, line, index):
+            unique = pattern.removesuffix(".png") + "_{index}.png"
+            return f"{what} {reason}; change one, or name pictures by {shown(unique)}"
+        return None
+
+
+class Settings:
+    """The settings of one row, parsed; what is wrong with them gathers in `messages`."""
+
+    def __init__(self, columns: Mapping[str, str], defaults: Mapping[str, float]) -> None:
+        self._columns, self._defaults = columns, defaults
+        self.messages: list[str] = []
+
+    def text(self, name: str) -> str | None:
+        value = self._columns.get(name, "")
+        return value if value.strip() else None
+
+    def whole(self, name: str, low: int, high: int, fix: str) -> int | None:
+        text = (self.text(name) or "").strip()
+        if not text:
+            return self._default(name)
+        # Not int() alone: it also takes '1_000' and the digits of other scripts, and balks at very long ones.
+        if not re.fullmatch(r"[+-]?[0-9]{1,30}", text):
+            self.messages.append(f"{name} {shown(text)} is not a whole number; {fix}")
+        elif not low <= int(text) <= high:
+            self.messages.append(f"{name} {text} is not within {low} to {high}; {fix}")
+        else:
+            return int(text)
+        return None
+
+    def number(self, name: str, high: float, fix: str) -> float | None:
+        text = (self.text(name) or "").strip()
+        if not text:
+            return self._defaults.get(name)
+        if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)", text):
+            self.messages.append(f"{name} {shown(text)} is not a number; {fix}")
+        elif not 0 <= float(text) <= high:
+            self.messages.append(f"{name} {text} is not within 0 to {high:g}; {fix}")
+        else:
+            return float(text)
+        return None
+
+    def _default(self, name: str) -> int | None:
+        return int(self._defaults[name]) if name in self._defaults else None
+
+    def size(self, multiple: int) -> tuple[int | None, int | None]:
+        # Any whole number passes here, so that a bad size is reported with the nearest good one.
+        limit = 10**30
+        width = self.whole("width", -limit, limit, f"write pixels, e.g. {64 * multiple}, or leave it empty")
+        height = self.whole("height", -limit, limit, f"write pixels, e.g. {64 * multiple}, or leave it empty")
+        if reason := size_problem(width, height, multiple):
+            self.messages.append(reason)
+        return width, height
+
+
+def default_problems(defaults: Mapping[str, float], multiple: int) -> list[str]:
+    """Return what is wrong with settings for rows that leave them open (empty list: nothing)."""
+    messages = [
+        f"default {name!r} is not one; valid: {', '.join(DEFAULTS)}" for name in defaults if name not in DEFAULTS
+    ]
+    for name, (low, high) in DEFAULTS.items():
+        value = defaults.get(name)
+        if value is not None and name not in ("width", "height") and not low <= value <= high:
+            messages.append(f"default {name} {value} is not within {low:g} to {high:g}; choose another")
+    width, height = (None if defaults.get(name) is None else int(defaults[name]) for name in ("width", "height"))
+    if reason := size_problem(width, height, multiple):
+        messages.append(f"default {reason}")
+    return messages
+
+
+def size_problem(width: int | None, height: int | None, multiple: int) -> str | None:
+    """Return why a size cannot be made, with the nearest that can (None: it can, or is not given)."""
+    given = {name: side for name, side in (("width", width), ("height", height)) if side is not None}
+    nearest = {name: _nearest_side(side, multiple) for name, side in given.items()}
+    if nearest == given:
+        return None
+    what = "size" if len(given) == 2 else next(iter(given))
+    return (
+        f"{what} {_by(given)} is not made of multiples of {multiple} from {multiple} to {MAX_SIDE}; "
+        f"the nearest valid {what} is {_by(nearest)}"
+    )
+
+
+def _nearest_side(side: int, multiple: int) -> int:
+    nearest = (side + multiple // 2) // multiple * multiple  # a tie goes up: no detail is lost
+    return min(max(nearest, multiple), MAX_SIDE // multiple * multiple)
+
+
+def _by(sides: Mapping[str, int]) -> str:
+    return "x".join(str(side) for side in sides.values())

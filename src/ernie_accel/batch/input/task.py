@@ -1,0 +1,73 @@
+"""Tie a row to what an engine is asked for, and count how often that was tried."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from ernie_accel.batch.engines.base import Request
+from ernie_accel.batch.input.row import MAX_SEED, Row
+
+_REROLL_STRIDE = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio, odd: rerolled seeds do not meet other rows'
+
+
+@dataclass(eq=False)
+class Task:
+    """One row on its way through the line.
+
+    Attributes:
+        row: The row.
+        request: What the engine is asked for; the seed as the row and the job give it.
+        attempts: How often rendering it has failed.
+        lost: How often a worker died while it was rendered.
+        rerolls: How often it was given another seed because its picture was sifted out.
+        alone: Whether it must be rendered in a batch of its own, so that a failure is surely its own.
+    """
+
+    row: Row
+    request: Request
+    attempts: int = 0
+    lost: int = 0
+    rerolls: int = 0
+    alone: bool = False
+
+    def current(self) -> Request:
+        """Return the request with the seed of the present reroll."""
+        if not self.rerolls:
+            return self.request
+        seed = (self.request.seed + self.rerolls * _REROLL_STRIDE) & MAX_SEED
+        return replace(self.request, seed=seed)
+
+    def fingerprint(self) -> str:
+        """Return a short digest of all that the row's picture is made from."""
+        return hashlib.sha256(self.described().encode()).hexdigest()[:16]
+
+    def described(self) -> str:
+        """Return the request as JSON, as the ledger keeps it to name what changed."""
+        return json.dumps(vars(self.request), ensure_ascii=False, sort_keys=True)
+
+
+def seed_of(row: Row, seed: int) -> int:
+    """Return the seed of a row in a job with `seed`: the row's own or one derived, and the variant on top."""
+    return (seed + row.index if row.seed is None else row.seed) + row.variant
+
+
+def tasks_of(rows: Iterable[Row], seed: int) -> list[Task]:
+    """Return a task per row."""
+    return [
+        Task(
+            row,
+            Request(
+                prompt=row.prompt,
+                seed=seed_of(row, seed),
+                negative_prompt=row.negative_prompt,
+                width=row.width,
+                height=row.height,
+                steps=row.steps,
+                guidance_scale=row.guidance_scale,
+            ),
+        )
+        for row in rows
+    ]

@@ -1,0 +1,59 @@
+"""Put a production line together from what the caller asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ernie_accel.batch.engines.base import Engine
+from ernie_accel.batch.input.sift import Sift
+from ernie_accel.batch.line.line import Line
+from ernie_accel.batch.line.schedule import Schedule
+from ernie_accel.batch.output.folder import OutputFolder
+from ernie_accel.batch.output.ledger import Ledger
+from ernie_accel.batch.output.writer import Writer
+from ernie_accel.batch.watch.telemetry import Telemetry
+
+
+def assemble(
+    engine: Engine,
+    ledger: Ledger,
+    telemetry: Telemetry,
+    folder: OutputFolder,
+    *,
+    batch_size: int | None = None,
+    retries: int = 0,
+    timeout_s: float | None = None,
+    sift: Sift | None = None,
+    facts: Mapping[str, str] | None = None,
+    writers: int = 2,
+) -> Line:
+    """Return a line without rows; the arguments are those of `produce`."""
+    from ernie_accel.exports import VERSION
+
+    sieve = None
+    if sift is not None:
+        from ernie_accel.batch.output.sieve import Sieve  # here, because it loads numpy
+
+        sieve = Sieve(sift, ledger.hashes())
+    limit = engine.max_batch if batch_size is None else min(batch_size, engine.max_batch)
+    # Room for two whole batches: with less, the engine would stand still until part of the first one is written.
+    ahead = max(4 * writers, 2 * limit * engine.slots)
+    writer = Writer(folder, dict(facts or {}) | {"version": VERSION}, threads=writers, ahead=ahead, sieve=sieve)
+    schedule = Schedule(
+        lambda task: engine.bucket(task.current()),
+        similar_key_of=lambda task: task.request.shape(),
+        limit=limit,
+        start=1 if batch_size is None else limit,
+        probe=batch_size is None,
+    )
+    return Line(
+        engine,
+        ledger,
+        writer,
+        schedule,
+        telemetry,
+        folder,
+        retries=retries,
+        rerolls=sift.reroll if sift is not None else 0,
+        timeout_s=timeout_s,
+    )
