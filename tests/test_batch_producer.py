@@ -62,6 +62,43 @@ def test_two_names_that_some_file_system_holds_for_one_are_not_made_together(tmp
         assert future.result(30).path == tmp_path / first
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_name_given_again_is_refused_or_replaces_the_picture_as_asked(tmp_path, overwrite):
+    (row,) = make_rows(1)
+    with Producer(StubEngine(), tmp_path, overwrite=overwrite) as producer:
+        first = producer.submit(row).result(30)
+        before = first.path.read_bytes()
+        again = replace(row, prompt="another", seed=77)
+        if overwrite:
+            second = producer.submit(again).result(30)
+            assert (second.path, second.seed, second.error) == (first.path, 77, None)
+        else:
+            with pytest.raises(BatchOutputError, match="exists; allow overwriting or choose another name"):
+                producer.submit(again)
+    assert (first.path.read_bytes() == before) is not overwrite
+
+
+def test_a_name_whose_picture_failed_can_be_given_again(tmp_path):
+    failing = [True]
+
+    def before(requests, call):
+        if failing:
+            raise ValueError("bad prompt")
+
+    (row,) = make_rows(1)
+    with Producer(StubEngine(before), tmp_path) as producer:
+        assert producer.submit(row).result(30).error == "ValueError: bad prompt"
+        failing.clear()
+        assert producer.submit(row).result(30).path == tmp_path / row.path
+
+
+def test_a_producer_remembers_no_name_longer_than_its_picture_takes(tmp_path):
+    with Producer(StubEngine(), tmp_path) as producer:
+        for row in make_rows(5):
+            producer.submit(row).result(30)
+        assert producer._futures == {}
+
+
 def test_a_picture_that_cannot_be_written_answers_its_row_while_the_producer_is_open(tmp_path):
     producer = Producer(StubEngine(), tmp_path, writers=1)
     with disk_full_when(lambda file: file == 2):
