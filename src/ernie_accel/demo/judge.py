@@ -1,9 +1,9 @@
-"""The judge: does a picture hold the asked shapes and colours at the asked places? Read from pixels alone.
+"""Judge from pixels alone whether a picture has the requested shapes and colours at the requested places.
 
 Because scenes are procedural, prompt adherence is a measurement and not an opinion, and the same figure
-tells what a quantization really costs. Each pixel is named by its nearest colour; the pixels of the asked
-colour around the asked place are compared with every shape at many radii and positions (intersection over
-union, hidden parts left out), and what is left of the picture with every background there is.
+shows what a quantization really costs. Each pixel gets the name of its nearest colour. The pixels of the
+requested colour around the requested place are compared with every shape at many radii and positions (intersection
+over union, without hidden parts), and the rest of the picture with every background.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 NOTHING = "nothing"
-"""What the judge reads where no object colour fills the asked place."""
+"""What the judge reads where no object colour fills the requested place."""
 ATTRIBUTES = ("colour and place", "shape", "size")
 
 _WINDOW_PX = 72
@@ -56,9 +56,9 @@ _BACKGROUND_RMSE = 0.07
 
 @dataclass(frozen=True)
 class ObjectVerdict:
-    """What stands where one object was asked for; each `read_*` is a key of the scene tables or `NOTHING`.
+    """What the judge reads where one object was requested; each `read_*` is a key of the scene tables or `NOTHING`.
 
-    `iou` is that of the best template, 0..1: a blurred or torn shape scores low even where its name is right.
+    `iou` is that of the best template, 0..1: a blurred or broken shape scores low even if it is recognised.
     """
 
     read_colour: str
@@ -71,19 +71,19 @@ class ObjectVerdict:
 
     @property
     def is_right(self) -> bool:
-        """Whether colour, place, shape and size are all as asked."""
+        """Whether colour, place, shape and size are all right."""
         return self.is_placed and self.has_shape and self.has_size
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One picture against its scene.
+    """The comparison of one picture with its scene.
 
     Attributes:
         objects: In the scene's order.
         read_background: The nearest of all backgrounds.
-        has_background: Whether it is the one asked for, and near enough.
-        stray_pixels: Pixels in an object's colour away from every asked object.
+        has_background: Whether it is the requested one, and near enough.
+        stray_pixels: Pixels in an object's colour away from every requested object.
     """
 
     objects: tuple[ObjectVerdict, ...]
@@ -93,12 +93,12 @@ class Verdict:
 
     @property
     def is_clean(self) -> bool:
-        """Whether nothing but the asked objects is there."""
+        """Whether there is nothing but the requested objects."""
         return self.stray_pixels < _STRAY_PIXELS
 
     @property
     def is_right(self) -> bool:
-        """Whether everything asked for is there and nothing else."""
+        """Whether everything requested is there and nothing else."""
         return all(o.is_right for o in self.objects) and self.has_background and self.is_clean
 
 
@@ -112,7 +112,7 @@ def judge(
         scenes: One scene for each, of the picture's size.
 
     Returns:
-        One verdict a picture, in order.
+        One verdict per picture, in order.
 
     Raises:
         ValueError: If the numbers or sizes of pictures and scenes differ.
@@ -218,7 +218,7 @@ def _best_ious(masks: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
 
     Args:
         masks: 1 where a pixel has the asked colour, [M, window, window].
-        visible: 0 where another asked object may hide this one.
+        visible: 0 where another requested object may hide this one.
     """
     templates = _templates()
     kernel = templates.flatten(0, 1)[:, None]
@@ -251,7 +251,7 @@ def _dominant_colour(window: torch.Tensor) -> str:
 
 
 def _near_objects(scenes: Sequence[Scene]) -> torch.Tensor:
-    """Return bool [N, H, W]: where the asked objects may reach, whatever their jitter."""
+    """Return bool [N, H, W]: where the requested objects may be, whatever their jitter."""
     height, width = scenes[0].height, scenes[0].width
     y, x = torch.arange(height).view(-1, 1), torch.arange(width).view(1, -1)
     near = torch.zeros(len(scenes), height, width, dtype=torch.bool)
@@ -284,7 +284,7 @@ def _judge_backgrounds(images: torch.Tensor, care: torch.Tensor) -> list[tuple[B
 
 @dataclass(frozen=True)
 class Adherence:
-    """How far pictures hold what their prompts ask for; all fractions are 0..1.
+    """How well pictures match their prompts; all fractions are 0..1.
 
     Attributes:
         pictures: Number of pictures judged.
@@ -312,7 +312,7 @@ class Adherence:
 
 
 def summarize(verdicts: Sequence[Verdict], scenes: Sequence[Scene]) -> Adherence:
-    """Count verdicts, one a scene, in order."""
+    """Count verdicts, one per scene, in order."""
     pairs = [
         pair
         for scene, verdict in zip(scenes, verdicts, strict=True)
@@ -383,7 +383,7 @@ def adherence(
     guidance_scale: float = 1.0,
     batch_size: int = 16,
 ) -> Adherence:
-    """Measure how far a pipeline's pictures hold what unseen prompts ask for.
+    """Measure how well a pipeline's pictures match unseen prompts.
 
     Each prompt has its own noise, drawn on the CPU, so the figure does not depend on batch size or device
     beyond rounding. The prompt enhancer is off: the captions are full ones.
@@ -393,8 +393,8 @@ def adherence(
         n: Number of prompts, of one to four objects each, spread over all canvases and both languages.
         steps: Denoising steps.
         seed: Chooses prompts and noise.
-        guidance_scale: 1.0 is without guidance.
-        batch_size: Prompts a call.
+        guidance_scale: 1.0 means no guidance.
+        batch_size: Prompts per call.
     """
     prompts = unseen_prompts(n, seed)
     scenes = [scene for _, scene in prompts]

@@ -1,4 +1,4 @@
-"""Show what the library does: the same prompts, stock and optimized, on one sheet, with the times of this very run."""
+"""Show what the library does: the same prompts, stock and optimized, on one sheet, with the times of that run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STEPS = 8
 GUIDANCE_SCALE = 1.0
 
 
-#: A dtype that halves the bytes has to be so many times as fast to be worth its rounding.
+#: How many times as fast a dtype of half the bytes must be to be worth its rounding.
 WORTH_IT = 1.1
 
 
@@ -57,7 +57,7 @@ class Showing:
 def race_dtypes(rounds: int = 3) -> Race:
     """Time the stock embedded model on the CPU in float32 and in bfloat16, in turn; it takes a few seconds.
 
-    No list of CPUs says which is faster: it depends on the CPU's bfloat16 units, and on what torch makes of them.
+    Which one is faster depends on the CPU's bfloat16 units, and on how torch uses them; no list of CPUs says it.
     """
     pipes = [_quiet(load_pipeline(dtype=dtype, device="cpu")) for dtype in ("float32", "bfloat16")]
     for pipe in pipes:
@@ -67,12 +67,12 @@ def race_dtypes(rounds: int = 3) -> Race:
 
 
 def bfloat16_pays(race: Race) -> bool:
-    """Return whether bfloat16, the second of the race, is faster without doubt and by enough."""
+    """Return whether bfloat16, the second of the race, is clearly faster, and by enough."""
     return not race.too_busy and race.quartiles[0] > 1 and race.ratio > WORTH_IT
 
 
 def what_runs(the_plan: Plan) -> str:
-    """Return what a plan that skips what cannot run is in truth, in words."""
+    """Return in words what really runs of a plan that skips what cannot."""
     if the_plan.ok:
         return the_plan.title
     return f"{the_plan.title} without {', '.join(map(repr, the_plan.problems))}, which cannot run here"
@@ -123,7 +123,7 @@ def show(
 
 
 def _labels(times: Race) -> list[str]:
-    """Return the labels of the rows: the very figures that the command prints."""
+    """Return the labels of the rows: the same figures that the command prints."""
     ratio = "too busy to tell" if times.too_busy else f"{times.ratio:.2f} x"
     stock, fast = (f"{statistics.median(ms):.0f} ms" for ms in (times.first_ms, times.second_ms))
     return [f"stock\n{stock}", f"optimized\n{fast}\n{ratio}"]

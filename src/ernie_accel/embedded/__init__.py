@@ -7,5 +7,5 @@ from __future__ import annotations
 
 from pathlib import Path
 
-#: Where the weights lie, in the layout of ``save_pretrained``, as float16 safetensors.
+#: Where the weights are, in the layout of ``save_pretrained``, as float16 safetensors.
 MODEL_FOLDER = Path(__file__).parent / "model"

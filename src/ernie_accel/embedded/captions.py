@@ -2,9 +2,9 @@
 prompts.
 
 `caption` and `parse` are a pair: whatever `caption` writes, `parse` reads as the same objects and
-background. A :class:`Request` is what a person in a hurry types ("red circle", "两个圆形"); the
-prompt enhancer turns it into a `full_caption`, and `Request.is_kept_by` tells whether the result still holds
-what was asked.
+background. A :class:`Request` is what a person in a hurry types ("red circle", "两个圆形"). The
+prompt enhancer turns it into a `full_caption`, and `Request.is_kept_by` checks whether the result still holds
+what was asked for.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ _PARTLY_VISIBLE = "in front"
 
 
 def _build_lexicon() -> tuple[re.Pattern[str], dict[str, tuple[str, str]]]:
-    """Return a pattern that reads one known word or phrase, longest first, and what each of them means."""
+    """Return a pattern that matches one known word or phrase, longest first, and the meaning of each."""
     meaning: dict[str, tuple[str, str]] = {}
     patterns: dict[str, str] = {}
     for language in LANGUAGES:
@@ -170,7 +170,7 @@ _ASKING = {"en": ("please", "draw", "i", "want"), "zh": ("请画", "画")}
 
 
 def _build_request_token() -> re.Pattern[str]:
-    """Return a pattern that reads what a short prompt may hold beside the words of a caption."""
+    """Return a pattern that matches what a short prompt may contain beside the words of a caption."""
     english = [*_NUMBERED["en"], *_ASKING["en"], *(_plural(s) for ss in _WORDS["en"]["shape"].values() for s in ss)]
     chinese = [*_NUMBERED["zh"], *_ASKING["zh"]]
     alternatives = sorted([*(rf"\b{word}\b" for word in english), *chinese], key=len, reverse=True)
@@ -186,10 +186,10 @@ _SHAPES = tuple(word for t in _WORDS.values() for words in t["shape"].values() f
 
 
 def unknown_part(prompt: str) -> str | None:
-    """Return what the embedded model does not know in a prompt: a word, or that it names no shape; None: nothing.
+    """Return what the embedded model cannot draw in a prompt: an unknown word, or the lack of a shape; None: nothing.
 
-    Every word must be one of captions or of short prompts, in English or Chinese. Whether they make sense together is
-    not looked at.
+    Every word must occur in captions or in short prompts, in English or Chinese. Whether the words make sense together
+    is not checked.
     """
     text, position = prompt.strip().lower(), 0
     while position < len(text):
@@ -274,7 +274,7 @@ def _read_group(clause: Sequence[tuple[str, str]]) -> list[Object] | None:
 
 
 def same_content(one: Scene, other: Scene) -> bool:
-    """Tell whether two scenes ask for the same, whatever the canvas and the order of places."""
+    """Return whether two scenes have the same content, whatever the canvas and the order of places."""
     ordered = [sorted(s.objects, key=lambda o: PLACES.index(o.place)) for s in (one, other)]
     return ordered[0] == ordered[1] and one.background == other.background
 
@@ -293,7 +293,7 @@ def full_caption(scene: Scene, language: str) -> str:
 
 
 class _CaptionWriter:
-    """Chooses words and word order at random, or always the first choice if there is no `rng`."""
+    """Choose words and word order at random, or always the first choice if there is no `rng`."""
 
     def __init__(self, language: str, rng: random.Random | None) -> None:
         self._words = _WORDS[language]
@@ -399,7 +399,7 @@ def _join_english(parts: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class RequestedObject:
-    """What a short prompt says of one object; None is left open."""
+    """What a short prompt says about one object; None is left open."""
 
     colour: str | None = None
     shape: str | None = None
@@ -407,7 +407,7 @@ class RequestedObject:
     place: str | None = None
 
     def is_met_by(self, o: Object) -> bool:
-        """Tell whether the object has every attribute that is asked for."""
+        """Return whether the object has every attribute that is asked for."""
         asked = (self.colour, self.shape, self.size, self.place)
         return all(a in (None, b) for a, b in zip(asked, (o.colour, o.shape, o.size, o.place), strict=True))
 
@@ -421,7 +421,7 @@ class Request:
     background: Background | None = None
 
     def is_kept_by(self, scene: Scene | None) -> bool:
-        """Tell whether the scene holds the requested objects, no others, and the requested background."""
+        """Return whether the scene has the requested objects, no others, and the requested background."""
         if scene is None or len(scene.objects) != len(self.objects):
             return False
         if self.background not in (None, scene.background):
@@ -452,7 +452,7 @@ def random_request(
 
 
 def _forget(o: Object, rng: random.Random) -> RequestedObject:
-    """Leave some attributes open; the shape stays, as it carries the sentence."""
+    """Leave some attributes open; keep the shape, which the sentence needs."""
     return RequestedObject(
         colour=o.colour if rng.random() < 0.85 else None,
         shape=o.shape,

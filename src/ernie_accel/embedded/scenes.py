@@ -3,7 +3,7 @@ truth.
 
 A scene is one to four flat objects on a 3x3 grid over a plain, graded or textured background. Everything a
 caption can ask for is a discrete attribute of :class:`Scene`, so that a picture can be judged exactly. Only
-a little jitter of position and radius is left to chance, as in any set of hand-made drawings.
+a little jitter of position and radius is random, as in hand-made drawings.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Scene:
     width: int = 128
 
     def lies_in_front(self, index: int) -> bool:
-        """Tell whether object `index` lies in front of another one at the same place."""
+        """Return whether object `index` lies in front of another one at the same place."""
         return any(o.place == self.objects[index].place for o in self.objects[:index])
 
     def centre_px(self, index: int) -> tuple[float, float]:
@@ -110,7 +110,7 @@ def _grid_px(step: int, extent: int) -> float:
 
 
 def all_backgrounds() -> tuple[Background, ...]:
-    """Return every background there is: 6 plain, 18 textured, 30 graded."""
+    """Return all backgrounds: 6 plain, 18 textured, 30 graded."""
     plain = [Background(t) for t in TINTS]
     textured = [Background(t, texture=x) for t in TINTS for x in TEXTURES]
     graded = [Background(a, fades_to=b) for a in TINTS for b in TINTS if a != b]
@@ -118,7 +118,7 @@ def all_backgrounds() -> tuple[Background, ...]:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Tell whether a scene belongs to the one in sixteen that training never sees, whatever its canvas."""
+    """Return whether a scene is among the one in sixteen that training never sees, whatever its canvas."""
     return zlib.crc32(repr((scene.objects, scene.background)).encode()) % _HELD_OUT_OF == 0
 
 
@@ -158,8 +158,8 @@ def _random_objects(rng: random.Random) -> tuple[Object, ...]:
 
 
 def _free_colour(rng: random.Random, objects: Sequence[Object], place: str) -> str:
-    """Choose a colour that no object at this place or at one beside it has: two of a colour must not
-    merge.
+    """Choose a colour that no object at this place or beside it has, because objects of one colour must
+    not merge.
     """
     taken = {o.colour for o in objects if _beside(o.place, place)}
     return rng.choice([c for c in COLOURS if c not in taken])
@@ -172,7 +172,7 @@ def _beside(one: str, other: str) -> bool:
 
 @dataclass(frozen=True)
 class SceneBatch:
-    """Scenes of one canvas as tensors, the form the renderer takes.
+    """Scenes of one canvas as tensors, the renderer's input.
 
     Attributes:
         objects: int64 [N, MAX_OBJECTS, 4]: colour (-1: no object), shape, place, 1 if large.

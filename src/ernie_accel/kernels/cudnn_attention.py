@@ -1,8 +1,8 @@
-"""Attention by cuDNN itself, through the package nvidia-cudnn-frontend; the twins are in ``reference.py``.
+"""Attention called from cuDNN directly, through the package nvidia-cudnn-frontend; twins are in ``reference.py``.
 
-cuDNN plans for a number of tokens, which takes part of a second. How many of a row's are real it can read on the
-device: one plan serves batches in which prompts are padded. On an H200 that costs nothing in fp8, and a fifth more time
-in bfloat16 (0.52 ms instead of 0.43 at 4224 tokens).
+cuDNN plans for a number of tokens, which takes part of a second. It can read on the device how many tokens of each row
+are real, so one plan serves batches with padded prompts. On an H200 this costs nothing in fp8, and a fifth more time in
+bfloat16 (0.52 ms instead of 0.43 at 4224 tokens).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PROBABILITY_SCALE = 256.0
 
 @dataclass(frozen=True)
 class _Plan:
-    """A compiled cuDNN graph for one shape, with the tensors of its own that it needs."""
+    """A compiled cuDNN graph for one shape, with the tensors that it needs."""
 
     graph: Any
     names: dict[str, Any]
@@ -36,11 +36,11 @@ def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor 
     Args:
         q_bsnd: Queries in bfloat16 or float16 [B, S, N, D].
         k_bsnd: Keys, likewise; the same strides.
-        v_bsnd: Values, likewise; their rows may lie further apart, as in a fused projection.
-        lengths_b: int32, how many keys of each row count; the others may be anything finite. None: all count.
+        v_bsnd: Values, likewise; their rows may be further apart, as in a fused projection.
+        lengths_b: int32, how many keys of each row are real; the others may be any finite numbers. None: all are real.
 
     Raises:
-        ErnieAccelError: cuDNN has no kernel for this.
+        ErnieAccelError: cuDNN has no kernel for these arguments.
     """
     q_bsnd, k_bsnd = q_bsnd.contiguous(), k_bsnd.contiguous()
     return _run(q_bsnd, k_bsnd, v_bsnd, lengths_b)
@@ -54,7 +54,7 @@ def attention_fp8(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor,
         k_bsnd: Keys, likewise.
         v_bsnd: Values, likewise, to be multiplied by `scale`.
         scale: float32, all elements equal; the scale of the values and of the output.
-        lengths_b: As of `attention`.
+        lengths_b: As in `attention`.
     """
     # The kernel computes in units of the scale: values in, output out; neither needs to be multiplied by it.
     return _run(q_bsnd, k_bsnd, v_bsnd, lengths_b)
@@ -83,7 +83,7 @@ def _handle(device: torch.device) -> Any:
     return cudnn.create_handle()
 
 
-@functools.cache  # all of them: graphs of whole forwards read what a plan holds
+@functools.cache  # never evicted: captured graphs of whole forwards read what a plan holds
 def _plan(
     shape_bsnd: torch.Size, v_strides: tuple[int, ...], dtype: torch.dtype, device: torch.device, by_lengths: bool
 ) -> _Plan:
@@ -105,7 +105,7 @@ def _plan(
     if by_lengths:
         for name in ("seq_len_q", "seq_len_kv"):
             counts[name] = graph.tensor(name=name, **each, data_type=cudnn.data_type.INT32)
-        # All queries are computed, so that what padding leaves behind is finite.
+        # All queries are computed, so that the output at padding is finite.
         constants[counts["seq_len_q"]] = torch.full((batch, 1, 1, 1), tokens, device=device, dtype=torch.int32)
     options = {"attn_scale": size**-0.5, "is_inference": True, "use_causal_mask": False, "use_padding_mask": by_lengths}
     if is_fp8:

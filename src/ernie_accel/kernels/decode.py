@@ -1,11 +1,11 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Triton kernels for one decoded token of a language model: every weight is read once, at the memory's speed.
+"""Triton kernels for one decoded token of a language model: every weight is read once, at the speed of the memory.
 
 A decoder layer is five launches: norm and q, k, v; rotary embedding, cache and attention; output projection and
 residual; norm, gate, up and activation; down projection and residual. The specification is the plain-torch forward in
 ``models/ministral/decoder.py``. One row (prompt) is a plain sum of products; 2 to 16 rows are one tensor-core product
-of [features, K] by [K, rows] and cost little more. The norm's factor is applied to the product, not before it, so that
-streaming the weights need not wait for the norm; that rounds once where stock rounds twice. Letting a kernel start
+of [features, K] by [K, rows] and cost little more. The norm's factor is applied to the product, not before it, so
+streaming the weights need not wait for the norm. This rounds once where stock rounds twice. Letting a kernel start
 before the one before it ends (programmatic dependent launch) made a token 7 % slower on an H200.
 
 Shapes in names: b rows, h hidden size, n output features, k input features, d head size, p positions.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ernie_accel.kernels.sizes import next_power_of_2
 
-#: Rows a launch is padded to, and so the most it takes: the smallest width of a tensor-core product.
+#: Rows a launch is padded to, which is also its maximum: the smallest width of a tensor-core product.
 MAX_ROWS = 16
 #: Output and input features of a weight are multiples of these.
 MULTIPLE_N, MULTIPLE_K = 64, 16
@@ -53,7 +53,7 @@ def _product(
 ):  # fmt: skip
     """The products [BLOCK_N, ROWS] of the weight's rows `feature` with ``x * norm``, and the mean squares of x."""
     offset = feature.to(tl.int64)[:, None] * K
-    if ROWS == 1:  # without tensor cores: they would have to be fed 16 rows, and that costs more than it brings
+    if ROWS == 1:  # without tensor cores: these need 16 rows, which costs more than they gain
         sums = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         squared = tl.zeros((BLOCK_K,), tl.float32)
         for k in tl.static_range(0, K, BLOCK_K):
@@ -89,7 +89,7 @@ def _linear_kernel(
     X, NORM, W0, W1, W2, S0, S1, S2, RESIDUAL, OUT, rows, n0, n1, n_all, eps, K: tl.constexpr, HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, SCALED: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Up to three weights one after the other along the output features; no program spans two."""
+    """Multiply up to three weights, one after the other along the output features; no program spans two."""
     start = tl.program_id(0) * BLOCK_N
     W = W0
     S = S0
@@ -175,7 +175,7 @@ def _attend_kernel(
     tl.store(KEYS + cache + position * D + dim, k_new)
     tl.store(VALUES + cache + position * D + dim, v_new)
 
-    # Softmax as it goes along, from the new key on: reading it back from memory would need a barrier.
+    # Online softmax, starting with the new key: reading that back from memory would need a barrier.
     largest = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
     total = tl.full((GROUP_ROWS,), 1.0, tl.float32)
     acc = tl.zeros((GROUP_ROWS, D), tl.float32) + v_new.to(tl.float32)[None, :]
@@ -197,7 +197,7 @@ def _attend_kernel(
 
 
 class Blocks(NamedTuple):
-    """How a product is cut: output features and input features of a tile, warps, tiles in flight."""
+    """How a product is tiled: output features and input features of a tile, warps, tiles in flight."""
 
     n: int
     k: int
@@ -205,8 +205,8 @@ class Blocks(NamedTuple):
     stages: int
 
 
-#: By what a product is (and whether its weight is float8): tiles for one row, and for several. The fastest, on an H200,
-#: at the sizes of ERNIE-Image's prompt enhancer, of 60 and 30 that were tried.
+#: Tiles for one row and for several, by the kind of product and whether its weight is float8. These were the fastest of
+#: 60 and 30 candidates, on an H200 at the sizes of ERNIE-Image's prompt enhancer.
 _TILES: Mapping[tuple[str, bool], tuple[Blocks, Blocks]] = {
     ("normed", False): (Blocks(4, 256, 1, 1), Blocks(64, 256, 4, 3)),
     ("normed", True): (Blocks(4, 1024, 2, 1), Blocks(64, 256, 4, 3)),
@@ -234,8 +234,8 @@ def blocks_for(kind: str, scaled: bool, width: int, rows: int) -> Blocks:
 def attention_blocks(size: int, shared_bytes: int) -> tuple[int, int, int]:
     """Return the positions of a tile, warps and tiles in flight of the attention.
 
-    The first was the fastest on an H200. With heads of 128 it takes 136 KiB, and a block of consumer cards (capability
-    8.6, 8.9, 12.0) has 99.
+    The first was the fastest on an H200. With heads of 128 it takes 136 KiB, but a block on consumer cards (capability
+    8.6, 8.9, 12.0) has only 99.
 
     Args:
         size: Of a head.
@@ -250,12 +250,12 @@ def attention_blocks(size: int, shared_bytes: int) -> tuple[int, int, int]:
 def _shared_bytes(device: torch.device) -> int:
     if device.type != "cuda":  # the interpreter
         return 2**18
-    facts = triton.runtime.driver.active.utils.get_device_properties(device.index)  # what Triton itself goes by
+    facts = triton.runtime.driver.active.utils.get_device_properties(device.index)  # the same query that Triton uses
     return int(facts["max_shared_mem"])
 
 
 def dequantize(weight: DecodeWeight, dtype: torch.dtype) -> Tensor:
-    """Return a weight [N, K] in `dtype`: for many rows at once, which are a product for cuBLAS."""
+    """Return a weight [N, K] in `dtype`, for products of many rows, which cuBLAS computes."""
     if weight.scale_n is None:
         return weight.values_nk
     features, width = weight.values_nk.shape

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""The Triton kernels and how they are launched. The twins in ``reference.py`` say what each computes.
+"""The Triton kernels and how they are launched. The twins in ``reference.py`` define what each computes.
 
-All of them move each byte once and are bound by memory; block shapes were chosen on an H200 at 4224 rows of 4096 and
+All of them move each byte once and are memory-bound; block shapes were chosen on an H200 at 4224 rows of 4096 and
 12288. A program handles whole rows, so that a row's norm and its fp8 scale need no second pass.
 """
 
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ernie_accel.kernels.sizes import ceil_div, next_power_of_2
 
-#: Rows that a program of the norm kernel handles together; it reads the modulation vectors once. By whether it
-#: quantizes: how often it does so, and its warps for a row of 4096. The fastest of 36 on an H200 (40 and 37 us).
+#: Rows that a program of the norm kernel handles together. It reads the modulation vectors once. With the loops below,
+#: and the warps for a row of 4096, by whether it quantizes, it was the fastest of 36 on an H200 (40 and 37 us).
 _ROWS = 2
 _LOOPS = {True: 8, False: 1}
-_MANY_ROWS = 2048  # with fewer, a program does it once: else there would be fewer programs than multiprocessors
+_MANY_ROWS = 2048  # with fewer, a program loops once, or there would be fewer programs than multiprocessors
 _NORM_WARPS = {True: 4, False: 8}
 
 
@@ -27,7 +27,7 @@ def _fp8_scale(amax):
     return tl.maximum(amax, 1e-12) / 448.0
 
 
-@triton.jit(do_not_specialize=["tokens"])  # else it would be compiled again for a number that 16 does not divide
+@triton.jit(do_not_specialize=["tokens"])  # or it would be compiled again for a number that 16 does not divide
 def _norm_modulate_kernel(
     X, BRANCH, GATE, WEIGHT, SCALE, SHIFT, X_OUT, Y, Y_SCALE, tokens, eps, WIDTH: tl.constexpr,
     HAS_BRANCH: tl.constexpr, QUANTIZE: tl.constexpr, ROWS: tl.constexpr, LOOPS: tl.constexpr, BLOCK: tl.constexpr,
@@ -92,7 +92,7 @@ def _quantize_rows_kernel(X, Y, Y_SCALE, width, BLOCK: tl.constexpr):
 def _gelu(x):
     """GELU as ``x * sigmoid(x * p(x * x))``, cheaper than with erf and within 3e-5 of it.
 
-    p is a minimax-weighted least-squares fit of logit(Phi(x)) / x over [0, 6]; beyond, it stays at its last value.
+    p is a minimax-weighted least-squares fit of logit(Phi(x)) / x over [0, 6]; beyond 6 it stays constant.
     """
     x2 = tl.minimum(x * x, 36.0)
     logit = x * (1.59501569 + x2 * (0.0740111359 - 0.00070304348 * x2))
@@ -184,7 +184,7 @@ def _qk_norm_rope_kernel(
 
 @triton.jit
 def _quantize_values_kernel(QKV, V_AMAX, V, SCALE, width, BLOCK: tl.constexpr):
-    """The values of a fused projection with one scale for all, which is also written once a row."""
+    """The values of a fused projection with one scale for all, which is also written once per row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -204,7 +204,7 @@ def norm_modulate(
     eps: float,
     quantize: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (x + gate * branch, the norm of it, modulated, the scales of that if it is quantized)."""
+    """Return (x + gate * branch, its modulated norm, and the norm's scales if it is quantized)."""
     batch, tokens, width = x_bsh.shape
     x_bsh = x_bsh.contiguous()
     x_out = x_bsh if branch_bsh is None else torch.empty_like(x_bsh)

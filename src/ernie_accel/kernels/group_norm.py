@@ -1,10 +1,10 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""Group norm of channels-last pictures in Triton. The twins in ``reference.py`` say what each launcher computes.
+"""Group norm of channels-last pictures in Triton. The twins in ``reference.py`` define what each launcher computes.
 
-A norm takes two passes over a picture, since its statistics are of the whole: one that reads it and one that reads and
-writes it. The first also adds what a convolution leaves over, its bias and the residual; the second does the SiLU. In
-this layout neighbours in memory are channels, which belong to different groups: so statistics are gathered for each
-channel and only then for each group. Sizes of pictures are not specialized for: each would compile kernels of its own.
+A norm takes two passes over a picture, because its statistics cover the whole picture: one pass reads it, the other
+reads and writes it. The first also adds the convolution's bias and the residual; the second applies SiLU. In this
+layout neighbours in memory are channels, which belong to different groups. So statistics are gathered for each channel
+and then for each group. Kernels are not specialized for sizes of pictures, or each size would compile its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from ernie_accel.kernels.sizes import ceil_div, next_power_of_2
 
 _BLOCK = 128  # channels a program handles: one compiled kernel for all pictures with at least so many
-_TILE = 2048  # values it holds at once: those channels of some pixels
+_TILE = 2048  # values it holds together: its channels of some pixels
 _PROGRAMS = 528  # that gather statistics of a picture: four for each multiprocessor of an H200, the best of five
 _SIZE = 16  # channels that the program of a group has room for; more take another compiled kernel
 _WARPS = 8
@@ -69,7 +69,7 @@ def _statistics_kernel(
 
 @triton.jit
 def _some_parts(i, first_part, inside, parts, pixels, rows_each, channels, ROWS: tl.constexpr):
-    """Return where ROWS parts lie from the i-th on, which of them there are, and how many pixels each is of."""
+    """Return the offsets of ROWS parts from the i-th on, which of them exist, and how many pixels each covers."""
     part = i + tl.arange(0, ROWS)
     at = first_part[None, :] + part[:, None] * 3 * channels
     here = (part < parts)[:, None] & inside[None, :]
@@ -81,7 +81,7 @@ def _affine_of_group_kernel(
     PARTS, ADD, WEIGHT, BIAS, AFFINE, parts, pixels, rows_each, channels, size, eps, HAS_ADD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """From the parts of a group, `size` channels: mean and variance (Chan, Golub and LeVeque), then scale and shift."""
+    """Mean and variance (Chan, Golub and LeVeque) of a group of `size` channels from its parts, scale and shift."""
     group, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < size
@@ -196,7 +196,7 @@ def _affine_of(
         num_warps=_WARPS,
     )
     affine_b2c = parts_bp3c.new_empty(batch, 2, channels)
-    # What is written is what is normed: the bias is in it already.
+    # The norm is of the written sum, which includes the bias.
     apart = add_c if y_bchw is None else None
     size = channels // groups
     block = max(_SIZE, next_power_of_2(size))
@@ -212,6 +212,6 @@ def _channels_last(x_bchw: Tensor) -> Tensor:
 
 
 def _tile(channels: int) -> tuple[int, int]:
-    """Return (pixels, channels) of what a program holds, the latter a power of two."""
+    """Return how many (pixels, channels) a program holds; channels is a power of two."""
     block = min(_BLOCK, next_power_of_2(channels))
     return _TILE // block, block

@@ -17,7 +17,7 @@ class Fp8Rows(NamedTuple):
 
 
 class Fp8Linear(nn.Module):
-    """``x @ weight.T`` with float8 operands, one scale a row on both sides, bfloat16 out. No bias."""
+    """``x @ weight.T`` with float8 operands, one scale per row on both sides, bfloat16 out. No bias."""
 
     weight: Tensor
     weight_scale: Tensor

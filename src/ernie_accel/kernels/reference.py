@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 #: Largest finite value of float8_e4m3fn.
 FP8_MAX = 448.0
-#: Below this a row counts as zero; keeps the scale of an all-zero row finite and not zero.
+#: Below this a row counts as zero, so that the scale of an all-zero row is not zero.
 SMALLEST_AMAX = 1e-12
 
 
@@ -70,7 +70,7 @@ def qk_norm_rope(
 def qkv_fp8(
     qkv_bs3h: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `qk_norm_rope` and the values in float8 [B, S, N, D], and the values' scale, once a row [B * S, 1].
+    """Return `qk_norm_rope` and the values in float8 [B, S, N, D], and the values' scale, once per row [B * S, 1].
 
     Queries and keys need no scale: they are normed, and float8_e4m3fn reaches from 2 ** -9 to 448. The values share
     one scale, because attention sums over their rows.
@@ -84,9 +84,9 @@ def qkv_fp8(
 
 
 def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor | None) -> Tensor:
-    """Return the attention output [B, S, N * D], in which the first `lengths_b` (int32) keys of each row count.
+    """Return the attention output [B, S, N * D], with only the first `lengths_b` (int32) keys of each row.
 
-    None means that all do.
+    None means all keys.
     """
     q, k, v = (x.transpose(1, 2) for x in (q_bsnd, k_bsnd, v_bsnd))
     counts_b11s = None
@@ -96,7 +96,7 @@ def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor 
 
 
 def attention_fp8(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor, lengths_b: Tensor | None) -> Tensor:
-    """Return `attention` in float8, with the scale of the values, which it cannot exceed."""
+    """Return `attention` in float8, with the scale of the values, whose range it cannot exceed."""
     out = attention(q_bsnd.float(), k_bsnd.float(), v_bsnd.float(), lengths_b)
     return out.to(torch.float8_e4m3fn)
 
@@ -113,7 +113,7 @@ def group_norm_affine(
     """Return the scale and shift [B, 2, C] in float32 that make ``group_norm(x + add)`` of each channel of `x_bchw`.
 
     Args:
-        x_bchw: Any layout; a convolution's result, say, before its bias.
+        x_bchw: Any layout; for example a convolution's result before its bias.
         add_c: Added to each channel first, the bias of that convolution; None is zero.
         weight_c: Weight of the norm.
         bias_c: Bias of the norm.

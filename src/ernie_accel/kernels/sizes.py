@@ -1,10 +1,10 @@
-"""Sizes of grids and tiles on the host. Triton's own functions of these names are made for kernels: 2 us a call."""
+"""Sizes of grids and tiles on the host. Triton's own functions of these names are for kernels, and take 2 us a call."""
 
 from __future__ import annotations
 
 
 def ceil_div(number: int, by: int) -> int:
-    """Return how many times `by` covers `number`."""
+    """Return `number` / `by`, rounded up."""
     return -(-number // by)
 
 
