@@ -8,12 +8,15 @@ the instance. So ``save_pretrained`` writes a stock scheduler with the checkpoin
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
 
+from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.undo import Undo
 from ernie_accel.samplers.noise import GivenNoise, RowNoise
 from ernie_accel.samplers.solvers import SCHEDULERS, Solver
 
@@ -28,11 +31,15 @@ class Stepping:
         name: A key of `SCHEDULERS`.
         trailing: Use trailing spacing if the pipeline leaves the spacing to the scheduler.
         run: The solver in the middle of a run; None before the first.
+        evaluations: Whether the pipeline counts evaluations as its steps, because it passed its own sigmas.
+        adjusted: Whether the pipeline's count of steps is being put right (`start_at_a_step`).
     """
 
     name: str
     trailing: bool = False
     run: Solver | None = None
+    evaluations: bool = False
+    adjusted: bool = False
 
 
 def install(scheduler: Any, name: str, trailing: bool) -> None:
@@ -42,7 +49,50 @@ def install(scheduler: Any, name: str, trailing: bool) -> None:
     solver = SCHEDULERS[name]
     if solver is not None:
         scheduler.step = MethodType(_step, scheduler)
-        scheduler.order = solver.evaluations  # pipelines divide by it: progress bar, first step of image to image
+        scheduler.order = solver.evaluations  # pipelines multiply with it: progress bar, first step of image to image
+        if solver.evaluations > 1:
+            scheduler.set_begin_index = MethodType(_set_begin_index, scheduler)
+
+
+def start_at_a_step(pipe: Any, undo: Undo) -> None:
+    """Let image-to-image pipelines begin at the step where stock begins, in place.
+
+    Of the steps that a strength leaves out, they skip ``order`` timesteps each. But where a pipeline passes sigmas, it
+    counts what ``set_timesteps`` made of them, evaluations, and skips twice as much, up to all of them.
+    """
+    stock = getattr(type(pipe), "get_timesteps", None)
+    if stock is not None and list(inspect.signature(stock).parameters)[1:2] == ["num_inference_steps"]:
+        undo.setattr(pipe, "get_timesteps", MethodType(_get_timesteps, pipe))
+
+
+def _get_timesteps(self: Any, num_inference_steps: int, *args: Any, **kwargs: Any) -> Any:
+    """Return what the pipeline's own method does, for the number of steps, not of evaluations."""
+    scheduler, stepping = self.scheduler, installed(self.scheduler)
+    if stepping is None:
+        return type(self).get_timesteps(self, num_inference_steps, *args, **kwargs)
+    if stepping.evaluations and num_inference_steps == len(scheduler.timesteps):
+        num_inference_steps = -(-num_inference_steps // scheduler.order)  # the last step has one evaluation
+    stepping.adjusted = True
+    try:
+        return type(self).get_timesteps(self, num_inference_steps, *args, **kwargs)
+    finally:
+        stepping.adjusted = False
+
+
+def _set_begin_index(self: Any, begin_index: int = 0) -> None:
+    """Begin at this evaluation, in place.
+
+    Raises:
+        ErnieAccelError: A pipeline that was not optimized itself, but shares the scheduler, miscounts the steps.
+    """
+    stepping: Stepping = getattr(self, _ATTRIBUTE)
+    if begin_index > 0 and stepping.evaluations and not stepping.adjusted:
+        raise ErnieAccelError(
+            f"the scheduler steps by {stepping.name!r}, with two evaluations a step, because another pipe that shares "
+            "it was optimized, and this pipe would begin at the wrong one. Optimize this pipe itself: "
+            f"optimize(pipe, SwapScheduler({stepping.name!r}))"
+        )
+    type(self).set_begin_index(self, begin_index)
 
 
 def installed(scheduler: Any) -> Stepping | None:
@@ -61,6 +111,7 @@ def _set_timesteps(
 ) -> None:
     """Make the schedule as stock does (in place), then add the evaluations between its steps, if there are any."""
     stepping: Stepping = getattr(self, _ATTRIBUTE)
+    stepping.evaluations = sigmas is not None or timesteps is not None
     if stepping.trailing and sigmas is None and timesteps is None:
         # Stock would take sigmas that are shifted already, and shift them again.
         sigmas = torch.linspace(1.0, 1.0 / num_inference_steps, num_inference_steps) if num_inference_steps else None
@@ -76,8 +127,12 @@ def _step(
     model_output: torch.Tensor,
     timestep: float | torch.Tensor,
     sample: torch.Tensor,
-    *,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = float("inf"),
+    s_noise: float = 1.0,
     generator: torch.Generator | list[torch.Generator] | None = None,
+    per_token_timesteps: torch.Tensor | None = None,
     return_dict: bool = True,
 ) -> Any:
     """Run one step: the velocity `model_output` [B, ...] at `sample` [B, ...]. Returns the dtype of `model_output`.
@@ -87,15 +142,26 @@ def _step(
         model_output: The model's velocity.
         timestep: One of ``self.timesteps``, a float.
         sample: The latents.
+        s_churn: Has no effect, as in stock; nor have the next three.
+        s_tmin: See `s_churn`.
+        s_tmax: See `s_churn`.
+        s_noise: See `s_churn`.
         generator: Where a stochastic solver draws from; None: from the latents that the run began with.
+        per_token_timesteps: A noise level for each token, which stock's own step alone knows; None.
         return_dict: Return diffusers' output object and not a tuple.
 
     Raises:
+        ErnieAccelError: Tokens have noise levels of their own.
         ValueError: `timestep` is an integer (an index), as stock refuses it, or the run is over.
     """
     if isinstance(timestep, int) or (isinstance(timestep, torch.Tensor) and not timestep.is_floating_point()):
         raise ValueError(f"step takes one of scheduler.timesteps, which are floats; got the integer {timestep}")
     stepping: Stepping = getattr(self, _ATTRIBUTE)
+    if per_token_timesteps is not None:
+        raise ErnieAccelError(
+            f"the scheduler steps by {stepping.name!r}, and this pipeline gives each token a noise level of its own, "
+            "which only the stock step knows: restore(pipe), or use SwapScheduler('euler')"
+        )
     if self.step_index is None:
         self._init_step_index(timestep)
         stepping.run = _begin(stepping.name, self.sigmas, sample)

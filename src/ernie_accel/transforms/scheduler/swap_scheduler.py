@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.samplers.solvers import SCHEDULERS
-from ernie_accel.samplers.stepping import install, installed
+from ernie_accel.samplers.stepping import install, installed, start_at_a_step
 
 #: What ComfyUI, A1111 and diffusers call a sampler, in the letters that `_meant` leaves of it.
 _NAMES_ELSEWHERE = {
@@ -82,6 +83,11 @@ class SwapScheduler(Transform):
             found = type(scheduler).__name__
             return [f"needs a flow-matching pipeline (FlowMatchEulerDiscreteScheduler); it has {found}"]
         reasons = context.missing("scipy") if self.beta else []
+        if SCHEDULERS[self.name] is not None and _passes(pipe, "per_token_timesteps"):
+            reasons.append(
+                f"{type(pipe).__name__} gives each token a noise level of its own (per_token_timesteps), which only "
+                "'euler' knows"
+            )
         if scheduler.config.invert_sigmas:
             reasons.append("its FlowMatchEulerDiscreteScheduler has invert_sigmas=True; solvers need falling sigmas")
         if self.shift is not None and scheduler.config.use_dynamic_shifting:
@@ -109,8 +115,11 @@ class SwapScheduler(Transform):
             scheduler.set_shift(old.shift)  # the config does not show what set_shift changed
         if SCHEDULERS[self.name] is not None or self.timestep_spacing is not None:
             install(scheduler, self.name, trailing=self.timestep_spacing == "trailing")
+        solver = SCHEDULERS[self.name]
         with Undo() as undo:
             undo.setattr(pipe, "scheduler", scheduler)
+            if solver is not None and solver.evaluations > 1:
+                start_at_a_step(pipe, undo)
         return Applied(changes, undo=undo, note=self._note())
 
     def _settings(self) -> dict[str, Any]:
@@ -139,6 +148,12 @@ class SwapScheduler(Transform):
             return ""
         saved = "FlowMatchEulerDiscreteScheduler" + (" (stochastic, unseeded)" if self.name == "lcm" else "")
         return f"{solver.advice}; save_pretrained writes a stock {saved}: swap again after loading"
+
+
+def _passes(pipe: Pipeline, keyword: str) -> bool:
+    """Return whether the call of the pipe passes a keyword of this name to anything, by its compiled code."""
+    code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)
+    return code is not None and any(isinstance(names, tuple) and keyword in names for names in code.co_consts)
 
 
 def _meant(name: str) -> tuple[str | None, str]:
