@@ -86,7 +86,7 @@ def test_without_it_the_first_picture_compiles(graphs):
 def test_the_first_picture_is_replayed_from_its_first_step(cache, monkeypatch):
     """On a stand-in that records calls instead of CUDA graphs."""
     recorder = Recorder()
-    monkeypatch.setattr("ernie_accel.models.graphed_forward._record", recorder)
+    monkeypatch.setattr("ernie_accel.models.replays.capture_cuda", recorder)
     once = CallDefaults(num_inference_steps=24, guidance_scale=1.0)
     expected = picture(ernie_accel.optimize(tiny_ernie(), RewriteBlocks(), once, *cache), steps=24)
     wanted = Warmup(sizes=((64, 64),), prompt_lengths=(5,))  # as many tokens as the prompt of `picture`

@@ -2,123 +2,109 @@
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+import importlib
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from types import ModuleType
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from ernie_accel.core.components import is_moved_in_parts
+from ernie_accel.core.captured import Fingerprint, version_of
+from ernie_accel.core.stand_in import StandInForward
+from ernie_accel.models.replays import Capture, Replays
 from ernie_accel.models.rewritten import RewrittenModel
 
-#: Records calls: (forward, arguments) -> (replay, output that every replay overwrites).
-Record = Callable[[Callable[..., Any], Mapping[str, Any]], tuple[Callable[[], None], Tensor]]
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a graph reads beside the weights, where it reads it."""
+
+    steps: Mapping[str, Tensor]
+    text: Tensor
+    at: Any  # positions of the family
 
 
-@dataclass
-class _Graph:
-    replay: Callable[[], None]
-    step_inputs: dict[str, Tensor]
-    picture_inputs: tuple[Tensor, ...]
-    output: Tensor
-    weights: tuple[int, ...]
-
-
-class GraphedForward:
+class GraphedForward(StandInForward):
     """The forward of a rewritten transformer that replays graphs where it can; same arguments, same result.
 
-    Steps of a picture are known by its text, the same tensor in each: one that is changed in place is not noticed.
+    At every step it looks whether the transformer is what it was (`Fingerprint`): one with other adapters or scales,
+    other weights, other hooks is captured anew. Steps of a picture are known by their text, the same tensor in each.
+    Threads take turns.
     """
 
-    def __init__(
-        self, transformer: Any, blocks: RewrittenModel, max_tokens: int, keep: int, record: Record | None = None
-    ) -> None:
-        self._transformer, self._blocks, self._forward = transformer, blocks, transformer.forward
-        self._max_tokens, self._keep, self._record = max_tokens, keep, record or _record
-        self._graphs: OrderedDict[Any, _Graph | None] = OrderedDict()  # None: seen once, not yet captured
-        self._is_hooked = False  # weights that come and go while the forward runs cannot be captured
-        self._picture: tuple[Any, ...] = ()  # what the picture under way is known by
-        self._prepared: Any = None  # its text and positions
-        self._filled: _Graph | None = None  # the graph that has them
+    captured: ClassVar[tuple[str, ...]] = ("_graphs", "_seen", "_picture", "_prepared", "_filled", "_lock")
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> GraphedForward:
-        transformer = copy.deepcopy(self._transformer, memo)
-        copied = GraphedForward(transformer, self._blocks, self._max_tokens, self._keep, self._record)
-        copied._forward = copy.deepcopy(self._forward, memo)
-        return copied  # graphs stay behind: they read the weights of this one
+    def __init__(
+        self, transformer: Any, blocks: RewrittenModel, max_tokens: int, keep: int, capture: Capture | None = None
+    ) -> None:
+        # A module is neither copied nor pickled, so its name stands for it.
+        self._named = blocks.__name__ if isinstance(blocks, ModuleType) else blocks
+        self._max_tokens, self._keep, self._capture = max_tokens, keep, capture
+        super().__init__(transformer)
+
+    def forget(self) -> None:
+        if "_lock" not in vars(self):
+            self._lock = threading.RLock()
+        with self._lock:
+            self._graphs = Replays(self._keep, self._capture)
+            self._seen: Fingerprint | None = None
+            self._picture: tuple[Any, ...] = ()  # what the picture under way is known by
+            self._prepared: Any = None  # its text and positions
+            self._filled: _Inputs | None = None  # the inputs that have them
+
+    @property
+    def _blocks(self) -> RewrittenModel:
+        named = self._named
+        return cast(RewrittenModel, importlib.import_module(named) if isinstance(named, str) else named)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = dict(zip(self._blocks.FORWARD_ARGUMENTS, args, strict=False)) | kwargs
         steps = {name: arguments[name] for name in self._blocks.STEP_INPUTS}
         device = next(iter(steps.values())).device
-        tokens = self._blocks.token_count(self._transformer, arguments)
+        tokens = self._blocks.token_count(self.module, arguments)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or tokens > self._max_tokens:
-            return self._forward(**arguments)
+            return self.forward_below(**arguments)
         if torch.is_autocast_enabled(device.type):  # what it casts is kept for as long as the context lasts
-            return self._forward(**arguments)
+            return self.forward_below(**arguments)
+        now = Fingerprint.of(self.module)
+        if now.is_hooked:  # weights that come and go, or hooks that someone counts on, cannot be captured
+            return self.forward_below(**arguments)
+        with self._lock, torch.cuda.device_of(next(iter(steps.values()))):  # type: ignore[no-untyped-call]
+            if now != self._seen:
+                self.forget()
+                self._seen = now
+            return self._blocks.as_output(self._sample(arguments, steps), arguments)
+
+    def _sample(self, arguments: Mapping[str, Any], steps: Mapping[str, Tensor]) -> Tensor:
         shapes = tuple((x.shape, x.dtype, x.device) for x in steps.values())
-        text = arguments[self._blocks.PICTURE_INPUT]
-        picture = (shapes, self._blocks.host_facts(arguments), text)
-        is_new = not self._picture or self._picture[:2] != picture[:2] or self._picture[2] is not text
-        if is_new:
+        given = arguments[self._blocks.PICTURE_INPUT]
+        version = version_of(given)
+        picture = (shapes, self._blocks.host_facts(arguments), version, given)
+        is_new = not self._picture or self._picture[:3] != picture[:3] or self._picture[3] is not given
+        if is_new or version is None:
             self._picture = ()  # until all of the following is known
             self._filled = None
-            self._prepared = self._blocks.prepare(self._transformer, arguments)
-            self._is_hooked = is_moved_in_parts(self._transformer)
+            self._prepared = self._blocks.prepare(self.module, arguments)
             self._picture = picture
-        if self._is_hooked:
-            return self._forward(**arguments)
 
         text, at = self._prepared
         key = (shapes, text.shape, text.dtype, tuple((x.shape, x.dtype) for x in at.tensors))
-        graph = self._graphs.get(key)
-        if graph is not None and is_new and graph.weights != self._weights():
-            self._graphs.clear()
-            graph = None
-        if graph is None:
-            if key not in self._graphs:
-                # On what the capture will get, so that all that is compiled or planned for that is there.
-                output = self._forward(**arguments | {self._blocks.PICTURE_INPUT: text, "at": at})
-                self._remember(key, None)
-                return output
-            graph = self._capture(arguments, steps, text, at)
-            self._remember(key, graph)
-        self._graphs.move_to_end(key)
-        if self._filled is not graph:
-            for static, given in zip(graph.picture_inputs, (text, *at.tensors), strict=True):
-                static.copy_(given)
-            self._filled = graph
-        for name, static in graph.step_inputs.items():
+        inputs = self._graphs.inputs(
+            key, lambda: _Inputs({name: x.clone() for name, x in steps.items()}, text.clone(), at.clone())
+        )
+        if self._filled is not inputs:
+            for static, x in zip((inputs.text, *inputs.at.tensors), (text, *at.tensors), strict=True):
+                static.copy_(x)
+            self._filled = inputs
+        for name, static in inputs.steps.items():
             static.copy_(steps[name])
-        graph.replay()
-        return self._blocks.as_output(graph.output.clone(), arguments)
+        output: Tensor = self._graphs.run(key, partial(self._work, arguments, inputs))
+        return output.clone()
 
-    def _capture(self, arguments: dict[str, Any], steps: dict[str, Tensor], text: Tensor, at: Any) -> _Graph:
-        # What is made here outlives the call, so its inference mode must not mark it.
-        with torch.inference_mode(False), torch.no_grad():
-            steps, text, at = {name: x.clone() for name, x in steps.items()}, text.clone(), at.clone()
-            static = {**steps, self._blocks.PICTURE_INPUT: text, "at": at, "return_dict": False}
-            replay, output = self._record(self._forward, arguments | static)
-        return _Graph(replay, steps, (text, *at.tensors), output, self._weights())
-
-    def _remember(self, key: Any, graph: _Graph | None) -> None:
-        self._graphs[key] = graph
-        while len(self._graphs) > self._keep:
-            self._graphs.popitem(last=False)
-
-    def _weights(self) -> tuple[int, ...]:
-        # Asked with every picture; `parameters()` and `buffers()` take twice as long.
-        owners = (vars(module) for module in self._transformer.modules())
-        tensors = (tensor for own in owners for tensor in (*own["_parameters"].values(), *own["_buffers"].values()))
-        return tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
-
-
-def _record(forward: Callable[..., Any], arguments: Mapping[str, Any]) -> tuple[Callable[[], None], Tensor]:
-    graph, device = torch.cuda.CUDAGraph(), next(x.device for x in arguments.values() if isinstance(x, Tensor))
-    # Thread-local: in a batch, other threads wait for events of the pictures before, which a global capture forbids.
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output: Tensor = forward(**arguments)[0]
-    return graph.replay, output
+    def _work(self, arguments: Mapping[str, Any], inputs: _Inputs) -> Any:
+        static = {**inputs.steps, self._blocks.PICTURE_INPUT: inputs.text, "at": inputs.at, "return_dict": False}
+        return self.forward_below(**{**arguments, **static})[0]

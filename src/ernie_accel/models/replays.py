@@ -1,8 +1,13 @@
-"""Do work on the device the first time as it is, then as a CUDA graph: one launch, whatever it is made of."""
+"""Do work on the device the first time as it is, then as a CUDA graph: one launch, whatever it is made of.
+
+The one cache of graphs. Whether what they read is still there, `core.captured` knows, and whoever holds the cache asks.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,12 +27,40 @@ class Replayable(Protocol):
 Capture = Callable[[Callable[[], Any], Any], tuple[Replayable, Any]]
 
 
+@dataclass
+class _Entry:
+    inputs: Any = None
+    made: tuple[Replayable, Any] | None = None  # None: not captured yet
+    is_done: bool = False  # once, as it is
+
+
 class Replays:
     """Graphs of pieces of work, by name. They share their memory, so a result is good until other work is done."""
 
-    def __init__(self, capture: Capture | None = None) -> None:
-        self._capture = capture or capture_cuda
-        self._graphs: dict[Hashable, tuple[Replayable, Any] | None] = {}  # None: done once, not captured yet
+    def __init__(self, keep: int | None = None, capture: Capture | None = None) -> None:
+        """Keep graphs of the last `keep` names, or of all; make them with `capture`, or as CUDA graphs."""
+        self._keep, self._capture = keep, capture or capture_cuda
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Return how many graphs there are."""
+        return sum(entry.made is not None for entry in self._entries.values())
+
+    @property
+    def names(self) -> tuple[Hashable, ...]:
+        """Names that are known, the least recently used first; not all of them have a graph yet."""
+        return tuple(self._entries)
+
+    def inputs(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what the work of this name reads, which `make` allocates the first time; the caller fills it.
+
+        It outlives the call, so the inference mode of the caller does not mark it.
+        """
+        entry = self._entry(name)
+        if entry.inputs is None:
+            with torch.inference_mode(False), torch.no_grad():
+                entry.inputs = make()
+        return entry.inputs
 
     def run(self, name: Hashable, work: Callable[[], Any]) -> Any:
         """Do `work`, and return what it returns: the first time as it is, which compiles its kernels, then as a graph.
@@ -35,27 +68,36 @@ class Replays:
         A graph remembers addresses: `work` may read nothing but what stays where it is, and what it makes itself. A
         replay overwrites what the capture returned. What raised, also while it was captured, counts as not done.
         """
-        if name not in self._graphs:
-            result = work()
-            self._graphs[name] = None
-            return result
-        made = self._graphs[name]
-        if made is None:
-            pool = next((graph.pool() for graph, _ in filter(None, self._graphs.values())), None)
-            made = self._graphs[name] = self._capture(work, pool)
-        graph, result = made
-        graph.replay()
+        entry = self._entry(name)
+        with torch.inference_mode(False), torch.no_grad():  # of both, so that the capture compiles nothing anew
+            if not entry.is_done:
+                result = work()
+                entry.is_done = True
+                return result
+            if entry.made is None:
+                pool = next((other.made[0].pool() for other in self._entries.values() if other.made is not None), None)
+                entry.made = self._capture(work, pool)
+            graph, result = entry.made
+            graph.replay()
         return result
 
-    def forget(self, name: Hashable) -> None:
-        """Let go of the graph of this name, if there is one."""
-        self._graphs.pop(name, None)
+    def clear(self) -> None:
+        """Let go of all graphs and their memory."""
+        self._entries.clear()
+
+    def _entry(self, name: Hashable) -> _Entry:
+        entry = self._entries.setdefault(name, _Entry())
+        self._entries.move_to_end(name)
+        while self._keep is not None and len(self._entries) > self._keep:
+            self._entries.popitem(last=False)
+        return entry
 
 
 def capture_cuda(work: Callable[[], Any], pool: Any) -> tuple[Replayable, Any]:
     """Capture `work` into a CUDA graph on the current device, which does not do it yet."""
     graph = torch.cuda.CUDAGraph()
-    # "thread_local": what other threads do on the device meanwhile does not spoil the capture.
+    # "thread_local": what other threads do on the device meanwhile does not spoil the capture. In a batch they wait for
+    # events of the pictures before, which a global capture forbids.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = work()
     return graph, result

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ernie_accel.core.stand_in import StandInForward
 from ernie_accel.kernels import ops, wide_attention
 
 _COPIED = torch.complex128  # the widest dtype there is: what is copied is bytes, whatever they mean
@@ -24,15 +25,12 @@ _COPIED = torch.complex128  # the widest dtype there is: what is copied is bytes
 _Run: TypeAlias = Callable[[Any, Tensor, Tensor | None, Any], tuple[Tensor, Tensor | None]]
 
 
-class FusedDecoder:
+class FusedDecoder(StandInForward):
     """The forward of a decoder that `unsupported_reason` accepts; same arguments, same result up to rounding.
 
-    It holds no weights: what is loaded into the decoder or cast counts from the next call on.
+    It holds no weights: what is loaded into the decoder or cast counts from the next call on. Convolutions should have
+    channels-last weights.
     """
-
-    def __init__(self, decoder: Any) -> None:
-        """Decode with the weights of `decoder`, whose convolutions should have channels-last weights."""
-        self._decoder, self._forward = decoder, decoder.forward
 
     def __call__(self, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
         """Return the pictures [B, 3, 8 * H, 8 * W] of latents [B, C, H, W].
@@ -40,10 +38,10 @@ class FusedDecoder:
         Under gradients, which the kernels do not compute, and where hooks or other forwards have been put on layers
         (offloading does so), it is the forward as it was.
         """
-        decoder = self._decoder
+        decoder = self.module
         out: Tensor
         if torch.is_grad_enabled() or latent_embeds is not None or _has_altered_layers(decoder):
-            out = self._forward(sample, latent_embeds)
+            out = self.forward_below(sample, latent_embeds)
             return out
         x_bchw = decoder.conv_in(sample)
         parts = [(part, _KINDS[_path_of(part)]) for part in _parts(decoder)]

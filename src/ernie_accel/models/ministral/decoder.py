@@ -8,7 +8,6 @@ vocabulary.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import math
 from collections import OrderedDict
@@ -21,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ernie_accel.models.ministral.layers import Positions, call, linears_of, places, run_layer, signed
+from ernie_accel.core.captured import Fingerprint
+from ernie_accel.models.ministral.layers import Rotary, call, linears_of, run_layer, signed
 from ernie_accel.models.ministral.sampling import Sampling, choose
 from ernie_accel.models.ministral.state import DecodeState
 from ernie_accel.models.replays import Replays
@@ -62,15 +62,15 @@ class Decoder:
         """Decode `model`, a ``Ministral3ForCausalLM``."""
         self._model = model
         self._workplaces: OrderedDict[tuple[int, int], _Workplace] = OrderedDict()
-        self._weights_were: tuple[Any, ...] = ()  # where the weights lie that the graphs read
+        self._seen: Fingerprint | None = None  # what the model was when the graphs were made
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Decoder:
-        return Decoder(copy.deepcopy(self._model, memo))  # graphs read the weights of this one
+    def __reduce__(self) -> tuple[type[Decoder], tuple[Any]]:
+        return Decoder, (self._model,)  # of a copy or pickle, too: graphs read the weights of this one
 
     def forget(self) -> None:
         """Let go of the caches and graphs, and so of the device's memory; the next call makes them anew."""
         self._workplaces.clear()
-        self._weights_were = ()
+        self._seen = None
 
     def generate(
         self,
@@ -95,10 +95,10 @@ class Decoder:
         kind, is_on = weight.device.type, torch.cuda.device_of(weight)  # type: ignore[no-untyped-call]
         # The caches outlive the call, so its inference mode must not mark them; and they are of the weights' dtype.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(kind, enabled=False), is_on:
-            weights = tuple(place for tensor in self._model.parameters() for place in places(tensor))
-            if weights != self._weights_were:
+            now = Fingerprint.of(self._model)
+            if now != self._seen:
                 self._workplaces.clear()
-                self._weights_were = weights
+                self._seen = now
             answers: list[list[int]] = []
             try:
                 for start in range(0, len(prompts), _MAX_ROWS):
@@ -250,7 +250,7 @@ class Decoder:
         """
         model, project = self._model.model, self._projection(ids_bt)
         x_bth: Tensor = model.embed_tokens(ids_bt)
-        at = Positions(
+        at = Rotary(
             cos_bt1d=state.cos_pd[position_bt][:, :, None],
             signed_sin_bt1d=signed(state.sin_pd[position_bt][:, :, None]),
             q_scale_bt11=state.q_scale_p[position_bt][:, :, None, None],

@@ -18,7 +18,7 @@ Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
-class Positions:
+class Rotary:
     """What depends on where tokens stand.
 
     Attributes:
@@ -66,7 +66,7 @@ def signed(sin: Tensor) -> Tensor:
 def run_layer(
     layer: Any,
     x_bth: Tensor,
-    at: Positions,
+    at: Rotary,
     attend: Attend,
     project: Callable[[Any, Tensor], Tensor] = call,
     normalize: Callable[[Any, Tensor], Tensor] = call,
@@ -98,7 +98,7 @@ def run_layer(
     return x_bth + project(mlp.down_proj, active_bth)
 
 
-def rotate(x_btnd: Tensor, at: Positions) -> Tensor:
+def rotate(x_btnd: Tensor, at: Rotary) -> Tensor:
     """Return rotated queries or keys: the bits of x cos + (-second, first) sin, with one launch less."""
     return x_btnd * at.cos_bt1d + x_btnd.roll(x_btnd.shape[-1] // 2, -1) * at.signed_sin_bt1d
 
@@ -108,15 +108,6 @@ def linears_of(layer: Any) -> Iterator[Any]:
     attention, mlp = layer.self_attn, layer.mlp
     yield from (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     yield from (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-
-
-def places(tensor: Any) -> Iterator[tuple[int, torch.dtype]]:
-    """Yield where the bytes of a tensor lie and what they mean, looking inside quantized tensor subclasses."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from places(getattr(tensor, name))
-    else:
-        yield tensor.data_ptr(), tensor.dtype
 
 
 def pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ernie_accel.core.captured import Fingerprint, only_listens
+from ernie_accel.core.stand_in import StandInForward
 from ernie_accel.models.ministral.layers import (
-    Positions,
+    Rotary,
     linears_of,
     pass_on,
-    places,
     rms_norm,
     run_layer,
     signed,
@@ -46,49 +46,42 @@ class _Look(NamedTuple):
 
     Attributes:
         layers: Those that are to run, and None for those that pass on what they are given.
-        weighted: The modules whose weights they use.
         is_plain: Whether all linear layers are torch's own, untouched; others cannot be captured for good.
     """
 
     layers: tuple[Any, ...]
-    weighted: list[nn.Module]
     is_plain: bool
 
 
-class RewrittenForward:
-    """The forward of a ``Ministral3Model``; same arguments, same result up to rounding."""
+class RewrittenForward(StandInForward):
+    """The forward of a ``Ministral3Model``; same arguments, same result up to rounding. Threads take turns."""
 
-    def __init__(
-        self, model: Any, forward: Callable[..., Any], max_tokens: int, keep: int, capture: Capture | None = None
-    ) -> None:
-        """Stand in for `forward` of `model`; with `capture`, graphs are made with that, and on every device."""
-        self._model, self._forward = model, forward
+    captured: ClassVar[tuple[str, ...]] = ("_graphs", "_seen", "_lock")
+
+    def __init__(self, model: Any, max_tokens: int, keep: int, capture: Capture | None = None) -> None:
+        """Stand in for the forward of `model`; with `capture`, graphs are made with that, and on every device."""
         self._max_tokens, self._keep, self._capture = max_tokens, keep, capture
-        self._inputs: OrderedDict[Any, Tensor] = OrderedDict()  # of the graphs, by shape
-        self._replays = Replays(capture)
-        self._weights_were: tuple[Any, ...] = ()  # where the weights lie that the graphs read
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenForward:
-        model, forward = copy.deepcopy(self._model, memo), copy.deepcopy(self._forward, memo)
-        return RewrittenForward(model, forward, self._max_tokens, self._keep, self._capture)  # graphs stay behind
+        super().__init__(model)
 
     def forget(self) -> None:
-        """Let go of the graphs and their memory; the next call makes them anew."""
-        self._inputs.clear()
-        self._replays, self._weights_were = Replays(self._capture), ()
+        if "_lock" not in vars(self):
+            self._lock = threading.RLock()
+        with self._lock:
+            self._graphs = Replays(self._keep, self._capture)
+            self._seen: Fingerprint | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
-        look = _look(self._model) if len(args) <= len(_ARGUMENTS) and self._knows(given) else None
+        look = _look(self.module) if len(args) <= len(_ARGUMENTS) and self._knows(given) else None
         if look is None:
-            return self._forward(*args, **kwargs)
+            return self.forward_below(*args, **kwargs)
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
         x_bth = given.get("inputs_embeds")
         if x_bth is None:
-            x_bth = self._model.embed_tokens(given["input_ids"])
-        if self._model.norm.weight.dtype != x_bth.dtype:  # stock's norm gives the wider of the two
-            return self._forward(*args, **kwargs)
+            x_bth = self.module.embed_tokens(given["input_ids"])
+        if self.module.norm.weight.dtype != x_bth.dtype:  # stock's norm gives the wider of the two
+            return self.forward_below(*args, **kwargs)
         all_of_them = bool(self._setting(given, "output_hidden_states"))
         if look.is_plain and self._is_short(x_bth) and (x_bth.is_cuda or self._capture is not None):
             states = self._replayed(x_bth, look, all_of_them)
@@ -100,14 +93,14 @@ class RewrittenForward:
 
     def _knows(self, given: Mapping[str, Any]) -> bool:
         """Return whether a call asks for nothing but hidden states of whole texts."""
-        x, config = given.get("inputs_embeds"), self._model.config
+        x, config = given.get("inputs_embeds"), self.module.config
         if x is None:
             x = given.get("input_ids")
         elif given.get("input_ids") is not None:
             return False
         return (
             isinstance(x, Tensor)
-            and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self._model.training)
+            and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or self.module.training)
             and not torch.is_autocast_enabled(x.device.type)
             and all(value is None for name, value in given.items() if name not in _KNOWN)
             and not given.get("use_cache")
@@ -120,27 +113,27 @@ class RewrittenForward:
         )
 
     def _setting(self, given: Mapping[str, Any], name: str) -> Any:
-        return given[name] if name in given else getattr(self._model.config, name, None)
+        return given[name] if name in given else getattr(self.module.config, name, None)
 
     def _states(self, x_bth: Tensor, layers: tuple[Any, ...]) -> list[Tensor]:
         """Return the embeddings, what each layer gives, and instead of the last that after the norm, as stock does."""
-        at, states = self._positions(x_bth), [x_bth]
+        at, states = self._rotary(x_bth), [x_bth]
         for layer in layers:
             if layer is not None:
                 x_bth = run_layer(layer, x_bth, at, _attend, normalize=rms_norm)
             states.append(x_bth)
-        states[-1] = rms_norm(self._model.norm, x_bth)
+        states[-1] = rms_norm(self.module.norm, x_bth)
         return states
 
-    def _positions(self, x_bth: Tensor) -> Positions:
-        tokens, settings = x_bth.shape[1], self._model.config.rope_parameters
+    def _rotary(self, x_bth: Tensor) -> Rotary:
+        tokens, settings = x_bth.shape[1], self.module.config.rope_parameters
         position_1t = torch.arange(tokens, device=x_bth.device)[None]
-        cos_1td, sin_1td = self._model.rotary_emb(x_bth, position_ids=position_1t)
+        cos_1td, sin_1td = self.module.rotary_emb(x_bth, position_ids=position_1t)
         q_scale_1t11, period = None, settings["original_max_position_embeddings"]
         if tokens > period:  # up to there it is 1
             q_scale_1t = 1 + settings["llama_4_scaling_beta"] * torch.log(1 + torch.floor(position_1t / period))
             q_scale_1t11 = q_scale_1t[:, :, None, None].to(x_bth.dtype)
-        return Positions(cos_1td[:, :, None], signed(sin_1td[:, :, None]), q_scale_1t11)
+        return Rotary(cos_1td[:, :, None], signed(sin_1td[:, :, None]), q_scale_1t11)
 
     # Graphs ----------------------------------------------------------------------------------------------------------
 
@@ -151,29 +144,19 @@ class RewrittenForward:
         """Return copies of the states, or of the last one; those of padding, which no token sees, are cut off."""
         tokens = x_bth.shape[1]
         is_on = torch.cuda.device_of(x_bth)  # type: ignore[no-untyped-call]
-        # The inputs outlive the call, so its inference mode must not mark them.
-        with torch.inference_mode(False), torch.no_grad(), is_on:
-            weights = _places(look.weighted, self._model.rotary_emb)
-            if weights != self._weights_were:
+        with self._lock, torch.inference_mode(False), torch.no_grad(), is_on:
+            now = Fingerprint.of(self.module)
+            if now != self._seen:
                 self.forget()
-                self._weights_were = weights
-            name = (len(x_bth), _padded(tokens), x_bth.dtype, x_bth.device)
-            static_bth = self._input(name, x_bth)
+                self._seen = now
+            name = (len(x_bth), _padded(tokens), x_bth.dtype, x_bth.device, len(look.layers))
+            static_bth = self._graphs.inputs(name, lambda: x_bth.new_empty(len(x_bth), _padded(tokens), x_bth.shape[2]))
             static_bth[:, :tokens] = x_bth
             static_bth[:, tokens:] = 0  # what stood there before could be NaN, and 0 * NaN is no 0
             # The first time, too, it computes padded: so the first and the later forwards give the same bits.
-            states = self._replays.run(name, partial(self._states, static_bth, look.layers))
+            states = self._graphs.run(name, partial(self._states, static_bth, look.layers))
             wanted = states if all_of_them else states[-1:]
             return list(torch.stack([state[:, :tokens] for state in wanted]))
-
-    def _input(self, name: Any, like_bth: Tensor) -> Tensor:
-        if name not in self._inputs:
-            self._inputs[name] = like_bth.new_empty(len(like_bth), _padded(like_bth.shape[1]), like_bth.shape[2])
-        self._inputs.move_to_end(name)
-        while len(self._inputs) > self._keep:
-            oldest, _ = self._inputs.popitem(last=False)
-            self._replays.forget(oldest)
-        return self._inputs[name]
 
 
 def _look(model: Any) -> _Look | None:
@@ -182,7 +165,7 @@ def _look(model: Any) -> _Look | None:
     Asked at every call, it looks no deeper than it must: 26 layers take a third of a millisecond on a slow core.
     """
     layers: list[Any] = []
-    weighted, is_plain = [model.norm], True
+    is_plain = True
     for layer in list(model.layers)[: model.config.num_hidden_layers]:
         if vars(layer).get("forward") is pass_on and _is_as_made(layer, but_for_its_forward=True):
             layers.append(None)
@@ -191,13 +174,11 @@ def _look(model: Any) -> _Look | None:
         for part in (layer, layer.self_attn, layer.mlp, *norms):
             if not type(part).__name__.startswith("Ministral3") or not _is_as_made(part):
                 return None
-        linears = list(linears_of(layer))
-        for linear in linears:
+        for linear in linears_of(layer):
             if type(linear) is not nn.Linear or not _is_as_made(linear):
                 is_plain = False
         layers.append(layer)
-        weighted += norms + linears
-    return _Look(tuple(layers), weighted, is_plain) if _is_as_made(model.norm) else None
+    return _Look(tuple(layers), is_plain) if _is_as_made(model.norm) else None
 
 
 def _is_as_made(module: nn.Module, *, but_for_its_forward: bool = False) -> bool:
@@ -210,21 +191,7 @@ def _is_as_made(module: nn.Module, *, but_for_its_forward: bool = False) -> bool
     if state.get("_compiled_call_impl") is not None:
         return False
     hooks = state["_forward_hooks"]
-    return not hooks or all(_listens(hook) for hook in hooks.values())
-
-
-def _listens(hook: Any) -> bool:
-    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
-
-
-def _places(weighted: list[nn.Module], rotary_emb: Any) -> tuple[Any, ...]:
-    """Return where everything lies that a graph of the layers reads."""
-    found = list(places(rotary_emb.inv_freq))
-    for module in weighted:
-        for tensor in module._parameters.values():
-            if tensor is not None:
-                found += places(tensor)
-    return tuple(found)
+    return not hooks or all(only_listens(hook) for hook in hooks.values())
 
 
 def _attend(q_bntd: Tensor, k_bntd: Tensor, v_bntd: Tensor, scale: float) -> Tensor:

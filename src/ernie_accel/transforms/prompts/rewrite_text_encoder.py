@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from ernie_accel.core.components import Pipeline, is_moved_in_parts
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
+from ernie_accel.core.stand_in import standing_in
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
@@ -22,7 +23,7 @@ class RewriteTextEncoder(Transform):
     It supports ``Ministral3Model``, the language model of ERNIE-Image's text encoder. Stock launches almost 50 kernels
     per layer, which takes the host longer than the GPU needs to run them. Here a layer is 19 kernels, and a graph needs
     one launch for all layers. The first forward of a shape runs uncaptured, the second is captured, and the others are
-    replays. Only the last few shapes are kept, and moved or replaced weights are noticed.
+    replays. Only the last few shapes are kept, and changes of the model are noticed.
 
     Linear layers of other classes (adapters, some quantizers) are called unchanged, without graphs. The stock forward
     runs for layers that someone has changed, and for calls that want anything but hidden states of whole texts (masks,
@@ -72,7 +73,7 @@ class RewriteTextEncoder(Transform):
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         model = _language_model(pipe)
         with Undo() as undo:
-            undo.setattr(model, "forward", RewrittenForward(model, model.forward, self.max_tokens, self.keep))
+            RewrittenForward(model, self.max_tokens, self.keep).install(undo)
         return Applied(_changes(pipe), undo=undo)
 
 
@@ -90,7 +91,7 @@ def _language_model(pipe: Pipeline) -> Any:
 
 
 def _is_rewritten(model: Any) -> bool:
-    return model is not None and isinstance(vars(model).get("forward"), RewrittenForward)
+    return model is not None and standing_in(model, RewrittenForward) is not None
 
 
 def _changes(pipe: Pipeline) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import torch
 from ernie_accel.core.components import Pipeline, weights_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
+from ernie_accel.core.stand_in import standing_in
 from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.models.compile_cache import as_folder, compile_module, unsupported_cache_reasons
@@ -113,12 +114,12 @@ class FuseVae(Transform):
         decoder = _decoder(pipe)
         with Undo() as undo:
             _lay_out(decoder, undo)
-            undo.setattr(decoder, "forward", FusedDecoder(decoder))
+            FusedDecoder(decoder).install(undo)
         return Applied(("vae.decoder",), undo=undo)
 
 
 def _is_fused(decoder: torch.nn.Module) -> bool:
-    return isinstance(vars(decoder).get("forward"), FusedDecoder)
+    return standing_in(decoder, FusedDecoder) is not None
 
 
 def _lay_out(decoder: torch.nn.Module, undo: Undo) -> None:

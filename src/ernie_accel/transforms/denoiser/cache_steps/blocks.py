@@ -11,6 +11,7 @@ import torch
 
 from ernie_accel.core.components import GROUP_OFFLOAD_HOOKS, Pipeline
 from ernie_accel.core.context import Context
+from ernie_accel.core.stand_in import standing_in
 from ernie_accel.models.graphed_forward import GraphedForward
 from ernie_accel.transforms.denoiser.cache_steps.backend import (
     MOST_THRESHOLD,
@@ -48,7 +49,7 @@ class BlockCache(Backend):
         blocks = getattr(pipe.transformer, BLOCKS, None)
         if not isinstance(blocks, torch.nn.ModuleList) or len(blocks) < 2:
             reasons.append(f"{name} has no list {BLOCKS!r} of two blocks or more, of which all but the first can rest")
-        if context.planned(pipe).keeps_graphs or isinstance(vars(pipe.transformer).get("forward"), GraphedForward):
+        if context.planned(pipe).keeps_graphs or standing_in(pipe.transformer, GraphedForward) is not None:
             reasons.append(
                 "captured graphs replay all blocks, whatever a cache of blocks decides: leave CaptureGraphs out, or "
                 "use backend='forecast'"

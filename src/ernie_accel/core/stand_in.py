@@ -1,0 +1,144 @@
+"""Put another forward in the place of a module's own, on that one instance: the one way in which it is done here."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any, ClassVar, TypeVar
+
+from torch import nn
+
+from ernie_accel.core.undo import Undo
+
+S = TypeVar("S", bound="StandInForward")
+
+
+class StandInForward(ABC):
+    """A forward that stands in for that of one module, whose attribute ``forward`` it is.
+
+    An object of a class at module level, so that a deep copy or a pickle of the module has a stand-in of its own, for
+    itself; what was captured or remembered (`captured`) stays behind, because it reads the weights of the original.
+
+    Class-level facts:
+        captured: Attributes that are left out of copies and pickles; `forget` makes them anew.
+    """
+
+    captured: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, module: nn.Module) -> None:
+        """Stand in for the forward that `module` has now; `install` puts it there."""
+        self.module: Any = module
+        #: The forward underneath, where it is no method of the module's class: another stand-in, a hook of accelerate.
+        self.below: Callable[..., Any] | None = _but_for_own(module, vars(module).get("forward"))
+        self.forget()
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the module gives."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The arguments: those of the forward underneath."""
+        return inspect.signature(self.below or MethodType(type(self.module).forward, self.module))
+
+    def forward_below(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the forward underneath gives."""
+        if self.below is not None:
+            return self.below(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def forget(self) -> None:  # noqa: B027  most keep nothing
+        """Let go of the memory that is kept between calls; the next call makes it anew."""
+
+    def install(self, undo: Undo) -> None:
+        """Put this in the place of the module's forward."""
+        undo.push(self.remove)
+        self.module.forward = self
+
+    def remove(self) -> None:
+        """Take this away, from under others too that were put on top since; a no-op where it is not in place."""
+        top = vars(self.module).get("forward")
+        if top is self:
+            if self.below is None:
+                del self.module.forward
+            else:
+                self.module.forward = self.below
+        for above in _chain(top):
+            if above.below is self:
+                above.below = self.below
+
+    def on(self: S, module: nn.Module) -> S:
+        """Return a stand-in like this one for another module, which has the same weights (see `shadow`)."""
+        made = object.__new__(type(self))
+        vars(made).update(vars(self))
+        made.module, made.below = module, rebound(self.below, self.module, module)
+        made.forget()
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in self.captured}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.forget()
+
+
+def standing_in(module: nn.Module, kind: type[S]) -> S | None:
+    """Return the stand-in of class `kind` that `module` has, on top or beneath others; None if it has none."""
+    return next((found for found in _chain(vars(module).get("forward")) if isinstance(found, kind)), None)
+
+
+def shadow(module: nn.Module) -> Any:
+    """Return a module with the weights, hooks and children of `module`, whose children can be swapped on its own.
+
+    Who swaps a child of the module itself, for the time of a forward, does so to every thread that runs it.
+    """
+    made: Any = object.__new__(type(module))
+    vars(made).update(vars(module))
+    vars(made)["_modules"] = dict(module._modules)
+    for name in ("forward", "_old_forward"):
+        if name in vars(module):
+            vars(made)[name] = rebound(vars(module)[name], module, made)
+    return made
+
+
+def rebound(forward: Any, owner: nn.Module, other: nn.Module) -> Any:
+    """Return `forward`, which calls `owner`, so that it calls `other`.
+
+    Raises:
+        LookupError: It is of no kind that is known here: a stand-in, a bound method, a hook of accelerate.
+    """
+    if forward is None:
+        return None
+    if isinstance(forward, StandInForward):
+        return forward.on(other)
+    if isinstance(forward, MethodType) and forward.__self__ is owner:
+        return MethodType(forward.__func__, other)
+    if isinstance(forward, functools.partial) and forward.args[:1] == (owner,):  # accelerate's `add_hook_to_module`
+        return functools.partial(forward.func, other, *forward.args[1:], **forward.keywords)
+    raise LookupError(f"the forward of {type(owner).__name__} is a {type(forward).__name__}, which cannot be rebound")
+
+
+def _chain(forward: Any) -> Iterator[StandInForward]:
+    """Yield the stand-ins of a forward, the top one first, looking through hooks of accelerate."""
+    while forward is not None:
+        if isinstance(forward, StandInForward):
+            yield forward
+            forward = forward.below
+        elif isinstance(forward, functools.partial) and forward.args and isinstance(forward.args[0], nn.Module):
+            forward = vars(forward.args[0]).get("_old_forward")
+        else:
+            return
+
+
+def _but_for_own(module: nn.Module, forward: Any) -> Any:
+    """Return `forward`, or None for the method of the class, which accelerate leaves on modules it was removed from.
+
+    As a bound method it could not be pickled: it would be looked up by its name, and found to be the stand-in.
+    """
+    if isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward:
+        return None
+    return forward
