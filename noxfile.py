@@ -115,9 +115,10 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def typing(session: nox.Session) -> None:
-    """Check the types of the package."""
+    """Check the types of the package, and what its types say of a user's code, diffusers' own types included."""
     session.install(".", "mypy>=1.14", "types-PyYAML")
     session.run("mypy")
+    session.run("mypy", "--config-file=", "--strict", "tests/type_checks.py")
 
 
 @nox.session

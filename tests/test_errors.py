@@ -90,9 +90,25 @@ def test_a_preset_given_as_a_transform(ernie):
         ernie_accel.optimize(ernie, "turbo-bf16")
 
 
-def test_no_pipeline():
-    with pytest.raises(ernie_accel.ErnieAccelError, match=r"expected a diffusers pipeline .* got Linear"):
-        ernie_accel.plan(torch.nn.Linear(2, 2), Compile())
+@pytest.mark.parametrize(
+    "door",
+    [
+        lambda given: ernie_accel.plan(given, Compile()),
+        lambda given: ernie_accel.optimize(given, Compile()),
+        ernie_accel.report,
+        ernie_accel.restore,
+        lambda given: ernie_accel.save(given, "nowhere"),
+        lambda given: ernie_accel.recommend(pipe=given),
+        lambda given: ernie_accel.evaluate(given, "exact", "a red circle"),
+        lambda given: ernie_accel.evaluate(lambda: given, "exact", "a red circle"),
+    ],
+)
+@pytest.mark.parametrize("given", [42, torch.nn.Linear(2, 2)], ids=lambda given: type(given).__name__)
+def test_what_is_no_pipeline_is_refused_at_every_door(door, given):
+    with pytest.raises(
+        ernie_accel.ErnieAccelError, match=f"expected a diffusers pipeline .* got {type(given).__name__}"
+    ):
+        door(given)
 
 
 def test_all_reasons_are_told_at_once(ernie):

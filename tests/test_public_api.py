@@ -31,6 +31,7 @@ MODULES = {"batch", "demo", "testing"}
 DATA = {"MACHINE_LOCAL", "presets"}
 CLASSES = {
     "Applied",
+    "CallablePipeline",
     "Context",
     "Effect",
     "Evaluation",
@@ -38,6 +39,7 @@ CLASSES = {
     "Hardware",
     "LayerReceipt",
     "Phase",
+    "Pipeline",
     "Plan",
     "PlannedPipe",
     "Preset",

@@ -3,6 +3,8 @@ from ernie_accel import batch as batch, demo as demo, testing as testing
 from ernie_accel.batch.errors import BatchChangedError as BatchChangedError
 from ernie_accel.batch.errors import BatchInputError as BatchInputError
 from ernie_accel.batch.errors import BatchOutputError as BatchOutputError
+from ernie_accel.core.components import CallablePipeline as CallablePipeline
+from ernie_accel.core.components import Pipeline as Pipeline
 from ernie_accel.core.context import Context as Context
 from ernie_accel.core.context import register_package as register_package
 from ernie_accel.core.errors import ApplyError as ApplyError

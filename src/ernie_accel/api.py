@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 from ernie_accel.core.apply import apply_request, report_of, undo_all
-from ernie_accel.core.components import Pipeline
+from ernie_accel.core.components import AnyPipeline, Pipeline, PipelineT
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from ernie_accel.core.plan import Plan, check_pipeline, compose, machine_for, plan_request
@@ -29,7 +29,7 @@ from ernie_accel.recipes.recommend import fitting_preset
 
 
 def plan(
-    pipe: Pipeline,
+    pipe: AnyPipeline,
     *transforms: Transform,
     preset: Preset | str | None = None,
     family: Family | None = None,
@@ -51,20 +51,20 @@ def plan(
         UnknownNameError: There is no such preset.
         ConflictError: Two transforms want one slot.
     """
-    check_pipeline(pipe)
-    with _given(pipe, family):
-        named, wanted = _request(pipe, transforms, preset)
-        return plan_request(pipe, wanted, named, context or machine_for(pipe, wanted))
+    checked = check_pipeline(pipe)
+    with _given(checked, family):
+        named, wanted = _request(checked, transforms, preset)
+        return plan_request(checked, wanted, named, context or machine_for(checked, wanted))
 
 
 def optimize(
-    pipe: Pipeline,
+    pipe: PipelineT,
     *transforms: Transform,
     preset: Preset | str | None = None,
     on_unsupported: Literal["error", "skip"] = "error",
     family: Family | None = None,
     context: Context | None = None,
-) -> Pipeline:
+) -> PipelineT:
     """Make a pipeline faster or leaner in place, and return it.
 
     Everything is checked before anything is changed. Optimizing again with the same arguments changes nothing; with
@@ -94,27 +94,27 @@ def optimize(
     """
     if on_unsupported not in ("error", "skip"):
         raise UnknownNameError("value of on_unsupported", on_unsupported, ("error", "skip"))
-    check_pipeline(pipe)
-    with _given(pipe, family) as remember:
-        named, wanted = _request(pipe, transforms, preset)
-        machine = context or machine_for(pipe, wanted)
-        if named is None and not wanted and not report_of(pipe).entries:
+    checked = check_pipeline(pipe)
+    with _given(checked, family) as remember:
+        named, wanted = _request(checked, transforms, preset)
+        machine = context or machine_for(checked, wanted)
+        if named is None and not wanted and not report_of(checked).entries:
             raise ErnieAccelError(
                 "optimize was given nothing to apply: found no preset and no transform. Name a preset, for instance "
                 f"optimize(pipe, preset={fitting_preset(machine).name!r}), which fits this machine "
                 "(print(ernie_accel.presets) lists all), or pass transforms: optimize(pipe, ernie_accel.Compile())."
             )
-        apply_request(pipe, wanted, named, machine, skip_unsupported=on_unsupported == "skip")
+        apply_request(checked, wanted, named, machine, skip_unsupported=on_unsupported == "skip")
         remember()
     return pipe
 
 
-def report(pipe: Pipeline) -> Report:
+def report(pipe: AnyPipeline) -> Report:
     """Return what has been applied to `pipe`, skipped and why; print it. Empty for an untouched pipe."""
     return report_of(pipe)
 
 
-def restore(pipe: Pipeline) -> Pipeline:
+def restore(pipe: PipelineT) -> PipelineT:
     """Undo in place everything `optimize` did, the last thing first, and return the pipe.
 
     If it is interrupted, the report lists what is still to be undone, and calling it again finishes the work.
@@ -122,9 +122,10 @@ def restore(pipe: Pipeline) -> Pipeline:
     Raises:
         RestoreError: A transform has no undo; nothing was undone.
     """
-    undo_all(pipe)
-    if getattr(pipe, "transformer", None) is not None:
-        give_family(pipe.transformer, None)
+    checked = check_pipeline(pipe)
+    undo_all(checked)
+    if getattr(checked, "transformer", None) is not None:
+        give_family(checked.transformer, None)
     return pipe
 
 

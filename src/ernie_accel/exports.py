@@ -19,6 +19,7 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "BatchInputError",
             "BatchOutputError",
         ),
+        "core.components": ("CallablePipeline", "Pipeline"),
         "core.context": ("Context", "register_package"),
         "core.errors": (
             "ApplyError",

@@ -16,7 +16,7 @@ from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.files import check_file
 
 if TYPE_CHECKING:
-    from ernie_accel.core.components import Pipeline
+    from ernie_accel.core.components import CallablePipeline
     from ernie_accel.core.report import Report
 
 app = typer.Typer(
@@ -222,7 +222,7 @@ def info_command() -> None:
 
 def load_and_optimize(
     model: str | None, dtype: str, preset: str | None, skip_unsupported: bool
-) -> tuple[Pipeline, Report]:
+) -> tuple[CallablePipeline, Report]:
     """Load and optimize a pipeline; a preset that does not exist is refused before anything is loaded."""
     from ernie_accel.api import optimize, report
     from ernie_accel.core.context import Context

@@ -12,7 +12,7 @@ import typer
 from ernie_accel.core.errors import ErnieAccelError
 
 if TYPE_CHECKING:
-    from ernie_accel.core.components import Pipeline
+    from ernie_accel.core.components import CallablePipeline
     from ernie_accel.core.preset import Preset
     from ernie_accel.core.transform import Transform
 
@@ -130,7 +130,7 @@ def _load(
     preset: Preset | None = None,
     skip_unsupported: bool = False,
     refuse: Preset | None = None,
-) -> Pipeline:
+) -> CallablePipeline:
     """Load a side. `refuse` is what the other side will apply: if it cannot run, this one need not draw a picture.
 
     Raises:

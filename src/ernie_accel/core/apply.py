@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from ernie_accel.core.carried import carried_report, carry, drop
-from ernie_accel.core.components import Pipeline, pipe_bytes
+from ernie_accel.core.components import AnyPipeline, Pipeline, pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ApplyError, RestoreError, UnsupportedError
 from ernie_accel.core.plan import check_pipeline, keep_entries, plan_steps, title_of
@@ -63,10 +63,10 @@ def apply_request(
         raise
 
 
-def report_of(pipe: Pipeline) -> Report:
+def report_of(pipe: AnyPipeline) -> Report:
     """Return the report that a pipe carries, an empty one for an untouched pipe."""
-    check_pipeline(pipe)
-    return carried_report(pipe) or Report("nothing applied", type(pipe).__name__, Context.detect(pipe), ())
+    checked = check_pipeline(pipe)
+    return carried_report(checked) or Report("nothing applied", type(pipe).__name__, Context.detect(checked), ())
 
 
 def undo_all(pipe: Pipeline) -> None:

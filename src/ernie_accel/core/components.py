@@ -3,15 +3,59 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 
 from ernie_accel.core.errors import UnknownNameError
 
-#: A ``diffusers.DiffusionPipeline``; not imported here, because any object with its attributes will do.
-Pipeline: TypeAlias = Any
+
+class Pipeline(Protocol):
+    """What the library asks of a pipeline: a ``diffusers.DiffusionPipeline``, or any object with these.
+
+    Diffusers is not imported for it. Which components a pipeline has shows only when it is loaded; each is an attribute
+    of its name ("transformer", "vae"), so no class declares them, and neither does this one. `PipelineT` stands for one
+    class of pipeline: what goes in comes out.
+    """
+
+    @property
+    def components(self) -> Mapping[str, Any]:
+        """Its parts by name: models, tokenizers, the scheduler; None where one was left out."""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The settings it was made with, by name."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or cast all of its models, in place."""
+
+    def __getattr__(self, name: str, /) -> Any:
+        """Return a component, or what else the class of the pipeline has, by name."""
+
+
+class CallablePipeline(Pipeline, Protocol):
+    """A pipeline of a class that draws; ``DiffusionPipeline`` itself, from which those derive, cannot be called."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw pictures."""
+
+
+class Loadable(Protocol):
+    """What a type checker sees of ``diffusers.DiffusionPipeline`` and the like.
+
+    ``diffusers/__init__.py`` imports each class either whole or as a placeholder that only names torch as missing;
+    checkers believe in the placeholder, which has this method and nothing of a pipeline.
+    """
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a pipeline."""
+
+
+#: A pipeline as the functions for users take it.
+AnyPipeline: TypeAlias = Pipeline | Loadable
+PipelineT = TypeVar("PipelineT", bound=AnyPipeline)
 
 #: Components that only work before the denoising starts.
 PROMPT_COMPONENTS = ("text_encoder", "text_encoder_2", "text_encoder_3", "pe")

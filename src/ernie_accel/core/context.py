@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from ernie_accel.core.components import Pipeline, device_of
+from ernie_accel.core.components import AnyPipeline, Pipeline, device_of
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.hardware import GIB, hardware_named
 from ernie_accel.core.planned import PlannedPipe
@@ -107,7 +107,7 @@ class Context:
     state: PlannedPipe | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def detect(cls, pipe: Pipeline | None = None, device: str | None = None) -> Context:
+    def detect(cls, pipe: AnyPipeline | None = None, device: str | None = None) -> Context:
         """Look at this machine: at the device `pipe` lives on, or at the best one where no pipe is given.
 
         Args:
@@ -116,7 +116,7 @@ class Context:
         """
         import torch
 
-        found = device_of(pipe) if pipe is not None else _best_device()
+        found = device_of(cast(Pipeline, pipe)) if pipe is not None else _best_device()
         return cls._of(torch.device(device) if device is not None and _is_here(device) else found)
 
     @classmethod

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from ernie_accel.common.text import effect_text, human_bytes, summarise, table
 from ernie_accel.core.carried import carried_report
-from ernie_accel.core.components import Pipeline, bare_float8, pipe_bytes, wrapped_by_compile
+from ernie_accel.core.components import AnyPipeline, Pipeline, bare_float8, pipe_bytes, wrapped_by_compile
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ConflictError, ErnieAccelError
 from ernie_accel.core.planned import PlannedPipe
@@ -286,8 +286,8 @@ def plan_steps(
     )
 
 
-def check_pipeline(pipe: Pipeline) -> None:
-    """Refuse what is no pipeline at the door, with what was found.
+def check_pipeline(pipe: AnyPipeline) -> Pipeline:
+    """Return a pipeline as what it is; refuse what is none at the door, with what was found.
 
     Raises:
         ErnieAccelError: `pipe` has no components.
@@ -297,6 +297,7 @@ def check_pipeline(pipe: Pipeline) -> None:
             f"expected a diffusers pipeline (with .components), got {type(pipe).__name__}. "
             "Load one with DiffusionPipeline.from_pretrained(...); to optimize a bare model, put it into its pipeline."
         )
+    return cast(Pipeline, pipe)
 
 
 def _blockers(pipe: Pipeline) -> Iterator[str]:

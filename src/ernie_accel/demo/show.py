@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ernie_accel.api import optimize, plan, report
 from ernie_accel.common.contact_sheet import Column, contact_sheet
+from ernie_accel.core.components import CallablePipeline
 from ernie_accel.core.plan import Plan
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Report
@@ -129,12 +130,12 @@ def _labels(times: Race) -> list[str]:
     return [f"stock\n{stock}", f"optimized\n{fast}\n{ratio}"]
 
 
-def _quiet(pipe: Any) -> Any:
+def _quiet(pipe: CallablePipeline) -> CallablePipeline:
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _render(pipe: Any, prompt: str, seed: int) -> tuple[Image, float]:
+def _render(pipe: CallablePipeline, prompt: str, seed: int) -> tuple[Image, float]:
     """Return a picture and its milliseconds."""
     import torch
 

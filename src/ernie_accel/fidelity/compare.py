@@ -8,16 +8,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeGuard, cast
 
 import torch
 
 from ernie_accel.api import optimize, plan, report, restore
 from ernie_accel.common.text import effect_text
-from ernie_accel.core.components import Pipeline, device_of, modules_of, pipe_bytes
+from ernie_accel.core.components import AnyPipeline, CallablePipeline, Pipeline, device_of, modules_of, pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, RestoreError, UnknownNameError, UnsupportedError
-from ernie_accel.core.plan import compose
+from ernie_accel.core.plan import check_pipeline, compose
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.transform import Transform
 from ernie_accel.families import family_of
@@ -27,9 +27,9 @@ from ernie_accel.fidelity.render import PeakMemory, Rendering, accepts, render
 from ernie_accel.recipes.presets import find_preset
 
 #: A pipeline, or what loads one (its time is then measured, and only one is in memory at a time).
-Source: TypeAlias = Pipeline | Callable[[], Pipeline]
+Source: TypeAlias = AnyPipeline | Callable[[], AnyPipeline]
 #: What makes a candidate out of the baseline's own pipe.
-Change: TypeAlias = Preset | str | Transform | Sequence[Transform]
+Change: TypeAlias = Preset | str | Transform | list[Transform] | tuple[Transform, ...]
 
 PE_MODES = ("off", "fixed")
 
@@ -92,7 +92,7 @@ def evaluate(
     settings = {name: value for name, value in asked.items() if value is not None} | dict(call or {})
     texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
 
-    request = _asked_for(candidate) if _is_change(candidate) else None
+    request = _asked_for(candidate) if isinstance(candidate, (Preset, str, Transform, list, tuple)) else None
     pipe, load_s = _loaded(baseline)
     change = request.transforms_for(family_of(pipe)) if isinstance(request, Preset) else request
     context = Context.detect(pipe)
@@ -109,11 +109,11 @@ def evaluate(
             theirs = _side("candidate", pipe, second, None)
     else:
         if not _is_pipeline(baseline):
-            pipe = None  # ours alone: two models need not fit into memory at once
+            del pipe  # ours alone: two models need not fit into memory at once
             gc.collect()
             if context.device == "cuda":
                 torch.cuda.empty_cache()
-        other, load_s = _loaded(candidate)
+        other, load_s = _loaded(cast(Source, candidate))
         second = _drawn(other, texts, seed, settings, repeats, first)
         theirs = _side("candidate", other, second, load_s)
     if ours.load_s is not None and theirs.load_s is not None:
@@ -152,7 +152,7 @@ class _Drawn:
 
 
 def _drawn(
-    pipe: Pipeline,
+    pipe: CallablePipeline,
     texts: Sequence[str],
     seed: int,
     settings: Mapping[str, Any],
@@ -236,24 +236,24 @@ def _side(name: str, pipe: Pipeline, drawn: _Drawn, load_s: float | None) -> Sid
     )
 
 
-def _is_pipeline(source: object) -> bool:
+def _is_pipeline(source: object) -> TypeGuard[CallablePipeline]:
     return isinstance(getattr(source, "components", None), dict)
 
 
-def _is_change(candidate: Source | Change) -> bool:
-    return isinstance(candidate, (str, Preset, Transform, list, tuple))
-
-
-def _loaded(source: Source) -> tuple[Pipeline, float | None]:
+def _loaded(source: Source) -> tuple[CallablePipeline, float | None]:
     """Return the pipe and the seconds it took to load; None if it was loaded."""
     if _is_pipeline(source):
         return source, None
+    if isinstance(source, torch.nn.Module) or not callable(source):
+        check_pipeline(cast(AnyPipeline, source))
     start = time.perf_counter()
-    pipe = source()
-    return pipe, time.perf_counter() - start
+    pipe = cast(Callable[[], CallablePipeline], source)()
+    seconds = time.perf_counter() - start
+    check_pipeline(pipe)
+    return pipe, seconds
 
 
-def _asked_for(change: Any) -> Preset | tuple[Transform, ...]:
+def _asked_for(change: Change) -> Preset | tuple[Transform, ...]:
     """Return the preset, or the transforms given, one a slot."""
     if isinstance(change, (str, Preset)):
         return find_preset(change)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ernie_accel.core.components import Pipeline, device_of
+from ernie_accel.core.components import CallablePipeline, device_of
 from ernie_accel.core.outputs import images_of
 from ernie_accel.core.undo import Undo
 
@@ -70,7 +70,7 @@ class _Probe:
 
 
 def render(
-    pipe: Pipeline, prompt: str, seed: int, call: Mapping[str, Any], start: torch.Tensor | None = None
+    pipe: CallablePipeline, prompt: str, seed: int, call: Mapping[str, Any], start: torch.Tensor | None = None
 ) -> Rendering:
     """Draw `prompt`.
 
@@ -109,7 +109,7 @@ def render(
     )
 
 
-def accepts(pipe: Pipeline, argument: str) -> bool:
+def accepts(pipe: CallablePipeline, argument: str) -> bool:
     """Return whether the pipe's call takes `argument`."""
     return argument in inspect.signature(pipe.__call__).parameters
 

@@ -50,7 +50,7 @@ class RewrittenModel(Protocol):
     def to_be_fused(self, transformer: Any) -> Mapping[str, tuple[str, ...]]:
         """Return which linear layers `rewrite` would make one: path of the new one -> paths of its parts."""
 
-    def rewrite(self, pipe: Any, undo: Undo, fuse: bool) -> dict[str, str]:
+    def rewrite(self, pipe: Pipeline, undo: Undo, fuse: bool) -> dict[str, str]:
         """Rewrite the transformer of `pipe` in place; return what could not be fused: path -> reason."""
 
     def token_count(self, transformer: Any, arguments: Mapping[str, Any]) -> int:

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from ernie_accel.common.text import human_bytes
-from ernie_accel.core.components import Pipeline
+from ernie_accel.core.components import AnyPipeline, Pipeline
 from ernie_accel.core.context import OPTIONAL_PACKAGES, Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.hardware import hardware_called
-from ernie_accel.core.plan import Plan, compose, plan_request
+from ernie_accel.core.plan import Plan, check_pipeline, compose, plan_request
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.transform import Transform
 from ernie_accel.families import family_of
@@ -109,7 +109,7 @@ class Recommendation:
 
 
 def recommend(
-    context: Context | None = None, pipe: Pipeline | None = None, *, mode: str | None = None
+    context: Context | None = None, pipe: AnyPipeline | None = None, *, mode: str | None = None
 ) -> Recommendation:
     """Choose a preset for a machine, and for a pipe if one is given. Changes nothing and needs no accelerator.
 
@@ -125,21 +125,22 @@ def recommend(
     """
     check_mode(mode)
     load_plugins()
-    family = family_of(pipe)
+    checked = check_pipeline(pipe) if pipe is not None else None
+    family = family_of(checked)
     if mode is None:
         mode = "turbo" if "turbo" in family.modes else next(iter(family.modes), "turbo")
     samplers = " or ".join(f"SwapScheduler({name!r})" for name in family.schedulers)
     advice = (f"{family.name}'s guides sample with {samplers}: pass it beside the preset",) if samplers else ()
-    machine = context or Context.detect(pipe)
+    machine = context or Context.detect(checked)
     rejected: dict[str, tuple[str, ...]] = {}
-    candidates = [(*candidate, _refused(pipe, candidate[0], machine)) for candidate in _candidates(machine, mode)]
+    candidates = [(*candidate, _refused(checked, candidate[0], machine)) for candidate in _candidates(machine, mode)]
     # First what runs whole; else what gives the precision at least, with the rest of the preset left out.
     for allowed in (frozenset[str](), _NOT_PRECISION):
         rejected.clear()
         for preset, why, problems, refused in candidates:
             if not problems and refused is not None and {transform.slot for transform in refused} <= allowed:
                 left_out = [f"pass on_unsupported='skip', which leaves out {line}" for line in _lines(refused)]
-                warnings = (*left_out, *_memory_warnings(pipe, preset, machine))
+                warnings = (*left_out, *_memory_warnings(checked, preset, machine))
                 return Recommendation(preset, machine, why + advice, MappingProxyType(rejected), warnings)
             rejected[preset.name] = (*problems, *_lines(refused)) if refused is not None else ("the pipe cannot run",)
     last = machine.not_supported or "nothing else can run"

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from ernie_accel.core.components import Pipeline
+from ernie_accel.core.components import CallablePipeline
 from ernie_accel.core.errors import ErnieAccelError, SavedPipelineError
 from ernie_accel.storage.vetting import Index
 
 
-def assemble(folder: Path, index: Index, model: Callable[[str, type[Any]], torch.nn.Module]) -> Pipeline:
+def assemble(folder: Path, index: Index, model: Callable[[str, type[Any]], torch.nn.Module]) -> CallablePipeline:
     """Return the pipeline of a folder.
 
     Args:
@@ -31,7 +31,7 @@ def assemble(folder: Path, index: Index, model: Callable[[str, type[Any]], torch
         with reading(folder, name):
             parts[name] = None if cls is None else _part(folder / name, name, cls, model)
     with reading(folder, index.pipeline_class.__name__):
-        pipe = index.pipeline_class(**parts, **index.settings)
+        pipe: CallablePipeline = index.pipeline_class(**parts, **index.settings)
     pipe.register_to_config(_name_or_path=str(folder))
     return pipe
 

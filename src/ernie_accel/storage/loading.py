@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ernie_accel.core.components import Pipeline
+from ernie_accel.core.components import CallablePipeline
 from ernie_accel.core.context import NOT_SUPPORTED_YET
 from ernie_accel.core.dtypes import ALIASES, DTYPES, dtype_argument, dtype_name
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
@@ -37,7 +37,7 @@ def check_dtype(dtype: str) -> None:
 
 def load_pipeline(
     model: str | None = None, dtype: str = "auto", device: str = "auto", *, prompt_enhancer: bool = True
-) -> Pipeline:
+) -> CallablePipeline:
     """Load a diffusers pipeline onto a device; nothing that comes with it is run, and weights are safetensors only.
 
     Args:
@@ -66,10 +66,11 @@ def load_pipeline(
         return saved if prompt_enhancer else _without_enhancer(saved)
     name = dtype_name(dtype) if dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
     pipe = _from_anywhere(model, DTYPES[name])
-    return (pipe if prompt_enhancer else _without_enhancer(pipe)).to(device)
+    (pipe if prompt_enhancer else _without_enhancer(pipe)).to(device)
+    return pipe
 
 
-def _without_enhancer(pipe: Pipeline) -> Pipeline:
+def _without_enhancer(pipe: CallablePipeline) -> CallablePipeline:
     """Drop the prompt enhancer of a pipeline that has one, and return the pipeline."""
     how = family_of(pipe).prompt_enhancement
     if how is not None:
@@ -77,11 +78,12 @@ def _without_enhancer(pipe: Pipeline) -> Pipeline:
     return pipe
 
 
-def _from_anywhere(model: str | None, dtype: torch.dtype) -> Pipeline:
+def _from_anywhere(model: str | None, dtype: torch.dtype) -> CallablePipeline:
     if model is None:
         from ernie_accel.storage.embedded import load_embedded
 
-        return load_embedded(dtype)
+        embedded: CallablePipeline = load_embedded(dtype)
+        return embedded
     folder = Path(model)
     if folder.is_dir() and not (folder / INDEX).is_file():
         raise ErnieAccelError(f"{model} holds no pipeline: there is no {INDEX}, as save_pretrained writes it")
@@ -107,7 +109,7 @@ def _fetch(model: str) -> Path:
         raise ErnieAccelError(f"cannot load {model!r}: {error}") from error
 
 
-def _load_plain(folder: Path, dtype: torch.dtype) -> Pipeline:
+def _load_plain(folder: Path, dtype: torch.dtype) -> CallablePipeline:
     def model(name: str, cls: type[Any]) -> torch.nn.Module:
         import diffusers
 

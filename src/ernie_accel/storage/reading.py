@@ -17,7 +17,7 @@ import torch
 
 from ernie_accel.core.apply import apply_request
 from ernie_accel.core.carried import carry
-from ernie_accel.core.components import Pipeline, weights_of
+from ernie_accel.core.components import CallablePipeline, weights_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, SavedPipelineError, UnknownNameError
 from ernie_accel.core.plan import compose, title_of
@@ -48,7 +48,7 @@ def load(
     device: str = "cpu",
     on_unsupported: Literal["error", "skip"] = "error",
     known: Iterable[type] = (),
-) -> Pipeline:
+) -> CallablePipeline:
     """Read a pipe that `save` wrote: the same bits, the same transforms.
 
     The folder is only data, whoever made it: no code of its own is run, and it names no place on this machine. It can

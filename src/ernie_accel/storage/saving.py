@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 
 from ernie_accel.core.apply import report_of, suspended
-from ernie_accel.core.components import Pipeline, modules_of
+from ernie_accel.core.components import AnyPipeline, Pipeline, modules_of
 from ernie_accel.core.context import installed_versions
 from ernie_accel.core.errors import SavedPipelineError
 from ernie_accel.core.plan import check_pipeline
@@ -31,7 +31,7 @@ from ernie_accel.storage.manifest import FORMAT, FORMAT_VERSION, MANIFEST, WEIGH
 _LIBRARIES = ("diffusers", "transformers")
 
 
-def save(pipe: Pipeline, folder: str | os.PathLike[str]) -> Path:
+def save(pipe: AnyPipeline, folder: str | os.PathLike[str]) -> Path:
     """Write a pipe, quantized or not, to a folder that `load` reads back bit for bit.
 
     The folder is the old one or the new one, whole, whatever interrupts. What was applied after quantization (a
@@ -50,18 +50,18 @@ def save(pipe: Pipeline, folder: str | os.PathLike[str]) -> Path:
         RestoreError: Something applied after quantization cannot be undone.
         OSError: The folder cannot be written.
     """
-    check_pipeline(pipe)
+    checked = check_pipeline(pipe)
     target = Path(folder)
     there = current(target)
     if there.exists() and not (there / MANIFEST).is_file() and (not there.is_dir() or any(there.iterdir())):
         raise SavedPipelineError(target, "is there already and was not written by ernie_accel.save; choose another")
-    _check_can_be_saved(pipe, target)
-    done = [entry for entry in report_of(pipe).entries if entry.status != "skipped"]
+    _check_can_be_saved(checked, target)
+    done = [entry for entry in report_of(checked).entries if entry.status != "skipped"]
     entries = [entry for entry in done if _travels(entry.step.transform)]
 
     def write(place: Path) -> None:
-        with suspended(pipe, after=Phase.QUANTIZE):
-            _write(pipe, place, target, entries)
+        with suspended(checked, after=Phase.QUANTIZE):
+            _write(checked, place, target, entries)
 
     replace_folder(target, write)
     return target

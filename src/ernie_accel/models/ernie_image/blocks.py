@@ -30,6 +30,7 @@ from diffusers.models.transformers.transformer_ernie_image import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ernie_accel.core.components import Pipeline
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.undo import Undo
 from ernie_accel.models.ernie_image.positions import (
@@ -420,7 +421,7 @@ def to_be_fused(transformer: Any) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def rewrite(pipe: Any, undo: Undo, fuse: bool) -> dict[str, str]:
+def rewrite(pipe: Pipeline, undo: Undo, fuse: bool) -> dict[str, str]:
     """Rewrite the transformer of `pipe` in place and return what could not be fused: path -> reason."""
     transformer, skipped = pipe.transformer, {}
     for i, stock in enumerate(transformer.layers):

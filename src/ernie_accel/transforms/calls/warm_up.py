@@ -8,11 +8,11 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 
-from ernie_accel.core.components import Pipeline, device_of, modules_of
+from ernie_accel.core.components import CallablePipeline, Pipeline, device_of, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
@@ -246,7 +246,7 @@ def _draw(pipe: Pipeline, combination: Combination, *, decode: bool) -> None:
     }
     if "use_pe" in _call_parameters(pipe):
         arguments["use_pe"] = False
-    pipe(**arguments)
+    cast(CallablePipeline, pipe)(**arguments)
     device = device_of(pipe)
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)
