@@ -27,7 +27,7 @@ def run_job(table: Path, out: Path) -> int:
     return command.run_job(plan_job(table, {"output_dir": out, "model": "a/b", "preset": "exact", "batch_size": 3}))
 
 
-def run_rival(table: Path, out: Path, start: float, told: int) -> None:
+def run_rival(table: Path, out: Path, start: float, answer: int) -> None:
     """Run the command's job at a moment, in a child, and tell the parent how it went."""
     time.sleep(max(0, start - time.time()))
     try:
@@ -36,21 +36,21 @@ def run_rival(table: Path, out: Path, start: float, told: int) -> None:
         text = str(error).splitlines()[1].strip()
     except BaseException as error:  # whatever it is, the parent is to see it
         text = f"{type(error).__name__}: {error}"
-    os.write(told, f"{json.dumps(text)}\n".encode())
+    os.write(answer, f"{json.dumps(text)}\n".encode())
     os._exit(0)
 
 
 def race(table: Path, out: Path, rivals: int) -> list[str]:
     """Return what each of so many rivals said."""
-    read, told = os.pipe()
+    read, answer = os.pipe()
     start = time.time() + 0.02 * rivals
     children = []
     for _ in range(rivals):
         child = os.fork()
         if child == 0:
-            run_rival(table, out, start, told)
+            run_rival(table, out, start, answer)
         children.append(child)
-    os.close(told)
+    os.close(answer)
     with os.fdopen(read) as lines:
         said = [json.loads(line) for line in lines]
     for child in children:

@@ -258,13 +258,13 @@ def test_without_compiling_the_rest_of_the_preset_is_applied(table, loaded, caps
     assert "Compile()" not in out
 
 
-def test_every_mistake_of_the_options_is_told_at_once(table):
+def test_every_mistake_of_the_options_is_reported_at_once(table):
     with pytest.raises(BatchInputError) as caught:
         plan(table, retries=-1, batch_size=0, enhancer="http://a")
     assert len(caught.value.problems) == 3
 
 
-def test_a_folder_that_cannot_be_used_is_told_before_anything_is_loaded(table, nothing_is_loaded):
+def test_a_folder_that_cannot_be_used_is_refused_before_anything_is_loaded(table, nothing_is_loaded):
     (table.parent / "out").write_text("in the way")
     with pytest.raises(BatchOutputError, match="a file of this name is in the way"):
         command.run_job(plan(table))
@@ -292,7 +292,7 @@ def test_a_job_that_never_began_leaves_no_empty_folder(table, monkeypatch, stop)
 
 
 @pytest.mark.parametrize("option", ["log_json", "prometheus"])
-def test_a_log_that_cannot_be_written_is_told_before_anything_is_loaded(table, nothing_is_loaded, option):
+def test_a_log_that_cannot_be_written_is_refused_before_anything_is_loaded(table, nothing_is_loaded, option):
     (table.parent / "file").write_text("")
     with pytest.raises(BatchOutputError, match="a file of this name is in the way"):
         command.run_job(plan(table, **{option: table.parent / "file" / "log"}))
@@ -300,7 +300,7 @@ def test_a_log_that_cannot_be_written_is_told_before_anything_is_loaded(table, n
         command.run_job(plan(table, **{option: table.parent}))
 
 
-def test_what_the_folder_holds_is_told_before_anything_is_loaded(table, monkeypatch):
+def test_what_the_folder_holds_is_refused_before_anything_is_loaded(table, monkeypatch):
     """Another process's job, changed rows and settings, and pictures of others."""
     loads = []
     monkeypatch.setattr(command, "_engine", lambda job, facts: (loads.append(job), StubEngine())[1])
@@ -321,7 +321,7 @@ def test_what_the_folder_holds_is_told_before_anything_is_loaded(table, monkeypa
     assert command.run_job(plan(table, overwrite=True)) == 0
 
 
-def test_a_price_without_the_power_is_told_before_anything_is_loaded(table, nothing_is_loaded, monkeypatch):
+def test_a_price_without_the_power_is_refused_before_anything_is_loaded(table, nothing_is_loaded, monkeypatch):
     monkeypatch.setattr(report, "measured_watts", lambda: None)
     with pytest.raises(ErnieAccelError, match="add --watts"):
         command.run_job(plan(table, power_price=0.3))

@@ -287,7 +287,7 @@ def test_a_job_on_servers_is_resumed(tmp_path):
     assert len(server.requests) == 4
 
 
-def test_what_the_api_cannot_carry_is_told_before_anything_is_asked(tmp_path):
+def test_what_the_api_cannot_carry_is_refused_before_anything_is_asked(tmp_path):
     with ImageServer("vllm-omni") as server:
         rows = [replace(row, height=None, steps=500, guidance_scale=20.5) for row in sized_rows(1)]
         with pytest.raises(BatchInputError) as caught:

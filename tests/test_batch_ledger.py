@@ -115,7 +115,7 @@ def test_a_row_that_fails_leaves_no_older_picture_in_its_place_and_loses_none(tm
     assert (result.path, result.error) == (None, "RuntimeError: flaky")
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["001.png", "002.png"]
     assert (tmp_path / "rejected" / "older" / "a" / "000.png").read_bytes() == older
-    (result,) = run(StubEngine(), changed, tmp_path)  # mended: no picture is in the way of the next run
+    (result,) = run(StubEngine(), changed, tmp_path)  # fixed: no picture is in the way of the next run
     assert result.path.is_file()
 
 

@@ -239,7 +239,7 @@ def test_garbage_is_answered_quietly(garbage, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_it_listens_on_this_machine_only_unless_told_otherwise():
+def test_it_listens_on_this_machine_only_unless_asked_otherwise():
     with MetricsServer(0) as metrics:
         assert metrics.url.startswith("http://127.0.0.1:")
 
@@ -314,7 +314,7 @@ def test_the_command_serves_while_it_works(tmp_path):
     assert "2 succeeded" in out
 
 
-def test_a_port_in_use_is_told_before_the_model_is_loaded(tmp_path):
+def test_a_port_in_use_is_refused_before_the_model_is_loaded(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         job = start(tmp_path, port)

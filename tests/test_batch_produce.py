@@ -52,7 +52,7 @@ class StubPipe:
         return SimpleNamespace(images=[Image.new("RGB", (width, height), colour)])
 
 
-MEND = (
+FIX = (
     " could not be written: No space left on device; "
     "fix this and run again: finished pictures stay, and the others are made"
 )
@@ -204,7 +204,7 @@ def test_a_failed_write_leaves_the_old_picture_and_no_other_file(tmp_path, monke
     assert names(tmp_path) == ["0.png"]
     assert (tmp_path / "0.png").read_bytes() == old
     if caught.type is BatchOutputError:
-        assert (2, "'0.png'" + MEND) in caught.value.problems
+        assert (2, "'0.png'" + FIX) in caught.value.problems
         assert str(caught.value).startswith(f"Cannot write to '{tmp_path}' (")
         assert str(caught.value).endswith("\nNo picture was left half-written.")
 
@@ -272,7 +272,7 @@ def test_an_unusable_folder_is_refused_before_anything_is_rendered(tmp_path, mon
     assert names(tmp_path / "out") == []
 
 
-def test_what_the_pipe_cannot_do_is_told_before_anything_is_rendered(tmp_path):
+def test_what_the_pipe_cannot_do_is_refused_before_anything_is_rendered(tmp_path):
     rows = [make_row(0, width=32), make_row(1, negative_prompt="blurry", steps=8)]
     with pytest.raises(BatchInputError) as caught:
         produce(PlainPipe(), rows, tmp_path / "out")
@@ -442,7 +442,7 @@ def test_rows_of_a_program_are_named_and_filled_as_those_of_a_file():
     ],
     ids=str,
 )
-def test_rows_that_cannot_be_used_are_told_before_anything_is_drawn(tmp_path, rows, message):
+def test_rows_that_cannot_be_used_are_refused_before_anything_is_drawn(tmp_path, rows, message):
     pipe = StubPipe()
     with pytest.raises(BatchInputError, match=re.escape(message)):
         produce(pipe, rows, tmp_path / "out")

@@ -124,15 +124,15 @@ def test_a_lost_engine_answers_everybody_and_closes(tmp_path):
     producer.close()
 
 
-def test_aproduce_returns_all_results_and_tells_each(tmp_path):
-    told = []
+def test_aproduce_returns_all_results_and_passes_each_on(tmp_path):
+    passed_on = []
 
     async def main():
-        return await aproduce(StubEngine(), make_rows(5), tmp_path, on_result=told.append, progress=False)
+        return await aproduce(StubEngine(), make_rows(5), tmp_path, on_result=passed_on.append, progress=False)
 
     results = asyncio.run(main())
     assert sorted(result.row.index for result in results) == list(range(5))
-    assert told == results
+    assert passed_on == results
 
 
 @pytest.mark.parametrize("count", [1, 200])

@@ -160,7 +160,7 @@ def test_more_actors_than_fit_on_this_machine_are_refused(cluster, monkeypatch):
     assert ended == [True, True]
 
 
-def test_an_actor_without_a_place_is_waited_for_and_told_about(cluster, monkeypatch, caplog):
+def test_an_actor_without_a_place_is_waited_for_and_logged(cluster, monkeypatch, caplog):
     """A cluster that others started may grow."""
     from ernie_accel.batch.engines import ray as module
 

@@ -79,7 +79,7 @@ def test_the_engine_is_idle_while_no_batch_is_rendered_however_they_overlap(batc
 
 
 def test_a_batch_that_claims_more_time_than_has_passed_ends_now():
-    """An image server tells its own seconds; what it says must not count as work that is yet to come."""
+    """An image server reports its own seconds; what it says must not count as work that is yet to come."""
     now = [0.0]
     telemetry = Telemetry(10, clock=lambda: now[0])
     begun = telemetry.begun(1)
@@ -114,7 +114,7 @@ def test_what_is_not_known_is_left_out_of_the_metrics():
     assert b"eta" not in exposition(Telemetry(3).snapshot())
 
 
-def test_the_report_tells_counts_reasons_and_cost(tmp_path):
+def test_the_report_has_counts_reasons_and_cost(tmp_path):
     def before(requests, call):
         if any(request.seed == 2 for request in requests):
             raise ValueError("<bad> | prompt")

@@ -70,7 +70,7 @@ batch_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  
 
 
 def run_job(job: Job) -> int:
-    """Run a job, tell how it went, and return the exit code."""
+    """Run a job, print how it went, and return the exit code."""
     with _removing_empty_folders(job):
         return _run_job(job)
 

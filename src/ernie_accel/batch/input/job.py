@@ -105,7 +105,7 @@ def plan_job(table: Path, given: Mapping[str, Any]) -> Job:
         raise BatchInputError(table, problems.wrong)
     if "output_dir" not in options:
         raise BatchInputError(table, [(None, "no output folder is given; add --out, or output_dir to the job file")])
-    job = Job.model_construct(**options)  # each is checked, and what is out of range still tells what belongs together
+    job = Job.model_construct(**options)  # each is checked, and one out of range is still a sign of what was meant
     if found := [*problems.out_of_range, *_setting_problems(job), *_useless_options(job)]:
         raise BatchInputError(table, found)
     return job
@@ -246,8 +246,8 @@ def _useless_options(job: Job) -> list[Problem]:
     given = job.asked_for
     clashes: list[tuple[str, str]] = []
     if job.endpoint:
-        why = "has no effect with endpoint: the image servers hold the pipeline; start them with it, or leave it out"
-        clashes += [(name, why) for name in _OF_A_PIPELINE if name in given and getattr(job, name) != 0]
+        reason = "has no effect with endpoint: the image servers hold the pipeline; start them with it, or leave it out"
+        clashes += [(name, reason) for name in _OF_A_PIPELINE if name in given and getattr(job, name) != 0]
         if job.demo_model:
             clashes.append(("demo_model", "has no effect with endpoint: the image servers have a model; leave it out"))
     else:
@@ -270,7 +270,7 @@ def _useless_options(job: Job) -> list[Problem]:
         ]
     elif job.watts is not None and job.power_price is None:
         clashes.append(("watts", "has no effect without power_price; give the price of a kWh"))
-    return [(None, f"{name} {why}") for name, why in clashes]
+    return [(None, f"{name} {reason}") for name, reason in clashes]
 
 
 def _mode_problems(mode: object, table: object) -> list[Problem]:

@@ -78,8 +78,8 @@ def pattern_problems(pattern: str, columns: Collection[str]) -> list[str]:
             if not _INDEX_SPEC.fullmatch(suffix.removeprefix(":")):
                 problems.append(f"{heading} has {{index{suffix}}}; expected {{index}} or {{index:05d}}")
         elif field not in columns:
-            why = "attributes and indices are refused" if set(field) & set(".[") else "there is no such column"
-            problems.append(f"{heading} uses {{{field}}}, but {why}; valid here: {valid}")
+            reason = "attributes and indices are refused" if set(field) & set(".[") else "there is no such column"
+            problems.append(f"{heading} uses {{{field}}}, but {reason}; valid here: {valid}")
         elif suffix:
             problems.append(f"{heading} has {{{field}{suffix}}}; columns go in as they are: {{{field}}}")
     literal, field, _ = pieces[-1] if pieces else ("", None, "")

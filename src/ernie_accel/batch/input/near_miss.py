@@ -70,8 +70,8 @@ def ignored_column(name: str, columns: Collection[str], *, has_template: bool) -
     # "cfgScale", "CFG scale" and "cfg-scale" are all cfg_scale.
     plain = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name[:100])
     plain = re.sub(r"\W+", "_", plain).strip("_").lower()
-    if why := _WHOLE_JOB.get(plain):
-        return f"{why}; delete it"
+    if reason := _WHOLE_JOB.get(plain):
+        return f"{reason}; delete it"
     meant = plain if plain in SETTINGS else _ALIASES.get(plain)
     if meant is None and plain not in _OTHER_WORDS:
         alike = [setting for setting in SETTINGS if abs(len(setting) - len(plain)) <= 1]

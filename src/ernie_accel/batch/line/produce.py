@@ -200,7 +200,7 @@ def renew_manifest(rows: Iterable[Row], out: str | Path, *, seed: int = 0, overw
 def _remove_leftovers(folder: OutputFolder, tasks: Sequence[Task]) -> None:
     """Remove what was half-written when earlier runs were killed; the ledger must be locked."""
     rows = dict.fromkeys(task.row.folder for task in tasks)
-    folder.remove_leftovers({"", *rows, *folder.folders_below(REJECTED_FOLDER)})
+    folder.remove_leftovers({"", *rows, *folder.folders_inside(REJECTED_FOLDER)})
 
 
 def _sift_facts(sift: Sift | None) -> dict[str, str]:
@@ -266,29 +266,29 @@ async def aproduce(
             loop.call_soon_threadsafe(arrived.put_nowait, result)
         return results
 
-    async def tell() -> NoReturn:
+    async def deliver() -> NoReturn:
         while True:
-            told = on_result(await arrived.get()) if on_result is not None else await arrived.get()
-            if inspect.isawaitable(told):
-                await told
+            returned = on_result(await arrived.get()) if on_result is not None else await arrived.get()
+            if inspect.isawaitable(returned):
+                await returned
             arrived.task_done()
 
     work = asyncio.create_task(asyncio.to_thread(run))
-    teller = asyncio.create_task(tell())
+    delivering = asyncio.create_task(deliver())
     try:
-        # For either: a teller that failed takes nothing more from the queue, and would be waited for forever.
-        await asyncio.wait({work, teller}, return_when=asyncio.FIRST_COMPLETED)
-        if not teller.done():
+        # For either: a delivery that failed takes nothing more from the queue, and would be waited for forever.
+        await asyncio.wait({work, delivering}, return_when=asyncio.FIRST_COMPLETED)
+        if not delivering.done():
             results = work.result()
-            all_told = asyncio.create_task(arrived.join())
-            await asyncio.wait({all_told, teller}, return_when=asyncio.FIRST_COMPLETED)
-            if all_told.done():
+            all_delivered = asyncio.create_task(arrived.join())
+            await asyncio.wait({all_delivered, delivering}, return_when=asyncio.FIRST_COMPLETED)
+            if all_delivered.done():
                 return results
-            all_told.cancel()
-        return teller.result()  # raises: it ends by an error only
+            all_delivered.cancel()
+        return delivering.result()  # raises: it ends by an error only
     finally:
         stopped = True
-        teller.cancel()
+        delivering.cancel()
         await asyncio.wait({work})
 
 

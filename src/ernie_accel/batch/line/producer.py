@@ -38,9 +38,9 @@ class Producer:
     Rows that wait together and are alike are rendered together. It keeps no ledger: a service has a database of its
     own, and a picture is in its place when its future is done.
 
-    A name is taken while its picture is in progress, in every spelling that some file system holds for the same. Then it
-    is forgotten, so that a service can run for years: what the folder holds is refused unless `overwrite` replaces it, a
-    picture that failed can be submitted again, and spellings are compared as the folder's file system does.
+    A name is taken while its picture is in progress, in every spelling that some file system treats as the same. Then
+    it is forgotten, so that a service can run for years: a picture that exists is refused unless `overwrite` replaces
+    it, and one that failed can be submitted again.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Producer:
         """
         check_arguments("Producer", locals())
         self._folder = OutputFolder(Path(out), create=True)
-        if links := self._folder.link_problems(self._folder.folders_below(REJECTED_FOLDER)):
+        if links := self._folder.link_problems(self._folder.folders_inside(REJECTED_FOLDER)):
             raise BatchOutputError(self._folder.path, links)
         self._engine = pipe if isinstance(pipe, Engine) else LocalEngine(pipe, max_batch=batch_size)
         self._owns_engine = self._engine is not pipe

@@ -164,7 +164,7 @@ class OutputFolder:
                 )
         return problems
 
-    def folders_below(self, name: str) -> Iterator[str]:
+    def folders_inside(self, name: str) -> Iterator[str]:
         """Yield a folder and all those in it, links to folders included, but not what is behind these."""
         found = self.status(name)
         if found is None:
@@ -174,9 +174,9 @@ class OutputFolder:
             return
         start = self.absolute(name)
         for folder, inner, _ in os.walk(start):
-            below = os.path.relpath(folder, start).replace(os.sep, "/")
+            within = os.path.relpath(folder, start).replace(os.sep, "/")
             for each in inner:
-                yield f"{name}/{each}" if below == "." else f"{name}/{below}/{each}"
+                yield f"{name}/{each}" if within == "." else f"{name}/{within}/{each}"
 
     def remove_leftovers(self, names: Iterable[str]) -> None:
         """Remove what kills have left of files in these folders ("": this one); nobody else may be writing there.

@@ -62,12 +62,12 @@ _SCHEMA = (
     _INDEX,
 )
 _COLUMNS = {"settings": ("name", "value"), "rows": (*_ROWS, "checksum"), "files": ("name", "digest")}
-# How SQLite's messages begin that do not tell of damage.
+# How SQLite's messages begin that are not about damage.
 _NOT_DAMAGED = ("database or disk is full", "disk I/O error", "unable to open", "attempt to write a readonly")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class LedgerEntry:
     """What the ledger knows of one picture; the columns of its table, see there."""
 
     path: str
@@ -229,18 +229,18 @@ class Ledger:
         self._update(_to_state("pending"), [(t.row.path,) for t in tasks])
 
     def settle(self, entries: Sequence[Mapping[str, object]]) -> None:
-        """Note what became of rows: mappings with `path`, `state` and the other columns of an `Entry`."""
+        """Note what became of rows: mappings with `path`, `state` and the other columns of a `LedgerEntry`."""
         settled = ("state", "seed", "error", "bytes", "seconds", "batch_size", "hash", "finished_at")
         self._update(f"UPDATE rows SET {_changed(**{name: f':{name}' for name in settled})} WHERE path=:path", entries)
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[LedgerEntry]:
         """Yield every row in the order of the input."""
-        names = [field.name for field in fields(Entry)]
+        names = [field.name for field in fields(LedgerEntry)]
         for values in self._select(f"SELECT {', '.join(names)} FROM rows ORDER BY place"):
             known: dict[str, Any] = dict(zip(names, values, strict=True))
             known |= {name: self._json(known[name]) for name in ("request", "columns")}
             known["seed"] = None if known["seed"] is None else int(known["seed"])
-            yield Entry(**known)
+            yield LedgerEntry(**known)
 
     def hashes(self) -> Iterator[tuple[str, str]]:
         """Yield the perceptual hash and the path of every picture in its place that has one."""
@@ -424,7 +424,7 @@ class Ledger:
         """Refuse what is in the way, but for the files that an earlier run of this job has made or begun."""
         folders = dict.fromkeys(task.row.folder for task in tasks if task.row.folder)
         problems = _job_folder_problems(self._folder)
-        problems += self._folder.link_problems([*folders, *self._folder.folders_below(REJECTED_FOLDER)])
+        problems += self._folder.link_problems([*folders, *self._folder.folders_inside(REJECTED_FOLDER)])
         for task in tasks:
             path = task.row.path
             if (found := self._folder.status(path)) is None:
@@ -447,8 +447,8 @@ class Ledger:
             if stat.S_ISDIR(found.st_mode):
                 problems.append((None, f"{name!r} is a folder; move it or choose another output"))
             elif not overwrite and (name, self._folder.digest(name)) not in ours:
-                why = "exists, and is not as this job wrote it"
-                problems.append((None, f"{name!r} {why}; move it, allow overwriting or choose another output"))
+                reason = "exists, and is not as this job wrote it"
+                problems.append((None, f"{name!r} {reason}; move it, allow overwriting or choose another output"))
         return problems
 
     def _lost_files(self) -> set[str]:

@@ -9,7 +9,7 @@ from dataclasses import fields
 
 from ernie_accel.batch.engines.base import Request
 from ernie_accel.batch.input.cells import MANIFEST_FIELDS, escaped
-from ernie_accel.batch.output.ledger import Entry, Ledger
+from ernie_accel.batch.output.ledger import Ledger, LedgerEntry
 
 _REQUEST_FIELDS = sorted(field.name for field in fields(Request))
 
@@ -49,7 +49,7 @@ def _cell(value: object) -> object:
     return escaped(value) if isinstance(value, str) else value
 
 
-def _record(entry: Entry) -> dict[str, object]:
+def _record(entry: LedgerEntry) -> dict[str, object]:
     record: dict[str, object] = {
         "path": entry.path,
         "state": entry.state,

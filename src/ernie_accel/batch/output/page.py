@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ernie_accel.batch.output.ledger import Entry
+from ernie_accel.batch.output.ledger import LedgerEntry
 from ernie_accel.common.text import one_line
 
 _THUMBNAIL_PX = 240
@@ -94,13 +94,13 @@ def page(content: Mapping[str, object]) -> str:
     return template.render(content, style=Markup(style), style_hash=f"sha256-{digest}")
 
 
-def gallery(out: Path, entries: Iterable[Entry]) -> list[Picture]:
+def gallery(out: Path, entries: Iterable[LedgerEntry]) -> list[Picture]:
     """Return the pictures that can still be read, in their order."""
     with ThreadPoolExecutor(_READERS, "ernie-accel-report") as pool:
         return [picture for picture in pool.map(lambda entry: _picture(out, entry), entries) if picture is not None]
 
 
-def _picture(out: Path, entry: Entry) -> Picture | None:
+def _picture(out: Path, entry: LedgerEntry) -> Picture | None:
     try:
         with Image.open(out / entry.path) as image:
             full = f"{image.width} x {image.height} px"
@@ -124,7 +124,7 @@ def _picture(out: Path, entry: Entry) -> Picture | None:
     )
 
 
-def _name(entry: Entry) -> str:
+def _name(entry: LedgerEntry) -> str:
     """Return what the table calls the picture: its SKU and its name, else the file's own name."""
     columns = {name.strip().lower(): value for name, value in entry.columns.items() if value.strip()}
     found = [next((columns[name] for name in names if name in columns), None) for names in _NAME_COLUMNS]

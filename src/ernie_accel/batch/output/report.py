@@ -10,7 +10,7 @@ from typing import Any
 
 from ernie_accel.batch.input.job import EMBEDDED_MODEL
 from ernie_accel.batch.input.options import REAL_MODEL, check_arguments
-from ernie_accel.batch.output.ledger import REJECTED, Entry, Ledger, open_job
+from ernie_accel.batch.output.ledger import REJECTED, Ledger, LedgerEntry, open_job
 from ernie_accel.batch.output.runs import read_runs
 from ernie_accel.batch.watch.snapshot import percentile
 from ernie_accel.batch.watch.telemetry import merged
@@ -46,7 +46,7 @@ def write_report(
         out: The output folder.
         gpu_price: Of one GPU-hour.
         power_price: Of one kilowatt-hour.
-        watts: Power drawn; None: as NVML tells now, when the job may be over.
+        watts: Power drawn; None: as NVML reports it now, when the job may be over.
         overwrite: Replace reports that are not this job's, or were changed since it wrote them.
 
     Raises:
@@ -77,8 +77,8 @@ class _Facts:
         self.done = counts["done"]
         self.counts = [(state, counts[state]) for state in ("done", "failed", "rejected", "pending", "running")]
         self.latencies: list[float] = []
-        self.failures: list[Entry] = []  # the first of them
-        self.shown: list[Entry] = []  # pictures evenly spread over the job
+        self.failures: list[LedgerEntry] = []  # the first of them
+        self.shown: list[LedgerEntry] = []  # pictures evenly spread over the job
         spans: list[tuple[float, float]] = []
         sizes: Counter[int | None] = Counter()
         reasons: Counter[str] = Counter()
@@ -243,12 +243,12 @@ def no_watts() -> ErnieAccelError:
 
 
 def measured_watts() -> float | None:
-    """Return the power that the GPU draws now, in watts, as NVML tells it; None where it does not."""
+    """Return the power that the GPU draws now, in watts, as NVML reports it; None where it does not."""
     import torch
 
     if not torch.cuda.is_available():
         return None
     try:
-        return float(torch.cuda.power_draw()) / 1000  # NVML tells milliwatts
+        return float(torch.cuda.power_draw()) / 1000  # NVML reports milliwatts
     except (ImportError, RuntimeError):
         return None

@@ -25,7 +25,7 @@ _GAUGES: Mapping[str, tuple[str, str]] = {
     "eta_s": ("eta_seconds", "Seconds until the end at this speed."),
     "batch_size": ("batch_size", "Rows of the last batch."),
     "engine_idle": ("engine_idle_ratio", "Part of the time in which nothing was rendered, 0 to 1."),
-    "gpu_utilization": ("gpu_utilization_percent", "The GPU's utilisation as NVML tells it, 0 to 100."),
+    "gpu_utilization": ("gpu_utilization_percent", "The GPU's utilisation as NVML reports it, 0 to 100."),
     "gpu_memory_bytes": ("gpu_memory_peak_bytes", "Memory allocated by torch, at the peak."),
 }
 _LATENCY = ("picture_seconds", "Seconds from the start of a row's batch to its file.")

@@ -158,7 +158,7 @@ class _Server(socketserver.ThreadingTCPServer):
         self._end(older_than=time.monotonic() - _CLIENT_S)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Tell the log alone: a client that goes away in the middle is nobody's error, and the bar stays whole."""
+        """Write to the log alone: a client that goes away in the middle is nobody's error, and the bar stays whole."""
         _log.debug("a client at %s was not answered", client_address, exc_info=True)
 
     def _closed(self, request: socket.socket) -> None:

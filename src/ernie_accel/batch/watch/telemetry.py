@@ -30,7 +30,7 @@ _STATE_BYTES = 10_000  # of a file's start, by which its kind is known
 
 
 class Telemetry:
-    """Counts what happens on a line and tells it, at most every few seconds, to whoever asked.
+    """Counts what happens on a line, and publishes it every few seconds where that was asked for.
 
     One thread counts; `snapshot` may be called from any.
     """
@@ -70,7 +70,7 @@ class Telemetry:
         self._under_way: list[float] = []  # when each batch was begun
         self._busy_s = 0.0  # before all that is under way
         self._busy: list[tuple[float, float]] = []  # (from, to) after that, apart and ascending
-        self._begin = self._told = clock()
+        self._begin = self._published = clock()
         self._first_batch: float | None = None
         self._last_batch = self._begin
         self._bar = tqdm(
@@ -114,8 +114,8 @@ class Telemetry:
                 self._latency_counts[bisect.bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
                 self._finished.append(now)
         self._bar.update()
-        if now - self._told >= self._interval_s:
-            self._tell(now)
+        if now - self._published >= self._interval_s:
+            self._publish(now)
 
     def snapshot(self) -> Snapshot:
         """Return the state of the job now."""
@@ -147,13 +147,13 @@ class Telemetry:
             )
 
     def close(self) -> Snapshot:
-        """Tell the last state, take the bar down, and return that state."""
-        self._tell(self._clock())
+        """Publish the last state, take the bar down, and return that state."""
+        self._publish(self._clock())
         self._bar.close()
         return self.snapshot()
 
-    def _tell(self, now: float) -> None:
-        self._told = now
+    def _publish(self, now: float) -> None:
+        self._published = now
         state = self.snapshot()
         if not self._bar.disable:
             self._bar.set_postfix_str(in_words(state))
