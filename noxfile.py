@@ -11,13 +11,15 @@ nox.options.reuse_existing_virtualenvs = True
 LINT = ("ruff>=0.9",)
 TEST = (
     "pytest>=8",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.8",
     "scikit-image>=0.24",
     "peft>=0.17",
     "hypothesis>=6.100",
     "triton>=3; sys_platform == 'linux'",
 )
 
+#: A process for each core, of one thread each: the models are too small for more. The attacks, which take longest, first.
+SPREAD = ("--numprocesses=auto", "--maxprocesses=8", "--dist=loadfile", "--no-loadscope-reorder")
 
 #: What a release of a dependency can break: loading, drawing, comparing, every transform and backend, batches.
 VERSION_TESTS = (
@@ -36,11 +38,21 @@ NOT_ON_LOWEST = (
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run all tests with every extra that works on a CPU; a requested backend that cannot be imported fails."""
+    """Run the tests with every extra that works on a CPU; a requested backend that cannot be imported fails."""
     session.install(".[all]", *TEST)
-    # A process for each core, of one thread each: the models are too small for more.
-    spread = ("--numprocesses=auto", "--maxprocesses=8", "--dist=loadfile")
-    session.run("python", "-m", "pytest", "tests", *spread, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    _run_tests(session, "-m", "not slow")
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """Run the tests that start several processes with a pipeline each, compile for long, or only repeat at length."""
+    session.install(".[all]", *TEST)
+    _run_tests(session, "-m", "slow")
+
+
+def _run_tests(session: nox.Session, *arguments: str) -> None:
+    command = ("python", "-m", "pytest", "tests", *SPREAD, *arguments, *session.posargs)
+    session.run(*command, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(python="3.11")
@@ -77,17 +89,15 @@ def _lowest_pins() -> list[str]:
 
 def _test_versions(session: nox.Session, *arguments: str) -> None:
     files = session.posargs or [f"tests/test_{name}.py" for name in VERSION_TESTS]
-    spread = ("--numprocesses=auto", "--maxprocesses=8", "--dist=loadfile")
-    session.run("python", "-m", "pytest", *spread, *arguments, *files, env={"OMP_NUM_THREADS": "1"})
+    session.run("python", "-m", "pytest", *SPREAD, *arguments, *files, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session
 def attack(session: nox.Session) -> None:
     """Attack the library at length: fuzzed inputs, kills, interrupts, hostile folders, faulty servers (20 minutes)."""
     session.install(".[all]", *TEST)
-    spread = ("--numprocesses=auto", "--maxprocesses=8", "--dist=loadfile")
     env = {"OMP_NUM_THREADS": "1", "ERNIE_ACCEL_ATTACK": "full"}
-    session.run("python", "-m", "pytest", "tests/attack", *spread, *session.posargs, env=env)
+    session.run("python", "-m", "pytest", "tests/attack", *SPREAD, *session.posargs, env=env)
 
 
 @nox.session

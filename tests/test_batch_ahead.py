@@ -48,7 +48,7 @@ def test_prompts_are_prepared_few_at_a_time_and_alike_in_length_together():
     assert [length for some in lengths for length in some] == list(range(40))
 
 
-@pytest.mark.parametrize("engine", [LocalEngine, ProcessEngine])
+@pytest.mark.parametrize("engine", [LocalEngine, pytest.param(ProcessEngine, marks=pytest.mark.slow)])
 def test_rows_are_bucketed_by_the_length_of_their_prompt(engine):
     engine = engine(load_tiny_ernie) if engine is ProcessEngine else engine(load_tiny_ernie())
     try:
@@ -61,7 +61,7 @@ def test_rows_are_bucketed_by_the_length_of_their_prompt(engine):
         engine.close()
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[pytest.param(1, marks=pytest.mark.slow), 2])
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -131,6 +131,7 @@ def test_slow_words_of_the_enhancer_are_given_up_between_two(monkeypatch):
     engine.close()
 
 
+@pytest.mark.slow
 def test_a_child_whose_encoder_hangs_costs_the_row_and_no_other(tmp_path):
     engine = ProcessEngine(functools.partial(load_ernie_that_hangs_on, "blue blue blue"))
     try:
@@ -170,7 +171,7 @@ def test_an_engine_in_rounds_renders_what_it_prepared_before_it_prepares_more(tm
     assert not Engine.in_rounds
 
 
-@pytest.mark.parametrize("process", [False, True])
+@pytest.mark.parametrize("process", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_freeing_the_encoders_holds_the_embeddings_of_one_round_only(process):
     if process:
         engine = ProcessEngine(load_tiny_ernie, free_encoders=True)

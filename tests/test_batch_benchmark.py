@@ -68,6 +68,7 @@ def test_a_job_with_a_failed_row_has_no_figures(benchmark, tmp_path):
         benchmark.batch(broken, rows, tmp_path, 1)
 
 
+@pytest.mark.slow
 def test_a_preset_is_measured_against_the_loop_and_saved(tmp_path):
     arguments = ("--random", "tiny", "--preset", "exact", "--rows", "3", "--rounds", "1")
     out = run("batch.py", *arguments, "--save", str(tmp_path / "batch"))
@@ -82,6 +83,7 @@ def test_a_preset_is_measured_against_the_loop_and_saved(tmp_path):
     assert out.strip() == (tmp_path / "batch.md").read_text().partition("\n| ")[2].join(["| ", ""]).strip()
 
 
+@pytest.mark.slow
 def test_the_scale_of_a_job_is_measured_and_saved(tmp_path):
     out = run("batch_scale.py", "--model-rows", "2", "--flat-rows", "50", "--save", str(tmp_path / "scale"))
     jobs = json.loads((tmp_path / "scale.json").read_text())["jobs"]

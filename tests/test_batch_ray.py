@@ -118,6 +118,7 @@ def test_prompts_are_enhanced_and_encoded_ahead_by_all_actors_once_and_used_by_a
     assert not any(encoded.packed for future in engine._encoding.values() for encoded in future.result().values())
 
 
+@pytest.mark.slow
 def test_an_actor_that_dies_while_it_encodes_ahead_costs_no_row(cluster, tmp_path, alone):
     from ernie_accel.batch.engines.ray import RayEngine
 
@@ -177,6 +178,7 @@ def test_an_actor_without_a_place_is_waited_for_and_logged(cluster, monkeypatch,
     assert "Waiting for a Ray actor" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_encoder_that_hangs_ahead_costs_its_row_and_no_other(cluster, tmp_path):
     """The actor is replaced, and loading the next one is no batch's time."""
     from ernie_accel.batch.engines.ray import RayEngine
@@ -215,6 +217,7 @@ def test_the_next_rows_are_prepared_before_those_at_hand_are_rendered(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_rows_are_bucketed_by_the_length_of_their_prompt(cluster):
     from ernie_accel.batch.engines.ray import RayEngine
 

@@ -61,7 +61,7 @@ def often(monkeypatch):
 
 
 @both
-@pytest.mark.parametrize("steps", [20, 30, 50])
+@pytest.mark.parametrize("steps", [20, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (30, 50))])
 @pytest.mark.parametrize("beside", [(), (CastDtype("bfloat16"),), (SwapScheduler("unipc"),)], ids=repr)
 def test_on_the_trained_model_it_stays_above_its_floor_and_really_skips(trained, steps, beside, backend):
     cache = CacheSteps(backend=backend)

@@ -45,7 +45,7 @@ def count_forwards(pipe):
     return ran
 
 
-@pytest.mark.parametrize("steps", [LEAST_STEPS, 30, 50])
+@pytest.mark.parametrize("steps", [LEAST_STEPS, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (30, 50))])
 @pytest.mark.parametrize("beside", [(), (CastDtype("bfloat16"),), (SwapScheduler("unipc"),)], ids=repr)
 def test_on_the_trained_model_it_stays_above_its_floor_and_really_skips(trained, steps, beside):
     for every in FLOORS_DB:

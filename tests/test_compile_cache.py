@@ -61,6 +61,7 @@ def run_process(folder: Path, own_folder: Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_next_process_finds_what_the_first_compiled_and_damage_is_compiled_anew(tmp_path):
     folder, own = tmp_path / "kept" / "here", tmp_path / "own"
     first = run_process(folder, own)

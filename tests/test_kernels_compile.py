@@ -40,7 +40,7 @@ class AbsentCard:
         return 0
 
 
-@pytest.fixture(params=SHARED)
+@pytest.fixture(params=[80, 90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (89, 120))])
 def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, list[Any]]]:
     """Compile for a card instead of launching, and yield what was compiled, by kernel."""
     kernels: dict[str, list[Any]] = {}

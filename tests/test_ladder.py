@@ -46,6 +46,7 @@ def test_the_ladder_measures_and_saves(tmp_path):
     assert ladder("--tables", tmp_path / "ladder.json").stdout.strip() in text
 
 
+@pytest.mark.slow
 def test_the_sweep_measures_batches_sizes_and_recompiles(tmp_path):
     _, rows = measured(tmp_path / "sweep", "--sweep", "--only", "stock")
     cells = rows["stock"]["cells"]
@@ -55,6 +56,7 @@ def test_the_sweep_measures_batches_sizes_and_recompiles(tmp_path):
     assert "| 64 x 64 | 2 |" in (tmp_path / "sweep.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_peer_that_fails_gets_a_row_with_its_error(tmp_path):
     _, rows = measured(tmp_path / "peers", "--peers", "--only", "stock,torchao-fp8")
     assert rows["stock"]["sqnr_db"] > 30 and rows["stock"]["latents_db"] > 20
@@ -65,6 +67,7 @@ def test_a_peer_that_fails_gets_a_row_with_its_error(tmp_path):
     assert "| stock | diffusers as it is, bf16 | no |" in text and "- torchao-fp8: UnsupportedError" in text
 
 
+@pytest.mark.slow
 def test_the_parts_are_measured_alone_and_compared_to_stock(tmp_path):
     _, rows = measured(
         tmp_path / "parts", "--parts",
