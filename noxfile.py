@@ -18,7 +18,7 @@ TEST = (
     "triton>=3; sys_platform == 'linux'",
 )
 
-#: A process for each core, of one thread each: the models are too small for more. The attacks, which take longest, first.
+#: A process for each core, of one thread each: the models are too small for more. The attacks, the longest, come first.
 SPREAD = ("--numprocesses=auto", "--maxprocesses=8", "--dist=loadfile", "--no-loadscope-reorder")
 
 #: What a release of a dependency can break: loading, drawing, comparing, every transform and backend, batches.
