@@ -60,7 +60,7 @@ def test_an_attribute_that_is_not_there_lists_those_that_are():
     ("make", "text"),
     [
         (lambda: SwapScheduler("euler", shift=0), "shift must be > 0 (1 is no shift), got 0"),
-        (lambda: TileVae(overlap=1.0), "overlap must lie between 0 and 1, got 1.0"),
+        (lambda: TileVae(overlap=1.0), "overlap must be between 0 and 1, got 1.0"),
         (lambda: TileVae(tile_px=-8), "tile_px must be > 0, got -8"),
         (lambda: CallDefaults(num_inference_steps=0), "num_inference_steps must be >= 1, got 0"),
         (lambda: CallDefaults(), "CallDefaults() changes nothing: give a mode ('turbo', 'quality') or an argument"),

@@ -71,7 +71,7 @@ def test_a_family_without_modes_is_told_to_give_values(ernie):
     plan = ernie_accel.plan(ernie, ernie_accel.CallDefaults("turbo"), ernie_accel.CacheSteps(), family=bare)
     text = str(plan)
     assert "no turbo settings are known for bare: give values" in text
-    assert "bare does not say what tells its prompts apart (Family.text_argument)" in text
+    assert "bare does not say which argument holds the prompts (Family.text_argument)" in text
 
 
 def test_no_code_asks_whether_there_is_a_family():

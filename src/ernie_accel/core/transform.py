@@ -206,7 +206,7 @@ class Transform(ABC):
         """Return what the pipe will be once this has run, from ``context.planned(pipe)``, what it will be before.
 
         Asked only where `preview` lists changes. Override it in a transform that changes anything `PlannedPipe`
-        describes: the transforms after it, and the bytes of the plan, go by what is returned.
+        describes: the transforms after it, and the bytes of the plan, follow what is returned.
         """
         return context.planned(pipe)
 

@@ -99,7 +99,7 @@ class Family:
     Attributes:
         name: As its authors write it.
         transformer_classes: Class names of its denoiser in diffusers.
-        shape: What tells a denoiser of this architecture under another class name; None where nothing does.
+        shape: What identifies a denoiser of this architecture under another class name; None if nothing does.
         modes: Call settings by mode: "turbo" for the distilled checkpoint, "quality" for the base one.
         size_multiple: Width and height must be divisible by this, in pixels.
         sizes: Recommended (width, height) in pixels.
@@ -114,7 +114,7 @@ class Family:
         kernels: Its blocks on fused kernels for ``FuseKernels``: a `KernelModel`, likewise.
         repeated_blocks: Class names of the repeated blocks, where the transformer's class does not declare them
             (``_repeated_blocks``).
-        dispatched: Class name of an attention processor that passes diffusers' dispatcher by -> "module:class" of one
+        dispatched: Class name of an attention processor that bypasses diffusers' dispatcher -> "module:class" of one
             that goes through it.
         text_argument: Argument of the transformer's forward that holds the encoded prompts, [B, T, H] or a
             list of [T, H].

@@ -71,7 +71,7 @@ def _fitting(transformer: object) -> Iterator[Family]:
 
 
 def give_family(transformer: object, family: Family | None) -> Family | None:
-    """Let `transformer` be of `family`, whatever its class is; None goes by class and shape again.
+    """Let `transformer` be of `family`, whatever its class is; None uses class and shape again.
 
     Returns:
         The family that was given before, or None.

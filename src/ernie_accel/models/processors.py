@@ -37,7 +37,7 @@ def passed_by(transformer: nn.Module) -> list[str]:
 
 
 def send_through_dispatcher(transformer: nn.Module, undo: Undo) -> None:
-    """Give attentions whose processor passes the dispatcher by the family's stand-in for it, in place."""
+    """Give attentions whose processor bypasses the dispatcher the family's replacement for it, in place."""
     for _, part in attentions(transformer):
         stand_in = _stand_in(transformer, part.processor)
         if stand_in is not None:

@@ -57,7 +57,7 @@ class RewrittenModel(Protocol):
         """Return the image tokens of all pictures of a batch, given the arguments of a forward."""
 
     def host_facts(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
-        """Return what `prepare` goes by beside shapes, as the host knows it: prompt lengths, say."""
+        """Return what `prepare` depends on beside shapes, as the host knows it: prompt lengths, for example."""
 
     def prepare(self, transformer: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, Any]:
         """Return encoded prompt and positions, which the forward takes as ``at=``; positions have ``tensors``."""

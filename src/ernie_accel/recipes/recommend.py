@@ -117,7 +117,7 @@ def recommend(
         context: The machine; default this one. ``Context.named("rtx3060")`` asks for another.
         pipe: With a pipe every transform is asked whether it can run on it; without one only the machine is judged,
             and memory by the size of ERNIE-Image.
-        mode: "turbo" for a distilled checkpoint, "quality" for a base one. Nothing in a pipe tells the two apart; None
+        mode: "turbo" for a distilled checkpoint, "quality" for a base one. A pipe does not show which it is; None
             is "turbo" unless the pipe's family has no distilled checkpoint.
 
     Raises:

@@ -64,7 +64,7 @@ def load(
             transformers that are not among those that pipelines are known to use.
 
     Returns:
-        The pipe. Its report tells what it was made with; ``restore`` cannot undo what was saved.
+        The pipe. Its report says what it was made with; ``restore`` cannot undo what was saved.
 
     Raises:
         SavedPipelineError: The folder is foreign, damaged, of a newer version, or needs what is not here.

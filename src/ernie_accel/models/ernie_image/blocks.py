@@ -372,7 +372,7 @@ def token_count(transformer: Any, arguments: Mapping[str, Any]) -> int:
 
 
 def host_facts(arguments: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return what `prepare` goes by beside shapes: the prompt lengths."""
+    """Return what `prepare` depends on beside shapes: the prompt lengths."""
     return prompt_lengths(arguments["text_lens"])
 
 

@@ -52,7 +52,7 @@ class Position:
         cos_bs1d: RoPE table [B, S, 1, D].
         sin_bs1d: Likewise.
         lengths_b: Real tokens of each row, int32; None if all are real, and blocks need no lengths.
-        mask_b11s: True where a token is real [B, 1, 1, S]; None if all are, or if blocks go by lengths.
+        mask_b11s: True where a token is real [B, 1, 1, S]; None if all are, or if blocks use lengths.
     """
 
     cos_bs1d: Tensor

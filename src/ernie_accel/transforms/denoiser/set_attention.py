@@ -29,14 +29,14 @@ HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Backend:
-    """What is known of one attention kernel.
+    """The facts about one attention kernel.
 
     Attributes:
         diffusers: Its name in diffusers' dispatcher (``AttentionBackendName``).
         summary: Whose kernel it is.
         devices: Device types it runs on.
         capability: Least CUDA compute capability.
-        preferred_from: CUDA compute capability from which "auto" takes it; None: wherever it runs.
+        preferred_from: CUDA compute capability from which "auto" prefers it; None: wherever it runs.
         capability_below: First CUDA compute capability that it no longer supports, or None.
         dtypes: Dtypes it takes; empty: all.
         max_head_dim: Largest head size it takes; None: any.
@@ -56,7 +56,7 @@ class Backend:
     package: tuple[str, str] | None = None
 
 
-#: Requirements as the kernels' own documentation has them (torch: aten/native/transformers/cuda/sdp_utils.cpp).
+#: Requirements from the kernels' own documentation (torch: aten/native/transformers/cuda/sdp_utils.cpp).
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {
         "native": Backend("native", "torch's own choice for every call", ("cpu", "cuda", "npu", "mps", "xpu")),
@@ -120,11 +120,11 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
     }
 )
 
-#: What "auto" tries, best first. Sage loses bits, so it has to be asked for.
+#: What "auto" tries, best first. Sage loses bits, so "auto" never chooses it.
 PREFERRED = ("npu", "flash3", "cudnn", "flash2", "flash", "native")
 
 #: Why "auto" chooses none.
-_LEFT_OPEN = "the fused kernels call cuDNN themselves, with the lengths of prompts in place of a mask"
+_LEFT_OPEN = "the fused kernels call cuDNN themselves, with the lengths of prompts instead of a mask"
 
 
 @dataclass(frozen=True, repr=False)
@@ -214,7 +214,7 @@ class SetAttention(Transform):
         return Applied(changes, undo=undo, note=self._note(name))
 
     def choose(self, pipe: Pipeline, context: Context) -> str | None:
-        """Return the name of the backend that this stands for on a machine; None if "auto" chooses none."""
+        """Return the name of the backend that is used on a machine; None if "auto" chooses none."""
         if self.backend != "auto":
             return self.backend
         if calls_cudnn(pipe, context):
@@ -291,7 +291,7 @@ def _attentions(pipe: Pipeline) -> Iterator[tuple[str, Any]]:
 
 
 def _name_of(processor: Any) -> str:
-    """Return the diffusers name of the backend a processor uses; None on it stands for the process's default."""
+    """Return the diffusers name of the backend a processor uses; None on it means the process's default."""
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
     if not hasattr(processor, "_attention_backend"):

@@ -26,7 +26,7 @@ from ernie_accel.families import family_of
 from ernie_accel.families.family import PromptEncoding
 from ernie_accel.models.ministral.layers import pass_on
 
-#: A prompt as its tokenizer has it: token ids.
+#: A prompt as token ids.
 Ids: TypeAlias = tuple[int, ...]
 
 
@@ -63,7 +63,7 @@ class BatchPromptEncoding(Transform):
         if self.cache < 0 or self.max_batch < 1:
             raise ValueError(f"cache must be >= 0 and max_batch >= 1, got {self.cache} and {self.max_batch}")
         if self.folder is not None and self.cache == 0:
-            raise ValueError(f"folder={self.folder!r} with cache=0 keeps nothing: give cache=1000, say")
+            raise ValueError(f"folder={self.folder!r} with cache=0 keeps nothing: pass cache=1000, for example")
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         if family_of(pipe).prompt_encoding is None:
@@ -98,7 +98,7 @@ class BatchPromptEncoding(Transform):
 
 
 class _Encoder:
-    """What stands in for a pipeline's ``encode_prompt``."""
+    """The replacement of a pipeline's ``encode_prompt``."""
 
     def __init__(self, pipe: Pipeline, how: PromptEncoding, memory: _Memory | _Files, max_batch: int) -> None:
         self._pipe, self._how, self._memory, self._max_batch = pipe, how, memory, max_batch
@@ -118,7 +118,7 @@ class _Encoder:
 
     @contextmanager
     def leaving_no_trace(self) -> Iterator[None]:
-        """Encode prompts without looking for them among those that are remembered, and without remembering them."""
+        """Encode prompts without reading or filling the cache."""
         memory, self._memory = self._memory, _Memory(0)
         try:
             yield
@@ -201,11 +201,11 @@ class _Files:
     def __init__(self, size: int, folder: Path) -> None:
         self._size, self._folder = size, folder
         self._watch = Watch()
-        self._model: str | None = None  # what tells checkpoints and adapters apart; None while weights are elsewhere
+        self._model: str | None = None  # identifies checkpoint and adapters; None while weights are elsewhere
         folder.mkdir(parents=True, exist_ok=True)
 
     def look_at(self, text_encoder: torch.nn.Module) -> None:
-        """Find out which files are of `text_encoder` as it is now."""
+        """Find out which files belong to `text_encoder` in its present state."""
         if self._watch.has_changed(text_encoder):
             self._model = None
         if self._model is None and self._watch.is_whole:
@@ -220,7 +220,7 @@ class _Files:
         try:
             with safe_open(file, framework="pt") as opened:
                 hidden_th: Tensor = opened.get_tensor("hidden").to(device)
-        except (FileNotFoundError, SafetensorError):  # not there, or cut off: encode it anew
+        except (FileNotFoundError, SafetensorError):  # missing or truncated: encode it again
             return None
         os.utime(file)
         return hidden_th

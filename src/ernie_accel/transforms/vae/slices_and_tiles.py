@@ -64,7 +64,7 @@ class TileVae(Transform):
 
     def __post_init__(self) -> None:
         if not 0 < self.overlap < 1:
-            raise ValueError(f"overlap must lie between 0 and 1, got {self.overlap}")
+            raise ValueError(f"overlap must be between 0 and 1, got {self.overlap}")
         if self.tile_px is not None and self.tile_px <= 0:
             raise ValueError(f"tile_px must be > 0, got {self.tile_px}")
 

@@ -59,7 +59,7 @@ class CastDtype(Transform):
 
     @property
     def floor_db(self) -> float:
-        """SQNR of the final latents against the other dtype, same seed; earned on the embedded model in bfloat16."""
+        """SQNR of the final latents against the other dtype, same seed; tested on the embedded model in bfloat16."""
         return 25.0
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
@@ -74,7 +74,7 @@ class CastDtype(Transform):
             if how is not None:
                 others = tuple(other for other in modules_of(pipe, self.components) if other != name)
                 yield (
-                    f"{name} is quantized ({path} as {how}), and its layers would go on computing in the dtype they "
+                    f"{name} is quantized ({path} as {how}), and its layers would still compute in the dtype they "
                     f"were made for: load it with that dtype, or leave it out with components={others!r}"
                 )
 
@@ -135,11 +135,11 @@ class CastDtype(Transform):
 
 
 def _keeps_float32(module: torch.nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Return which weights (by path) ``from_pretrained`` loads in float32, whatever half precision is asked for.
+    """Return which weights (by path) ``from_pretrained`` loads in float32, even if half precision is requested.
 
-    Diffusers goes by the names of modules (``load_model_dict_into_meta``), transformers by patterns that match
-    anywhere, and those that are not "strict" count for float16 alone (``PreTrainedModel._get_dtype_plan``): the ``wo``
-    of T5 overflows in float16, not in bfloat16.
+    Diffusers matches the names of modules (``load_model_dict_into_meta``), and transformers matches patterns anywhere.
+    Patterns that are not "strict" apply to float16 only (``PreTrainedModel._get_dtype_plan``): the ``wo`` of T5
+    overflows in float16, not in bfloat16.
     """
     plain, strict = (
         set(getattr(module, name, None) or ()) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")

@@ -1,4 +1,4 @@
-"""What a way to leave out work of some steps has to say of itself. One module each; `CacheSteps` chooses."""
+"""The interface of a step cache's backend. Each has a module of its own; `CacheSteps` chooses one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Trajectory:
     Attributes:
         sigmas: Noise level of each evaluation of the transformer.
         steps: Steps of the call.
-        order: Evaluations of a step; the last step of such a sampler has one.
+        order: Evaluations per step; if there are two, the last step still has one.
     """
 
     sigmas: tuple[float, ...]
@@ -39,7 +39,7 @@ class Trajectory:
 
 
 class CacheSettings(Protocol):
-    """The settings of `CacheSteps`, which are explained there."""
+    """The settings of `CacheSteps`; see there."""
 
     @property
     def every(self) -> int: ...
@@ -55,11 +55,11 @@ class CacheSettings(Protocol):
 
 
 class Run(ABC):
-    """What is remembered of one prompt, or one batch of them, from the first step of a picture to the last."""
+    """The state of one prompt, or of one batch, from the first step of a picture to the last."""
 
     @abstractmethod
     def __call__(self, evaluation: int, *args: Any, **kwargs: Any) -> Any:
-        """Return what the transformer gives for these arguments, or what stands in for it."""
+        """Return the transformer's output for these arguments, or an approximation of it."""
 
 
 class Backend(ABC):
@@ -67,7 +67,7 @@ class Backend(ABC):
 
     Class-level facts:
         name: What ``CacheSteps(backend=...)`` calls it.
-        takes: Arguments of `CacheSteps` that it takes, beside those that all of them take.
+        takes: Arguments of `CacheSteps` that it supports, beside those that all backends support.
     """
 
     name: ClassVar[str]
@@ -75,11 +75,11 @@ class Backend(ABC):
 
     @abstractmethod
     def floor_db(self, wanted: CacheSettings) -> float:
-        """Return the SQNR of the latents that is promised for the settings in `wanted`."""
+        """Return the promised SQNR of the latents for the settings in `wanted`."""
 
     @abstractmethod
     def bad_values(self, wanted: CacheSettings) -> list[str]:
-        """Return what is wrong with the settings that only this backend takes."""
+        """Return what is wrong with the settings that only this backend has."""
 
     @abstractmethod
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
@@ -87,7 +87,7 @@ class Backend(ABC):
 
     @abstractmethod
     def note(self, wanted: CacheSettings, steps: int | None) -> str:
-        """Return what a plan says of it; `steps` is what is planned, if that is known."""
+        """Return the note for a plan; `steps` are the planned steps, if known."""
 
     @abstractmethod
     def start(

@@ -1,4 +1,4 @@
-"""Leave out work at some steps of a picture; what stands in for it is a backend's."""
+"""Skip work at some steps of a picture; a backend approximates the result."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ class CacheSteps(Transform):
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         family = family_of(pipe)
         if family.text_argument is None:
-            unknown = family.unknown_reasons(pipe, "what tells its prompts apart is known family by family")
-            return unknown or [f"{family.name} does not say what tells its prompts apart (Family.text_argument)"]
+            unknown = family.unknown_reasons(pipe, "which argument holds the prompts is known for each family")
+            return unknown or [f"{family.name} does not say which argument holds the prompts (Family.text_argument)"]
         reasons = []
         steps = context.planned(pipe).num_inference_steps
         if steps is not None and steps < LEAST_STEPS:
@@ -124,7 +124,7 @@ class CacheSteps(Transform):
             )
         noisy = _adds_noise(pipe, context)
         if noisy is not None:
-            reasons.append(f"{noisy} adds noise at every step, so the outputs before do not tell the next: use another")
+            reasons.append(f"{noisy} adds noise at every step, so earlier outputs do not predict the next: use another")
         if getattr(pipe.transformer, "is_cache_enabled", False) or hasattr(pipe.transformer, "_context_manager"):
             reasons.append(f"{type(pipe.transformer).__name__} has a cache of diffusers or cache-dit: disable it first")
         return reasons + BACKENDS[self.backend].unsupported(pipe, context)
@@ -137,7 +137,7 @@ class CacheSteps(Transform):
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         text_argument, transformer = family_of(pipe).text_argument, pipe.transformer
         if text_argument is None:
-            raise LookupError(f"nothing tells the prompts of {type(pipe).__name__} apart")
+            raise LookupError(f"the prompts of {type(pipe).__name__} cannot be told apart")
         note = self._note(pipe, context)
         cached = CachedForward(self, pipe, text_argument)
         with Undo() as undo:
@@ -179,7 +179,7 @@ class CachedForward:
             self._trajectory, self._runs, self._in_call = None, {}, False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the transformer computes, or what stands in for it."""
+        """Return what the transformer computes, or an approximation of it."""
         arguments = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
         if not self._in_call or arguments.get("return_dict", True) or torch.compiler.is_compiling():
             return self._forward(*args, **kwargs)

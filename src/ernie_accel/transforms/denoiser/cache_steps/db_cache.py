@@ -1,10 +1,10 @@
-"""DBCache of cache-dit, with its Taylor calibrator, on a transformer that is its own again after every forward.
+"""DBCache of cache-dit, with its Taylor calibrator; the transformer is restored after every forward.
 
-``cache_dit.enable_cache(pipe)`` of 1.5.3 patches the class of the pipe, so that its calls go through the contexts of
-every pipe of that class that was enabled; after two, ``disable_cache`` of both leaves the class patched. It also leaves
-a forward of its own on the transformer, stock's for ERNIE-Image, whatever was there before, and the blocks at the end
-of the children. So cache-dit gets the transformer with a stand-in for the pipe, the forward that it makes is taken off,
-and whatever it did to the transformer is put back.
+``cache_dit.enable_cache(pipe)`` of 1.5.3 patches the class of the pipe, so that its calls run in the contexts of every
+enabled pipe of that class. After two pipes were enabled, ``disable_cache`` of both leaves the class patched. It also
+leaves a ``forward`` attribute on the transformer (for ERNIE-Image stock's, whatever was there before), and moves the
+blocks to the end of the children. So cache-dit gets the transformer with a stand-in for the pipe. The forward that it
+makes is taken from the transformer, and its other changes are undone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ernie_accel.core.context import Context
 from ernie_accel.transforms.denoiser.cache_steps.backend import CacheSettings, Forward, Trajectory
 from ernie_accel.transforms.denoiser.cache_steps.blocks import BLOCKS, BlockCache, kept
 
-#: Handler levels belong to the process: of two threads, the later would take what the earlier set for what was there.
+#: Handler levels belong to the process: the later of two threads would treat the earlier one's level as the original.
 _QUIET = threading.Lock()
 
 
@@ -43,12 +43,12 @@ class DbCache(BlockCache):
     ) -> Forward:
         with kept(vars(transformer), vars(getattr(transformer, BLOCKS))), _quiet():
             transformer.forward = forward
-            vars(transformer).pop("_hf_hook", None)  # offloaded, cache-dit would call what is below `forward` instead
+            vars(transformer).pop("_hf_hook", None)  # or cache-dit would call the forward under the offload hook
             _enable(transformer, wanted, trajectory)
             enabled = transformer.forward
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            with kept(transformer._modules):  # it takes the blocks out and appends them again, for each forward
+            with kept(transformer._modules):  # it removes the blocks and appends them again in each forward
                 return enabled(*args, **kwargs)
 
         return run
@@ -58,7 +58,7 @@ def _enable(transformer: torch.nn.Module, wanted: CacheSettings, trajectory: Tra
     import cache_dit
     from cache_dit.caching.block_adapters import FakeDiffusionPipeline
 
-    stand_in = type("StandIn", (FakeDiffusionPipeline,), {})  # cache-dit marks the class of what it gets
+    stand_in = type("StandIn", (FakeDiffusionPipeline,), {})  # cache-dit marks the class of the pipe it gets
     adapter = cache_dit.BlockAdapter(
         pipe=stand_in(transformer),
         transformer=transformer,
@@ -75,7 +75,7 @@ def _enable(transformer: torch.nn.Module, wanted: CacheSettings, trajectory: Tra
         max_continuous_cached_steps=1,
         residual_diff_threshold=wanted.threshold,
         enable_separate_cfg=False,
-        num_inference_steps=2 * len(trajectory.sigmas),  # it would forget all when it has seen so many
+        num_inference_steps=2 * len(trajectory.sigmas),  # it would forget everything after that many
     )
     calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1)
     cache_dit.enable_cache(adapter, cache_config=config, calibrator_config=calibrator)

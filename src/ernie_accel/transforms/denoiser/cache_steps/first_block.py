@@ -1,9 +1,9 @@
-"""First-block cache by the hooks of diffusers, held to the blocks for one forward at a time.
+"""First-block cache by the hooks of diffusers, attached to the blocks for one forward at a time.
 
-diffusers 0.42 brings it to none of the three families: their transformers have no ``enable_cache``; the blocks of
-ERNIE-Image and Lumina 2 are not in the registry, and those of Z-Image are, but with an argument "hidden_states", which
-is called "x"; no pipeline opens a ``cache_context``, without which each hook raises. All of this is how the hooks come
-to the blocks, and nothing that they do: so the blocks are brought to the hooks here.
+diffusers 0.42 enables it for none of the three families. Their transformers have no ``enable_cache``. The blocks of
+ERNIE-Image and Lumina 2 are not in the registry; those of Z-Image are, but with an argument "hidden_states", which is
+called "x" there. No pipeline opens a ``cache_context``, without which each hook raises. All this concerns how the hooks
+are attached, not what they do, so this module attaches them itself.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FirstBlock(BlockCache):
 
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal left
-            head.threshold = wanted.threshold if left <= 0 else -1.0  # no change is below that
+            head.threshold = wanted.threshold if left <= 0 else -1.0  # no change is less than that
             left -= 1
             with kept(transformer._modules):
                 transformer._modules[BLOCKS] = hooked
@@ -45,7 +45,7 @@ class FirstBlock(BlockCache):
 
 
 class _State:
-    """A ``StateManager`` of diffusers for one run: so no context has to tell runs apart."""
+    """A ``StateManager`` of diffusers for one run, so that no context has to separate runs."""
 
     def __init__(self) -> None:
         from diffusers.hooks.first_block_cache import FBCSharedBlockState
@@ -57,7 +57,7 @@ class _State:
 
 
 class _Hooked(torch.nn.Module):
-    """A block seen through a hook. The block is called as a module: compiled, offloaded and with its own hooks."""
+    """A block with a hook around it. It is called as a module: compiled, offloaded and with its own hooks."""
 
     def __init__(self, block: torch.nn.Module, hook: Any) -> None:
         from diffusers.hooks._helpers import TransformerBlockMetadata

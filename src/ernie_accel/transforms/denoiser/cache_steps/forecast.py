@@ -1,4 +1,4 @@
-"""Forecast the transformer's output at some steps from those before: no package, no threshold, no second graph."""
+"""Forecast the transformer's output at some steps from earlier ones: no package, no threshold, no second graph."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.transforms.denoiser.cache_steps.backend import Backend, CacheSettings, Forward, Run, Trajectory
 
-#: Every how many steps one is computed -> floor in dB; see `CacheSteps.floor_db`.
+#: ``every`` -> floor in dB; see `CacheSteps.floor_db`.
 FLOORS_DB: Mapping[int, float] = MappingProxyType({2: 30.0, 3: 25.0})
 
 
