@@ -12,6 +12,7 @@ from ernie_accel.core.errors import ConflictError as ConflictError
 from ernie_accel.core.errors import ErnieAccelError as ErnieAccelError
 from ernie_accel.core.errors import MissingExtraError as MissingExtraError
 from ernie_accel.core.errors import RestoreError as RestoreError
+from ernie_accel.core.errors import RestoreWarning as RestoreWarning
 from ernie_accel.core.errors import SavedPipelineError as SavedPipelineError
 from ernie_accel.core.errors import UnknownNameError as UnknownNameError
 from ernie_accel.core.errors import UnsupportedError as UnsupportedError

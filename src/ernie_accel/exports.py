@@ -27,6 +27,7 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "ErnieAccelError",
             "MissingExtraError",
             "RestoreError",
+            "RestoreWarning",
             "SavedPipelineError",
             "UnknownNameError",
             "UnsupportedError",

@@ -19,8 +19,9 @@ import torch
 from ernie_accel.core.carried import carried_report, carry, drop
 from ernie_accel.core.components import AnyPipeline, Pipeline, pipe_bytes
 from ernie_accel.core.context import Context
-from ernie_accel.core.errors import ApplyError, RestoreError, UnsupportedError
-from ernie_accel.core.plan import check_pipeline, keep_entries, plan_steps, title_of
+from ernie_accel.core.errors import ApplyError, ErnieAccelError, RestoreError, UnsupportedError
+from ernie_accel.core.owners import claim, release, sharing_problems
+from ernie_accel.core.plan import check_pipeline, keep_entries, objections_to_undo, plan_steps, title_of
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Entry, Report
@@ -129,7 +130,11 @@ def _apply_step(pipe: Pipeline, so_far: Report, step: Step) -> Entry:
     preview = step.transform.preview(pipe, context)  # again: a step before may have done this one's work
     if not preview.changes:
         return Entry(replace(step, preview=preview, planned=None), None)
+    shared = sharing_problems(pipe, preview.changes)
+    if shared:
+        raise ErnieAccelError("; ".join(shared))
     step = replace(step, preview=preview, planned=step.transform.planned(pipe, context))
+    claim(pipe, step.transform, preview.changes)
     under_way = UnderWay()
     carry(pipe, replace(so_far, entries=(*so_far.entries, under_way.entry(step, preview.changes))))
     before, start = pipe_bytes(pipe), time.perf_counter()
@@ -158,6 +163,11 @@ class UnderWay:
         reason = next((undo.no_way_back for undo in self.journal if undo.no_way_back is not None), None)
         return None if reason is None else f"it was interrupted half-way, and {reason}"
 
+    def objections(self) -> Iterator[str]:
+        """Yield why the changes cannot be taken back without losing something."""
+        for undo in self.journal:
+            yield from undo.objections()
+
     def __call__(self) -> None:
         for undo in reversed(self.journal):
             undo()
@@ -167,11 +177,13 @@ def _check_can_rewind(entries: Iterable[Entry]) -> None:
     """Refuse before anything is undone.
 
     Raises:
-        RestoreError: One of the entries cannot be undone.
+        RestoreError: One of the entries cannot be undone, or not without losing what a script did since.
     """
     for entry in map(_settled, entries):
         if entry.applied is not None and entry.applied.undo is None:
             raise RestoreError(entry.step.transform, str(entry.applied.no_undo))
+        for objection in objections_to_undo(entry):
+            raise RestoreError(entry.step.transform, objection)
 
 
 def _settled(entry: Entry) -> Entry:
@@ -198,8 +210,9 @@ def _rewind(pipe: Pipeline, carried: Report, keep: int) -> tuple[Entry, ...]:
         if applied is not None and applied.undo is not None:
             with torch.inference_mode(False):
                 applied.undo()
-        entries = entries[:-1]
+        undone, entries = entries[-1], entries[:-1]
         carry(pipe, replace(carried, entries=entries))
+        release(pipe, undone.step.transform)
     return entries[keep:]
 
 

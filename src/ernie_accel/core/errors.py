@@ -15,6 +15,8 @@
     ├── BatchChangedError                 a job cannot go on with another input or settings  (batch/errors.py)
     └── MetricsServerError                a batch's metrics cannot be served where asked     (batch/errors.py)
 
+Beside it there is one warning, RestoreWarning: `restore` left alone what was replaced after `optimize`.
+
 Messages repeat the input, say what was found, what was expected and the fix; the same facts are attributes.
 """
 
@@ -31,6 +33,7 @@ __all__ = [
     "ErnieAccelError",
     "MissingExtraError",
     "RestoreError",
+    "RestoreWarning",
     "SavedPipelineError",
     "UnknownNameError",
     "UnsupportedError",
@@ -147,6 +150,10 @@ class RestoreError(ErnieAccelError):
     def __init__(self, transform: object, reason: str) -> None:
         self.transform, self.reason = transform, reason
         super().__init__(f"Cannot undo {transform!r}: {reason}. Load the pipeline again to start from the original.")
+
+
+class RestoreWarning(UserWarning):
+    """`restore` found something that was replaced after `optimize`, and left it as it is; the rest was undone."""
 
 
 class SavedPipelineError(ErnieAccelError):

@@ -12,6 +12,7 @@ from ernie_accel.core.carried import carried_report
 from ernie_accel.core.components import AnyPipeline, Pipeline, bare_float8, pipe_bytes, wrapped_by_compile
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ConflictError, ErnieAccelError
+from ernie_accel.core.owners import sharing_problems, was_replaced
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Entry, Report, planned_by
@@ -218,9 +219,26 @@ def keep_entries(
             return carried.entries[:same], (entry,), carried.entries[same + 1 :]
         if entry.status == "nothing to do" and carried.context != machine:
             break
+        if entry.applied is not None and not _still_in_place(pipe, entry):
+            break
         same += 1
         now = now if entry.step.planned is None else replace(now, state=entry.step.planned)
     return carried.entries[:same], (), carried.entries[same:]
+
+
+def _still_in_place(pipe: Pipeline, entry: Entry) -> bool:
+    """Return whether what an entry changed is still there: no script has replaced it, or a component, since."""
+    changes = () if entry.step.preview is None else entry.step.preview.changes
+    if was_replaced(pipe, entry.step.transform, changes):
+        return False
+    is_in_place = getattr(None if entry.applied is None else entry.applied.undo, "is_in_place", None)
+    return is_in_place is None or bool(is_in_place())
+
+
+def objections_to_undo(entry: Entry) -> Iterable[str]:
+    """Return why an entry cannot be undone without losing what was done since; empty if its undo never objects."""
+    objections = getattr(None if entry.applied is None else entry.applied.undo, "objections", None)
+    return () if objections is None else objections()
 
 
 def _as_it_stands(entry: Entry) -> Step:
@@ -232,6 +250,9 @@ def _ask(pipe: Pipeline, transform: Transform, context: Context) -> Step:
     if reasons:
         return Step(transform, reasons, None)
     preview = transform.preview(pipe, context)
+    shared = tuple(sharing_problems(pipe, preview.changes))
+    if shared:
+        return Step(transform, shared, None)
     planned = transform.planned(pipe, context) if preview.changes else None
     return Step(transform, (), preview, planned=planned)
 
@@ -249,6 +270,10 @@ def _cannot_undo(entries: Iterable[Entry]) -> Iterator[str]:
     for entry in entries:
         if entry.applied is not None and entry.applied.undo is None:
             yield f"{entry.step.transform!r} would have to be undone first: {entry.applied.no_undo}"
+        elif entry.applied is not None:
+            objection = next(iter(objections_to_undo(entry)), None)
+            if objection is not None:
+                yield f"{entry.step.transform!r} would have to be undone first: {objection}"
 
 
 def plan_steps(

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable
-from types import TracebackType
+import warnings
+from collections.abc import Callable, Iterator
+from types import MethodType, TracebackType
 from typing import Any, TypeVar
 
 import torch
 
 from ernie_accel.core.components import Weight
+from ernie_accel.core.errors import RestoreWarning
 
 T = TypeVar("T")
 _ABSENT = object()
+#: Values that are the same when they compare equal; anything else is the same when it is the same object.
+_PLAIN = (bool, int, float, str, type(None))
+_NOWHERE = torch.nn.Module()
 #: Where an `Undo` registers itself while `recorded` runs; a context variable, so that threads do not mix.
 _journal: contextvars.ContextVar[list[Undo] | None] = contextvars.ContextVar("journal", default=None)
 
@@ -28,10 +33,16 @@ class Undo:
         return Applied(changed=("vae.use_slicing",), undo=undo)
 
     Every way back is recorded before its change is made, because an interrupt may come between the two.
+
+    A script may have changed the same places since. So every way back looks before it writes: a change is undone where
+    it is now, under a LoRA or a hook if need be. What somebody else has replaced since is left to them, with a
+    `RestoreWarning` that names it; where that would lose something, `objections` says so before anything is undone.
     """
 
     def __init__(self) -> None:
         self._actions: list[Callable[[], object]] = []
+        self._objections: list[Callable[[], str | None]] = []
+        self._still_there: list[Callable[[], bool]] = []
         self.no_way_back: str | None = None
         journal = _journal.get()
         if journal is not None:
@@ -67,23 +78,82 @@ class Undo:
         """
         self.no_way_back = reason
 
+    def object_if(self, objection: Callable[[], str | None]) -> None:
+        """Register what is asked before anything is undone: it returns why the undo would lose something, or None."""
+        self._objections.append(objection)
+
+    def objections(self) -> Iterator[str]:
+        """Yield why the changes cannot be taken back now without losing what was done to the pipe since."""
+        for objection in self._objections:
+            reason = objection()
+            if reason is not None:
+                yield reason
+
+    def is_in_place(self) -> bool:
+        """Return whether the changes are still there, as far as this is known: nobody has replaced them since."""
+        return all(still_there() for still_there in self._still_there)
+
     def setattr(self, owner: Any, name: str, value: Any) -> None:
-        """Set an attribute in place; the undo restores the old value, or its absence on the instance."""
-        old = vars(owner).get(name, _ABSENT)
-        if old is _ABSENT and isinstance(owner, torch.nn.Module) and name in _registered(owner):
-            old = getattr(owner, name)  # torch keeps these outside the instance's __dict__
+        """Set an attribute in place; the undo restores the old value, or its absence on the instance.
+
+        If `value` is the forward of a module, and accelerate or diffusers have put a hook around it since, the hook
+        stays and calls the old forward.
+        """
+        old = _held(owner, name)
 
         def put_back() -> None:
-            if old is not _ABSENT:
-                setattr(owner, name, old)
-            elif name in vars(owner) or (isinstance(owner, torch.nn.Module) and name in _registered(owner)):
-                delattr(owner, name)
+            now = _held(owner, name)
+            if _is_same(now, value):
+                _set_or_delete(owner, name, old)
+            elif not (now is _ABSENT or _is_same(now, old) or _put_below_hooks(owner, name, value, old)):
+                _leave(f"{type(owner).__name__}.{name}", f"is now {_shown(now)}, which was set after `optimize`")
 
         self.push(put_back)
+        self._still_there.append(lambda: _is_same(_held(owner, name), value) or _has_below_hooks(owner, name, value))
         setattr(owner, name, value)
 
+    def restore_attribute(self, owner: Any, name: str) -> None:
+        """Remember an attribute that somebody else is about to set; the undo restores its value, or its absence."""
+        old = _held(owner, name)
+        self.push(lambda: _set_or_delete(owner, name, old))
+
+    def put_module(
+        self,
+        root: torch.nn.Module,
+        path: str,
+        new: torch.nn.Module,
+        give_back: Callable[[torch.nn.Module], torch.nn.Module],
+    ) -> None:
+        """Put `new` in the place of the module at `path`; the undo puts the old one where `new` is by then.
+
+        A LoRA puts its layer in the place of another one and keeps that as its base; unloading it puts the base back.
+
+        Args:
+            root: The component.
+            path: Of the module within it.
+            new: What takes its place.
+            give_back: Called by the undo with `new`; returns the old module, ready to run where `new` runs.
+        """
+        parent, _, name = path.rpartition(".")
+        old = root.get_submodule(path)
+
+        def put_back() -> None:
+            place = place_of(new, root, path)
+            if place is not None:
+                holder, child = place
+                holder._modules[child] = give_back(new)
+                _tell_adapter(holder)
+            elif place_of(old, root, path) is None:
+                _leave(f"{type(root).__name__}.{path}", "was replaced after `optimize`")
+
+        self.push(put_back)
+        self._still_there.append(lambda: place_of(new, root, path) is not None)
+        root.get_submodule(parent)._modules[name] = new
+
     def set_data(self, weight: Weight, value: torch.Tensor, keep_on: str | None = None) -> None:
-        """Give a parameter or buffer other values, dtype or strides in place; the tensor object stays the same.
+        """Give a parameter or buffer another dtype or other strides in place; the tensor object stays the same.
+
+        Values that changed since (a LoRA was fused, another checkpoint loaded) stay; the undo gives them the old dtype.
 
         Args:
             weight: Where it lives. It is looked up again by the undo, because ``module.to`` replaces buffers.
@@ -91,9 +161,19 @@ class Undo:
             keep_on: Device to keep the old data on until the undo ("cpu" frees the accelerator); default: where it is.
         """
         kept = weight.tensor.data if keep_on is None else weight.tensor.data.to(keep_on)
+        dtype = value.dtype
 
         def put_back() -> None:
-            weight.tensor.data = kept.to(weight.tensor.device)
+            now = getattr(weight.owner, weight.name, None)
+            if not isinstance(now, torch.Tensor) or now.shape != kept.shape:
+                _leave(weight.path, "was replaced after `optimize`")
+                return
+            here = kept.to(now.device)
+            if now.device.type != "meta" and not _same_values(now.data, here.to(dtype).to(now.dtype)):
+                now.data = torch.empty_like(kept, device=now.device).copy_(now.data)
+                _leave(weight.path, f"got other values after `optimize` (a LoRA fused?), now {now.dtype} again")
+                return
+            now.data = here
 
         self.push(put_back)
         weight.tensor.data = value
@@ -119,8 +199,82 @@ def recorded(journal: list[Undo], do: Callable[[], T]) -> T:
     return contextvars.copy_context().run(run)  # a copy, so that no interrupt can leave the variable set
 
 
+def place_of(module: torch.nn.Module, root: torch.nn.Module, path: str) -> tuple[torch.nn.Module, str] | None:
+    """Return the parent of `module` within `root`, and its name there; it is looked for at `path` first."""
+    place, there = root, root
+    for name in path.split("."):
+        place, there = there, there._modules.get(name) or _NOWHERE
+    candidates = [place] if there is module else [*there.modules(), *root.modules()]
+    for candidate in candidates:
+        for child, held in candidate._modules.items():
+            if held is module:
+                return candidate, child
+    return None
+
+
 def _registered(module: torch.nn.Module) -> set[str]:
     return {*module._modules, *module._parameters, *module._buffers}
+
+
+def _held(owner: Any, name: str) -> Any:
+    """Return what `owner` itself, not its class, holds under `name`; `_ABSENT` if nothing."""
+    if name not in vars(owner) and isinstance(owner, torch.nn.Module) and name in _registered(owner):
+        return getattr(owner, name)  # torch keeps these outside the instance's __dict__
+    return vars(owner).get(name, _ABSENT)
+
+
+def _set_or_delete(owner: Any, name: str, old: Any) -> None:
+    if old is not _ABSENT:
+        setattr(owner, name, old)
+    elif _held(owner, name) is not _ABSENT:
+        delattr(owner, name)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return one is other or (isinstance(one, _PLAIN) and type(one) is type(other) and bool(one == other))
+
+
+def _hooks_around(owner: Any, name: str) -> Iterator[tuple[Any, str]]:
+    """Yield the places where accelerate's and diffusers' hooks on a module keep the forward that they go around."""
+    if name != "forward" or not isinstance(owner, torch.nn.Module):
+        return
+    yield owner, "_old_forward"  # accelerate/hooks.py, add_hook_to_module
+    registry = vars(owner).get("_diffusers_hook")
+    for reference in getattr(registry, "_fn_refs", ()):  # diffusers/hooks/hooks.py, HookRegistry.register_hook
+        yield reference, "forward"
+        yield reference, "original_forward"
+
+
+def _has_below_hooks(owner: Any, name: str, value: Any) -> bool:
+    return any(vars(place).get(attribute) is value for place, attribute in _hooks_around(owner, name))
+
+
+def _put_below_hooks(owner: Any, name: str, value: Any, old: Any) -> bool:
+    """Have hooks that go around `value` go around `old` instead; return whether there were any."""
+    found = False
+    for place, attribute in _hooks_around(owner, name):
+        if vars(place).get(attribute) is value:
+            setattr(place, attribute, MethodType(getattr(type(owner), name), owner) if old is _ABSENT else old)
+            found = True
+    return found
+
+
+def _tell_adapter(holder: torch.nn.Module) -> None:
+    """Let a LoRA layer that was made for torchao's weights merge into plain ones again."""
+    if type(holder).__name__ == "TorchaoLoraLinear" and hasattr(holder, "lora_A"):  # peft/tuners/lora/torchao.py
+        holder.__class__ = next(cls for cls in type(holder).__mro__ if cls.__name__ == "Linear")
+
+
+def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, _PLAIN) else f"a {type(value).__name__}"
+
+
+def _leave(where: str, why: str) -> None:
+    warnings.warn(f"restore left {where} as it is: it {why}", RestoreWarning, stacklevel=3)
 
 
 def _unhook(hooks: dict[int, Any], with_kwargs: dict[int, bool], hook: Callable[..., Any]) -> None:

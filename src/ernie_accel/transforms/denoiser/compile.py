@@ -102,7 +102,7 @@ class Compile(Transform):
         with Undo() as undo:
             for name, block in blocks.items():
                 if name not in compiled:
-                    undo.setattr(block, "_compiled_call_impl", None)  # what nn.Module.compile fills in
+                    undo.restore_attribute(block, "_compiled_call_impl")  # what nn.Module.compile fills in
                     compile_module(block, self.cache, fullgraph=self.fullgraph, dynamic=self.dynamic, mode=self.mode)
         return Applied(
             tuple(name for name in blocks if name not in compiled),

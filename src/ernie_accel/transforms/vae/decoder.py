@@ -63,7 +63,7 @@ class CompileVae(Transform):
         decoder = _decoder(pipe)
         with Undo() as undo:
             _lay_out(decoder, undo)
-            undo.setattr(decoder, "_compiled_call_impl", None)  # what nn.Module.compile fills in
+            undo.restore_attribute(decoder, "_compiled_call_impl")  # what nn.Module.compile fills in
             compile_module(decoder, self.cache, fullgraph=True)
         return Applied(("vae.decoder",), undo=undo, note="the first picture compiles")
 

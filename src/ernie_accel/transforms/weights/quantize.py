@@ -21,7 +21,7 @@ from ernie_accel.core.components import (
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe, PlannedWeight
 from ernie_accel.core.transform import Applied, Effect, LayerReceipt, Phase, Preview, Transform
-from ernie_accel.core.undo import Undo
+from ernie_accel.core.undo import Undo, place_of
 from ernie_accel.models.rewritten import rewritten_model
 from ernie_accel.quantization.backend import SCHEMES, Backend, LinearSpec, plain_copy
 from ernie_accel.quantization.choose import (
@@ -157,7 +157,7 @@ class Quantize(Transform):
             if self.device is not None:
                 _remember_places(pipe, undo)
             for site in work.todo:
-                receipts.append(_replace(site, work, self.device, undo))
+                receipts.append(_replace(pipe, site, work, self.device, undo))
             refuse_casts(pipe, self.components, undo)
             refuse_saving(pipe, self.components, undo)
             refuse_loras(pipe, self.components, undo)
@@ -251,7 +251,7 @@ def _to_be_fused(pipe: Pipeline, context: Context) -> Mapping[str, tuple[str, ..
     return blocks.to_be_fused(pipe.transformer)
 
 
-def _replace(site: LinearSite, work: _Work, device: str | None, undo: Undo) -> LayerReceipt:
+def _replace(pipe: Pipeline, site: LinearSite, work: _Work, device: str | None, undo: Undo) -> LayerReceipt:
     """Put the quantized layer into the place of one linear; the original ends up in host memory."""
     linear = site.linear
     source = linear if device is None else plain_copy(linear, linear.weight.detach().to(device))
@@ -269,24 +269,61 @@ def _replace(site: LinearSite, work: _Work, device: str | None, undo: Undo) -> L
         sqnr_db=round(sqnr_db(source.weight.detach(), work.backend.dequantize(layer)), 3),
     )
     setattr(layer, RECEIPT, receipt)
-    undo.push(_putter_back(site, stays_put=device is not None))
-    site.parent._modules[site.child] = layer
+    component, _, path = site.name.partition(".")
+    root = modules_of(pipe)[component]
+    undo.object_if(_Unchanged(layer, root, path))
+    undo.put_module(root, path, layer, _giver_back(linear, stays_put=device is not None))
     if device is None:
         linear.to("cpu")
     return receipt
 
 
-def _putter_back(site: LinearSite, *, stays_put: bool) -> Callable[[], None]:
-    """Return the way back: the original in its place, on the device that the pipe has moved to since."""
+def _giver_back(linear: torch.nn.Linear, *, stays_put: bool) -> Callable[[torch.nn.Module], torch.nn.Module]:
+    """Return what gives the original back, on the device that the pipe has moved to since."""
 
-    def put_back() -> None:
-        layer = site.parent._modules[site.child]
-        tensors = [] if layer is None else [*layer.parameters(), *layer.buffers()]
+    def give_back(layer: torch.nn.Module) -> torch.nn.Module:
+        tensors = [*layer.parameters(), *layer.buffers()]
         if not stays_put and tensors:
-            site.layer.to(tensors[0].device)
-        site.parent._modules[site.child] = site.layer
+            linear.to(tensors[0].device)
+        return linear
 
-    return put_back
+    return give_back
+
+
+class _Unchanged:
+    """Ask whether what was fused into a quantized layer since would be lost with it."""
+
+    def __init__(self, layer: torch.nn.Module, root: torch.nn.Module, path: str) -> None:
+        self._layer, self._root, self._path = layer, root, path
+        self._made = _bits_of(layer)
+
+    def __call__(self) -> str | None:
+        """Return why the original cannot take the layer's place now, or None."""
+        place = place_of(self._layer, self._root, self._path)
+        if place is None:
+            return None
+        if getattr(place[0], "merged_adapters", None):
+            return f"a LoRA is fused into {self._path}; unload or unfuse it first (pipe.unfuse_lora())"
+        now = _bits_of(self._layer)
+        if hasattr(place[0], "lora_A") or now[0] != self._made[0] or now == self._made:
+            return None
+        return f"the quantized weight of {self._path} was changed since (a LoRA fused into it?), and would be lost"
+
+
+def _bits_of(layer: torch.nn.Module) -> tuple[str, int]:
+    """Return the device of a layer's tensors, where some backends pack them in their own way, and a sum of all bits."""
+    held = [*layer.parameters(), *layer.buffers()]
+    return held[0].device.type if held else "", sum(map(_sum_of_bits, held))
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_sum_of_bits(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    if tensor.device.type == "meta":
+        return 0
+    raw = tensor.detach().as_subclass(torch.Tensor).contiguous().reshape(-1).view(torch.uint8)
+    whole = len(raw) // 8 * 8
+    return int(raw[:whole].view(torch.int64).sum()) + int(raw[whole:].sum())
 
 
 def _remember_places(pipe: Pipeline, undo: Undo) -> None:

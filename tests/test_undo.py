@@ -1,0 +1,193 @@
+"""An undo looks before it writes: what was moved, wrapped or replaced since, and what would be lost."""
+
+from __future__ import annotations
+
+import warnings
+from types import MethodType
+
+import pytest
+import torch
+from torch import nn
+
+from ernie_accel import RestoreWarning, Undo
+from ernie_accel.core.components import Weight
+
+
+class Doubled:
+    """Stands in for a forward."""
+
+    def __init__(self, forward):
+        self.forward = forward
+
+    def __call__(self, x):
+        return 2 * self.forward(x)
+
+
+class Wrapper(nn.Module):
+    """What PEFT makes of a layer: another module in its place, with the layer as a child."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+
+    def forward(self, x):
+        return self.base_layer(x) + 1
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+
+
+@pytest.fixture(autouse=True)
+def no_silence():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RestoreWarning)
+        yield
+
+
+def test_an_attribute_that_a_script_set_since_is_left_to_it(model):
+    with Undo() as undo:
+        undo.setattr(model, "mode", "ours")
+    assert undo.is_in_place()
+    model.mode = "theirs"
+    assert not undo.is_in_place()
+    with pytest.warns(RestoreWarning, match=r"Sequential\.mode as it is: it is now 'theirs'"):
+        undo()
+    assert model.mode == "theirs"
+
+
+def test_an_attribute_that_a_script_put_back_or_deleted_is_no_news(model):
+    with Undo() as undo:
+        undo.setattr(model, "mode", "ours")
+    del model.mode
+    undo()
+    assert "mode" not in vars(model)
+
+
+def test_a_forward_below_accelerates_hook_is_undone_there(model):
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    x = torch.ones(1, 3)
+    stock = model(x)
+    with Undo() as undo:
+        undo.setattr(model, "forward", Doubled(model.forward))
+    calls = []
+
+    class Counting(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(1)
+            return args, kwargs
+
+    add_hook_to_module(model, Counting())
+    assert undo.is_in_place()
+    assert torch.equal(model(x), 2 * stock)
+    undo()
+    assert torch.equal(model(x), stock)
+    assert len(calls) == 2, "the hook of the script stays"
+    remove_hook_from_module(model)
+    assert torch.equal(model(x), stock)
+
+
+def test_a_forward_below_a_hook_of_diffusers_is_undone_there(model):
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    x = torch.ones(1, 3)
+    stock = model(x)
+    with Undo() as undo:
+        undo.setattr(model, "forward", Doubled(model.forward))
+    calls = []
+
+    class Counting(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(1)
+            return args, kwargs
+
+    HookRegistry.check_if_exists_or_initialize(model).register_hook(Counting(), "counting")
+    assert torch.equal(model(x), 2 * stock)
+    assert undo.is_in_place()
+    undo()
+    assert torch.equal(model(x), stock)
+    assert len(calls) == 2
+
+
+def test_a_module_is_put_back_where_it_is_by_then(model):
+    stock, new = model[0], nn.Linear(3, 3)
+    with Undo() as undo:
+        undo.put_module(model, "0", new, lambda placed: stock)
+    model[0] = Wrapper(new)
+    assert undo.is_in_place()
+    undo()
+    assert isinstance(model[0], Wrapper)
+    assert model[0].base_layer is stock
+
+
+def test_a_module_is_put_back_although_what_it_was_put_into_is_gone(model):
+    model[0] = Wrapper(model[0])
+    stock, new = model[0].base_layer, nn.Linear(3, 3)
+    with Undo() as undo:
+        undo.put_module(model, "0.base_layer", new, lambda placed: stock)
+    model[0] = new  # what unloading a LoRA does
+    undo()
+    assert model[0] is stock
+
+
+def test_a_module_that_was_replaced_is_left(model):
+    stock, new, theirs = model[0], nn.Linear(3, 3), nn.Identity()
+    with Undo() as undo:
+        undo.put_module(model, "0", new, lambda placed: stock)
+    model[0] = theirs
+    assert not undo.is_in_place()
+    with pytest.warns(RestoreWarning, match=r"Sequential\.0 as it is"):
+        undo()
+    assert model[0] is theirs
+
+
+def test_data_comes_back_bit_for_bit_through_other_dtypes(model):
+    weight = Weight("0.weight", model[0], "weight")
+    model[0].weight.data[0, 0] = float("nan")
+    before = model[0].weight.data.clone()
+    with Undo() as undo:
+        undo.set_data(weight, model[0].weight.data.bfloat16(), keep_on="cpu")
+    model.to(torch.float16)
+    undo()
+    assert torch.equal(model[0].weight.data.nan_to_num(7), before.nan_to_num(7))
+
+
+def test_values_that_were_changed_since_stay_in_the_old_dtype_and_layout(model):
+    weight = Weight("0.weight", model[0], "weight")
+    with Undo() as undo:
+        undo.set_data(weight, model[0].weight.data.bfloat16(), keep_on="cpu")
+    model[0].weight.data += 1  # as fusing a LoRA does
+    changed = model[0].weight.data.float()
+    with pytest.warns(RestoreWarning, match=r"0\.weight as it is: it got other values"):
+        undo()
+    assert model[0].weight.dtype == torch.float32
+    assert torch.equal(model[0].weight.data, changed)
+
+
+def test_a_weight_of_another_shape_is_left(model):
+    weight = Weight("0.weight", model[0], "weight")
+    with Undo() as undo:
+        undo.set_data(weight, model[0].weight.data.bfloat16())
+    model[0].weight = nn.Parameter(torch.zeros(5, 3))
+    with pytest.warns(RestoreWarning, match=r"0\.weight as it is: it was replaced"):
+        undo()
+    assert model[0].weight.shape == (5, 3)
+
+
+def test_objections_are_asked_when_they_are_wanted(model):
+    undo, problem = Undo(), []
+    undo.object_if(lambda: problem[0] if problem else None)
+    assert not list(undo.objections())
+    problem.append("a LoRA is fused")
+    assert list(undo.objections()) == ["a LoRA is fused"]
+
+
+def test_an_attribute_that_others_set_is_remembered(model):
+    with Undo() as undo:
+        undo.restore_attribute(model, "_compiled_call_impl")
+        model._compiled_call_impl = MethodType(lambda self, x: x, model)
+    undo()
+    assert model._compiled_call_impl is None
