@@ -67,6 +67,28 @@ def test_the_plan_in_the_docs_is_what_the_command_prints(capsys, monkeypatch, be
     assert everywhere[0] == everywhere[1]
 
 
+@pytest.mark.parametrize(
+    ("row", "rung"),
+    [
+        ("stock diffusers, bf16", "stock"),
+        ("with `compile_repeated_blocks`", "stock+compile"),
+        ("preset `turbo-fp8`", "turbo-fp8"),
+    ],
+)
+def test_the_figures_in_the_readme_are_those_of_the_benchmark(row, rung):
+    results = ROOT / "benchmarks" / "results" / "ladder_presets_h200_202611.json"
+    rungs = {each["rung"]: each for each in json.loads(results.read_text(encoding="utf-8"))["rungs"]}
+    found = rungs[rung]
+    cells = (
+        f"{found['ms_1024']:.1f}",
+        f"{rungs['stock']['ms_1024'] / found['ms_1024']:.2f} x",
+        f"{found['picture_ms']:.0f} ms",
+        f"{found['weight_gb']:.1f} GB",
+        f"{found['first_picture_s']:.1f} s",
+    )
+    assert f"| {row} | {' | '.join(cells)} |" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_readme_has_examples_that_run():
     assert examples(ROOT / "README.md")
 
