@@ -203,13 +203,13 @@ def shown(monkeypatch):
     def race_dtypes():
         return Race(asked.get("float32", (200.0, 201.0, 202.0)), (100.0, 101.0, 102.0))
 
-    def fake(sheet, preset, *transforms, device, tell):
+    def fake(sheet, preset, *transforms, device, announce):
         pipe = tiny_ernie()
         the_plan = ernie_accel.plan(pipe, *transforms, preset=preset)
-        tell(show.what_runs(the_plan))
+        announce(show.describe_run(the_plan))
         asked.update(preset=preset, transforms=transforms, device=device)
         asked.setdefault("times", Race((200.0,) * 8, (100.0,) * 8))
-        return show.Showing(sheet, the_plan, ernie_accel.report(pipe), asked["times"], 1.0)
+        return show.DemoRun(sheet, the_plan, ernie_accel.report(pipe), asked["times"], 1.0)
 
     monkeypatch.setattr(show, "race_dtypes", race_dtypes)
     monkeypatch.setattr(show, "show", fake)

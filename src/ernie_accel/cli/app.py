@@ -85,11 +85,11 @@ def demo_command(
             request = f"optimize(pipe, {beside[0]!r}, preset={chosen.name!r})"
             typer.echo(f"So the optimized pipeline runs in bfloat16, and stock stays in float32: {request}")
 
-    def tell(what: str) -> None:
+    def announce(what: str) -> None:
         with_them = "".join(f" and {transform!r}" for transform in beside)
         typer.echo(f"Rendering on {context} with {what}{with_them}; the first optimized picture may compile ...")
 
-    showing = show(out, chosen, *beside, device=context.torch_device, tell=tell)
+    showing = show(out, chosen, *beside, device=context.torch_device, announce=announce)
     typer.echo(f"\n{showing.plan}\n\n{showing.report}\n")
     times = showing.times
     count = len(times.first_ms)

@@ -202,7 +202,7 @@ class Context:
         have = "{}.{}".format(*self.capability) if self.capability else f"no CUDA ({self.device})"
         return [f"{what} needs CUDA compute capability >= {need[0]}.{need[1]}; this device has {have}"]
 
-    def without_kernels(self, what: str, need: tuple[int, int]) -> list[str]:
+    def missing_triton(self, what: str, need: tuple[int, int]) -> list[str]:
         """Return the reasons why Triton kernels of capability `need` cannot run here; empty if they can."""
         triton = "triton is not installed (it comes with CUDA builds of torch): pip install triton"
         return self.missing_capability(what, need) + ([] if "triton" in self.versions else [triton])

@@ -37,7 +37,7 @@ WORTH_IT = 1.1
 
 
 @dataclass(frozen=True)
-class Showing:
+class DemoRun:
     """What one run of the demo found.
 
     Attributes:
@@ -72,7 +72,7 @@ def bfloat16_pays(race: Race) -> bool:
     return not race.too_busy and race.quartiles[0] > 1 and race.ratio > WORTH_IT
 
 
-def what_runs(the_plan: Plan) -> str:
+def describe_run(the_plan: Plan) -> str:
     """Return in words what really runs of a plan that skips what cannot."""
     if the_plan.ok:
         return the_plan.title
@@ -85,8 +85,8 @@ def show(
     *transforms: Transform,
     device: str = "cpu",
     rounds: int = 2,
-    tell: Callable[[str], None] = lambda _: None,
-) -> Showing:
+    announce: Callable[[str], None] = lambda _: None,
+) -> DemoRun:
     """Render `PROMPTS` with the stock embedded model and with an optimized one, in turn, and write a contact sheet.
 
     Both run `STEPS` steps at the same guidance, and stock runs in the dtype that people load (bfloat16 on an
@@ -98,11 +98,11 @@ def show(
         *transforms: What to apply beside the preset.
         device: torch device to run on.
         rounds: How often each prompt is rendered by each pipe.
-        tell: Called with a description of what will run, before it runs.
+        announce: Called with a description of what will run, before it runs.
     """
     stock, fast = (_quiet(load_pipeline(device=device)) for _ in range(2))
     the_plan = plan(fast, *transforms, preset=preset)
-    tell(what_runs(the_plan))
+    announce(describe_run(the_plan))
     optimize(fast, *transforms, preset=preset, on_unsupported="skip")
 
     _render(stock, PROMPTS[0], 0)
@@ -120,7 +120,7 @@ def show(
             columns.append(Column(prompt, (stock_image, fast_image)))
     times = Race(tuple(stock_ms), tuple(fast_ms))
     contact_sheet(columns, sheet, rows=_labels(times))
-    return Showing(sheet, the_plan, report(fast), times, first_call_s)
+    return DemoRun(sheet, the_plan, report(fast), times, first_call_s)
 
 
 def _labels(times: Race) -> list[str]:

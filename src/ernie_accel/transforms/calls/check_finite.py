@@ -101,12 +101,12 @@ class _Check:
         """Return a VAE's ``decode`` that looks at what it returns."""
 
         @wraps(decode)
-        def decode_and_look(*args: Any, **kwargs: Any) -> Any:
+        def decode_and_check(*args: Any, **kwargs: Any) -> Any:
             result = decode(*args, **kwargs)
-            look(result[0], f"the pixels that the VAE decoded in {_name(self._pipe.vae.dtype)}")
+            require_finite(result[0], f"the pixels that the VAE decoded in {_name(self._pipe.vae.dtype)}")
             return result
 
-        return decode_and_look
+        return decode_and_check
 
     def _watching(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call with a callback that looks at the latents before the caller's own does."""
@@ -116,9 +116,9 @@ class _Check:
         wanted = [] if named is None else list(named)
         steps = arguments.get("num_inference_steps")
 
-        def look_and_call(pipe: Pipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        def check_and_call(pipe: Pipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             latents = tensors["latents"]
-            look(latents, f"the latents after step {step + 1} of {steps} in {_name(latents.dtype)}")
+            require_finite(latents, f"the latents after step {step + 1} of {steps} in {_name(latents.dtype)}")
             if theirs is None:
                 return {}
             given = {name: tensor for name, tensor in tensors.items() if name in wanted}
@@ -128,7 +128,7 @@ class _Check:
         inputs = wanted if "latents" in wanted else [*wanted, "latents"]
         return {
             **arguments,
-            "callback_on_step_end": look_and_call,
+            "callback_on_step_end": check_and_call,
             _INPUTS: inputs,
         }
 
@@ -165,7 +165,7 @@ class _Noise:
             torch.cuda.set_rng_state_all(self._cuda)
 
 
-def look(tensor: Tensor, what: str) -> None:
+def require_finite(tensor: Tensor, what: str) -> None:
     """Raise if `tensor` of any shape holds a number that is not finite; `what` says which tensor it is."""
     if bool(torch.isfinite(tensor).all()):
         return

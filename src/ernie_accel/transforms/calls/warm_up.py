@@ -158,7 +158,7 @@ class Warmup(Transform):
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         spent: list[str] = []
-        with unnoticed(pipe), leaving_no_trace(pipe):
+        with preserving_state(pipe), leaving_no_trace(pipe):
             decoded: set[tuple[int, int, int]] = set()
             pending = context.planned(pipe).on_first_call
             enhancer = enhancer_of(pipe)
@@ -253,7 +253,7 @@ def _draw(pipe: Pipeline, combination: Combination, *, decode: bool) -> None:
 
 
 @contextlib.contextmanager
-def unnoticed(pipe: Pipeline) -> Iterator[None]:
+def preserving_state(pipe: Pipeline) -> Iterator[None]:
     """Leave global random states, the scheduler and the pipe's own attributes as they are, whatever the block draws.
 
     The progress bar is hidden meanwhile.

@@ -130,7 +130,7 @@ class FuseKernels(Transform):
         return Applied(on_kernels, undo=undo, skipped=skipped, note=note)
 
     def _unsupported_reasons(self, pipe: Pipeline, context: Context) -> list[str]:
-        reasons = context.without_kernels(self.precision, (8, 9) if self.precision == "fp8" else (8, 0))
+        reasons = context.missing_triton(self.precision, (8, 9) if self.precision == "fp8" else (8, 0))
         family = family_of(pipe)
         if family.kernels is None:
             instead = ": use Quantize('fp8') in its place" if self.precision == "fp8" else ""

@@ -174,7 +174,7 @@ class SetAttention(Transform):
                 f"no attention of {type(pipe).__name__}'s denoiser goes through diffusers' dispatcher, so none can "
                 "be given another backend"
             ]
-        return [] if self.backend == "auto" else reasons_against(self.backend, pipe, context)
+        return [] if self.backend == "auto" else unsupported_reasons(self.backend, pipe, context)
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         name = self.choose(pipe, context)
@@ -219,7 +219,7 @@ class SetAttention(Transform):
             return self.backend
         if calls_cudnn(pipe, context):
             return None
-        return next((name for name in PREFERRED if _auto_takes(name, pipe, context)), "native")
+        return next((name for name in PREFERRED if _auto_accepts(name, pipe, context)), "native")
 
     def explain(self, pipe: Pipeline, context: Context | None = None) -> str:
         """Return what speaks for and against every backend here, one line each, and the choice.
@@ -239,7 +239,7 @@ class SetAttention(Transform):
             + (f"no mask ({mask})" if mask else "a mask in every call (ElideMask() would drop it)")
         ]
         for name in (*PREFERRED, *(name for name in BACKENDS if name not in PREFERRED)):
-            reasons = reasons_against(name, pipe, context)
+            reasons = unsupported_reasons(name, pipe, context)
             verdict = "; ".join(reasons) or ("chosen" if name == chosen else "could run")
             lines.append(f"  {name:9} {BACKENDS[name].summary}: {verdict}")
         return "\n".join(lines)
@@ -255,13 +255,13 @@ def _changes(pipe: Pipeline, name: str, context: Context) -> tuple[str, ...]:
     return tuple(path for path, part in _attentions(pipe) if unnamed_is_cudnn or _name_of(part.processor) != wanted)
 
 
-def _auto_takes(name: str, pipe: Pipeline, context: Context) -> bool:
+def _auto_accepts(name: str, pipe: Pipeline, context: Context) -> bool:
     # On a CPU torch chooses its flash kernel by itself wherever that can run.
     late = (context.capability or (0, 0)) < (BACKENDS[name].preferred_from or (0, 0))
-    return context.device != "cpu" and not late and not reasons_against(name, pipe, context)
+    return context.device != "cpu" and not late and not unsupported_reasons(name, pipe, context)
 
 
-def reasons_against(name: str, pipe: Pipeline, context: Context) -> list[str]:
+def unsupported_reasons(name: str, pipe: Pipeline, context: Context) -> list[str]:
     """Return every reason why a backend cannot serve this pipe on a machine; empty if it can."""
     backend, reasons = BACKENDS[name], []
     if context.device not in backend.devices:

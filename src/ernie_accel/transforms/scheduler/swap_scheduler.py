@@ -16,7 +16,7 @@ from ernie_accel.core.undo import Undo
 from ernie_accel.samplers.solvers import SCHEDULERS
 from ernie_accel.samplers.stepping import install, installed, start_at_a_step
 
-#: What ComfyUI, A1111 and diffusers call a sampler, in the letters that `_meant` leaves of it.
+#: Names of samplers in ComfyUI, A1111 and diffusers, normalised by `_alias_here`.
 _NAMES_ELSEWHERE = {
     "eulera": "euler_ancestral",
     "flowmatch": "euler",
@@ -65,7 +65,7 @@ class SwapScheduler(Transform):
 
     def __post_init__(self) -> None:
         if self.name not in SCHEDULERS:
-            suggestion, note = _meant(str(self.name))
+            suggestion, note = _alias_here(str(self.name))
             raise UnknownNameError("scheduler", self.name, SCHEDULERS, note=note, suggestion=suggestion)
         if self.shift is not None and self.shift <= 0:
             raise ValueError(f"shift must be > 0 (1 is no shift), got {self.shift}")
@@ -156,7 +156,7 @@ def _passes(pipe: Pipeline, keyword: str) -> bool:
     return code is not None and any(isinstance(names, tuple) and keyword in names for names in code.co_consts)
 
 
-def _meant(name: str) -> tuple[str | None, str]:
+def _alias_here(name: str) -> tuple[str | None, str]:
     """Return the name that a class of diffusers, ComfyUI or A1111 has here ("DPM++ 2M SDE Karras"), and a hint."""
     text = re.sub(r"[^a-z0-9]", "", name.lower().replace("++", "pp").removeprefix("k_"))
     spacing = next((word for word in _SPACINGS if text.endswith(word)), None)

@@ -97,7 +97,7 @@ class FuseVae(Transform):
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         decoder = _decoder(pipe)
-        reasons = context.without_kernels("FuseVae", (8, 0))
+        reasons = context.missing_triton("FuseVae", (8, 0))
         if reasons:
             return Preview((), note="the kernels cannot run here: " + "; ".join(reasons))
         if _is_fused(decoder):

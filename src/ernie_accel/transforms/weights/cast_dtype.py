@@ -64,9 +64,9 @@ class CastDtype(Transform):
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = unsupported_cast_reasons(pipe, context, self.dtype, self.components)
-        return reasons or list(self._torn_apart(pipe, context))
+        return reasons or list(self._quantized_component_reasons(pipe, context))
 
-    def _torn_apart(self, pipe: Pipeline, context: Context) -> Iterator[str]:
+    def _quantized_component_reasons(self, pipe: Pipeline, context: Context) -> Iterator[str]:
         """Yield why components cannot be cast: their quantized layers would stay, and take another dtype."""
         for name, _ in self._weights_to_cast(pipe, context):
             stored = ((path, quantized_as(part)) for path, part in modules_of(pipe)[name].named_modules())

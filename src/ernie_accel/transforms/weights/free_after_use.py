@@ -109,13 +109,13 @@ class FreeAfterUse(Transform):
             for name, part in parts.items():
                 weights = _Weights(name, part, folder)
                 undo.push(weights.discard)
-                undo.hook_before_forward(part, weights.need)
-                undo.hook_before_state_dict(part, weights.need)
+                undo.hook_before_forward(part, weights.ensure_loaded)
+                undo.hook_before_state_dict(part, weights.ensure_loaded)
                 for denoiser in denoisers_of(pipe).values():
                     undo.hook_before_forward(denoiser, weights.free)
                 generate: Any = getattr(part, "generate", None)
                 if generate is not None:
-                    undo.setattr(part, "generate", _needing(weights, generate))
+                    undo.setattr(part, "generate", _loading_weights_first(weights, generate))
         if self.to == "nowhere":
             return Applied(tuple(parts), no_undo="to='nowhere': freed weights are gone", note=note)
         return Applied(tuple(parts), undo=undo, note=note)
@@ -161,7 +161,7 @@ class _Weights:
             tensor.data = tensor.data.new_empty(0)  # keeps dtype and device, which pipelines ask for
         self._freed = True
 
-    def need(self, *_: Any) -> None:
+    def ensure_loaded(self, *_: Any) -> None:
         """Fill the tensors again; nothing happens if they are full.
 
         Raises:
@@ -184,18 +184,18 @@ class _Weights:
 
     def discard(self) -> None:
         """Fill the tensors again and remove the file."""
-        self.need()
+        self.ensure_loaded()
         if self._file is not None:
             self._file.unlink(missing_ok=True)
         self._written = False
 
 
-def _needing(weights: _Weights, generate: Callable[..., Any]) -> Callable[..., Any]:
+def _loading_weights_first(weights: _Weights, generate: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a model's ``generate`` so that it fetches the weights first; it reads the model before its first forward."""
 
     @wraps(generate)
     def fetch_and_generate(*args: Any, **kwargs: Any) -> Any:
-        weights.need()
+        weights.ensure_loaded()
         return generate(*args, **kwargs)
 
     return fetch_and_generate

@@ -57,7 +57,7 @@ class MakeContiguous(Transform):
         planned = context.planned(pipe).weights
         changes = tuple(
             name
-            for name, weight, layout in self._awkward(pipe)
+            for name, weight, layout in self._with_other_layout(pipe)
             if (then := planned.get(name)) is not None  # one that is concatenated by then is laid out anew
             and then.stored_as is None
             # What is cast gets new, aligned memory, with the strides it had.
@@ -66,27 +66,27 @@ class MakeContiguous(Transform):
         return Preview(changes, note=self._note() if changes else "all weights have this layout and alignment already")
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
-        awkward = list(self._awkward(pipe))
+        misplaced = list(self._with_other_layout(pipe))
         with Undo() as undo:
-            for _, weight, layout in awkward:
+            for _, weight, layout in misplaced:
                 undo.set_data(weight, weight.tensor.data.clone(memory_format=layout))
-        return Applied(tuple(name for name, *_ in awkward), undo=undo, note=self._note())
+        return Applied(tuple(name for name, *_ in misplaced), undo=undo, note=self._note())
 
     def _note(self) -> str:
         names = ", ".join(self.channels_last)
         return f"{names}: channels-last weights pay only in a compiled model, and slow down any other" if names else ""
 
-    def _awkward(self, pipe: Pipeline) -> Iterator[tuple[str, Weight, torch.memory_format]]:
+    def _with_other_layout(self, pipe: Pipeline) -> Iterator[tuple[str, Weight, torch.memory_format]]:
         """Yield (name, weight, the layout it should have) of every weight with another layout."""
         for component, module in modules_of(pipe, self.components).items():
             for weight in weights_of(module, all_buffers=True):
                 last = component in self.channels_last and weight.tensor.ndim == 4
                 layout = torch.channels_last if last else torch.contiguous_format
-                if _is_awkward(weight.tensor, layout):
+                if _has_other_layout(weight.tensor, layout):
                     yield f"{component}.{weight.path}", weight, layout
 
 
-def _is_awkward(tensor: torch.Tensor, layout: torch.memory_format) -> bool:
+def _has_other_layout(tensor: torch.Tensor, layout: torch.memory_format) -> bool:
     if hasattr(tensor, "__tensor_flatten__") or tensor.layout != torch.strided or tensor.device.type == "meta":
         return False  # quantized tensors lay themselves out
     return not tensor.is_contiguous(memory_format=layout) or tensor.data_ptr() % ALIGNMENT_BYTES != 0

@@ -138,7 +138,7 @@ class Quantize(Transform):
             for name in self.components
         ]
         where = f" on its way to {self.device}" if self.device else ""
-        note = f"{work.name}{where}; {', '.join(sizes)}; {_tell_left_out(work.left_out, len(work.sites))}"
+        note = f"{work.name}{where}; {', '.join(sizes)}; {_describe_left_out(work.left_out, len(work.sites))}"
         remark = work.backend.remark(work.scheme, context.device)
         stays = staying_denoisers_note(pipe, self.components)
         note = "; ".join(filter(None, (note, remark, stays)))
@@ -240,7 +240,9 @@ class _Work:
             ]
         if todo or done:
             return []
-        return [f"{component}: no linear layer can be quantized: {_tell_left_out(self.left_out, len(mine), component)}"]
+        return [
+            f"{component}: no linear layer can be quantized: {_describe_left_out(self.left_out, len(mine), component)}"
+        ]
 
 
 def _to_be_fused(pipe: Pipeline, context: Context) -> Mapping[str, tuple[str, ...]]:
@@ -272,13 +274,13 @@ def _replace(pipe: Pipeline, site: LinearSite, work: _Work, device: str | None, 
     component, _, path = site.name.partition(".")
     root = modules_of(pipe)[component]
     undo.object_if(_Unchanged(layer, root, path))
-    undo.put_module(root, path, layer, _giver_back(linear, stays_put=device is not None))
+    undo.put_module(root, path, layer, _undo_of(linear, stays_put=device is not None))
     if device is None:
         linear.to("cpu")
     return receipt
 
 
-def _giver_back(linear: torch.nn.Linear, *, stays_put: bool) -> Callable[[torch.nn.Module], torch.nn.Module]:
+def _undo_of(linear: torch.nn.Linear, *, stays_put: bool) -> Callable[[torch.nn.Module], torch.nn.Module]:
     """Return what gives the original back, on the device that the pipe has moved to since."""
 
     def give_back(layer: torch.nn.Module) -> torch.nn.Module:
@@ -341,7 +343,7 @@ def _mover(module: torch.nn.Module, device: torch.device) -> Callable[[], None]:
     return move
 
 
-def _tell_left_out(left_out: dict[str, str], total: int, component: str | None = None) -> str:
+def _describe_left_out(left_out: dict[str, str], total: int, component: str | None = None) -> str:
     """Say how many of `total` layers are left out, by reason, and name the first of each."""
     by_reason: dict[str, list[str]] = {}
     for name, why in left_out.items():
