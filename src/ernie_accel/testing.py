@@ -209,7 +209,7 @@ def check_backend(backend: Backend, *, context: Context | None = None) -> None:
         _same(bool(same), True, f"{what}: its tensors are all of a weight")
 
 
-def snapshot(pipe: Pipeline) -> dict[str, Any]:
+def snapshot(pipe: Pipeline) -> dict[str, object]:
     """Return all that a transform could change: classes, tensors, strides, settings, call defaults; not the report."""
     modules, own = modules_of(pipe), {name: value for name, value in vars(pipe).items() if name != CARRIED}
     tensors = {
@@ -254,7 +254,7 @@ def _plain(module: torch.nn.Module) -> str:
     return str({k: v for k, v in vars(module).items() if isinstance(v, _PLAIN[:5]) and k != "_compiled_call_impl"})
 
 
-def _behaviour(module: torch.nn.Module) -> tuple[Any, ...]:
+def _behaviour(module: torch.nn.Module) -> tuple[object, ...]:
     """Return what changes what a module does and is no tensor: hooks, a forward of its own, its processor."""
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     processor = getattr(module, "processor", None)
@@ -276,8 +276,8 @@ def _distance(after: torch.Tensor, before: torch.Tensor) -> float:
     return float((after.double() - before.double()).norm() / before.double().norm())
 
 
-def _through_json(transform: Transform) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(json.dumps(transform.to_json()))
+def _through_json(transform: Transform) -> dict[str, object]:
+    data: dict[str, object] = json.loads(json.dumps(transform.to_json()))
     return data
 
 

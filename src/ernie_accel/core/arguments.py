@@ -19,7 +19,7 @@ class _WrongTypeError(Exception):
     """A value is of none of the types that are declared."""
 
 
-def arguments_of(instance: Any) -> dict[str, Any]:
+def arguments_of(instance: Any) -> dict[str, object]:
     """Return the fields of a dataclass as plain data of the types they declare.
 
     Lists become tuples and NumPy's numbers Python's. A field whose metadata has ``machine_local`` also takes a path,
@@ -59,14 +59,14 @@ def check_patterns(name: str, patterns: Iterable[str]) -> None:
             raise ValueError(f"{name} takes regular expressions, and {pattern!r} is none: {error}") from error
 
 
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: type) -> dict[str, object]:
     try:
         return get_type_hints(cls)
     except NameError:  # of a class written inside a function, say: nothing is known
         return {}
 
 
-def _plain(value: Any, kind: Any) -> Any:
+def _plain(value: object, kind: object) -> object:
     """Return `value` as plain data of type `kind`.
 
     Raises:
@@ -92,7 +92,7 @@ def _plain(value: Any, kind: Any) -> Any:
     return value
 
 
-def _plain_of_one(value: Any, kinds: tuple[Any, ...]) -> Any:
+def _plain_of_one(value: object, kinds: tuple[object, ...]) -> object:
     for kind in kinds:
         try:
             return _plain(value, kind)
@@ -101,7 +101,7 @@ def _plain_of_one(value: Any, kinds: tuple[Any, ...]) -> Any:
     raise _WrongTypeError
 
 
-def _plain_items(value: Any, kinds: tuple[Any, ...]) -> Iterator[Any]:
+def _plain_items(value: object, kinds: tuple[object, ...]) -> Iterator[object]:
     if not isinstance(value, (tuple, list)):
         raise _WrongTypeError
     if len(kinds) == 2 and kinds[1] is Ellipsis:
@@ -111,7 +111,7 @@ def _plain_items(value: Any, kinds: tuple[Any, ...]) -> Iterator[Any]:
     yield from map(_plain, value, kinds)
 
 
-def _in_words(kind: Any) -> str:
+def _in_words(kind: object) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return " or ".join(map(_in_words, inner))
@@ -124,6 +124,6 @@ def _in_words(kind: Any) -> str:
     return "None" if kind is NoneType else str(getattr(kind, "__name__", kind))
 
 
-def _advice(f: Field[Any], value: Any, kind: Any) -> str:
+def _advice(f: Field[object], value: object, kind: object) -> str:
     takes_tuple = any(get_origin(each) is tuple for each in (kind, *get_args(kind)))
     return f": write {f.name}=({value!r},)" if takes_tuple and isinstance(value, str) else ""

@@ -151,7 +151,7 @@ class Watch:
         return updated is None
 
 
-def adapters_of(part: nn.Module) -> Iterator[Any]:
+def adapters_of(part: nn.Module) -> Iterator[object]:
     """Yield which adapters of a PEFT layer count and how much, as plain data; nothing for other modules."""
     state = part.__dict__
     if "_disable_adapters" in state:
@@ -194,12 +194,12 @@ def _hooks(state: dict[str, Any]) -> list[Any]:
     return [*state["_forward_pre_hooks"].values(), *after]
 
 
-def only_listens(hook: Any) -> bool:
+def only_listens(hook: object) -> bool:
     """Return whether a forward hook is one by which transformers collects outputs: it changes nothing."""
     return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
-def _behaviour(state: dict[str, Any]) -> Iterator[Any]:
+def _behaviour(state: dict[str, object]) -> Iterator[object]:
     """Yield what else changes what a module does."""
     if "forward" in state:
         yield id(state["forward"])
@@ -214,7 +214,7 @@ def _behaviour(state: dict[str, Any]) -> Iterator[Any]:
             yield _frozen(state.get(name))
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(value: object) -> object:
     if isinstance(value, dict):
         return tuple(value.items())
     if isinstance(value, (list, tuple)):

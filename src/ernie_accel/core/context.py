@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from ernie_accel.core.components import AnyPipeline, Pipeline, device_of
 from ernie_accel.core.errors import UnknownNameError
@@ -253,7 +253,7 @@ def _is_here(device: str) -> bool:
     kind, _, index = device.partition(":")
     if kind == "cpu":
         return True
-    module: Any = getattr(torch, kind, None)  # torch.npu is there once torch_npu is imported
+    module: object = getattr(torch, kind, None)  # torch.npu is there once torch_npu is imported
     if not hasattr(module, "is_available") or not hasattr(module, "device_count"):
         return False
     return bool(module.is_available()) and int(index or 0) < module.device_count()

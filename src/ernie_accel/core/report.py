@@ -114,7 +114,7 @@ class Report:
         return json.dumps(document, indent=2, ensure_ascii=False)
 
 
-def _entry_json(entry: Entry) -> dict[str, Any]:
+def _entry_json(entry: Entry) -> dict[str, object]:
     transform, applied = entry.step.transform, entry.applied
     document = transform.to_json() | {
         "status": entry.status,

@@ -153,7 +153,7 @@ class Transform(ABC):
     slot: ClassVar[str]
     extra: ClassVar[str | None] = None
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         missing = [fact for fact in ("phase", "slot") if not hasattr(cls, fact)]
         missing += ["effect"] if inspect.getattr_static(cls, "effect") is vars(Transform)["effect"] else []
@@ -237,7 +237,7 @@ class Transform(ABC):
         return {"transform": type(self).__name__} | {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-def _after_check(own: Callable[[Any], None]) -> Callable[[Any], None]:
+def _after_check(own: Callable[[object], None]) -> Callable[[Any], None]:
     """Return the ``__post_init__`` of a subclass, run once the arguments are of the types it declares."""
 
     @functools.wraps(own)
@@ -256,7 +256,7 @@ MACHINE_LOCAL: Mapping[str, bool] = MappingProxyType({"machine_local": True})
 _PATH_WORDS = re.compile(r"(^|_)(path|folder|dir|directory|cache|file|filename|root|location|module|command)s?(_|$)")
 
 
-def machine_local_fields(cls: type[Transform]) -> dict[str, Field[Any]]:
+def machine_local_fields(cls: type[Transform]) -> dict[str, Field[object]]:
     """Return the fields of a transform class that are declared `MACHINE_LOCAL`, by name."""
     return {f.name: f for f in fields(cls) if f.metadata.get("machine_local")}
 

@@ -155,7 +155,7 @@ def _drawn(
     pipe: CallablePipeline,
     texts: Sequence[str],
     seed: int,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     repeats: int,
     like: _Drawn | None = None,
 ) -> _Drawn:
@@ -301,7 +301,7 @@ def _give_back(pipe: Pipeline, before: tuple[Transform, ...]) -> None:
         restore(pipe)
 
 
-def _enhanced(pipe: Pipeline, text: str, seed: int, settings: Mapping[str, Any]) -> str:
+def _enhanced(pipe: Pipeline, text: str, seed: int, settings: Mapping[str, object]) -> str:
     """Return what the pipe's prompt enhancer makes of a prompt; the global random state is left as it was."""
     if getattr(pipe, "pe", None) is None:
         raise ErnieAccelError(f"pe='fixed' needs a prompt enhancer, and this {type(pipe).__name__} has none")

@@ -303,7 +303,7 @@ def _markdown_table(header: Sequence[str], rows: Iterator[tuple[str, ...]]) -> l
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Return `value` with floats that JSON does not know as words."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)

@@ -25,7 +25,7 @@ class _Plan:
     """A compiled cuDNN graph for one shape, with the tensors that it needs."""
 
     graph: Any
-    names: dict[str, Any]
+    names: dict[str, object]
     constants: dict[Any, Tensor]
     workspace_bytes: int
 
@@ -77,7 +77,7 @@ def _run(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor | Non
 
 
 @functools.cache
-def _handle(device: torch.device) -> Any:
+def _handle(device: torch.device) -> object:
     import cudnn
 
     return cudnn.create_handle()

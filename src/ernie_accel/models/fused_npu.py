@@ -57,8 +57,8 @@ def attend(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
-    parallel_config: Any = None,
-    **kwargs: Any,
+    parallel_config: object = None,
+    **kwargs: object,
 ) -> Tensor:
     """Attend as diffusers' ``dispatch_attention_fn`` does; a prepared mask reaches the fused kernel as it is.
 

@@ -88,7 +88,7 @@ def _marking(pad_text: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tu
     """Return a pipeline's padding method, ([T, H] of each prompt) -> (text_bth, lengths_b), that marks its result."""
 
     @wraps(pad_text)
-    def pad_and_mark(text_hiddens: list[Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def pad_and_mark(text_hiddens: list[Tensor], *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         text_bth, lengths_b = pad_text(text_hiddens, *args, **kwargs)
         mark(text_bth, lengths_b, [hidden.shape[0] for hidden in text_hiddens])
         return text_bth, lengths_b

@@ -16,7 +16,7 @@ import torch
 class Replayable(Protocol):
     """What `torch.cuda.CUDAGraph` is to those who replay it."""
 
-    def pool(self) -> Any:
+    def pool(self) -> object:
         """Return the memory it works in, for others to share."""
 
     def replay(self) -> None:
@@ -93,7 +93,7 @@ class Replays:
         return entry
 
 
-def capture_cuda(work: Callable[[], Any], pool: Any) -> tuple[Replayable, Any]:
+def capture_cuda(work: Callable[[], object], pool: Any) -> tuple[Replayable, object]:
     """Capture `work` into a CUDA graph on the current device, which does not do it yet."""
     graph = torch.cuda.CUDAGraph()
     # "thread_local": what other threads do on the device meanwhile does not spoil the capture. In a batch they wait for

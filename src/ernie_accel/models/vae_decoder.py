@@ -75,7 +75,7 @@ def unsupported_reason(decoder: Any) -> str | None:
     return None
 
 
-def _parts(decoder: Any) -> list[Any]:
+def _parts(decoder: Any) -> list[object]:
     """Return the resnets, attentions and upsamplers in the order in which they run."""
     middle = decoder.mid_block
     parts = [middle.resnets[0]]
@@ -117,7 +117,7 @@ def _unsupported_attention_reason(block: Any) -> str | None:
     return None
 
 
-def _unsupported_norm_reason(norm: Any, activation: Any = None) -> str | None:
+def _unsupported_norm_reason(norm: object, activation: object = None) -> str | None:
     if type(norm) is not nn.GroupNorm or not norm.affine:
         return f"a {type(norm).__name__} for a norm"
     if activation is not None and type(activation) is not nn.SiLU:
@@ -212,7 +212,7 @@ def _convolve(conv: nn.Conv2d, x_bchw: Tensor) -> Tensor:
     return out
 
 
-def _path_of(part: Any) -> str:
+def _path_of(part: object) -> str:
     return f"{type(part).__module__}.{type(part).__qualname__}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 
@@ -56,7 +56,7 @@ class Gguf(Backend):
         return type(layer).__name__ == "GGUFLinear" and defined_in(layer, "diffusers")
 
 
-def _code(scheme: str) -> Any:
+def _code(scheme: str) -> object:
     import gguf
 
     return gguf.GGMLQuantizationType[scheme.removeprefix("gguf-").upper()]

@@ -34,7 +34,7 @@ def refuse_loras(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:
                 undo.setattr(module, name, MethodType(method, module))
 
 
-def _refuse_saving(self: Any, *args: Any, **kwargs: Any) -> None:
+def _refuse_saving(self: object, *args: object, **kwargs: object) -> None:
     raise ErnieAccelError(
         f"{type(self).__name__}.save_pretrained: its weights are quantized, and what that writes cannot be loaded, or "
         "loads as noise. Save the pipe with ernie_accel.save(pipe, folder), which ernie_accel.load reads; for a stock "
@@ -42,7 +42,7 @@ def _refuse_saving(self: Any, *args: Any, **kwargs: Any) -> None:
     )
 
 
-def _refuse_lora(self: Any, *args: Any, **kwargs: Any) -> None:
+def _refuse_lora(self: object, *args: object, **kwargs: object) -> None:
     raise ErnieAccelError(
         f"{type(self).__name__}: cannot load a LoRA, because PEFT has no adapter for its quantized layers. Load the "
         "LoRA before quantizing: ernie_accel.restore(pipe), load it, then optimize again; or quantize with torchao, "
@@ -50,7 +50,7 @@ def _refuse_lora(self: Any, *args: Any, **kwargs: Any) -> None:
     )
 
 
-def _refuse_merging(self: Any, *args: Any, **kwargs: Any) -> None:
+def _refuse_merging(self: object, *args: object, **kwargs: object) -> None:
     raise ErnieAccelError(
         f"{type(self).__name__}: cannot merge a LoRA into quantized weights, or take it out of them. Call "
         "ernie_accel.restore(pipe), load and merge it (pipe.fuse_lora()), then optimize again. Unmerged, it works."

@@ -110,7 +110,7 @@ class TorchAO(Backend):
         return isinstance(layer, torch.nn.Linear) and defined_in(layer.weight, "torchao")
 
 
-def _config(scheme: str) -> Any:
+def _config(scheme: str) -> object:
     from torchao import quantization as ao
 
     # set_inductor_config=True, the default, switches coordinate-descent tuning on for the whole process.

@@ -55,7 +55,7 @@ def install(scheduler: Any, name: str, trailing: bool) -> None:
             scheduler.set_begin_index = MethodType(_set_begin_index, scheduler)
 
 
-def start_at_a_step(pipe: Any, undo: Undo) -> None:
+def start_at_a_step(pipe: object, undo: Undo) -> None:
     """Let image-to-image pipelines begin at the step where stock begins, in place.
 
     Of the steps that a strength leaves out, they skip ``order`` timesteps each. But where a pipeline passes sigmas, it
@@ -97,7 +97,7 @@ def _set_begin_index(self: Any, begin_index: int = 0) -> None:
     type(self).set_begin_index(self, begin_index)
 
 
-def installed(scheduler: Any) -> Stepping | None:
+def installed(scheduler: object) -> Stepping | None:
     """Return the solver that `scheduler` uses, or None for a stock one."""
     found = vars(scheduler).get(_ATTRIBUTE)
     return found if isinstance(found, Stepping) else None
@@ -136,7 +136,7 @@ def _step(
     generator: torch.Generator | list[torch.Generator] | None = None,
     per_token_timesteps: torch.Tensor | None = None,
     return_dict: bool = True,
-) -> Any:
+) -> object:
     """Run one step: the velocity `model_output` [B, ...] at `sample` [B, ...]. Returns the dtype of `model_output`.
 
     Args:

@@ -14,7 +14,7 @@ from ernie_accel.core.errors import ErnieAccelError, SavedPipelineError
 from ernie_accel.storage.vetting import Index
 
 
-def assemble(folder: Path, index: Index, model: Callable[[str, type[Any]], torch.nn.Module]) -> CallablePipeline:
+def assemble(folder: Path, index: Index, model: Callable[[str, type[object]], torch.nn.Module]) -> CallablePipeline:
     """Return the pipeline of a folder.
 
     Args:
@@ -36,7 +36,7 @@ def assemble(folder: Path, index: Index, model: Callable[[str, type[Any]], torch
     return pipe
 
 
-def _part(place: Path, name: str, cls: type[Any], model: Callable[[str, type[Any]], torch.nn.Module]) -> Any:
+def _part(place: Path, name: str, cls: type[Any], model: Callable[[str, type[object]], torch.nn.Module]) -> Any:
     import transformers
 
     if issubclass(cls, torch.nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import ErnieImagePipeline
@@ -19,7 +18,7 @@ def load_embedded(dtype: torch.dtype | None = None, prompt_enhancer: bool = True
 
 def load_folder(folder: Path, dtype: torch.dtype | None = None, prompt_enhancer: bool = True) -> ErnieImagePipeline:
     """Load a pipeline that ``tools/embedded_model`` saved; arguments as for ``ernie_accel.demo.load``."""
-    options: dict[str, Any] = {**dtype_argument(dtype if dtype is not None else torch.float32)}
+    options: dict[str, object] = {**dtype_argument(dtype if dtype is not None else torch.float32)}
     if not prompt_enhancer:
         options |= {"pe": None, "pe_tokenizer": None}
     pipe: ErnieImagePipeline = ErnieImagePipeline.from_pretrained(

@@ -8,7 +8,7 @@ import re
 import stat
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
@@ -185,7 +185,7 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _as_manifest(folder: Path, data: dict[str, Any]) -> Manifest:
+def _as_manifest(folder: Path, data: dict[str, object]) -> Manifest:
     if data["format_version"] == 1:
         files = data.get("files")
         if isinstance(files, dict):
@@ -205,7 +205,7 @@ def _as_manifest(folder: Path, data: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def _checksum(data: dict[str, Any]) -> str:
+def _checksum(data: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
@@ -242,7 +242,7 @@ def _check_nothing_else(folder: Path, manifest: Manifest) -> None:
             raise SavedPipelineError(folder, f"holds {name}, which {MANIFEST} does not list; remove it")
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_json(folder: Path, name: str) -> dict[str, object]:
     """Return the object in a JSON file of a folder from anywhere.
 
     Raises:

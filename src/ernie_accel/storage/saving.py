@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -106,7 +105,7 @@ def _write(pipe: Pipeline, folder: Path, target: Path, entries: list[Entry]) -> 
 
     from ernie_accel.exports import VERSION
 
-    components: dict[str, Any] = {}
+    components: dict[str, object] = {}
     for name, part in pipe.components.items():
         place = folder / name
         if isinstance(part, torch.nn.Module):
@@ -144,7 +143,7 @@ def _write(pipe: Pipeline, folder: Path, target: Path, entries: list[Entry]) -> 
     manifest.write(folder)
 
 
-def _saved_entry(entry: Entry) -> dict[str, Any]:
+def _saved_entry(entry: Entry) -> dict[str, object]:
     transform = entry.step.transform
     local = machine_local_fields(type(transform))
     fields = {name: value for name, value in transform.to_json().items() if name not in local}

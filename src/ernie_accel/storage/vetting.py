@@ -117,8 +117,8 @@ def vet_index(folder: Path, packages: Iterable[str] = MODEL_PACKAGES) -> Index:
     data = read_json(folder, INDEX)
     pipeline_class = _pipeline_class(folder, data.get("_class_name"))
     parameters = inspect.signature(pipeline_class.__init__).parameters
-    parts: dict[str, type[Any] | None] = {}
-    settings: dict[str, Any] = {}
+    parts: dict[str, type[object] | None] = {}
+    settings: dict[str, object] = {}
     for name, value in data.items():
         if name.startswith("_"):
             continue
@@ -146,7 +146,7 @@ def vet_index(folder: Path, packages: Iterable[str] = MODEL_PACKAGES) -> Index:
     return Index(pipeline_class, MappingProxyType(parts), MappingProxyType(settings))
 
 
-def _pipeline_class(folder: Path, name: object) -> type[Any]:
+def _pipeline_class(folder: Path, name: object) -> type[object]:
     import diffusers
 
     found = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
@@ -158,7 +158,9 @@ def _pipeline_class(folder: Path, name: object) -> type[Any]:
     return found
 
 
-def _part_class(folder: Path, name: str, library: str, class_name: str | None, packages: frozenset[str]) -> type[Any]:
+def _part_class(
+    folder: Path, name: str, library: str, class_name: str | None, packages: frozenset[str]
+) -> type[object]:
     """Return the class of a component: a model, scheduler, tokenizer or processor of diffusers or transformers."""
     import diffusers
     import transformers
@@ -166,7 +168,7 @@ def _part_class(folder: Path, name: str, library: str, class_name: str | None, p
     from transformers.image_processing_base import ImageProcessingMixin
 
     named = f"{INDEX}: {name}: {library}.{class_name}"
-    home: Any = None
+    home: object = None
     if library in ("diffusers", "transformers"):
         home = importlib.import_module(library)
     elif library.isidentifier() and library not in _FETCHING_PIPELINES:
@@ -217,7 +219,7 @@ def check_links(folder: Path) -> None:
                 raise SavedPipelineError(folder, f"{name} is a link out of the folder; put a copy in its place")
 
 
-def _check_part(folder: Path, name: str, part: type[Any], packages: frozenset[str]) -> None:
+def _check_part(folder: Path, name: str, part: type[object], packages: frozenset[str]) -> None:
     place = folder / name
     if not place.is_dir():
         raise SavedPipelineError(folder, f"is incomplete: the folder {name} is missing")
@@ -264,7 +266,7 @@ def _check_shards(folder: Path, file: str) -> None:
             raise SavedPipelineError(folder, f"{file}: weight_map: expected names of files beside it, got {name!r}")
 
 
-def _check_names_of_classes(folder: Path, name: str, part: type[Any], packages: frozenset[str]) -> None:
+def _check_names_of_classes(folder: Path, name: str, part: type[object], packages: frozenset[str]) -> None:
     """Look up the classes that a processor makes for itself, by names in its files."""
     import transformers
 
@@ -286,7 +288,7 @@ def _package_of_type(model_type: str) -> str:
     return str(model_type_to_module_name(model_type))
 
 
-def _settings(data: Any) -> Iterator[tuple[str, str, Any]]:
+def _settings(data: object) -> Iterator[tuple[str, str, object]]:
     """Yield place, key and value of everything in nested settings."""
     left = [("", data)]
     while left:

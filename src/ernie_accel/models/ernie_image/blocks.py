@@ -160,7 +160,7 @@ class _Part(nn.Module):
             setattr(stock, name, getattr(self, name))
 
 
-def _join_parts(part: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _join_parts(part: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Let a fused layer load the weights of its parts; see `nn.Module.register_load_state_dict_pre_hook`."""
     if isinstance(part, _Part) and part.fused is not None:
         keys = [f"{prefix}{name}.weight" for name in part.fusible]
@@ -240,7 +240,7 @@ class RewrittenErnieBlock(nn.Module):
         """The two halves by name."""
         return {"self_attention": self.self_attention, "mlp": self.mlp}
 
-    def give_back(self, stock: Any) -> None:
+    def give_back(self, stock: object) -> None:
         """Hand all layers to the stock block in place."""
         for name, part in self.parts.items():
             part.give_back(getattr(stock, name))
@@ -386,7 +386,7 @@ def prepare(transformer: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, Pos
     return text_bth, at
 
 
-def as_output(sample: Tensor, arguments: Mapping[str, Any]) -> ErnieImageTransformer2DModelOutput | tuple[Tensor]:
+def as_output(sample: Tensor, arguments: Mapping[str, object]) -> ErnieImageTransformer2DModelOutput | tuple[Tensor]:
     """Return `sample` in the form that the caller of `forward` asked for."""
     return ErnieImageTransformer2DModelOutput(sample=sample) if arguments.get("return_dict", True) else (sample,)
 
@@ -449,11 +449,11 @@ def _put_back(layers: nn.ModuleList, i: int, block: RewrittenErnieBlock, stock: 
     layers[i] = stock
 
 
-def _after_splitting(method: Callable[..., Any]) -> Callable[..., Any]:
+def _after_splitting(method: Callable[..., object]) -> Callable[..., object]:
     """Return `method` of a transformer as one that splits the fused layers first: a LoRA looks for them by name."""
 
     @wraps(method)
-    def split_and_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def split_and_call(self: Any, *args: object, **kwargs: object) -> object:
         for layer in self.layers:
             for part in layer.parts.values():
                 part.split()

@@ -155,7 +155,7 @@ def install(transformer: Any, undo: Undo, attention: str | None = None) -> dict[
     return skipped
 
 
-def _refuse_lora(self: Any, *args: Any, **kwargs: Any) -> None:
+def _refuse_lora(self: object, *args: object, **kwargs: object) -> None:
     raise ErnieAccelError(
         "Cannot load a LoRA: the blocks run on fused kernels, which have no layers for it. Call "
         "ernie_accel.restore(pipe), load the LoRA, then optimize with Quantize('fp8') in place of FuseKernels()."

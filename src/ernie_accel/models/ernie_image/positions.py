@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class Positions:
 
     def __init__(self, keep: int = 8) -> None:
         self._keep = keep
-        self._known: OrderedDict[tuple[Any, ...], Position] = OrderedDict()
+        self._known: OrderedDict[tuple[object, ...], Position] = OrderedDict()
 
     def get(self, pos_embed: Callable[[Tensor], Tensor], rows: Rows, like: Tensor) -> Position:
         """Return the position tables, in the dtype and on the device of `like`.
@@ -136,7 +136,7 @@ def remembering_lengths(pad_text: Callable[..., tuple[Tensor, Tensor]]) -> Calla
     """Return a pipeline's ``_pad_text`` that also keeps the prompt lengths, which it knows, on the host."""
 
     @wraps(pad_text)
-    def pad_and_remember(text_hiddens: list[Tensor], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def pad_and_remember(text_hiddens: list[Tensor], *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         text_bth, text_lens = pad_text(text_hiddens, *args, **kwargs)
         remember_lengths(
             text_lens,

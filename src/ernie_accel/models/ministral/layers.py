@@ -68,7 +68,7 @@ def run_layer(
     x_bth: Tensor,
     at: Rotary,
     attend: Attend,
-    project: Callable[[Any, Tensor], Tensor] = call,
+    project: Callable[[object, Tensor], Tensor] = call,
     normalize: Callable[[Any, Tensor], Tensor] = call,
 ) -> Tensor:
     """Return what a ``Ministral3DecoderLayer`` gives.
@@ -110,7 +110,7 @@ def linears_of(layer: Any) -> Iterator[Any]:
     yield from (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
 
 
-def pass_on(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+def pass_on(hidden_states: Tensor, *_: object, **__: object) -> Tensor:
     """Stand in for the forward of a layer whose result nothing uses.
 
     The layer itself has to stay: without it, ``hidden_states[-2]`` would silently be another layer's.

@@ -129,7 +129,7 @@ def _decode_weight(linear: nn.Module) -> DecodeWeight | str:
         return f"is a {type(linear).__name__}, not a plain linear layer"
     if linear.bias is not None:
         return "has a bias"
-    weight: Any = linear.weight
+    weight: object = linear.weight
     rows, columns = weight.shape
     if rows % decode.MULTIPLE_N or columns % decode.MULTIPLE_K:
         return f"is {rows} x {columns}, not a multiple of {decode.MULTIPLE_N} x {decode.MULTIPLE_K}"

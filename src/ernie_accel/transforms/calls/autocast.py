@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -75,7 +75,7 @@ class Autocast(Transform):
 
 
 def _autocast(
-    device_type: str, dtype: torch.dtype, call: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]
-) -> Any:
+    device_type: str, dtype: torch.dtype, call: Callable[[dict[str, object]], object], arguments: dict[str, object]
+) -> object:
     with torch.autocast(device_type, dtype):
         return call(arguments)

@@ -113,7 +113,7 @@ class CallDefaults(Transform):
         )
 
 
-def _with_defaults(cls: type, defaults: dict[str, Any]) -> type:
+def _with_defaults(cls: type, defaults: dict[str, object]) -> type:
     """Return a subclass of `cls`, of the same name, whose ``__call__`` has other defaults."""
     stock = cls.__call__
     signature = inspect.signature(stock)
@@ -130,14 +130,14 @@ def _with_defaults(cls: type, defaults: dict[str, Any]) -> type:
     __call__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
 
     # The name stays: save_pretrained writes it, and from_pretrained looks it up in diffusers.
-    def __reduce_ex__(self: Pipeline, protocol: Any) -> Any:
+    def __reduce_ex__(self: Pipeline, protocol: object) -> object:
         return _rebuild, (cls, defaults), vars(self)  # pickle finds no class of this name that is this one
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     return type(cls)(cls.__name__, (cls,), {"__call__": __call__, "__reduce_ex__": __reduce_ex__, **names})
 
 
-def _rebuild(cls: type, defaults: dict[str, Any]) -> Any:
+def _rebuild(cls: type, defaults: dict[str, object]) -> object:
     made = _with_defaults(cls, defaults)
     return object.__new__(made)
 

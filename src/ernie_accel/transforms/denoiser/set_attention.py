@@ -305,7 +305,7 @@ def _name_of(processor: Any) -> str:
 def _dtype(pipe: Pipeline, context: Context) -> torch.dtype:
     """Return the dtype the transformer will compute in."""
     name, denoiser = next(iter(denoisers_of(pipe).items()))
-    found: Any = context.planned(pipe).dtype_of(name) or denoiser.dtype
+    found: object = context.planned(pipe).dtype_of(name) or denoiser.dtype
     return cast("torch.dtype", found)
 
 

@@ -260,5 +260,5 @@ def _encoding_of(pipe: Pipeline) -> PromptEncoding:
     return how
 
 
-def _last_layer(pipe: Pipeline, how: PromptEncoding) -> Any:
+def _last_layer(pipe: Pipeline, how: PromptEncoding) -> object:
     return attrgetter(how.layers)(pipe.text_encoder)[-1]

@@ -85,7 +85,7 @@ def _path(pipe: Pipeline) -> str | None:
     return f"text_encoder.{how.layers.rpartition('.')[0]}"
 
 
-def _language_model(pipe: Pipeline) -> Any:
+def _language_model(pipe: Pipeline) -> object:
     path = _path(pipe)
     return None if path is None else attrgetter(path)(pipe)
 

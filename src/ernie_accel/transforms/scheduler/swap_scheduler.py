@@ -122,9 +122,9 @@ class SwapScheduler(Transform):
                 start_at_a_step(pipe, undo)
         return Applied(changes, undo=undo, note=self._note())
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, object]:
         """Return what the new scheduler's config says differently, whether or not the old one says it already."""
-        settings: dict[str, Any] = {"stochastic_sampling": self.name == "lcm"}  # what stock knows by that name
+        settings: dict[str, object] = {"stochastic_sampling": self.name == "lcm"}  # what stock knows by that name
         if self.shift is not None:
             settings["shift"] = self.shift
         if self.karras or self.exponential or self.beta:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -133,7 +133,7 @@ class Offload(Transform):
             _, hook = cpu_offload_with_hook(module.to("cpu"), device)
             hooks.append(hook)
 
-        def leave(*_: Any) -> None:
+        def leave(*_: object) -> None:
             for hook in hooks:
                 hook.offload()
 
@@ -158,7 +158,7 @@ def _end_group_offload(pipe: Pipeline, device: torch.device) -> None:
         module.to(device)
 
 
-def _attribute_setter(owner: Any, name: str) -> Callable[[], None]:
+def _attribute_setter(owner: object, name: str) -> Callable[[], None]:
     """Return what gives `owner` its present attribute `name` back, or takes it away where it has none."""
     if name in vars(owner):
         return partial(object.__setattr__, owner, name, vars(owner)[name])

@@ -170,7 +170,7 @@ class CachedForward:
         self._runs: dict[tuple[int, ...], tuple[tuple[Tensor, ...], Run]] = {}
         self._in_call = False
 
-    def around(self, call: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> Any:
+    def around(self, call: Callable[[dict[str, object]], object], arguments: dict[str, object]) -> object:
         """Call the pipe; whatever was computed for another picture, or is left of this one, is forgotten."""
         self._trajectory, self._runs, self._in_call = None, {}, True
         try:

@@ -52,7 +52,7 @@ class _State:
 
         self._state = FBCSharedBlockState()
 
-    def get_state(self) -> Any:
+    def get_state(self) -> object:
         return self._state
 
 
