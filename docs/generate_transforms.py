@@ -68,7 +68,7 @@ def section(cls: type[Transform]) -> Iterator[str]:
     yield f"| effect | {effect(cls)} |"
     yield f"| needs | {needs(cls)} |"
     yield f"| undo | {undo(cls)} |"
-    yield f"| measured | {'; '.join(measured(cls)) or 'not by itself'} |"
+    yield f"| measured | {'; '.join(measured(cls)) or 'not separately'} |"
     if "Attributes" in sections:
         yield ""
         yield from (f"- {line}".replace("``", "`") for line in attributes(sections["Attributes"]))
