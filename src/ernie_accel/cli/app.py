@@ -206,16 +206,16 @@ def info_command() -> None:
     context = Context.detect()
     typer.echo(f"ernie-accel {VERSION} on {context}")
     for package, version in context.versions.items():
-        typer.echo(f"  {package:16} {version}")
+        typer.echo(f"  {package:18} {version}")
     for package in OPTIONAL_PACKAGES:
         for reason in context.missing(package):
-            typer.echo(f"  {package:16} - {reason}")
+            typer.echo(f"  {package:18} - {reason}")
     _load_quietly(None)
     pipe = load()
     typer.echo("Presets:")
     for preset in presets.values():
         the_plan = plan(pipe, preset=preset, context=context)
-        typer.echo(f"  {preset.name:16} {'can run here' if the_plan.ok else 'cannot run here'}: {preset.summary}")
+        typer.echo(f"  {preset.name:18} {'can run here' if the_plan.ok else 'cannot run here'}: {preset.summary}")
         for line in the_plan.problem_lines():
             typer.echo(f"    {line}")
 

@@ -291,7 +291,8 @@ class Option:
     @property
     def range(self) -> str:
         """The values that it may have, in words; for options with bounds."""
-        return f"{self.low:g} or more" if self.high is None else f"{self.low:g} to {self.high:g}"
+        low, high = (bound if bound is None or self.kind is int else f"{bound:g}" for bound in (self.low, self.high))
+        return f"{low} or more" if high is None else f"{low} to {high}"
 
 
 def _option(name: str, field: FieldInfo) -> Option:
@@ -342,11 +343,11 @@ def _reason(option: Option, value: object, error: ErrorDetails) -> str:
         return error["msg"]
     if error["type"] in _OUT_OF_RANGE:
         return f"expected {option.range}"
-    # A whole number beyond all floats is said to be none.
+    # A whole number that is larger than any float.
     huge = option.kind is float and isinstance(value, int) and not isinstance(value, bool)
-    return (
-        "expected a finite number" if huge or error["type"] == "finite_number" else f"expected {_EXPECTED[option.kind]}"
-    )
+    if huge or error["type"] == "finite_number":
+        return "expected a finite number"
+    return f"expected {_EXPECTED[option.kind]}"
 
 
 def check_arguments(of: str, arguments: Mapping[str, object]) -> None:
