@@ -111,6 +111,18 @@ def staying_denoisers_note(pipe: Pipeline, components: Iterable[str]) -> str:
     return f"{' and '.join(left)} stays as it is (components={(*components, *left)!r} takes it, too)"
 
 
+def emptied_components(pipe: Pipeline, names: Iterable[str] | None) -> list[str]:
+    """Return which of these components (None: of all) have no weights at the moment, because they were freed."""
+    modules = modules_of(pipe)
+    return [
+        name
+        for name in (modules if names is None else names)
+        if name in modules
+        and (weights := list(modules[name].parameters()))
+        and not any(weight.numel() for weight in weights)
+    ]
+
+
 def wrapped_by_compile(pipe: Pipeline, components: Iterable[str]) -> list[str]:
     """Return one reason for each module of these components that ``torch.compile`` returned.
 

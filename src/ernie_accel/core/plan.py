@@ -9,7 +9,14 @@ from typing import Any, cast
 
 from ernie_accel.common.text import effect_text, human_bytes, summarise, table
 from ernie_accel.core.carried import carried_report
-from ernie_accel.core.components import AnyPipeline, Pipeline, bare_float8, pipe_bytes, wrapped_by_compile
+from ernie_accel.core.components import (
+    AnyPipeline,
+    Pipeline,
+    bare_float8,
+    emptied_components,
+    pipe_bytes,
+    wrapped_by_compile,
+)
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ConflictError, ErnieAccelError
 from ernie_accel.core.owners import sharing_problems, was_replaced
@@ -17,7 +24,7 @@ from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Entry, Report, planned_by
 from ernie_accel.core.step import Step
-from ernie_accel.core.transform import Effect, Transform
+from ernie_accel.core.transform import Effect, Phase, Transform
 from ernie_accel.families import family_of
 from ernie_accel.families.family import UNKNOWN, Family
 
@@ -246,7 +253,8 @@ def _as_it_stands(entry: Entry) -> Step:
 
 
 def _ask(pipe: Pipeline, transform: Transform, context: Context) -> Step:
-    reasons = tuple(wrapped_by_compile(pipe, transform.changes_inside) or transform.unsupported(pipe, context))
+    in_the_way = wrapped_by_compile(pipe, transform.changes_inside) or _freed_elsewhere(pipe, transform)
+    reasons = tuple(in_the_way or transform.unsupported(pipe, context))
     if reasons:
         return Step(transform, reasons, None)
     preview = transform.preview(pipe, context)
@@ -255,6 +263,19 @@ def _ask(pipe: Pipeline, transform: Transform, context: Context) -> Step:
         return Step(transform, shared, None)
     planned = transform.planned(pipe, context) if preview.changes else None
     return Step(transform, (), preview, planned=planned)
+
+
+def _freed_elsewhere(pipe: Pipeline, transform: Transform) -> list[str]:
+    """Return why weights that another pipe has freed cannot be changed; those that this pipe freed are filled first."""
+    carried = carried_report(pipe)
+    own = carried is not None and any(entry.step.transform.slot == "free-after-use" for entry in carried.entries)
+    if own or transform.phase not in (Phase.DTYPE, Phase.QUANTIZE, Phase.LAYOUT):
+        return []
+    return [
+        f"{name} has no weights at the moment: FreeAfterUse() on another pipe that shares it has freed them; restore "
+        "that pipe first"
+        for name in emptied_components(pipe, getattr(transform, "components", ()))
+    ]
 
 
 def after(context: Context, pipe: Pipeline, *transforms: Transform) -> Context:

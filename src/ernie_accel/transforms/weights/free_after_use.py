@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import wraps
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ernie_accel.common.text import human_bytes
+from ernie_accel.core.carried import carried_report
 from ernie_accel.core.components import (
     DENOISERS,
     PROMPT_COMPONENTS,
@@ -86,6 +90,11 @@ class FreeAfterUse(Transform):
                 reasons.append(f"{name} works while or after the picture is denoised: it cannot be freed before")
             if self.to == "disk" and any(hasattr(tensor, "__tensor_flatten__") for tensor in part.parameters()):
                 reasons.append(f"{name} is quantized, and its weights cannot be written as plain tensors: to='nowhere'")
+            if _is_freed_by_another(pipe, part):
+                reasons.append(
+                    f"{name} is freed already, by FreeAfterUse() on another pipe that shares it: this pipe's calls "
+                    "free and fetch it, too, as long as the pipes share their denoiser; or restore that pipe first"
+                )
             if hasattr(part, "_hf_hook"):
                 reasons.append(f"{name} is offloaded already: use one of the two")
         return reasons
@@ -113,9 +122,9 @@ class FreeAfterUse(Transform):
                 undo.hook_before_state_dict(part, weights.ensure_loaded)
                 for denoiser in denoisers_of(pipe).values():
                     undo.hook_before_forward(denoiser, weights.free)
-                generate: Any = getattr(part, "generate", None)
-                if generate is not None:
-                    undo.setattr(part, "generate", _loading_weights_first(weights, generate))
+                for method in ("generate", "load_state_dict"):  # look at the weights before any forward
+                    if hasattr(part, method):
+                        undo.setattr(part, method, _LoadingFirst(weights, getattr(part, method)))
         if self.to == "nowhere":
             return Applied(tuple(parts), no_undo="to='nowhere': freed weights are gone", note=note)
         return Applied(tuple(parts), undo=undo, note=note)
@@ -135,34 +144,53 @@ class _Weights:
 
     def __init__(self, name: str, module: nn.Module, folder: tempfile.TemporaryDirectory[str] | str | None) -> None:
         self._name, self._module, self._folder = name, module, folder
-        self._written = self._freed = False
+        self._file = None if folder is None else _new_file(name, folder)
+        self._freed = False
+        #: What the tensors were when the file was written or read; None: there is no file.
+        self._written: list[tuple[object, ...]] | None = None
 
-    @property
-    def _file(self) -> Path | None:
-        if self._folder is None:
-            return None
-        root = self._folder if isinstance(self._folder, str) else self._folder.name
-        return Path(root) / f"{self._name}.safetensors"
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Weights:
+        """Return the weights of the copied component, with a file of their own: either pipe may be restored first."""
+        if self._folder is not None:
+            memo[id(self._folder)] = self._folder  # which goes away with the last pipe that needs it
+        made = _Weights(self._name, self._module, self._folder)
+        memo[id(self)] = made  # before the module is copied, whose hooks lead back here
+        made._module = copy.deepcopy(self._module, memo)
+        made._freed = self._freed
+        if self._freed and self._file is not None and made._file is not None:
+            shutil.copyfile(self._file, made._file)
+            made._written = []
+        return made
 
     def _tensors(self) -> dict[str, Tensor]:
         return dict(self._module.named_parameters())  # without duplicates: tied weights are written once
+
+    def _state(self) -> list[tuple[object, ...]]:
+        """Return what tells whether anybody changed a weight since."""
+        return [
+            (id(tensor), tensor.dtype, tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
+            for tensor in self._tensors().values()
+        ]
 
     def free(self, *_: Any) -> None:
         """Empty the tensors, written to the file first; nothing happens if they are empty."""
         if self._freed:
             return
-        if self._file is not None and not self._written:
+        if self._folder is not None and self._file is not None and self._written != self._state():
             from safetensors.torch import save_file
 
-            save_file({name: tensor.data.contiguous() for name, tensor in self._tensors().items()}, self._file)
-            self._written = True
+            old, new = self._file, _new_file(self._name, self._folder)
+            # Never over the old file, into which the tensors may be mapped.
+            save_file({name: tensor.data.contiguous() for name, tensor in self._tensors().items()}, new)
+            self._file = new
+            old.unlink(missing_ok=True)
         forget_kept(self._module)
+        self._freed = True  # before the first is emptied: an interrupt must not leave empty ones to be written
         for tensor in self._tensors().values():
             tensor.data = tensor.data.new_empty(0)  # keeps dtype and device, which pipelines ask for
-        self._freed = True
 
     def ensure_loaded(self, *_: Any) -> None:
-        """Fill the tensors again; nothing happens if they are full.
+        """Fill the tensors again, in the dtype that they were cast to since; nothing happens if they are full.
 
         Raises:
             ErnieAccelError: They are gone.
@@ -179,23 +207,38 @@ class _Weights:
 
         with safe_open(self._file, framework="pt") as file, torch.no_grad():
             for name, tensor in self._tensors().items():
-                tensor.data = file.get_tensor(name).to(tensor.device)
+                tensor.data = file.get_tensor(name).to(tensor.device, tensor.dtype)
         self._freed = False
+        self._written = self._state()
 
     def discard(self) -> None:
         """Fill the tensors again and remove the file."""
         self.ensure_loaded()
         if self._file is not None:
             self._file.unlink(missing_ok=True)
-        self._written = False
+        self._written = None
 
 
-def _loading_weights_first(weights: _Weights, generate: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a model's ``generate`` so that it fetches the weights first; it reads the model before its first forward."""
+class _LoadingFirst:
+    """A method of a model that fetches its weights first; an object, so that a deep copy calls its own model's."""
 
-    @wraps(generate)
-    def fetch_and_generate(*args: Any, **kwargs: Any) -> Any:
-        weights.ensure_loaded()
-        return generate(*args, **kwargs)
+    def __init__(self, weights: _Weights, method: Callable[..., Any]) -> None:
+        self._weights, self._method = weights, method
+        self.__signature__ = inspect.signature(method)
 
-    return fetch_and_generate
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the method."""
+        self._weights.ensure_loaded()
+        return self._method(*args, **kwargs)
+
+
+def _new_file(name: str, folder: tempfile.TemporaryDirectory[str] | str) -> Path:
+    """Return the path of a file that no other pipe writes, also where several were given one folder."""
+    return Path(folder if isinstance(folder, str) else folder.name) / f"{name}-{uuid.uuid4().hex}.safetensors"
+
+
+def _is_freed_by_another(pipe: Pipeline, part: nn.Module) -> bool:
+    hooks = part._forward_pre_hooks.values()
+    carried = carried_report(pipe)
+    own = carried is not None and any(entry.step.transform.slot == FreeAfterUse.slot for entry in carried.entries)
+    return not own and any(isinstance(getattr(hook, "__self__", None), _Weights) for hook in hooks)
