@@ -306,7 +306,7 @@ def test_what_the_folder_holds_is_refused_before_anything_is_loaded(table, monke
     monkeypatch.setattr(command, "_engine", lambda job, facts: (loads.append(job), StubEngine())[1])
     assert command.run_job(plan(table)) == 0
     out = table.parent / "out"
-    with open_job(out), pytest.raises(BatchOutputError, match="another process is at work on this job"):
+    with open_job(out), pytest.raises(BatchOutputError, match="another process is working on this job"):
         command.run_job(plan(table))
     with pytest.raises(BatchChangedError, match=r"line 2: '00000\.png': seed was 0 and is now 5"):
         command.run_job(plan(table, seed=5))

@@ -78,7 +78,7 @@ def test_a_row_that_does_not_fit_alone_fails_and_says_so(tmp_path):
     assert [result.error for result in results] == [
         None,
         None,
-        "RuntimeError: out of memory; not even alone did it fit, choose a smaller size",
+        "RuntimeError: out of memory: it does not fit even alone; choose a smaller size",
         None,
         None,
     ]

@@ -257,7 +257,7 @@ def test_a_second_process_is_refused_while_the_first_works(tmp_path):
     environment = os.environ | {"PYTHONPATH": PYTHONPATH}
     command = [sys.executable, "-c", code, str(tmp_path)]
     second = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert "another process is at work on this job; wait for it, or choose another output" in second.stderr
+    assert "another process is working on this job; wait for it, or choose another output" in second.stderr
     results.close()
     third = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert third.returncode == 0, third.stderr

@@ -159,7 +159,7 @@ def test_the_global_random_state_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("prompt", "error"),
     [
-        ("fail", "RuntimeError: CUDA out of memory; not even alone did it fit, choose a smaller size"),
+        ("fail", "RuntimeError: CUDA out of memory: it does not fit even alone; choose a smaller size"),
         ("two", "TypeError: the pipe returned list of 2 in .images; expected a list of one PIL picture"),
     ],
 )

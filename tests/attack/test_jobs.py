@@ -121,7 +121,7 @@ def test_of_jobs_that_start_at_once_one_works_and_the_others_say_so(tmp_path):
     jobs, rivals = rounds(2, 60), 8
     said = Counter(json.loads(run_program("rival_jobs", tmp_path, jobs, rivals)))
     worked = said.pop("exit code 0")
-    refused = said.pop("another process is at work on this job; wait for it, or choose another output")
+    refused = said.pop("another process is working on this job; wait for it, or choose another output")
     assert (said, worked + refused) == (Counter(), jobs * rivals)
 
 

@@ -80,8 +80,10 @@ class RayEngine(Engine):
                 grow: there an actor without a place is waited for, and the log says so every minute.
             WorkerLostError: The first actor died, because the pipeline could not be loaded or its machine was lost.
         """
-        if actors < 1 or not num_gpus >= 0:
-            raise ErnieAccelError(f"actors is {actors}, num_gpus {num_gpus}; expected 1 or more, and 0 or more")
+        if actors < 1:
+            raise ErnieAccelError(f"actors is {actors}; expected 1 or more")
+        if not num_gpus >= 0:
+            raise ErnieAccelError(f"num_gpus is {num_gpus}; expected 0 or more")
         try:
             import ray
         except ImportError as error:

@@ -120,7 +120,7 @@ class Wire:
             # The length of the digits first: reading thousands of them as a number takes long.
             length = headers.get("content-length", "0").lstrip("0")
             if len(length) > 15 or int(length or "0") > limit:
-                raise WireError(f"its answer is of {length[:20]} bytes; expected {limit} at most")
+                raise WireError(f"its answer has {length[:20]} bytes; expected {limit} at most")
         if stream.status != 200 and coding not in ("", "identity"):
             return Answer(stream.status, headers, content)
         for chunk in stream.iter_stream():

@@ -165,7 +165,7 @@ class Settings:
 def default_problems(defaults: Mapping[str, float], multiple: int) -> list[str]:
     """Return what is wrong with settings for rows that leave them open (empty list: nothing)."""
     messages = [
-        f"default {name!r} is not one; valid: {', '.join(DEFAULTS)}" for name in defaults if name not in DEFAULTS
+        f"default {name!r} is not a setting; valid: {', '.join(DEFAULTS)}" for name in defaults if name not in DEFAULTS
     ]
     for name, (low, high) in DEFAULTS.items():
         value = defaults.get(name)

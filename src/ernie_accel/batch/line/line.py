@@ -469,4 +469,4 @@ def _render_now(future: Future[Sequence[Begun]], render: Callable[[], Sequence[B
 def _described(error: Exception) -> str:
     """Return what to say about an error; ours need no class name."""
     text = str(error) if isinstance(error, ErnieAccelError) else f"{type(error).__name__}: {error}".removesuffix(": ")
-    return f"{text}; not even alone did it fit, choose a smaller size" if is_out_of_memory(error) else text
+    return f"{text}: it does not fit even alone; choose a smaller size" if is_out_of_memory(error) else text

@@ -157,7 +157,7 @@ class OutputFolder:
             if found is None:
                 continue
             if (error := _is_link(name, found)) is not None:
-                problems.append((None, f"{error.strerror}; replace it by a folder, or choose another output"))
+                problems.append((None, f"{error.strerror}; replace it with a folder, or choose another output"))
             elif not stat.S_ISDIR(found.st_mode):
                 problems.append(
                     (None, f"{shown(name)} is a file, and must be a folder; move it, or choose another output")

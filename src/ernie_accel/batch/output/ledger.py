@@ -357,7 +357,7 @@ class Ledger:
             if found is None or (found.st_dev, found.st_ino) != identity:
                 gone = self._folder.problem() or (
                     f"the job's ledger {name} was deleted or replaced while the job ran; put it back, or allow "
-                    "overwriting: then all is made again"
+                    "overwriting: then everything is made again"
                 )
                 raise BatchOutputError(self._folder.path, [(None, gone)])
 
@@ -459,12 +459,12 @@ class Ledger:
     def _broken(self, error: Exception) -> BatchOutputError:
         text = getattr(error, "strerror", None) or str(error)
         if isinstance(error, sqlite3.Error) and "locked" in text:
-            reason = "another process is at work on this job; wait for it, or choose another output"
+            reason = "another process is working on this job; wait for it, or choose another output"
         elif isinstance(error, OSError) or text.startswith(_NOT_DAMAGED):
             fix = "free space, allow writing there, or choose another output"
             reason = f"the job's ledger {_FILE} cannot be used ({text}); {fix}"
         else:
-            fix = "move it away and allow overwriting: then all is made again; or choose another output"
+            fix = "move it away and allow overwriting: then everything is made again; or choose another output"
             reason = f"the job's ledger {_FILE} cannot be used ({text}); {fix}"
         return BatchOutputError(self._folder.path, [(None, reason)])
 
