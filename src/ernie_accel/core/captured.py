@@ -50,7 +50,7 @@ class Fingerprint:
             that out.
     """
 
-    facts: tuple[Any, ...]
+    facts: tuple[object, ...]
     is_hooked: bool
 
     @classmethod
@@ -95,7 +95,7 @@ class Contents:
         weights: (version, sample) of each weight; None of one that is elsewhere.
     """
 
-    facts: tuple[Any, ...]
+    facts: tuple[object, ...]
     weights: tuple[tuple[int | None, bytes] | None, ...]
 
     @property

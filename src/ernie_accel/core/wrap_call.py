@@ -11,8 +11,12 @@ from typing import Any, TypeAlias
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.undo import Undo
 
-#: (call, all arguments by name, defaults included) -> result; ``call(arguments)`` does what the pipe did before.
-Around: TypeAlias = Callable[[Callable[[dict[str, Any]], Any], dict[str, Any]], Any]
+#: Of a call, by name.
+Arguments: TypeAlias = dict[str, Any]
+#: Does what the pipe did before.
+Call: TypeAlias = Callable[[Arguments], Any]
+#: (call, all arguments, defaults included) -> result.
+Around: TypeAlias = Callable[[Call, Arguments], object]
 
 
 _PREFIX = "_around_"
@@ -31,7 +35,7 @@ def wrap_call(pipe: Pipeline, name: str, around: Around, undo: Undo) -> None:
     signature = inspect.signature(stock)
 
     @wraps(stock)
-    def __call__(self: Pipeline, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: Pipeline, *args: object, **kwargs: object) -> Any:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)

@@ -70,7 +70,7 @@ class _Probe:
 
 
 def render(
-    pipe: CallablePipeline, prompt: str, seed: int, call: Mapping[str, Any], start: torch.Tensor | None = None
+    pipe: CallablePipeline, prompt: str, seed: int, call: Mapping[str, object], start: torch.Tensor | None = None
 ) -> Rendering:
     """Draw `prompt`.
 

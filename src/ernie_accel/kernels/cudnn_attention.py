@@ -26,7 +26,7 @@ class _Plan:
 
     graph: Any
     names: dict[str, object]
-    constants: dict[Any, Tensor]
+    constants: dict[object, Tensor]
     workspace_bytes: int
 
 

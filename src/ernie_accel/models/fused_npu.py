@@ -28,10 +28,10 @@ def prepared(attended_b1ss: Tensor, pads: bool) -> Tensor:
     return attended_b1ss
 
 
-def with_prepared_masks(processor: Any) -> Any:
+def with_prepared_masks(processor: object) -> Any:
     """Return a copy of a processor whose calls to diffusers' dispatcher take a prepared mask straight to the kernel."""
-    cls: Any = type(processor)
-    made: Any = object.__new__(_prepared_class(cls))  # copy.copy would leave its notes on the class
+    cls: object = type(processor)
+    made: object = object.__new__(_prepared_class(cls))  # copy.copy would leave its notes on the class
     vars(made).update(vars(processor))
     return made
 

@@ -39,7 +39,12 @@ class GraphedForward(StandInForward):
     captured: ClassVar[tuple[str, ...]] = ("_graphs", "_seen", "_picture", "_prepared", "_filled", "_lock")
 
     def __init__(
-        self, transformer: Any, blocks: RewrittenModel, max_tokens: int, keep: int, capture: Capture | None = None
+        self,
+        transformer: torch.nn.Module,
+        blocks: RewrittenModel,
+        max_tokens: int,
+        keep: int,
+        capture: Capture | None = None,
     ) -> None:
         # A module is neither copied nor pickled, so its name stands for it.
         self._named = blocks.__name__ if isinstance(blocks, ModuleType) else blocks

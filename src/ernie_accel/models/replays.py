@@ -24,13 +24,13 @@ class Replayable(Protocol):
 
 
 #: Makes a graph of work, in the memory of another graph or of its own: (work, pool or None) -> graph, result.
-Capture = Callable[[Callable[[], Any], Any], tuple[Replayable, Any]]
+Capture = Callable[[Callable[[], object], object], tuple[Replayable, object]]
 
 
 @dataclass
 class _Entry:
     inputs: Any = None
-    made: tuple[Replayable, Any] | None = None  # None: not captured yet
+    made: tuple[Replayable, object] | None = None  # None: not captured yet
     is_done: bool = False  # once, as it is
 
 
@@ -62,7 +62,7 @@ class Replays:
                 entry.inputs = make()
         return entry.inputs
 
-    def run(self, name: Hashable, work: Callable[[], Any]) -> Any:
+    def run(self, name: Hashable, work: Callable[[], object]) -> Any:
         """Do `work`, and return what it returns: the first time as it is, which compiles its kernels, then as a graph.
 
         A graph remembers addresses: `work` may read nothing but what stays where it is, and what it makes itself. A

@@ -22,7 +22,7 @@ _COPIED = torch.complex128  # the widest dtype there is: what is copied is bytes
 
 #: A part of the decoder takes the hidden states, the scale and shift of the norm it begins with, and the norm that the
 #: next part begins with; it returns the hidden states and the scale and shift of that one. An upsampler has no norm.
-_Run: TypeAlias = Callable[[Any, Tensor, Tensor | None, Any], tuple[Tensor, Tensor | None]]
+_Run: TypeAlias = Callable[[object, Tensor, Tensor | None, object], tuple[Tensor, Tensor | None]]
 
 
 class FusedDecoder(StandInForward):
@@ -178,7 +178,7 @@ def _twice_as_large(x_bchw: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class _Kind:
     run: _Run
-    unsupported_reason: Callable[[Any], str | None]
+    unsupported_reason: Callable[[object], str | None]
     first_norm: str | None
 
 

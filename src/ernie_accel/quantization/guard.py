@@ -77,7 +77,7 @@ def _to_beside(self: Any, *args: Any, **kwargs: Any) -> Any:
     return type(self).to(self, *args, **kwargs)
 
 
-def _dtype_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
+def _dtype_of(args: tuple[object, ...], kwargs: dict[str, object]) -> torch.dtype | None:
     given = [a.dtype if isinstance(a, torch.Tensor) else a for a in (*args, *kwargs.values())]
     return next((a for a in given if isinstance(a, torch.dtype)), None)
 
@@ -94,8 +94,8 @@ def _problem(owner: Any, dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def _refusing(name: str) -> Callable[..., Any]:
-    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _refusing(name: str) -> Callable[..., object]:
+    def refuse(self: object, *args: object, **kwargs: object) -> object:
         dtype = _CASTS[name]
         if dtype is not None and not _problem(self, dtype):
             return self
@@ -104,7 +104,7 @@ def _refusing(name: str) -> Callable[..., Any]:
     return refuse
 
 
-def _refusal(owner: Any, call: str) -> ErnieAccelError:
+def _refusal(owner: object, call: str) -> ErnieAccelError:
     return ErnieAccelError(
         f"{type(owner).__name__}.{call}: its weights are quantized, and a cast would separate them from their scales. "
         "Move it with .to(device) alone; for another dtype restore(pipe) first, then "

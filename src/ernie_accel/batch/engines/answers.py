@@ -77,7 +77,7 @@ def picture_limit(size: tuple[int, int] | None) -> int:
     return _ENVELOPE + 5 * pixels
 
 
-def parse_answer(answer: Answer, hide: Callable[[str], str]) -> Any:
+def parse_answer(answer: Answer, hide: Callable[[str], str]) -> object:
     """Return the JSON of a good answer.
 
     Args:
@@ -106,7 +106,7 @@ def parse_answer(answer: Answer, hide: Callable[[str], str]) -> Any:
         raise PassingError(f"sent {len(content)} bytes ({kind}) that are not JSON, or were cut off") from None
 
 
-def picture_in(answer: Any, size: tuple[int, int] | None) -> Image.Image:
+def picture_in(answer: object, size: tuple[int, int] | None) -> Image.Image:
     """Return the picture of an answer, decoded in full, so that one cut off shows here and not in the file.
 
     Args:
@@ -134,7 +134,7 @@ def picture_in(answer: Any, size: tuple[int, int] | None) -> Image.Image:
     return picture
 
 
-def revised_prompt_in(answer: Any, sent: str) -> str | None:
+def revised_prompt_in(answer: object, sent: str) -> str | None:
     """Return the prompt that the server says it used, if it differs from what was sent; None proves nothing."""
     revised = _only(answer).get("revised_prompt")
     if not isinstance(revised, str) or not revised.strip() or len(revised) > _MAX_PROMPT:
@@ -199,7 +199,7 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
         return None
 
 
-def _only(answer: Any) -> Mapping[str, Any]:
+def _only(answer: object) -> Mapping[str, object]:
     """Return the one object in an answer's `data`, empty if it is not so."""
     data = answer.get("data") if isinstance(answer, dict) else None
     return data[0] if isinstance(data, list) and len(data) == 1 and isinstance(data[0], dict) else {}

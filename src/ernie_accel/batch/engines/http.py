@@ -17,7 +17,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from PIL import Image
 
@@ -222,8 +222,8 @@ class HttpEngine(Engine):
                 at.address.shown,
             )
 
-    def _body(self, request: Request, prompt: str) -> dict[str, Any]:
-        body: dict[str, Any] = {"prompt": prompt, "n": 1, "response_format": "b64_json", "seed": request.seed}
+    def _body(self, request: Request, prompt: str) -> dict[str, object]:
+        body: dict[str, object] = {"prompt": prompt, "n": 1, "response_format": "b64_json", "seed": request.seed}
         optional = {
             "model": self._model,
             "size": None if request.width is None else f"{request.width}x{request.height}",
@@ -286,10 +286,10 @@ class HttpEngine(Engine):
         self,
         at: _Endpoint,
         path: str,
-        body: Mapping[str, Any] | None,
+        body: Mapping[str, object] | None,
         deadline: float | None,
         limit: int = answers.MAX_WORDS_BYTES,
-    ) -> Any:
+    ) -> object:
         """Return the JSON that a server answers."""
         now = time.monotonic()
         ends = now + self._request_timeout_s

@@ -9,7 +9,7 @@ from typing import Any
 from ernie_accel.batch.engines.base import Request
 
 
-def latents_for(pipe: Any, requests: Sequence[Request]) -> Any:
+def latents_for(pipe: Any, requests: Sequence[Request]) -> object:
     """Return the first latents [B, C, H / 16, W / 16] of requests alike in size, each from its own seed.
 
     The pipeline draws the same numbers by itself. But it joins the rows in a parallel region, which waits for cores

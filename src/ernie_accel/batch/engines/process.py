@@ -124,14 +124,14 @@ class ProcessEngine(Engine):
             self._kill()
             raise EngineLostError(f"the pipeline could not be loaded in a child process: {error}") from error
 
-    def _call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> Any:
+    def _call(self, method: str, *arguments: object, timeout_s: float | None = None) -> Any:
         try:
             self._connection.send((method, arguments))
         except OSError as error:
             raise self._died() from error
         return self._receive(timeout_s)
 
-    def _receive(self, timeout_s: float | None) -> Any:
+    def _receive(self, timeout_s: float | None) -> object:
         try:
             if not self._connection.poll(timeout_s):
                 self._kill()
@@ -172,7 +172,7 @@ def _serve(connection: Connection, load: Callable[[], Pipe], options: Mapping[st
     """Load the pipeline and answer calls until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides what it means
     engine: LocalEngine | None = None
-    call: tuple[str, tuple[Any, ...]] | None = None
+    call: tuple[str, tuple[object, ...]] | None = None
     while True:
         try:
             if engine is None:

@@ -352,7 +352,7 @@ class _Unreadable:
         self.reason = reason
 
 
-def _fields(value: Mapping[Any, Any]) -> tuple[dict[str, str], list[str]]:
+def _fields(value: Mapping[object, object]) -> tuple[dict[str, str], list[str]]:
     """Return a row's fields as CSV would hold them, and what is wrong with it."""
     fields: dict[str, str] = {}
     repeated = value.names if isinstance(value, Repeated) else ()

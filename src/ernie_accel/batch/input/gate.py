@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ernie_accel.batch.errors import BatchInputError, Problem, shown
 
@@ -31,7 +31,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _JSON_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{\]}]', re.DOTALL)
 
 
-class Repeated(dict[str, Any]):
+class Repeated(dict[str, object]):
     """A JSON object in which `names` stand more than once; it holds the last value of each."""
 
     names: tuple[str, ...] = ()
@@ -182,7 +182,7 @@ def nesting_problem(value: object) -> str | None:
     return f"is nested more than {MAX_DEPTH} levels deep; flatten it"
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) == len(pairs):
         return found

@@ -87,7 +87,7 @@ _KEY_NAMES = ("api_key_env", "enhancer_api_key_env")
 _OF_THE_REPORT = ("gpu_price", "power_price", "watts")
 
 
-def plan_job(table: Path, given: Mapping[str, Any]) -> Job:
+def plan_job(table: Path, given: Mapping[str, object]) -> Job:
     """Return the job that a table or job file and the options of the command line make together.
 
     Args:
@@ -119,7 +119,7 @@ class _Problems:
     out_of_range: list[Problem] = field(default_factory=list)
 
 
-def _read_job(path: Path, problems: _Problems) -> dict[str, Any] | None:
+def _read_job(path: Path, problems: _Problems) -> dict[str, object] | None:
     """Return the options in a job file, None if `path` is a table; relative paths start at the file's folder."""
     suffix = path.suffix.lower()
     if suffix not in JOB_SUFFIXES or not path.is_file():
@@ -151,7 +151,7 @@ def _parse_json(path: Path, text: str) -> object:
         raise BatchInputError(path, [error.problem]) from error
 
 
-def _options(content: Mapping[str, object], folder: Path, problems: _Problems) -> dict[str, Any]:
+def _options(content: Mapping[str, object], folder: Path, problems: _Problems) -> dict[str, object]:
     """Return options as `Job` holds them; those that are no options, or of another type, are noted as problems."""
     found = {}
     for name, value in content.items():

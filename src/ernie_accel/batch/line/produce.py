@@ -242,7 +242,7 @@ async def aproduce(
     rows: Rows,
     out: str | Path,
     *,
-    on_result: Callable[[Result], Any] | None = None,
+    on_result: Callable[[Result], object] | None = None,
     **options: Any,
 ) -> list[Result]:
     """Run `produce` in a thread and return its results; cancelling finishes the batch under way and stops.

@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ernie_accel.batch.input.job import EMBEDDED_MODEL
 from ernie_accel.batch.input.options import REAL_MODEL, check_arguments
@@ -133,7 +132,7 @@ class _Facts:
             lines += [f"| {line} | {markdown(path)} | {markdown(error)} |" for line, path, error in self._failures()]
         return "\n".join(lines) + "\n"
 
-    def content(self, out: Path) -> Mapping[str, Any]:
+    def content(self, out: Path) -> Mapping[str, object]:
         """Return what the page is filled with."""
         from ernie_accel.batch.output.page import gallery, latency_chart, speed_chart
         from ernie_accel.exports import VERSION

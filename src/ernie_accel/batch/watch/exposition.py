@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from ernie_accel.batch.watch.snapshot import LATENCY_BOUNDS_S, Snapshot
 from ernie_accel.core.errors import MissingExtraError
@@ -64,7 +63,7 @@ class _Collector:
     def __init__(self, state: Snapshot) -> None:
         self._state = state
 
-    def collect(self) -> Iterator[Any]:
+    def collect(self) -> Iterator[object]:
         """Yield every metric whose value is known."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 

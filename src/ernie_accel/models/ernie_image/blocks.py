@@ -365,7 +365,7 @@ STEP_INPUTS = ("hidden_states", "timestep")
 PICTURE_INPUT = "text_bth"
 
 
-def token_count(transformer: Any, arguments: Mapping[str, Any]) -> int:
+def token_count(transformer: nn.Module, arguments: Mapping[str, Any]) -> int:
     """Return the image tokens of all pictures of a batch."""
     height, width = _grid(transformer, arguments["hidden_states"])
     return int(len(arguments["hidden_states"]) * height * width)

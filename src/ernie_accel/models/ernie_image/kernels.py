@@ -111,13 +111,13 @@ def calls_cudnn(transformer: Any) -> bool:
     return _padding_rule(tuple(transformer.layers)).padding_input == "lengths"
 
 
-def _is_unnamed(attention: Any) -> bool:
+def _is_unnamed(attention: nn.Module) -> bool:
     default = AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0])
     chosen = getattr(attention.processor, "_attention_backend", None)  # processors of others may have no such name
     return chosen is None and default is AttentionBackendName.NATIVE
 
 
-def _padding_rule(blocks: tuple[Any, ...]) -> PaddingRule:
+def _padding_rule(blocks: tuple[nn.Module, ...]) -> PaddingRule:
     """Return how the rows of a transformer are padded, given all its blocks.
 
     To a multiple only where all blocks take lengths: others would need a mask, which is slow or refused.

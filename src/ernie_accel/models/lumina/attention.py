@@ -15,7 +15,7 @@ class DispatchedProcessor:
     """
 
     _attention_backend: Any = None
-    _parallel_config: Any = None
+    _parallel_config: object = None
 
     def __call__(
         self,

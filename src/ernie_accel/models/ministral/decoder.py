@@ -47,7 +47,7 @@ class _Workplace:
         self.state, self.captures = state, captures
         self._replays = Replays()
 
-    def run(self, name: Any, work: Callable[[], object]) -> None:
+    def run(self, name: object, work: Callable[[], object]) -> None:
         """Do `work`, from the second time on in one launch; it may read the state and the weights (see `Replays`)."""
         if self.captures:
             self._replays.run(name, work)
@@ -64,7 +64,7 @@ class Decoder:
         self._workplaces: OrderedDict[tuple[int, int], _Workplace] = OrderedDict()
         self._seen: Fingerprint | None = None  # what the model was when the graphs were made
 
-    def __reduce__(self) -> tuple[type[Decoder], tuple[Any]]:
+    def __reduce__(self) -> tuple[type[Decoder], tuple[object]]:
         return Decoder, (self._model,)  # of a copy or pickle, too: graphs read the weights of this one
 
     def forget(self) -> None:

@@ -103,7 +103,7 @@ def rotate(x_btnd: Tensor, at: Rotary) -> Tensor:
     return x_btnd * at.cos_bt1d + x_btnd.roll(x_btnd.shape[-1] // 2, -1) * at.signed_sin_bt1d
 
 
-def linears_of(layer: Any) -> Iterator[Any]:
+def linears_of(layer: Any) -> Iterator[object]:
     """Yield the linear layers of a ``Ministral3DecoderLayer``."""
     attention, mlp = layer.self_attn, layer.mlp
     yield from (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)

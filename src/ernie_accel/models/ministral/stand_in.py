@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ernie_accel.core.components import Pipeline
-from ernie_accel.core.wrap_call import wrapper
+from ernie_accel.core.wrap_call import Arguments, Call, wrapper
 from ernie_accel.families.family import PromptEnhancement
 from ernie_accel.models.ministral.enhancer import TEMPERATURE, TOP_P, EnhanceRequest, PromptEnhancer
 
@@ -23,7 +23,7 @@ class EnhancerStandIn:
         self._answers: list[str] = []  # to them, once the first was asked for
         self._asked = 0
 
-    def around(self, call: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> Any:
+    def around(self, call: Call, arguments: Arguments) -> object:
         """Call the pipe; what it asks for first, after its checks, enhances all its prompts together."""
         prompts = arguments["prompt"]
         if not arguments[self._how.switch] or prompts is None:

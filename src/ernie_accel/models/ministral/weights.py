@@ -50,7 +50,7 @@ class KernelWeights:
         return decode.linear(x_bh, (self.head,), norm=self.norm)
 
     @staticmethod
-    def project(linear: Any, x_btk: Tensor) -> Tensor:
+    def project(linear: nn.Module, x_btk: Tensor) -> Tensor:
         """Return the product [B, T, N] of many rows with the weight of `linear`, one of these."""
         weight = _decode_weight(linear)
         if isinstance(weight, str):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -16,7 +15,7 @@ from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
-from ernie_accel.core.wrap_call import wrap_call
+from ernie_accel.core.wrap_call import Arguments, Call, wrap_call
 
 HALF = tuple(name for name in DTYPES if name != "float32")
 
@@ -74,8 +73,6 @@ class Autocast(Transform):
         return (f"products float32 -> {self.dtype}",)
 
 
-def _autocast(
-    device_type: str, dtype: torch.dtype, call: Callable[[dict[str, object]], object], arguments: dict[str, object]
-) -> object:
+def _autocast(device_type: str, dtype: torch.dtype, call: Call, arguments: Arguments) -> object:
     with torch.autocast(device_type, dtype):
         return call(arguments)

@@ -17,7 +17,7 @@ from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
-from ernie_accel.core.wrap_call import wrap_call
+from ernie_accel.core.wrap_call import Arguments, Call, wrap_call
 
 #: Argument of a call that names what the callback is given.
 _INPUTS = "callback_on_step_end_tensor_inputs"
@@ -75,7 +75,7 @@ class _Check:
     def __init__(self, pipe: Pipeline, rerun: bool) -> None:
         self._pipe, self._rerun = pipe, rerun
 
-    def around(self, call: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> Any:
+    def around(self, call: Call, arguments: Arguments) -> object:
         """Call the pipe; if it fails the check, call it once more in float32."""
         noise = _Noise(arguments.get("generator"))
         try:
@@ -108,7 +108,7 @@ class _Check:
 
         return decode_and_check
 
-    def _watching(self, arguments: dict[str, Any]) -> dict[str, Any]:
+    def _watching(self, arguments: Arguments) -> dict[str, Any]:
         """Return the arguments of a call with a callback that looks at the latents before the caller's own does."""
         theirs = arguments["callback_on_step_end"]
         # Diffusers' own callbacks say themselves what they read, whatever the argument says; None is allowed, too.
@@ -173,7 +173,7 @@ def require_finite(tensor: Tensor, what: str) -> None:
     raise _NotFiniteError(f"{what} hold {nans} NaN and {bad - nans} infinite numbers of {tensor.numel()}")
 
 
-def _in_float32(value: Any) -> Any:
+def _in_float32(value: object) -> object:
     if isinstance(value, list):
         return [_in_float32(item) for item in value]
     return value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value

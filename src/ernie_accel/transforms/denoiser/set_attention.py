@@ -290,7 +290,7 @@ def _attentions(pipe: Pipeline) -> Iterator[tuple[str, Any]]:
         yield from ((f"{name}.{path}", part) for path, part in attentions(denoiser))
 
 
-def _name_of(processor: Any) -> str:
+def _name_of(processor: object) -> str:
     """Return the diffusers name of the backend a processor uses; None on it means the process's default."""
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 

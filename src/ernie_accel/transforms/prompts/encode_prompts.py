@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
-from ernie_accel.core.wrap_call import wrap_call
+from ernie_accel.core.wrap_call import Arguments, Call, wrap_call
 from ernie_accel.families import family_of
 from ernie_accel.families.family import PromptEncoding
 from ernie_accel.models.ministral.layers import pass_on
@@ -105,7 +105,7 @@ class _Encoder:
         self._upcoming: list[str] = []
         self._of_this_call: dict[Ids, Tensor] | None = None  # None outside of a call of the pipe
 
-    def around(self, call: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> Any:
+    def around(self, call: Call, arguments: Arguments) -> object:
         """Call the pipe, knowing which negative prompts it will ask for after the prompts."""
         negative = arguments["negative_prompt"] or ""
         needed = arguments["guidance_scale"] > 1.0 and arguments["negative_prompt_embeds"] is None

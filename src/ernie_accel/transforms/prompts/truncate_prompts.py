@@ -14,7 +14,7 @@ from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
-from ernie_accel.core.wrap_call import wrap_call
+from ernie_accel.core.wrap_call import Arguments, Call, wrap_call
 
 KEEP = ("head", "tail")
 
@@ -84,7 +84,7 @@ class _Limit:
         self._wanted, self._pipe = wanted, pipe
         self._warnings: list[str] = []
 
-    def around(self, call: Callable[[dict[str, Any]], Any], arguments: dict[str, Any]) -> Any:
+    def around(self, call: Call, arguments: Arguments) -> object:
         """Call the pipe with prompts that have tokens, and attach the warnings to its result."""
         prompt = arguments.get("prompt")
         prompts = [] if prompt is None else [prompt] if isinstance(prompt, str) else list(prompt)

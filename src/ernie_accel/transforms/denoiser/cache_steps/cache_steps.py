@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
-from ernie_accel.core.wrap_call import wrap_call
+from ernie_accel.core.wrap_call import Arguments, Call, wrap_call
 from ernie_accel.families import family_of
 from ernie_accel.samplers.solvers import SCHEDULERS
 from ernie_accel.samplers.stepping import installed
@@ -170,7 +170,7 @@ class CachedForward:
         self._runs: dict[tuple[int, ...], tuple[tuple[Tensor, ...], Run]] = {}
         self._in_call = False
 
-    def around(self, call: Callable[[dict[str, object]], object], arguments: dict[str, object]) -> object:
+    def around(self, call: Call, arguments: Arguments) -> object:
         """Call the pipe; whatever was computed for another picture, or is left of this one, is forgotten."""
         self._trajectory, self._runs, self._in_call = None, {}, True
         try:
