@@ -27,6 +27,7 @@ from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Entry, Report
 from ernie_accel.core.step import Step
 from ernie_accel.core.transform import Applied, Phase, Transform
+from ernie_accel.core.turns import stop_taking_turns, take_turns
 from ernie_accel.core.undo import Undo, recorded
 
 
@@ -54,7 +55,7 @@ def apply_request(
         new = Report(title_of(wanted, preset), type(pipe).__name__, machine, kept)
         _apply(pipe, new, the_plan.steps[len(kept) :])
         if not wanted:
-            drop(pipe)
+            _let_go(pipe)
     except BaseException:  # Ctrl-C too: a request that failed leaves the pipe as the one before it made it
         left = _rewind(pipe, report_of(pipe), keep=len(kept))
         if left:
@@ -75,7 +76,7 @@ def undo_all(pipe: Pipeline) -> None:
     carried = report_of(pipe)
     _check_can_rewind(carried.entries)
     _rewind(pipe, carried, keep=0)
-    drop(pipe)
+    _let_go(pipe)
 
 
 @contextlib.contextmanager
@@ -97,6 +98,12 @@ def suspended(pipe: Pipeline, after: Phase) -> Iterator[None]:
         _put_back(pipe, replace(old, entries=stays), away)
 
 
+def _let_go(pipe: Pipeline) -> None:
+    """Make a pipe from which everything was undone what it was before the first request."""
+    stop_taking_turns(pipe)
+    drop(pipe)
+
+
 def _apply(pipe: Pipeline, base: Report, steps: Iterable[Step]) -> None:
     """Apply `steps` in order on a pipe to which `base` was applied, or none of them.
 
@@ -109,6 +116,7 @@ def _apply(pipe: Pipeline, base: Report, steps: Iterable[Step]) -> None:
     try:
         done: tuple[Entry, ...] = ()
         carry(pipe, base)
+        take_turns(pipe)
         for step in steps:
             current = step
             done = (*done, _apply_step(pipe, replace(base, entries=base.entries + done), step))
@@ -219,6 +227,6 @@ def _rewind(pipe: Pipeline, carried: Report, keep: int) -> tuple[Entry, ...]:
 def _put_back(pipe: Pipeline, base: Report, removed: tuple[Entry, ...]) -> None:
     """Carry `base`, and apply again what was undone for a request that failed, or for a while."""
     if not base.entries and not removed:
-        drop(pipe)
+        _let_go(pipe)
         return
     _apply(pipe, base, [entry.step for entry in removed])

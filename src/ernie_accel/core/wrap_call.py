@@ -1,12 +1,19 @@
-"""Do something around every call of one pipe. A call is looked up on the class, so the instance gets one of its own."""
+"""Do something around every call of one pipe. A call is looked up on the class, so the instance gets one of its own.
+
+What is done around calls is a pile of layers. The pipe's class is made from them: a subclass, of the same name and
+signature, of the one that diffusers knows (save_pretrained writes the name, from_pretrained looks it up). Layers are
+objects of classes at module level, so that a pipe with layers can be copied and pickled.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from functools import wraps
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from functools import partial, wraps
+from typing import Any, ClassVar, TypeAlias
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.undo import Undo
@@ -20,36 +27,126 @@ Around: TypeAlias = Callable[[Call, Arguments], object]
 
 
 _PREFIX = "_around_"
+_LAYER = "_ernie_accel_layer"
 
 
-def wrap_call(pipe: Pipeline, name: str, around: Around, undo: Undo) -> None:
-    """Let calls of `pipe` go through `around`, in place; `wrapper` finds it by `name`.
+class CallLayer(ABC):
+    """One thing that is done around the calls of a pipe.
 
-    It is kept in an attribute of the pipe, so that a deep copy of the pipe calls its own copy. The pipe's new class is
-    a subclass of the same name and signature: save_pretrained writes the name, and from_pretrained looks it up.
+    Class-level facts:
+        outermost: Goes around all other layers, those too that are added later.
     """
-    attribute = f"{_PREFIX}{name}"
-    undo.setattr(pipe, attribute, around)
-    cls = type(pipe)
-    stock = cls.__call__
-    signature = inspect.signature(stock)
 
-    @wraps(stock)
-    def __call__(self: Pipeline, *args: object, **kwargs: object) -> Any:
-        bound = signature.bind(self, *args, **kwargs)
+    outermost: ClassVar[bool] = False
+
+    def signature(self, below: inspect.Signature) -> inspect.Signature:
+        """Return the signature of the call, given that of the call underneath."""
+        return below
+
+    @abstractmethod
+    def call(
+        self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Return what the pipe gives; ``below(pipe, *args, **kwargs)``, of that signature, is the call underneath."""
+
+
+def add_layer(pipe: Pipeline, layer: CallLayer, undo: Undo) -> None:
+    """Let calls of `pipe` go through `layer`, around those that are there."""
+    undo.push(partial(_remove_layer, pipe, layer))
+    stock, layers = _taken_apart(type(pipe))
+    _set_layers(pipe, stock, sorted((*layers, layer), key=lambda each: each.outermost))
+
+
+def has_layer(pipe: Pipeline, kind: type[CallLayer]) -> bool:
+    """Return whether calls of `pipe` go through a layer of class `kind`."""
+    return any(isinstance(layer, kind) for layer in _taken_apart(type(pipe))[1])
+
+
+def remove_layers(pipe: Pipeline, kind: type[CallLayer]) -> None:
+    """Remove all layers of class `kind`; a no-op if there are none."""
+    for layer in _taken_apart(type(pipe))[1]:
+        if isinstance(layer, kind):
+            _remove_layer(pipe, layer)
+
+
+def _remove_layer(pipe: Pipeline, layer: CallLayer) -> None:
+    stock, layers = _taken_apart(type(pipe))
+    if any(each is layer for each in layers):
+        _set_layers(pipe, stock, [each for each in layers if each is not layer])
+
+
+def _taken_apart(cls: type) -> tuple[type, tuple[CallLayer, ...]]:
+    """Return the class underneath all layers, and the layers from the innermost on."""
+    layers = []
+    while _LAYER in vars(cls):
+        layers.append(vars(cls)[_LAYER])
+        (cls,) = cls.__bases__
+    return cls, tuple(reversed(layers))
+
+
+def _set_layers(pipe: Pipeline, stock: type, layers: list[CallLayer]) -> None:
+    object.__setattr__(pipe, "__class__", _put_together(stock, layers))
+
+
+def _put_together(cls: type, layers: list[CallLayer] | tuple[CallLayer, ...]) -> type:
+    for layer in layers:
+        cls = _layered(cls, layer)
+    return cls
+
+
+def _layered(cls: type, layer: CallLayer) -> type:
+    """Return a subclass of `cls`, of the same name, whose calls go through `layer`."""
+    below = cls.__call__
+    signature = inspect.signature(below)
+
+    @wraps(below)
+    def __call__(self: Pipeline, *args: Any, **kwargs: Any) -> Any:
+        return layer.call(below, signature, self, *args, **kwargs)
+
+    __call__.__signature__ = layer.signature(signature)  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self: Pipeline, protocol: Any) -> Any:
+        return _new, _taken_apart(type(self)), vars(self)  # pickle finds no class of this name that is this one
+
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, _LAYER: layer}
+    metaclass: Any = type(cls)
+    made: type = metaclass(cls.__name__, (cls,), {"__call__": __call__, "__reduce_ex__": __reduce_ex__, **names})
+    return made
+
+
+def _new(stock: type, layers: tuple[CallLayer, ...]) -> Any:
+    """Return an empty pipe of a class with layers, to be filled by pickle or copy."""
+    cls: Any = _put_together(stock, layers)
+    return object.__new__(cls)
+
+
+@dataclass(frozen=True, eq=False)
+class _Around(CallLayer):
+    """What `wrap_call` adds: it looks on the pipe for what goes around, so that a copy has its own."""
+
+    attribute: str
+
+    def call(
+        self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: Any, **kwargs: Any
+    ) -> Any:
+        bound = signature.bind(pipe, *args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)
         for name, parameter in signature.parameters.items():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 arguments |= arguments.pop(name)
         del arguments[next(iter(signature.parameters))]  # self
-        return getattr(self, attribute)(lambda given: stock(self, **given), arguments)
+        return getattr(pipe, self.attribute)(lambda given: below(pipe, **given), arguments)
 
-    __call__.__signature__ = signature  # type: ignore[attr-defined]
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    metaclass: Any = type(cls)
-    undo.push(lambda: object.__setattr__(pipe, "__class__", cls))
-    object.__setattr__(pipe, "__class__", metaclass(cls.__name__, (cls,), {"__call__": __call__, **names}))
+
+def wrap_call(pipe: Pipeline, name: str, around: Around, undo: Undo) -> None:
+    """Let calls of `pipe` go through `around`, in place; `wrapper` finds it by `name`.
+
+    It is kept in an attribute of the pipe, so that a deep copy of the pipe calls its own copy.
+    """
+    attribute = f"{_PREFIX}{name}"
+    undo.setattr(pipe, attribute, around)
+    add_layer(pipe, _Around(attribute), undo)
 
 
 def wrapper(pipe: Pipeline, name: str) -> object | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import wraps
 from typing import Any, ClassVar
 
 from ernie_accel.core.components import Pipeline
@@ -13,6 +13,7 @@ from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
+from ernie_accel.core.wrap_call import CallLayer, add_layer
 
 MODES = ("turbo", "quality")
 
@@ -86,8 +87,7 @@ class CallDefaults(Transform):
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         changes = self._changes(pipe)
         with Undo() as undo:
-            undo.push(_class_setter(pipe, type(pipe)))
-            object.__setattr__(pipe, "__class__", _with_defaults(type(pipe), self.wanted(pipe)))
+            add_layer(pipe, _Defaults(self.wanted(pipe)), undo)
         return Applied(changes, undo=undo)
 
     def wanted(self, pipe: Pipeline) -> dict[str, Any]:
@@ -113,34 +113,22 @@ class CallDefaults(Transform):
         )
 
 
-def _with_defaults(cls: type, defaults: dict[str, object]) -> type:
-    """Return a subclass of `cls`, of the same name, whose ``__call__`` has other defaults."""
-    stock = cls.__call__
-    signature = inspect.signature(stock)
-    parameters = [
-        parameter.replace(default=defaults[name]) if name in defaults else parameter
-        for name, parameter in signature.parameters.items()
-    ]
+@dataclass(frozen=True, eq=False)
+class _Defaults(CallLayer):
+    """Other default values of a call's arguments."""
 
-    @wraps(stock)
-    def __call__(self: Pipeline, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind_partial(self, *args, **kwargs).arguments
-        return stock(self, *args, **{name: v for name, v in defaults.items() if name not in given}, **kwargs)
+    values: dict[str, Any]
 
-    __call__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    def signature(self, below: inspect.Signature) -> inspect.Signature:
+        """Return the same parameters with these defaults."""
+        parameters = [
+            parameter.replace(default=self.values[name]) if name in self.values else parameter
+            for name, parameter in below.parameters.items()
+        ]
+        return below.replace(parameters=parameters)
 
-    # The name stays: save_pretrained writes it, and from_pretrained looks it up in diffusers.
-    def __reduce_ex__(self: Pipeline, protocol: object) -> object:
-        return _rebuild, (cls, defaults), vars(self)  # pickle finds no class of this name that is this one
-
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls)(cls.__name__, (cls,), {"__call__": __call__, "__reduce_ex__": __reduce_ex__, **names})
-
-
-def _rebuild(cls: type, defaults: dict[str, object]) -> object:
-    made = _with_defaults(cls, defaults)
-    return object.__new__(made)
-
-
-def _class_setter(pipe: Pipeline, cls: type) -> Any:
-    return lambda: object.__setattr__(pipe, "__class__", cls)
+    def call(
+        self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: Any, **kwargs: Any
+    ) -> Any:
+        given = signature.bind_partial(pipe, *args, **kwargs).arguments
+        return below(pipe, *args, **{name: v for name, v in self.values.items() if name not in given}, **kwargs)

@@ -1,0 +1,60 @@
+"""Let threads take turns: one call at a time of the optimized pipes that have a component in common.
+
+A pipe keeps the state of a picture in its scheduler, and transforms keep buffers, graphs and caches beside a component.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ernie_accel.core.components import Pipeline, modules_of
+from ernie_accel.core.undo import Undo
+from ernie_accel.core.wrap_call import CallLayer, add_layer, has_layer, remove_layers
+
+_guard = threading.Lock()
+_numbers = itertools.count()
+#: The lock of each component, and a number: all threads take their locks in the same order.
+_locks: weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, Any]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Turns(CallLayer):
+    """Wait, around everything else, until no other thread is in a call of a pipe with one of these components."""
+
+    outermost: ClassVar[bool] = True
+
+    def call(
+        self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: Any, **kwargs: Any
+    ) -> Any:
+        with _turn_of(pipe):
+            return below(pipe, *args, **kwargs)
+
+
+def take_turns(pipe: Pipeline) -> None:
+    """Let threads that call `pipe` take turns, in place; a no-op if they do."""
+    if not has_layer(pipe, Turns):
+        add_layer(pipe, Turns(), Undo())
+
+
+def stop_taking_turns(pipe: Pipeline) -> None:
+    """Undo `take_turns`; a no-op if nobody does."""
+    remove_layers(pipe, Turns)
+
+
+@contextlib.contextmanager
+def _turn_of(pipe: Pipeline) -> Iterator[None]:
+    with _guard:
+        locks = [_locks.setdefault(part, (next(_numbers), threading.RLock())) for part in modules_of(pipe).values()]
+    with contextlib.ExitStack() as held:
+        for _, lock in sorted(locks, key=lambda numbered: numbered[0]):
+            held.enter_context(lock)
+        yield

@@ -1,0 +1,81 @@
+"""Calls of optimized pipes from several threads give the pictures they give one after the other."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import ernie_accel
+from ernie_accel import BatchPromptEncoding, CacheSteps, CallDefaults, CastDtype, RewriteBlocks, SwapScheduler
+from tests.pipelines import picture, tiny_ernie, tiny_z_image
+
+
+@pytest.mark.parametrize("make", [tiny_ernie, tiny_z_image])
+@pytest.mark.parametrize(
+    "transforms",
+    [(CastDtype("float32"),), (SwapScheduler("unipc"), BatchPromptEncoding()), (CacheSteps(), CallDefaults("turbo"))],
+    ids=str,
+)
+def test_threads_on_one_pipe_draw_what_one_thread_draws(make, transforms):
+    pipe = ernie_accel.optimize(make(), *transforms, on_unsupported="skip")
+    expected = [picture(pipe, seed=seed, steps=4) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        drawn = list(pool.map(lambda seed: picture(pipe, seed=seed, steps=4), [*range(4)] * 2))
+    for seed, one in enumerate(drawn):
+        assert torch.equal(one, expected[seed % 4])
+
+
+def test_threads_on_two_pipes_over_the_same_components_take_turns():
+    pipe = tiny_ernie()
+    other = type(pipe)(**pipe.components)
+    other.set_progress_bar_config(disable=True)
+    ernie_accel.optimize(pipe, RewriteBlocks(), CacheSteps())
+    ernie_accel.optimize(other, CallDefaults(num_inference_steps=2))
+    expected = [picture(each, seed=seed) for seed in range(3) for each in (pipe, other)]
+    with ThreadPoolExecutor(4) as pool:
+        drawn = list(
+            pool.map(lambda job: picture(job[1], seed=job[0]), [(s, p) for s in range(3) for p in (pipe, other)])
+        )
+    for one, two in zip(drawn, expected, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_call_within_a_call_does_not_wait_for_itself():
+    pipe = ernie_accel.optimize(tiny_ernie(), CallDefaults("turbo"))
+    errors = []
+
+    def callback(self, step, timestep, kwargs):
+        try:
+            pipe("a prompt", height=7, width=7)
+        except ValueError as error:
+            errors.append(error)
+        return kwargs
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(picture, pipe, callback_on_step_end=callback).result(timeout=60)
+    assert len(errors) == 3
+
+
+def test_after_restore_nobody_waits_and_the_class_is_the_pipelines_own():
+    pipe = tiny_ernie()
+    cls = type(pipe)
+    ernie_accel.optimize(pipe, CallDefaults("turbo"), BatchPromptEncoding())
+    assert type(pipe) is not cls
+    assert type(pipe).__name__ == cls.__name__
+    ernie_accel.restore(pipe)
+    assert type(pipe) is cls
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))], ids=["copy", "pickle"])
+def test_copies_and_pickles_keep_what_goes_around_their_calls(twin):
+    pipe = ernie_accel.optimize(tiny_ernie(), CallDefaults("turbo"), BatchPromptEncoding(), SwapScheduler("unipc"))
+    other = twin(pipe)  # before the first call: transformers attaches hooks that no pickle takes
+    expected = picture(pipe)
+    assert torch.equal(picture(other), expected)
+    assert type(other).__call__.__signature__.parameters["num_inference_steps"].default == 8
+    ernie_accel.restore(pipe)
+    assert torch.equal(picture(other), expected)
