@@ -72,7 +72,7 @@ def test_after_restore_nobody_waits_and_the_class_is_the_pipelines_own():
 
 @pytest.mark.parametrize("twin", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))], ids=["copy", "pickle"])
 def test_copies_and_pickles_keep_what_goes_around_their_calls(twin):
-    pipe = ernie_accel.optimize(tiny_ernie(), CallDefaults("turbo"), BatchPromptEncoding(), SwapScheduler("unipc"))
+    pipe = ernie_accel.optimize(tiny_ernie(), CallDefaults("turbo"), BatchPromptEncoding())
     other = twin(pipe)  # before the first call: transformers attaches hooks that no pickle takes
     expected = picture(pipe)
     assert torch.equal(picture(other), expected)
