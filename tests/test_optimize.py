@@ -375,6 +375,56 @@ def test_verdicts_of_another_machine_are_asked_again(ernie):
     assert applied(ernie) == ["Compile()"]
 
 
+class NotBesideLcm(Raises):
+    """Cannot run on a pipe that another transform has given the scheduler "lcm"."""
+
+    phase = ernie_accel.Phase.SCHEDULER
+    slot = "z-not-beside-lcm"
+
+    def unsupported(self, pipe, context):
+        return ["not beside lcm"] if context.planned(pipe).scheduler == "lcm" else []
+
+
+def test_what_was_skipped_because_of_what_comes_before_it_stays_skipped_and_costs_nothing(ernie):
+    wanted = SwapScheduler("lcm"), NotBesideLcm(), SliceVae()
+    ernie_accel.optimize(ernie, *wanted, on_unsupported="skip")
+    before = ernie_accel.report(ernie).entries
+    assert [entry.status for entry in before] == ["applied", "skipped", "applied"]
+    ernie_accel.optimize(ernie, *wanted, on_unsupported="skip")
+    assert all(now is then for now, then in zip(ernie_accel.report(ernie).entries, before, strict=True))
+
+
+def test_a_plan_beside_what_is_in_place_goes_by_the_weights_as_they_are_now(ernie):
+    ernie_accel.optimize(ernie, SwapScheduler("lcm"))
+    ernie.vae.to(torch.bfloat16)  # by somebody else, since
+    wanted = CastDtype("bf16"), SwapScheduler("lcm"), MakeContiguous(), SliceVae()
+    assert ernie_accel.plan(ernie, SwapScheduler("lcm"), SliceVae()).steps[1].planned.dtype_of("vae") == torch.bfloat16
+    assert ernie_accel.plan(ernie, *wanted).steps[0].preview.changes == ("transformer", "text_encoder")
+
+
+@dataclass(frozen=True, repr=False)
+class OnCardsOnly(Raises):
+    """Has something to do on a card, and nothing elsewhere."""
+
+    def preview(self, pipe, context):
+        return ernie_accel.Preview(("vae.use_slicing",) if context.capability else (), note="only cards need it")
+
+    def apply(self, pipe, context):
+        with ernie_accel.Undo() as undo:
+            undo.setattr(pipe.vae, "use_slicing", True)
+        return ernie_accel.Applied(("vae.use_slicing",), undo=undo)
+
+
+def test_what_had_nothing_to_do_is_asked_again_on_another_machine_only(ernie):
+    here, card = ernie_accel.Context.detect(ernie), ernie_accel.Context.named("h200")
+    for machine, status in ((here, "nothing to do"), (here, "nothing to do"), (card, "applied"), (card, "applied")):
+        entries = ernie_accel.report(ernie).entries
+        ernie_accel.optimize(ernie, OnCardsOnly(), context=machine)
+        (entry,) = ernie_accel.report(ernie).entries
+        assert entry.status == status
+        assert (entry in entries) == bool(entries and entries[0].status == status)
+
+
 def test_a_plan_counts_what_is_in_place_and_names_what_cannot_be_undone(ernie):
     ernie_accel.optimize(ernie, SwapScheduler("lcm"))
     assert ernie_accel.plan(ernie, SwapScheduler("lcm")).effect is ernie_accel.Effect.RESAMPLES

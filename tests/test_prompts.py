@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -173,8 +174,11 @@ def test_a_long_prompt_is_shortened_and_the_result_says_so(ernie, keep, rest, lo
 
 def test_prompts_within_the_limit_are_not_touched(ernie):
     before = picture(ernie, prompt=LONG, guidance_scale=3.0, steps=1)
-    ernie_accel.optimize(ernie, TruncatePrompts(13))
-    assert torch.equal(picture(ernie, prompt=LONG, guidance_scale=3.0, steps=1), before)
+    ernie_accel.optimize(ernie, TruncatePrompts(13))  # exactly as many as it has
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert torch.equal(picture(ernie, prompt=LONG, guidance_scale=3.0, steps=1), before)
+    assert ernie(LONG, height=64, width=64, num_inference_steps=1).warnings == ()
 
 
 @pytest.mark.parametrize("order", [1, -1])
