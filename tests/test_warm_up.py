@@ -314,12 +314,12 @@ def test_prompts_have_exactly_the_tokens_asked_for(length, ernie):
     ("arguments", "message"),
     [
         ({"sizes": ()}, "sizes takes"),
-        ({"sizes": (64, 64)}, r"sizes takes \(width, height\) in pixels"),
+        ({"sizes": (64, 64)}, r"sizes takes a tuple of \(int, int\) or None, got"),
         ({"sizes": ((64, 0),)}, "got"),
         ({"batch_sizes": (0,)}, "batch_sizes takes whole numbers >= 1"),
-        ({"batch_sizes": 2}, "batch_sizes takes whole numbers >= 1"),
+        ({"batch_sizes": 2}, "batch_sizes takes a tuple of int, got 2"),
         ({"prompt_lengths": (0,)}, "prompt_lengths takes token counts >= 1"),
-        ({"prompt_lengths": (True,)}, "prompt_lengths takes token counts >= 1"),
+        ({"prompt_lengths": (True,)}, "prompt_lengths takes a tuple of int or None"),
     ],
 )
 def test_bad_values_are_refused_at_once(arguments, message):

@@ -17,6 +17,8 @@ from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transfor
 from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import Arguments, Call, wrap_call
 
+#: Classes of models that do not run under autocast -> why.
+_BREAKS = {"ZImageControlNetModel": "writes its float32 padding tokens into results of autocast, of another dtype"}
 HALF = tuple(name for name in DTYPES if name != "float32")
 
 
@@ -51,6 +53,10 @@ class Autocast(Transform):
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = unsupported_cast_reasons(pipe, context, self.dtype)
+        for name, module in modules_of(pipe).items():
+            kind = type(module).__name__
+            if kind in _BREAKS:
+                reasons.append(f"{name} is a {kind}, which {_BREAKS[kind]}: use CastDtype({self.dtype!r})")
         planned = context.planned(pipe)
         found = {planned.dtype_of(name) for name, module in modules_of(pipe).items() if hasattr(module, "dtype")}
         dtypes = {str(dtype).removeprefix("torch.") for dtype in found - {None}}

@@ -33,6 +33,8 @@ class CallDefaults(Transform):
         mode: "turbo" (a distilled checkpoint) or "quality" (a base one): the family's own settings.
         num_inference_steps: Denoising steps, >= 1. This and the following arguments override the mode.
         guidance_scale: Classifier-free guidance.
+        true_cfg_scale: Classifier-free guidance of pipelines whose `guidance_scale` is an input of a distilled model
+            (Qwen-Image, FLUX).
         use_pe: Whether prompts are enhanced (ERNIE-Image).
         negative_prompt: What the picture should not show.
     """
@@ -44,6 +46,7 @@ class CallDefaults(Transform):
     mode: str | None = None
     num_inference_steps: int | None = field(default=None, kw_only=True)
     guidance_scale: float | None = field(default=None, kw_only=True)
+    true_cfg_scale: float | None = field(default=None, kw_only=True)
     use_pe: bool | None = field(default=None, kw_only=True)
     negative_prompt: str | None = field(default=None, kw_only=True)
 

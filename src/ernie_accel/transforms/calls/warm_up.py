@@ -27,6 +27,8 @@ STEPS = 2
 TOKENS = 3
 #: Words from which prompts of a given length are made; one that is a token of its own is in every vocabulary.
 WORDS = ("a", "red", "the", "x")
+#: In the names of pipelines that need a picture, whatever their signature says.
+_NEED_PICTURES = ("ControlNet", "Edit", "ImageToVideo", "Image2Video", "I2V", "Img2Img", "Pix2Pix", "Upscale")
 #: What is drawn where no length is asked for.
 PROMPT = "small small on small big"
 
@@ -104,6 +106,12 @@ class Warmup(Transform):
             for name in ("prompt", "height", "width", "num_inference_steps", "generator", "output_type")
             if name not in accepted
         ]
+        inputs = _more_inputs(pipe)
+        if inputs:
+            reasons.append(
+                f"{kind} draws from {' and '.join(inputs)} beside the prompt, and a warm-up has none: warm it up by a "
+                "call of your own"
+            )
         if getattr(pipe, "tokenizer", None) is None or getattr(pipe, "text_encoder", None) is None:
             reasons.append(f"{kind} was loaded without text encoder or tokenizer, and a warm-up draws a prompt")
             return reasons
@@ -195,6 +203,28 @@ def _shape(each: Combination, multiple: int) -> Combination:
     if each.tokens is None:
         return each
     return each._replace(tokens=math.ceil((each.width * each.height // 256 + each.tokens) / multiple))
+
+
+def _more_inputs(pipe: Pipeline) -> list[str]:
+    """Return the arguments that a call of the pipe needs beside a prompt: a picture to start from, a mask, ...
+
+    Many pipelines declare them as optional and raise without them. A `strength` or a mask says that a picture is
+    needed; a class that edits or animates pictures, or is guided by them, says so in its name.
+    """
+    parameters = _call_parameters(pipe)
+    named = any(word in type(pipe).__name__ for word in _NEED_PICTURES)
+    needs_picture = named or not {"strength", "mask_image"}.isdisjoint(parameters)
+    return [
+        name
+        for name, parameter in parameters.items()
+        if (name in ("image", "video") and needs_picture)
+        or name in ("mask_image", "control_image")
+        or (
+            parameter.default is inspect.Parameter.empty
+            and parameter.kind in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            and name not in ("self", "prompt")
+        )
+    ]
 
 
 def default_sizes(pipe: Pipeline) -> tuple[tuple[int, int], ...]:
@@ -295,18 +325,18 @@ def _nearest(pixels: int, multiple: int) -> int:
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return bool(value >= 1)
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_count, value))
+    return all(map(_is_count, value))
 
 
 def _check(name: str, values: Any, expected: str, is_right: Any) -> None:
-    """Refuse what is no sequence of right values.
+    """Refuse an empty tuple and wrong values; types are checked before.
 
     Raises:
         ValueError: It is not.
     """
-    if not isinstance(values, (tuple, list)) or not values or not all(map(is_right, values)):
+    if not values or not all(map(is_right, values)):
         raise ValueError(f"{name} takes {expected}; got {values!r}")

@@ -54,6 +54,9 @@ class ExpandAttentionMask(Transform):
         transformer = getattr(pipe, "transformer", None)
         if transformer is None or not any(masked_blocks(transformer)):
             return [f"{type(pipe).__name__}: no block of its transformer takes an attention mask"]
+        own = {type(block).__name__ for _, block, *_ in masked_blocks(transformer)} & EXPAND_THEMSELVES
+        if own:
+            return [f"{' and '.join(sorted(own))} expands its mask to [B, 1, S, S] itself: leave this out"]
         return [
             f"{name} folds every mask to [B, 1, 1, S] itself, after which it cannot be expanded"
             for name in passed_by(transformer)
@@ -73,6 +76,10 @@ class ExpandAttentionMask(Transform):
 
     def _changes(self, pipe: Pipeline) -> tuple[str, ...]:
         return tuple(f"transformer.{path}" for path, *_ in masked_blocks(pipe.transformer))
+
+
+#: Blocks of diffusers that take a mask [B, S] and make the products of its rows and columns themselves (Chroma).
+EXPAND_THEMSELVES = frozenset({"ChromaTransformerBlock", "ChromaSingleTransformerBlock"})
 
 
 class Expansion:

@@ -82,6 +82,8 @@ class TileVae(Transform):
         if not hasattr(pipe.vae, "tile_sample_min_size"):
             return [f"{type(pipe.vae).__name__} has no single tile size; leave tile_px out to use its own"]
         factor = _pixels_per_latent(pipe)
+        if factor is None:
+            return [f"{type(pipe.vae).__name__} does not say how many pixels a latent has; leave tile_px out"]
         if self.tile_px % factor:
             below = self.tile_px - self.tile_px % factor
             return [
@@ -112,13 +114,15 @@ class TileVae(Transform):
             settings["tile_overlap_factor"] = self.overlap
         if self.tile_px is not None:
             settings["tile_sample_min_size"] = self.tile_px
-            settings["tile_latent_min_size"] = self.tile_px // _pixels_per_latent(pipe)
+            settings["tile_latent_min_size"] = self.tile_px // (_pixels_per_latent(pipe) or 1)
         return settings
 
 
-def _pixels_per_latent(pipe: Pipeline) -> int:
-    """Return how many pixels one latent of the VAE covers along a side (each level but the last halves)."""
-    return int(2 ** (len(pipe.vae.config.block_out_channels) - 1))
+def _pixels_per_latent(pipe: Pipeline) -> int | None:
+    """Return how many pixels one latent of the VAE covers along a side (each level but the last halves), if known."""
+    config = pipe.vae.config
+    levels = next((config[name] for name in ("block_out_channels", "ch_mult") if name in config), None)
+    return None if levels is None else int(2 ** (len(levels) - 1))
 
 
 def _vae_lacks(pipe: Pipeline, switch: str, what: str) -> list[str]:
