@@ -91,12 +91,9 @@ class Warmup(Transform):
     def __post_init__(self) -> None:
         if self.sizes is not None:
             _check("sizes", self.sizes, "(width, height) in pixels, as in sizes=((1024, 1024),)", _is_size)
-            object.__setattr__(self, "sizes", tuple((width, height) for width, height in self.sizes))  # JSON has lists
         _check("batch_sizes", self.batch_sizes, "whole numbers >= 1, as in batch_sizes=(1, 4)", _is_count)
-        object.__setattr__(self, "batch_sizes", tuple(self.batch_sizes))
         if self.prompt_lengths is not None:
             _check("prompt_lengths", self.prompt_lengths, "token counts >= 1, as in prompt_lengths=(16, 64)", _is_count)
-            object.__setattr__(self, "prompt_lengths", tuple(self.prompt_lengths))
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         kind = type(pipe).__name__
