@@ -16,6 +16,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from cache_dit.caching.block_adapters import FakeDiffusionPipeline
 from diffusers import ErnieImagePipeline
 from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
+from peft import LoraConfig
 
 import ernie_accel
 from ernie_accel import (
@@ -391,3 +392,52 @@ def test_cache_dit_by_itself_leaves_the_class_and_the_transformer_changed():
     assert cls.__call__ is not stock
     assert "forward" in vars(pipes[0].transformer)
     assert list(pipes[0].transformer._modules) != children
+
+
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+def test_a_second_pipe_over_the_same_transformer_computes_its_own_steps(ernie, backend, often):
+    """In another thread, while a cached picture is being drawn; its scheduler is its own."""
+    plain = type(ernie)(**{**ernie.components, "scheduler": copy.deepcopy(ernie.scheduler)})
+    plain.set_progress_bar_config(disable=True)
+    expected = picture(plain, steps=24)
+    ernie_accel.optimize(ernie, CacheSteps() if backend is None else often(backend))
+    cached = picture(ernie, steps=24)
+    assert not torch.equal(cached, expected)
+    got, under_way, drawn = [], threading.Event(), threading.Event()
+
+    def draw():
+        under_way.wait(10)
+        got.append(picture(plain, steps=24))
+        drawn.set()
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+
+    def pause(*_):
+        """Hold the cached picture inside of a forward until the other one is drawn."""
+        if threading.current_thread() is not thread and not under_way.is_set():
+            under_way.set()
+            assert drawn.wait(20)
+
+    ernie.transformer.layers[-1].register_forward_pre_hook(pause)
+    assert torch.equal(picture(ernie, steps=24), cached)
+    thread.join()
+    assert torch.equal(got[0], expected)
+
+
+def test_another_scale_between_two_steps_is_not_forecast_from_the_one_before(ernie):
+    ernie_accel.optimize(ernie, CacheSteps())
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False)
+    ernie.transformer.add_adapter(config, adapter_name="a")
+    ran = count_last_blocks(ernie)
+
+    def quieter(pipe, step, timestep, tensors):
+        if step == 10:
+            pipe.transformer.set_adapters(["a"], [0.2])
+        return {}
+
+    picture(ernie, steps=24)
+    usual = len(ran)
+    picture(ernie, steps=24, callback_on_step_end=quieter)
+    assert len(ran) == 2 * usual + 1  # a line takes two points

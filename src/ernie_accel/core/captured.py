@@ -54,15 +54,15 @@ class Fingerprint:
     is_hooked: bool
 
     @classmethod
-    def of(cls, module: nn.Module) -> Fingerprint:
-        """Return the fingerprint of `module` and all modules within."""
+    def of(cls, module: nn.Module, *, places: bool = True) -> Fingerprint:
+        """Return the fingerprint of `module` and all modules within; without `places`, not of where weights lie."""
         facts: list[Any] = []
         hooked = False
         for part in _parts(module):
             state = part.__dict__
             facts += (id(part), part.__class__, state["training"])
             for tensors in (state["_parameters"], state["_buffers"]):
-                if tensors:
+                if tensors and places:
                     for tensor in tensors.values():
                         if tensor is not None:
                             _add_place(tensor, facts)

@@ -92,16 +92,21 @@ def standing_in(module: nn.Module, kind: type[S]) -> S | None:
 
 
 def shadow(module: nn.Module) -> Any:
-    """Return a module with the weights, hooks and children of `module`, whose children can be swapped on its own.
+    """Return a module with the weights, hooks and children of `module`, but the forward of its class.
 
-    Who swaps a child of the module itself, for the time of a forward, does so to every thread that runs it.
+    Its children can be replaced, and those of its lists: whoever replaces a child of the module itself, even for the
+    time of one forward, does so for every thread that runs it.
+
+    Raises:
+        LookupError: Its forward before a hook of accelerate cannot be bound to another module (see `rebound`).
     """
     made: Any = object.__new__(type(module))
     vars(made).update(vars(module))
-    vars(made)["_modules"] = dict(module._modules)
-    for name in ("forward", "_old_forward"):
-        if name in vars(module):
-            vars(made)[name] = rebound(vars(module)[name], module, made)
+    lists = {name: nn.ModuleList(child) for name, child in module._modules.items() if type(child) is nn.ModuleList}
+    vars(made)["_modules"] = {**module._modules, **lists}
+    vars(made).pop("forward", None)
+    if "_old_forward" in vars(module):
+        vars(made)["_old_forward"] = rebound(vars(module)["_old_forward"], module, made)
     return made
 
 

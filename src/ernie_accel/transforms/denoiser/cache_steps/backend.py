@@ -68,10 +68,12 @@ class Backend(ABC):
     Class-level facts:
         name: What ``CacheSteps(backend=...)`` calls it.
         takes: Arguments of `CacheSteps` that it supports, beside those that all backends support.
+        replaces_blocks: Whether it replaces the transformer's blocks for the time of a forward.
     """
 
     name: ClassVar[str]
     takes: ClassVar[frozenset[str]]
+    replaces_blocks: ClassVar[bool] = False
 
     @abstractmethod
     def floor_db(self, wanted: CacheSettings) -> float:

@@ -30,6 +30,7 @@ class BlockCache(Backend):
     """A cache that decides at every step, by how much the first block's residual has changed since a computed one."""
 
     takes = frozenset({"threshold"})
+    replaces_blocks = True
     promised_db: ClassVar[float]
 
     def floor_db(self, wanted: CacheSettings) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
+import contextlib
+import contextvars
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -11,9 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ernie_accel.core.captured import Fingerprint
 from ernie_accel.core.components import DENOISERS, Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.stand_in import StandInForward, shadow, standing_in
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import Arguments, Call, wrap_call
@@ -130,19 +133,19 @@ class CacheSteps(Transform):
         return reasons + BACKENDS[self.backend].unsupported(pipe, context)
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
-        if isinstance(vars(pipe.transformer).get("forward"), CachedForward):
+        if standing_in(pipe.transformer, CachedForward) is not None:
             return Preview((), note="steps are cached already")
         return Preview(("transformer.forward",), note=self._note(pipe, context))
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
-        text_argument, transformer = family_of(pipe).text_argument, pipe.transformer
+        text_argument = family_of(pipe).text_argument
         if text_argument is None:
             raise LookupError(f"the prompts of {type(pipe).__name__} cannot be told apart")
         note = self._note(pipe, context)
         cached = CachedForward(self, pipe, text_argument)
         with Undo() as undo:
             # No hook of diffusers: in a deep copy of the pipe, that would run the transformer of the original.
-            undo.setattr(transformer, "forward", cached)
+            cached.install(undo)
             wrap_call(pipe, "cached_steps", cached.around, undo)
         return Applied(("transformer.forward",), undo=undo, note=note)
 
@@ -158,48 +161,80 @@ class CacheSteps(Transform):
         return note if steps is None else f"{note}; calls of fewer than {LEAST_STEPS} steps compute all"
 
 
-class CachedForward:
-    """The forward of a transformer that leaves each prompt's steps, within a call of the pipe, to a `Run`."""
+@dataclass
+class _Picture:
+    """What is remembered during one call of a pipe.
+
+    Attributes:
+        of: The stand-in whose pipe is called. Others over the same transformer compute their steps in full.
+        trajectory: The steps of the call; None before the first.
+        runs: By identity of the encoded prompts, which are kept so that no other tensor takes it.
+        seen: What the transformer was when the runs began.
+    """
+
+    of: CachedForward
+    trajectory: Trajectory | None = None
+    runs: dict[tuple[int, ...], tuple[tuple[Tensor, ...], Run]] = field(default_factory=dict)
+    seen: Fingerprint | None = None
+
+
+#: The call that is running. Of this thread: another one may draw with the same transformer and another pipe.
+_picture: contextvars.ContextVar[_Picture | None] = contextvars.ContextVar("picture", default=None)
+
+
+class CachedForward(StandInForward):
+    """The forward of a transformer that leaves each prompt's steps, within a call of its pipe, to a `Run`."""
 
     def __init__(self, wanted: CacheSteps, pipe: Pipeline, text_argument: str) -> None:
         self._wanted, self._pipe, self._text = wanted, pipe, text_argument
-        self._forward = pipe.transformer.forward
-        self.__signature__ = inspect.signature(self._forward)
-        self._trajectory: Trajectory | None = None  # of the call that is running
-        #: By identity of the encoded prompts, which are kept so that no other tensor takes it.
-        self._runs: dict[tuple[int, ...], tuple[tuple[Tensor, ...], Run]] = {}
-        self._in_call = False
+        super().__init__(pipe.transformer)
 
     def around(self, call: Call, arguments: Arguments) -> object:
-        """Call the pipe; whatever was computed for another picture, or is left of this one, is forgotten."""
-        self._trajectory, self._runs, self._in_call = None, {}, True
+        """Call the pipe; whatever is remembered of the picture is forgotten afterwards."""
+        before = _picture.set(_Picture(self))
         try:
             return call(arguments)
         finally:
-            self._trajectory, self._runs, self._in_call = None, {}, False
+            _picture.reset(before)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the transformer computes, or an approximation of it."""
+        if torch.compiler.is_compiling():
+            return self.forward_below(*args, **kwargs)
+        picture = _picture.get()
         arguments = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
-        if not self._in_call or arguments.get("return_dict", True) or torch.compiler.is_compiling():
-            return self._forward(*args, **kwargs)
+        if picture is None or picture.of is not self or arguments.get("return_dict", True):
+            return self.forward_below(*args, **kwargs)
         scheduler = self._pipe.scheduler
-        if self._trajectory is None:  # the one look at the device of a picture
+        if picture.trajectory is None:  # the one look at the device of a picture
             order = scheduler.order  # some samplers evaluate twice a step, not in the last
-            self._trajectory = Trajectory(
+            picture.trajectory = Trajectory(
                 tuple(scheduler.sigmas.tolist()), steps=-(-len(scheduler.timesteps) // order), order=order
             )
         # Lumina 2 asks for the two halves of guidance one after the other: each prompt is a run of its own.
         text = arguments.get(self._text)
-        if text is None or self._trajectory.steps < LEAST_STEPS:
-            return self._forward(*args, **kwargs)
+        if text is None or picture.trajectory.steps < LEAST_STEPS:
+            return self.forward_below(*args, **kwargs)
+        now = Fingerprint.of(self.module, places=False)  # offloading may move the weights at every step
+        if now != picture.seen:
+            picture.runs.clear()
+            picture.seen = now
         texts = tuple(text) if isinstance(text, (list, tuple)) else (text,)
         key = tuple(map(id, texts))
-        if key not in self._runs:
-            backend = BACKENDS[self._wanted.backend]
-            run = backend.start(self._wanted, self._pipe.transformer, self._forward, self._trajectory)
-            self._runs[key] = texts, run
-        return self._runs[key][1](scheduler.step_index or 0, *args, **kwargs)
+        if key not in picture.runs:
+            picture.runs[key] = texts, self._run(picture.trajectory)
+        return picture.runs[key][1](scheduler.step_index or 0, *args, **kwargs)
+
+    def _run(self, trajectory: Trajectory) -> Run:
+        """Return a new run; if it replaces blocks, on a transformer of its own with the same weights.
+
+        So other threads that draw with the transformer meanwhile do not see the replaced blocks.
+        """
+        backend, mine = BACKENDS[self._wanted.backend], self
+        if backend.replaces_blocks:
+            with contextlib.suppress(LookupError):  # somebody's function is below, which calls the module itself
+                mine = self.on(shadow(self.module))
+        return backend.start(self._wanted, mine.module, mine.forward_below, trajectory)
 
 
 def _adds_noise(pipe: Pipeline, context: Context) -> str | None:
