@@ -22,14 +22,12 @@ from ernie_accel import (
     Warmup,
 )
 from ernie_accel.core.plan import after
-from ernie_accel.models.ernie_image import blocks as ernie_image_blocks
-from ernie_accel.models.graphed_forward import GraphedForward
 from ernie_accel.recipes.presets import presets
 from ernie_accel.transforms.denoiser.cache_steps.cache_steps import LEAST_STEPS
 from ernie_accel.transforms.denoiser.cache_steps.forecast import FLOORS_DB
 from tests.examples import differences, snapshot
 from tests.pipelines import PIPELINES, interrupt_at, picture, tiny_ernie
-from tests.test_graphs import Recorder
+from tests.test_graphs import H200, Recorder
 
 CPU = Context.named("cpu")
 
@@ -153,10 +151,9 @@ def test_a_captured_forward_is_replayed_at_the_computed_steps_only(monkeypatch):
     assert CacheSteps.phase == ernie_accel.CaptureGraphs.phase and CacheSteps.slot > ernie_accel.CaptureGraphs.slot
     assert CacheSteps.slot > Compile.slot
     recorder = Recorder()
-    pipe = ernie_accel.optimize(tiny_ernie(), RewriteBlocks())
-    pipe.transformer.forward = GraphedForward(pipe.transformer, ernie_image_blocks, 64, 2, recorder)
+    monkeypatch.setattr("ernie_accel.models.replays.capture_cuda", recorder)
     expected = picture(ernie_accel.optimize(tiny_ernie(), RewriteBlocks(), CacheSteps()), steps=24)
-    ernie_accel.optimize(pipe, RewriteBlocks(), CacheSteps())
+    pipe = ernie_accel.optimize(tiny_ernie(), RewriteBlocks(), ernie_accel.CaptureGraphs(), CacheSteps(), context=H200)
     assert torch.equal(picture(pipe, steps=24), expected)
     computed = sum(CacheSteps().computes(step, 24) for step in range(24))
     assert (recorder.captures, recorder.replays) == (1, computed - 1)
