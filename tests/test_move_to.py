@@ -65,7 +65,7 @@ def test_another_card_of_the_same_kind_is_another_device(ernie, monkeypatch):
 
 @pytest.mark.parametrize("device", ["", "CUDA", "cuda:", 0, None])
 def test_a_device_that_torch_would_not_understand_is_refused(device):
-    with pytest.raises(ValueError, match="as 'npu' or 'cuda:1'"):
+    with pytest.raises(ValueError, match="device takes "):
         MoveTo(device)
 
 
