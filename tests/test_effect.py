@@ -14,7 +14,7 @@ from ernie_accel import (
     CastDtype,
     Compile,
     Effect,
-    MakeContiguous,
+    FreeAfterUse,
     Quantize,
     SetAttention,
     SliceVae,
@@ -91,16 +91,16 @@ def test_an_effect_may_depend_on_the_arguments(ernie):
     """As a property; plan, JSON and the catalogue go by the value of the transform that was asked for."""
     assert SetAttention("sage").effect is Effect.LOSSY and SetAttention("sage").floor_db is not None
     assert SetAttention().effect is Effect.ROUNDING and SetAttention().floor_db is None
-    for layout, effect in (((), "exact"), (("vae",), "rounding")):
-        plan = ernie_accel.plan(ernie, MakeContiguous(channels_last=layout))
+    for backend, effect in (("math", "rounding"), ("sage", "lossy")):
+        plan = ernie_accel.plan(ernie, SetAttention(backend))
         assert [step["effect"] for step in json.loads(plan.to_json())["steps"]] == [effect]
     with pytest.raises(AttributeError):
-        MakeContiguous().effect = Effect.LOSSY
+        SetAttention().effect = Effect.LOSSY
 
 
 def test_a_plan_has_the_strongest_effect_of_what_it_would_apply(ernie):
-    assert ernie_accel.plan(ernie, MakeContiguous()).effect is Effect.EXACT
-    assert ernie_accel.plan(ernie, MakeContiguous(), SliceVae()).effect is Effect.ROUNDING
+    assert ernie_accel.plan(ernie, FreeAfterUse()).effect is Effect.EXACT
+    assert ernie_accel.plan(ernie, FreeAfterUse(), SliceVae()).effect is Effect.ROUNDING
     assert ernie_accel.plan(ernie, CastDtype("bf16"), SliceVae()).effect is Effect.LOSSY
     assert ernie_accel.plan(ernie, CastDtype("fp32"), SliceVae()).effect is Effect.ROUNDING  # float32 already
     assert ernie_accel.plan(ernie, preset="turbo-bf16").effect is Effect.RESAMPLES

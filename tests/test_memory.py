@@ -104,7 +104,7 @@ def test_channels_last_lays_out_convolutions_only_and_says_when_it_pays(ernie):
     image = picture(ernie)
     assert ((image - before).norm() / before.norm()).item() < 1e-5
     assert MakeContiguous(channels_last=("vae",)).effect is ernie_accel.Effect.ROUNDING
-    assert MakeContiguous().effect is ernie_accel.Effect.EXACT
+    assert MakeContiguous().effect is ernie_accel.Effect.ROUNDING  # a row alone rounds by where its weight begins
 
 
 def test_channels_last_names_components_that_are_there_and_asked_for(ernie):

@@ -212,6 +212,29 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+#: Of vector units' loads: products of one row round differently for weights that begin elsewhere between two multiples.
+_LINE_BYTES = 64
+
+
+def alignment_of(tensor: torch.Tensor) -> int:
+    """Return how many bytes after a multiple of 64 a tensor on the CPU begins; 0 on other devices, which align all."""
+    return tensor.data_ptr() % _LINE_BYTES if tensor.device.type == "cpu" else 0
+
+
+def with_alignment(values: torch.Tensor, alignment: int) -> torch.Tensor:
+    """Return `values`, copied if need be, so that `alignment_of` it is `alignment`; dense, with the same strides.
+
+    Files of weights are mapped into memory at any multiple of 8 bytes, and some kernels round by it: who puts such
+    weights back elsewhere does not give back the same pictures.
+    """
+    if values.device.type != "cpu" or alignment_of(values) == alignment or alignment % values.element_size():
+        return values
+    room = torch.empty(values.numel() * values.element_size() + 2 * _LINE_BYTES, dtype=torch.uint8)
+    start = (alignment - room.data_ptr()) % _LINE_BYTES
+    flat = room[start : start + values.numel() * values.element_size()].view(values.dtype)
+    return flat.as_strided(values.size(), torch.empty_like(values, device="meta").stride()).copy_(values)
+
+
 def module_bytes(module: torch.nn.Module) -> int:
     """Return the bytes of all parameters and buffers of `module`."""
     return sum(map(tensor_bytes, [*module.parameters(), *module.buffers()]))

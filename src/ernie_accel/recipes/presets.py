@@ -78,7 +78,7 @@ presets = PresetTable(
         "exact",
         None,
         "Bitwise the same pictures: only what cannot change a bit.",
-        (KeepTimestepsOnHost(), MakeContiguous()),
+        (KeepTimestepsOnHost(),),
     ),
     Preset.of(
         "turbo",

@@ -30,7 +30,7 @@ from diffusers.models.transformers.transformer_ernie_image import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ernie_accel.core.components import Pipeline
+from ernie_accel.core.components import Pipeline, alignment_of, with_alignment
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.undo import Undo
 from ernie_accel.models.ernie_image.positions import (
@@ -63,6 +63,7 @@ class FusedLinear(nn.Linear):
         self._parts = dict(parts)  # a plain dict: torch must not see them
         self._sizes = sizes
         self._strides = [part.weight.stride() for part in parts.values()]
+        self._alignments = [alignment_of(part.weight) for part in parts.values()]
 
     def take_over(self) -> None:
         """Free the weights of the parts; call it once this layer is where `split` will find it."""
@@ -82,8 +83,10 @@ class FusedLinear(nn.Linear):
     def split(self) -> dict[str, nn.Linear]:
         """Give every part its rows of the weight again, as copies, and return the parts by name."""
         all_rows = torch.split(self.weight.data, self._sizes)
-        for part, rows, stride in zip(self._parts.values(), all_rows, self._strides, strict=True):
-            part.weight.data = rows.new_empty_strided(rows.shape, stride).copy_(rows)
+        places = zip(self._strides, self._alignments, strict=True)
+        for part, rows, (stride, alignment) in zip(self._parts.values(), all_rows, places, strict=True):
+            copy = rows.new_empty_strided(rows.shape, stride).copy_(rows)
+            part.weight.data = with_alignment(copy, alignment)
         return self._parts
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

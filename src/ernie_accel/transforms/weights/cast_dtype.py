@@ -14,9 +14,11 @@ from ernie_accel.common.text import human_bytes
 from ernie_accel.core.components import (
     Pipeline,
     Weight,
+    alignment_of,
     is_float8,
     modules_of,
     weights_of,
+    with_alignment,
 )
 from ernie_accel.core.context import Context
 from ernie_accel.core.dtypes import DTYPES, dtype_name, unsupported_cast_reasons
@@ -107,7 +109,7 @@ class CastDtype(Transform):
                     continue
                 if not reversible:
                     undo.give_up("keep_originals=False: the bits that the cast dropped are gone")
-                undo.push(partial(_cast_to, weight, tensor.dtype))
+                undo.push(partial(_cast_to, weight, tensor.dtype, alignment_of(tensor)))
                 tensor.data = cast
         if undo.no_way_back is not None:
             return Applied(tuple(todo), no_undo=undo.no_way_back)
@@ -150,5 +152,5 @@ def _keeps_float32(module: torch.nn.Module, dtype: torch.dtype) -> Callable[[str
     return lambda path: any(re.search(pattern.replace("*", ".*"), path) for pattern in patterns)
 
 
-def _cast_to(weight: Weight, dtype: torch.dtype) -> None:
-    weight.tensor.data = weight.tensor.data.to(dtype)
+def _cast_to(weight: Weight, dtype: torch.dtype, alignment: int) -> None:
+    weight.tensor.data = with_alignment(weight.tensor.data.to(dtype), alignment)

@@ -23,10 +23,12 @@ from ernie_accel.core.components import (
     PROMPT_COMPONENTS,
     Pipeline,
     absent_components,
+    alignment_of,
     denoisers_of,
     forget_kept,
     module_bytes,
     modules_of,
+    with_alignment,
 )
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
@@ -146,6 +148,8 @@ class _Weights:
         self._name, self._module, self._folder = name, module, folder
         self._file = None if folder is None else _new_file(name, folder)
         self._freed = False
+        #: Where the tensors began in memory, for the same bits when they are read again.
+        self._alignments: dict[str, int] = {}
         #: What the tensors were when the file was written or read; None: there is no file.
         self._written: list[tuple[object, ...]] | None = None
 
@@ -156,7 +160,7 @@ class _Weights:
         made = _Weights(self._name, self._module, self._folder)
         memo[id(self)] = made  # before the module is copied, whose hooks lead back here
         made._module = copy.deepcopy(self._module, memo)
-        made._freed = self._freed
+        made._freed, made._alignments = self._freed, self._alignments
         if self._freed and self._file is not None and made._file is not None:
             shutil.copyfile(self._file, made._file)
             made._written = []
@@ -185,6 +189,7 @@ class _Weights:
             self._file = new
             old.unlink(missing_ok=True)
         forget_kept(self._module)
+        self._alignments = {name: alignment_of(tensor) for name, tensor in self._tensors().items()}
         self._freed = True  # before the first is emptied: an interrupt must not leave empty ones to be written
         for tensor in self._tensors().values():
             tensor.data = tensor.data.new_empty(0)  # keeps dtype and device, which pipelines ask for
@@ -207,7 +212,8 @@ class _Weights:
 
         with safe_open(self._file, framework="pt") as file, torch.no_grad():
             for name, tensor in self._tensors().items():
-                tensor.data = file.get_tensor(name).to(tensor.device, tensor.dtype)
+                values = file.get_tensor(name).to(tensor.device, tensor.dtype)
+                tensor.data = with_alignment(values, self._alignments[name])
         self._freed = False
         self._written = self._state()
 
