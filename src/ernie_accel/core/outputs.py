@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
 import torch
+
+from ernie_accel.core.errors import ErnieAccelError
+
+#: Arguments that only calls of pipelines have that make videos or sound, which they do not return as pictures.
+_OF_OTHER_MEDIA = frozenset({"num_frames", "video_length", "audio_length_in_s", "audio_end_in_s", "audio_duration"})
+
+
+def require_pictures(pipeline_class: type[Any]) -> None:
+    """Refuse a pipeline that makes something else than pictures, before it is loaded or called.
+
+    Raises:
+        ErnieAccelError: It makes videos or sound.
+    """
+    found = sorted(_OF_OTHER_MEDIA.intersection(inspect.signature(pipeline_class.__call__).parameters))
+    if found:
+        raise ErnieAccelError(
+            f"{pipeline_class.__name__} makes no pictures: its call takes {found[0]}, as those of videos and sound do. "
+            "Name a pipeline whose call returns .images"
+        )
 
 
 def images_of(output: Any) -> Any:

@@ -17,6 +17,7 @@ from ernie_accel.common.text import effect_text
 from ernie_accel.core.components import AnyPipeline, CallablePipeline, Pipeline, device_of, modules_of, pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, RestoreError, UnknownNameError, UnsupportedError
+from ernie_accel.core.outputs import require_pictures
 from ernie_accel.core.plan import check_pipeline, compose
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.transform import Transform
@@ -243,6 +244,7 @@ def _is_pipeline(source: object) -> TypeGuard[CallablePipeline]:
 def _loaded(source: Source) -> tuple[CallablePipeline, float | None]:
     """Return the pipe and the seconds it took to load; None if it was loaded."""
     if _is_pipeline(source):
+        require_pictures(type(source))
         return source, None
     if isinstance(source, torch.nn.Module) or not callable(source):
         check_pipeline(cast(AnyPipeline, source))
@@ -250,6 +252,7 @@ def _loaded(source: Source) -> tuple[CallablePipeline, float | None]:
     pipe = cast(Callable[[], CallablePipeline], source)()
     seconds = time.perf_counter() - start
     check_pipeline(pipe)
+    require_pictures(type(pipe))
     return pipe, seconds
 
 

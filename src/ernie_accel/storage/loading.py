@@ -12,6 +12,7 @@ from ernie_accel.core.components import CallablePipeline
 from ernie_accel.core.context import NOT_SUPPORTED_YET
 from ernie_accel.core.dtypes import ALIASES, DTYPES, dtype_argument, dtype_name
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
+from ernie_accel.core.outputs import require_pictures
 from ernie_accel.families import family_of
 from ernie_accel.storage.assembly import assemble
 from ernie_accel.storage.folders import current
@@ -36,7 +37,12 @@ def check_dtype(dtype: str) -> None:
 
 
 def load_pipeline(
-    model: str | None = None, dtype: str = "auto", device: str = "auto", *, prompt_enhancer: bool = True
+    model: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    *,
+    prompt_enhancer: bool = True,
+    pictures: bool = False,
 ) -> CallablePipeline:
     """Load a diffusers pipeline onto a device; nothing that comes with it is run, and weights are safetensors only.
 
@@ -46,6 +52,7 @@ def load_pipeline(
             and float32 on the CPU. What `ernie_accel.save` wrote keeps its own.
         device: "cpu", "cuda" or "npu"; "auto" is CUDA where there is one.
         prompt_enhancer: Keep the pipeline's prompt enhancer, if it has one; without it the device has its memory free.
+        pictures: Refuse, before anything large is fetched or loaded, a pipeline that makes something else.
 
     Raises:
         UnknownNameError: `dtype` or `device` is unknown.
@@ -62,10 +69,12 @@ def load_pipeline(
             raise ErnieAccelError(
                 f"{model} was written by ernie_accel.save and keeps its dtypes; found dtype={dtype!r}"
             )
+        if pictures:
+            require_pictures(vet_index(current(Path(model))).pipeline_class)
         saved = load(model, device=device)
         return saved if prompt_enhancer else _without_enhancer(saved)
     name = dtype_name(dtype) if dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
-    pipe = _from_anywhere(model, DTYPES[name])
+    pipe = _from_anywhere(model, DTYPES[name], pictures)
     (pipe if prompt_enhancer else _without_enhancer(pipe)).to(device)
     return pipe
 
@@ -78,7 +87,7 @@ def _without_enhancer(pipe: CallablePipeline) -> CallablePipeline:
     return pipe
 
 
-def _from_anywhere(model: str | None, dtype: torch.dtype) -> CallablePipeline:
+def _from_anywhere(model: str | None, dtype: torch.dtype, pictures: bool) -> CallablePipeline:
     if model is None:
         from ernie_accel.storage.embedded import load_embedded
 
@@ -90,11 +99,13 @@ def _from_anywhere(model: str | None, dtype: torch.dtype) -> CallablePipeline:
     if not folder.is_dir():
         if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
             raise ErnieAccelError(f"there is no folder {model!r}, and it is not a hub id either (owner/name)")
-        folder = _fetch(model)
+        folder = _fetch(model, pictures)
+    elif pictures:
+        require_pictures(vet_index(folder).pipeline_class)
     return _load_plain(folder, dtype)
 
 
-def _fetch(model: str) -> Path:
+def _fetch(model: str, pictures: bool) -> Path:
     """Return the folder of a hub id in the hub's cache, fetched if it is not there: its index first, then its parts."""
     from huggingface_hub import snapshot_download
 
@@ -102,7 +113,10 @@ def _fetch(model: str) -> Path:
         folder = Path(snapshot_download(model, allow_patterns=[INDEX]))
         if not (folder / INDEX).is_file():
             raise ErnieAccelError(f"cannot load {model!r}: there is no {INDEX}, so it is not a pipeline")
-        parts = [name for name, cls in vet_index(folder).parts.items() if cls is not None]
+        index = vet_index(folder)
+        if pictures:
+            require_pictures(index.pipeline_class)
+        parts = [name for name, cls in index.parts.items() if cls is not None]
         wanted = [f"{name}/{pattern}" for name in parts for pattern in _FETCHED]
         return Path(snapshot_download(model, allow_patterns=[INDEX, *wanted], ignore_patterns=[*_NOT_FETCHED]))
     except (OSError, ValueError) as error:  # no such repository, no network, nothing in the cache

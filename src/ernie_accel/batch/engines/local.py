@@ -110,6 +110,10 @@ class LocalEngine(Engine):
         self.signature = CallSignature.of(pipe)
         self._turn = _Turn.of(pipe)
         is_pipeline = isinstance(getattr(pipe, "components", None), Mapping)
+        if is_pipeline:
+            from ernie_accel.core.outputs import require_pictures
+
+            require_pictures(type(pipe))
         self.max_batch = (MAX_BATCH if is_pipeline else 1) if max_batch is None else max_batch
         self._as_tensors = is_pipeline and "output_type" in self.signature.parameters
         self._prompts = _prompt_stage(pipe, free_encoders) if is_pipeline else None
