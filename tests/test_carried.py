@@ -36,6 +36,12 @@ def test_nothing_is_carried_at_first_or_after_it_was_dropped(ernie):
     assert CARRIED not in vars(ernie)
 
 
+def test_a_request_for_nothing_leaves_nothing_carried(ernie):
+    ernie_accel.optimize(ernie, SliceVae())
+    ernie_accel.optimize(ernie)
+    assert CARRIED not in vars(ernie)
+
+
 def test_carrying_is_no_part_of_the_config(ernie, report):
     config = dict(ernie.config)
     drop(ernie)

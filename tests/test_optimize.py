@@ -450,6 +450,31 @@ def test_optimizing_under_inference_mode_leaves_ordinary_weights(ernie):
     assert not ernie.transformer.final_linear.weight.is_inference()
 
 
+def test_restoring_under_inference_mode_leaves_ordinary_weights(ernie):
+    ernie.transformer.bfloat16().float()  # survives the cast: the way back makes the weights anew
+    ernie_accel.optimize(ernie, CastDtype("bf16"))
+    with torch.inference_mode():
+        ernie_accel.restore(ernie)
+    assert ernie.transformer.dtype == torch.float32
+    assert not any(weight.is_inference() for weight in ernie.transformer.parameters())
+
+
+class ChangesTwice(Raises):
+    """Changes one attribute twice, each time with an undo of its own, and breaks."""
+
+    def apply(self, pipe, context):
+        for value in ("first", "second"):
+            ernie_accel.Undo().setattr(pipe.vae, "use_slicing", value)
+        raise self.error("it broke")
+
+
+def test_what_a_transform_began_is_undone_the_last_change_first(ernie):
+    before = snapshot(ernie)
+    with pytest.raises(ernie_accel.ApplyError, match="it broke"):
+        ernie_accel.optimize(ernie, ChangesTwice())
+    assert differences(before, snapshot(ernie)) == []
+
+
 def test_a_preset_with_two_for_one_slot_is_refused():
     with pytest.raises(ernie_accel.ConflictError, match="'dtype' slot"):
         ernie_accel.Preset("mine", "two casts", (CastDtype("bf16"), CastDtype("fp16")))

@@ -35,7 +35,7 @@ from ernie_accel.core.errors import SavedPipelineError
 from ernie_accel.quantization.choose import BACKENDS
 from ernie_accel.quantization.layers import RECEIPT
 from ernie_accel.storage.loading import load_pipeline
-from ernie_accel.storage.manifest import MANIFEST, WEIGHTS, SavedReceipt
+from ernie_accel.storage.manifest import MANIFEST, MOST_JSON_BYTES, WEIGHTS, SavedReceipt
 from tests.pipelines import picture, randomize, tiny_ernie, tiny_flux
 from tests.saved_folders import as_version_1, change
 from tests.test_quantize_backends import every_pair
@@ -299,6 +299,26 @@ def other_layers(folder):
     change(folder, lambda manifest: manifest["components"]["transformer"]["layers"][0].update(shape=[64, 64]))
 
 
+def list_a_layer_twice(folder):
+    """Let two receipts be of one layer."""
+
+    def twice(manifest):
+        paths = manifest["components"]["transformer"]["paths"]
+        paths[1] = paths[0]
+
+    change(folder, twice)
+
+
+def drop_a_checksum(folder):
+    change(folder, lambda manifest: manifest["files"][f"vae/{WEIGHTS}"].update(sha256=None))
+
+
+def swell(folder):
+    """Make the manifest larger than any can be, without writing so much."""
+    with (folder / MANIFEST).open("rb+") as file:
+        file.truncate(MOST_JSON_BYTES + 1)
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
@@ -315,6 +335,9 @@ def other_layers(folder):
         (edit_model("vae", library="os"), "ernie_accel.json: components.vae.library: Input should be 'diffusers' or"),
         (edit_model("vae", dtype="nn"), "ernie_accel.json: components.vae.dtype: Value error, not a dtype of torch"),
         (edit_model("vae", paths=["a"]), "components.vae: Value error, 0 layers have 1 paths"),
+        (list_a_layer_twice, r"components.transformer: Value error, (\d+) layers have (?!\1)\d+ paths"),
+        (drop_a_checksum, "ernie_accel.json: files: every file needs a checksum"),
+        (swell, f"ernie_accel.json is not a file of at most {MOST_JSON_BYTES} bytes"),
         (edit_model("transformer", aliases={"a": "b"}), "transformer/model.safetensors lacks b, which is a as well"),
         (edit_model("vae", **{"class": "AutoencoderKL"}), "lists the models"),
         (
@@ -338,6 +361,12 @@ def test_a_damaged_or_foreign_folder_is_refused_by_name(damage, says, saved):
         ernie_accel.load(saved)
     assert caught.value.folder == str(saved)
     assert str(saved) in str(caught.value)
+
+
+def test_what_file_managers_leave_in_folders_is_no_damage(saved):
+    (saved / "vae" / ".DS_Store").write_bytes(b"\0")
+    (saved / "notes.txt").write_text("in the folder itself no library looks")
+    assert ernie_accel.load(saved) is not None
 
 
 def test_a_folder_that_is_not_there_is_refused_by_name(tmp_path):
