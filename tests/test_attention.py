@@ -123,6 +123,13 @@ def test_a_text_that_somebody_pads_further_is_masked(ernie):
     assert all(mask is not None for mask in spy.masks)
 
 
+def test_hooks_with_keywords_leave_nothing_behind(ernie):
+    ernie_accel.optimize(ernie, ElideMask())
+    assert any(part._forward_pre_hooks_with_kwargs for part in ernie.transformer.modules())
+    ernie_accel.restore(ernie)
+    assert not any(part._forward_pre_hooks_with_kwargs for part in ernie.transformer.modules())
+
+
 def test_what_is_known_of_a_text_holds_with_its_own_lengths_only(ernie):
     """Exactly this pair: two batches of one width, one of which pads, called across."""
     ernie_accel.optimize(ernie, ElideMask())
