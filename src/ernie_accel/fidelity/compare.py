@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeGuard, cast
+from typing import Literal, TypeAlias, TypeGuard, cast
 
 import torch
 
@@ -48,7 +48,7 @@ def evaluate(
     pe: Literal["off", "fixed"] = "off",
     repeats: int = 1,
     thresholds: Thresholds | None = None,
-    call: Mapping[str, Any] | None = None,
+    call: Mapping[str, object] | None = None,
 ) -> Evaluation:
     """Hold a candidate against a baseline: what it costs in fidelity, and what it buys in time and memory.
 

@@ -55,8 +55,8 @@ class _Probe:
         self.first_end = self.last_end = 0.0
 
     def __call__(
-        self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+        self, model_output: torch.Tensor, timestep: object, sample: torch.Tensor, *args: object, **kwargs: object
+    ) -> object:
         if self.start is None:
             self.start = sample.detach().clone()
         out = self._step(model_output, timestep, sample, *args, **kwargs)

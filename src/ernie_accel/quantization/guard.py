@@ -45,7 +45,7 @@ def refuse_casts(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:
             undo.setattr(module, "to", MethodType(_to_beside, module))
 
 
-def _to(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _to(self: Any, *args: object, **kwargs: object) -> object:
     """Move a quantized pipe or module; refuse a dtype.
 
     Raises:
@@ -64,7 +64,7 @@ def _to(self: Any, *args: Any, **kwargs: Any) -> Any:
     return type(self).to(self, *args, **kwargs)
 
 
-def _to_beside(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _to_beside(self: Any, *args: object, **kwargs: object) -> object:
     """Move or cast a component beside a quantized one, but for a pipeline that would be refused half-way.
 
     Raises:

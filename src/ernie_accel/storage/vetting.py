@@ -85,8 +85,8 @@ class Index:
     """
 
     pipeline_class: type[Any]
-    parts: Mapping[str, type[Any] | None]
-    settings: Mapping[str, Any]
+    parts: Mapping[str, type[object] | None]
+    settings: Mapping[str, object]
 
 
 def vet(folder: Path, known: Iterable[type] = ()) -> Index:

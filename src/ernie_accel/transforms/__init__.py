@@ -46,7 +46,7 @@ def transform_from_json(data: Mapping[str, Any], known: Iterable[type[Transform]
     own = {cls.__name__: cls for cls in known}
     cls = own[name] if name in own else transform_class(name)
     names = [f.name for f in fields(cls)]
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, object] = {}
     for key, value in data.items():
         if key == "transform":
             continue

@@ -97,18 +97,18 @@ class _Check:
             finally:
                 undo()
 
-    def decoding(self, decode: Callable[..., Any]) -> Callable[..., Any]:
+    def decoding(self, decode: Callable[..., Any]) -> Callable[..., object]:
         """Return a VAE's ``decode`` that looks at what it returns."""
 
         @wraps(decode)
-        def decode_and_check(*args: Any, **kwargs: Any) -> Any:
+        def decode_and_check(*args: object, **kwargs: object) -> object:
             result = decode(*args, **kwargs)
             require_finite(result[0], f"the pixels that the VAE decoded in {_name(self._pipe.vae.dtype)}")
             return result
 
         return decode_and_check
 
-    def _watching(self, arguments: Arguments) -> dict[str, Any]:
+    def _watching(self, arguments: Arguments) -> dict[str, object]:
         """Return the arguments of a call with a callback that looks at the latents before the caller's own does."""
         theirs = arguments["callback_on_step_end"]
         # Diffusers' own callbacks say themselves what they read, whatever the argument says; None is allowed, too.
@@ -116,13 +116,13 @@ class _Check:
         wanted = [] if named is None else list(named)
         steps = arguments.get("num_inference_steps")
 
-        def check_and_call(pipe: Pipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        def check_and_call(pipe: Pipeline, step: int, timestep: object, tensors: dict[str, Any]) -> dict[str, object]:
             latents = tensors["latents"]
             require_finite(latents, f"the latents after step {step + 1} of {steps} in {_name(latents.dtype)}")
             if theirs is None:
                 return {}
             given = {name: tensor for name, tensor in tensors.items() if name in wanted}
-            changed: dict[str, Any] = theirs(pipe, step, timestep, given)
+            changed: dict[str, object] = theirs(pipe, step, timestep, given)
             return changed
 
         inputs = wanted if "latents" in wanted else [*wanted, "latents"]

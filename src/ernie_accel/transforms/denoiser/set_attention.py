@@ -319,7 +319,7 @@ def _head_dim(pipe: Pipeline) -> int | None:
     return None
 
 
-def _by_mask(processor: Any, backend: Any) -> Any:
+def _by_mask(processor: Any, backend: object) -> object:
     """Return a copy of `processor` that uses `backend` without a mask and the dispatcher's "native" with one."""
     from diffusers.models.attention_dispatch import AttentionBackendName
 
@@ -344,7 +344,7 @@ def _by_mask_class(cls: Any) -> type:
     position = names.index("attention_mask") - 2 if "attention_mask" in names else None  # after self and attn
 
     @functools.wraps(stock)
-    def __call__(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> object:
         mask = args[position] if position is not None and len(args) > position else kwargs.get("attention_mask")
         return stock(self.unmasked if mask is None else self.masked, attn, *args, **kwargs)
 

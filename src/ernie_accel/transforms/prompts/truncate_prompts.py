@@ -104,11 +104,11 @@ class _Limit:
         finally:
             self._warnings = []
 
-    def shortening(self, encode_prompt: Callable[..., Any]) -> Callable[..., Any]:
+    def shortening(self, encode_prompt: Callable[..., object]) -> Callable[..., object]:
         """Return a pipeline's ``encode_prompt`` that shortens its prompts."""
 
         @wraps(encode_prompt)
-        def shorten_and_encode(prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        def shorten_and_encode(prompt: Any, *args: object, **kwargs: object) -> object:
             return encode_prompt(prompt if prompt is None else self._shorten_all(prompt), *args, **kwargs)
 
         return shorten_and_encode

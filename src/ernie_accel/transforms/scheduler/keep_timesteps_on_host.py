@@ -59,7 +59,7 @@ class _OnHost:
         self._scheduler, self._set_timesteps = scheduler, set_timesteps
         self.__signature__ = inspect.signature(set_timesteps)  # pipelines inspect its arguments
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
+    def __call__(self, *args: object, **kwargs: object) -> None:
         """Make the schedule, in place."""
         self._set_timesteps(*args, **kwargs)
         self._scheduler.timesteps = self._scheduler.timesteps.cpu()

@@ -109,7 +109,7 @@ class TileVae(Transform):
         return _apply(pipe, self._settings(pipe))
 
     def _settings(self, pipe: Pipeline) -> dict[str, Any]:
-        settings: dict[str, Any] = {"use_tiling": True}
+        settings: dict[str, object] = {"use_tiling": True}
         if hasattr(pipe.vae, "tile_overlap_factor"):
             settings["tile_overlap_factor"] = self.overlap
         if self.tile_px is not None:
@@ -132,12 +132,12 @@ def _vae_lacks(pipe: Pipeline, switch: str, what: str) -> list[str]:
     return [] if hasattr(vae, switch) else [f"{type(vae).__name__} cannot do {what}"]
 
 
-def _preview(pipe: Pipeline, settings: dict[str, Any]) -> Preview:
+def _preview(pipe: Pipeline, settings: dict[str, object]) -> Preview:
     changes = _changes(pipe, settings)
     return Preview(changes, note="" if changes else "the VAE has these settings already")
 
 
-def _apply(pipe: Pipeline, settings: dict[str, Any]) -> Applied:
+def _apply(pipe: Pipeline, settings: dict[str, object]) -> Applied:
     changes = _changes(pipe, settings)
     with Undo() as undo:
         for name, value in settings.items():
@@ -145,6 +145,6 @@ def _apply(pipe: Pipeline, settings: dict[str, Any]) -> Applied:
     return Applied(changes, undo=undo)
 
 
-def _changes(pipe: Pipeline, settings: dict[str, Any]) -> tuple[str, ...]:
+def _changes(pipe: Pipeline, settings: dict[str, object]) -> tuple[str, ...]:
     old = {name: getattr(pipe.vae, name) for name in settings}
     return tuple(f"vae.{name} {old[name]} -> {new}" for name, new in settings.items() if old[name] != new)

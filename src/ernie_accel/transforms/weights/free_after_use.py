@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,7 @@ class _Weights:
         #: What the tensors were when the file was written or read; None: there is no file.
         self._written: list[tuple[object, ...]] | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Weights:
+    def __deepcopy__(self, memo: dict[int, object]) -> _Weights:
         """Return the weights of the copied component, with a file of their own: either pipe may be restored first."""
         if self._folder is not None:
             memo[id(self._folder)] = self._folder  # which goes away with the last pipe that needs it
@@ -176,7 +176,7 @@ class _Weights:
             for tensor in self._tensors().values()
         ]
 
-    def free(self, *_: Any) -> None:
+    def free(self, *_: object) -> None:
         """Empty the tensors, written to the file first; nothing happens if they are empty."""
         if self._freed:
             return
@@ -194,7 +194,7 @@ class _Weights:
         for tensor in self._tensors().values():
             tensor.data = tensor.data.new_empty(0)  # keeps dtype and device, which pipelines ask for
 
-    def ensure_loaded(self, *_: Any) -> None:
+    def ensure_loaded(self, *_: object) -> None:
         """Fill the tensors again, in the dtype that they were cast to since; nothing happens if they are full.
 
         Raises:
@@ -228,11 +228,11 @@ class _Weights:
 class _LoadingFirst:
     """A method of a model that fetches its weights first; an object, so that a deep copy calls its own model's."""
 
-    def __init__(self, weights: _Weights, method: Callable[..., Any]) -> None:
+    def __init__(self, weights: _Weights, method: Callable[..., object]) -> None:
         self._weights, self._method = weights, method
         self.__signature__ = inspect.signature(method)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Call the method."""
         self._weights.ensure_loaded()
         return self._method(*args, **kwargs)

@@ -94,7 +94,7 @@ class _Steps(Run):
         self._whole, self._cached, self._trajectory = whole, cached, trajectory
         self._last = trajectory.steps - wanted.last
 
-    def __call__(self, evaluation: int, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, evaluation: int, *args: object, **kwargs: object) -> object:
         forward = self._cached if self._trajectory.step_of(evaluation) < self._last else self._whole
         return forward(*args, **kwargs)
 

@@ -7,7 +7,7 @@ import contextvars
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -197,7 +197,7 @@ class CachedForward(StandInForward):
         finally:
             _picture.reset(before)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Return what the transformer computes, or an approximation of it."""
         if torch.compiler.is_compiling():
             return self.forward_below(*args, **kwargs)

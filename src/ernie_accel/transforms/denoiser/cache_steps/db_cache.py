@@ -13,7 +13,6 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -47,7 +46,7 @@ class DbCache(BlockCache):
             _enable(transformer, wanted, trajectory)
             enabled = transformer.forward
 
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: object, **kwargs: object) -> object:
             with kept(transformer._modules):  # it removes the blocks and appends them again in each forward
                 return enabled(*args, **kwargs)
 

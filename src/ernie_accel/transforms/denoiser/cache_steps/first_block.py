@@ -33,7 +33,7 @@ class FirstBlock(BlockCache):
         hooked = torch.nn.ModuleList(_Hooked(*pair) for pair in zip(blocks, [head, *rest], strict=True))
         left = wanted.first * trajectory.order
 
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: object, **kwargs: object) -> object:
             nonlocal left
             head.threshold = wanted.threshold if left <= 0 else -1.0  # no change is less than that
             left -= 1
@@ -71,5 +71,5 @@ class _Hooked(torch.nn.Module):
         hook.fn_ref.original_forward = block
         self._hook = hook
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         return self._hook.new_forward(None, *args, **kwargs)

@@ -53,7 +53,7 @@ class _Line(Run):
         self._wanted, self._forward, self._trajectory = wanted, forward, trajectory
         self._points: list[tuple[float, Any]] = []
 
-    def __call__(self, evaluation: int, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, evaluation: int, *args: object, **kwargs: object) -> object:
         sigma, step = self._trajectory.sigmas[evaluation], self._trajectory.step_of(evaluation)
         if len(self._points) < 2 or self._wanted.computes(step, self._trajectory.steps):
             output = self._forward(*args, **kwargs)
