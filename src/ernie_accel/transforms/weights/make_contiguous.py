@@ -21,7 +21,7 @@ ALIGNMENT_BYTES = 16
 class MakeContiguous(Transform):
     """Copy weights and buffers that are not contiguous, or do not start on a 16-byte boundary; leave the others.
 
-    On CPUs a product with one row (a prompt of one token) rounds by where its weight begins in memory.
+    On CPUs, how a product of one row (a prompt of one token) rounds depends on where its weight begins in memory.
 
     Pays:
         Once, after loading mapped safetensors files; some int8 CPU kernels even crash on unaligned weights.
