@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -191,3 +191,30 @@ def test_an_attribute_that_others_set_is_remembered(model):
         model._compiled_call_impl = MethodType(lambda self, x: x, model)
     undo()
     assert model._compiled_call_impl is None
+
+
+def test_changes_are_taken_back_the_last_one_first():
+    """Two changes of one attribute: the first one's old value is the original."""
+    owner, undo = SimpleNamespace(value="original"), Undo()
+    undo.setattr(owner, "value", "first")
+    undo.setattr(owner, "value", "second")
+    undo()
+    assert owner.value == "original"
+
+
+def test_what_was_given_up_stays_when_the_block_raises():
+    """Part of it can no longer be taken back: taking back the rest would leave a mixture that nobody reports."""
+    owner = SimpleNamespace(kept="original", lost="original")
+    undo = Undo()
+
+    def change():
+        with undo:
+            undo.setattr(owner, "kept", "changed")
+            undo.give_up("the original is gone")
+            owner.lost = "changed"
+            raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        change()
+    assert vars(owner) == {"kept": "changed", "lost": "changed"}
+    assert undo.no_way_back == "the original is gone"
