@@ -1,4 +1,4 @@
-"""Put another forward in the place of a module's own, on that one instance: the one way in which it is done here."""
+"""Put another forward or method in the place of an object's own: the one way in which it is done here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any, ClassVar, TypeVar
 
@@ -84,6 +85,55 @@ class StandInForward(ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.forget()
+
+
+class StandInMethod(ABC):
+    """What stands in for a method of one object, under its name; copied and pickled with it, as no closure is."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.owner, self.name = owner, name
+        below = vars(owner).get(name)
+        is_own = isinstance(below, MethodType) and below.__self__ is owner and below.__name__ == name
+        self.below: Callable[..., Any] | None = None if is_own else below
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the method gives."""
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The arguments: those of the method underneath."""
+        return inspect.signature(self._below())
+
+    def call_below(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the method underneath gives."""
+        return self._below()(*args, **kwargs)
+
+    def _below(self) -> Callable[..., Any]:
+        if self.below is not None:
+            return self.below
+        cls = type(self.owner)
+        found: Callable[..., Any] = inspect.getattr_static(cls, self.name).__get__(self.owner, cls)
+        return found
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A function with its first argument, as a bound method is, but pickled by the function's own name.
+
+    A bound method is pickled by the name that it has in its owner, where a function that was put there under another
+    name, or over the class's own, is not found.
+    """
+
+    function: Callable[..., Any]
+    owner: object
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.owner, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(MethodType(self.function, self.owner))
 
 
 def standing_in(module: nn.Module, kind: type[S]) -> S | None:

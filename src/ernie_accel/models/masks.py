@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from functools import wraps
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
+from ernie_accel.core.stand_in import StandInMethod
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of, repeated_blocks
 from ernie_accel.families.family import AlwaysMasks
@@ -79,21 +79,18 @@ def mark(text_bth: Tensor, lengths_b: Tensor, lengths: list[int]) -> Padding:
 def watch_padding(pipe: Pipeline, how: AlwaysMasks, undo: Undo) -> PaddingWatch:
     """Let `pipe` keep, in place, what its padding method knows, and return where a running forward finds it."""
     watch = PaddingWatch(how, pipe.transformer)
-    undo.setattr(pipe, how.pad_method, _marking(getattr(pipe, how.pad_method)))
+    undo.setattr(pipe, how.pad_method, _MarkingPad(pipe, how.pad_method))
     undo.hook_before_forward(pipe.transformer, watch.before_transformer, kwargs=True)
     return watch
 
 
-def _marking(pad_text: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return a pipeline's padding method, ([T, H] of each prompt) -> (text_bth, lengths_b), that marks its result."""
+class _MarkingPad(StandInMethod):
+    """A pipeline's padding method, ([T, H] of each prompt) -> (text_bth, lengths_b), that marks its result."""
 
-    @wraps(pad_text)
-    def pad_and_mark(text_hiddens: list[Tensor], *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        text_bth, lengths_b = pad_text(text_hiddens, *args, **kwargs)
+    def __call__(self, text_hiddens: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        text_bth, lengths_b = self.call_below(text_hiddens, *args, **kwargs)
         mark(text_bth, lengths_b, [hidden.shape[0] for hidden in text_hiddens])
         return text_bth, lengths_b
-
-    return pad_and_mark
 
 
 def masked_blocks(transformer: nn.Module) -> Iterator[tuple[str, nn.Module, int, str]]:

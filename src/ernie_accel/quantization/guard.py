@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable
-from types import MethodType
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from ernie_accel.core.components import Pipeline, modules_of
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.stand_in import Bound
 from ernie_accel.core.undo import Undo
 
 #: Methods of a module that cast it, and the dtype they cast to.
@@ -34,15 +34,15 @@ def refuse_casts(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:
     On the instances only. A bound method, unlike a closure, follows its owner through ``copy.deepcopy``.
     """
     if callable(getattr(pipe, "to", None)):
-        undo.setattr(pipe, "to", MethodType(_to, pipe))
+        undo.setattr(pipe, "to", Bound(_to, pipe))
     quantized = modules_of(pipe, components)
     for module in quantized.values():
-        undo.setattr(module, "to", MethodType(_to, module))
+        undo.setattr(module, "to", Bound(_to, module))
         for name in _CASTS:
-            undo.setattr(module, name, MethodType(_refusing(name), module))
+            undo.setattr(module, name, Bound(functools.partial(_refuse_cast, name), module))
     for name, module in modules_of(pipe).items():
         if name not in quantized and "to" not in vars(module):
-            undo.setattr(module, "to", MethodType(_to_beside, module))
+            undo.setattr(module, "to", Bound(_to_beside, module))
 
 
 def _to(self: Any, *args: object, **kwargs: object) -> object:
@@ -93,15 +93,11 @@ def _problem(owner: Any, dtype: torch.dtype) -> bool:
     )
 
 
-@functools.cache
-def _refusing(name: str) -> Callable[..., object]:
-    def refuse(self: object, *args: object, **kwargs: object) -> object:
-        dtype = _CASTS[name]
-        if dtype is not None and not _problem(self, dtype):
-            return self
-        raise _refusal(self, f"{name}()")
-
-    return refuse
+def _refuse_cast(name: str, self: object, *args: object, **kwargs: object) -> object:
+    dtype = _CASTS[name]
+    if dtype is not None and not _problem(self, dtype):
+        return self
+    raise _refusal(self, f"{name}()")
 
 
 def _refusal(owner: object, call: str) -> ErnieAccelError:

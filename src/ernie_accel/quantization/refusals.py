@@ -6,11 +6,11 @@ Each would fail halfway with the pipe changed, or write a checkpoint that reload
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import MethodType
 from typing import Any
 
 from ernie_accel.core.components import Pipeline, modules_of
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.stand_in import Bound
 from ernie_accel.core.undo import Undo
 from ernie_accel.quantization.layers import holder_of
 
@@ -19,7 +19,7 @@ def refuse_saving(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None
     """Make ``save_pretrained`` of the pipe and of these components raise, on the instances, in place."""
     for owner in (pipe, *modules_of(pipe, components).values()):
         if hasattr(owner, "save_pretrained"):
-            undo.setattr(owner, "save_pretrained", MethodType(_refuse_saving, owner))
+            undo.setattr(owner, "save_pretrained", Bound(_refuse_saving, owner))
 
 
 def refuse_loras(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:
@@ -31,7 +31,7 @@ def refuse_loras(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:
             methods |= {"load_lora_adapter": _refuse_lora, "load_adapter": _refuse_lora, "add_adapter": _refuse_lora}
         for name, method in methods.items():
             if hasattr(module, name):
-                undo.setattr(module, name, MethodType(method, module))
+                undo.setattr(module, name, Bound(method, module))
 
 
 def _refuse_saving(self: object, *args: object, **kwargs: object) -> None:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import inspect
 import sys
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
 
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.stand_in import Bound
 from ernie_accel.core.undo import Undo
 from ernie_accel.samplers.noise import GivenNoise, RowNoise
 from ernie_accel.samplers.solvers import SCHEDULERS, Solver
@@ -46,13 +46,13 @@ class Stepping:
 def install(scheduler: Any, name: str, trailing: bool) -> None:
     """Let `scheduler`, a stock instance, use the solver called `name`, in place."""
     setattr(scheduler, _ATTRIBUTE, Stepping(name, trailing))
-    scheduler.set_timesteps = MethodType(_set_timesteps, scheduler)
+    scheduler.set_timesteps = Bound(_set_timesteps, scheduler)
     solver = SCHEDULERS[name]
     if solver is not None:
-        scheduler.step = MethodType(_step, scheduler)
+        scheduler.step = Bound(_step, scheduler)
         scheduler.order = solver.evaluations  # pipelines multiply with it: progress bar, first step of image to image
         if solver.evaluations > 1:
-            scheduler.set_begin_index = MethodType(_set_begin_index, scheduler)
+            scheduler.set_begin_index = Bound(_set_begin_index, scheduler)
 
 
 def start_at_a_step(pipe: object, undo: Undo) -> None:
@@ -63,7 +63,7 @@ def start_at_a_step(pipe: object, undo: Undo) -> None:
     """
     stock = getattr(type(pipe), "get_timesteps", None)
     if stock is not None and list(inspect.signature(stock).parameters)[1:2] == ["num_inference_steps"]:
-        undo.setattr(pipe, "get_timesteps", MethodType(_get_timesteps, pipe))
+        undo.setattr(pipe, "get_timesteps", Bound(_get_timesteps, pipe))
 
 
 def _get_timesteps(self: Any, num_inference_steps: int, *args: Any, **kwargs: Any) -> Any:

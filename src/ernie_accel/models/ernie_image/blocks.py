@@ -15,8 +15,9 @@ Every arithmetic operation that is left has the operands and the rounding of sto
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial, wraps
+import inspect
+from collections.abc import Mapping
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -32,14 +33,15 @@ from torch.nn import functional as F
 
 from ernie_accel.core.components import Pipeline, alignment_of, with_alignment
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.stand_in import StandInForward, StandInMethod
 from ernie_accel.core.undo import Undo
 from ernie_accel.models.ernie_image.positions import (
     PaddingRule,
     Position,
     Positions,
+    RememberingPad,
     Rows,
     prompt_lengths,
-    remembering_lengths,
 )
 
 #: Six float32 tensors [B, 1, H], the same for all blocks: shift, 1 + scale, gate of the attention, then of the MLP.
@@ -440,10 +442,10 @@ def rewrite(pipe: Pipeline, undo: Undo, fuse: bool) -> dict[str, str]:
     undo.setattr(transformer, "_repeated_blocks", [*transformer._repeated_blocks, RewrittenErnieBlock.__name__])
     undo.setattr(transformer, "_positions", Positions())
     undo.setattr(transformer, "_padding_rule", PaddingRule)  # stock's attention: as the prompts of a batch need it
-    undo.setattr(transformer, "forward", MethodType(forward, transformer))
+    RewrittenErnieForward(transformer).install(undo)
     for method in ("load_lora_adapter", "add_adapter"):
-        undo.setattr(transformer, method, MethodType(_after_splitting(getattr(type(transformer), method)), transformer))
-    undo.setattr(pipe, "_pad_text", remembering_lengths(pipe._pad_text))
+        undo.setattr(transformer, method, _AfterSplitting(transformer, method))
+    undo.setattr(pipe, "_pad_text", RememberingPad(pipe, "_pad_text"))
     return skipped
 
 
@@ -452,14 +454,23 @@ def _put_back(layers: nn.ModuleList, i: int, block: RewrittenErnieBlock, stock: 
     layers[i] = stock
 
 
-def _after_splitting(method: Callable[..., object]) -> Callable[..., object]:
-    """Return `method` of a transformer as one that splits the fused layers first: a LoRA looks for them by name."""
+class RewrittenErnieForward(StandInForward):
+    """`forward` as that of one transformer."""
 
-    @wraps(method)
-    def split_and_call(self: Any, *args: object, **kwargs: object) -> object:
-        for layer in self.layers:
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(MethodType(forward, self.module))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return forward(self.module, *args, **kwargs)
+
+
+class _AfterSplitting(StandInMethod):
+    """A method of a transformer that splits the fused layers first: a LoRA looks for them by name."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        transformer: Any = self.owner
+        for layer in transformer.layers:
             for part in layer.parts.values():
                 part.split()
-        return method(self, *args, **kwargs)
-
-    return split_and_call
+        return self.call_below(*args, **kwargs)

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 from functools import partial
-from types import MethodType
 from typing import Any
 
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor, nn
 
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.stand_in import Bound
 from ernie_accel.core.undo import Undo
 from ernie_accel.kernels import ops
 from ernie_accel.kernels.linear import Fp8Linear, Fp8Rows
@@ -151,7 +151,7 @@ def install(transformer: Any, undo: Undo, attention: str | None = None) -> dict[
         undo.setattr(transformer, "_padding_rule", partial(_padding_rule, tuple(transformer.layers)))
     undo.setattr(transformer, "_repeated_blocks", [*transformer._repeated_blocks, KernelErnieBlock.__name__])
     for method in ("load_lora_adapter", "add_adapter"):
-        undo.setattr(transformer, method, MethodType(_refuse_lora, transformer))
+        undo.setattr(transformer, method, Bound(_refuse_lora, transformer))
     return skipped
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ernie_accel.core.captured import version_of
+from ernie_accel.core.stand_in import StandInMethod
 
 
 class PaddingRule(NamedTuple):
@@ -118,7 +120,7 @@ def prompt_lengths(text_lens: Tensor) -> tuple[int, ...]:
     What was read is kept on the tensor, so a picture costs one synchronisation, and none at all if the pipeline's
     ``_pad_text``, which knows the lengths, has called `remember_lengths`.
     """
-    version = None if text_lens.is_inference() else text_lens._version
+    version = version_of(text_lens)
     known = getattr(text_lens, "_ernie_lengths", None)
     if known is None or known[0] != version:
         remember_lengths(text_lens, tuple(text_lens.tolist()))
@@ -128,20 +130,17 @@ def prompt_lengths(text_lens: Tensor) -> tuple[int, ...]:
 
 def remember_lengths(text_lens: Tensor, lengths: tuple[int, ...]) -> None:
     """Keep the values of `text_lens` [B], as they are on the host, on the tensor itself."""
-    version = None if text_lens.is_inference() else text_lens._version
+    version = version_of(text_lens)
     text_lens._ernie_lengths = (version, lengths)  # type: ignore[attr-defined]
 
 
-def remembering_lengths(pad_text: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Return a pipeline's ``_pad_text`` that also keeps the prompt lengths, which it knows, on the host."""
+class RememberingPad(StandInMethod):
+    """A pipeline's ``_pad_text`` that also keeps the prompt lengths, which it knows, on the host."""
 
-    @wraps(pad_text)
-    def pad_and_remember(text_hiddens: list[Tensor], *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        text_bth, text_lens = pad_text(text_hiddens, *args, **kwargs)
+    def __call__(self, text_hiddens: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+        text_bth, text_lens = self.call_below(text_hiddens, *args, **kwargs)
         remember_lengths(
             text_lens,
             tuple(hidden.squeeze(1).shape[0] if hidden.dim() == 3 else hidden.shape[0] for hidden in text_hiddens),
         )
         return text_bth, text_lens
-
-    return pad_and_remember

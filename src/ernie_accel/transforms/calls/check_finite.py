@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import wraps
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 from ernie_accel.core.components import Pipeline, Weight, modules_of, weights_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.stand_in import StandInMethod
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import Arguments, Call, wrap_call
@@ -60,7 +59,7 @@ class CheckFinite(Transform):
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         check = _Check(pipe, self.rerun)
         with Undo() as undo:
-            undo.setattr(pipe.vae, "decode", check.decoding(pipe.vae.decode))
+            undo.setattr(pipe.vae, "decode", _Decode(pipe.vae, "decode"))
             wrap_call(pipe, "finite", check.around, undo)
         return Applied(("call", "vae.decode"), undo=undo)
 
@@ -96,17 +95,6 @@ class _Check:
                 raise ErnieAccelError(f"{found}; also in float32, {error}") from error
             finally:
                 undo()
-
-    def decoding(self, decode: Callable[..., Any]) -> Callable[..., object]:
-        """Return a VAE's ``decode`` that looks at what it returns."""
-
-        @wraps(decode)
-        def decode_and_check(*args: object, **kwargs: object) -> object:
-            result = decode(*args, **kwargs)
-            require_finite(result[0], f"the pixels that the VAE decoded in {_name(self._pipe.vae.dtype)}")
-            return result
-
-        return decode_and_check
 
     def _watching(self, arguments: Arguments) -> dict[str, object]:
         """Return the arguments of a call with a callback that looks at the latents before the caller's own does."""
@@ -145,6 +133,16 @@ class _Check:
         if not self._half_weights():
             return "The weights are float32 already, so the checkpoint or the arguments are at fault"
         return None
+
+
+class _Decode(StandInMethod):
+    """A VAE's ``decode`` that looks at what it returns."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.call_below(*args, **kwargs)
+        vae: Any = self.owner
+        require_finite(result[0], f"the pixels that the VAE decoded in {_name(vae.dtype)}")
+        return result
 
 
 class _Noise:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import wraps
 from typing import Any, ClassVar
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from ernie_accel.core.planned import PlannedPipe
+from ernie_accel.core.stand_in import StandInMethod
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import Arguments, Call, wrap_call
@@ -69,7 +68,7 @@ class TruncatePrompts(Transform):
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         changes, limit = self._changes(pipe), _Limit(self, pipe)
         with Undo() as undo:
-            undo.setattr(pipe, "encode_prompt", limit.shortening(pipe.encode_prompt))
+            undo.setattr(pipe, "encode_prompt", _ShortPrompts(pipe, limit))
             wrap_call(pipe, "lengths", limit.around, undo)
         return Applied(changes, undo=undo, note="prompts within the limit are not touched")
 
@@ -95,7 +94,7 @@ class _Limit:
                     "the picture should show."
                 )
         if arguments.get("negative_prompt"):
-            arguments = {**arguments, "negative_prompt": self._shorten_all(arguments["negative_prompt"])}
+            arguments = {**arguments, "negative_prompt": self.shorten_all(arguments["negative_prompt"])}
         try:
             result = call(arguments)
             if hasattr(result, "images"):
@@ -104,16 +103,8 @@ class _Limit:
         finally:
             self._warnings = []
 
-    def shortening(self, encode_prompt: Callable[..., object]) -> Callable[..., object]:
-        """Return a pipeline's ``encode_prompt`` that shortens its prompts."""
-
-        @wraps(encode_prompt)
-        def shorten_and_encode(prompt: Any, *args: object, **kwargs: object) -> object:
-            return encode_prompt(prompt if prompt is None else self._shorten_all(prompt), *args, **kwargs)
-
-        return shorten_and_encode
-
-    def _shorten_all(self, prompt: str | list[str]) -> str | list[str]:
+    def shorten_all(self, prompt: str | list[str]) -> str | list[str]:
+        """Return one prompt, or several, none of them longer than the limit."""
         return self._shorten(prompt) if isinstance(prompt, str) else [self._shorten(text) for text in prompt]
 
     def _shorten(self, text: str) -> str:
@@ -143,3 +134,14 @@ class _Limit:
             return str(tokenizer.decode(ids[:room] if head else ids[-room:]))
         offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return text[: offsets[room - 1][1]] if head else text[offsets[-room][0] :]
+
+
+class _ShortPrompts(StandInMethod):
+    """A pipeline's ``encode_prompt`` that shortens its prompts."""
+
+    def __init__(self, pipe: Pipeline, limit: _Limit) -> None:
+        super().__init__(pipe, "encode_prompt")
+        self._limit = limit
+
+    def __call__(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.call_below(prompt if prompt is None else self._limit.shorten_all(prompt), *args, **kwargs)
