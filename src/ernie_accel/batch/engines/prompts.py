@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 from ernie_accel.batch.engines.base import PREPARE_BATCH, ROUND, Request, stop_if
-from ernie_accel.core.components import forget_kept, is_moved_in_parts
+from ernie_accel.core.components import CallablePipeline, forget_kept, is_moved_in_parts
 from ernie_accel.families import family_of
 from ernie_accel.families.ernie_image import ERNIE_IMAGE
 from ernie_accel.models.ministral.enhancer import EnhanceRequest, PromptEnhancer, unsupported_reasons
@@ -30,7 +30,7 @@ class PromptStage:
     global random numbers are not touched.
     """
 
-    def __init__(self, pipe: Any, *, free: bool = False) -> None:
+    def __init__(self, pipe: CallablePipeline, *, free: bool = False) -> None:
         self._pipe = pipe
         self._free = free
         self._kept = max(_KEPT, 4 * ROUND if free else 0)  # a row has a prompt, a negative one, and may be retried
@@ -41,7 +41,7 @@ class PromptStage:
         self._embeds: OrderedDict[str, Any] = OrderedDict()  # [T, D] on the CPU
 
     @classmethod
-    def of(cls, pipe: Any, *, free: bool = False) -> PromptStage | None:
+    def of(cls, pipe: CallablePipeline, *, free: bool = False) -> PromptStage | None:
         """Return the stage for a pipe, or None where its family encodes prompts within the call."""
         family = family_of(pipe)
         return cls(pipe, free=free) if family is ERNIE_IMAGE else None
@@ -234,7 +234,7 @@ def length_class(tokens: int) -> int:
     return 1 << (tokens - 1).bit_length()
 
 
-def _call_defaults(pipe: Any) -> dict[str, Any]:
+def _call_defaults(pipe: CallablePipeline) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in inspect.signature(pipe).parameters.items()}
 
 
