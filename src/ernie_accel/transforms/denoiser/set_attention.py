@@ -28,7 +28,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Backend:
+class AttentionBackend:
     """The facts about one attention kernel.
 
     Attributes:
@@ -57,15 +57,15 @@ class Backend:
 
 
 #: Requirements from the kernels' own documentation (torch: aten/native/transformers/cuda/sdp_utils.cpp).
-BACKENDS: Mapping[str, Backend] = MappingProxyType(
+BACKENDS: Mapping[str, AttentionBackend] = MappingProxyType(
     {
-        "native": Backend("native", "torch's own choice for every call", ("cpu", "cuda", "npu", "mps", "xpu")),
+        "native": AttentionBackend("native", "torch's own choice for every call", ("cpu", "cuda", "npu", "mps", "xpu")),
         # [1, 32, 4224, 128] in bfloat16 takes cuDNN 0.44 ms on an H200, FlashAttention 2 0.88, the memory-efficient
         # kernel 1.66; before Hopper, cuDNN has no such lead.
-        "cudnn": Backend(
+        "cudnn": AttentionBackend(
             "_native_cudnn", "cuDNN's, in torch", ("cuda",), (8, 0), (9, 0), dtypes=HALF, max_head_dim=128
         ),
-        "flash": Backend(
+        "flash": AttentionBackend(
             "_native_flash",
             "FlashAttention 2, in torch",
             ("cpu", "cuda"),
@@ -74,9 +74,11 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             max_head_dim=256,
             takes_mask=False,
         ),
-        "efficient": Backend("_native_efficient", "memory-efficient attention, in torch", capability=(5, 0)),
-        "math": Backend("_native_math", "plain products, in torch: slow, for reference", ("cpu", "cuda", "npu", "mps")),
-        "flash2": Backend(
+        "efficient": AttentionBackend("_native_efficient", "memory-efficient attention, in torch", capability=(5, 0)),
+        "math": AttentionBackend(
+            "_native_math", "plain products, in torch: slow, for reference", ("cpu", "cuda", "npu", "mps")
+        ),
+        "flash2": AttentionBackend(
             "flash",
             "FlashAttention 2",
             capability=(8, 0),
@@ -85,7 +87,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             takes_mask=False,
             package=("flash_attn", "pip install flash-attn"),
         ),
-        "flash3": Backend(
+        "flash3": AttentionBackend(
             "_flash_3",
             "FlashAttention 3, Hopper only",
             capability=(9, 0),
@@ -95,7 +97,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             takes_mask=False,
             package=("flash_attn_interface", "build it from github.com/Dao-AILab/flash-attention, folder hopper"),
         ),
-        "sage": Backend(
+        "sage": AttentionBackend(
             "sage",
             "SageAttention: queries and keys in int8, so it loses bits",
             capability=(8, 0),
@@ -104,13 +106,13 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
             takes_mask=False,
             package=("sageattention", "pip install sageattention"),
         ),
-        "xformers": Backend(
+        "xformers": AttentionBackend(
             "xformers",
             "xformers' memory-efficient attention",
             capability=(7, 0),
             package=("xformers", "pip install xformers"),
         ),
-        "npu": Backend(
+        "npu": AttentionBackend(
             "_native_npu",
             "Ascend's fused attention",
             ("npu",),

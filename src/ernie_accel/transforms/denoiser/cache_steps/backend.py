@@ -62,7 +62,7 @@ class Run(ABC):
         """Return the transformer's output for these arguments, or an approximation of it."""
 
 
-class Backend(ABC):
+class CacheBackend(ABC):
     """One way to compute fewer steps in full. It has no state: that is in the `Run` of each picture.
 
     Class-level facts:

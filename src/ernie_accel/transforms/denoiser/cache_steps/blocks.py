@@ -15,7 +15,7 @@ from ernie_accel.core.stand_in import standing_in
 from ernie_accel.models.graphed_forward import GraphedForward
 from ernie_accel.transforms.denoiser.cache_steps.backend import (
     MOST_THRESHOLD,
-    Backend,
+    CacheBackend,
     CacheSettings,
     Forward,
     Run,
@@ -26,7 +26,7 @@ from ernie_accel.transforms.denoiser.cache_steps.backend import (
 BLOCKS = "layers"
 
 
-class BlockCache(Backend):
+class BlockCache(CacheBackend):
     """A cache that decides at every step, by how much the first block's residual has changed since a computed one."""
 
     takes = frozenset({"threshold"})

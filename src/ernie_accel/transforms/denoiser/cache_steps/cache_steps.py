@@ -23,13 +23,13 @@ from ernie_accel.core.wrap_call import Arguments, Call, wrap_call
 from ernie_accel.families import family_of
 from ernie_accel.samplers.solvers import SCHEDULERS
 from ernie_accel.samplers.stepping import installed
-from ernie_accel.transforms.denoiser.cache_steps.backend import MOST_THRESHOLD, Backend, Run, Trajectory
+from ernie_accel.transforms.denoiser.cache_steps.backend import MOST_THRESHOLD, CacheBackend, Run, Trajectory
 from ernie_accel.transforms.denoiser.cache_steps.db_cache import DbCache
 from ernie_accel.transforms.denoiser.cache_steps.first_block import FirstBlock
 from ernie_accel.transforms.denoiser.cache_steps.forecast import Forecast
 
 #: All backends by name, the default first.
-BACKENDS: Mapping[str, Backend] = MappingProxyType(
+BACKENDS: Mapping[str, CacheBackend] = MappingProxyType(
     {backend.name: backend for backend in (Forecast(), DbCache(), FirstBlock())}
 )
 #: Calls of fewer steps compute all of them: neighbouring steps of a distilled checkpoint have little in common.

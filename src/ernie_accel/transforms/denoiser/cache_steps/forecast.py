@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
-from ernie_accel.transforms.denoiser.cache_steps.backend import Backend, CacheSettings, Forward, Run, Trajectory
+from ernie_accel.transforms.denoiser.cache_steps.backend import CacheBackend, CacheSettings, Forward, Run, Trajectory
 
 #: ``every`` -> floor in dB; see `CacheSteps.floor_db`.
 FLOORS_DB: Mapping[int, float] = MappingProxyType({2: 30.0, 3: 25.0})
 
 
-class Forecast(Backend):
+class Forecast(CacheBackend):
     """The line through the last two computed outputs, over the noise level: TaylorSeer (arXiv 2503.06923), order 1."""
 
     name = "forecast"
