@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from ernie_accel.batch.engines.base import Request
 
 if TYPE_CHECKING:
-    from ernie_accel.core.components import Pipeline
+    from ernie_accel.core.components import CallablePipeline
 
 
-def latents_for(pipe: Pipeline, requests: Sequence[Request]) -> object:
+def latents_for(pipe: CallablePipeline, requests: Sequence[Request]) -> object:
     """Return the first latents [B, C, H / 16, W / 16] of requests alike in size, each from its own seed.
 
     The pipeline draws the same numbers by itself. But it joins the rows in a parallel region, which waits for cores
