@@ -187,3 +187,20 @@ def test_others_folders_beside_it_stay(tmp_path):
     for text in ("old", "new"):
         replace_folder(tmp_path / "saved", write(text))
     assert beside(tmp_path / "saved") == sorted([*mine, "saved"])
+
+
+def test_all_of_a_folder_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    synced, switch = set(), folders._switch
+
+    def checked(new, folder):
+        assert {path.stat().st_ino for path in (new, *new.rglob("*"))} <= synced
+        switch(new, folder)
+
+    def write(folder):
+        (folder / "part").mkdir()
+        (folder / "part" / "weights").write_bytes(b"1")
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(folders, "_switch", checked)
+    folders.replace_folder(tmp_path / "saved", write)
+    assert (tmp_path / "saved" / "part" / "weights").read_bytes() == b"1"

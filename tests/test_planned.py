@@ -26,7 +26,7 @@ from ernie_accel import (
     RewriteBlocks,
     Transform,
 )
-from ernie_accel.core.planned import PlannedPipe
+from ernie_accel.core.planned import PlannedPipe, PlannedWeight
 from tests.attack import SEED, rounds
 from tests.examples import EXAMPLES, make_awkward
 from tests.pipelines import PIPELINES, tiny_ernie
@@ -150,3 +150,17 @@ class Halve(Transform):
 def test_a_cast_that_no_transform_knows_is_visible_to_all():
     assert check(tiny_ernie(layers=3), (Halve(), RewriteBlocks(), FuseKernels("fp8")), H200)
     assert check(tiny_ernie(), (Halve(), CastDtype("bf16"), Quantize("int8-weight-only")), CPU)
+
+
+def test_a_planned_pipe_knows_its_components_by_their_whole_names_and_most_bytes():
+    small, large = PlannedWeight((2,), torch.float32, 8), PlannedWeight((8,), torch.bfloat16, 16)
+    planned = PlannedPipe({"text_encoder.a": small, "text_encoder.b": large, "text_encoder_2.a": small}, "cpu")
+    assert (planned.bytes_of("text_encoder"), planned.bytes_of("text_encoder_2")) == (24, 8)
+    assert planned.dtype_of("text_encoder") == torch.bfloat16
+    assert planned.dtype_of("text_encoder_2") == torch.float32
+
+
+def test_the_steps_that_can_be_seen_on_a_pipe_count_and_not_those_that_were_planned():
+    pipe = tiny_ernie()
+    planned = replace(PlannedPipe.of(pipe), num_inference_steps=3)
+    assert PlannedPipe.seen(pipe, planned).num_inference_steps == 50
