@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import Context
+from ernie_accel import Context, Quantize, RewriteBlocks
 from ernie_accel.core.hardware import GIB, HARDWARE
 from ernie_accel.families import UNKNOWN
 from ernie_accel.recipes.presets import find_preset, hardware_presets, presets
 from ernie_accel.recipes.recommend import _NOT_PRECISION, LADDER
 from ernie_accel.transforms.calls.call_defaults import CallDefaults
-from tests.pipelines import PIPELINES
+from tests.pipelines import PIPELINES, picture
 
 EVERYTHING = {"torch": "2.13.0", "torchao": "0.18", "bitsandbytes": "0.50", "triton": "3.5", "scipy": "1.17"}
 
@@ -155,7 +155,7 @@ def test_a_family_without_kernels_gets_fp8_by_quantizing_and_keeps_what_is_given
     own = ernie_accel.Quantize("int8-weight-only")
     steps = ernie_accel.plan(PIPELINES["z_image"](), own, preset="h100", context=h200).steps
     assert [step.transform for step in steps if step.transform.slot == "quantize"] == [own]
-    assert presets["turbo-fp8"].transforms_for(UNKNOWN) == presets["turbo-fp8"].transforms
+    assert Quantize("fp8") in presets["turbo-fp8"].transforms_for(UNKNOWN)
     assert "for a family without fused kernels: Quantize('fp8')" in repr(presets)
 
 
@@ -204,13 +204,29 @@ def test_a_card_without_its_package_leads_to_the_next_rung():
 
 def test_with_a_pipe_its_own_reasons_count(flux):
     found = ernie_accel.recommend(device("h200"), flux)
-    assert found.preset.name == "turbo-bf16"
-    assert any(
-        "on_unsupported='skip', which leaves out CallDefaults('turbo'): no turbo settings are known for FluxPipeline"
-        in w
-        for w in found.warnings
-    )
-    assert any("FuseKernels('fp8')" in reason for reason in found.rejected["turbo-fp8"])
+    assert found.preset.name == "turbo-fp8"
+    expected = "does without CallDefaults('turbo'): no turbo settings are known for FluxPipeline"
+    assert any(warning.startswith(expected) for warning in found.warnings)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, preset in presets.items() if preset.precision in ("bf16", "fp32", None)]
+)
+def test_a_preset_does_what_a_pipe_of_no_known_family_allows_and_lists_the_rest(name, flux):
+    stock = picture(flux)
+    left_out = [step for step in ernie_accel.plan(flux, preset=name).steps if step.transform.family_reasons(flux)]
+    assert all("known" in step.preview.note and not step.preview.changes for step in left_out)
+    assert len(left_out) == sum(t.slot in ("blocks", "call-defaults") for t in presets[name].transforms)
+    ernie_accel.optimize(flux, preset=name)
+    if presets[name].precision == "fp32":
+        assert torch.allclose(picture(flux), stock, atol=1e-3)
+    ernie_accel.restore(flux)
+    assert torch.equal(picture(flux), stock)
+
+
+def test_beside_a_preset_and_alone_what_needs_a_family_is_refused(flux):
+    assert not ernie_accel.plan(flux, RewriteBlocks()).ok
+    assert not ernie_accel.plan(flux, CallDefaults("turbo")).ok
 
 
 def test_for_a_pipe_that_cannot_run_at_all_nothing_is_recommended_but_exact(ernie):

@@ -24,7 +24,7 @@ from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Entry, Report, planned_by
 from ernie_accel.core.step import Step
-from ernie_accel.core.transform import Effect, Phase, Transform
+from ernie_accel.core.transform import Effect, Phase, Preview, Transform
 from ernie_accel.families import family_of
 from ernie_accel.families.family import UNKNOWN, Family
 
@@ -252,7 +252,11 @@ def _as_it_stands(entry: Entry) -> Step:
     return entry.step if entry.applied is None else replace(entry.step, in_place=True)
 
 
-def _ask(pipe: Pipeline, transform: Transform, context: Context) -> Step:
+def _ask(pipe: Pipeline, transform: Transform, context: Context, *, optional: bool = False) -> Step:
+    """Ask one transform; an optional one is left out of a pipe of no known family, with the reason."""
+    unknown = transform.family_reasons(pipe) if optional else []
+    if unknown:
+        return Step(transform, (), Preview((), note="; ".join(unknown)))
     in_the_way = wrapped_by_compile(pipe, transform.changes_inside) or _freed_elsewhere(pipe, transform)
     reasons = tuple(in_the_way or transform.unsupported(pipe, context))
     if reasons:
@@ -314,10 +318,12 @@ def plan_steps(
         kept: What an earlier `optimize` did and that stays.
     """
     steps: list[Step] = []
+    by_preset = preset.transforms_for(family_of(pipe)) if preset is not None else ()
     now = replace(context, state=PlannedPipe.seen(pipe, planned_by(kept)))
     for position, transform in enumerate(wanted):
         entry = kept[position] if position < len(kept) else None
-        steps.append(_ask(pipe, transform, now) if entry is None else _as_it_stands(entry))
+        optional = transform in by_preset
+        steps.append(_ask(pipe, transform, now, optional=optional) if entry is None else _as_it_stands(entry))
         if entry is None and steps[-1].planned is not None:
             now = replace(now, state=steps[-1].planned)
     family = family_of(pipe)

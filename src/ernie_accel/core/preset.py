@@ -55,6 +55,6 @@ class Preset:
                 by_slot[transform.occupies] = transform
 
     def transforms_for(self, family: Family) -> tuple[Transform, ...]:
-        """Return what it applies to a pipe of `family`; for an unknown one nothing takes the place of anything."""
-        instead = self.without_kernels if family.is_known and family.kernels is None else ()
+        """Return what it applies to a pipe of `family`: what needs no kernels where there are none for it."""
+        instead = self.without_kernels if family.kernels is None else ()
         return tuple({transform.occupies: transform for transform in (*self.transforms, *instead)}.values())

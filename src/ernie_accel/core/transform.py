@@ -214,6 +214,13 @@ class Transform(ABC):
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         """Return every reason why this cannot run on this pipe and machine; empty if it can. Changes nothing."""
 
+    def family_reasons(self, pipe: Pipeline) -> list[str]:
+        """Return those reasons of `unsupported` that are only a lack of knowledge: the pipe is of no known family.
+
+        A preset leaves such a transform out, with the reason, and does what else the pipe allows.
+        """
+        return []
+
     @abstractmethod
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         """Return what `apply` would change; asked only if it is supported. Changes nothing."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -140,7 +140,7 @@ def recommend(
         for preset, why, problems, refused in candidates:
             if not problems and refused is not None and {transform.slot for transform in refused} <= allowed:
                 left_out = [f"pass on_unsupported='skip', which leaves out {line}" for line in _lines(refused)]
-                warnings = (*left_out, *_memory_warnings(checked, preset, machine))
+                warnings = (*left_out, *_without_family(checked, preset), *_memory_warnings(checked, preset, machine))
                 return Recommendation(preset, machine, why + advice, MappingProxyType(rejected), warnings)
             rejected[preset.name] = (*problems, *_lines(refused)) if refused is not None else ("the pipe cannot run",)
     last = machine.not_supported or "nothing else can run"
@@ -188,6 +188,13 @@ def _missing(context: Context, package: str | None) -> list[str]:
     if package in OPTIONAL_PACKAGES:
         return context.missing(package)
     return [f"{package} is not installed (it comes with CUDA builds of torch): pip install {package}"]
+
+
+def _without_family(pipe: Pipeline | None, preset: Preset) -> Iterator[str]:
+    """Yield what of a preset a pipe of no known family does without, and why."""
+    if pipe is not None:
+        for transform in preset.transforms_for(family_of(pipe)):
+            yield from (f"does without {transform!r}: {reason}" for reason in transform.family_reasons(pipe))
 
 
 def _refused(pipe: Pipeline | None, preset: Preset, machine: Context) -> Mapping[Transform, tuple[str, ...]] | None:

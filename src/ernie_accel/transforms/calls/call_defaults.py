@@ -58,13 +58,21 @@ class CallDefaults(Transform):
         if all(getattr(self, f.name) is None for f in fields(self)):
             raise ValueError("CallDefaults() changes nothing: give a mode ('turbo', 'quality') or an argument")
 
+    def family_reasons(self, pipe: Pipeline) -> list[str]:
+        from ernie_accel.families import family_of
+
+        family = family_of(pipe)
+        if self.mode is None or family.modes:
+            return []
+        unknown = f"no {self.mode} settings are known for {family.name_for(pipe)}"
+        return [f"{unknown}: give values, as in CallDefaults(num_inference_steps=8, guidance_scale=1.0)"]
+
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         from ernie_accel.families import family_of
 
         family = family_of(pipe)
-        if self.mode is not None and not family.modes:
-            unknown = f"no {self.mode} settings are known for {family.name_for(pipe)}"
-            return [f"{unknown}: give values, as in CallDefaults(num_inference_steps=8, guidance_scale=1.0)"]
+        if self.family_reasons(pipe):
+            return self.family_reasons(pipe)
         if self.mode is not None and self.mode not in family.modes:
             other = next(iter(family.modes))
             has = f"{family.name} has no {self.mode!r} settings; it has {', '.join(family.modes)}"

@@ -41,8 +41,11 @@ class ElideMask(Transform):
     def changes_inside(self) -> tuple[str, ...]:
         return DENOISERS
 
-    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+    def family_reasons(self, pipe: Pipeline) -> list[str]:
         return family_of(pipe).unknown_reasons(pipe, "which masks can go is known family by family")
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        return self.family_reasons(pipe)
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         note = no_mask_reason(pipe, context)

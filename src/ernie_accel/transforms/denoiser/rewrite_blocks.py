@@ -40,11 +40,13 @@ class RewriteBlocks(Transform):
     def changes_inside(self) -> tuple[str, ...]:
         return DENOISERS
 
+    def family_reasons(self, pipe: Pipeline) -> list[str]:
+        # For a known family there is nothing to do, which is no harm: the stock blocks compute the same.
+        return family_of(pipe).unknown_reasons(pipe, "blocks are rewritten family by family")
+
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
-        family = family_of(pipe)
-        if family.rewritten is None:
-            # For a known family there is nothing to do, which is no harm: the stock blocks compute the same.
-            return family.unknown_reasons(pipe, "blocks are rewritten family by family")
+        if family_of(pipe).rewritten is None:
+            return self.family_reasons(pipe)
         blocks, transformer = rewritten_blocks(pipe), pipe.transformer
         if blocks.is_rewritten(transformer):
             return []
