@@ -26,7 +26,9 @@ from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ApplyError
 from ernie_accel.core.planned import CARRIED, PlannedPipe
 from ernie_accel.core.transform import ROUNDING_REL, Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.turns import Turns
 from ernie_accel.core.undo import Undo
+from ernie_accel.core.wrap_call import class_without
 from ernie_accel.families import Family, families, family_of
 from ernie_accel.models.rewritten import block_paths, rewritten_model
 from ernie_accel.quantization.backend import SCHEMES, Backend, LinearSpec
@@ -218,7 +220,7 @@ def snapshot(pipe: Pipeline) -> dict[str, object]:
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]
     }
     return {
-        "class": type(pipe),
+        "class": class_without(type(pipe), Turns),  # which `optimize` itself adds, whatever a transform does
         "instance": sorted(own),
         "attributes": str({name: value for name, value in own.items() if isinstance(value, _PLAIN)}),
         "signature": str(inspect.signature(pipe.__call__)),

@@ -62,6 +62,12 @@ def has_layer(pipe: Pipeline, kind: type[CallLayer]) -> bool:
     return any(isinstance(layer, kind) for layer in _taken_apart(type(pipe))[1])
 
 
+def class_without(cls: type, kind: type[CallLayer]) -> tuple[type, tuple[CallLayer, ...]]:
+    """Return what a pipe's class is made of: the class underneath, and all layers but those of class `kind`."""
+    stock, layers = _taken_apart(cls)
+    return stock, tuple(layer for layer in layers if not isinstance(layer, kind))
+
+
 def remove_layers(pipe: Pipeline, kind: type[CallLayer]) -> None:
     """Remove all layers of class `kind`; a no-op if there are none."""
     for layer in _taken_apart(type(pipe))[1]:
