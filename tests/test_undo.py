@@ -66,6 +66,18 @@ def test_an_attribute_that_a_script_put_back_or_deleted_is_no_news(model):
     assert "mode" not in vars(model)
 
 
+def test_what_a_later_transform_replaced_is_still_in_place_beneath_it(model):
+    with Undo() as first:
+        first.setattr(model, "mode", "first")
+    with Undo() as second:
+        second.setattr(model, "mode", "second")
+    assert not first.is_in_place()
+    assert first.is_in_place([second])
+    second()
+    first()
+    assert "mode" not in vars(model)
+
+
 def test_a_forward_below_accelerates_hook_is_undone_there(model):
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 

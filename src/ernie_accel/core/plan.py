@@ -25,6 +25,7 @@ from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Entry, Report, planned_by
 from ernie_accel.core.step import Step
 from ernie_accel.core.transform import Effect, Phase, Preview, Transform
+from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
 from ernie_accel.families.family import UNKNOWN, Family
 
@@ -226,20 +227,21 @@ def keep_entries(
             return carried.entries[:same], (entry,), carried.entries[same + 1 :]
         if entry.status == "nothing to do" and carried.context != machine:
             break
-        if entry.applied is not None and not _still_in_place(pipe, entry):
+        if entry.applied is not None and not _still_in_place(pipe, entry, carried.entries[same + 1 :]):
             break
         same += 1
         now = now if entry.step.planned is None else replace(now, state=entry.step.planned)
     return carried.entries[:same], (), carried.entries[same:]
 
 
-def _still_in_place(pipe: Pipeline, entry: Entry) -> bool:
+def _still_in_place(pipe: Pipeline, entry: Entry, later: Iterable[Entry]) -> bool:
     """Return whether what an entry changed is still there: no script has replaced it, or a component, since."""
     changes = () if entry.step.preview is None else entry.step.preview.changes
     if was_replaced(pipe, entry.step.transform, changes):
         return False
     is_in_place = getattr(None if entry.applied is None else entry.applied.undo, "is_in_place", None)
-    return is_in_place is None or bool(is_in_place())
+    undos = (other.applied.undo for other in later if other.applied is not None)
+    return is_in_place is None or bool(is_in_place([undo for undo in undos if isinstance(undo, Undo)]))
 
 
 def objections_to_undo(entry: Entry) -> Iterable[str]:

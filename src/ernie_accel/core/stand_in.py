@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import MethodType
+from types import FrameType, MethodType
 from typing import Any, ClassVar, TypeVar
 
 from torch import nn
@@ -134,6 +135,14 @@ class Bound:
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(MethodType(self.function, self.owner))
+
+
+def caller_of_bound() -> FrameType | None:
+    """Return the frame that called the `Bound` whose function asks this: the function's own caller is the `Bound`."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not Bound.__call__.__code__:
+        frame = frame.f_back
+    return None if frame is None else frame.f_back
 
 
 def standing_in(module: nn.Module, kind: type[S]) -> S | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import MethodType, TracebackType
 from typing import Any, TypeVar
 
@@ -42,7 +42,9 @@ class Undo:
     def __init__(self) -> None:
         self._actions: list[Callable[[], object]] = []
         self._objections: list[Callable[[], str | None]] = []
-        self._still_there: list[Callable[[], bool]] = []
+        self._still_there: list[Callable[[set[tuple[int, str, int]]], bool]] = []
+        #: (owner, name, the value that it replaced) of every attribute that was set.
+        self._replaced: list[tuple[Any, str, Any]] = []
         self.no_way_back: str | None = None
         journal = _journal.get()
         if journal is not None:
@@ -89,9 +91,13 @@ class Undo:
             if reason is not None:
                 yield reason
 
-    def is_in_place(self) -> bool:
-        """Return whether the changes are still there, as far as this is known: nobody has replaced them since."""
-        return all(still_there() for still_there in self._still_there)
+    def is_in_place(self, later: Iterable[Undo] = ()) -> bool:
+        """Return whether the changes are still there, as far as this is known: nobody has replaced them since.
+
+        What the transforms that `later` takes back have replaced is still there, beneath theirs.
+        """
+        beneath = {(id(owner), name, id(old)) for undo in later for owner, name, old in undo._replaced}
+        return all(still_there(beneath) for still_there in self._still_there)
 
     def setattr(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute in place; the undo restores the old value, or its absence on the instance.
@@ -109,7 +115,14 @@ class Undo:
                 _leave(f"{type(owner).__name__}.{name}", f"is now {_shown(now)}, which was set after `optimize`")
 
         self.push(put_back)
-        self._still_there.append(lambda: _is_same(_held(owner, name), value) or _has_below_hooks(owner, name, value))
+        self._still_there.append(
+            lambda beneath: (
+                _is_same(_held(owner, name), value)
+                or _has_below_hooks(owner, name, value)
+                or (id(owner), name, id(value)) in beneath
+            )
+        )
+        self._replaced.append((owner, name, old))
         setattr(owner, name, value)
 
     def restore_attribute(self, owner: Any, name: str) -> None:
@@ -147,7 +160,7 @@ class Undo:
                 _leave(f"{type(root).__name__}.{path}", "was replaced after `optimize`")
 
         self.push(put_back)
-        self._still_there.append(lambda: place_of(new, root, path) is not None)
+        self._still_there.append(lambda beneath: place_of(new, root, path) is not None)
         root.get_submodule(parent)._modules[name] = new
 
     def set_data(self, weight: Weight, value: torch.Tensor, keep_on: str | None = None) -> None:

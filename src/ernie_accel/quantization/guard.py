@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from ernie_accel.core.components import Pipeline, modules_of
 from ernie_accel.core.errors import ErnieAccelError
-from ernie_accel.core.stand_in import Bound
+from ernie_accel.core.stand_in import Bound, caller_of_bound
 from ernie_accel.core.undo import Undo
 
 #: Methods of a module that cast it, and the dtype they cast to.
@@ -70,8 +69,8 @@ def _to_beside(self: Any, *args: object, **kwargs: object) -> object:
     Raises:
         ErnieAccelError: A pipeline casts all its components, one of them quantized and of another dtype.
     """
-    dtype, caller = _dtype_of(args, kwargs), sys._getframe(1)
-    pipe = caller.f_locals.get("self") if caller.f_code.co_name == "to" else None
+    dtype, caller = _dtype_of(args, kwargs), caller_of_bound()
+    pipe = caller.f_locals.get("self") if caller is not None and caller.f_code.co_name == "to" else None
     if dtype is not None and isinstance(getattr(pipe, "components", None), dict) and _problem(pipe, dtype):
         raise _refusal(pipe, f"to({dtype})")
     return type(self).to(self, *args, **kwargs)
@@ -89,7 +88,7 @@ def _problem(owner: Any, dtype: torch.dtype) -> bool:
     return any(
         _problem(module, dtype)
         for module in modules_of(owner).values()
-        if getattr(vars(module).get("to"), "__func__", None) is _to
+        if getattr(vars(module).get("to"), "function", None) is _to
     )
 
 

@@ -9,14 +9,13 @@ the instance. So ``save_pretrained`` writes a stock scheduler with the checkpoin
 from __future__ import annotations
 
 import inspect
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ernie_accel.core.errors import ErnieAccelError
-from ernie_accel.core.stand_in import Bound
+from ernie_accel.core.stand_in import Bound, caller_of_bound
 from ernie_accel.core.undo import Undo
 from ernie_accel.samplers.noise import GivenNoise, RowNoise
 from ernie_accel.samplers.solvers import SCHEDULERS, Solver
@@ -87,8 +86,9 @@ def _set_begin_index(self: Any, begin_index: int = 0) -> None:
         ErnieAccelError: A pipeline that was not optimized itself, but shares the scheduler, miscounts the steps.
     """
     stepping: Stepping = getattr(self, _ATTRIBUTE)
-    caller = sys._getframe(1).f_code.co_name  # a loop of your own may begin where it likes
-    if begin_index > 0 and stepping.evaluations and not stepping.adjusted and caller == "get_timesteps":
+    caller = caller_of_bound()  # a loop of your own may begin where it likes
+    counts = caller is not None and caller.f_code.co_name == "get_timesteps"
+    if begin_index > 0 and stepping.evaluations and not stepping.adjusted and counts:
         raise ErnieAccelError(
             f"the scheduler steps by {stepping.name!r}, with two evaluations a step, because another pipe that shares "
             "it was optimized, and this pipe would begin at the wrong one. Optimize this pipe itself: "
