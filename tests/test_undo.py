@@ -11,6 +11,7 @@ from torch import nn
 
 from ernie_accel import RestoreWarning, Undo
 from ernie_accel.core.components import Weight
+from ernie_accel.core.stand_in import StandInForward
 
 
 class Doubled:
@@ -230,3 +231,30 @@ def test_what_was_given_up_stays_when_the_block_raises():
         change()
     assert vars(owner) == {"kept": "changed", "lost": "changed"}
     assert undo.no_way_back == "the original is gone"
+
+
+def test_a_stand_in_below_hooks_is_taken_away_there(model):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+    from diffusers.hooks import HookRegistry
+    from diffusers.hooks import ModelHook as DiffusersHook
+
+    class Twice(StandInForward):
+        def __call__(self, x):
+            return 2 * self.forward_below(x)
+
+    x = torch.ones(1, 3)
+    for attach in (
+        lambda made: add_hook_to_module(made, ModelHook()),
+        lambda made: HookRegistry.check_if_exists_or_initialize(made).register_hook(DiffusersHook(), "a hook"),
+    ):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(3, 3))
+        stock = model(x)
+        with Undo() as undo:
+            Twice(model).install(undo)
+        attach(model)
+        assert undo.is_in_place()
+        assert torch.equal(model(x), 2 * stock)
+        undo()
+        assert not undo.is_in_place()
+        assert torch.equal(model(x), stock)

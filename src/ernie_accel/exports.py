@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 #: Of the package.
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 
 #: Module within the package -> the names it is the home of. What lives below ``transforms`` is the catalogue.
 HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(

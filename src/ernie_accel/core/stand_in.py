@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import nn
 
-from ernie_accel.core.undo import Undo
+from ernie_accel.core.undo import Undo, has_below_hooks, put_below_hooks
 
 S = TypeVar("S", bound="StandInForward")
 
@@ -58,7 +58,13 @@ class StandInForward(ABC):
     def install(self, undo: Undo) -> None:
         """Put this in the place of the module's forward."""
         undo.push(self.remove)
+        undo.watch(self.is_installed)
         self.module.forward = self
+
+    def is_installed(self) -> bool:
+        """Return whether the module's forward goes through this."""
+        top = vars(self.module).get("forward")
+        return any(found is self for found in _chain(top)) or has_below_hooks(self.module, "forward", self)
 
     def remove(self) -> None:
         """Take this away, from under others too that were put on top since; a no-op where it is not in place."""
@@ -71,6 +77,10 @@ class StandInForward(ABC):
         for above in _chain(top):
             if above.below is self:
                 above.below = self.below
+        if self.below is None:
+            put_below_hooks(self.module, "forward", self)
+        else:
+            put_below_hooks(self.module, "forward", self, self.below)
 
     def on(self: S, module: nn.Module) -> S:
         """Return a stand-in like this one for another module, which has the same weights (see `shadow`)."""

@@ -99,6 +99,10 @@ class Undo:
         beneath = {(id(owner), name, id(old)) for undo in later for owner, name, old in undo._replaced}
         return all(still_there(beneath) for still_there in self._still_there)
 
+    def watch(self, still_there: Callable[[], bool]) -> None:
+        """Have `is_in_place` ask `still_there`, too: for a change that is recorded by `push`."""
+        self._still_there.append(lambda beneath: still_there())
+
     def setattr(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute in place; the undo restores the old value, or its absence on the instance.
 
@@ -111,14 +115,14 @@ class Undo:
             now = _held(owner, name)
             if _is_same(now, value):
                 _set_or_delete(owner, name, old)
-            elif not (now is _ABSENT or _is_same(now, old) or _put_below_hooks(owner, name, value, old)):
+            elif not (now is _ABSENT or _is_same(now, old) or put_below_hooks(owner, name, value, old)):
                 _leave(f"{type(owner).__name__}.{name}", f"is now {_shown(now)}, which was set after `optimize`")
 
         self.push(put_back)
         self._still_there.append(
             lambda beneath: (
                 _is_same(_held(owner, name), value)
-                or _has_below_hooks(owner, name, value)
+                or has_below_hooks(owner, name, value)
                 or (id(owner), name, id(value)) in beneath
             )
         )
@@ -258,12 +262,16 @@ def _hooks_around(owner: Any, name: str) -> Iterator[tuple[Any, str]]:
         yield reference, "original_forward"
 
 
-def _has_below_hooks(owner: Any, name: str, value: Any) -> bool:
+def has_below_hooks(owner: Any, name: str, value: Any) -> bool:
     return any(vars(place).get(attribute) is value for place, attribute in _hooks_around(owner, name))
 
 
-def _put_below_hooks(owner: Any, name: str, value: Any, old: Any) -> bool:
-    """Have hooks that go around `value` go around `old` instead; return whether there were any."""
+def put_below_hooks(owner: object, name: str, value: object, old: object = _ABSENT) -> bool:
+    """Have hooks that go around `value` go around `old` instead, or around the method of the class.
+
+    Returns:
+        Whether there were any.
+    """
     found = False
     for place, attribute in _hooks_around(owner, name):
         if vars(place).get(attribute) is value:

@@ -21,7 +21,7 @@ MANIFEST = "ernie_accel.json"
 INDEX = "model_index.json"
 WEIGHTS = "model.safetensors"
 FORMAT = "ernie_accel pipeline"
-#: 2: with checksums; 1: what version 0.1 wrote.
+#: 2: with checksums; 1: without, what version 0.1 wrote.
 FORMAT_VERSION = 2
 FORMAT_VERSIONS = (1, 2)
 #: Text files beside weights can be large (a tokenizer's vocabulary), but nothing with a schema is.
