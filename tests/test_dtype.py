@@ -7,7 +7,6 @@ import torch
 
 import ernie_accel
 from ernie_accel import CastDtype
-from tests.pipelines import picture, tiny_z_image
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
@@ -85,48 +84,3 @@ def test_a_t5_is_cast_as_it_would_have_been_loaded(flux, name, loaded_in, tmp_pa
         assert wo.dtype == loaded.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype
     ernie_accel.restore(flux)
     assert all(torch.equal(tensor, before[path]) for path, tensor in flux.text_encoder_2.state_dict().items())
-
-
-def gguf_transformer(pipe, folder):
-    """Return the transformer of a Z-Image pipe as diffusers loads it from a GGUF file."""
-    import gguf
-    from diffusers import GGUFQuantizationConfig, ZImageTransformer2DModel
-
-    pipe.transformer.save_config(folder)
-    file, kind = folder / "z.gguf", gguf.GGMLQuantizationType.Q8_0
-    writer = gguf.GGUFWriter(file, "zimage")
-    for name, tensor in pipe.transformer.state_dict().items():
-        array = tensor.numpy()
-        if array.ndim == 2 and array.shape[1] % 32 == 0 and "layers." in name:
-            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    config = GGUFQuantizationConfig(compute_dtype=torch.float32)
-    return ZImageTransformer2DModel.from_single_file(
-        str(file), config=str(folder), quantization_config=config, torch_dtype=torch.float32
-    )
-
-
-def quanto_transformer(pipe, folder):
-    """Return the transformer of a Z-Image pipe as diffusers loads it with a QuantoConfig."""
-    from diffusers import QuantoConfig, ZImageTransformer2DModel
-
-    pipe.transformer.save_pretrained(folder)
-    config = QuantoConfig(weights_dtype="int8")
-    return ZImageTransformer2DModel.from_pretrained(folder, quantization_config=config, torch_dtype=torch.float32)
-
-
-@pytest.mark.parametrize("load", [gguf_transformer, quanto_transformer])
-def test_what_others_quantized_is_not_cast_around(load, tmp_path):
-    z_image = tiny_z_image()
-    z_image.transformer = load(z_image, tmp_path)
-    want = picture(z_image)
-    with pytest.raises(ernie_accel.UnsupportedError, match=r"transformer is quantized \(") as caught:
-        ernie_accel.optimize(z_image, CastDtype("bf16"))
-    assert "leave it out with components=('vae', 'text_encoder')" in str(caught.value)
-    assert torch.equal(picture(z_image), want)
-    assert ernie_accel.plan(z_image, CastDtype("fp32")).ok

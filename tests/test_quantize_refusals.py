@@ -9,9 +9,9 @@ import torch
 from peft import LoraConfig
 
 import ernie_accel
-from ernie_accel import ErnieAccelError, Quantize
+from ernie_accel import CastDtype, ErnieAccelError, Quantize
 from tests.examples import differences, snapshot
-from tests.pipelines import picture, tiny_ernie
+from tests.pipelines import picture, tiny_ernie, tiny_z_image
 
 QUANTIZED = (
     Quantize("int8-weight-only", backend="torchao"),
@@ -86,3 +86,48 @@ def test_a_lora_afterwards_works_or_is_refused_with_the_pipe_as_it_was(transform
     assert torch.equal(picture(pipe, output_type="latent"), plain)
     pipe.transformer.add_adapter(lora())
     assert torch.equal(picture(pipe, output_type="latent") - plain, moved)
+
+
+def gguf_transformer(pipe, folder):
+    """Return the transformer of a Z-Image pipe as diffusers loads it from a GGUF file."""
+    import gguf
+    from diffusers import GGUFQuantizationConfig, ZImageTransformer2DModel
+
+    pipe.transformer.save_config(folder)
+    file, kind = folder / "z.gguf", gguf.GGMLQuantizationType.Q8_0
+    writer = gguf.GGUFWriter(file, "zimage")
+    for name, tensor in pipe.transformer.state_dict().items():
+        array = tensor.numpy()
+        if array.ndim == 2 and array.shape[1] % 32 == 0 and "layers." in name:
+            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    config = GGUFQuantizationConfig(compute_dtype=torch.float32)
+    return ZImageTransformer2DModel.from_single_file(
+        str(file), config=str(folder), quantization_config=config, torch_dtype=torch.float32
+    )
+
+
+def quanto_transformer(pipe, folder):
+    """Return the transformer of a Z-Image pipe as diffusers loads it with a QuantoConfig."""
+    from diffusers import QuantoConfig, ZImageTransformer2DModel
+
+    pipe.transformer.save_pretrained(folder)
+    config = QuantoConfig(weights_dtype="int8")
+    return ZImageTransformer2DModel.from_pretrained(folder, quantization_config=config, torch_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("load", [gguf_transformer, quanto_transformer])
+def test_what_others_quantized_is_not_cast_around(load, tmp_path):
+    z_image = tiny_z_image()
+    z_image.transformer = load(z_image, tmp_path)
+    want = picture(z_image)
+    with pytest.raises(ernie_accel.UnsupportedError, match=r"transformer is quantized \(") as caught:
+        ernie_accel.optimize(z_image, CastDtype("bf16"))
+    assert "leave it out with components=('vae', 'text_encoder')" in str(caught.value)
+    assert torch.equal(picture(z_image), want)
+    assert ernie_accel.plan(z_image, CastDtype("fp32")).ok
