@@ -25,6 +25,7 @@ from ernie_accel import (
     SwapScheduler,
     UnsupportedError,
 )
+from ernie_accel.core import owners
 from ernie_accel.quantization.layers import holder_of
 from tests.pipelines import picture, tiny_ernie, tiny_z_image
 
@@ -197,6 +198,8 @@ def test_the_other_pipe_is_free_once_the_first_is_restored_gone_or_copied():
     del pipe
     gc.collect()
     assert ernie_accel.plan(other, CastDtype("bfloat16")).ok
+    ernie_accel.optimize(other, CastDtype("bfloat16"))
+    assert all(claim.pipe() is not None for claim in owners._claims), "nothing is kept of pipes that are gone"
 
 
 def test_the_same_preset_on_both_does_the_rest_of_its_work():

@@ -142,9 +142,9 @@ def _apply_step(pipe: Pipeline, so_far: Report, step: Step) -> Entry:
     if shared:
         raise ErnieAccelError("; ".join(shared))
     step = replace(step, preview=preview, planned=step.transform.planned(pipe, context))
-    claim(pipe, step.transform, preview.changes)
     under_way = UnderWay()
     carry(pipe, replace(so_far, entries=(*so_far.entries, under_way.entry(step, preview.changes))))
+    claim(pipe, step.transform, preview.changes)  # once the report lists the step: undoing that releases the claim
     before, start = pipe_bytes(pipe), time.perf_counter()
     with torch.inference_mode(False):  # weights made inside would refuse gradients forever
         applied = recorded(under_way.journal, lambda: step.transform.apply(pipe, context))

@@ -3,7 +3,7 @@
 ::
 
     ErnieAccelError
-    ├── UnknownNameError (ValueError)     a preset, transform, device, scheduler ... nobody has heard of
+    ├── UnknownNameError (ValueError)     an unknown preset, transform, device, scheduler ...
     ├── ConflictError (ValueError)        two transforms for one slot in one call
     ├── UnsupportedError                  a plan that cannot run here; carries the plan
     ├── ApplyError                        a transform failed; everything was undone; carries the report
@@ -45,7 +45,7 @@ class ErnieAccelError(Exception):
 
 
 class UnknownNameError(ErnieAccelError, ValueError):
-    """A name nobody has heard of.
+    """An unknown name, with the valid ones.
 
     Attributes:
         kind: What was looked for, as a noun ("preset").

@@ -49,8 +49,9 @@ def sharing_problems(pipe: Pipeline, changes: Iterable[str]) -> list[str]:
 
 def claim(pipe: Pipeline, transform: Transform, changes: Iterable[str]) -> None:
     """Note that `transform` changes, for `pipe`, the components that `changes` name."""
-    for module in changed_components(pipe, changes).values():
-        _claims.append(_Claim(weakref.ref(pipe), transform, weakref.ref(module)))
+    modules = changed_components(pipe, changes).values()
+    mine = [_Claim(weakref.ref(pipe), transform, weakref.ref(module)) for module in modules]
+    _claims[:] = [*_living(), *mine]  # a service that loads pipes again and again keeps nothing of the old ones
 
 
 def release(pipe: Pipeline, transform: Transform) -> None:
