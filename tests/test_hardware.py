@@ -12,7 +12,7 @@ import pytest
 import ernie_accel
 from ernie_accel import Context, Hardware, Rates
 from ernie_accel.core import hardware
-from ernie_accel.core.hardware import GIB, HARDWARE, hardware_called
+from ernie_accel.core.hardware import GIB, HARDWARE, hardware_called, hardware_named
 
 ROOT = Path(__file__).parents[1]
 RTX5080 = Hardware(
@@ -92,7 +92,7 @@ def test_a_row_that_does_not_fit_is_refused_and_changes_nothing(table):
     with pytest.raises(ValueError, match=r"'rtx4090' .* is in the table already, and differs"):
         ernie_accel.register_hardware(replace(RTX5080, key="rtx4090"))
     with pytest.raises(ValueError, match="is in the table already, and differs"):
-        ernie_accel.register_hardware(replace(RTX5080, name="GeForce RTX 4090"))
+        ernie_accel.register_hardware(replace(RTX5080, name="GeForce RTX 4090", memory_bytes=24 * GIB))
     with pytest.raises(ValueError, match="is the name of a preset"):
         ernie_accel.register_hardware(replace(RTX5080, key="exact"))
     assert table == before
@@ -110,6 +110,9 @@ def test_a_row_that_does_not_fit_is_refused_and_changes_nothing(table):
         ({"source": ""}, "say where the capability and the memory come from"),
         ({"evidence": "guessed"}, "evidence is one of measured, published, none"),
         ({"why": ""}, "say why it should run preset 'turbo-fp8'"),
+        ({"pcie": (2, 16)}, "pcie is a generation (3, 4, 5) and 1, 2, 4, 8 or 16 lanes, as in (4, 16); got (2, 16)"),
+        ({"pcie": (4, 12)}, "got (4, 12)"),
+        ({"host_gb_s": 0.0}, "host_gb_s must be above 0, got 0.0"),
     ],
 )
 def test_a_row_says_what_is_wrong_with_it(change, message):
@@ -132,19 +135,100 @@ def test_rates_say_what_is_wrong_with_them(arguments, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "key"),
+    ("name", "memory_gib", "key"),
     [
-        ("NVIDIA GeForce RTX 3060", "rtx3060"),
-        ("NVIDIA GeForce RTX 3060 Ti", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-        ("NVIDIA GeForce RTX 4090 D", "rtx4090"),
-        ("NVIDIA A100-SXM4-80GB", "a100"),
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA H200", "h200"),
-        ("NVIDIA T4G", None),
-        ("NVIDIA A10", None),
+        ("NVIDIA GeForce RTX 3060", 11.8, "rtx3060"),
+        ("NVIDIA GeForce RTX 3060 Ti", None, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
+        ("NVIDIA GeForce RTX 4090", 23.6, "rtx4090"),
+        ("NVIDIA GeForce RTX 4090 D", 23.6, "rtx4090d"),
+        ("NVIDIA GeForce RTX 4060 Ti", 7.6, "rtx4060ti"),
+        ("NVIDIA GeForce RTX 4060 Ti", 15.6, "rtx4060ti16gb"),
+        ("NVIDIA GeForce RTX 4060 Ti", None, "rtx4060ti"),
+        ("NVIDIA GeForce RTX 4070 Ti", None, None),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", None, "rtx4070tisuper"),
+        ("NVIDIA GeForce RTX 4080 SUPER", None, None),
+        ("NVIDIA A100-SXM4-80GB", None, "a100"),
+        ("NVIDIA A100-SXM4-40GB", None, "a10040gb"),
+        ("NVIDIA A100-PCIE-40GB", 39.4, "a10040gb"),
+        ("NVIDIA A100 80GB PCIe", 79.1, "a100pcie"),
+        ("NVIDIA H100 80GB HBM3", 79.1, "h100"),
+        ("NVIDIA H100 PCIe", None, "h100pcie"),
+        ("NVIDIA H100 NVL", None, "h100nvl"),
+        ("NVIDIA H200", None, "h200"),
+        ("NVIDIA H200 NVL", None, None),
+        ("Tesla T4", 14.6, "t4"),
+        ("NVIDIA T4G", None, None),
+        ("Tesla V100-SXM2-16GB", None, "v100"),
+        ("NVIDIA A10", None, None),
+        ("NVIDIA A10G", None, "a10g"),
+        ("NVIDIA L4", None, "l4"),
+        ("NVIDIA L40S", None, "l40s"),
+        ("NVIDIA L40", None, None),
     ],
 )
-def test_devices_are_known_by_the_names_that_drivers_give(name, key):
-    found = hardware_called(name)
+def test_devices_are_known_by_the_names_that_drivers_give(name, memory_gib, key):
+    found = hardware_called(name, None if memory_gib is None else int(memory_gib * GIB))
     assert (found.key if found else None) == key
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("RTX 4060 Ti", "rtx4060ti"),
+        ("RTX 4060 Ti 8GB", "rtx4060ti"),
+        ("NVIDIA GeForce RTX 4060 Ti 16 GB", "rtx4060ti16gb"),
+        ("A100", "a100"),
+        ("A100 80GB", "a100"),
+        ("A100-40GB", "a10040gb"),
+        ("T4", "t4"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA T4", "t4"),
+    ],
+)
+def test_devices_are_found_by_what_people_write(name, key):
+    assert hardware_named(name).key == key
+
+
+@pytest.mark.parametrize("name", ["RTX 4090 16GB", "A100 41GB", "RTX 4060 Ti 32GB"])
+def test_a_memory_that_a_card_does_not_have_is_an_unknown_device(name):
+    with pytest.raises(ernie_accel.UnknownNameError, match="Unknown device"):
+        hardware_named(name)
+
+
+@pytest.mark.parametrize("row", [row for row in HARDWARE.values() if row.device == "cuda"], ids=lambda row: row.key)
+def test_published_peaks_are_those_of_dense_products_with_float32_sums(row):
+    """A slip into the column of sparse products or of float16 sums would show as another ratio between two rates."""
+    rates = row.published().known()
+    if "bf16_tflops" in rates:
+        assert rates["fp16_tflops"] == rates["bf16_tflops"]
+    if "fp8_tflops" in rates:
+        assert rates["fp8_tflops"] / rates["bf16_tflops"] == pytest.approx(2, rel=0.015)
+        assert row.capability >= (8, 9)
+    if "int8_tops" in rates:
+        int8 = rates["int8_tops"] / rates["fp16_tflops"]
+        assert int8 == pytest.approx(4 if "GeForce" in row.name else 2, rel=0.015)
+
+
+@pytest.mark.parametrize(
+    ("key", "gib", "tb_s", "pcie", "gb_s"),
+    [
+        ("rtx5090", 32, 1.792, (5, 16), 55),
+        ("rtx4090", 24, 1.008, (4, 16), 25),
+        ("rtx4060", 8, 0.272, (4, 8), 12.5),
+        ("rtx4060ti16gb", 16, 0.288, (4, 8), 12.5),
+        ("t4", 16, 0.32, (3, 16), 12),
+        ("h200", 141, 4.8, (5, 16), 55),
+    ],
+)
+def test_rows_know_the_link_to_the_host(key, gib, tb_s, pcie, gb_s):
+    row = HARDWARE[key]
+    assert (row.memory_bytes, row.published().bandwidth_tb_s) == (gib * GIB, tb_s)
+    assert (row.pcie, row.host_gb_s) == (pcie, gb_s)
+
+
+def test_a_link_of_ones_own_has_the_rate_that_is_given():
+    assert replace(RTX5080, pcie=(5, 8)).host_gb_s == 27.5
+    assert replace(RTX5080, pcie=(5, 8), host_gb_s=20.0).host_gb_s == 20.0
+    assert replace(RTX5080, host_gb_s=400.0).host_gb_s == 400.0  # a link of another kind
+    assert RTX5080.host_gb_s is None

@@ -18,7 +18,12 @@ GIB = 2**30
 Evidence = Literal["measured", "published", "none"]
 
 #: Words in a driver's name for a device that make it another one than the row its name begins with.
-_VARIANTS = frozenset({"Ti", "SUPER", "Laptop"})
+_VARIANTS = frozenset({"Ti", "SUPER", "Laptop", "D", "NVL"})
+
+#: GB/s that a lane of each PCIe generation sustains from pinned host memory: 80 to 87 % of what its signals carry.
+_LANE_GB_S = {3: 0.75, 4: 1.5625, 5: 3.4375}
+
+_SIZE_IN_NAME = re.compile(r"(\d+) ?gb", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class Rates:
         evidence: "published" are peaks by the vendor, "measured" what a device sustained.
         source: Who says so, or the file with the measurement.
         bandwidth_tb_s: Device memory, TB/s; measured: by a copy, counting what is read and what is written.
-        bf16_tflops: Dense products in bfloat16, accumulated in float32.
+        bf16_tflops: Dense products in bfloat16, accumulated in float32. GeForce cards are twice as fast in float16
+            accumulated in float16, and data sheets often print the rate of sparse products, twice the dense one.
         fp16_tflops: Dense products in float16, accumulated in float32.
         fp8_tflops: Dense products in float8, accumulated in float32.
         int8_tops: Dense products in int8.
@@ -68,6 +74,8 @@ class Hardware:
         device: torch device type: "cuda", "npu", "cpu".
         capability: CUDA compute capability (major, minor); None for other devices.
         memory_bytes: Memory of the device; None if it varies.
+        pcie: Generation and lanes of its PCIe link, as (4, 16); None: unknown, or it has none.
+        host_gb_s: What it reads from pinned host memory, GB/s; left out, what a link such as `pcie` sustains.
         source: Where the capability and the memory come from.
         rates: How fast it is, one entry a source.
         preset: Name of the preset it should run; None: what ``recommend`` finds by capability.
@@ -80,6 +88,8 @@ class Hardware:
     device: str = "cuda"
     capability: tuple[int, int] | None = None
     memory_bytes: int | None = None
+    pcie: tuple[int, int] | None = field(default=None, kw_only=True)
+    host_gb_s: float | None = field(default=None, kw_only=True)
     source: str = field(kw_only=True)
     rates: tuple[Rates, ...] = ()
     preset: str | None = None
@@ -100,6 +110,17 @@ class Hardware:
             )
         if self.memory_bytes is not None and self.memory_bytes <= 0:
             raise ValueError(f"{self.key}: memory_bytes must be above 0, got {self.memory_bytes!r}")
+        if self.pcie is not None:
+            if len(self.pcie) != 2 or self.pcie[0] not in _LANE_GB_S or self.pcie[1] not in (1, 2, 4, 8, 16):
+                known = ", ".join(map(str, _LANE_GB_S))
+                raise ValueError(
+                    f"{self.key}: pcie is a generation ({known}) and 1, 2, 4, 8 or 16 lanes, as in (4, 16); "
+                    f"got {self.pcie!r}"
+                )
+            if self.host_gb_s is None:
+                object.__setattr__(self, "host_gb_s", _LANE_GB_S[self.pcie[0]] * self.pcie[1])
+        if self.host_gb_s is not None and not self.host_gb_s > 0:
+            raise ValueError(f"{self.key}: host_gb_s must be above 0, got {self.host_gb_s!r}")
         if not self.source.strip():
             raise ValueError(f"{self.key}: say where the capability and the memory come from (source=...)")
         if self.evidence not in get_args(Evidence):
@@ -120,38 +141,63 @@ class Hardware:
 def device_key(name: str) -> str:
     """Return what people write for a device ("NVIDIA GeForce RTX 4090") in the way of the table's keys."""
     key = re.sub(r"[\s_-]", "", name.lower())
-    return re.sub(r"^(nvidia|huawei)?(geforce)?(rtx(?=a\d))?", "", key)
+    return re.sub(r"^(nvidia|huawei)?(tesla)?(geforce)?(rtx(?=a\d))?", "", key)
 
 
 def hardware_named(name: str, note: str = "") -> Hardware:
     """Return the row of a device by its key, its name, or what people write for it.
 
+    Of cards that differ in memory alone, "RTX 4060 Ti 16GB" names one and "RTX 4060 Ti" the first of the table.
+
     Raises:
         UnknownNameError: There is no such row.
     """
     key = device_key(name)
+    base, memory = device_key(_SIZE_IN_NAME.sub("", name)), _memory_in(name)
     for row in HARDWARE.values():
         if key in (row.key, device_key(row.name)):
             return row
-    raise UnknownNameError("device", name, HARDWARE, note=note, suggestion=closest(key, HARDWARE))
+    for row in HARDWARE.values():
+        if memory is not None and row.memory_bytes == memory and base in (row.key, device_key(row.name)):
+            return row
+    begun = max((known for known in HARDWARE if len(known) > 3 and key.startswith(known)), key=len, default=None)
+    raise UnknownNameError("device", name, HARDWARE, note=note, suggestion=begun or closest(key, HARDWARE))
 
 
-def hardware_called(device_name: str) -> Hardware | None:
-    """Return the row of a device by what its driver calls it, the most particular one; None if there is none."""
+def hardware_called(device_name: str, memory_bytes: int | None = None) -> Hardware | None:
+    """Return the row of a device by what its driver calls it, the most particular one; None if there is none.
+
+    Args:
+        device_name: As the driver says it: "NVIDIA A100-SXM4-40GB".
+        memory_bytes: What the driver says of its memory. It tells cards apart that have one name; so does a size in
+            the name.
+    """
+    memory = memory_bytes if memory_bytes is not None else _memory_in(device_name)
+
+    def distance(row: Hardware) -> int:
+        return 0 if memory is None or row.memory_bytes is None else abs(row.memory_bytes - memory)
+
     fitting = [row for row in HARDWARE.values() if row.is_called(device_name)]
-    return max(fitting, key=lambda row: len(row.name), default=None)
+    return min(fitting, key=lambda row: (-len(row.name), distance(row)), default=None)
 
 
 def add_row(row: Hardware) -> None:
     """Add a row for this process; the same one again changes nothing.
 
     Raises:
-        ValueError: Another row has its key or its name.
+        ValueError: Another row has its key, or its name and its memory.
     """
     for other in HARDWARE.values():
-        if other != row and {other.key, device_key(other.name)} & {row.key, device_key(row.name)}:
+        same_card = device_key(other.name) == device_key(row.name) and other.memory_bytes == row.memory_bytes
+        if other != row and (row.key in (other.key, device_key(other.name)) or same_card):
             raise ValueError(f"{row.key!r} ({row.name}) is in the table already, and differs: {other!r}")
     _ROWS[row.key] = row
+
+
+def _memory_in(name: str) -> int | None:
+    """Return the bytes of the size that a name has in it: "A100-SXM4-40GB"."""
+    found = _SIZE_IN_NAME.search(name)
+    return None if found is None else int(found[1]) * GIB
 
 
 def _cuda(
@@ -159,19 +205,20 @@ def _cuda(
     name: str,
     capability: tuple[int, int],
     gib: int,
+    pcie: tuple[int, int],
     rates: tuple[Rates, ...],
     preset: str | None = None,
     why: str = "",
     evidence: Evidence = "none",
 ) -> Hardware:
-    source = "published by NVIDIA"
     return Hardware(
         key,
-        f"NVIDIA {name}",
+        name,
         "cuda",
         capability,
         gib * GIB,
-        source=source,
+        pcie=pcie,
+        source="published by NVIDIA",
         rates=rates,
         preset=preset,
         why=why,
@@ -183,56 +230,113 @@ def _peaks(source: str, tb_s: float, **rates: float) -> tuple[Rates, ...]:
     return (Rates("published", source, bandwidth_tb_s=tb_s, **rates),)
 
 
+def _geforce(source: str, tb_s: float, bf16: float, *, fp8: float | None = None, int8: float) -> tuple[Rates, ...]:
+    return (
+        Rates(
+            "published", source, bandwidth_tb_s=tb_s, bf16_tflops=bf16, fp16_tflops=bf16, fp8_tflops=fp8, int8_tops=int8
+        ),
+    )
+
+
+# For cards that no whitepaper lists, NVIDIA prints shaders, clock and "AI TOPS" alone. The rates follow from the
+# whitepaper of their architecture: per shader TFLOP/s, 2 in bf16, 4 in fp8 (Ada) and 8 in int8, for every GeForce.
+_FROM_SHADERS = "rates by shaders and boost clock as the architecture's whitepaper has them"
+_AMPERE = f"NVIDIA's product page; {_FROM_SHADERS} (GA102)"
+_ADA = f"NVIDIA's product page; {_FROM_SHADERS} (Ada)"
+
 _OWN = (
     Hardware("cpu", "cpu", "cpu", source="CPUs differ: nothing is assumed"),
     _cuda(
-        "v100", "V100", (7, 0), 32,
+        "v100", "Tesla V100", (7, 0), 32, (3, 16),
         rates=_peaks("NVIDIA V100 datasheet, SXM2", 0.9, fp16_tflops=125),
     ),
     _cuda(
-        "t4", "T4", (7, 5), 16,
-        rates=_peaks("NVIDIA T4 datasheet", 0.32, fp16_tflops=65, int8_tops=130),
+        "t4", "Tesla T4", (7, 5), 16, (3, 16),
+        rates=_peaks("NVIDIA T4 product brief", 0.32, fp16_tflops=65, int8_tops=130),
     ),
     _cuda(
-        "a100", "A100", (8, 0), 80,
+        "a100", "NVIDIA A100", (8, 0), 80, (4, 16),
         rates=_peaks("NVIDIA A100 datasheet, SXM 80 GB", 2.039, bf16_tflops=312, fp16_tflops=312, int8_tops=624),
         preset="turbo-bf16", why="has the memory for bf16; whether int8 is faster here nobody has published",
     ),
     _cuda(
-        "a6000", "RTX A6000", (8, 6), 48,
-        rates=_peaks("NVIDIA RTX A6000 datasheet", 0.768, bf16_tflops=154.8, fp16_tflops=154.8, int8_tops=309.7),
+        "a10040gb", "NVIDIA A100", (8, 0), 40, (4, 16),
+        rates=_peaks("NVIDIA A100 datasheet, 40 GB", 1.555, bf16_tflops=312, fp16_tflops=312, int8_tops=624),
+        preset="turbo-bf16", why="has the memory for bf16; whether int8 is faster here nobody has published",
+    ),
+    _cuda(
+        "a100pcie", "NVIDIA A100 80GB PCIe", (8, 0), 80, (4, 16),
+        rates=_peaks("NVIDIA A100 datasheet, PCIe 80 GB", 1.935, bf16_tflops=312, fp16_tflops=312, int8_tops=624),
+        preset="turbo-bf16", why="has the memory for bf16; whether int8 is faster here nobody has published",
+    ),
+    _cuda(
+        "a6000", "NVIDIA RTX A6000", (8, 6), 48, (4, 16),
+        rates=_peaks(
+            "NVIDIA GA102 whitepaper, RTX A6000", 0.768, bf16_tflops=154.8, fp16_tflops=154.8, int8_tops=309.7
+        ),
         preset="turbo-int8", why="the same architecture as the RTX 3090, where int8 takes 0.56 of the time",
     ),
     _cuda(
-        "rtx3060", "GeForce RTX 3060", (8, 6), 12, rates=_peaks("NVIDIA's product page", 0.36),
+        "a10g", "NVIDIA A10G", (8, 6), 24, (4, 16),
+        rates=_peaks("NVIDIA A10G datasheet", 0.6, bf16_tflops=70, fp16_tflops=70, int8_tops=140),
+    ),
+    _cuda(
+        "rtx3060", "NVIDIA GeForce RTX 3060", (8, 6), 12, (4, 16), rates=_geforce(_AMPERE, 0.36, 25.5, int8=101.9),
         preset="turbo-int8", why="published: bf16 43 s, fp8 28.7 s, int8 14.4 s", evidence="published",
     ),
     _cuda(
-        "rtx3090", "GeForce RTX 3090", (8, 6), 24,
-        rates=_peaks("NVIDIA GA102 whitepaper", 0.936, bf16_tflops=71, fp16_tflops=71, int8_tops=284),
+        "rtx3090", "NVIDIA GeForce RTX 3090", (8, 6), 24, (4, 16),
+        rates=_geforce("NVIDIA GA102 whitepaper", 0.936, 71, int8=284),
         preset="turbo-int8",
         why="published: bf16 12.4 s, fp8 12.7 s (no fp8 units), int8 7.0 s", evidence="published",
     ),
     _cuda(
-        "rtx4060", "GeForce RTX 4060", (8, 9), 8, rates=_peaks("NVIDIA's product page", 0.272),
+        "rtx4060", "NVIDIA GeForce RTX 4060", (8, 9), 8, (4, 8),
+        rates=_geforce(_ADA, 0.272, 30.2, fp8=60.5, int8=121),
         preset="turbo-q4",
         why="in 8 bits the transformer alone (8 GB) fills the card; nothing is published",
     ),
     _cuda(
-        "rtx4090", "GeForce RTX 4090", (8, 9), 24,
-        rates=_peaks(
-            "NVIDIA Ada whitepaper", 1.008, bf16_tflops=165.2, fp16_tflops=165.2, fp8_tflops=330.3, int8_tops=660.6
-        ),
+        "rtx4060ti", "NVIDIA GeForce RTX 4060 Ti", (8, 9), 8, (4, 8),
+        rates=_geforce(_ADA, 0.288, 44.1, fp8=88.3, int8=176.5),
+    ),
+    _cuda(
+        "rtx4060ti16gb", "NVIDIA GeForce RTX 4060 Ti", (8, 9), 16, (4, 8),
+        rates=_geforce(_ADA, 0.288, 44.1, fp8=88.3, int8=176.5),
+    ),
+    _cuda(
+        "rtx4070tisuper", "NVIDIA GeForce RTX 4070 Ti SUPER", (8, 9), 16, (4, 16),
+        rates=_geforce(_ADA, 0.672, 88.2, fp8=176.4, int8=352.8),
+    ),
+    _cuda(
+        "rtx4080", "NVIDIA GeForce RTX 4080", (8, 9), 16, (4, 16),
+        rates=_geforce("NVIDIA Ada whitepaper", 0.717, 97.5, fp8=194.9, int8=389.9),
+    ),
+    _cuda(
+        "rtx4090", "NVIDIA GeForce RTX 4090", (8, 9), 24, (4, 16),
+        rates=_geforce("NVIDIA Ada whitepaper", 1.008, 165.2, fp8=330.3, int8=660.6),
         preset="turbo-fp8", why="multiplies in fp8; nothing is published for this card",
     ),
     _cuda(
-        "l40s", "L40S", (8, 9), 48,
+        "rtx4090d", "NVIDIA GeForce RTX 4090 D", (8, 9), 24, (4, 16),
+        rates=_geforce(_ADA, 1.008, 147.1, fp8=294.2, int8=588.4),
+        preset="turbo-fp8", why="multiplies in fp8; nothing is published for this card",
+    ),
+    _cuda(
+        "l4", "NVIDIA L4", (8, 9), 24, (4, 16),
+        rates=_peaks(
+            "NVIDIA L4 datasheet, half of its rates with sparsity", 0.3, bf16_tflops=121, fp16_tflops=121,
+            fp8_tflops=242.5, int8_tops=242.5,
+        ),
+    ),
+    _cuda(
+        "l40s", "NVIDIA L40S", (8, 9), 48, (4, 16),
         rates=_peaks("NVIDIA L40S datasheet", 0.864, bf16_tflops=362, fp16_tflops=362, fp8_tflops=733, int8_tops=733),
     ),
     _cuda(
-        "h100", "H100", (9, 0), 80,
+        "h100", "NVIDIA H100", (9, 0), 80, (5, 16),
         rates=_peaks(
-            "NVIDIA H100 datasheet, SXM", 3.35, bf16_tflops=989.4, fp16_tflops=989.4, fp8_tflops=1978.9,
+            "NVIDIA Hopper whitepaper, H100 SXM", 3.35, bf16_tflops=989.4, fp16_tflops=989.4, fp8_tflops=1978.9,
             int8_tops=1978.9,
         ),
         preset="turbo-fp8",
@@ -240,11 +344,27 @@ _OWN = (
         evidence="measured",
     ),
     _cuda(
-        "h200", "H200", (9, 0), 141,
+        "h100pcie", "NVIDIA H100 PCIe", (9, 0), 80, (5, 16),
+        rates=_peaks(
+            "NVIDIA H100 PCIe product brief, half of its rates with sparsity", 2.0, bf16_tflops=756.5,
+            fp16_tflops=756.5, fp8_tflops=1513, int8_tops=1513,
+        ),
+        preset="turbo-fp8", why="multiplies in fp8; nothing is published for this card",
+    ),
+    _cuda(
+        "h100nvl", "NVIDIA H100 NVL", (9, 0), 94, (5, 16),
+        rates=_peaks(
+            "NVIDIA H100 datasheet, NVL, half of its rates with sparsity", 3.9, bf16_tflops=835.5, fp16_tflops=835.5,
+            fp8_tflops=1670.5, int8_tops=1670.5,
+        ),
+        preset="turbo-fp8", why="multiplies in fp8; nothing is published for this card",
+    ),
+    _cuda(
+        "h200", "NVIDIA H200", (9, 0), 141, (5, 16),
         rates=(
             *_peaks(
-                "NVIDIA H200 datasheet, SXM", 4.8, bf16_tflops=989.4, fp16_tflops=989.4, fp8_tflops=1978.9,
-                int8_tops=1978.9,
+                "NVIDIA H200 datasheet, SXM, half of its rates with sparsity", 4.8, bf16_tflops=989.4,
+                fp16_tflops=989.4, fp8_tflops=1978.9, int8_tops=1978.9,
             ),
             Rates(
                 "measured", "benchmarks/results/ladder_by_lengths_h200_202611.json",
@@ -253,18 +373,25 @@ _OWN = (
         ),
     ),
     _cuda(
-        "b200", "B200", (10, 0), 180,
-        rates=_peaks("NVIDIA HGX B200 datasheet", 8.0, bf16_tflops=2250, fp16_tflops=2250, fp8_tflops=4500),
-    ),
-    _cuda(
-        "rtx5090", "GeForce RTX 5090", (12, 0), 32,
+        "b200", "NVIDIA B200", (10, 0), 180, (5, 16),
         rates=_peaks(
-            "NVIDIA RTX Blackwell whitepaper", 1.792, bf16_tflops=209.5, fp16_tflops=209.5, fp8_tflops=419,
-            int8_tops=838,
+            "NVIDIA HGX B200 datasheet, an eighth, half of its rates with sparsity", 8.0, bf16_tflops=2250,
+            fp16_tflops=2250, fp8_tflops=4500, int8_tops=4500,
         ),
     ),
+    _cuda(
+        "rtx5090", "NVIDIA GeForce RTX 5090", (12, 0), 32, (5, 16),
+        rates=_geforce("NVIDIA RTX Blackwell whitepaper", 1.792, 209.5, fp8=419, int8=838),
+    ),
     Hardware(
-        "ascend910b", "Ascend 910B", "npu", None, 64 * GIB, source="published by Huawei",
+        "ascend910b", "Ascend 910B", "npu", None, 64 * GIB, pcie=(4, 16),
+        source="users of 910B3 servers; Huawei has no data sheet of the chip",
+        rates=(
+            Rates(
+                "published", "users of the 910B3, the slowest one with 64 GB, citing Huawei's forum; int8 in doubt",
+                bandwidth_tb_s=1.6, bf16_tflops=313, fp16_tflops=313,
+            ),
+        ),
         preset="npu-bf16",
         why="masks as its kernels take them; no quantized kernels are known to work through diffusers here",
     ),

@@ -160,7 +160,7 @@ def check_mode(mode: str | None) -> None:
 def _candidates(machine: Context, mode: str) -> list[tuple[Preset, tuple[str, ...], list[str]]]:
     """Return (preset, why, what speaks against it on this machine): the card's own first, then the ladder."""
     found: list[tuple[Preset, tuple[str, ...], list[str]]] = []
-    row = hardware_called(machine.device_name)
+    row = hardware_called(machine.device_name, machine.memory_bytes)
     if row is not None and row.preset is not None and mode == presets[row.preset].mode:
         own = presets[row.preset]
         package = next((rung.package for rung in LADDER if rung.precision == own.precision), None)
