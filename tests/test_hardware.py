@@ -110,6 +110,8 @@ def test_a_row_that_does_not_fit_is_refused_and_changes_nothing(table):
         ({"source": ""}, "say where the capability and the memory come from"),
         ({"evidence": "guessed"}, "evidence is one of measured, published, none"),
         ({"why": ""}, "say why it should run preset 'turbo-fp8'"),
+        ({"usable_bytes": 17 * GIB}, "usable_bytes is a part of memory_bytes=17179869184, got 18253611008"),
+        ({"usable_bytes": 0}, "usable_bytes is a part of memory_bytes=17179869184, got 0"),
         ({"pcie": (2, 16)}, "pcie is a generation (3, 4, 5) and 1, 2, 4, 8 or 16 lanes, as in (4, 16); got (2, 16)"),
         ({"pcie": (4, 12)}, "got (4, 12)"),
         ({"host_gb_s": 0.0}, "host_gb_s must be above 0, got 0.0"),
@@ -225,6 +227,11 @@ def test_rows_know_the_link_to_the_host(key, gib, tb_s, pcie, gb_s):
     row = HARDWARE[key]
     assert (row.memory_bytes, row.published().bandwidth_tb_s) == (gib * GIB, tb_s)
     assert (row.pcie, row.host_gb_s) == (pcie, gb_s)
+
+
+@pytest.mark.parametrize("row", [row for row in HARDWARE.values() if row.usable_bytes], ids=lambda row: row.key)
+def test_what_torch_reports_is_a_little_less_than_the_vendor_says(row):
+    assert 0.9 < row.usable_bytes / row.memory_bytes < 1
 
 
 def test_a_link_of_ones_own_has_the_rate_that_is_given():

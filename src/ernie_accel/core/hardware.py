@@ -73,7 +73,8 @@ class Hardware:
         name: As its driver writes it; drivers may add to it ("NVIDIA H100 80GB HBM3").
         device: torch device type: "cuda", "npu", "cpu".
         capability: CUDA compute capability (major, minor); None for other devices.
-        memory_bytes: Memory of the device; None if it varies.
+        memory_bytes: Memory of the device, as its vendor says; None if it varies.
+        usable_bytes: What torch reports of it at least: error correction and the driver take 1 to 9 %; None: unknown.
         pcie: Generation and lanes of its PCIe link, as (4, 16); None: unknown, or it has none.
         host_gb_s: What it reads from pinned host memory, GB/s; left out, what a link such as `pcie` sustains.
         source: Where the capability and the memory come from.
@@ -88,6 +89,7 @@ class Hardware:
     device: str = "cuda"
     capability: tuple[int, int] | None = None
     memory_bytes: int | None = None
+    usable_bytes: int | None = field(default=None, kw_only=True)
     pcie: tuple[int, int] | None = field(default=None, kw_only=True)
     host_gb_s: float | None = field(default=None, kw_only=True)
     source: str = field(kw_only=True)
@@ -110,6 +112,10 @@ class Hardware:
             )
         if self.memory_bytes is not None and self.memory_bytes <= 0:
             raise ValueError(f"{self.key}: memory_bytes must be above 0, got {self.memory_bytes!r}")
+        if self.usable_bytes is not None and not 0 < self.usable_bytes <= (self.memory_bytes or 0):
+            raise ValueError(
+                f"{self.key}: usable_bytes is a part of memory_bytes={self.memory_bytes!r}, got {self.usable_bytes!r}"
+            )
         if self.pcie is not None:
             if len(self.pcie) != 2 or self.pcie[0] not in _LANE_GB_S or self.pcie[1] not in (1, 2, 4, 8, 16):
                 known = ", ".join(map(str, _LANE_GB_S))
@@ -204,7 +210,7 @@ def _cuda(
     key: str,
     name: str,
     capability: tuple[int, int],
-    gib: int,
+    gib: tuple[int, float],
     pcie: tuple[int, int],
     rates: tuple[Rates, ...],
     preset: str | None = None,
@@ -216,9 +222,10 @@ def _cuda(
         name,
         "cuda",
         capability,
-        gib * GIB,
+        gib[0] * GIB,
+        usable_bytes=int(gib[1] * GIB),
         pcie=pcie,
-        source="published by NVIDIA",
+        source="published by NVIDIA; usable memory: the least that out-of-memory messages of torch report",
         rates=rates,
         preset=preset,
         why=why,
@@ -247,94 +254,95 @@ _ADA = f"NVIDIA's product page; {_FROM_SHADERS} (Ada)"
 _OWN = (
     Hardware("cpu", "cpu", "cpu", source="CPUs differ: nothing is assumed"),
     _cuda(
-        "v100", "Tesla V100", (7, 0), 32, (3, 16),
+        "v100", "Tesla V100", (7, 0), (32, 31.73), (3, 16),
         rates=_peaks("NVIDIA V100 datasheet, SXM2", 0.9, fp16_tflops=125),
     ),
     _cuda(
-        "t4", "Tesla T4", (7, 5), 16, (3, 16),
+        "t4", "Tesla T4", (7, 5), (16, 14.56), (3, 16),
         rates=_peaks("NVIDIA T4 product brief", 0.32, fp16_tflops=65, int8_tops=130),
     ),
     _cuda(
-        "a100", "NVIDIA A100", (8, 0), 80, (4, 16),
+        "a100", "NVIDIA A100", (8, 0), (80, 79.14), (4, 16),
         rates=_peaks("NVIDIA A100 datasheet, SXM 80 GB", 2.039, bf16_tflops=312, fp16_tflops=312, int8_tops=624),
         preset="turbo-bf16", why="has the memory for bf16; whether int8 is faster here nobody has published",
     ),
     _cuda(
-        "a10040gb", "NVIDIA A100", (8, 0), 40, (4, 16),
+        "a10040gb", "NVIDIA A100", (8, 0), (40, 39.38), (4, 16),
         rates=_peaks("NVIDIA A100 datasheet, 40 GB", 1.555, bf16_tflops=312, fp16_tflops=312, int8_tops=624),
         preset="turbo-bf16", why="has the memory for bf16; whether int8 is faster here nobody has published",
     ),
     _cuda(
-        "a100pcie", "NVIDIA A100 80GB PCIe", (8, 0), 80, (4, 16),
+        "a100pcie", "NVIDIA A100 80GB PCIe", (8, 0), (80, 79.14), (4, 16),
         rates=_peaks("NVIDIA A100 datasheet, PCIe 80 GB", 1.935, bf16_tflops=312, fp16_tflops=312, int8_tops=624),
         preset="turbo-bf16", why="has the memory for bf16; whether int8 is faster here nobody has published",
     ),
     _cuda(
-        "a6000", "NVIDIA RTX A6000", (8, 6), 48, (4, 16),
+        "a6000", "NVIDIA RTX A6000", (8, 6), (48, 47.4), (4, 16),
         rates=_peaks(
             "NVIDIA GA102 whitepaper, RTX A6000", 0.768, bf16_tflops=154.8, fp16_tflops=154.8, int8_tops=309.7
         ),
         preset="turbo-int8", why="the same architecture as the RTX 3090, where int8 takes 0.56 of the time",
     ),
     _cuda(
-        "a10g", "NVIDIA A10G", (8, 6), 24, (4, 16),
+        "a10g", "NVIDIA A10G", (8, 6), (24, 21.96), (4, 16),
         rates=_peaks("NVIDIA A10G datasheet", 0.6, bf16_tflops=70, fp16_tflops=70, int8_tops=140),
     ),
     _cuda(
-        "rtx3060", "NVIDIA GeForce RTX 3060", (8, 6), 12, (4, 16), rates=_geforce(_AMPERE, 0.36, 25.5, int8=101.9),
+        "rtx3060", "NVIDIA GeForce RTX 3060", (8, 6), (12, 11.62), (4, 16),
+        rates=_geforce(_AMPERE, 0.36, 25.5, int8=101.9),
         preset="turbo-int8", why="published: bf16 43 s, fp8 28.7 s, int8 14.4 s", evidence="published",
     ),
     _cuda(
-        "rtx3090", "NVIDIA GeForce RTX 3090", (8, 6), 24, (4, 16),
+        "rtx3090", "NVIDIA GeForce RTX 3090", (8, 6), (24, 23.55), (4, 16),
         rates=_geforce("NVIDIA GA102 whitepaper", 0.936, 71, int8=284),
         preset="turbo-int8",
         why="published: bf16 12.4 s, fp8 12.7 s (no fp8 units), int8 7.0 s", evidence="published",
     ),
     _cuda(
-        "rtx4060", "NVIDIA GeForce RTX 4060", (8, 9), 8, (4, 8),
+        "rtx4060", "NVIDIA GeForce RTX 4060", (8, 9), (8, 7.6), (4, 8),
         rates=_geforce(_ADA, 0.272, 30.2, fp8=60.5, int8=121),
         preset="turbo-q4",
         why="in 8 bits the transformer alone (8 GB) fills the card; nothing is published",
     ),
     _cuda(
-        "rtx4060ti", "NVIDIA GeForce RTX 4060 Ti", (8, 9), 8, (4, 8),
+        "rtx4060ti", "NVIDIA GeForce RTX 4060 Ti", (8, 9), (8, 7.6), (4, 8),
         rates=_geforce(_ADA, 0.288, 44.1, fp8=88.3, int8=176.5),
     ),
     _cuda(
-        "rtx4060ti16gb", "NVIDIA GeForce RTX 4060 Ti", (8, 9), 16, (4, 8),
+        "rtx4060ti16gb", "NVIDIA GeForce RTX 4060 Ti", (8, 9), (16, 15.51), (4, 8),
         rates=_geforce(_ADA, 0.288, 44.1, fp8=88.3, int8=176.5),
     ),
     _cuda(
-        "rtx4070tisuper", "NVIDIA GeForce RTX 4070 Ti SUPER", (8, 9), 16, (4, 16),
+        "rtx4070tisuper", "NVIDIA GeForce RTX 4070 Ti SUPER", (8, 9), (16, 15.51), (4, 16),
         rates=_geforce(_ADA, 0.672, 88.2, fp8=176.4, int8=352.8),
     ),
     _cuda(
-        "rtx4080", "NVIDIA GeForce RTX 4080", (8, 9), 16, (4, 16),
+        "rtx4080", "NVIDIA GeForce RTX 4080", (8, 9), (16, 15.51), (4, 16),
         rates=_geforce("NVIDIA Ada whitepaper", 0.717, 97.5, fp8=194.9, int8=389.9),
     ),
     _cuda(
-        "rtx4090", "NVIDIA GeForce RTX 4090", (8, 9), 24, (4, 16),
+        "rtx4090", "NVIDIA GeForce RTX 4090", (8, 9), (24, 23.51), (4, 16),
         rates=_geforce("NVIDIA Ada whitepaper", 1.008, 165.2, fp8=330.3, int8=660.6),
         preset="turbo-fp8", why="multiplies in fp8; nothing is published for this card",
     ),
     _cuda(
-        "rtx4090d", "NVIDIA GeForce RTX 4090 D", (8, 9), 24, (4, 16),
+        "rtx4090d", "NVIDIA GeForce RTX 4090 D", (8, 9), (24, 23.51), (4, 16),
         rates=_geforce(_ADA, 1.008, 147.1, fp8=294.2, int8=588.4),
         preset="turbo-fp8", why="multiplies in fp8; nothing is published for this card",
     ),
     _cuda(
-        "l4", "NVIDIA L4", (8, 9), 24, (4, 16),
+        "l4", "NVIDIA L4", (8, 9), (24, 21.96), (4, 16),
         rates=_peaks(
             "NVIDIA L4 datasheet, half of its rates with sparsity", 0.3, bf16_tflops=121, fp16_tflops=121,
             fp8_tflops=242.5, int8_tops=242.5,
         ),
     ),
     _cuda(
-        "l40s", "NVIDIA L40S", (8, 9), 48, (4, 16),
+        "l40s", "NVIDIA L40S", (8, 9), (48, 44.34), (4, 16),
         rates=_peaks("NVIDIA L40S datasheet", 0.864, bf16_tflops=362, fp16_tflops=362, fp8_tflops=733, int8_tops=733),
     ),
     _cuda(
-        "h100", "NVIDIA H100", (9, 0), 80, (5, 16),
+        "h100", "NVIDIA H100", (9, 0), (80, 79.1), (5, 16),
         rates=_peaks(
             "NVIDIA Hopper whitepaper, H100 SXM", 3.35, bf16_tflops=989.4, fp16_tflops=989.4, fp8_tflops=1978.9,
             int8_tops=1978.9,
@@ -344,7 +352,7 @@ _OWN = (
         evidence="measured",
     ),
     _cuda(
-        "h100pcie", "NVIDIA H100 PCIe", (9, 0), 80, (5, 16),
+        "h100pcie", "NVIDIA H100 PCIe", (9, 0), (80, 79.1), (5, 16),
         rates=_peaks(
             "NVIDIA H100 PCIe product brief, half of its rates with sparsity", 2.0, bf16_tflops=756.5,
             fp16_tflops=756.5, fp8_tflops=1513, int8_tops=1513,
@@ -352,7 +360,7 @@ _OWN = (
         preset="turbo-fp8", why="multiplies in fp8; nothing is published for this card",
     ),
     _cuda(
-        "h100nvl", "NVIDIA H100 NVL", (9, 0), 94, (5, 16),
+        "h100nvl", "NVIDIA H100 NVL", (9, 0), (94, 93), (5, 16),
         rates=_peaks(
             "NVIDIA H100 datasheet, NVL, half of its rates with sparsity", 3.9, bf16_tflops=835.5, fp16_tflops=835.5,
             fp8_tflops=1670.5, int8_tops=1670.5,
@@ -360,7 +368,7 @@ _OWN = (
         preset="turbo-fp8", why="multiplies in fp8; nothing is published for this card",
     ),
     _cuda(
-        "h200", "NVIDIA H200", (9, 0), 141, (5, 16),
+        "h200", "NVIDIA H200", (9, 0), (141, 139.72), (5, 16),
         rates=(
             *_peaks(
                 "NVIDIA H200 datasheet, SXM, half of its rates with sparsity", 4.8, bf16_tflops=989.4,
@@ -373,18 +381,18 @@ _OWN = (
         ),
     ),
     _cuda(
-        "b200", "NVIDIA B200", (10, 0), 180, (5, 16),
+        "b200", "NVIDIA B200", (10, 0), (180, 178.35), (5, 16),
         rates=_peaks(
             "NVIDIA HGX B200 datasheet, an eighth, half of its rates with sparsity", 8.0, bf16_tflops=2250,
             fp16_tflops=2250, fp8_tflops=4500, int8_tops=4500,
         ),
     ),
     _cuda(
-        "rtx5090", "NVIDIA GeForce RTX 5090", (12, 0), 32, (5, 16),
+        "rtx5090", "NVIDIA GeForce RTX 5090", (12, 0), (32, 31.34), (5, 16),
         rates=_geforce("NVIDIA RTX Blackwell whitepaper", 1.792, 209.5, fp8=419, int8=838),
     ),
     Hardware(
-        "ascend910b", "Ascend 910B", "npu", None, 64 * GIB, pcie=(4, 16),
+        "ascend910b", "Ascend 910B", "npu", None, 64 * GIB, usable_bytes=int(60.97 * GIB), pcie=(4, 16),
         source="users of 910B3 servers; Huawei has no data sheet of the chip",
         rates=(
             Rates(
