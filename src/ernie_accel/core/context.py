@@ -90,7 +90,7 @@ class Context:
         device: torch device type: "cpu", "cuda", "npu", ...; an AMD GPU, which torch calls "cuda" too, is "rocm".
         device_name: What people call it.
         capability: CUDA compute capability (major, minor); None elsewhere.
-        memory_bytes: Memory of the device; None if unknown.
+        memory_bytes: Memory of the device that torch can use; None if unknown.
         versions: Installed packages by import name; a package that is not there cannot be imported.
         no_compile: Why torch.compile cannot work here; None if it can.
         idle: An accelerator that is here and not used because it is not supported yet ("mps"); None if there is none.
@@ -161,7 +161,7 @@ class Context:
         row = hardware_named(name, note=NOT_SUPPORTED_YET)
         bundled = dict.fromkeys(_BUNDLED_PACKAGES, "unknown") if row.device == "cuda" else {}
         versions = {**bundled, **installed_versions()}
-        return cls(row.device, row.name, row.capability, row.memory_bytes, versions)
+        return cls(row.device, row.name, row.capability, row.usable_bytes or row.memory_bytes, versions)
 
     @property
     def torch_device(self) -> str:
