@@ -119,6 +119,17 @@ def test_two_pipes_that_share_components_free_them_once(ernie):
     assert torch.equal(picture(other, steps=1), want)
 
 
+def test_a_pipe_that_skipped_freeing_does_not_fill_the_weights_of_another(ernie):
+    other = ErnieImagePipeline(**ernie.components)
+    other.set_progress_bar_config(disable=True)
+    ernie_accel.optimize(ernie, FreeAfterUse())
+    ernie_accel.optimize(other, FreeAfterUse(), on_unsupported="skip")
+    picture(ernie, steps=1)
+    assert is_empty(ernie)
+    (step,) = ernie_accel.plan(other, CastDtype("bf16", components=("text_encoder",))).steps
+    assert "text_encoder has no weights at the moment" in step.reasons[0]
+
+
 def test_an_interrupt_while_they_are_emptied_loses_nothing(ernie, monkeypatch):
     want = picture(ernie, steps=1)
     ernie_accel.optimize(ernie, FreeAfterUse())

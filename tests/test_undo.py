@@ -79,14 +79,8 @@ def test_what_a_later_transform_replaced_is_still_in_place_beneath_it(model):
     assert "mode" not in vars(model)
 
 
-def test_a_forward_below_accelerates_hook_is_undone_there(model):
+def hook_of_accelerate(model, calls):
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-
-    x = torch.ones(1, 3)
-    stock = model(x)
-    with Undo() as undo:
-        undo.setattr(model, "forward", Doubled(model.forward))
-    calls = []
 
     class Counting(ModelHook):
         def pre_forward(self, module, *args, **kwargs):
@@ -94,33 +88,36 @@ def test_a_forward_below_accelerates_hook_is_undone_there(model):
             return args, kwargs
 
     add_hook_to_module(model, Counting())
-    assert undo.is_in_place()
-    assert torch.equal(model(x), 2 * stock)
-    undo()
-    assert torch.equal(model(x), stock)
-    assert len(calls) == 2, "the hook of the script stays"
-    remove_hook_from_module(model)
-    assert torch.equal(model(x), stock)
+    return lambda: remove_hook_from_module(model)
 
 
-def test_a_forward_below_a_hook_of_diffusers_is_undone_there(model):
+def hook_of_diffusers(model, calls):
     from diffusers.hooks import HookRegistry, ModelHook
-
-    x = torch.ones(1, 3)
-    stock = model(x)
-    with Undo() as undo:
-        undo.setattr(model, "forward", Doubled(model.forward))
-    calls = []
 
     class Counting(ModelHook):
         def pre_forward(self, module, *args, **kwargs):
             calls.append(1)
             return args, kwargs
 
-    HookRegistry.check_if_exists_or_initialize(model).register_hook(Counting(), "counting")
-    assert torch.equal(model(x), 2 * stock)
+    registry = HookRegistry.check_if_exists_or_initialize(model)
+    registry.register_hook(Counting(), "counting")
+    return lambda: registry.remove_hook("counting")
+
+
+@pytest.mark.parametrize("attach", [hook_of_accelerate, hook_of_diffusers])
+def test_a_forward_below_a_hook_is_undone_there(model, attach):
+    x = torch.ones(1, 3)
+    stock = model(x)
+    with Undo() as undo:
+        undo.setattr(model, "forward", Doubled(model.forward))
+    calls = []
+    detach = attach(model, calls)
     assert undo.is_in_place()
+    assert torch.equal(model(x), 2 * stock)
     undo()
+    assert torch.equal(model(x), stock)
+    assert len(calls) == 2, "the hook of the script stays"
+    detach()
     assert torch.equal(model(x), stock)
     assert len(calls) == 2
 
@@ -233,28 +230,19 @@ def test_what_was_given_up_stays_when_the_block_raises():
     assert undo.no_way_back == "the original is gone"
 
 
-def test_a_stand_in_below_hooks_is_taken_away_there(model):
-    from accelerate.hooks import ModelHook, add_hook_to_module
-    from diffusers.hooks import HookRegistry
-    from diffusers.hooks import ModelHook as DiffusersHook
-
+@pytest.mark.parametrize("attach", [hook_of_accelerate, hook_of_diffusers])
+def test_a_stand_in_below_a_hook_is_taken_away_there(model, attach):
     class Twice(StandInForward):
         def __call__(self, x):
             return 2 * self.forward_below(x)
 
     x = torch.ones(1, 3)
-    for attach in (
-        lambda made: add_hook_to_module(made, ModelHook()),
-        lambda made: HookRegistry.check_if_exists_or_initialize(made).register_hook(DiffusersHook(), "a hook"),
-    ):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(3, 3))
-        stock = model(x)
-        with Undo() as undo:
-            Twice(model).install(undo)
-        attach(model)
-        assert undo.is_in_place()
-        assert torch.equal(model(x), 2 * stock)
-        undo()
-        assert not undo.is_in_place()
-        assert torch.equal(model(x), stock)
+    stock = model(x)
+    with Undo() as undo:
+        Twice(model).install(undo)
+    attach(model, [])
+    assert undo.is_in_place()
+    assert torch.equal(model(x), 2 * stock)
+    undo()
+    assert not undo.is_in_place()
+    assert torch.equal(model(x), stock)

@@ -1,6 +1,6 @@
-"""Know which pipe changed a component: pipelines share components, and only the one that changed it can undo that.
+"""Know which pipe changed a component or freed its weights: pipelines share components, and only that one can undo it.
 
-Kept beside the modules, not in them: a deep copy or what comes out of a pickle was changed by nobody here.
+Claims are kept beside the modules, not in them: a deep copy or what comes out of a pickle was changed by nobody here.
 """
 
 from __future__ import annotations
@@ -11,8 +11,18 @@ from dataclasses import dataclass
 
 import torch
 
-from ernie_accel.core.components import Pipeline, modules_of
-from ernie_accel.core.transform import Transform
+from ernie_accel.core.carried import carried_report
+from ernie_accel.core.components import Pipeline, emptied_components, modules_of
+from ernie_accel.core.transform import Phase, Transform
+
+#: The slot of the transform that frees weights between calls, and fetches them before they are needed.
+FREES_WEIGHTS = "free-after-use"
+#: Phases that change weights, which therefore have to be there.
+_CHANGE_WEIGHTS = (Phase.DTYPE, Phase.QUANTIZE, Phase.LAYOUT)
+
+
+class FreedWeights:
+    """Base of what frees the weights of a component between calls: a hook before its forward is a method of it."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,29 @@ def was_replaced(pipe: Pipeline, transform: Transform, changes: Iterable[str]) -
     return bool(mine) and any(
         all(module is not one for one in mine) for module in changed_components(pipe, changes).values()
     )
+
+
+def is_freed_by_another(pipe: Pipeline, module: torch.nn.Module) -> bool:
+    """Return whether the weights of `module`, a component of `pipe`, come and go with the calls of another pipe."""
+    hooks = module._forward_pre_hooks.values()
+    return not _frees_weights(pipe) and any(isinstance(getattr(hook, "__self__", None), FreedWeights) for hook in hooks)
+
+
+def freed_elsewhere_reasons(pipe: Pipeline, transform: Transform) -> list[str]:
+    """Return why weights that another pipe has freed cannot be changed; those that this pipe freed are filled first."""
+    if transform.phase not in _CHANGE_WEIGHTS or _frees_weights(pipe):
+        return []
+    return [
+        f"{name} has no weights at the moment: FreeAfterUse() on another pipe that shares it has freed them; restore "
+        "that pipe first"
+        for name in emptied_components(pipe, getattr(transform, "components", ()))
+    ]
+
+
+def _frees_weights(pipe: Pipeline) -> bool:
+    carried = carried_report(pipe)
+    entries = () if carried is None else carried.entries
+    return any(entry.applied is not None and entry.step.transform.slot == FREES_WEIGHTS for entry in entries)
 
 
 def _living() -> list[_Claim]:

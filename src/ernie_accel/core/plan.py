@@ -13,18 +13,17 @@ from ernie_accel.core.components import (
     AnyPipeline,
     Pipeline,
     bare_float8,
-    emptied_components,
     pipe_bytes,
     wrapped_by_compile,
 )
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ConflictError, ErnieAccelError
-from ernie_accel.core.owners import sharing_problems, was_replaced
+from ernie_accel.core.owners import freed_elsewhere_reasons, sharing_problems, was_replaced
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Entry, Report, planned_by
 from ernie_accel.core.step import Step
-from ernie_accel.core.transform import Effect, Phase, Preview, Transform
+from ernie_accel.core.transform import Effect, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
 from ernie_accel.families.family import UNKNOWN, Family
@@ -259,7 +258,7 @@ def _ask(pipe: Pipeline, transform: Transform, context: Context, *, optional: bo
     unknown = transform.family_reasons(pipe) if optional else []
     if unknown:
         return Step(transform, (), Preview((), note="; ".join(unknown)))
-    in_the_way = wrapped_by_compile(pipe, transform.changes_inside) or _freed_elsewhere(pipe, transform)
+    in_the_way = wrapped_by_compile(pipe, transform.changes_inside) or freed_elsewhere_reasons(pipe, transform)
     reasons = tuple(in_the_way or transform.unsupported(pipe, context))
     if reasons:
         return Step(transform, reasons, None)
@@ -269,19 +268,6 @@ def _ask(pipe: Pipeline, transform: Transform, context: Context, *, optional: bo
         return Step(transform, shared, None)
     planned = transform.planned(pipe, context) if preview.changes else None
     return Step(transform, (), preview, planned=planned)
-
-
-def _freed_elsewhere(pipe: Pipeline, transform: Transform) -> list[str]:
-    """Return why weights that another pipe has freed cannot be changed; those that this pipe freed are filled first."""
-    carried = carried_report(pipe)
-    own = carried is not None and any(entry.step.transform.slot == "free-after-use" for entry in carried.entries)
-    if own or transform.phase not in (Phase.DTYPE, Phase.QUANTIZE, Phase.LAYOUT):
-        return []
-    return [
-        f"{name} has no weights at the moment: FreeAfterUse() on another pipe that shares it has freed them; restore "
-        "that pipe first"
-        for name in emptied_components(pipe, getattr(transform, "components", ()))
-    ]
 
 
 def after(context: Context, pipe: Pipeline, *transforms: Transform) -> Context:

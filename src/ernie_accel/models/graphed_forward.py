@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ernie_accel.core.captured import Fingerprint, version_of
-from ernie_accel.core.stand_in import StandInForward
-from ernie_accel.models.replays import Capture, Replays
+from ernie_accel.models.replayed_forward import ReplayedForward
+from ernie_accel.models.replays import Capture
 from ernie_accel.models.rewritten import RewrittenModel
 
 
@@ -28,15 +27,14 @@ class _Inputs:
     at: Any  # positions of the family
 
 
-class GraphedForward(StandInForward):
+class GraphedForward(ReplayedForward):
     """The forward of a rewritten transformer that replays graphs where it can; same arguments, same result.
 
-    At every step it looks whether the transformer is what it was (`Fingerprint`): one with other adapters or scales,
-    other weights, other hooks is captured anew. Steps of a picture are known by their text, the same tensor in each.
-    Threads take turns.
+    At every step it checks whether the transformer is what it was. Steps of a picture are recognised by their text,
+    which is the same tensor in each.
     """
 
-    captured: ClassVar[tuple[str, ...]] = ("_graphs", "_seen", "_picture", "_prepared", "_filled", "_lock")
+    captured: ClassVar[tuple[str, ...]] = (*ReplayedForward.captured, "_picture", "_prepared", "_filled")
 
     def __init__(
         self,
@@ -48,18 +46,13 @@ class GraphedForward(StandInForward):
     ) -> None:
         # A module is neither copied nor pickled, so its name stands for it.
         self._named = blocks.__name__ if isinstance(blocks, ModuleType) else blocks
-        self._max_tokens, self._keep, self._capture = max_tokens, keep, capture
-        super().__init__(transformer)
+        self._max_tokens = max_tokens
+        super().__init__(transformer, keep, capture)
 
-    def forget(self) -> None:
-        if "_lock" not in vars(self):
-            self._lock = threading.RLock()
-        with self._lock:
-            self._graphs = Replays(self._keep, self._capture)
-            self._seen: Fingerprint | None = None
-            self._picture: tuple[Any, ...] = ()  # what the picture under way is known by
-            self._prepared: Any = None  # its text and positions
-            self._filled: _Inputs | None = None  # the inputs that have them
+    def _forget_inputs(self) -> None:
+        self._picture: tuple[Any, ...] = ()  # what the picture under way is known by
+        self._prepared: Any = None  # its text and positions
+        self._filled: _Inputs | None = None  # the inputs that have them
 
     @property
     def _blocks(self) -> RewrittenModel:
@@ -79,9 +72,7 @@ class GraphedForward(StandInForward):
         if now.is_hooked:  # weights that come and go, or hooks that someone counts on, cannot be captured
             return self.forward_below(**arguments)
         with self._lock, torch.cuda.device_of(next(iter(steps.values()))):  # type: ignore[no-untyped-call]
-            if now != self._seen:
-                self.forget()
-                self._seen = now
+            self._forget_if_stale(now)
             return self._blocks.as_output(self._sample(arguments, steps), arguments)
 
     def _sample(self, arguments: Mapping[str, Any], steps: Mapping[str, Tensor]) -> Tensor:

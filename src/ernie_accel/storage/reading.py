@@ -96,7 +96,7 @@ def load(
         apply_request(pipe, compose(rewrites, None), None, machine, skip_unsupported=False)
     for name, model in manifest.components.items():
         with reading(source, f"{name}/{WEIGHTS}"):
-            _Weights(source, name, model.aliases, receipts[name]).fill(getattr(pipe, name), device)
+            _SavedWeights(source, name, model.aliases, receipts[name]).fill(getattr(pipe, name), device)
     pipe.to(device)
     quantized = [name for name, of in receipts.items() if of]
     if quantized:
@@ -211,7 +211,7 @@ def _empty(place: Path, cls: type[Any]) -> torch.nn.Module:
 
 
 @dataclass(frozen=True)
-class _Weights:
+class _SavedWeights:
     """The saved bits of one model."""
 
     folder: Path

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ernie_accel.core.captured import Fingerprint, only_listens
-from ernie_accel.core.stand_in import StandInForward
 from ernie_accel.models.ministral.layers import (
     Rotary,
     linears_of,
@@ -23,7 +21,8 @@ from ernie_accel.models.ministral.layers import (
     signed,
     unsupported_config_reasons,
 )
-from ernie_accel.models.replays import Capture, Replays
+from ernie_accel.models.replayed_forward import ReplayedForward
+from ernie_accel.models.replays import Capture
 
 _PADDED_TO = 64  # tokens: prompts of many lengths share a graph, and the plan that cuDNN makes for its attention
 #: Of the forward of a ``Ministral3Model``, by position.
@@ -53,22 +52,13 @@ class _Look(NamedTuple):
     is_plain: bool
 
 
-class RewrittenForward(StandInForward):
-    """The forward of a ``Ministral3Model``; same arguments, same result up to rounding. Threads take turns."""
-
-    captured: ClassVar[tuple[str, ...]] = ("_graphs", "_seen", "_lock")
+class RewrittenForward(ReplayedForward):
+    """The forward of a ``Ministral3Model``; same arguments, same result up to rounding."""
 
     def __init__(self, model: Any, max_tokens: int, keep: int, capture: Capture | None = None) -> None:
         """Stand in for the forward of `model`; with `capture`, graphs are made with that, and on every device."""
-        self._max_tokens, self._keep, self._capture = max_tokens, keep, capture
-        super().__init__(model)
-
-    def forget(self) -> None:
-        if "_lock" not in vars(self):
-            self._lock = threading.RLock()
-        with self._lock:
-            self._graphs = Replays(self._keep, self._capture)
-            self._seen: Fingerprint | None = None
+        self._max_tokens = max_tokens
+        super().__init__(model, keep, capture)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
@@ -145,10 +135,7 @@ class RewrittenForward(StandInForward):
         tokens = x_bth.shape[1]
         is_on = torch.cuda.device_of(x_bth)  # type: ignore[no-untyped-call]
         with self._lock, torch.inference_mode(False), torch.no_grad(), is_on:
-            now = Fingerprint.of(self.module)
-            if now != self._seen:
-                self.forget()
-                self._seen = now
+            self._forget_if_stale(Fingerprint.of(self.module))
             name = (len(x_bth), _padded(tokens), x_bth.dtype, x_bth.device, len(look.layers))
             static_bth = self._graphs.inputs(name, lambda: x_bth.new_empty(len(x_bth), _padded(tokens), x_bth.shape[2]))
             static_bth[:, :tokens] = x_bth

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ernie_accel.common.text import human_bytes
-from ernie_accel.core.carried import carried_report
 from ernie_accel.core.components import (
     DENOISERS,
     PROMPT_COMPONENTS,
@@ -32,6 +31,7 @@ from ernie_accel.core.components import (
 )
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
+from ernie_accel.core.owners import FREES_WEIGHTS, FreedWeights, is_freed_by_another
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
@@ -64,7 +64,7 @@ class FreeAfterUse(Transform):
     """
 
     phase: ClassVar[Phase] = Phase.MEMORY
-    slot: ClassVar[str] = "free-after-use"
+    slot: ClassVar[str] = FREES_WEIGHTS
     effect: ClassVar[Effect] = Effect.EXACT
 
     to: str = "disk"
@@ -92,7 +92,7 @@ class FreeAfterUse(Transform):
                 reasons.append(f"{name} works while or after the picture is denoised: it cannot be freed before")
             if self.to == "disk" and any(hasattr(tensor, "__tensor_flatten__") for tensor in part.parameters()):
                 reasons.append(f"{name} is quantized, and its weights cannot be written as plain tensors: to='nowhere'")
-            if _is_freed_by_another(pipe, part):
+            if is_freed_by_another(pipe, part):
                 reasons.append(
                     f"{name} is freed already, by FreeAfterUse() on another pipe that shares it: this pipe's calls "
                     "free and fetch it, too, as long as the pipes share their denoiser; or restore that pipe first"
@@ -118,7 +118,7 @@ class FreeAfterUse(Transform):
             Path(self.folder).mkdir(parents=True, exist_ok=True)
         with Undo() as undo:
             for name, part in parts.items():
-                weights = _Weights(name, part, folder)
+                weights = _ComponentWeights(name, part, folder)
                 undo.push(weights.discard)
                 undo.hook_before_forward(part, weights.ensure_loaded)
                 undo.hook_before_state_dict(part, weights.ensure_loaded)
@@ -141,7 +141,7 @@ class FreeAfterUse(Transform):
         return f"frees {size} while denoising; {PLACES[self.to]}"
 
 
-class _Weights:
+class _ComponentWeights(FreedWeights):
     """The weights of one component, which are in its tensors, in a file, or gone."""
 
     def __init__(self, name: str, module: nn.Module, folder: tempfile.TemporaryDirectory[str] | str | None) -> None:
@@ -153,11 +153,11 @@ class _Weights:
         #: What the tensors were when the file was written or read; None: there is no file.
         self._written: list[tuple[object, ...]] | None = None
 
-    def __deepcopy__(self, memo: dict[int, object]) -> _Weights:
+    def __deepcopy__(self, memo: dict[int, object]) -> _ComponentWeights:
         """Return the weights of the copied component, with a file of their own: either pipe may be restored first."""
         if self._folder is not None:
             memo[id(self._folder)] = self._folder  # which goes away with the last pipe that needs it
-        made = _Weights(self._name, self._module, self._folder)
+        made = _ComponentWeights(self._name, self._module, self._folder)
         memo[id(self)] = made  # before the module is copied, whose hooks lead back here
         made._module = copy.deepcopy(self._module, memo)
         made._freed, made._alignments = self._freed, self._alignments
@@ -228,7 +228,7 @@ class _Weights:
 class _LoadingFirst:
     """A method of a model that fetches its weights first; an object, so that a deep copy calls its own model's."""
 
-    def __init__(self, weights: _Weights, method: Callable[..., object]) -> None:
+    def __init__(self, weights: _ComponentWeights, method: Callable[..., object]) -> None:
         self._weights, self._method = weights, method
         self.__signature__ = inspect.signature(method)
 
@@ -241,10 +241,3 @@ class _LoadingFirst:
 def _new_file(name: str, folder: tempfile.TemporaryDirectory[str] | str) -> Path:
     """Return the path of a file that no other pipe writes, also where several were given one folder."""
     return Path(folder if isinstance(folder, str) else folder.name) / f"{name}-{uuid.uuid4().hex}.safetensors"
-
-
-def _is_freed_by_another(pipe: Pipeline, part: nn.Module) -> bool:
-    hooks = part._forward_pre_hooks.values()
-    carried = carried_report(pipe)
-    own = carried is not None and any(entry.step.transform.slot == FreeAfterUse.slot for entry in carried.entries)
-    return not own and any(isinstance(getattr(hook, "__self__", None), _Weights) for hook in hooks)
