@@ -15,7 +15,7 @@ import ernie_accel.demo
 from ernie_accel.core.outputs import images_of
 from ernie_accel.demo.judge import adherence, judge
 from ernie_accel.embedded import MODEL_FOLDER
-from ernie_accel.embedded.captions import Request, RequestedObject, language_of, parse
+from ernie_accel.embedded.captions import RequestedObject, SceneRequest, language_of, parse
 
 LEAST_ADHERENCE = 0.95
 MOST_BYTES = 16_000_000
@@ -125,7 +125,7 @@ def test_a_prompts_picture_does_not_depend_on_its_neighbours(pipe: Any) -> None:
 
 @pytest.mark.parametrize("prompt", ["red circle", "红色圆形"])
 def test_the_default_path_expands_a_short_prompt(pipe: Any, prompt: str) -> None:
-    request = Request(prompt, (RequestedObject(colour="red", shape="circle"),))
+    request = SceneRequest(prompt, (RequestedObject(colour="red", shape="circle"),))
     torch.manual_seed(0)
     made = pipe(prompt, height=128, width=128, num_inference_steps=8, guidance_scale=1.0)
     revised = made.revised_prompts[0]

@@ -12,8 +12,8 @@ import torch
 
 from ernie_accel.embedded.captions import (
     LANGUAGES,
-    Request,
     RequestedObject,
+    SceneRequest,
     caption,
     full_caption,
     language_of,
@@ -129,7 +129,7 @@ def test_a_requests_own_scene_keeps_it(language: str) -> None:
 
 
 def test_a_request_is_not_kept_by_another_scene() -> None:
-    request = Request("red circle", (RequestedObject("red", "circle"),))
+    request = SceneRequest("red circle", (RequestedObject("red", "circle"),))
     assert request.is_kept_by(RED_CIRCLE)
     assert not request.is_kept_by(None)
     for change in ({"colour": "blue"}, {"shape": "ring"}):

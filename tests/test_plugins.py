@@ -104,7 +104,7 @@ def test_names_that_are_taken_are_refused(plugin):
         ernie_accel.register_family(replace(FLUX, name="other", transformer_classes=()))
     with pytest.raises(ValueError, match="a scheme named 'int8-rows' is registered already"):
         ernie_accel.register_quantization_backend(PlainRows(), replace(ROWS, bits=7))
-    with pytest.raises(TypeError, match="expected a Backend"):
+    with pytest.raises(TypeError, match="expected a QuantizationBackend"):
         ernie_accel.register_quantization_backend("plain-rows")
 
 

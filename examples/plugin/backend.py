@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ernie_accel.quantization.backend import Backend, LinearSpec, Scheme
+from ernie_accel.quantization.backend import LinearSpec, QuantizationBackend, Scheme
 
 ROWS = Scheme("int8-rows", 8, "int8 weights with a scale per row, in plain torch", 36, 34)
 
@@ -30,7 +30,7 @@ class RowsLinear(nn.Module):
         return nn.functional.linear(x, (self.values * self.scale).to(x.dtype), self.bias)
 
 
-class PlainRows(Backend):
+class PlainRows(QuantizationBackend):
     """Stores rows; needs no package, so it runs wherever torch does."""
 
     name = "plain-rows"

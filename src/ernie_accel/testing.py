@@ -31,7 +31,7 @@ from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import class_without
 from ernie_accel.families import Family, families, family_of
 from ernie_accel.models.rewritten import block_paths, rewritten_model
-from ernie_accel.quantization.backend import SCHEMES, Backend, LinearSpec
+from ernie_accel.quantization.backend import SCHEMES, LinearSpec, QuantizationBackend
 from ernie_accel.quantization.layers import sqnr_db
 from ernie_accel.transforms import transform_from_json
 from ernie_accel.transforms.denoiser.rewrite_blocks import RewriteBlocks
@@ -166,7 +166,7 @@ def check_family(family: Family, make_pipe: MakePipe, draw: Draw) -> None:
     check_transform(RewriteBlocks(), make_pipe, draw)
 
 
-def check_backend(backend: Backend, *, context: Context | None = None) -> None:
+def check_backend(backend: QuantizationBackend, *, context: Context | None = None) -> None:
     """Check that a quantization backend keeps its promises for every scheme that this machine can run.
 
     The weight comes back as near as the scheme promises, in the bytes that were planned; its tensors are all of it; the

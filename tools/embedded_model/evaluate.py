@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ernie_accel.demo.judge import adherence, judge, summarize
-from ernie_accel.embedded.captions import LANGUAGES, Request, caption, parse, random_request, same_content
+from ernie_accel.embedded.captions import LANGUAGES, SceneRequest, caption, parse, random_request, same_content
 from ernie_accel.embedded.scenes import CANVASES, random_scene, render
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def enhancer_success(pipe: ErnieImagePipeline, n: int, seed: int = 0) -> dict[st
         good = [r.is_kept_by(parse(a)) for r, a in zip(asked, answers, strict=True)]
         figures["expanded"][language] = sum(good) / max(len(good), 1)
         scenes = [random_scene(rng, held_out=True) for _ in range(n // 2)]
-        full = [Request(caption(s, rng, language), ()) for s in scenes]
+        full = [SceneRequest(caption(s, rng, language), ()) for s in scenes]
         copies = expand(pipe, [r.text for r in full], seed)
         read = [parse(c) for c in copies]
         same = [r is not None and same_content(r, s) for r, s in zip(read, scenes, strict=True)]

@@ -2,8 +2,8 @@
 prompts.
 
 `caption` and `parse` are a pair: whatever `caption` writes, `parse` reads as the same objects and
-background. A :class:`Request` is what a person in a hurry types ("red circle", "两个圆形"). The
-prompt enhancer turns it into a `full_caption`, and `Request.is_kept_by` checks whether the result still holds
+background. A :class:`SceneRequest` is what a person in a hurry types ("red circle", "两个圆形"). The
+prompt enhancer turns it into a `full_caption`, and `SceneRequest.is_kept_by` checks whether the result still holds
 what was asked for.
 """
 
@@ -413,7 +413,7 @@ class RequestedObject:
 
 
 @dataclass(frozen=True)
-class Request:
+class SceneRequest:
     """A short prompt, and what it asks for."""
 
     text: str
@@ -434,7 +434,7 @@ class Request:
 
 def random_request(
     rng: random.Random, language: str | None = None, *, held_out: bool | None = None
-) -> tuple[Request, Scene]:
+) -> tuple[SceneRequest, Scene]:
     """Draw a short prompt and one scene that answers it (`held_out` as in `random_scene`)."""
     language = language if language is not None else rng.choice(LANGUAGES)
     while True:
@@ -445,10 +445,10 @@ def random_request(
             break
     if alike:
         shape = scene.objects[0].shape
-        return Request(_counted(shape, language, rng), (RequestedObject(shape=shape),) * 2), scene
+        return SceneRequest(_counted(shape, language, rng), (RequestedObject(shape=shape),) * 2), scene
     asked = [_forget(o, rng) for o in scene.objects]  # in the scene's order, which the answer keeps
     background = scene.background if rng.random() < 0.25 else None
-    return Request(_short_text(asked, background, language, rng), tuple(asked), background), scene
+    return SceneRequest(_short_text(asked, background, language, rng), tuple(asked), background), scene
 
 
 def _forget(o: Object, rng: random.Random) -> RequestedObject:

@@ -196,8 +196,8 @@ def _attend_kernel(
     tl.store(out, (acc / total[:, None]).to(dtype), mask=is_member)
 
 
-class Blocks(NamedTuple):
-    """How a product is tiled: output features and input features of a tile, warps, tiles in flight."""
+class Tile(NamedTuple):
+    """How a product is tiled: output and input features of a tile, its warps, and tiles in flight."""
 
     n: int
     k: int
@@ -207,18 +207,18 @@ class Blocks(NamedTuple):
 
 #: Tiles for one row and for several, by the kind of product and whether its weight is float8. These were the fastest of
 #: 60 and 30 candidates, on an H200 at the sizes of ERNIE-Image's prompt enhancer.
-_TILES: Mapping[tuple[str, bool], tuple[Blocks, Blocks]] = {
-    ("normed", False): (Blocks(4, 256, 1, 1), Blocks(64, 256, 4, 3)),
-    ("normed", True): (Blocks(4, 1024, 2, 1), Blocks(64, 256, 4, 3)),
-    ("gated", False): (Blocks(1, 1024, 4, 1), Blocks(64, 128, 2, 5)),
-    ("gated", True): (Blocks(1, 256, 1, 1), Blocks(32, 256, 2, 3)),
-    ("plain", False): (Blocks(2, 1024, 1, 1), Blocks(16, 512, 2, 3)),
-    ("plain", True): (Blocks(2, 512, 1, 1), Blocks(16, 512, 2, 3)),
+_TILES: Mapping[tuple[str, bool], tuple[Tile, Tile]] = {
+    ("normed", False): (Tile(4, 256, 1, 1), Tile(64, 256, 4, 3)),
+    ("normed", True): (Tile(4, 1024, 2, 1), Tile(64, 256, 4, 3)),
+    ("gated", False): (Tile(1, 1024, 4, 1), Tile(64, 128, 2, 5)),
+    ("gated", True): (Tile(1, 256, 1, 1), Tile(32, 256, 2, 3)),
+    ("plain", False): (Tile(2, 1024, 1, 1), Tile(16, 512, 2, 3)),
+    ("plain", True): (Tile(2, 512, 1, 1), Tile(16, 512, 2, 3)),
 }
 
 
-def blocks_for(kind: str, scaled: bool, width: int, rows: int) -> Blocks:
-    """Return the tiles of a product.
+def tile_for(kind: str, scaled: bool, width: int, rows: int) -> Tile:
+    """Return how a product is tiled.
 
     Args:
         kind: "normed" (of normed rows), "gated" (two of them, for the activation) or "plain".
@@ -269,7 +269,7 @@ def linear(
     weights: tuple[DecodeWeight, ...],
     norm: tuple[Tensor, float] | None = None,
     residual_bn: Tensor | None = None,
-    blocks: Blocks | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """Return ``concat([rms_norm(x) @ w.T for w in weights]) + residual`` [b, n], for up to three weights.
 
@@ -278,7 +278,7 @@ def linear(
         weights: [n, k] each, n a multiple of `MULTIPLE_N`, k of `MULTIPLE_K`; all in the same dtype.
         norm: Weight [k] and epsilon of the RMS norm, or None for no norm.
         residual_bn: Added at the end, or None.
-        blocks: Tiles; default: `blocks_for`.
+        tile: How the product is tiled; default: `tile_for`.
     """
     rows, width = x_bk.shape
     sizes = [weight.values_nk.shape[0] for weight in weights]
@@ -286,7 +286,7 @@ def linear(
     first, second, third = (*weights, *weights[:1] * 2)[:3]
     out = x_bk.new_empty(rows, total)
     scaled, padded = first.scale_n is not None, 1 if rows == 1 else MAX_ROWS
-    tile = blocks or blocks_for("plain" if norm is None else "normed", scaled, width, rows)
+    tile = tile or tile_for("plain" if norm is None else "normed", scaled, width, rows)
     second_ends = sizes[1] if len(sizes) > 1 else total
     _linear_kernel[(total // tile.n,)](
         x_bk, x_bk if norm is None else norm[0], first.values_nk, second.values_nk, third.values_nk,
@@ -300,14 +300,14 @@ def linear(
 
 
 def gate_up(
-    x_bk: Tensor, gate: DecodeWeight, up: DecodeWeight, norm: tuple[Tensor, float], blocks: Blocks | None = None
+    x_bk: Tensor, gate: DecodeWeight, up: DecodeWeight, norm: tuple[Tensor, float], tile: Tile | None = None
 ) -> Tensor:
     """Return ``silu(y @ gate.T) * (y @ up.T)`` [b, n] with ``y = rms_norm(x)``; arguments as of `linear`."""
     rows, width = x_bk.shape
     features = gate.values_nk.shape[0]
     out = x_bk.new_empty(rows, features)
     scaled, padded = gate.scale_n is not None, 1 if rows == 1 else MAX_ROWS
-    tile = blocks or blocks_for("gated", scaled, width, rows)
+    tile = tile or tile_for("gated", scaled, width, rows)
     _gate_up_kernel[(features // tile.n,)](
         x_bk, norm[0], gate.values_nk, up.values_nk, gate.scale_n if scaled else x_bk, up.scale_n if scaled else x_bk,
         out, rows, features, norm[1], K=width, SCALED=scaled, ROWS=padded, BLOCK_N=tile.n, BLOCK_K=tile.k,

@@ -90,7 +90,7 @@ class LinearSpec:
         return None
 
 
-class Backend(ABC):
+class QuantizationBackend(ABC):
     """One quantization library, behind four groups of methods. Concrete classes are final and carry no state.
 
     1. `unsupported`, `layer_problem`, `stored_bytes`: what it can do here, what it cannot and why, and the sizes.

@@ -14,14 +14,14 @@ from typing import ClassVar, final
 import torch
 
 from ernie_accel.core.context import Context
-from ernie_accel.quantization.backend import Backend, LinearSpec, bias_of, defined_in
+from ernie_accel.quantization.backend import LinearSpec, QuantizationBackend, bias_of, defined_in
 
 #: Weights that share a scale in the 4-bit formats.
 BLOCK = 64
 
 
 @final
-class BitsAndBytes(Backend):
+class BitsAndBytes(QuantizationBackend):
     """Quantize with the kernels of bitsandbytes."""
 
     name: ClassVar[str] = "bitsandbytes"

@@ -9,25 +9,25 @@ from types import MappingProxyType
 from ernie_accel.common.text import table
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
-from ernie_accel.quantization.backend import SCHEMES, Backend, Scheme, add_scheme
+from ernie_accel.quantization.backend import SCHEMES, QuantizationBackend, Scheme, add_scheme
 from ernie_accel.quantization.bitsandbytes import BitsAndBytes
 from ernie_accel.quantization.gguf import Gguf
 from ernie_accel.quantization.layerwise import Layerwise
 from ernie_accel.quantization.quanto import Quanto
 from ernie_accel.quantization.torchao import TorchAO
 
-_backends: dict[str, Backend] = {
+_backends: dict[str, QuantizationBackend] = {
     backend.name: backend for backend in (TorchAO(), BitsAndBytes(), Quanto(), Gguf(), Layerwise())
 }
 #: All backends by name, the preferred first: torchao's layers compile best, layerwise casting has no scales.
 #: Registered backends come last.
-BACKENDS: Mapping[str, Backend] = MappingProxyType(_backends)
+BACKENDS: Mapping[str, QuantizationBackend] = MappingProxyType(_backends)
 #: What ``Quantize("auto")`` tries, the fastest first. Weight-only schemes save bytes and, uncompiled, cost time.
 AUTO_SCHEMES = ("nvfp4", "fp8", "int8", "int8-weight-only", "fp8-weight-only")
 AUTO = "auto"
 
 
-def register_quantization_backend(backend: Backend, *schemes: Scheme) -> Backend:
+def register_quantization_backend(backend: QuantizationBackend, *schemes: Scheme) -> QuantizationBackend:
     """Let ``Quantize`` use a backend of your own, for this process; return it.
 
     Args:
@@ -35,11 +35,11 @@ def register_quantization_backend(backend: Backend, *schemes: Scheme) -> Backend
         *schemes: Schemes of it that the library does not know yet.
 
     Raises:
-        TypeError: It is no `Backend`.
+        TypeError: It is no `QuantizationBackend`.
         ValueError: Another backend or scheme of that name is known, or it names an unknown scheme.
     """
-    if not isinstance(backend, Backend):
-        raise TypeError(f"expected a Backend, got {backend!r}")
+    if not isinstance(backend, QuantizationBackend):
+        raise TypeError(f"expected a QuantizationBackend, got {backend!r}")
     known = _backends.get(backend.name)
     if known is not None and type(known) is not type(backend):
         raise ValueError(f"a quantization backend named {backend.name!r} is registered already: choose another name")

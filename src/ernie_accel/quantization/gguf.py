@@ -8,7 +8,7 @@ from typing import ClassVar, final
 
 import torch
 
-from ernie_accel.quantization.backend import Backend, LinearSpec, bias_of, defined_in
+from ernie_accel.quantization.backend import LinearSpec, QuantizationBackend, bias_of, defined_in
 
 #: Values per block; and bytes per block of each scheme, its float16 scale included (ggml-common.h).
 BLOCK = 32
@@ -16,7 +16,7 @@ BLOCK_BYTES = MappingProxyType({"gguf-q8_0": 34, "gguf-q5_0": 22, "gguf-q4_0": 1
 
 
 @final
-class Gguf(Backend):
+class Gguf(QuantizationBackend):
     """Encode with the ``gguf`` package (it has no encoder for K-quants) and multiply in the pipe's dtype."""
 
     name: ClassVar[str] = "gguf"

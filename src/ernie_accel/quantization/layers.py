@@ -12,7 +12,7 @@ import torch
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ernie_accel.core.components import Pipeline, modules_of
-from ernie_accel.quantization.backend import Backend
+from ernie_accel.quantization.backend import QuantizationBackend
 from ernie_accel.quantization.choose import BACKENDS
 
 #: Left out of a component that no family knows: everything outside numbered blocks, and inside them what modulates,
@@ -155,7 +155,7 @@ def quantized_as(layer: torch.nn.Module) -> str | None:
     return f"another scheme by {backend.name}" if backend is not None else None
 
 
-def holder_of(layer: torch.nn.Module) -> Backend | None:
+def holder_of(layer: torch.nn.Module) -> QuantizationBackend | None:
     """Return the backend whose layer this is, or None for an ordinary one."""
     return next((backend for backend in BACKENDS.values() if backend.holds(layer)), None)
 

@@ -8,13 +8,13 @@ from typing import ClassVar, final
 
 import torch
 
-from ernie_accel.quantization.backend import Backend, LinearSpec, plain_copy
+from ernie_accel.quantization.backend import LinearSpec, QuantizationBackend, plain_copy
 
 STORAGE = torch.float8_e4m3fn
 
 
 @final
-class Layerwise(Backend):
+class Layerwise(QuantizationBackend):
     """Attach diffusers' casting hook to a copy of the layer.
 
     There are no scales: magnitudes under 2^-9 become zero, and those over 448 overflow. Use it where no quantization

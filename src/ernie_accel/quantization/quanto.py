@@ -9,13 +9,13 @@ from typing import Any, ClassVar, final
 import torch
 
 from ernie_accel.core.context import Context
-from ernie_accel.quantization.backend import Backend, LinearSpec, bias_of, defined_in, fix_empty_rows
+from ernie_accel.quantization.backend import LinearSpec, QuantizationBackend, bias_of, defined_in, fix_empty_rows
 
 _QTYPES = MappingProxyType({"int8-weight-only": "qint8", "fp8-weight-only": "qfloat8", "int4": "qint4"})
 
 
 @final
-class Quanto(Backend):
+class Quanto(QuantizationBackend):
     """Swap in quanto's ``QLinear`` with frozen weights.
 
     Weights only: its quantized activations give noise unless calibrated on data, so "int8" and "fp8" are not offered.

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, final
 import torch
 
 from ernie_accel.core.context import Context
-from ernie_accel.quantization.backend import Backend, LinearSpec, defined_in, fix_empty_rows, plain_copy
+from ernie_accel.quantization.backend import LinearSpec, QuantizationBackend, defined_in, fix_empty_rows, plain_copy
 
 INT4_GROUP = 32
 #: The tinygemm kernels pad K to this; torchao/quantization/quantize_/workflows/int4/int4_tile_packed_to_4d_tensor.py.
@@ -21,7 +21,7 @@ _BFLOAT16_ONLY = ("fp8", "int4", "nvfp4", "mxfp8")
 
 
 @final
-class TorchAO(Backend):
+class TorchAO(QuantizationBackend):
     """Quantize with ``torchao.quantization.quantize_``, one layer at a time."""
 
     name: ClassVar[str] = "torchao"

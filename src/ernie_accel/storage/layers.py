@@ -9,7 +9,7 @@ import torch
 from ernie_accel.core.transform import LayerReceipt, Phase, Transform
 
 if TYPE_CHECKING:
-    from ernie_accel.quantization.backend import Backend
+    from ernie_accel.quantization.backend import QuantizationBackend
 
 
 def quantized_layers(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
@@ -27,7 +27,7 @@ def receipt_of(layer: torch.nn.Module) -> LayerReceipt:
     return receipt
 
 
-def content_of(backend: Backend, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+def content_of(backend: QuantizationBackend, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return all that a quantized layer consists of, live: the backend's tensors and the bias."""
     bias = getattr(layer, "bias", None)
     return backend.tensors(layer) | ({} if bias is None else {"bias": bias.data})

@@ -23,7 +23,7 @@ from ernie_accel.core.planned import PlannedPipe, PlannedWeight
 from ernie_accel.core.transform import Applied, Effect, LayerReceipt, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo, place_of
 from ernie_accel.models.rewritten import rewritten_model
-from ernie_accel.quantization.backend import SCHEMES, Backend, LinearSpec, plain_copy
+from ernie_accel.quantization.backend import SCHEMES, LinearSpec, QuantizationBackend, plain_copy
 from ernie_accel.quantization.choose import (
     AUTO,
     AUTO_SCHEMES,
@@ -56,7 +56,7 @@ class Quantize(Transform):
         scheme: A key of `SCHEMES` ("fp8", "int8-weight-only", "nf4", "gguf-q8_0", ...); "auto" takes the fastest that
             this machine can run.
         backend: The library that quantizes; "auto" takes the first that has the scheme and can run it here (see
-            `choose`). A `Backend` object of your own is registered under its name.
+            `choose`). A `QuantizationBackend` of your own is registered under its name.
         components: Component names: the transformer, the text encoder, the prompt enhancer ("pe").
         exclude: Regular expressions of layers to leave out, matched from the start of the path within the component;
             None takes the family's list (without a family: everything outside repeated blocks, and modulation).
@@ -70,14 +70,14 @@ class Quantize(Transform):
     effect: ClassVar[Effect] = Effect.LOSSY
 
     scheme: str
-    backend: str = field(default=AUTO, kw_only=True, metadata={"also_takes": Backend})
+    backend: str = field(default=AUTO, kw_only=True, metadata={"also_takes": QuantizationBackend})
     components: tuple[str, ...] = field(default=("transformer",), kw_only=True)
     exclude: tuple[str, ...] | None = field(default=None, kw_only=True)
     device: str | None = field(default=None, kw_only=True)
     keep_originals: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.backend, Backend):
+        if isinstance(self.backend, QuantizationBackend):
             object.__setattr__(self, "backend", register_quantization_backend(self.backend).name)
         check_names(self.scheme, self.backend)
         check_patterns("exclude", self.exclude or ())
