@@ -17,6 +17,7 @@ FLOORS = (
     ("core",),
     ("kernels",),
     ("models", "samplers", "quantization"),
+    ("residency",),
     ("transforms",),
     ("recipes", "storage"),
     ("api",),

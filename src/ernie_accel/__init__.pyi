@@ -75,6 +75,7 @@ from ernie_accel.transforms.weights.make_contiguous import MakeContiguous as Mak
 from ernie_accel.transforms.weights.move_to import MoveTo as MoveTo
 from ernie_accel.transforms.weights.offload import Offload as Offload
 from ernie_accel.transforms.weights.quantize import Quantize as Quantize
+from ernie_accel.transforms.weights.residency import Residency as Residency
 
 __version__: str
 __all__: list[str]

@@ -93,6 +93,7 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "transforms.weights.move_to": ("MoveTo",),
         "transforms.weights.offload": ("Offload",),
         "transforms.weights.quantize": ("Quantize",),
+        "transforms.weights.residency": ("Residency",),
     }
 )
 

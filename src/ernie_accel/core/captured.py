@@ -12,7 +12,7 @@ A fingerprint holds no module and no tensor, so it keeps nothing alive.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,31 @@ _ADAPTER_STATE = ("_disable_adapters", "_active_adapter", "merged_adapters", "sc
 _BEHAVIOUR = frozenset({"forward", "processor", "_compiled_call_impl", "_disable_adapters"})
 #: Bytes at the start of each weight by which `Contents` knows its values.
 _SAMPLE_BYTES = 16
+
+
+#: Attribute of a module whose weights come and go: brings all of them, and says whether there was room.
+BRING_WHOLE = "_ernie_accel_bring_whole"
+#: Attribute of a tensor whose values come and go, at one address.
+_COMES_AND_GOES = "_ernie_accel_comes_and_goes"
+
+
+def bring_whole(module: nn.Module) -> bool:
+    """Have all weights of `module` on the device, for what reads them by address; False if they do not fit."""
+    bring: Callable[[], bool] | None = vars(module).get(BRING_WHOLE)
+    return True if bring is None else bring()
+
+
+def mark_as_coming_and_going(tensor: Tensor, comes_and_goes: bool) -> None:
+    """Say of a tensor that it often holds other values than its own (or no longer), so that `Contents` reads none."""
+    if comes_and_goes:
+        setattr(tensor, _COMES_AND_GOES, True)
+    elif hasattr(tensor, _COMES_AND_GOES):
+        delattr(tensor, _COMES_AND_GOES)
+
+
+def comes_and_goes(tensor: Tensor) -> bool:
+    """Return whether `tensor` may hold other values than its own: another's weights, or what is still arriving."""
+    return hasattr(tensor, _COMES_AND_GOES)
 
 
 def version_of(tensor: Tensor) -> int | None:
@@ -227,7 +252,7 @@ def _samples(tensors: list[Tensor]) -> tuple[tuple[int | None, bytes] | None, ..
     heads: dict[torch.device, list[tuple[int, Tensor]]] = {}
     with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
         for i, tensor in enumerate(tensors):
-            if not tensor.is_meta and tensor.numel():
+            if not tensor.is_meta and tensor.numel() and not comes_and_goes(tensor):
                 # Of the storage, whatever the strides: `flatten` would copy channels-last weights.
                 size = min(max(1, _SAMPLE_BYTES // tensor.element_size()), tensor.numel())
                 head = tensor.detach().as_strided((size,), (1,)).view(torch.uint8)

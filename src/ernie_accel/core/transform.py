@@ -35,6 +35,7 @@ class Phase(enum.IntEnum):
     MEMORY = 70
     CALL = 80
     COMPILE = 90
+    RESIDENCY = 95
     WARMUP = 100
 
 

@@ -52,7 +52,9 @@ ERNIE_IMAGE = Family(
     kernels="ernie_accel.models.ernie_image.kernels",
     text_argument="text_bth",
     always_masks=AlwaysMasks(lengths="text_lens", text="text_bth", pad_method="_pad_text"),
-    prompt_encoding=PromptEncoding(layers="language_model.layers", hidden_state=-2),
+    prompt_encoding=PromptEncoding(
+        layers="language_model.layers", hidden_state=-2, unused=("vision_tower", "multi_modal_projector")
+    ),
     prompt_enhancement=PromptEnhancement(
         model="pe", tokenizer="pe_tokenizer", method="_enhance_prompt_with_pe", switch="use_pe"
     ),

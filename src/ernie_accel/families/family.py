@@ -45,10 +45,12 @@ class PromptEncoding:
     Attributes:
         layers: Attribute path of the encoder's layers; the last one's result is not used.
         hidden_state: Which of ``hidden_states`` conditions the picture.
+        unused: Attribute paths of parts that encoding a prompt never runs.
     """
 
     layers: str
     hidden_state: int
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

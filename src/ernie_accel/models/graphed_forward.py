@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from ernie_accel.core.captured import Fingerprint, version_of
+from ernie_accel.core.captured import Fingerprint, bring_whole, version_of
 from ernie_accel.models.replayed_forward import ReplayedForward
 from ernie_accel.models.replays import Capture
 from ernie_accel.models.rewritten import RewrittenModel
@@ -70,6 +70,8 @@ class GraphedForward(ReplayedForward):
             return self.forward_below(**arguments)
         now = Fingerprint.of(self.module)
         if now.is_hooked:  # weights that come and go, or hooks that someone counts on, cannot be captured
+            return self.forward_below(**arguments)
+        if not bring_whole(self.module):  # a graph reads all weights where they lie
             return self.forward_below(**arguments)
         with self._lock, torch.cuda.device_of(next(iter(steps.values()))):  # type: ignore[no-untyped-call]
             self._forget_if_stale(now)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from ernie_accel.common.text import human_bytes
 from ernie_accel.core.arguments import check_patterns
+from ernie_accel.core.captured import comes_and_goes
 from ernie_accel.core.components import (
     Pipeline,
     absent_components,
@@ -306,6 +307,8 @@ class _Unchanged:
             return None
         if getattr(place[0], "merged_adapters", None):
             return f"a LoRA is fused into {self._path}; unload or unfuse it first (pipe.unfuse_lora())"
+        if any(comes_and_goes(plain) for held in _held(self._layer) for plain in _plain_parts(held)):
+            return None  # whoever keeps them elsewhere lets nobody write to them
         now = _bits_of(self._layer)
         if hasattr(place[0], "lora_A") or now[0] != self._made[0] or now == self._made:
             return None
@@ -314,13 +317,26 @@ class _Unchanged:
 
 def _bits_of(layer: torch.nn.Module) -> tuple[str, int]:
     """Return the device of a layer's tensors, where some backends pack them in their own way, and a sum of all bits."""
-    held = [*layer.parameters(), *layer.buffers()]
+    held = _held(layer)
     return held[0].device.type if held else "", sum(map(_sum_of_bits, held))
+
+
+def _held(layer: torch.nn.Module) -> list[torch.Tensor]:
+    return [*layer.parameters(), *layer.buffers()]
+
+
+def _plain_parts(tensor: Any) -> Iterator[torch.Tensor]:
+    """Yield a tensor, or those that a quantized tensor subclass is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _plain_parts(getattr(tensor, name))
 
 
 def _sum_of_bits(tensor: torch.Tensor) -> int:
     if hasattr(tensor, "__tensor_flatten__"):
-        return sum(_sum_of_bits(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+        return sum(map(_sum_of_bits, _plain_parts(tensor)))
     if tensor.device.type == "meta":
         return 0
     raw = tensor.detach().as_subclass(torch.Tensor).contiguous().reshape(-1).view(torch.uint8)

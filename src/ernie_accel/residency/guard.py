@@ -1,0 +1,72 @@
+"""Refuse what would lose, copy or overwrite weights that are not on the device just then, before anything changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ernie_accel.core.components import Pipeline, modules_of
+from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.stand_in import Bound
+from ernie_accel.core.undo import Undo
+
+#: Methods of a component that write to its weights, or read them all.
+_REFUSED = (
+    "half",
+    "float",
+    "double",
+    "bfloat16",
+    "type",
+    "cpu",
+    "to_empty",
+    "load_state_dict",
+    "state_dict",
+    "save_pretrained",
+    "fuse_lora",
+    "unfuse_lora",
+    "enable_group_offload",
+    "enable_layerwise_casting",
+)
+
+
+def refuse_moves(pipe: Pipeline, modules: Iterable[nn.Module], device: torch.device, undo: Undo) -> None:
+    """Make these components, and the pipe, refuse to be moved, cast, saved, or given other weights, on the instances.
+
+    Moving them to the device that they are on is allowed, and moves nothing.
+    """
+    for owner in (pipe, *modules):
+        undo.setattr(owner, "to", Bound(partial(_to, vars(owner).get("to"), str(device)), owner))
+        for name in _REFUSED:
+            if callable(getattr(owner, name, None)):
+                undo.setattr(owner, name, Bound(partial(_refuse, name), owner))
+    for module in modules:
+        undo.setattr(module, "cuda", Bound(partial(_to, None, str(device)), module))
+
+
+def _to(below: Any, device: str, self: Any, *args: object, **kwargs: object) -> object:
+    given = [value.device if isinstance(value, torch.Tensor) else value for value in (*args, *kwargs.values())]
+    wanted = [torch.device(value) for value in given if isinstance(value, (str, torch.device))]
+    dtypes = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
+    here = torch.device(device)
+    if any(each.type != here.type or (each.index or 0) != (here.index or 0) for each in wanted):
+        raise _refusal(self, f"to({', '.join(map(str, wanted))})")
+    modules = [self] if isinstance(self, nn.Module) else modules_of(self).values()
+    floating = {p.dtype for module in modules for p in module.parameters() if p.is_floating_point()}
+    if any(dtype not in floating or len(floating) > 1 for dtype in dtypes):
+        raise _refusal(self, f"to({', '.join(map(str, dtypes))})")
+    return self
+
+
+def _refuse(name: str, self: object, *_: object, **__: object) -> None:
+    raise _refusal(self, f"{name}()")
+
+
+def _refusal(owner: object, call: str) -> ErnieAccelError:
+    return ErnieAccelError(
+        f"{type(owner).__name__}.{call}: Residency keeps its weights, some of them on the host, and this would lose or "
+        "copy them. Call ernie_accel.restore(pipe) first, then optimize again. (ernie_accel.save(pipe, folder) works.)"
+    )

@@ -1,0 +1,97 @@
+"""Copy pieces of weights from the host to a device, beside what it computes."""
+
+from __future__ import annotations
+
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Share of the host's memory that may be pinned; the rest is copied through the driver's own buffer, more slowly.
+PINNED_SHARE = 0.6
+
+
+class Mover(ABC):
+    """Brings bytes to one device. Copies are made in the order in which they are asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    @abstractmethod
+    def start(self, target: Tensor, source: Tensor) -> object:
+        """Copy once all is computed that was launched so far; return what `wait` takes. Does not wait itself."""
+
+    @abstractmethod
+    def wait(self, ticket: Any) -> None:
+        """Have what is launched from here on wait for that copy."""
+
+    def pin(self, sources: Iterable[Tensor]) -> None:  # noqa: B027  most need not
+        """Make copies from these faster, in the background, as far as the host's memory allows."""
+
+    def close(self) -> None:  # noqa: B027
+        """Let go of what `pin` took."""
+
+
+class StreamMover(Mover):
+    """On an accelerator with streams: copies on one of its own, in order, while others compute."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._kind: Any = getattr(torch, device.type)
+        self._stream = self._kind.Stream(device)
+        self._pinned: list[Tensor] = []
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+
+    def start(self, target: Tensor, source: Tensor) -> object:
+        computed = self._kind.Event()
+        computed.record(self._kind.current_stream(self.device))
+        self._stream.wait_event(computed)
+        with self._kind.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        arrived = self._kind.Event()
+        arrived.record(self._stream)
+        return arrived
+
+    def wait(self, ticket: Any) -> None:
+        self._kind.current_stream(self.device).wait_event(ticket)
+
+    def pin(self, sources: Iterable[Tensor]) -> None:
+        if self.device.type != "cuda":
+            return
+        sources = list(sources)
+        limit = int(PINNED_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+        def work() -> None:
+            total = 0
+            for source in sources:
+                total += source.nbytes
+                if total > limit or self._stop.is_set():
+                    return
+                # Not pin_memory(): its allocator rounds up to powers of two, and copies.
+                if int(_runtime().cudaHostRegister(source.data_ptr(), source.nbytes, 0)) != 0:
+                    return
+                self._pinned.append(source)
+
+        self._thread = threading.Thread(target=work, name="ernie-accel-pinning", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._kind.synchronize(self.device)
+        while self._pinned:
+            _runtime().cudaHostUnregister(self._pinned.pop().data_ptr())
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+#: How to move to each type of device. Tests put a stand-in for "cpu" here.
+MOVERS: dict[str, Callable[[torch.device], Mover]] = {"cuda": StreamMover, "npu": StreamMover}

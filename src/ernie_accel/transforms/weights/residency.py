@@ -1,0 +1,143 @@
+"""Keep the weights within a budget of device memory; fetch the rest from the host while the device computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+
+from ernie_accel.common.text import human_bytes
+from ernie_accel.core.components import Pipeline, device_of, emptied_components, is_device_name, modules_of
+from ernie_accel.core.context import Context
+from ernie_accel.core.planned import PlannedPipe
+from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.undo import Undo
+from ernie_accel.residency.guard import refuse_moves
+from ernie_accel.residency.keeper import Keeper
+from ernie_accel.residency.layout import Layout, lay_out, least_bytes
+from ernie_accel.residency.movers import MOVERS
+from ernie_accel.residency.pieces import components_of, sizes_of
+
+
+@dataclass(frozen=True, repr=False)
+class Residency(Transform):
+    """Keep the weights within a budget of device memory; bring the rest from the host while the device computes.
+
+    Everything that fits stays. Prompt enhancer, text encoder and denoiser work one after the other, so they may lie
+    over each other, and are brought when their turn comes. If the denoiser alone is larger than the budget, some of its
+    blocks take turns in two slots: one is computed with while the next arrives. Every weight has one address for good,
+    so graphs and fused kernels work on. The pictures are bit for bit those of a pipe that is on the device as a whole.
+
+    The host holds a copy of what leaves the device, pinned in the background as far as its memory allows. Until the
+    restore, the components refuse to be moved, cast, saved or given other weights; LoRAs can be loaded, but not fused.
+
+    Pays:
+        Only if the pipe does not fit otherwise. Bytes that come over PCIe 5 take 1/55 s per GB, under the computing
+        where there is enough of it.
+
+    Attributes:
+        weights: Bytes of device memory for all weights.
+        device: Where to; None for where the pipe is, or the accelerator of the machine if it is on the CPU.
+    """
+
+    phase: ClassVar[Phase] = Phase.RESIDENCY
+    slot: ClassVar[str] = "offload"
+    effect: ClassVar[Effect] = Effect.ROUNDING  # of the other device, as `MoveTo`; the fetching changes no bit
+
+    weights: int = field(metadata=MACHINE_LOCAL)
+    device: str | None = field(default=None, kw_only=True, metadata=MACHINE_LOCAL)
+
+    def __post_init__(self) -> None:
+        if self.weights < 1:
+            raise ValueError(f"weights must be at least 1 byte, got {self.weights}")
+        if self.device is not None and not is_device_name(self.device):
+            raise ValueError(f"device takes a name such as 'cuda' or 'cuda:1', got {self.device!r}")
+
+    @property
+    def moves_to(self) -> str | None:
+        """The device."""
+        return self.device
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        planned, reasons = context.planned(pipe), []
+        if context.torch_device not in MOVERS:
+            reasons.append(f"there is no device memory to keep weights in: this device is {context.device}")
+        if self.device is not None and self.device.partition(":")[0] != context.torch_device:
+            reasons.append(f"there is no {self.device!r} here: the device is {context}")
+        hooked = [name for name, module in modules_of(pipe).items() if hasattr(module, "_hf_hook")]
+        if hooked:
+            reasons.append(f"{', '.join(hooked)}: offloaded already; call pipe.remove_all_hooks() first")
+        freed = emptied_components(pipe, None)
+        if freed or planned.freed_to is not None:
+            reasons.append(f"{', '.join(freed) or 'the prompt encoders'}: freed by FreeAfterUse, which it replaces")
+        least = least_weights(pipe, planned)
+        if self.weights < least:
+            reasons.append(f"weights={self.weights} is too little: the least that works is {least} bytes")
+        return reasons
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        planned = context.planned(pipe)
+        layout = self._layout(pipe, planned)
+        changes = tuple(_describe(layout)) or (f"all weights stay on {self.device or context.device}",)
+        return Preview(changes, note=f"{human_bytes(layout.nbytes + _staying(pipe, planned))} of weights on the device")
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        planned = context.planned(pipe)
+        device = planned.device if self.device is None else self.device.partition(":")[0]
+        return replace(planned, offload="residency", device=device)
+
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        device = torch.device(self.device) if self.device is not None else device_of(pipe)
+        components = components_of(pipe)
+        moving = [component for component in components if component.moves]
+        capacity = self.weights - sum(component.size.nbytes for component in components if not component.moves)
+        layout = lay_out([component.size for component in moving], capacity)
+        with Undo() as undo:
+            for component in components:
+                undo.push(_mover_back(component.module))
+            for component in components:
+                if not component.moves:
+                    component.module.to(device)
+            Keeper(moving, layout, MOVERS[device.type](device)).take(undo)
+            refuse_moves(pipe, [component.module for component in moving], device, undo)
+        changes = tuple(_describe(layout)) or (f"all weights stay on {device.type}",)
+        return Applied(changes, undo=undo, note=f"{human_bytes(layout.nbytes)} of weights on the device at a time")
+
+    def _layout(self, pipe: Pipeline, planned: PlannedPipe) -> Layout:
+        sizes = sizes_of(pipe, planned)
+        return lay_out([size for size, moves in sizes if moves], self.weights - _staying(pipe, planned))
+
+
+def least_weights(pipe: Pipeline, planned: PlannedPipe) -> int:
+    """Return the least bytes of device memory with which the weights of a planned pipe can be kept."""
+    return _staying(pipe, planned) + least_bytes([size for size, moves in sizes_of(pipe, planned) if moves])
+
+
+def _staying(pipe: Pipeline, planned: PlannedPipe) -> int:
+    return sum(size.nbytes for size, moves in sizes_of(pipe, planned) if not moves)
+
+
+def _describe(layout: Layout) -> Iterator[str]:
+    moving = layout.moving
+    for component, names in layout.components.items():
+        streamed = [name for name in names if name in layout.streamed]
+        fetched = [name for name in names if name in moving and name not in layout.streamed]
+        if streamed:
+            size = human_bytes(sum(layout.sizes[name] for name in streamed))
+            yield f"{component}: {len(streamed)} of {len(names) - 1} blocks ({size}) streamed at every step"
+        if fetched:
+            size = human_bytes(sum(layout.sizes[name] for name in fetched))
+            yield f"{component}: {size} fetched when its turn comes"
+
+
+def _mover_back(module: torch.nn.Module) -> Any:
+    tensors = (*module.parameters(), *module.buffers())
+    device = next((tensor.device for tensor in tensors), None)
+
+    def move() -> None:
+        if device is not None:
+            module.to(device)
+
+    return move

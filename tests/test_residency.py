@@ -1,0 +1,325 @@
+"""Weights that are fetched while the pipe runs, on a stand-in for a device whose copies arrive as late as they may."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+import ernie_accel
+from ernie_accel import CaptureGraphs, CastDtype, Quantize, Residency, RewriteBlocks, RewriteEnhancer
+from ernie_accel.core.errors import ErnieAccelError, UnsupportedError
+from ernie_accel.core.planned import PlannedPipe
+from ernie_accel.residency.layout import ComponentSize, PieceSize, lay_out, least_bytes
+from ernie_accel.residency.movers import MOVERS, Mover
+from ernie_accel.transforms.weights.residency import least_weights
+from tests.pipelines import picture, tiny_ernie, tiny_flux, tiny_lumina2, tiny_sd, tiny_wan, tiny_z_image
+from tests.test_denoisers import draw
+
+
+class LateMover(Mover):
+    """Spoils the target when a copy starts, and makes the copy only when somebody waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.started = self.waited = self.nbytes = self.pending = 0
+
+    def start(self, target: torch.Tensor, source: torch.Tensor) -> object:
+        target.fill_(255)  # NaN in every float dtype
+        self.started, self.nbytes = self.started + 1, self.nbytes + source.nbytes
+        self.pending += 1
+        return [target, source]
+
+    def wait(self, ticket: Any) -> None:
+        if ticket:
+            target, source = ticket
+            target.copy_(source)
+            ticket.clear()
+            self.waited += 1
+            self.pending -= 1
+
+
+@pytest.fixture
+def movers(monkeypatch: pytest.MonkeyPatch) -> list[LateMover]:
+    made: list[LateMover] = []
+
+    def make(device: torch.device) -> Mover:
+        made.append(LateMover(device))
+        return made[-1]
+
+    monkeypatch.setitem(MOVERS, "cpu", make)
+    return made
+
+
+def least(pipe: Any) -> int:
+    return least_weights(pipe, PlannedPipe.of(pipe))
+
+
+def state(pipe: Any) -> dict[str, torch.Tensor]:
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return {
+        f"{name}.{path}": tensor.clone()
+        for name, part in parts.items()
+        for path, tensor in (*part.named_parameters(), *part.named_buffers())
+    }
+
+
+PIPES = {
+    "ernie": lambda: tiny_ernie(layers=7),
+    "z_image": tiny_z_image,
+    "lumina2": tiny_lumina2,
+    "flux": tiny_flux,
+    "wan": tiny_wan,
+    "sd": tiny_sd,
+}
+
+
+def drawn(pipe: Any) -> torch.Tensor:
+    if type(pipe).__name__ in ("WanPipeline", "StableDiffusionPipeline"):
+        return draw(pipe)
+    return picture(pipe)
+
+
+@pytest.mark.parametrize("name", PIPES)
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.8, 1.1])
+def test_every_budget_gives_the_bits_of_the_whole_pipe(movers, name, share):
+    pipe = PIPES[name]()
+    before, was = drawn(pipe), state(pipe)
+    low = least(pipe)
+    weights = int(low + share * max(0, PlannedPipe.of(pipe).nbytes - low))
+    ernie_accel.optimize(pipe, Residency(weights))
+    for _ in range(2):
+        assert torch.equal(drawn(pipe), before)
+    if share == 0.0 and keeper_of(pipe).layout.moving:
+        assert movers[0].waited > 0
+    ernie_accel.restore(pipe)
+    assert torch.equal(drawn(pipe), before)
+    now = state(pipe)
+    assert all(torch.equal(was[key], now[key]) for key in was)
+
+
+def test_without_waiting_the_picture_would_be_noise(movers, monkeypatch):
+    """The stand-in device must be able to show a missing wait."""
+    pipe = tiny_ernie(layers=7)
+    ernie_accel.optimize(pipe, Residency(least(pipe)))
+    monkeypatch.setattr(LateMover, "wait", lambda self, ticket: None)
+    assert picture(pipe).isnan().any()
+
+
+def test_the_next_block_is_on_its_way_while_one_computes(movers):
+    pipe = tiny_ernie(layers=8)
+    ernie_accel.optimize(pipe, Residency(least(pipe)))
+    picture(pipe, steps=1)
+    mover, transformer = movers[0], pipe.transformer
+    ahead = []
+
+    def look(*_: object) -> None:
+        ahead.append(mover.pending)
+
+    for block in transformer.layers:
+        block.register_forward_pre_hook(look)
+    picture(pipe, steps=2)
+    assert len(ahead) == 16
+    assert min(ahead) >= 1
+
+
+def test_what_fits_is_never_fetched(movers):
+    pipe = tiny_ernie()
+    ernie_accel.optimize(pipe, Residency(2 * PlannedPipe.of(pipe).nbytes))
+    picture(pipe)
+    assert movers[0].started == 0
+
+
+def test_a_picture_fetches_what_the_layout_says(movers):
+    pipe = tiny_ernie(layers=8)
+    ernie_accel.optimize(pipe, Residency(least(pipe)))
+    keeper = keeper_of(pipe)
+    picture(pipe, steps=4)
+    mover = movers[0]
+    mover.nbytes = 0
+    picture(pipe, steps=4)
+    assert mover.nbytes <= 1.25 * keeper.layout.fetched([("text_encoder", 1), ("transformer", 4)])
+
+
+def keeper_of(pipe: Any) -> Any:
+    from ernie_accel.residency.keeper import Entrance
+
+    hooks = getattr(pipe, "transformer", None) or pipe.unet
+    hooks = hooks._forward_pre_hooks.values()
+    return next(hook.keeper for hook in hooks if isinstance(hook, Entrance))
+
+
+@pytest.mark.parametrize(
+    "beside", [(RewriteBlocks(),), (Quantize("int8-weight-only"),), (CastDtype("bfloat16"), Quantize("int8"))]
+)
+def test_beside_others(movers, beside):
+    pipe = tiny_ernie(layers=5)
+    ernie_accel.optimize(pipe, *beside)
+    before = picture(pipe)
+    weights = least(pipe)
+    ernie_accel.restore(pipe)
+    ernie_accel.optimize(pipe, *beside, Residency(weights))
+    assert torch.equal(picture(pipe), before)
+    assert movers[-1].waited > 0
+    ernie_accel.restore(pipe)
+
+
+def test_the_enhancer_is_brought_for_its_turn(movers):
+    pipe = tiny_ernie(layers=5, enhancer=True)
+    arguments = {"use_pe": True, "generator": torch.Generator().manual_seed(3)}
+    ernie_accel.optimize(pipe, RewriteEnhancer(max_new_tokens=6))
+    before = picture(pipe, **arguments)
+    ernie_accel.optimize(pipe, RewriteEnhancer(max_new_tokens=6), Residency(least(pipe)))
+    arguments["generator"].manual_seed(3)
+    assert torch.equal(picture(pipe, **arguments), before)
+
+
+def test_graphs_are_not_used_where_blocks_are_streamed_and_are_where_all_fit(movers):
+    from ernie_accel.core.captured import bring_whole
+
+    pipe = tiny_ernie(layers=7)
+    ernie_accel.optimize(pipe, Residency(least(pipe)))
+    assert not bring_whole(pipe.transformer)
+    assert bring_whole(pipe.text_encoder)
+    ernie_accel.optimize(pipe, Residency(2 * PlannedPipe.of(pipe).nbytes))
+    assert bring_whole(pipe.transformer)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda pipe: pipe.to("meta"),
+        lambda pipe: pipe.to(torch.bfloat16),
+        lambda pipe: pipe.transformer.half(),
+        lambda pipe: pipe.transformer.state_dict(),
+        lambda pipe: pipe.transformer.load_state_dict({}),
+        lambda pipe: pipe.text_encoder.to("meta"),
+        lambda pipe: copy.deepcopy(pipe),
+        lambda pipe: copy.deepcopy(pipe.transformer),
+        lambda pipe: pickle.dumps(pipe.text_encoder),
+    ],
+)
+def test_what_would_lose_weights_is_refused_first(movers, act, tmp_path):
+    pipe = tiny_ernie(layers=5)
+    before = picture(pipe)
+    ernie_accel.optimize(pipe, Residency(least(pipe)))
+    with pytest.raises(ErnieAccelError, match="restore"):
+        act(pipe)
+    assert torch.equal(picture(pipe), before)
+    ernie_accel.restore(pipe)
+    assert torch.equal(picture(pipe), before)
+
+
+def test_moving_it_where_it_is_changes_nothing(movers):
+    pipe = tiny_ernie(layers=5)
+    before = picture(pipe)
+    ernie_accel.optimize(pipe, Residency(least(pipe)))
+    assert torch.equal(picture(pipe.to("cpu")), before)
+    assert pipe.transformer.to(torch.float32) is pipe.transformer
+
+
+def test_it_is_saved_and_restored_around(movers, tmp_path):
+    pipe = tiny_ernie(layers=5)
+    before = picture(pipe)
+    ernie_accel.optimize(pipe, Residency(least(pipe)))
+    ernie_accel.save(pipe, tmp_path / "saved")
+    assert torch.equal(picture(pipe), before)
+    assert torch.equal(picture(ernie_accel.load(tmp_path / "saved")), before)
+
+
+def test_too_little_is_refused_with_the_least_that_works(movers):
+    pipe = tiny_ernie(layers=5)
+    low = least(pipe)
+    with pytest.raises(UnsupportedError, match=str(low)):
+        ernie_accel.optimize(pipe, Residency(low - 1))
+    ernie_accel.optimize(pipe, Residency(low))
+
+
+def test_without_a_device_it_is_refused():
+    with pytest.raises(UnsupportedError, match="no device memory"):
+        ernie_accel.optimize(tiny_ernie(), Residency(10**6))
+
+
+def test_an_interrupt_half_way_leaves_the_pipe_as_it_was(movers, monkeypatch):
+    pipe = tiny_ernie(layers=5)
+    before = picture(pipe)
+    taken = []
+    from ernie_accel.residency import keeper
+
+    original = keeper.Keeper._take_piece
+
+    def take(self: Any, name: str, piece: Any) -> None:
+        if len(taken) == 4:
+            raise KeyboardInterrupt
+        taken.append(name)
+        original(self, name, piece)
+
+    monkeypatch.setattr(keeper.Keeper, "_take_piece", take)
+    with pytest.raises(KeyboardInterrupt):
+        ernie_accel.optimize(pipe, Residency(least(pipe)))
+    assert torch.equal(picture(pipe), before)
+
+
+def sizes(blocks: int, first: int = 1, large: tuple[int, ...] = ()) -> ComponentSize:
+    pieces = [PieceSize("t", first)]
+    pieces += [PieceSize(f"t.{i}", 2048 if i in large else 1024) for i in range(blocks)]
+    return ComponentSize("t", tuple(pieces))
+
+
+def test_a_layout_covers_as_little_as_it_can():
+    prompts = [
+        ComponentSize(name, (PieceSize(name, size),), streams=False) for name, size in (("p", 4096), ("e", 3072))
+    ]
+    denoiser = sizes(8)
+    total = 8 * 1024 + 512 + 4096 + 3072
+    assert not lay_out([*prompts, denoiser], total).moving
+    tight = lay_out([*prompts, denoiser], 8 * 1024 + 512 + 4096)
+    assert tight.moving == {"p", "e"}  # they cover each other, and nothing of the denoiser
+    tighter = lay_out([*prompts, denoiser], 8 * 1024 + 512 + 2048)
+    assert tighter.moving == {"p", "e", "t.6", "t.7"}
+    assert not tighter.streamed
+    streamed = lay_out([*prompts, denoiser], 6 * 1024 + 512)
+    assert len(streamed.streamed) == 4
+    assert streamed.nbytes <= 6 * 1024 + 512
+
+
+def test_streamed_blocks_are_spread_evenly_and_large_ones_stay():
+    layout = lay_out([sizes(12, large=(0,))], 512 + 2048 + 5 * 1024)
+    moving = sorted(int(name.partition(".")[2]) for name in layout.streamed)
+    assert 0 not in moving
+    gaps = [after - before for before, after in itertools.pairwise(moving)]
+    assert max(gaps) - min(gaps) <= 1
+
+
+def test_no_two_pieces_of_one_component_share_an_address_unless_they_take_turns():
+    for capacity in range(least_bytes([sizes(9)]), 12 * 1024, 300):
+        layout = lay_out([sizes(9)], capacity)
+        for name in layout.offsets:
+            if name not in layout.streamed:
+                assert not list(layout.overlapping(name))
+        assert layout.nbytes <= capacity
+
+
+def test_a_lora_loaded_later_is_drawn_and_outlives_the_restore(movers):
+    pytest.importorskip("peft")
+    from tests.test_rewrite import lora as add_lora
+
+    stock, pipe = tiny_ernie(layers=5), tiny_ernie(layers=5)
+    ernie_accel.optimize(pipe, Residency(least(pipe)))
+    add_lora(stock), add_lora(pipe)
+    assert torch.equal(picture(pipe), picture(stock))
+    with pytest.raises(ErnieAccelError, match="restore"):
+        pipe.transformer.fuse_lora()
+    ernie_accel.restore(pipe)
+    assert torch.equal(picture(pipe), picture(stock))
+
+
+def test_graphs_and_residency_are_planned_together(movers):
+    pipe = tiny_ernie(layers=5)
+    the_plan = ernie_accel.plan(pipe, RewriteBlocks(), CaptureGraphs(), Residency(least(pipe)))
+    assert the_plan.ok
+    assert [type(step.transform).__name__ for step in the_plan.steps][-1] == "Residency"
