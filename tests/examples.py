@@ -26,6 +26,7 @@ from ernie_accel import (
     MoveTo,
     Offload,
     Quantize,
+    Residency,
     RewriteBlocks,
     RewriteEnhancer,
     RewriteTextEncoder,
@@ -85,6 +86,7 @@ ELSEWHERE: tuple[Transform, ...] = (
     Offload("model"),
     Offload("group", blocks_per_group=2),
     Offload("stages"),
+    Residency(10**9),
     Warmup(sizes=((64, 64), (96, 64)), batch_sizes=(1, 2), prompt_lengths=(4,)),
 )
 
