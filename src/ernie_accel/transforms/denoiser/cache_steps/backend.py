@@ -21,11 +21,11 @@ Forward: TypeAlias = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The steps of one call of a pipe.
+    """The steps that one call of a pipe runs; image to image at a strength below 1 leaves out those before.
 
     Attributes:
         sigmas: Noise level of each evaluation of the transformer.
-        steps: Steps of the call.
+        steps: Steps that the call runs.
         order: Evaluations per step; if there are two, the last step still has one.
     """
 

@@ -50,6 +50,11 @@ class BlockCache(CacheBackend):
         blocks = getattr(pipe.transformer, BLOCKS, None)
         if not isinstance(blocks, torch.nn.ModuleList) or len(blocks) < 2:
             reasons.append(f"{name} has no list {BLOCKS!r} of two blocks or more, of which all but the first can rest")
+        if getattr(pipe, "controlnet", None) is not None:
+            reasons.append(
+                "a ControlNet adds to the output of single blocks, which a cache of blocks may skip: use "
+                "backend='forecast'"
+            )
         if context.planned(pipe).keeps_graphs or standing_in(pipe.transformer, GraphedForward) is not None:
             reasons.append(
                 "captured graphs replay all blocks, whatever a cache of blocks decides: leave CaptureGraphs out, or "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -47,23 +47,33 @@ class Forecast(CacheBackend):
 
 
 class _Line(Run):
-    """The last two computed outputs as (sigma, output), the earlier first; an output is a tensor or a list of them."""
+    """The last two computed outputs as (sigma, output), the earlier first; an output is a tensor or a list of them.
+
+    A forecast is returned as the forward returned what it computed: in a tuple, or (as without ``return_dict=False``)
+    in the transformer's own output class, whose first field it is.
+    """
 
     def __init__(self, wanted: CacheSettings, forward: Forward, trajectory: Trajectory) -> None:
         self._wanted, self._forward, self._trajectory = wanted, forward, trajectory
         self._points: list[tuple[float, Any]] = []
+        self._wrap: Callable[[Any], object] = _in_a_tuple
 
     def __call__(self, evaluation: int, *args: object, **kwargs: object) -> object:
         sigma, step = self._trajectory.sigmas[evaluation], self._trajectory.step_of(evaluation)
         if len(self._points) < 2 or self._wanted.computes(step, self._trajectory.steps):
             output = self._forward(*args, **kwargs)
             self._points = [*self._points[-1:], (sigma, output[0])]
+            self._wrap = _in_a_tuple if isinstance(output, tuple) else type(output)
             return output
         (before, old), (after, new) = self._points
         reach = (sigma - after) / (after - before)
         if isinstance(new, Tensor):
-            return (_beyond(old, new, reach),)
-        return ([_beyond(old_one, new_one, reach) for old_one, new_one in zip(old, new, strict=True)],)
+            return self._wrap(_beyond(old, new, reach))
+        return self._wrap([_beyond(old_one, new_one, reach) for old_one, new_one in zip(old, new, strict=True)])
+
+
+def _in_a_tuple(value: object) -> tuple[object]:
+    return (value,)
 
 
 def _beyond(old: Tensor, new: Tensor, reach: float) -> Tensor:
