@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 
@@ -160,6 +160,24 @@ def absent_components(pipe: Pipeline, names: Iterable[str] | None) -> list[str]:
         for name in names or ()
         if name not in modules
     ]
+
+
+#: Attribute of the modules of a pipe that was made without weights.
+_SKELETON = "_ernie_accel_skeleton"
+
+
+def mark_as_skeleton(pipe: AnyPipeline) -> None:
+    """Say of a pipe that its weights were never there (on the meta device), in place: it is for plans only."""
+    for module in modules_of(cast(Pipeline, pipe)).values():
+        for part in module.modules():
+            setattr(part, _SKELETON, True)
+
+
+def is_skeleton(owner: object) -> bool:
+    """Return whether a module, or a pipe, was made without weights."""
+    if isinstance(owner, torch.nn.Module):
+        return vars(owner).get(_SKELETON, False) is True
+    return any(map(is_skeleton, modules_of(cast(Pipeline, owner)).values()))
 
 
 class Weight(NamedTuple):

@@ -9,7 +9,14 @@ from types import MappingProxyType
 
 import torch
 
-from ernie_accel.core.components import Pipeline, absent_components, modules_of, upcasts_in_a_hook, weights_of
+from ernie_accel.core.components import (
+    Pipeline,
+    absent_components,
+    is_skeleton,
+    modules_of,
+    upcasts_in_a_hook,
+    weights_of,
+)
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
 
@@ -39,7 +46,7 @@ def unsupported_cast_reasons(
     if reasons:
         return reasons
     for name, module in modules_of(pipe, components).items():
-        if any(weight.tensor.device.type == "meta" for weight in weights_of(module)):
+        if not is_skeleton(module) and any(weight.tensor.device.type == "meta" for weight in weights_of(module)):
             reasons.append(f"{name} is offloaded (its weights are on the meta device): cast before offloading")
         if upcasts_in_a_hook(module):
             reasons.append(f"{name} stores its weights by layerwise casting, and casting would break its hooks")

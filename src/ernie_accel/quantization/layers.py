@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ernie_accel.core.components import Pipeline, modules_of
+from ernie_accel.core.components import Pipeline, is_skeleton, modules_of
 from ernie_accel.quantization.backend import QuantizationBackend
 from ernie_accel.quantization.choose import BACKENDS
 
@@ -194,7 +194,7 @@ def _obstacle(path: str, layer: torch.nn.Module, shared: set[int]) -> str | None
         return f"it is a {type(layer).__name__}, whose owner may read the weight itself"
     if id(layer.weight) in shared:
         return "it shares its weight with another layer"
-    if layer.weight.device.type == "meta":
+    if layer.weight.device.type == "meta" and not is_skeleton(layer):
         return "its weight is not loaded (meta device): quantize before offloading"
     if not layer.weight.is_floating_point():
         return f"its weight is {str(layer.weight.dtype).removeprefix('torch.')}"

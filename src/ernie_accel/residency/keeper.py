@@ -45,6 +45,7 @@ class Keeper:
     def take(self, undo: Undo) -> None:
         """Move the weights to the device or into a copy on the host, piece by piece, and watch what runs, in place."""
         undo.push(self.release)
+        self.mover.open()
         self._arena = torch.empty(self.layout.nbytes, dtype=torch.uint8, device=self.mover.device)
         with torch.no_grad():
             for name, piece in self._pieces.items():

@@ -32,8 +32,11 @@ class Mover(ABC):
     def pin(self, sources: Iterable[Tensor]) -> None:  # noqa: B027  most need not
         """Make copies from these faster, in the background, as far as the host's memory allows."""
 
+    def open(self) -> None:  # noqa: B027
+        """Prepare the device's allocator for a budget; called before the first allocation."""
+
     def close(self) -> None:  # noqa: B027
-        """Let go of what `pin` took."""
+        """Let go of what `pin` took, and give the allocator its settings back."""
 
 
 class StreamMover(Mover):
@@ -46,6 +49,13 @@ class StreamMover(Mover):
         self._pinned: list[Tensor] = []
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
+        self._expands = False
+
+    def open(self) -> None:
+        if self.device.type == "cuda" and not os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
+            # Segments that grow: of the little memory beside the weights, none is lost between blocks of other sizes.
+            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+            self._expands = True
 
     def start(self, target: Tensor, source: Tensor) -> object:
         computed = self._kind.Event()
@@ -87,10 +97,13 @@ class StreamMover(Mover):
         self._kind.synchronize(self.device)
         while self._pinned:
             _runtime().cudaHostUnregister(self._pinned.pop().data_ptr())
+        if self._expands:
+            torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+            self._expands = False
 
 
 def _runtime() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    return torch.cuda.cudart()
 
 
 #: How to move to each type of device. Tests put a stand-in for "cpu" here.
