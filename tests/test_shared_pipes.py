@@ -15,6 +15,7 @@ from ernie_accel import (
     BatchPromptEncoding,
     CallDefaults,
     CastDtype,
+    CheckFinite,
     FuseKernels,
     MakeContiguous,
     Quantize,
@@ -184,6 +185,23 @@ def test_two_pipes_over_the_same_components_are_given_back_or_one_is_refused(fir
         ernie_accel.restore(each)
     assert torch.equal(picture(pipe), stock)
     assert torch.equal(picture(other), stock)
+
+
+@pytest.mark.parametrize("second", ["its class", "from_pipe"])
+def test_a_second_pipe_of_the_class_of_an_optimized_one_is_a_pipe_of_its_own(second):
+    """The class of an optimized pipe goes around its calls by what only that pipe has."""
+    stock = tiny_ernie()
+    pipe = ernie_accel.optimize(tiny_ernie(), BatchPromptEncoding(), CallDefaults("turbo"), CheckFinite())
+    cls = type(pipe)
+    other = cls(**pipe.components) if second == "its class" else cls.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    assert type(other) is type(stock)
+    assert torch.equal(picture(other), picture(stock))
+    assert ernie_accel.report(other).entries == ()
+    assert type(pipe) is cls
+    assert torch.equal(picture(pipe), picture(stock))
+    made = type("Mine", (cls,), {})(**pipe.components)
+    assert type(made).__name__ == "Mine"
 
 
 def test_the_other_pipe_is_free_once_the_first_is_restored_gone_or_copied():

@@ -111,12 +111,18 @@ def _layered(cls: type, layer: CallLayer) -> type:
 
     __call__.__signature__ = layer.signature(signature)  # type: ignore[attr-defined]
 
+    def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:
+        # a script that says type(pipe)(**pipe.components) makes a pipe of its own, to which nothing was applied
+        return _taken_apart(cls)[0](*args, **kwargs) if _LAYER in vars(cls) else object.__new__(cls)
+
     def __reduce_ex__(self: Pipeline, protocol: Any) -> Any:
         return _new, _taken_apart(type(self)), vars(self)  # pickle finds no class of this name that is this one
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, _LAYER: layer}
     metaclass: Any = type(cls)
-    made: type = metaclass(cls.__name__, (cls,), {"__call__": __call__, "__reduce_ex__": __reduce_ex__, **names})
+    made: type = metaclass(
+        cls.__name__, (cls,), {"__new__": __new__, "__call__": __call__, "__reduce_ex__": __reduce_ex__, **names}
+    )
     return made
 
 
