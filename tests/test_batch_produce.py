@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 import ernie_accel
-from ernie_accel.batch import BatchInputError, BatchOutputError, Row, aproduce, produce, read_rows
+from ernie_accel.batch import BatchInputError, BatchOutputError, Producer, Row, aproduce, produce, read_rows
 from ernie_accel.batch.input.naming import JOB_FILES, folder_problem
 from ernie_accel.batch.output.report import write_report
 from ernie_accel.common.atomic import write_atomically
@@ -135,6 +135,17 @@ def test_what_a_row_leaves_open_is_left_to_the_pipe(tmp_path):
             "guidance_scale": 4.0,
         }
     ]
+
+
+def test_the_embedded_model_draws_the_size_that_it_is_good_at(tmp_path):
+    """diffusers' default is 1024 x 1024: minutes on a CPU, for a picture without shapes."""
+    pipe = ernie_accel.demo.load(prompt_enhancer=False)
+    rows = [make_row(0, steps=1, guidance_scale=1.0), make_row(1, steps=1, guidance_scale=1.0, width=160)]
+    run(pipe, rows, tmp_path / "job")
+    with Producer(pipe, tmp_path / "service") as producer:
+        assert all(producer.submit(row).result().error is None for row in rows)
+    for folder in ("job", "service"):
+        assert [Image.open(tmp_path / folder / f"{i}.png").size for i in (0, 1)] == [(128, 128), (160, 128)]
 
 
 def test_a_picture_depends_on_its_own_seed_only(tmp_path):

@@ -11,7 +11,7 @@ import torch
 import ernie_accel
 from ernie_accel import Context
 from ernie_accel.core import context as module
-from ernie_accel.core.hardware import HARDWARE
+from ernie_accel.core.hardware import HARDWARE, is_other_vendors
 
 
 def test_this_machine_is_seen(ernie):
@@ -78,6 +78,24 @@ def test_every_device_is_found_by_its_own_full_name():
 def test_an_unknown_device_gets_a_suggestion(name, meant):
     with pytest.raises(ernie_accel.UnknownNameError, match=f"Did you mean {meant!r}.*Not supported yet: AMD GPUs"):
         Context.named(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("MI300X", "Instinct MI250", "RX 7900", "RX 7900 XTX", "Radeon Pro W7900", "gfx1100"),
+        *("mps", "M3 Max", "Apple M2", "xpu", "Arc A770", "B580", "Intel Data Center GPU Max 1550"),
+    ],
+)
+def test_a_card_that_is_not_supported_is_not_mistaken_for_one_that_is(name):
+    with pytest.raises(ernie_accel.UnknownNameError, match="Not supported yet: AMD GPUs") as error:
+        Context.named(name)
+    assert error.value.suggestion is None
+    assert "Did you mean" not in str(error.value)
+
+
+def test_no_card_of_the_table_is_mistaken_for_another_vendors():
+    assert [key for key, row in HARDWARE.items() if is_other_vendors(key) or is_other_vendors(row.name)] == []
 
 
 @pytest.fixture

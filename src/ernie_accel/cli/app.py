@@ -14,6 +14,7 @@ from ernie_accel.cli.batch import batch_command
 from ernie_accel.cli.evaluate import evaluate_command
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.files import check_file
+from ernie_accel.embedded import SIZE_PX
 
 if TYPE_CHECKING:
     from ernie_accel.core.components import CallablePipeline
@@ -29,9 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-#: Width and height of the embedded model's pictures where nobody asks for others; diffusers' default is 1024.
-EMBEDDED_SIZE_PX = (128, 128)
 
 Model = Annotated[str | None, typer.Option(help="Pipeline folder or hub id; without it the embedded model.")]
 PresetName = Annotated[str | None, typer.Option(help="Preset, see `ernie-accel info`; default: what pays here.")]
@@ -147,7 +145,7 @@ def optimize_command(
     from ernie_accel.batch.input.options import REAL_MODEL
     from ernie_accel.embedded.captions import unknown_part
 
-    usual = EMBEDDED_SIZE_PX if model is None else (None, None)
+    usual = SIZE_PX if model is None else (None, None)
     width, height = width or usual[0], height or usual[1]
     if not prompt.strip():
         raise ErnieAccelError("the prompt is empty; write what to draw")

@@ -21,6 +21,7 @@ from ernie_accel.batch.errors import BatchInputError, BatchOutputError, shown
 from ernie_accel.batch.input.job import EMBEDDED_MODEL, Job, key_in, plan_job
 from ernie_accel.batch.input.options import OPTION_OF, OPTIONS, REAL_MODEL, Option
 from ernie_accel.common.text import one_line
+from ernie_accel.embedded import SIZE_PX
 
 if TYPE_CHECKING:
     from ernie_accel.batch.engines import Engine
@@ -32,7 +33,6 @@ EXIT_FAILED, EXIT_SIGNAL = 3, 128
 """Exit codes: some rows failed; the number of a signal is added to the second, as shells do it: 130 for Ctrl-C."""
 
 _POWER_EVERY_S = 5.0
-_EMBEDDED_SIZE_PX = (128, 128)  # what the embedded model is good at; diffusers' default is 1024
 _SHOWN_PROMPTS = 5  # of those the embedded model cannot draw
 _COMPILING_SLOTS = ("compile", "vae-compile")
 
@@ -108,7 +108,7 @@ def _run_job(job: Job) -> int:
         template=job.template,
         folder_by=job.folder_by,
         extra_columns=job.extra_columns,
-        default_size=_EMBEDDED_SIZE_PX if job.uses_embedded else None,
+        default_size=SIZE_PX if job.uses_embedded else None,
         defaults=job.defaults(),
         skipped=skipped if job.skip_bad else None,
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.embedded import SIZE_PX
 
 if TYPE_CHECKING:
     from ernie_accel.core.components import CallablePipeline
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 CLASSIC: dict[str, Any] = {"width": 256, "height": 256, "num_inference_steps": 8, "seed": 42}
 
 #: What the embedded model is good at.
-EMBEDDED: dict[str, Any] = {"width": 128, "height": 128, "num_inference_steps": 8, "guidance_scale": 1.0}
+EMBEDDED: dict[str, Any] = {"width": SIZE_PX[0], "height": SIZE_PX[1], "num_inference_steps": 8, "guidance_scale": 1.0}
 
 Limit = Annotated[float | None, typer.Option(help="Exit code 1 beyond this.")]
 

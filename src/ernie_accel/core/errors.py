@@ -52,14 +52,14 @@ class UnknownNameError(ErnieAccelError, ValueError):
         name: The name as given.
         valid: The names that exist.
         note: What else helps to choose.
-        suggestion: The valid name that was probably meant; None if none is close.
+        suggestion: The valid name that was probably meant; None if none is close. Given as "", none is looked for.
     """
 
     def __init__(
         self, kind: str, name: object, valid: Iterable[str], *, note: str = "", suggestion: str | None = None
     ) -> None:
         self.kind, self.name, self.valid, self.note = kind, name, tuple(valid), note
-        self.suggestion = suggestion or closest(str(name), self.valid)
+        self.suggestion = (closest(str(name), self.valid) if suggestion is None else suggestion) or None
         hint = f" Did you mean {self.suggestion!r}?" if self.suggestion else ""
         super().__init__(f"Unknown {kind} {name!r}.{hint} Valid: {', '.join(self.valid)}.{note and ' ' + note}")
 

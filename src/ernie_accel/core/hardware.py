@@ -23,6 +23,12 @@ _VARIANTS = frozenset({"Ti", "SUPER", "Laptop", "D", "NVL"})
 #: GB/s that a lane of each PCIe generation sustains from pinned host memory: 80 to 87 % of what its signals carry.
 _LANE_GB_S = {3: 0.75, 4: 1.5625, 5: 3.4375}
 
+#: What people, drivers and torch call GPUs of AMD, Apple and Intel, without spaces.
+_OTHER_VENDORS = re.compile(
+    r"amd|radeon|instinct|rocm|^hip|^gfx\d|^mi\d{2,3}[ax]?|^(rx|vega|w)\d{2,4}(xtx?|gre)?$"
+    r"|apple|metal|^mps|^m\d(pro|max|ultra)?$|intel|xpu|^arc|^iris|^[ab](310|350|380|5[78]0|60|770)m?$"
+)
+
 _SIZE_IN_NAME = re.compile(r"(\d+) ?gb", re.IGNORECASE)
 
 
@@ -167,7 +173,13 @@ def hardware_named(name: str, note: str = "") -> Hardware:
         if memory is not None and row.memory_bytes == memory and base in (row.key, device_key(row.name)):
             return row
     begun = max((known for known in HARDWARE if len(known) > 3 and key.startswith(known)), key=len, default=None)
-    raise UnknownNameError("device", name, HARDWARE, note=note, suggestion=begun or closest(key, HARDWARE))
+    suggestion = "" if is_other_vendors(name) else begun or closest(key, HARDWARE)
+    raise UnknownNameError("device", name, HARDWARE, note=note, suggestion=suggestion)
+
+
+def is_other_vendors(name: str) -> bool:
+    """Return whether a name is that of an AMD, Apple or Intel GPU: similar names of the table mean something else."""
+    return _OTHER_VENDORS.search(re.sub(r"[\s_-]", "", name.lower())) is not None
 
 
 def hardware_called(device_name: str, memory_bytes: int | None = None) -> Hardware | None:

@@ -12,6 +12,7 @@ from ernie_accel.core.components import CallablePipeline
 from ernie_accel.core.context import NOT_SUPPORTED_YET
 from ernie_accel.core.dtypes import ALIASES, DTYPES, dtype_argument, dtype_name
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
+from ernie_accel.core.hardware import is_other_vendors
 from ernie_accel.core.outputs import require_pictures
 from ernie_accel.families import family_of
 from ernie_accel.storage.assembly import assemble
@@ -61,7 +62,8 @@ def load_pipeline(
     """
     check_dtype(dtype)
     if device not in DEVICES:
-        raise UnknownNameError("device", device, DEVICES, note=NOT_SUPPORTED_YET)
+        suggestion = "" if is_other_vendors(device) else None
+        raise UnknownNameError("device", device, DEVICES, note=NOT_SUPPORTED_YET, suggestion=suggestion)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if model is not None and (current(Path(model)) / MANIFEST).is_file():

@@ -81,6 +81,7 @@ class Engine(ABC):
         in_rounds: Whether what was prepared is all rendered before more is, because preparing takes turns with it.
         prepares_aside: Whether `prepare` returns at once and `bucket` waits for what it began, so that the next rows
             are best handed to it before those at hand are rendered.
+        default_size: Width and height in pixels for rows that leave theirs open; None: what renders has its own.
     """
 
     slots: int = 1
@@ -88,6 +89,7 @@ class Engine(ABC):
     ahead: int = 64
     in_rounds: bool = False
     prepares_aside: bool = False
+    default_size: tuple[int | None, int | None] = (None, None)
 
     @abstractmethod
     def render(self, requests: Sequence[Request], timeout_s: float | None = None) -> Sequence[Outcome]:

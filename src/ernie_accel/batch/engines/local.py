@@ -31,6 +31,7 @@ from ernie_accel.batch.engines.base import (
     stop_if,
 )
 from ernie_accel.batch.errors import Problem
+from ernie_accel.embedded import SIZE_PX, is_embedded
 
 if TYPE_CHECKING:
     from ernie_accel.batch.engines.prompts import PromptStage
@@ -115,6 +116,8 @@ class LocalEngine(Engine):
 
             require_pictures(type(pipe))
         self.max_batch = (MAX_BATCH if is_pipeline else 1) if max_batch is None else max_batch
+        if is_embedded(pipe):
+            self.default_size = SIZE_PX
         self._as_tensors = is_pipeline and "output_type" in self.signature.parameters
         self._prompts = _prompt_stage(pipe, free_encoders) if is_pipeline else None
         if free_encoders:

@@ -54,8 +54,8 @@ def seed_of(row: Row, seed: int) -> int:
     return (seed + row.index if row.seed is None else row.seed) + row.variant
 
 
-def tasks_of(rows: Iterable[Row], seed: int) -> list[Task]:
-    """Return a task per row."""
+def tasks_of(rows: Iterable[Row], seed: int, default_size: tuple[int | None, int | None] = (None, None)) -> list[Task]:
+    """Return a task per row; `default_size`, width and height, is for rows that leave theirs open."""
     return [
         Task(
             row,
@@ -63,8 +63,8 @@ def tasks_of(rows: Iterable[Row], seed: int) -> list[Task]:
                 prompt=row.prompt,
                 seed=seed_of(row, seed),
                 negative_prompt=row.negative_prompt,
-                width=row.width,
-                height=row.height,
+                width=row.width or default_size[0],
+                height=row.height or default_size[1],
                 steps=row.steps,
                 guidance_scale=row.guidance_scale,
             ),

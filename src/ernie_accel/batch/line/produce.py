@@ -61,8 +61,9 @@ def produce(
 
     A row whose picture cannot be made yields a `Result` with `error`, and the others follow. Each row has random
     numbers of its own, so that neighbours, order and batch size change its picture by no more than rounding. What a
-    row leaves open is left to the pipe's own defaults. Called again, it resumes where it was stopped or killed; what
-    an earlier run finished is not made, nor yielded, again. ``manifest.jsonl`` and ``manifest.csv`` list all.
+    row leaves open is left to the pipe's own defaults; the embedded model draws 128 x 128 px then, not 1024 x 1024.
+    Called again, it resumes where it was stopped or killed; what an earlier run finished is not made, nor yielded,
+    again. ``manifest.jsonl`` and ``manifest.csv`` list all.
 
     Args:
         pipe: A diffusers pipeline, any callable like one, or an engine (see `ernie_accel.batch.engines`).
@@ -103,7 +104,7 @@ def produce(
     check_arguments("produce", locals())
     rows, out = as_rows(rows), Path(out)
     engine = pipe if isinstance(pipe, Engine) else LocalEngine(pipe, max_batch=batch_size, free_encoders=free_encoders)
-    tasks = tasks_of(rows, seed)
+    tasks = tasks_of(rows, seed, engine.default_size)
     if problems := [*_row_problems(tasks), *engine.problems([(task.row.line, task.request) for task in tasks])]:
         raise BatchInputError(None, problems)
     log_json, prometheus = (None if path is None else Path(path) for path in (log_json, prometheus))

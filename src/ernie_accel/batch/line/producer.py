@@ -103,7 +103,7 @@ class Producer:
             BatchOutputError: The picture exists, or is being made, or its folder is a link.
             ErnieAccelError: The producer is closed.
         """
-        (task,) = tasks_of([row], self._seed)
+        (task,) = tasks_of([row], self._seed, self._engine.default_size)
         if problems := self._engine.problems([(row.line, task.request)]):
             raise BatchInputError(None, problems)
         if links := self._folder.link_problems([row.folder] if row.folder else []):
