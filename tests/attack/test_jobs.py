@@ -118,7 +118,7 @@ def test_jobs_that_are_killed_at_random_moments_lose_nothing_and_make_nothing_tw
 
 @posix
 def test_of_jobs_that_start_at_once_one_works_and_the_others_say_so(tmp_path):
-    jobs, rivals = rounds(2, 60), 8
+    jobs, rivals = rounds(2, 30), 8
     said = Counter(json.loads(run_program("rival_jobs", tmp_path, jobs, rivals)))
     worked = said.pop("exit code 0")
     refused = said.pop("another process is working on this job; wait for it, or choose another output")
@@ -152,7 +152,7 @@ def test_ctrl_c_at_any_line_leaves_a_job_that_goes_on(tmp_path, undisturbed):
     places = [each for each in places if "/batch/" in each[0][0] or each[0][0].endswith("atomic.py")]
     draw.shuffle(places)
     interrupted = 0
-    for number, (place, hit) in enumerate(places[: rounds(12, 800)]):
+    for number, (place, hit) in enumerate(places[: rounds(12, 300)]):
         out = tmp_path / str(number)
         interrupted += interrupted_at(place, hit, lambda out=out: job(out, flaky()))
         gc.collect()  # an interrupt right before a `with` closes what it holds leaves that to the collector
