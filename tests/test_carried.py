@@ -33,13 +33,13 @@ def test_nothing_is_carried_at_first_or_after_it_was_dropped(ernie):
     assert carried_report(ernie) is ernie_accel.report(ernie)
     drop(ernie)
     assert carried_report(ernie) is None
-    assert CARRIED not in vars(ernie)
+    assert CARRIED.of(ernie) is None
 
 
 def test_a_request_for_nothing_leaves_nothing_carried(ernie):
     ernie_accel.optimize(ernie, SliceVae())
     ernie_accel.optimize(ernie)
-    assert CARRIED not in vars(ernie)
+    assert CARRIED.of(ernie) is None
 
 
 def test_carrying_is_no_part_of_the_config(ernie, report):
@@ -51,7 +51,7 @@ def test_carrying_is_no_part_of_the_config(ernie, report):
 
 
 def test_what_somebody_else_keeps_under_that_name_is_no_report(ernie):
-    object.__setattr__(ernie, CARRIED, "theirs")
+    object.__setattr__(ernie, CARRIED.attribute, "theirs")
     assert carried_report(ernie) is None
     assert PlannedPipe.of(ernie) == PlannedPipe.seen(ernie, None)
 
@@ -124,7 +124,7 @@ def test_a_copy_that_is_optimized_further_undoes_its_own_part(ernie):
 
 
 def test_a_report_in_a_pickle_has_no_live_objects(ernie, report):
-    again = pickle.loads(pickle.dumps(vars(ernie)[CARRIED]))
+    again = pickle.loads(pickle.dumps(CARRIED.required(ernie)))
     assert again.pipe_id == 0
     assert all(entry.applied == Applied(**vars(entry.applied)) for entry in again.report.entries)
     assert all(entry.applied.undo is None for entry in again.report.entries)

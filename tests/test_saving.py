@@ -47,9 +47,9 @@ def bits(pipe):
     for component, module in modules_of(pipe).items():
         inside = []
         for path, layer in module.named_modules():
-            if RECEIPT in vars(layer):
+            if RECEIPT.of(layer) is not None:
                 inside.append(f"{path}.")
-                backend = BACKENDS[vars(layer)[RECEIPT].backend]
+                backend = BACKENDS[RECEIPT.of(layer).backend]
                 found |= {f"{component}.{path}/{n}": t for n, t in backend.tensors(layer).items()}
         named = [*module.named_parameters(), *module.named_buffers()]
         found |= {f"{component}.{n}": t for n, t in named if not n.startswith(tuple(inside))}

@@ -111,17 +111,17 @@ def test_a_deep_copy_calls_its_own_wrapper(wrapped):
     twin = copy.deepcopy(pipe)
     undo()
     assert twin("a")[0] == "seen"
-    assert (len(counting.seen), len(wrapper(twin, "counting").seen)) == (0, 1)
+    assert (len(counting.seen), len(wrapper(twin, "counting", Counting).seen)) == (0, 1)
 
 
 def test_a_wrapper_is_found_by_its_name(wrapped):
     pipe, counting, undo = wrapped
-    assert wrapper(pipe, "counting") is counting
-    assert wrapper(pipe, "other") is None
+    assert wrapper(pipe, "counting", Counting) is counting
+    assert wrapper(pipe, "other", Counting) is None
     wrap_call(pipe, "function", lambda call, given: call(given), undo)
-    assert wrapper(pipe, "function") is None  # nobody's method
+    assert wrapper(pipe, "function", Counting) is None  # nobody's method
     undo()
-    assert wrapper(pipe, "counting") is None
+    assert wrapper(pipe, "counting", Counting) is None
 
 
 def test_what_a_call_leaves_in_a_wrapper_can_be_kept_out(wrapped):

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from typing_extensions import assert_type
 
     import ernie_accel
+    from ernie_accel.models.ernie_image import blocks, kernels
+    from ernie_accel.models.rewritten import KernelModel, RewrittenModel
+
+    rewritten: RewrittenModel = blocks
+    on_kernels: KernelModel = kernels
 
 
 class Pipe:

@@ -213,7 +213,7 @@ def check_backend(backend: QuantizationBackend, *, context: Context | None = Non
 
 def snapshot(pipe: Pipeline) -> dict[str, object]:
     """Return all that a transform could change: classes, tensors, strides, settings, call defaults; not the report."""
-    modules, own = modules_of(pipe), {name: value for name, value in vars(pipe).items() if name != CARRIED}
+    modules, own = modules_of(pipe), {name: value for name, value in vars(pipe).items() if name != CARRIED.attribute}
     tensors = {
         f"{component}.{name}": (id(tensor), tensor.dtype, tensor.stride(), tensor.device, tensor.detach().clone())
         for component, module in modules.items()

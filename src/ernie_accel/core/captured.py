@@ -80,7 +80,7 @@ class Fingerprint:
     @classmethod
     def of(cls, module: nn.Module, *, places: bool = True) -> Fingerprint:
         """Return the fingerprint of `module` and all modules within; without `places`, not of where weights lie."""
-        facts: list[Any] = []
+        facts: list[object] = []
         hooked = False
         for part in _parts(module):
             state = part.__dict__
@@ -130,7 +130,7 @@ class Contents:
     @classmethod
     def of(cls, module: nn.Module) -> Contents:
         """Return what `module` and all modules within compute."""
-        facts: list[Any] = []
+        facts: list[object] = []
         tensors: list[Tensor] = []
         for part in _parts(module):
             state = part.__dict__
@@ -194,7 +194,7 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
             stack += [child for child in children.values() if child is not None]
 
 
-def _add_place(tensor: Any, facts: list[Any]) -> None:
+def _add_place(tensor: Tensor, facts: list[object]) -> None:
     kind = tensor.__class__
     if kind is nn.Parameter or kind is Tensor:
         facts += (tensor.data_ptr(), tensor.dtype, tensor.shape)
@@ -204,7 +204,7 @@ def _add_place(tensor: Any, facts: list[Any]) -> None:
         facts += (inner.data_ptr(), inner.dtype, inner.shape)
 
 
-def _plain(tensor: Any) -> Iterator[Tensor]:
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
     """Yield a tensor, or the plain ones that a quantized tensor subclass is made of."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
@@ -213,7 +213,7 @@ def _plain(tensor: Any) -> Iterator[Tensor]:
         yield tensor
 
 
-def _hooks(state: dict[str, Any]) -> list[Any]:
+def _hooks(state: dict[str, Any]) -> list[object]:
     after = (hook for hook in state["_forward_hooks"].values() if not only_listens(hook))
     return [*state["_forward_pre_hooks"].values(), *after]
 

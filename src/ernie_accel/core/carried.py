@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ernie_accel.core.components import Pipeline
-from ernie_accel.core.planned import CARRIED, PlannedPipe
+from ernie_accel.core.planned import CARRIED, CarriesPlan, PlannedPipe
 from ernie_accel.core.report import Report, planned_by
 
 
 @dataclass(frozen=True)
-class Carried:
+class Carried(CarriesPlan):
     """The report of a pipe. The id tells the pipe itself from a deep copy, whose undo is not its own."""
 
     report: Report
@@ -18,7 +18,6 @@ class Carried:
 
     @property
     def planned(self) -> PlannedPipe | None:
-        """What the pipe was planned to be after the last transform that was applied; None if none was."""
         return planned_by(self.report.entries)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Carried:
@@ -45,7 +44,7 @@ def carried_report(pipe: Pipeline) -> Report | None:
 
     The way back of a pipe that was copied leads to the original, so a copy's report has none.
     """
-    carried = vars(pipe).get(CARRIED)
+    carried = CARRIED.of(pipe)
     if not isinstance(carried, Carried):
         return None
     if carried.pipe_id == id(pipe):
@@ -55,10 +54,9 @@ def carried_report(pipe: Pipeline) -> Report | None:
 
 def carry(pipe: Pipeline, report: Report) -> None:
     """Let `pipe` carry `report`."""
-    object.__setattr__(pipe, CARRIED, Carried(report, id(pipe)))  # past the pipeline's config bookkeeping
+    CARRIED.put(pipe, Carried(report, id(pipe)))
 
 
 def drop(pipe: Pipeline) -> None:
     """Let `pipe` carry nothing."""
-    if CARRIED in vars(pipe):
-        object.__delattr__(pipe, CARRIED)
+    CARRIED.drop(pipe)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 import torch
@@ -39,6 +39,23 @@ class CallablePipeline(Pipeline, Protocol):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Draw pictures."""
+
+
+class Tokenizer(Protocol):
+    """What the library asks of a tokenizer of transformers'."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+    model_max_length: int
+
+    def __call__(self, text: str, **settings: object) -> Mapping[str, Any]:
+        """Return the tokens of a text ("input_ids") and what belongs to them."""
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Return the text of tokens."""
+
+    def apply_chat_template(self, conversation: Sequence[Mapping[str, object]], **settings: object) -> str:
+        """Return a chat as one text."""
 
 
 class Loadable(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -14,7 +14,15 @@ from ernie_accel.core.errors import ErnieAccelError
 _OF_OTHER_MEDIA = frozenset({"num_frames", "video_length", "audio_length_in_s", "audio_end_in_s", "audio_duration"})
 
 
-def require_pictures(pipeline_class: type[Any]) -> None:
+class HasImages(Protocol):
+    """What the call of a pipeline returns."""
+
+    @property
+    def images(self) -> object:
+        """PIL pictures, a tensor or an array, as ``output_type`` says."""
+
+
+def require_pictures(pipeline_class: type) -> None:
     """Refuse a pipeline that makes something else than pictures, before it is loaded or called.
 
     Raises:
@@ -28,7 +36,7 @@ def require_pictures(pipeline_class: type[Any]) -> None:
         )
 
 
-def images_of(output: Any) -> Any:
+def images_of(output: object) -> Any:
     """Return the pictures, or latents, of a pipeline's call.
 
     The pipeline of diffusers 0.38 returns bare latents for ``output_type="latent"``, and NumPy arrays [B, H, W, 3] for
@@ -37,5 +45,5 @@ def images_of(output: Any) -> Any:
     Args:
         output: What the call returned for "pt", "latent" or "pil"; not for "np".
     """
-    images = output if isinstance(output, torch.Tensor) else output.images
+    images = output if isinstance(output, torch.Tensor) else cast(HasImages, output).images
     return torch.from_numpy(images).permute(0, 3, 1, 2) if isinstance(images, np.ndarray) else images

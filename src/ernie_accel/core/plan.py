@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 from ernie_accel.common.text import effect_text, human_bytes, summarise, table
 from ernie_accel.core.carried import carried_report
@@ -141,7 +141,7 @@ class Plan:
             }
             for step in self.steps
         ]
-        document: dict[str, Any] = {
+        document: dict[str, object] = {
             "plan": self.preset.name if self.preset else None,
             "pipe": self.pipe_class,
             "family": self.family,

@@ -13,10 +13,20 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from ernie_accel.common.notes import Note
 from ernie_accel.core.components import Pipeline, device_of, modules_of, tensor_bytes, weights_of
 
-#: Attribute of an optimized pipe with what it carries (see ``carried.py``).
-CARRIED = "_ernie_accel"
+
+class CarriesPlan:
+    """What an optimized pipe carries (see ``carried.py``), as far as plans read it."""
+
+    @property
+    def planned(self) -> PlannedPipe | None:
+        """What the pipe was planned to be after the last transform that was applied; None if none was."""
+        return None
+
+
+CARRIED = Note("report", CarriesPlan, "pipeline", "what was applied to it, and the way back")
 
 
 class Blocks(enum.IntEnum):
@@ -108,7 +118,7 @@ class PlannedPipe:
     @classmethod
     def of(cls, pipe: Pipeline) -> PlannedPipe:
         """Look at a pipe as it is: at its weights and defaults, and at what its report says was applied."""
-        return cls.seen(pipe, getattr(vars(pipe).get(CARRIED), "planned", None))
+        return cls.seen(pipe, None if (carried := CARRIED.of(pipe)) is None else carried.planned)
 
     @classmethod
     def seen(cls, pipe: Pipeline, planned: PlannedPipe | None) -> PlannedPipe:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from ernie_accel.common.text import effect_text, human_bytes, summarise, table
 from ernie_accel.core.context import Context
@@ -102,7 +101,7 @@ class Report:
 
     def to_json(self) -> str:
         """Return the report as a JSON document."""
-        document: dict[str, Any] = {
+        document: dict[str, object] = {
             "report": self.title,
             "pipe": self.pipe_class,
             "device": self.context.device,

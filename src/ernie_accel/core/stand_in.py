@@ -16,6 +16,7 @@ from torch import nn
 from ernie_accel.core.undo import Undo, has_below_hooks, put_below_hooks
 
 S = TypeVar("S", bound="StandInForward")
+_F = TypeVar("_F")
 
 
 class StandInForward(ABC):
@@ -90,10 +91,10 @@ class StandInForward(ABC):
         made.forget()
         return made
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name not in self.captured}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)
         self.forget()
 
@@ -196,7 +197,7 @@ def rebound(forward: Any, owner: nn.Module, other: nn.Module) -> Any:
     raise LookupError(f"the forward of {type(owner).__name__} is a {type(forward).__name__}, which cannot be rebound")
 
 
-def _chain(forward: Any) -> Iterator[StandInForward]:
+def _chain(forward: object) -> Iterator[StandInForward]:
     """Yield the stand-ins of a forward, the top one first, looking through hooks of accelerate."""
     while forward is not None:
         if isinstance(forward, StandInForward):
@@ -208,7 +209,7 @@ def _chain(forward: Any) -> Iterator[StandInForward]:
             return
 
 
-def _but_for_own(module: nn.Module, forward: Any) -> Any:
+def _but_for_own(module: nn.Module, forward: _F) -> _F | None:
     """Return `forward`, or None for the method of the class, which accelerate leaves on modules it was removed from.
 
     As a bound method it could not be pickled: it would be looked up by its name, and found to be the stand-in.

@@ -101,7 +101,7 @@ class LayerReceipt:
     bytes_after: int
     sqnr_db: float
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return plain data; an infinite SQNR is None, for which JSON has a word."""
         return asdict(self) | {"sqnr_db": self.sqnr_db if math.isfinite(self.sqnr_db) else None}
 
@@ -240,7 +240,7 @@ class Transform(ABC):
                 shown.append(f"{f.name}={value!r}" if f.kw_only else repr(value))
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return the transform as plain data: its class name under "transform", and all its fields."""
         return {"transform": type(self).__name__} | {f.name: getattr(self, f.name) for f in fields(self)}
 

@@ -23,7 +23,7 @@ from ernie_accel.core.wrap_call import CallLayer, add_layer, has_layer, remove_l
 _guard = threading.Lock()
 _numbers = itertools.count()
 #: The lock of each component, and a number: all threads take their locks in the same order.
-_locks: weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, Any]] = weakref.WeakKeyDictionary()
+_locks: weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, threading.RLock]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)

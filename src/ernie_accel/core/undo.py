@@ -6,10 +6,11 @@ import contextvars
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from types import MethodType, TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
+from ernie_accel.common.notes import Note
 from ernie_accel.core.components import Weight
 from ernie_accel.core.errors import RestoreWarning
 
@@ -44,7 +45,7 @@ class Undo:
         self._objections: list[Callable[[], str | None]] = []
         self._still_there: list[Callable[[set[tuple[int, str, int]]], bool]] = []
         #: (owner, name, the value that it replaced) of every attribute that was set.
-        self._replaced: list[tuple[Any, str, Any]] = []
+        self._replaced: list[tuple[object, str, object]] = []
         self.no_way_back: str | None = None
         journal = _journal.get()
         if journal is not None:
@@ -103,7 +104,7 @@ class Undo:
         """Have `is_in_place` ask `still_there`, too: for a change that is recorded by `push`."""
         self._still_there.append(lambda beneath: still_there())
 
-    def setattr(self, owner: Any, name: str, value: Any) -> None:
+    def setattr(self, owner: object, name: str, value: object) -> None:
         """Set an attribute in place; the undo restores the old value, or its absence on the instance.
 
         If `value` is the forward of a module, and accelerate or diffusers have put a hook around it since, the hook
@@ -129,7 +130,11 @@ class Undo:
         self._replaced.append((owner, name, old))
         setattr(owner, name, value)
 
-    def restore_attribute(self, owner: Any, name: str) -> None:
+    def attach(self, note: Note[T], owner: object, value: T) -> None:
+        """Let `owner` have `value` as its `note`, in place."""
+        self.setattr(owner, note.attribute, value)
+
+    def restore_attribute(self, owner: object, name: str) -> None:
         """Remember an attribute that somebody else is about to set; the undo restores its value, or its absence."""
         old = _held(owner, name)
         self.push(lambda: _set_or_delete(owner, name, old))
@@ -195,12 +200,14 @@ class Undo:
         self.push(put_back)
         weight.tensor.data = value
 
-    def hook_before_forward(self, module: torch.nn.Module, hook: Callable[..., Any], *, kwargs: bool = False) -> None:
+    def hook_before_forward(
+        self, module: torch.nn.Module, hook: Callable[..., object], *, kwargs: bool = False
+    ) -> None:
         """Register a forward pre-hook on `module`; with `kwargs` it is called with the keyword arguments, too."""
         self.push(lambda: _unhook(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, hook))
         module.register_forward_pre_hook(hook, with_kwargs=kwargs)
 
-    def hook_before_state_dict(self, module: torch.nn.Module, hook: Callable[..., Any]) -> None:
+    def hook_before_state_dict(self, module: torch.nn.Module, hook: Callable[..., object]) -> None:
         """Register a hook on `module` that runs before its state dict is made."""
         self.push(lambda: _unhook(module._state_dict_pre_hooks, {}, hook))
         module.register_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
@@ -233,25 +240,25 @@ def _registered(module: torch.nn.Module) -> set[str]:
     return {*module._modules, *module._parameters, *module._buffers}
 
 
-def _held(owner: Any, name: str) -> Any:
+def _held(owner: object, name: str) -> object:
     """Return what `owner` itself, not its class, holds under `name`; `_ABSENT` if nothing."""
     if name not in vars(owner) and isinstance(owner, torch.nn.Module) and name in _registered(owner):
         return getattr(owner, name)  # torch keeps these outside the instance's __dict__
     return vars(owner).get(name, _ABSENT)
 
 
-def _set_or_delete(owner: Any, name: str, old: Any) -> None:
+def _set_or_delete(owner: object, name: str, old: object) -> None:
     if old is not _ABSENT:
         setattr(owner, name, old)
     elif _held(owner, name) is not _ABSENT:
         delattr(owner, name)
 
 
-def _is_same(one: Any, other: Any) -> bool:
+def _is_same(one: object, other: object) -> bool:
     return one is other or (isinstance(one, _PLAIN) and type(one) is type(other) and bool(one == other))
 
 
-def _hooks_around(owner: Any, name: str) -> Iterator[tuple[Any, str]]:
+def _hooks_around(owner: object, name: str) -> Iterator[tuple[object, str]]:
     """Yield the places where accelerate's and diffusers' hooks on a module keep the forward that they go around."""
     if name != "forward" or not isinstance(owner, torch.nn.Module):
         return
@@ -262,7 +269,7 @@ def _hooks_around(owner: Any, name: str) -> Iterator[tuple[Any, str]]:
         yield reference, "original_forward"
 
 
-def has_below_hooks(owner: Any, name: str, value: Any) -> bool:
+def has_below_hooks(owner: object, name: str, value: object) -> bool:
     return any(vars(place).get(attribute) is value for place, attribute in _hooks_around(owner, name))
 
 
@@ -290,7 +297,7 @@ def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return repr(value) if isinstance(value, _PLAIN) else f"a {type(value).__name__}"
 
 
@@ -298,7 +305,7 @@ def _leave(where: str, why: str) -> None:
     warnings.warn(f"restore left {where} as it is: it {why}", RestoreWarning, stacklevel=3)
 
 
-def _unhook(hooks: dict[int, Any], with_kwargs: dict[int, bool], hook: Callable[..., Any]) -> None:
+def _unhook(hooks: dict[int, Callable[..., object]], with_kwargs: dict[int, bool], hook: Callable[..., object]) -> None:
     """Remove `hook` by what it is: an interrupt may come before the caller of ``register_...`` holds the handle."""
     for key in [key for key, registered in hooks.items() if registered == hook]:
         del hooks[key]

@@ -13,11 +13,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial, wraps
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.undo import Undo
 
+W = TypeVar("W")
 #: Of a call, by name.
 Arguments: TypeAlias = dict[str, Any]
 #: Does what the pipe did before.
@@ -26,7 +27,7 @@ Call: TypeAlias = Callable[[Arguments], Any]
 Around: TypeAlias = Callable[[Call, Arguments], object]
 
 
-_PREFIX = "_around_"
+_PREFIX = "_ernie_accel_around_"
 _LAYER = "_ernie_accel_layer"
 
 
@@ -111,11 +112,11 @@ def _layered(cls: type, layer: CallLayer) -> type:
 
     __call__.__signature__ = layer.signature(signature)  # type: ignore[attr-defined]
 
-    def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:
+    def __new__(cls: type, *args: Any, **kwargs: Any) -> object:
         # a script that says type(pipe)(**pipe.components) makes a pipe of its own, to which nothing was applied
         return _taken_apart(cls)[0](*args, **kwargs) if _LAYER in vars(cls) else object.__new__(cls)
 
-    def __reduce_ex__(self: Pipeline, protocol: Any) -> Any:
+    def __reduce_ex__(self: Pipeline, protocol: object) -> object:
         return _new, _taken_apart(type(self)), vars(self)  # pickle finds no class of this name that is this one
 
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, _LAYER: layer}
@@ -126,9 +127,9 @@ def _layered(cls: type, layer: CallLayer) -> type:
     return made
 
 
-def _new(stock: type, layers: tuple[CallLayer, ...]) -> Any:
+def _new(stock: type, layers: tuple[CallLayer, ...]) -> object:
     """Return an empty pipe of a class with layers, to be filled by pickle or copy."""
-    cls: Any = _put_together(stock, layers)
+    cls = _put_together(stock, layers)
     return object.__new__(cls)
 
 
@@ -161,9 +162,10 @@ def wrap_call(pipe: Pipeline, name: str, around: Around, undo: Undo) -> None:
     add_layer(pipe, _Around(attribute), undo)
 
 
-def wrapper(pipe: Pipeline, name: str) -> object | None:
-    """Return the object whose method was given to `wrap_call` under `name`; None if none was."""
-    return getattr(vars(pipe).get(f"{_PREFIX}{name}"), "__self__", None)
+def wrapper(pipe: Pipeline, name: str, kind: type[W]) -> W | None:
+    """Return the object of class `kind` whose method was given to `wrap_call` under `name`; None if none was."""
+    found = getattr(vars(pipe).get(f"{_PREFIX}{name}"), "__self__", None)
+    return found if isinstance(found, kind) else None
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ernie_accel.common.notes import Note
 from ernie_accel.families.ernie_image import ERNIE_IMAGE
 from ernie_accel.families.family import UNKNOWN, Family
 from ernie_accel.families.newbie import NEWBIE
@@ -11,8 +12,7 @@ from ernie_accel.families.z_image import Z_IMAGE
 
 _OWN = (ERNIE_IMAGE, Z_IMAGE, NEWBIE)
 _registered: list[Family] = []
-#: Attribute of a transformer whose family was given and not found.
-_GIVEN = "_ernie_accel_family"
+GIVEN = Note("family", Family, "transformer", "the family that it was given, whatever its class is")
 
 
 def families() -> tuple[Family, ...]:
@@ -53,10 +53,8 @@ def family_of(pipe: object) -> Family:
 def family_of_transformer(transformer: object) -> Family:
     """Return the family of a pipe with this transformer; see `family_of`."""
     transformer = _inside(transformer)
-    given = getattr(transformer, "__dict__", {}).get(_GIVEN)
-    if isinstance(given, Family):
-        return given
-    return next(_fitting(transformer), UNKNOWN)
+    given = GIVEN.of(transformer)
+    return next(_fitting(transformer), UNKNOWN) if given is None else given
 
 
 def _inside(transformer: object) -> object:
@@ -76,12 +74,12 @@ def give_family(transformer: object, family: Family | None) -> Family | None:
     Returns:
         The family that was given before, or None.
     """
-    own = vars(_inside(transformer))
-    before = own.get(_GIVEN)
+    inside = _inside(transformer)
+    before = GIVEN.of(inside)
     if family is None:
-        own.pop(_GIVEN, None)
+        GIVEN.drop(inside)
     else:
-        own[_GIVEN] = family
+        GIVEN.put(inside, family)
     return before
 
 

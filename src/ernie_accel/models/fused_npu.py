@@ -8,13 +8,28 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_MARK = "_ernie_accel_masked_out"
+from ernie_accel.common.notes import Note
+
+
+@dataclass(frozen=True)
+class KernelMask:
+    """What the fused kernel takes in the place of a mask.
+
+    Attributes:
+        masked_out_b1ss: [B, 1, S, S], True where masked out; None if nothing is.
+    """
+
+    masked_out_b1ss: Tensor | None
+
+
+KERNEL_MASK = Note("kernel_mask", KernelMask, "tensor", "what Ascend's fused kernel takes in the place of this mask")
 
 
 def prepared(attended_b1ss: Tensor, pads: bool) -> Tensor:
@@ -24,7 +39,7 @@ def prepared(attended_b1ss: Tensor, pads: bool) -> Tensor:
         attended_b1ss: [B, 1, S, S].
         pads: Whether it masks anything; if not, the kernel gets no mask, and else the inverse: True masked out.
     """
-    setattr(attended_b1ss, _MARK, (~attended_b1ss if pads else None,))
+    KERNEL_MASK.put(attended_b1ss, KernelMask(~attended_b1ss if pads else None))
     return attended_b1ss
 
 
@@ -76,7 +91,7 @@ def attend(
     Returns:
         [B, S, N, D].
     """
-    found = None if torch.compiler.is_compiling() else getattr(attn_mask, _MARK, None)
+    found = None if torch.compiler.is_compiling() else KERNEL_MASK.of(attn_mask)
     if found is None or is_causal or parallel_config is not None:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
@@ -99,7 +114,7 @@ def attend(
         key,
         value,
         query.size(2),
-        atten_mask=found[0],
+        atten_mask=found.masked_out_b1ss,
         input_layout="BSND",
         pse=None,
         scale=1.0 / math.sqrt(query.shape[-1]) if scale is None else scale,

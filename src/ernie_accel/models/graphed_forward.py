@@ -15,7 +15,7 @@ from torch import Tensor
 from ernie_accel.core.captured import Fingerprint, bring_whole, version_of
 from ernie_accel.models.replayed_forward import ReplayedForward
 from ernie_accel.models.replays import Capture
-from ernie_accel.models.rewritten import RewrittenModel
+from ernie_accel.models.rewritten import PreparedPositions, RewrittenModel
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class _Inputs:
 
     steps: Mapping[str, Tensor]
     text: Tensor
-    at: Any  # positions of the family
+    at: PreparedPositions
 
 
-class GraphedForward(ReplayedForward):
+class GraphedForward(ReplayedForward[_Inputs, Tensor]):
     """The forward of a rewritten transformer that replays graphs where it can; same arguments, same result.
 
     At every step it checks whether the transformer is what it was. Steps of a picture are recognised by their text,
@@ -50,8 +50,8 @@ class GraphedForward(ReplayedForward):
         super().__init__(transformer, keep, capture)
 
     def _forget_inputs(self) -> None:
-        self._picture: tuple[Any, ...] = ()  # what the picture under way is known by
-        self._prepared: Any = None  # its text and positions
+        self._picture: tuple[object, ...] = ()  # what the picture under way is known by
+        self._prepared: tuple[Tensor, PreparedPositions] | None = None  # its text and positions
         self._filled: _Inputs | None = None  # the inputs that have them
 
     @property
@@ -59,7 +59,7 @@ class GraphedForward(ReplayedForward):
         named = self._named
         return cast(RewrittenModel, importlib.import_module(named) if isinstance(named, str) else named)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> object:
         arguments = dict(zip(self._blocks.FORWARD_ARGUMENTS, args, strict=False)) | kwargs
         steps = {name: arguments[name] for name in self._blocks.STEP_INPUTS}
         device = next(iter(steps.values())).device
@@ -86,6 +86,8 @@ class GraphedForward(ReplayedForward):
         if is_new or version is None:
             self._picture = ()  # until all of the following is known
             self._filled = None
+            self._prepared = None
+        if self._prepared is None:
             self._prepared = self._blocks.prepare(self.module, arguments)
             self._picture = picture
 
@@ -100,9 +102,9 @@ class GraphedForward(ReplayedForward):
             self._filled = inputs
         for name, static in inputs.steps.items():
             static.copy_(steps[name])
-        output: Tensor = self._graphs.run(key, partial(self._work, arguments, inputs))
-        return output.clone()
+        return self._graphs.run(key, partial(self._work, arguments, inputs)).clone()
 
-    def _work(self, arguments: Mapping[str, Any], inputs: _Inputs) -> Any:
+    def _work(self, arguments: Mapping[str, Any], inputs: _Inputs) -> Tensor:
         static = {**inputs.steps, self._blocks.PICTURE_INPUT: inputs.text, "at": inputs.at, "return_dict": False}
-        return self.forward_below(**{**arguments, **static})[0]
+        sample: Tensor = self.forward_below(**{**arguments, **static})[0]
+        return sample

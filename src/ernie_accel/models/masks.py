@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ernie_accel.common.notes import Note
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.stand_in import StandInMethod
@@ -23,7 +24,6 @@ from ernie_accel.families.family import AlwaysMasks
 
 #: What blocks call their mask argument: those of diffusers' transformers, and the rewritten ones.
 MASK_NAMES = ("attention_mask", "attn_mask", "mask_b11s")
-_MARK = "_ernie_accel_padding"
 
 
 class Padding:
@@ -35,6 +35,9 @@ class Padding:
 
     def __init__(self, padded: bool) -> None:
         self.padded = padded
+
+
+PADDING = Note("padding", Padding, "tensor", "whether the batch that it belongs to pads anything")
 
 
 class PaddingWatch:
@@ -59,8 +62,8 @@ class PaddingWatch:
         """Find out whether this forward pads; a forward pre-hook (with keywords) of the transformer."""
         lengths_b = args[self._lengths_at] if len(args) > self._lengths_at else kwargs[self._how.lengths]
         text_bth = args[self._text_at] if len(args) > self._text_at else kwargs[self._how.text]
-        padding = getattr(text_bth, _MARK, None)
-        if padding is not None and padding is getattr(lengths_b, _MARK, None):
+        padding = PADDING.of(text_bth)
+        if padding is not None and padding is PADDING.of(lengths_b):
             self.padding = padding
         elif torch.compiler.is_compiling():
             self.padding = None  # reading the lengths would break the graph: the mask stays
@@ -69,10 +72,10 @@ class PaddingWatch:
 
 
 def mark(text_bth: Tensor, lengths_b: Tensor, lengths: list[int]) -> Padding:
-    """Hang onto both tensors whether `lengths`, the values of `lengths_b` [B], pad `text_bth` [B, T, H]."""
+    """Note on both tensors whether `lengths`, the values of `lengths_b` [B], pad `text_bth` [B, T, H]."""
     padding = Padding(any(length != text_bth.shape[1] for length in lengths))
     for tensor in (text_bth, lengths_b):
-        setattr(tensor, _MARK, padding)
+        PADDING.put(tensor, padding)
     return padding
 
 

@@ -4,12 +4,38 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from ernie_accel.common.notes import Note
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of_transformer
+
+
+@dataclass(frozen=True)
+class ByMask:
+    """The two processors of an attention whose kernel takes no mask.
+
+    Attributes:
+        unmasked: For calls without a mask.
+        masked: For calls with one.
+    """
+
+    unmasked: Any
+    masked: Any
+
+
+BY_MASK = Note("by_mask", ByMask, "processor", "which processors it hands calls to, with a mask and without")
+
+
+def processor_for(processor: Any, mask: object) -> Any:
+    """Return the processor that computes a call with this mask (None: without one)."""
+    by_mask = BY_MASK.of(processor)
+    if by_mask is None:
+        return processor
+    return by_mask.unmasked if mask is None else by_mask.masked
 
 
 def attentions(transformer: object) -> Iterator[tuple[str, Any]]:

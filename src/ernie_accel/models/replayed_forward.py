@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import threading
-from typing import ClassVar
+from typing import ClassVar, Generic
 
 from torch import nn
 
 from ernie_accel.core.captured import Fingerprint
 from ernie_accel.core.stand_in import StandInForward
-from ernie_accel.models.replays import Capture, Replays
+from ernie_accel.models.replays import Capture, Inputs, Replays, Result
 
 
-class ReplayedForward(StandInForward):
+class ReplayedForward(StandInForward, Generic[Inputs, Result]):
     """A stand-in that replays graphs of the module's forward. Threads take turns, under its lock.
 
     A module with other adapters or scales, other weights or other hooks than when it was last seen is captured anew.
@@ -29,7 +29,7 @@ class ReplayedForward(StandInForward):
         if "_lock" not in vars(self):
             self._lock = threading.RLock()
         with self._lock:
-            self._graphs = Replays(self._keep, self._capture)
+            self._graphs: Replays[Inputs, Result] = Replays(self._keep, self._capture)
             self._seen: Fingerprint | None = None
             self._forget_inputs()
 

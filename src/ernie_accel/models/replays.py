@@ -8,9 +8,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+
+#: What the work reads, and what it returns.
+Inputs = TypeVar("Inputs")
+Result = TypeVar("Result")
 
 
 class Replayable(Protocol):
@@ -23,24 +27,28 @@ class Replayable(Protocol):
         """Do what was captured."""
 
 
-#: Makes a graph of work, in the memory of another graph or of its own: (work, pool or None) -> graph, result.
-Capture = Callable[[Callable[[], object], object], tuple[Replayable, object]]
+class Capture(Protocol):
+    """Makes a graph of work."""
+
+    def __call__(self, work: Callable[[], Result], pool: object, /) -> tuple[Replayable, Result]:
+        """Capture `work` in the memory of another graph (`pool`), or of its own (None); return graph and result."""
 
 
 @dataclass
-class _Entry:
-    inputs: Any = None
-    made: tuple[Replayable, object] | None = None  # None: not captured yet
+class _Entry(Generic[Inputs, Result]):
+    inputs: Inputs | None = None
+    made: tuple[Replayable, Result] | None = None  # None: not captured yet
     is_done: bool = False  # once, as it is
 
 
-class Replays:
+class Replays(Generic[Inputs, Result]):
     """Graphs of pieces of work, by name. They share their memory, so a result is good until other work is done."""
 
     def __init__(self, keep: int | None = None, capture: Capture | None = None) -> None:
         """Keep graphs of the last `keep` names, or of all; make them with `capture`, or as CUDA graphs."""
-        self._keep, self._capture = keep, capture or capture_cuda
-        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._keep = keep
+        self._capture: Capture = capture or capture_cuda
+        self._entries: OrderedDict[Hashable, _Entry[Inputs, Result]] = OrderedDict()
 
     def __len__(self) -> int:
         """Return how many graphs there are."""
@@ -51,7 +59,7 @@ class Replays:
         """Names that are known, the least recently used first; not all of them have a graph yet."""
         return tuple(self._entries)
 
-    def inputs(self, name: Hashable, make: Callable[[], Any]) -> Any:
+    def inputs(self, name: Hashable, make: Callable[[], Inputs]) -> Inputs:
         """Return what the work of this name reads, which `make` allocates the first time; the caller fills it.
 
         It outlives the call, so the inference mode of the caller does not mark it.
@@ -62,7 +70,7 @@ class Replays:
                 entry.inputs = make()
         return entry.inputs
 
-    def run(self, name: Hashable, work: Callable[[], object]) -> Any:
+    def run(self, name: Hashable, work: Callable[[], Result]) -> Result:
         """Do `work`, and return what it returns: the first time as it is, which compiles its kernels, then as a graph.
 
         A graph remembers addresses: `work` may read nothing but what stays where it is, and what it makes itself. A
@@ -85,15 +93,15 @@ class Replays:
         """Let go of all graphs and their memory."""
         self._entries.clear()
 
-    def _entry(self, name: Hashable) -> _Entry:
-        entry = self._entries.setdefault(name, _Entry())
+    def _entry(self, name: Hashable) -> _Entry[Inputs, Result]:
+        entry = self._entries.setdefault(name, _Entry[Inputs, Result]())
         self._entries.move_to_end(name)
         while self._keep is not None and len(self._entries) > self._keep:
             self._entries.popitem(last=False)
         return entry
 
 
-def capture_cuda(work: Callable[[], object], pool: Any) -> tuple[Replayable, object]:
+def capture_cuda(work: Callable[[], Result], pool: Any, /) -> tuple[Replayable, Result]:
     """Capture `work` into a CUDA graph on the current device, which does not do it yet."""
     graph = torch.cuda.CUDAGraph()
     # "thread_local": what other threads do on the device meanwhile does not spoil the capture. In a batch they wait for

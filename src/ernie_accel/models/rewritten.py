@@ -10,12 +10,23 @@ import importlib
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
+
+
+class PreparedPositions(Protocol):
+    """Where the tokens of a batch are, as a rewritten forward takes it."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it is made of, in one order."""
+
+    def clone(self) -> PreparedPositions:
+        """Return a copy that shares no memory."""
 
 
 class RewrittenModel(Protocol):
@@ -41,28 +52,28 @@ class RewrittenModel(Protocol):
     def PICTURE_INPUT(self) -> str:
         """The one that is the same tensor at all steps of a picture: its encoded prompt."""
 
-    def is_rewritten(self, transformer: Any) -> bool:
+    def is_rewritten(self, transformer: nn.Module) -> bool:
         """Return whether `rewrite` was applied to `transformer`."""
 
-    def unsupported_reasons(self, transformer: Any) -> list[str]:
+    def unsupported_reasons(self, transformer: nn.Module) -> list[str]:
         """Return every reason why this stock transformer cannot be rewritten; empty if it can."""
 
-    def to_be_fused(self, transformer: Any) -> Mapping[str, tuple[str, ...]]:
+    def to_be_fused(self, transformer: nn.Module) -> Mapping[str, tuple[str, ...]]:
         """Return which linear layers `rewrite` would make one: path of the new one -> paths of its parts."""
 
     def rewrite(self, pipe: Pipeline, undo: Undo, fuse: bool) -> dict[str, str]:
         """Rewrite the transformer of `pipe` in place; return what could not be fused: path -> reason."""
 
-    def token_count(self, transformer: Any, arguments: Mapping[str, Any]) -> int:
+    def token_count(self, transformer: nn.Module, arguments: Mapping[str, Any]) -> int:
         """Return the image tokens of all pictures of a batch, given the arguments of a forward."""
 
     def host_facts(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
         """Return what `prepare` depends on beside shapes, as the host knows it: prompt lengths, for example."""
 
-    def prepare(self, transformer: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, Any]:
-        """Return encoded prompt and positions, which the forward takes as ``at=``; positions have ``tensors``."""
+    def prepare(self, transformer: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, PreparedPositions]:
+        """Return encoded prompt and positions, which the forward takes as ``at=``."""
 
-    def as_output(self, sample: Tensor, arguments: Mapping[str, Any]) -> Any:
+    def as_output(self, sample: Tensor, arguments: Mapping[str, Any]) -> object:
         """Return `sample` in the form that the caller of the forward asked for."""
 
 
@@ -73,10 +84,10 @@ class KernelModel(Protocol):
     def TOKENS_MULTIPLE_OF(self) -> int:
         """What the tokens of a row are padded to a multiple of where attention takes lengths."""
 
-    def is_installed(self, transformer: Any) -> bool:
+    def is_installed(self, transformer: nn.Module) -> bool:
         """Return whether `install` was applied to `transformer`."""
 
-    def install(self, transformer: Any, undo: Undo, attention: str | None = None) -> dict[str, str]:
+    def install(self, transformer: nn.Module, undo: Undo, attention: str | None = None) -> dict[str, str]:
         """Put the rewritten blocks on the kernels in place; return what could not be: path -> reason.
 
         Args:
@@ -85,10 +96,10 @@ class KernelModel(Protocol):
             attention: "fp8" or "bf16" for attention by cuDNN itself, which takes lengths; None leaves it to torch.
         """
 
-    def is_left_open(self, transformer: Any) -> bool:
+    def is_left_open(self, transformer: nn.Module) -> bool:
         """Return whether nobody has chosen an attention backend for any block."""
 
-    def calls_cudnn(self, transformer: Any) -> bool:
+    def calls_cudnn(self, transformer: nn.Module) -> bool:
         """Return whether all blocks call cuDNN's attention themselves now."""
 
 

@@ -11,7 +11,9 @@ from types import MappingProxyType
 import torch
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ernie_accel.common.notes import Note
 from ernie_accel.core.components import Pipeline, is_skeleton, modules_of
+from ernie_accel.core.transform import LayerReceipt
 from ernie_accel.quantization.backend import QuantizationBackend
 from ernie_accel.quantization.choose import BACKENDS
 
@@ -146,10 +148,8 @@ def _to_come(
 
 def quantized_as(layer: torch.nn.Module) -> str | None:
     """Return "scheme by backend" for a layer that anyone has quantized, else None."""
-    from ernie_accel.core.transform import LayerReceipt
-
-    receipt = vars(layer).get(RECEIPT)
-    if isinstance(receipt, LayerReceipt):
+    receipt = RECEIPT.of(layer)
+    if receipt is not None:
         return f"{receipt.scheme} by {receipt.backend}"
     backend = holder_of(layer)
     return f"another scheme by {backend.name}" if backend is not None else None
@@ -160,8 +160,7 @@ def holder_of(layer: torch.nn.Module) -> QuantizationBackend | None:
     return next((backend for backend in BACKENDS.values() if backend.holds(layer)), None)
 
 
-#: Attribute of a quantized layer that carries its receipt.
-RECEIPT = "_ernie_accel_receipt"
+RECEIPT = Note("receipt", LayerReceipt, "linear layer", "in which scheme it was quantized, and by which backend")
 
 
 def sqnr_db(original: torch.Tensor, approximation: torch.Tensor) -> float:

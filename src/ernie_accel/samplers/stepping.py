@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 
+from ernie_accel.common.notes import Note
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.stand_in import Bound, caller_of_bound
 from ernie_accel.core.undo import Undo
 from ernie_accel.samplers.noise import GivenNoise, RowNoise
 from ernie_accel.samplers.solvers import SCHEDULERS, Solver
-
-_ATTRIBUTE = "_ernie_accel_stepping"
 
 
 @dataclass
@@ -42,9 +41,12 @@ class Stepping:
     adjusted: bool = False
 
 
+STEPPING = Note("stepping", Stepping, "scheduler", "which solver it uses, and the run under way")
+
+
 def install(scheduler: Any, name: str, trailing: bool) -> None:
     """Let `scheduler`, a stock instance, use the solver called `name`, in place."""
-    setattr(scheduler, _ATTRIBUTE, Stepping(name, trailing))
+    STEPPING.put(scheduler, Stepping(name, trailing))
     scheduler.set_timesteps = Bound(_set_timesteps, scheduler)
     solver = SCHEDULERS[name]
     if solver is not None:
@@ -85,7 +87,7 @@ def _set_begin_index(self: Any, begin_index: int = 0) -> None:
     Raises:
         ErnieAccelError: A pipeline that was not optimized itself, but shares the scheduler, miscounts the steps.
     """
-    stepping: Stepping = getattr(self, _ATTRIBUTE)
+    stepping = STEPPING.required(self)
     caller = caller_of_bound()  # a loop of your own may begin where it likes
     counts = caller is not None and caller.f_code.co_name == "get_timesteps"
     if begin_index > 0 and stepping.evaluations and not stepping.adjusted and counts:
@@ -99,8 +101,7 @@ def _set_begin_index(self: Any, begin_index: int = 0) -> None:
 
 def installed(scheduler: object) -> Stepping | None:
     """Return the solver that `scheduler` uses, or None for a stock one."""
-    found = vars(scheduler).get(_ATTRIBUTE)
-    return found if isinstance(found, Stepping) else None
+    return STEPPING.of(scheduler)
 
 
 def _set_timesteps(
@@ -112,7 +113,7 @@ def _set_timesteps(
     timesteps: Any = None,
 ) -> None:
     """Make the schedule as stock does (in place), then add the evaluations between its steps, if there are any."""
-    stepping: Stepping = getattr(self, _ATTRIBUTE)
+    stepping = STEPPING.required(self)
     stepping.evaluations = sigmas is not None or timesteps is not None
     if stepping.trailing and sigmas is None and timesteps is None:
         # Stock would take sigmas that are shifted already, and shift them again.
@@ -158,7 +159,7 @@ def _step(
     """
     if isinstance(timestep, int) or (isinstance(timestep, torch.Tensor) and not timestep.is_floating_point()):
         raise ValueError(f"step takes one of scheduler.timesteps, which are floats; got the integer {timestep}")
-    stepping: Stepping = getattr(self, _ATTRIBUTE)
+    stepping = STEPPING.required(self)
     if per_token_timesteps is not None:
         raise ErnieAccelError(
             f"the scheduler steps by {stepping.name!r}, and this pipeline gives each token a noise level of its own, "

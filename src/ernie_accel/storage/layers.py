@@ -16,15 +16,14 @@ def quantized_layers(module: torch.nn.Module) -> list[tuple[str, torch.nn.Module
     """Return the layers that carry a receipt, with their paths."""
     from ernie_accel.quantization.layers import RECEIPT
 
-    return [(path, layer) for path, layer in module.named_modules() if vars(layer).get(RECEIPT) is not None]
+    return [(path, layer) for path, layer in module.named_modules() if RECEIPT.of(layer) is not None]
 
 
 def receipt_of(layer: torch.nn.Module) -> LayerReceipt:
     """Return the receipt of one of `quantized_layers`."""
     from ernie_accel.quantization.layers import RECEIPT
 
-    receipt: LayerReceipt = vars(layer)[RECEIPT]
-    return receipt
+    return RECEIPT.required(layer)
 
 
 def content_of(backend: QuantizationBackend, layer: torch.nn.Module) -> dict[str, torch.Tensor]:

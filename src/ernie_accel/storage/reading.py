@@ -284,7 +284,7 @@ class _SavedWeights:
             raise SavedPipelineError(self.folder, why)
         for name, tensor in live.items():
             tensor.copy_(saved[name])
-        setattr(layer, RECEIPT, receipt)
+        RECEIPT.put(layer, receipt)
         return layer
 
     def _place_tensor(self, module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:

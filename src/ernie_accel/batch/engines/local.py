@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeVar, cast
 
 from PIL import Image
 
@@ -34,13 +34,17 @@ from ernie_accel.batch.errors import Problem
 from ernie_accel.embedded import SIZE_PX, is_embedded
 
 if TYPE_CHECKING:
-    from ernie_accel.batch.engines.prompts import PromptStage
+    from torch import Tensor
+
+    from ernie_accel.batch.engines.prompts import Packed, PromptStage
+    from ernie_accel.core.components import CallablePipeline, Loadable, Tokenizer
+    from ernie_accel.core.outputs import HasImages
 
 _T = TypeVar("_T")
 
 _LOOK_S = 0.5  # seconds of waiting for a turn after which it is looked whether the pipe hangs
 
-Pipe = Any
+Pipe: TypeAlias = "Callable[..., object] | Loadable"
 """A diffusers pipeline: called with a prompt and keyword settings, it returns an object with `.images`."""
 
 MAX_BATCH = 32
@@ -64,7 +68,7 @@ class CallSignature:
     @classmethod
     def of(cls, pipe: Pipe) -> CallSignature:
         """Return the signature of a pipe."""
-        parameters = inspect.signature(pipe).parameters
+        parameters = inspect.signature(cast("Callable[..., object]", pipe)).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         return cls(type(pipe).__name__, tuple(parameters), takes_any)
 
@@ -106,7 +110,7 @@ class LocalEngine(Engine):
                 are encoded, until the next ones come, or `close`.
             grace_s: Seconds that a batch which is out of time has to reach the end of its step.
         """
-        self._pipe = pipe
+        self._pipe = cast("Callable[..., object]", pipe)
         self._grace_s = grace_s
         self.signature = CallSignature.of(pipe)
         self._turn = _Turn.of(pipe)
@@ -147,11 +151,11 @@ class LocalEngine(Engine):
             self._within(timeout_s, "prompts were not encoded", work)
         return [self.bucket(request) for request in requests]
 
-    def pack(self, request: Request) -> Any:
+    def pack(self, request: Request) -> Packed | None:
         """Return what `encode` made for a request, for `unpack` in another process; None if it makes nothing."""
         return None if self._prompts is None else self._prompts.pack(request)
 
-    def unpack(self, packed: Any) -> None:
+    def unpack(self, packed: Packed | None) -> None:
         """Take in what another engine with the same pipe has packed."""
         if self._prompts is not None and packed is not None:
             self._prompts.unpack(packed)
@@ -163,7 +167,7 @@ class LocalEngine(Engine):
                 self._prompts.free()
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that says how long a prompt is; None where prompts are not encoded ahead."""
         return None if self._prompts is None else self._prompts.tokenizer
 
@@ -219,7 +223,7 @@ class LocalEngine(Engine):
                 "the other rows stay pending. Run again, or use ProcessEngine, which replaces its process"
             ) from None
 
-    def _await_end(self, future: Future[Any], expired: threading.Event) -> None:
+    def _await_end(self, future: Future[_T], expired: threading.Event) -> None:
         """Have a call end at its next step, so that nobody else calls the pipe meanwhile."""
         expired.set()
         self._turn.lost = True  # until it has ended; another Ctrl-C may come first
@@ -235,16 +239,16 @@ class LocalEngine(Engine):
         arguments = self._arguments(requests, expired)
         if expired is not None and self._takes("callback_on_step_end"):
             arguments["callback_on_step_end"] = _stop_when(expired)
-        if (latents := latents_for(self._pipe, requests)) is not None:
+        if (latents := latents_for(cast("CallablePipeline", self._pipe), requests)) is not None:
             arguments["latents"] = latents
         generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
         output = self._pipe(**arguments, generator=generators[0] if len(requests) == 1 else generators)
-        return _pictures(images_of(output) if self._as_tensors else output.images, len(requests))
+        return _pictures(images_of(output) if self._as_tensors else cast("HasImages", output).images, len(requests))
 
     def _takes(self, argument: str) -> bool:
         return self.signature.takes_any or argument in self.signature.parameters
 
-    def _arguments(self, requests: Sequence[Request], expired: threading.Event | None) -> dict[str, Any]:
+    def _arguments(self, requests: Sequence[Request], expired: threading.Event | None) -> dict[str, object]:
         """Return the call's arguments; the requests are alike in all but prompt, negative prompt and seed."""
         arguments = requests[0].arguments()
         if self._as_tensors:
@@ -263,7 +267,7 @@ class LocalEngine(Engine):
 def _prompt_stage(pipe: Pipe, free: bool) -> PromptStage | None:
     from ernie_accel.batch.engines.prompts import PromptStage  # here, because it loads torch
 
-    return PromptStage.of(pipe, free=free)
+    return PromptStage.of(cast("CallablePipeline", pipe), free=free)
 
 
 class _Turn:
@@ -273,7 +277,7 @@ class _Turn:
         lost: Whether a call hangs: then it is nobody's turn any more.
     """
 
-    _of: ClassVar[weakref.WeakKeyDictionary[Any, _Turn]] = weakref.WeakKeyDictionary()
+    _of: ClassVar[weakref.WeakKeyDictionary[object, _Turn]] = weakref.WeakKeyDictionary()
     _finding: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self) -> None:
@@ -286,9 +290,7 @@ class _Turn:
         with cls._finding:
             try:
                 return cls._of.setdefault(pipe, cls())
-            except (
-                TypeError
-            ):  # neither hashable nor weakly referable: no pipeline, but maybe a callable of its own kind
+            except TypeError:  # neither hashable nor weakly referable: a callable of its own kind
                 return cls()
 
     def take(self) -> None:
@@ -324,25 +326,25 @@ def _fulfil(future: Future[_T], work: Callable[[threading.Event], _T], expired: 
         future.set_result(result)
 
 
-def _stop_when(expired: threading.Event) -> Any:
-    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+def _stop_when(expired: threading.Event) -> Callable[[object, int, object, dict[str, Tensor]], dict[str, Tensor]]:
+    def callback(pipe: object, step: int, timestep: object, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         stop_if(expired)
         return tensors
 
     return callback
 
 
-def _pictures(images: Any, count: int) -> Sequence[Begun]:
+def _pictures(images: object, count: int) -> Sequence[Begun]:
     """Return the pictures of a call: a tensor [B, 3, H, W] in 0 to 1, or a list of PIL pictures."""
     if hasattr(images, "detach"):
-        return _from_tensor(images)
+        return _from_tensor(cast("Tensor", images))
     if not (isinstance(images, Sequence) and len(images) == count and all(isinstance(i, Image.Image) for i in images)):
         expected = "one PIL picture" if count == 1 else f"{count} PIL pictures"
         raise TypeError(f"the pipe returned {_shown(images)} in .images; expected a list of {expected}")
     return list(images)
 
 
-def _from_tensor(images_bchw: Any) -> Sequence[Begun]:
+def _from_tensor(images_bchw: Tensor) -> Sequence[Begun]:
     import torch
 
     # Rounded and laid out where they are, all at once: a quarter of the bytes crosses the bus, the host has nothing to
@@ -356,8 +358,7 @@ def _from_tensor(images_bchw: Any) -> Sequence[Begun]:
     copies = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in (pixels_bhwc, bad_b)]
     for copy, tensor in zip(copies, (pixels_bhwc, bad_b), strict=True):
         copy.copy_(tensor, non_blocking=True)
-    event: Any = torch.cuda.Event
-    copied = event(blocking=True)  # a thread that waits for it sleeps
+    copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # a thread that waits for it sleeps
     copied.record(torch.cuda.current_stream(images_bchw.device))  # not of the current device, which may be another
 
     def picture(index: int) -> Image.Image:
@@ -370,7 +371,7 @@ def _from_tensor(images_bchw: Any) -> Sequence[Begun]:
     return [functools.partial(picture, index) for index in range(len(images_bchw))]
 
 
-def _picture(pixels_hwc: Any, bad: int, total: int) -> Outcome:
+def _picture(pixels_hwc: Tensor, bad: int, total: int) -> Outcome:
     return NotFiniteError(bad, total) if bad else Image.fromarray(pixels_hwc.numpy())
 
 

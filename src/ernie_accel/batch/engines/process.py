@@ -13,7 +13,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 from ernie_accel.batch.engines.base import (
     BatchTimeoutError,
@@ -180,12 +180,13 @@ def _serve(connection: Connection, load: Callable[[], Pipe], options: Mapping[st
                 if threads is not None:
                     torch.set_num_threads(threads)
                 engine = LocalEngine(load(), **options)
-                answer: Any = None
+                answer: object = None
             elif call is not None:
                 answer = getattr(engine, call[0])
                 answer = answer(*call[1]) if callable(answer) else answer
                 if call[0] == "render":
-                    answer = [portable(o) if isinstance(o, Exception) else o for o in answer]
+                    outcomes = cast(Sequence[Outcome], answer)
+                    answer = [portable(o) if isinstance(o, Exception) else o for o in outcomes]
             reply = (True, answer)
         # Broad on purpose: whatever a pipe raises is an answer.
         except Exception as error:

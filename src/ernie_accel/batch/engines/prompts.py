@@ -7,18 +7,24 @@ import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ernie_accel.batch.engines.base import PREPARE_BATCH, ROUND, Request, stop_if
-from ernie_accel.core.components import CallablePipeline, forget_kept, is_moved_in_parts
+from ernie_accel.core.components import CallablePipeline, Tokenizer, forget_kept, is_moved_in_parts
 from ernie_accel.families import family_of
 from ernie_accel.families.ernie_image import ERNIE_IMAGE
 from ernie_accel.models.ministral.enhancer import EnhanceRequest, PromptEnhancer, unsupported_reasons
 from ernie_accel.models.ministral.stand_in import enhancer_of
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
 _KEPT = 1024  # prompts whose embeddings are kept in host memory
 
-Packed: TypeAlias = tuple[dict[Hashable, str], dict[str, Any]]
+Packed: TypeAlias = "tuple[dict[Hashable, str], dict[str, Tensor]]"
 """What one request was enhanced to, and the embeddings of its texts; it can be pickled."""
 
 
@@ -35,10 +41,10 @@ class PromptStage:
         self._free = free
         self._kept = max(_KEPT, 4 * ROUND if free else 0)  # a row has a prompt, a negative one, and may be retried
         self._device = pipe._execution_device  # now, while every component is in its place
-        self._freed: dict[str, tuple[Any, Any]] = {}  # components taken off the device, and where they were
+        self._freed: dict[str, tuple[nn.Module, torch.device]] = {}  # what was taken off the device, and off which
         self._enhancer: PromptEnhancer | None = None
         self._texts: OrderedDict[Hashable, str] = OrderedDict()
-        self._embeds: OrderedDict[str, Any] = OrderedDict()  # [T, D] on the CPU
+        self._embeds: OrderedDict[str, Tensor] = OrderedDict()  # [T, D] on the CPU
 
     @classmethod
     def of(cls, pipe: CallablePipeline, *, free: bool = False) -> PromptStage | None:
@@ -64,7 +70,7 @@ class PromptStage:
         embeds = self._embeds.get(text)
         return length_class(len(embeds)) if embeds is not None else 0
 
-    def arguments(self, requests: Sequence[Request], expired: threading.Event | None = None) -> dict[str, Any]:
+    def arguments(self, requests: Sequence[Request], expired: threading.Event | None = None) -> dict[str, list[Tensor]]:
         """Return the embeddings of the requests as the pipeline's call takes them; encodes what is missing."""
         wanted = [self._text_or_none(request) for request in requests]
         if self._guided(requests[0]):
@@ -122,9 +128,10 @@ class PromptStage:
             self._put_back(name)
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The text encoder's tokenizer."""
-        return self._pipe.tokenizer
+        tokenizer: Tokenizer = self._pipe.tokenizer
+        return tokenizer
 
     @property
     def _enhances(self) -> bool:
@@ -198,7 +205,7 @@ class PromptStage:
             self._embeds.move_to_end(text)
         self._forget(self._embeds)
 
-    def _encode(self, texts: Sequence[str]) -> list[Any]:
+    def _encode(self, texts: Sequence[str]) -> list[Tensor]:
         """Return the embeddings [T, D] of each text; padding on the right is masked and cannot be seen (causal)."""
         import torch
 
@@ -213,7 +220,7 @@ class PromptStage:
         hidden = output.hidden_states[-2].cpu()
         return [hidden[i, : len(row)].clone() for i, row in enumerate(ids)]
 
-    def _forget(self, kept: OrderedDict[Any, Any]) -> None:
+    def _forget(self, kept: OrderedDict[_K, _V]) -> None:
         while len(kept) > self._kept:
             kept.popitem(last=False)
 
@@ -223,7 +230,7 @@ class PromptStage:
             setattr(self._pipe, name, part.to(device))
 
 
-def token_ids(tokenizer: Any, text: str) -> list[int]:
+def token_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return a prompt's tokens as `ErnieImagePipeline.encode_prompt` makes them; at least one."""
     ids: list[int] = tokenizer(text, add_special_tokens=True, truncation=True, padding=False)["input_ids"]
     return ids or [tokenizer.bos_token_id or 0]
@@ -238,5 +245,5 @@ def _call_defaults(pipe: CallablePipeline) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in inspect.signature(pipe).parameters.items()}
 
 
-def _chunks(items: Sequence[Any], size: int) -> Iterable[Sequence[Any]]:
+def _chunks(items: Sequence[_V], size: int) -> Iterable[Sequence[_V]]:
     return (items[i : i + size] for i in range(0, len(items), size))

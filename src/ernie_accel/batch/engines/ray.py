@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ernie_accel.batch.engines.base import (
     PREPARE_BATCH,
@@ -30,7 +30,17 @@ from ernie_accel.batch.engines.prompts import length_class, token_ids
 from ernie_accel.batch.errors import Problem
 from ernie_accel.core.errors import ErnieAccelError, MissingExtraError
 
+if TYPE_CHECKING:
+    from ernie_accel.core.components import Tokenizer
+
 _log = logging.getLogger(__name__)
+
+#: Ray comes without types: the package, a handle of an actor, and a reference to what is in its store.
+_Ray: TypeAlias = Any
+_Actor: TypeAlias = Any
+_Reference: TypeAlias = Any
+#: The largest batch, the identity, the tokenizer and the call of an actor's engine.
+_Description: TypeAlias = "tuple[int, dict[str, str], Tokenizer | None, CallSignature]"
 
 _TELL_S = 60.0  # seconds of waiting for an actor after which that is logged, and logged again
 
@@ -40,7 +50,7 @@ class _Encoded:
     """What was made ahead for a request: its bucket, and Ray's reference to its embeddings; None: they were used."""
 
     bucket: Hashable
-    packed: Any
+    packed: _Reference | None
 
 
 class RayEngine(Engine):
@@ -88,7 +98,7 @@ class RayEngine(Engine):
             import ray
         except ImportError as error:
             raise MissingExtraError("ray", "ray") from error
-        self._ray: Any = ray
+        self._ray: _Ray = ray
         self._started = not ray.is_initialized()
         if self._started:
             ray.init(address=address, log_to_driver=False, include_dashboard=False)
@@ -96,20 +106,20 @@ class RayEngine(Engine):
         if self._started and address is None and "RAY_ADDRESS" not in os.environ:
             self._refuse_more_than_there_is(actors)
         # No restarts by Ray: a new actor is started here, where it is known which rows the old one had.
-        remote: Any = ray.remote
-        self._actor_class: Any = remote(num_gpus=num_gpus, num_cpus=num_cpus, max_restarts=0)(_Worker)
+        remote: _Ray = ray.remote
+        self._actor_class: _Ray = remote(num_gpus=num_gpus, num_cpus=num_cpus, max_restarts=0)(_Worker)
         self._load, self._given_max_batch = load, max_batch
         self.slots = actors
         self.ahead = self.ahead * actors
         self._closed, self._changing = False, threading.Lock()
-        self._loaded: set[Any] = set()
+        self._loaded: set[_Actor] = set()
         self._actors = [self._new_actor() for _ in range(actors)]
-        self._idle: queue.Queue[Any] = queue.Queue()
+        self._idle: queue.Queue[_Actor] = queue.Queue()
         for actor in self._actors:
             self._idle.put(actor)
         self.max_batch: int
         self._identity: dict[str, str]
-        self._tokenizer: Any
+        self._tokenizer: Tokenizer | None
         self._signature: CallSignature
         self.max_batch, self._identity, self._tokenizer, self._signature = self._describe(self._actors[0])
         self._length_class = functools.lru_cache(maxsize=4096)(self._count)  # asked for again after each batch
@@ -177,7 +187,7 @@ class RayEngine(Engine):
             return None
 
     @contextmanager
-    def _actor(self) -> Iterator[Any]:
+    def _actor(self) -> Iterator[_Actor]:
         """Wait for a free actor, and lend it; one that dies or is out of time meanwhile is replaced."""
         actor = self._idle.get()
         try:
@@ -196,10 +206,10 @@ class RayEngine(Engine):
     def _count(self, prompt: str) -> int:
         return 0 if self._tokenizer is None else length_class(len(token_ids(self._tokenizer, prompt)))
 
-    def _new_actor(self) -> Any:
+    def _new_actor(self) -> _Actor:
         return self._actor_class.remote(self._load, self._given_max_batch)
 
-    def _in_place_of(self, lost: Any) -> Any:
+    def _in_place_of(self, lost: _Actor) -> _Actor:
         """Return a new actor, or the lost one if the engine is closed and none is needed."""
         with self._changing:
             if self._closed:
@@ -211,7 +221,7 @@ class RayEngine(Engine):
             self._actors.append(new)
             return new
 
-    def _describe(self, actor: Any) -> Any:
+    def _describe(self, actor: _Actor) -> _Description:
         """Wait until an actor has its pipeline, and return what it says of it."""
         answer = actor.describe.remote()
         while not self._ray.wait([answer], timeout=_TELL_S)[0]:
@@ -220,7 +230,8 @@ class RayEngine(Engine):
             _log.warning(
                 "Waiting for a Ray actor: it loads its pipeline, or the cluster has no place for it. It needs %s", needs
             )
-        return self._ask(answer, None)
+        description: _Description = self._ask(answer, None)
+        return description
 
     def _refuse_more_than_there_is(self, actors: int) -> None:
         total = self._ray.cluster_resources()
@@ -232,7 +243,7 @@ class RayEngine(Engine):
                     f"take fewer, or give each less (num_{kind.lower()}s)"
                 )
 
-    def _ask(self, answer: Any, timeout_s: float | None) -> Any:
+    def _ask(self, answer: _Reference, timeout_s: float | None) -> Any:
         exceptions = self._ray.exceptions
         try:
             good, value = self._ray.get(answer, timeout=timeout_s)
@@ -256,11 +267,11 @@ class _Worker:
     def __init__(self, load: Callable[[], Pipe], max_batch: int | None) -> None:
         self._engine = LocalEngine(load(), max_batch=max_batch)
 
-    def describe(self) -> tuple[bool, Any]:
+    def describe(self) -> tuple[bool, _Description]:
         engine = self._engine
         return True, (engine.max_batch, dict(engine.identity()), engine.tokenizer, engine.signature)
 
-    def encode(self, requests: Sequence[Request]) -> tuple[Any, ...]:
+    def encode(self, requests: Sequence[Request]) -> tuple[object, ...]:
         """Return the answer, the buckets of the requests, and what was made for each."""
         try:
             buckets = self._engine.encode(requests)
@@ -269,7 +280,7 @@ class _Worker:
         except Exception as error:
             return (False, portable(error)), *[None] * len(requests)
 
-    def render(self, requests: Sequence[Request], packed: Sequence[Any]) -> tuple[bool, Any]:
+    def render(self, requests: Sequence[Request], packed: Sequence[_Reference | None]) -> tuple[bool, object]:
         try:
             self._take_in(packed)
             outcomes = self._engine.render(requests)
@@ -278,7 +289,7 @@ class _Worker:
             return False, portable(error)
         return True, [portable(outcome) if isinstance(outcome, Exception) else outcome for outcome in outcomes]
 
-    def _take_in(self, packed: Sequence[Any]) -> None:
+    def _take_in(self, packed: Sequence[_Reference | None]) -> None:
         import ray
 
         for reference in packed:

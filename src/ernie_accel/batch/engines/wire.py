@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import Protocol
 
 from ernie_accel.batch.engines.address import Address
 from ernie_accel.core.errors import MissingExtraError
@@ -36,6 +38,31 @@ class Answer:
     content: bytearray
 
 
+class _Stream(Protocol):
+    """A connection, by httpcore's interface ``NetworkStream``."""
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes: ...
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None: ...
+
+    def close(self) -> None: ...
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> _Stream: ...
+
+    def get_extra_info(self, info: str) -> object: ...
+
+
+class _Response(Protocol):
+    """An answer as httpcore has it."""
+
+    status: int
+    headers: Sequence[tuple[bytes, bytes]]
+
+    def iter_stream(self) -> Iterator[bytes]: ...
+
+
 class Wire:
     """Connections to servers, kept between requests; may be used from several threads.
 
@@ -57,7 +84,7 @@ class Wire:
             import httpcore
         except ImportError as error:
             raise MissingExtraError("httpcore", "http") from error
-        self._httpcore: Any = httpcore
+        self._httpcore: ModuleType = httpcore
         self._budget = _Budget()
         # No proxy from the environment: one for the outside must not take the requests to servers in the same rack.
         self._pool = httpcore.ConnectionPool(
@@ -109,7 +136,7 @@ class Wire:
         """Drop the connections; requests under way fail."""
         self._pool.close()
 
-    def _read(self, stream: Any, limit: int, limit_refusal: int) -> Answer:
+    def _read(self, stream: _Response, limit: int, limit_refusal: int) -> Answer:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in stream.headers}
         coding = headers.get("content-encoding", "identity").strip().lower()
         content = bytearray()
@@ -146,11 +173,11 @@ class _Budget(threading.local):
 class _TimedBackend:
     """Makes httpcore's connections, by its interface `NetworkBackend`, of streams that keep to the budget."""
 
-    def __init__(self, httpcore: Any, budget: _Budget) -> None:
+    def __init__(self, httpcore: ModuleType, budget: _Budget) -> None:
         self._httpcore, self._budget = httpcore, budget
         self._backend = httpcore.SyncBackend()
 
-    def connect_tcp(self, host: str, port: int, **options: Any) -> Any:
+    def connect_tcp(self, host: str, port: int, **options: object) -> _TimedStream:
         left_s = self._budget.left_s()
         if left_s <= 0:
             raise self._httpcore.ConnectTimeout("out of time")
@@ -161,10 +188,10 @@ class _TimedBackend:
 class _TimedStream:
     """One connection, by httpcore's interface `NetworkStream`."""
 
-    def __init__(self, stream: Any, httpcore: Any, budget: _Budget) -> None:
+    def __init__(self, stream: _Stream, httpcore: ModuleType, budget: _Budget) -> None:
         self._stream, self._httpcore, self._budget = stream, httpcore, budget
 
-    def read(self, max_bytes: int, timeout: float | None = None) -> Any:
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         left_s = self._budget.left_s()
         if left_s <= 0:
             raise self._httpcore.ReadTimeout("the answer was not complete in time")
@@ -182,7 +209,9 @@ class _TimedStream:
                 raise self._httpcore.WriteTimeout("the request was not taken in time")
             self._stream.write(bytes(view[start : start + _PIECE]), left_s)
 
-    def start_tls(self, ssl_context: Any, server_hostname: str | None = None, timeout: float | None = None) -> Any:
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> _TimedStream:
         left_s = max(0.001, self._budget.left_s())
         secured = self._stream.start_tls(ssl_context, server_hostname, left_s)
         return _TimedStream(secured, self._httpcore, self._budget)
@@ -190,5 +219,5 @@ class _TimedStream:
     def close(self) -> None:
         self._stream.close()
 
-    def get_extra_info(self, info: str) -> Any:
+    def get_extra_info(self, info: str) -> object:
         return self._stream.get_extra_info(info)

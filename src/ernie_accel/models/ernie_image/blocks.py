@@ -19,7 +19,7 @@ import inspect
 from collections.abc import Mapping
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
@@ -35,14 +35,16 @@ from ernie_accel.core.components import Pipeline, alignment_of, with_alignment
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.stand_in import StandInForward, StandInMethod
 from ernie_accel.core.undo import Undo
+from ernie_accel.models.ernie_image.architecture import Attention, ErnieTransformer, attention_of, transformer_of
 from ernie_accel.models.ernie_image.positions import (
-    PaddingRule,
+    LAYOUT,
     Position,
-    Positions,
     RememberingPad,
     Rows,
+    TokenLayout,
     prompt_lengths,
 )
+from ernie_accel.models.processors import processor_for
 
 #: Six float32 tensors [B, 1, H], the same for all blocks: shift, 1 + scale, gate of the attention, then of the MLP.
 Modulation = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -91,7 +93,7 @@ class FusedLinear(nn.Linear):
             part.weight.data = with_alignment(copy, alignment)
         return self._parts
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         if not self.is_plain:
             super()._save_to_state_dict(destination, prefix, keep_vars)
             return
@@ -186,9 +188,9 @@ class RewrittenAttention(_Part, AttentionModuleMixin):  # type: ignore[misc]
     norm_k: nn.RMSNorm
     to_out: nn.ModuleList
 
-    def __init__(self, stock: Any) -> None:
+    def __init__(self, stock: Attention) -> None:
         super().__init__(stock)
-        self.heads: int = stock.heads
+        self.heads = stock.heads
         self.processor = stock.processor  # set_attention_backend writes to it
 
     def forward(self, x_bsh: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, mask_b11s: Tensor | None) -> Tensor:
@@ -203,8 +205,7 @@ class RewrittenAttention(_Part, AttentionModuleMixin):  # type: ignore[misc]
 
     def attend(self, q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, mask_b11s: Tensor | None) -> Tensor:
         """Return the attention output [B, S, H] by the backend that was chosen for the model."""
-        # `SetAttention` gives kernels that take no mask a second processor for batches that need one.
-        processor = self.processor if mask_b11s is None else getattr(self.processor, "masked", self.processor)
+        processor = processor_for(self.processor, mask_b11s)
         out_bsnd: Tensor = dispatch_attention_fn(
             q_bsnd, k_bsnd, v_bsnd, attn_mask=mask_b11s, backend=processor._attention_backend
         )
@@ -233,22 +234,22 @@ class RewrittenFeedForward(_Part):
 class RewrittenErnieBlock(nn.Module):
     """One transformer block over [B, S, H]: the stock block's layers under the stock names, other arithmetic order."""
 
-    def __init__(self, stock: Any) -> None:
+    def __init__(self, stock: nn.Module) -> None:
         super().__init__()
-        self.adaLN_sa_ln = stock.adaLN_sa_ln
-        self.self_attention = RewrittenAttention(stock.self_attention)
-        self.adaLN_mlp_ln = stock.adaLN_mlp_ln
-        self.mlp = RewrittenFeedForward(stock.mlp)
+        self.adaLN_sa_ln = stock.get_submodule("adaLN_sa_ln")
+        self.self_attention = RewrittenAttention(attention_of(stock))
+        self.adaLN_mlp_ln = stock.get_submodule("adaLN_mlp_ln")
+        self.mlp = RewrittenFeedForward(stock.get_submodule("mlp"))
 
     @property
     def parts(self) -> dict[str, _Part]:
         """The two halves by name."""
         return {"self_attention": self.self_attention, "mlp": self.mlp}
 
-    def give_back(self, stock: object) -> None:
+    def give_back(self, stock: nn.Module) -> None:
         """Hand all layers to the stock block in place."""
         for name, part in self.parts.items():
-            part.give_back(getattr(stock, name))
+            part.give_back(stock.get_submodule(name))
 
     def forward(
         self,
@@ -290,7 +291,7 @@ def rotate(x_bsnd: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor) -> Tensor:
 
 
 def forward(
-    self: Any,
+    self: ErnieTransformer,
     hidden_states: Tensor,
     timestep: Tensor,
     text_bth: Tensor,
@@ -312,7 +313,7 @@ def forward(
         text_bth = self.text_proj(text_bth)
     x_bsh = torch.cat([self.x_embedder(hidden_states), text_bth], 1)
     if at is None:
-        at = self._positions.get(self.pos_embed, rows, x_bsh)
+        at = LAYOUT.required(self).positions.get(self.pos_embed, rows, x_bsh)
 
     time_bh = self.time_embedding(self.time_proj(timestep).to(hidden_states.dtype))
     parts = [part.float().unsqueeze(1) for part in self.adaLN_modulation(time_bh).chunk(6, -1)]
@@ -331,13 +332,18 @@ def forward(
     return ErnieImageTransformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
-def _grid(transformer: Any, hidden_states: Tensor) -> tuple[int, int]:
+def _grid(transformer: ErnieTransformer, hidden_states: Tensor) -> tuple[int, int]:
     height, width = hidden_states.shape[-2:]
     return height // transformer.patch_size, width // transformer.patch_size
 
 
 def _pad(
-    transformer: Any, text_bth: Tensor, text_lens: Tensor, grid: tuple[int, int], *, for_graph: bool = False
+    transformer: ErnieTransformer,
+    text_bth: Tensor,
+    text_lens: Tensor,
+    grid: tuple[int, int],
+    *,
+    for_graph: bool = False,
 ) -> tuple[Tensor, Rows]:
     """Return the text padded as the transformer's rule requires, and the layout of the padded rows.
 
@@ -351,7 +357,7 @@ def _pad(
         for_graph: If the blocks use lengths, pass them even if nothing is padded, so that padded batches can replay
             the same graph.
     """
-    rule: PaddingRule = transformer._padding_rule()
+    rule = LAYOUT.required(transformer).padding_rule()
     lengths, more = prompt_lengths(text_lens), -(grid[0] * grid[1] + text_bth.shape[1]) % rule.multiple_of
     if more:
         text_bth = F.pad(text_bth, (0, 0, 0, more))
@@ -372,7 +378,7 @@ PICTURE_INPUT = "text_bth"
 
 def token_count(transformer: nn.Module, arguments: Mapping[str, Any]) -> int:
     """Return the image tokens of all pictures of a batch."""
-    height, width = _grid(transformer, arguments["hidden_states"])
+    height, width = _grid(transformer_of(transformer), arguments["hidden_states"])
     return int(len(arguments["hidden_states"]) * height * width)
 
 
@@ -381,14 +387,13 @@ def host_facts(arguments: Mapping[str, Any]) -> tuple[int, ...]:
     return prompt_lengths(arguments["text_lens"])
 
 
-def prepare(transformer: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, Position]:
+def prepare(transformer: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, Position]:
     """Return text and positions for `forward`: all that depends on how long each prompt is, and is no shape."""
-    hidden_states = arguments["hidden_states"]
-    grid = _grid(transformer, hidden_states)
-    text_bth, rows = _pad(transformer, arguments["text_bth"], arguments["text_lens"], grid, for_graph=True)
+    hidden_states, model = arguments["hidden_states"], transformer_of(transformer)
+    grid = _grid(model, hidden_states)
+    text_bth, rows = _pad(model, arguments["text_bth"], arguments["text_lens"], grid, for_graph=True)
     like = hidden_states.new_empty(0, dtype=torch.promote_types(hidden_states.dtype, text_bth.dtype))
-    at = transformer._positions.get(transformer.pos_embed, rows, like)
-    return text_bth, at
+    return text_bth, LAYOUT.required(model).positions.get(model.pos_embed, rows, like)
 
 
 def as_output(sample: Tensor, arguments: Mapping[str, object]) -> ErnieImageTransformer2DModelOutput | tuple[Tensor]:
@@ -396,29 +401,29 @@ def as_output(sample: Tensor, arguments: Mapping[str, object]) -> ErnieImageTran
     return ErnieImageTransformer2DModelOutput(sample=sample) if arguments.get("return_dict", True) else (sample,)
 
 
-def is_rewritten(transformer: Any) -> bool:
+def is_rewritten(transformer: nn.Module) -> bool:
     """Return whether `rewrite` has been here."""
-    return any(isinstance(layer, RewrittenErnieBlock) for layer in transformer.layers)
+    return any(isinstance(block, RewrittenErnieBlock) for block in transformer_of(transformer).layers)
 
 
-def unsupported_reasons(transformer: Any) -> list[str]:
+def unsupported_reasons(transformer: nn.Module) -> list[str]:
     """Return every reason why this stock transformer cannot be rewritten."""
-    reasons = []
-    axes, head_dim = tuple(transformer.config.rope_axes_dim), transformer.head_dim
+    model, reasons = transformer_of(transformer), []
+    axes, head_dim = tuple(model.config.rope_axes_dim), model.head_dim
     if sum(axes) != head_dim:
         reasons.append(f"RoPE covers {sum(axes)} of {head_dim} dimensions of a head; only full rotation is rewritten")
-    if transformer.gradient_checkpointing:
+    if model.gradient_checkpointing:
         reasons.append("gradient checkpointing is on, and the rewritten blocks are for inference: switch it off")
-    processors = {type(layer.self_attention.processor) for layer in transformer.layers}
+    processors: set[type] = {type(attention_of(block).processor) for block in model.layers}
     for other in sorted(cls.__name__ for cls in processors - {ErnieImageSingleStreamAttnProcessor}):
         reasons.append(f"the attention has a processor of its own, {other}, which rewritten blocks would not call")
     return reasons
 
 
-def to_be_fused(transformer: Any) -> dict[str, tuple[str, ...]]:
+def to_be_fused(transformer: nn.Module) -> dict[str, tuple[str, ...]]:
     """Return which layers of a stock transformer `rewrite` would make one: path of the one -> paths of its parts."""
     found = {}
-    for i, stock in enumerate(transformer.layers):
+    for i, stock in enumerate(transformer_of(transformer).layers):
         for name, part in RewrittenErnieBlock(stock).parts.items():
             if part.unfusible_reason() is None:
                 at = f"layers.{i}.{name}"
@@ -428,7 +433,7 @@ def to_be_fused(transformer: Any) -> dict[str, tuple[str, ...]]:
 
 def rewrite(pipe: Pipeline, undo: Undo, fuse: bool) -> dict[str, str]:
     """Rewrite the transformer of `pipe` in place and return what could not be fused: path -> reason."""
-    transformer, skipped = pipe.transformer, {}
+    transformer, skipped = transformer_of(pipe.transformer), {}
     for i, stock in enumerate(transformer.layers):
         block = RewrittenErnieBlock(stock)
         undo.push(partial(_put_back, transformer.layers, i, block, stock))
@@ -440,8 +445,7 @@ def rewrite(pipe: Pipeline, undo: Undo, fuse: bool) -> dict[str, str]:
             else:
                 skipped[f"transformer.layers.{i}.{name}.{part.fused_name}"] = reason
     undo.setattr(transformer, "_repeated_blocks", [*transformer._repeated_blocks, RewrittenErnieBlock.__name__])
-    undo.setattr(transformer, "_positions", Positions())
-    undo.setattr(transformer, "_padding_rule", PaddingRule)  # stock's attention: as the prompts of a batch need it
+    undo.attach(LAYOUT, transformer, TokenLayout())
     RewrittenErnieForward(transformer).install(undo)
     for method in ("load_lora_adapter", "add_adapter"):
         undo.setattr(transformer, method, _AfterSplitting(transformer, method))
@@ -461,7 +465,7 @@ class RewrittenErnieForward(StandInForward):
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(MethodType(forward, self.module))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> object:
         return forward(self.module, *args, **kwargs)
 
 
@@ -469,8 +473,7 @@ class _AfterSplitting(StandInMethod):
     """A method of a transformer that splits the fused layers first: a LoRA looks for them by name."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        transformer: Any = self.owner
-        for layer in transformer.layers:
-            for part in layer.parts.values():
+        for block in transformer_of(cast(nn.Module, self.owner)).layers:
+            for part in block.parts.values() if isinstance(block, RewrittenErnieBlock) else ():
                 part.split()
         return self.call_below(*args, **kwargs)

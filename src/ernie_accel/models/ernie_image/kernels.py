@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor, nn
@@ -16,8 +15,9 @@ from ernie_accel.core.stand_in import Bound
 from ernie_accel.core.undo import Undo
 from ernie_accel.kernels import ops
 from ernie_accel.kernels.linear import Fp8Linear, Fp8Rows
-from ernie_accel.models.ernie_image.blocks import Modulation, RewrittenErnieBlock
-from ernie_accel.models.ernie_image.positions import PaddingRule
+from ernie_accel.models.ernie_image.architecture import Attention, attention_of, transformer_of
+from ernie_accel.models.ernie_image.blocks import Modulation, RewrittenAttention, RewrittenErnieBlock
+from ernie_accel.models.ernie_image.positions import LAYOUT, PaddingRule
 
 #: With cuDNN's own attention tokens are padded to a multiple of this: for each number of tokens it plans anew, which
 #: takes 35 to 65 ms on an H200. A product works on tiles of 128 rows, so the padding costs nearly nothing.
@@ -41,7 +41,7 @@ class KernelErnieBlock(RewrittenErnieBlock):
             setattr(self, name, child)
 
     @property
-    def goes_by_lengths(self) -> bool:
+    def takes_lengths(self) -> bool:
         """Whether it needs no mask, as the attention backends are chosen now."""
         return self.has_fp8_attention or (self.attention is not None and _is_unnamed(self.self_attention))
 
@@ -84,7 +84,7 @@ class KernelErnieBlock(RewrittenErnieBlock):
         else:
             q_bsnd, k_bsnd = ops.qk_norm_rope(*qk)
             v_bsnd = qkv_bs3h.chunk(3, -1)[2].unflatten(-1, (heads, -1))
-            if padding_is_known and self.goes_by_lengths:
+            if padding_is_known and self.takes_lengths:
                 branch_bsh = to_out(ops.attention(q_bsnd, k_bsnd, v_bsnd, lengths_b))
             else:
                 branch_bsh = to_out(attention.attend(q_bsnd, k_bsnd, v_bsnd, mask_b11s))
@@ -101,17 +101,17 @@ class KernelErnieBlock(RewrittenErnieBlock):
         return out_bsh
 
 
-def is_left_open(transformer: Any) -> bool:
-    """Return whether nobody has chosen an attention backend for any layer, stock or not, or by diffusers' defaults."""
-    return all(_is_unnamed(layer.self_attention) for layer in transformer.layers)
+def is_left_open(transformer: nn.Module) -> bool:
+    """Return whether nobody has chosen an attention backend for any block, stock or not, or by diffusers' defaults."""
+    return all(_is_unnamed(attention_of(block)) for block in transformer_of(transformer).layers)
 
 
-def calls_cudnn(transformer: Any) -> bool:
+def calls_cudnn(transformer: nn.Module) -> bool:
     """Return whether all blocks call cuDNN's attention themselves now."""
-    return _padding_rule(tuple(transformer.layers)).padding_input == "lengths"
+    return _padding_rule(tuple(transformer_of(transformer).layers)).padding_input == "lengths"
 
 
-def _is_unnamed(attention: nn.Module) -> bool:
+def _is_unnamed(attention: Attention | RewrittenAttention) -> bool:
     default = AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0])
     chosen = getattr(attention.processor, "_attention_backend", None)  # processors of others may have no such name
     return chosen is None and default is AttentionBackendName.NATIVE
@@ -123,35 +123,40 @@ def _padding_rule(blocks: tuple[nn.Module, ...]) -> PaddingRule:
     To a multiple only where all blocks take lengths: others would need a mask, which is slow or refused.
     In fp8 attention takes as long with lengths as without, so it needs no second plan; in bfloat16 it takes longer.
     """
-    if not all(getattr(block, "goes_by_lengths", False) for block in blocks):
+    on_kernels = [block for block in blocks if isinstance(block, KernelErnieBlock)]
+    if len(on_kernels) < len(blocks) or not all(block.takes_lengths for block in on_kernels):
         return PaddingRule()
-    return PaddingRule(TOKENS_MULTIPLE_OF, "lengths", always_lengths=any(block.has_fp8_attention for block in blocks))
+    always_lengths = any(block.has_fp8_attention for block in on_kernels)
+    return PaddingRule(TOKENS_MULTIPLE_OF, "lengths", always_lengths=always_lengths)
 
 
-def is_installed(transformer: Any) -> bool:
+def is_installed(transformer: nn.Module) -> bool:
     """Return whether `install` has been here."""
-    return any(isinstance(layer, KernelErnieBlock) for layer in transformer.layers)
+    return any(isinstance(block, KernelErnieBlock) for block in transformer_of(transformer).layers)
 
 
-def install(transformer: Any, undo: Undo, attention: str | None = None) -> dict[str, str]:
+def install(transformer: nn.Module, undo: Undo, attention: str | None = None) -> dict[str, str]:
     """Put the rewritten blocks of `transformer` on the kernels in place; return what could not be: path -> reason.
 
     `attention` is that of `KernelErnieBlock`.
     """
-    skipped = {}
-    for i, block in enumerate(transformer.layers):
+    model, skipped = transformer_of(transformer), {}
+    for i, block in enumerate(model.layers):
+        if not isinstance(block, RewrittenErnieBlock):
+            skipped[f"transformer.layers.{i}"] = "it is no rewritten block"
+            continue
         apart = [part for part in block.parts.values() if part.fused is None]
         if apart:
             skipped[f"transformer.layers.{i}"] = "; ".join(str(part.unfusible_reason()) for part in apart)
             continue
-        undo.push(partial(transformer.layers.__setitem__, i, block))
-        transformer.layers[i] = KernelErnieBlock(block, attention)
+        undo.push(partial(model.layers.__setitem__, i, block))
+        model.layers[i] = KernelErnieBlock(block, attention)
     if attention is not None:
         # These, not those in `layers` at the time: caches put others in their place while a forward lasts.
-        undo.setattr(transformer, "_padding_rule", partial(_padding_rule, tuple(transformer.layers)))
-    undo.setattr(transformer, "_repeated_blocks", [*transformer._repeated_blocks, KernelErnieBlock.__name__])
+        undo.setattr(LAYOUT.required(model), "padding_rule", partial(_padding_rule, tuple(model.layers)))
+    undo.setattr(model, "_repeated_blocks", [*model._repeated_blocks, KernelErnieBlock.__name__])
     for method in ("load_lora_adapter", "add_adapter"):
-        undo.setattr(transformer, method, Bound(_refuse_lora, transformer))
+        undo.setattr(model, method, Bound(_refuse_lora, transformer))
     return skipped
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ernie_accel.common.notes import Note
 from ernie_accel.core.captured import version_of
 from ernie_accel.core.stand_in import StandInMethod
 
@@ -114,24 +115,54 @@ def _position(pos_embed: Callable[[Tensor], Tensor], rows: Rows, like: Tensor) -
     )
 
 
+class TokenLayout:
+    """How a rewritten transformer lays out the tokens of a batch.
+
+    Attributes:
+        positions: Those of the last batches.
+        padding_rule: Returns the rule as the blocks attend now. Stock's attention: as the prompts of a batch need it.
+    """
+
+    def __init__(self) -> None:
+        self.positions = Positions()
+        self.padding_rule: Callable[[], PaddingRule] = PaddingRule
+
+
+LAYOUT = Note("token_layout", TokenLayout, "transformer", "positions and padding of its batches, once it is rewritten")
+
+
+class PromptLengths(NamedTuple):
+    """The values of a tensor of prompt lengths, on the host.
+
+    Attributes:
+        version: Of the tensor, when it had these (see `version_of`).
+        lengths: Its values.
+    """
+
+    version: int | None
+    lengths: tuple[int, ...]
+
+
+PROMPT_LENGTHS = Note("prompt_lengths", PromptLengths, "tensor", "its values, as they are on the host")
+
+
 def prompt_lengths(text_lens: Tensor) -> tuple[int, ...]:
     """Return the prompt lengths [B] on the host, reading the device at most once per tensor.
 
     What was read is kept on the tensor, so a picture costs one synchronisation, and none at all if the pipeline's
     ``_pad_text``, which knows the lengths, has called `remember_lengths`.
     """
-    version = version_of(text_lens)
-    known = getattr(text_lens, "_ernie_lengths", None)
-    if known is None or known[0] != version:
-        remember_lengths(text_lens, tuple(text_lens.tolist()))
-    lengths: tuple[int, ...] = text_lens._ernie_lengths[1]  # type: ignore[attr-defined]
-    return lengths
+    known = PROMPT_LENGTHS.of(text_lens)
+    if known is None or known.version != version_of(text_lens):
+        known = remember_lengths(text_lens, tuple(text_lens.tolist()))
+    return known.lengths
 
 
-def remember_lengths(text_lens: Tensor, lengths: tuple[int, ...]) -> None:
-    """Keep the values of `text_lens` [B], as they are on the host, on the tensor itself."""
-    version = version_of(text_lens)
-    text_lens._ernie_lengths = (version, lengths)  # type: ignore[attr-defined]
+def remember_lengths(text_lens: Tensor, lengths: tuple[int, ...]) -> PromptLengths:
+    """Keep the values of `text_lens` [B], as they are on the host, on the tensor itself; return what is kept."""
+    kept = PromptLengths(version_of(text_lens), lengths)
+    PROMPT_LENGTHS.put(text_lens, kept)
+    return kept
 
 
 class RememberingPad(StandInMethod):

@@ -45,7 +45,7 @@ class _Workplace:
 
     def __init__(self, state: DecodeState, *, captures: bool) -> None:
         self.state, self.captures = state, captures
-        self._replays = Replays()
+        self._replays: Replays[None, object] = Replays()
 
     def run(self, name: object, work: Callable[[], object]) -> None:
         """Do `work`, from the second time on in one launch; it may read the state and the weights (see `Replays`)."""

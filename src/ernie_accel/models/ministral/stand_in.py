@@ -71,8 +71,7 @@ class EnhancerStandIn:
 
 def enhancer_of(pipe: Pipeline) -> EnhancerStandIn | None:
     """Return what enhances the prompts of `pipe` in the place of its own method; None if nothing does."""
-    found = wrapper(pipe, "enhancer")
-    return found if isinstance(found, EnhancerStandIn) else None
+    return wrapper(pipe, "enhancer", EnhancerStandIn)
 
 
 def _seeds(generator: Any, prompts: int, pictures: int) -> list[int]:

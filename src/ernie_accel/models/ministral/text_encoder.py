@@ -52,7 +52,7 @@ class _Look(NamedTuple):
     is_plain: bool
 
 
-class RewrittenForward(ReplayedForward):
+class RewrittenForward(ReplayedForward[Tensor, list[Tensor]]):
     """The forward of a ``Ministral3Model``; same arguments, same result up to rounding."""
 
     def __init__(self, model: Any, max_tokens: int, keep: int, capture: Capture | None = None) -> None:

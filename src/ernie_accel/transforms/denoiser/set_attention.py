@@ -21,7 +21,7 @@ from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transfor
 from ernie_accel.core.undo import Undo
 from ernie_accel.models.fused_npu import with_prepared_masks
 from ernie_accel.models.masks import no_mask_reason
-from ernie_accel.models.processors import attentions, send_through_dispatcher
+from ernie_accel.models.processors import BY_MASK, ByMask, attentions, processor_for, send_through_dispatcher
 from ernie_accel.models.rewritten import calls_cudnn
 
 HALF = (torch.bfloat16, torch.float16)
@@ -329,15 +329,16 @@ def _by_mask(processor: Any, backend: object) -> object:
     cls: Any = type(processor)
     made.__class__ = _by_mask_class(cls)
     made._attention_backend = backend
-    made.unmasked, made.masked = copy.copy(processor), copy.copy(processor)
-    made.unmasked._attention_backend = backend
-    made.masked._attention_backend = AttentionBackendName.NATIVE
+    by_mask = ByMask(copy.copy(processor), copy.copy(processor))
+    by_mask.unmasked._attention_backend = backend
+    by_mask.masked._attention_backend = AttentionBackendName.NATIVE
+    BY_MASK.put(made, by_mask)
     return made
 
 
 @functools.cache  # one class for all blocks: torch.compile would compile each class anew
 def _by_mask_class(cls: Any) -> type:
-    """Return a subclass of a processor class that hands each call to its `masked` or `unmasked` processor.
+    """Return a subclass of a processor class that hands each call to the processor for its mask (`ByMask`).
 
     It has the same name and signature, because attention modules pass a processor only what its signature names.
     """
@@ -348,6 +349,6 @@ def _by_mask_class(cls: Any) -> type:
     @functools.wraps(stock)
     def __call__(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> object:
         mask = args[position] if position is not None and len(args) > position else kwargs.get("attention_mask")
-        return stock(self.unmasked if mask is None else self.masked, attn, *args, **kwargs)
+        return stock(processor_for(self, mask), attn, *args, **kwargs)
 
     return type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})

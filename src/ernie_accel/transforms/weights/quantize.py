@@ -271,7 +271,7 @@ def _replace(pipe: Pipeline, site: LinearSite, work: _Work, device: str | None, 
         bytes_after=module_bytes(layer),
         sqnr_db=round(sqnr_db(source.weight.detach(), work.backend.dequantize(layer)), 3),
     )
-    setattr(layer, RECEIPT, receipt)
+    RECEIPT.put(layer, receipt)
     component, _, path = site.name.partition(".")
     root = modules_of(pipe)[component]
     undo.object_if(_Unchanged(layer, root, path))
