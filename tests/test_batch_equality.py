@@ -13,6 +13,7 @@ import ernie_accel
 from ernie_accel.batch import Row, produce
 from ernie_accel.batch.engines import LocalEngine, Request
 from ernie_accel.models.ministral.enhancer import PromptEnhancer
+from ernie_accel.models.ministral.stand_in import enhancer_of
 from tests.pipelines import randomize, tiny_ernie, tiny_tokenizer
 from tests.stub_engine import make_rows
 
@@ -213,7 +214,7 @@ def test_what_the_enhancer_keeps_on_the_device_leaves_it_with_the_enhancer(monke
         engine = LocalEngine(pipe, free_encoders=True)
         engine.prepare([request(0)])
         assert pipe.pe is None
-        made = pipe._around_enhancer.__self__._enhancer if transforms else engine._prompts._enhancer
+        made = enhancer_of(pipe)._enhancer if transforms else engine._prompts._enhancer
         assert made is None if transforms else forgotten == [made]
         engine.close()
 

@@ -22,6 +22,7 @@ from ernie_accel.models.ministral.enhancer import (
     unsupported_reasons,
 )
 from ernie_accel.models.ministral.sampling import Sampling, choose, draws_for
+from ernie_accel.models.ministral.stand_in import enhancer_of
 from tests.pipelines import picture, randomize, tiny_enhancer, tiny_ernie, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -353,7 +354,7 @@ def test_a_call_that_is_made_again_gets_the_same_words(trained):
     def twice(given):
         return [[pipe._enhance_prompt_with_pe(prompt, CPU) for prompt in given["prompt"]] for _ in range(2)]
 
-    first, again = pipe._around_enhancer(twice, arguments | {"width": 64, "height": 64})
+    first, again = enhancer_of(pipe).around(twice, arguments | {"width": 64, "height": 64})
     assert first == again
     assert first[0] != first[1]
 

@@ -31,8 +31,10 @@ from ernie_accel import (
     Warmup,
 )
 from ernie_accel.core.plan import after
+from ernie_accel.core.wrap_call import wrapper
 from ernie_accel.models.ministral.decoder import Decoder
 from ernie_accel.transforms.calls.warm_up import prompt_of
+from ernie_accel.transforms.prompts.encode_prompts import _Encoder
 from tests.examples import differences, snapshot
 from tests.pipelines import PIPELINES, picture, tiny_ernie
 from tests.test_graphs import H200, Recorder
@@ -210,7 +212,7 @@ def test_prompts_that_are_remembered_stay_those_of_the_user(graphs, ernie, tmp_p
     ernie_accel.optimize(ernie, encoding)
     picture(ernie, prompt=theirs)
     picture(ernie, prompt="a red circle")
-    memory = ernie._around_prompts.__self__._memory
+    memory = wrapper(ernie, "prompts", _Encoder)._memory
 
     def remembered():
         if not on_disk:
@@ -223,7 +225,7 @@ def test_prompts_that_are_remembered_stay_those_of_the_user(graphs, ernie, tmp_p
     ernie.text_encoder.register_forward_pre_hook(lambda *_: read.append(1))
     ernie_accel.optimize(ernie, encoding, Compile(), Warmup(sizes=((64, 64),), prompt_lengths=(5, 9)))
     assert len(read) == 2
-    assert ernie._around_prompts.__self__._memory is memory
+    assert wrapper(ernie, "prompts", _Encoder)._memory is memory
     assert remembered() == before
 
 

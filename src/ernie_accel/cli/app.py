@@ -178,7 +178,7 @@ app.command("evaluate")(evaluate_command)
 @app.command("recommend")
 def recommend_command(
     device: Device = None,
-    model: Annotated[str | None, typer.Option(help="Ask for this pipeline too, not for the machine alone.")] = None,
+    model: Annotated[str | None, typer.Option(help="Recommend for this pipeline, not for the machine alone.")] = None,
     mode: Annotated[str | None, typer.Option(help="turbo (distilled) or quality (base).")] = None,
 ) -> None:
     """Name the preset that pays most, here or on a named device, and why none of the others does."""
@@ -232,7 +232,7 @@ def load_and_optimize(
     _load_quietly(model)
     pipe = load_pipeline(model, dtype)
     pipe.set_progress_bar_config(disable=True)
-    # A preset that nobody chose by name may lose a part that cannot run here; the report names it.
+    # A preset that was not chosen by name may lose a part that cannot run here; the report names it.
     optimize(pipe, preset=chosen, on_unsupported="skip" if skip_unsupported or preset is None else "error")
     return pipe, report(pipe)
 

@@ -77,7 +77,7 @@ def run_job(job: Job) -> int:
 
 @contextmanager
 def _removing_empty_folders(job: Job) -> Iterator[None]:
-    """Where a with-block fails, remove the folders that it made and that are empty: nothing came of the job."""
+    """If a with-block fails, remove the empty folders that it made."""
     files = (path for path in (job.log_json, job.prometheus) if path is not None)
     folders = {job.output_dir, *(path.parent for path in files)}
     missing = {each for folder in folders for each in (folder, *folder.parents) if not os.path.lexists(each)}
@@ -131,7 +131,8 @@ def _run_job(job: Job) -> int:
             facts=dict.fromkeys(("model", "preset", "sampler", "prompt enhancer")) | facts,
             files=_written_files(job),
         )
-        # Image servers are no model to load, and only their engine can tell whether its own settings have changed.
+        # With image servers there is no model to load, and only their engine can tell whether its settings have
+        # changed.
         if not anything and not job.endpoint:
             renew_manifest(rows, job.output_dir, seed=job.seed, overwrite=job.overwrite)
             _report(job, power)
@@ -178,7 +179,7 @@ def _written_files(job: Job) -> Sequence[str]:
 
 
 def _check_outputs(job: Job) -> None:
-    """Refuse a folder or file that cannot be written now, and not after the model was loaded."""
+    """Refuse a folder or file that cannot be written before the model is loaded, not after."""
     from ernie_accel.batch.output.folder import OutputFolder
     from ernie_accel.batch.watch.telemetry import refuse_state_files
 
@@ -349,7 +350,7 @@ def _load(job: Job, preset: str) -> Any:
     chosen = find_preset(preset)
     if not job.compiled:
         chosen = replace(chosen, transforms=tuple(t for t in chosen.transforms if t.slot not in _COMPILING_SLOTS))
-    # A preset that nobody chose by name may lose a part that cannot run here; the report names it.
+    # A preset that was not chosen by name may lose a part that cannot run here; the report names it.
     lenient = job.skip_unsupported or job.preset is None
     return optimize(pipe, *swaps, preset=chosen, on_unsupported="skip" if lenient else "error")
 
@@ -373,7 +374,7 @@ def _unused(job: Job, rows: Sequence[Row]) -> list[str]:
 
 
 def _refuse_what_the_demo_cannot_draw(job: Job, rows: Sequence[Row]) -> None:
-    """Refuse prompts that are not about the embedded model's few shapes: it would answer with some shape or other.
+    """Refuse prompts that are not about the embedded model's few shapes; it would draw some shape or other.
 
     Raises:
         BatchInputError: There are such prompts.
@@ -398,7 +399,7 @@ def _refuse_what_the_demo_cannot_draw(job: Job, rows: Sequence[Row]) -> None:
 
 
 def _skip_compile_reason(job: Job, rows: Sequence[Row]) -> str | None:
-    """Return why the default preset is better not compiled for this job; None: it is, or somebody chose a preset."""
+    """Return why the default preset should not be compiled for this job; None if it should, or one was chosen."""
     if not job.uses_embedded or job.preset is not None:
         return None
     from ernie_accel.batch.line.compile_rule import skip_compile_reason
@@ -424,9 +425,9 @@ def _note_run(job: Job) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Finish the batch on Ctrl-C or SIGTERM, noted in the list yielded; a second one ends the process at once.
+    """Finish the batch on Ctrl-C or SIGTERM, noted in the list yielded; a second one ends the process immediately.
 
-    At once is safe: a job can be killed at any moment and resumed from its ledger.
+    That is safe: a job can be killed at any moment and resumed from its ledger.
     """
     signals: list[int] = []
 

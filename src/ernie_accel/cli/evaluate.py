@@ -55,7 +55,7 @@ def evaluate_command(
     out: Annotated[Path | None, typer.Option(help="Folder for pictures, sheet, Markdown and JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Hold a dtype or a preset against the plain pipeline. Exit code 1 if a threshold is broken or NaN is found."""
+    """Compare a dtype or a preset with the plain pipeline. Exit code 1 if a threshold is broken or NaN is found."""
     from ernie_accel.batch.input.check import size_problem
     from ernie_accel.core.files import check_folder
     from ernie_accel.fidelity.compare import evaluate
@@ -73,7 +73,7 @@ def evaluate_command(
     for name in (dtype, candidate_dtype or dtype):
         check_dtype(name)
     found = find_preset(preset) if preset else None
-    # The baseline is called as the candidate is, so that the figures are those of the change and not of fewer steps.
+    # The baseline is called like the candidate, so that the figures show the change and not fewer steps.
     transforms = found.transforms if found is not None else ()
     same_call = tuple(transform for transform in transforms if isinstance(transform, CallDefaults))
     given = {

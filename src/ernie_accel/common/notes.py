@@ -15,8 +15,8 @@ NOTES: Mapping[str, Note[object]] = MappingProxyType(_notes)
 class Note(Generic[T]):
     """A value of one type on a pipe, module, scheduler, processor or tensor.
 
-    It is an attribute of the object itself, so a deep copy and a pickle have a note of their own. A transform attaches
-    it by `Undo.attach`, which takes it away again.
+    It is an attribute of the object itself, so a deep copy or a pickle has a note of its own. A transform attaches it
+    with `Undo.attach`, whose undo removes it.
 
     Attributes:
         name: What it is called, unique.
@@ -62,6 +62,6 @@ class Note(Generic[T]):
         object.__setattr__(owner, self.attribute, value)
 
     def drop(self, owner: object) -> None:
-        """Take the value away from `owner`, in place; a no-op if it has none."""
+        """Remove the value from `owner`, in place; a no-op if it has none."""
         if self.attribute in getattr(owner, "__dict__", {}):
             object.__delattr__(owner, self.attribute)

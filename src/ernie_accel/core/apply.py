@@ -1,10 +1,12 @@
-"""Carry out a plan on a pipe so that whatever interrupts, the pipe is whole or its report says how to make it so.
+"""Apply a plan to a pipe. Whatever interrupts, the pipe is unchanged, or its report can restore it.
 
-A pipe that was optimized carries its report, with the receipts in it, in one attribute. Asking again states the
-whole request anew: what both requests begin with stays, the rest of the old one is undone, the rest of the new applied.
+An optimized pipe carries its report, receipts included, in one attribute. A second request replaces the first: the
+transforms that both begin with stay in place, the rest of the old ones are undone, and the rest of the new ones are
+applied.
 
-Whatever interrupts (Ctrl-C at any line), either the pipe is as it was, or its report lists all that is applied, in part
-too, and `undo_all` gives the original back: a change is made only after its way back stands in the report.
+After an interrupt (Ctrl-C at any line), either the pipe is as it was, or its report lists everything that was applied,
+even in part, and `undo_all` restores the original. For that, the undo of each change is recorded in the report before
+the change is made.
 """
 
 from __future__ import annotations
@@ -81,7 +83,7 @@ def undo_all(pipe: Pipeline) -> None:
 
 @contextlib.contextmanager
 def suspended(pipe: Pipeline, after: Phase) -> Iterator[None]:
-    """Undo, for the time of a with-block, what was applied after a phase, then apply it again.
+    """Undo what was applied after a phase for the length of a with-block, then apply it again.
 
     Raises:
         RestoreError: Something cannot be undone; nothing was.
@@ -99,7 +101,7 @@ def suspended(pipe: Pipeline, after: Phase) -> Iterator[None]:
 
 
 def _let_go(pipe: Pipeline) -> None:
-    """Make a pipe from which everything was undone what it was before the first request."""
+    """Return a pipe from which everything was undone to its state before the first request."""
     stop_taking_turns(pipe)
     drop(pipe)
 
@@ -107,7 +109,7 @@ def _let_go(pipe: Pipeline) -> None:
 def _apply(pipe: Pipeline, base: Report, steps: Iterable[Step]) -> None:
     """Apply `steps` in order on a pipe to which `base` was applied, or none of them.
 
-    At every moment the pipe carries a report with the way back of all that may have been changed.
+    At every moment the pipe carries a report that can undo everything that may have changed.
 
     Raises:
         ApplyError: One failed. Those before it are undone, down to the last one that has no undo.
@@ -131,7 +133,7 @@ def _apply(pipe: Pipeline, base: Report, steps: Iterable[Step]) -> None:
 
 
 def _apply_step(pipe: Pipeline, so_far: Report, step: Step) -> Entry:
-    """Apply one step; while it is under way the pipe carries an entry that undoes what there is of it."""
+    """Apply one step; meanwhile the pipe carries an entry that can undo what was done so far."""
     if step.verdict != "apply":
         return Entry(step, None)
     context = replace(so_far.context, state=PlannedPipe.of(pipe))  # what was planned, with what can be seen
@@ -156,13 +158,13 @@ def _apply_step(pipe: Pipeline, so_far: Report, step: Step) -> Entry:
 
 
 class UnderWay:
-    """The way back of a transform that has not returned its receipt yet: all the `Undo`s it has made so far."""
+    """The undo of a transform that has not returned its receipt yet: all the `Undo`s it has made so far."""
 
     def __init__(self) -> None:
         self.journal: list[Undo] = []
 
     def entry(self, step: Step, changes: tuple[str, ...]) -> Entry:
-        """Return what the pipe's report says of the transform meanwhile."""
+        """Return what the pipe's report says about the transform in the meantime."""
         return Entry(step, Applied(changes, undo=self, unfinished=True))
 
     @property
@@ -203,7 +205,7 @@ def _settled(entry: Entry) -> Entry:
 
 
 def _rewind(pipe: Pipeline, carried: Report, keep: int) -> tuple[Entry, ...]:
-    """Undo all but the first `keep` entries, the last one first, as far as there is a way back.
+    """Undo all but the first `keep` entries, last first, as far as possible.
 
     At every moment the pipe carries the entries that are still in place, wholly or in part.
 

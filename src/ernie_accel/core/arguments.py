@@ -23,8 +23,8 @@ def arguments_of(instance: Any) -> dict[str, object]:
     """Return the fields of a dataclass as plain data of the types they declare.
 
     Lists become tuples and NumPy's numbers Python's. A field whose metadata has ``machine_local`` also takes a path,
-    which becomes text, and one whose metadata has ``also_takes`` (a class) an instance of that, as it stands. What is
-    annotated with a type unknown here has to check itself.
+    which becomes text, and one whose metadata has ``also_takes`` (a class) an instance of that, as it stands. A
+    transform must check fields of other types itself.
 
     Raises:
         ValueError: Some are of another type: a bare string for a tuple, a set, NaN, 2.5 or True for an int.
@@ -47,10 +47,10 @@ def arguments_of(instance: Any) -> dict[str, object]:
 
 
 def check_patterns(name: str, patterns: Iterable[str]) -> None:
-    """Refuse what is no regular expression.
+    """Refuse anything that is not a regular expression.
 
     Raises:
-        ValueError: One of `patterns`, the argument called `name`, is none.
+        ValueError: One of `patterns`, the argument called `name`, is not one.
     """
     for pattern in patterns:
         try:

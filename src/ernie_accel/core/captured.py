@@ -1,4 +1,4 @@
-"""When what was captured, compiled or remembered of a module is stale: the one place that knows.
+"""Decide when something captured, compiled or remembered from a module is stale; nothing else decides this.
 
 Three things are kept between calls, and each of them ages in its own way:
 
@@ -66,7 +66,7 @@ class Fingerprint:
     accelerate and diffusers, too), replaced forwards, compiled calls, train and eval mode, and attention backends. A
     graph reads the weights by their addresses, so values that were changed in place need no noticing.
 
-    It looks at every module once, on the host, while the device computes: a LoRA, which adds modules, makes it longer.
+    It looks at every module once, on the host, while the device computes: a LoRA, which adds modules, adds to that.
 
     Attributes:
         facts: What was found, in the order of the modules.
@@ -112,7 +112,7 @@ class Contents:
     bytes of each weight: it notices what leaves no version, as writing to ``weight.data`` does (PEFT merges so), or to
     tensors of inference mode. What it cannot notice is a single value that is changed in such a way.
 
-    Taken of ERNIE-Image's text encoder (26 layers, on the host) it costs 1.3 ms; asked for once a call.
+    For ERNIE-Image's text encoder (26 layers, on the host) it takes 1.3 ms, once a call.
 
     Attributes:
         facts: Modules, adapters, hooks.
@@ -147,7 +147,7 @@ class Contents:
         return cls(tuple(facts), _samples(tensors))
 
     def updated_by(self, now: Contents) -> Contents | None:
-        """Return what is known of a module that is `now` so, and was this before; None if it computes another thing."""
+        """Return what is known of a module that was this before and is `now`; None if it computes something else."""
         if self.facts != now.facts or len(self.weights) != len(now.weights):
             return None
         pairs = list(zip(self.weights, now.weights, strict=True))
@@ -157,7 +157,7 @@ class Contents:
 
 
 class Watch:
-    """Says whether a module computes what it did when it was last looked at."""
+    """Tells whether a module still computes what it did at the last look."""
 
     def __init__(self) -> None:
         self._known: Contents | None = None

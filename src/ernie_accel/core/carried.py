@@ -1,4 +1,4 @@
-"""What an optimized pipe carries with it: its report, in one attribute, and with it the way back."""
+"""What an optimized pipe carries: its report, in one attribute, with the undo of every step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ernie_accel.core.report import Report, planned_by
 
 @dataclass(frozen=True)
 class Carried(CarriesPlan):
-    """The report of a pipe. The id tells the pipe itself from a deep copy, whose undo is not its own."""
+    """The report of a pipe. The id distinguishes the pipe from a deep copy, which must not use its undo."""
 
     report: Report
     pipe_id: int
@@ -24,7 +24,7 @@ class Carried(CarriesPlan):
         return self
 
     def __reduce__(self) -> tuple[type[Carried], tuple[Report, int]]:
-        """Pickle the report without the way back, which is made of live objects."""
+        """Pickle the report without its undos, which hold live objects."""
         return Carried, (_without_undo(self.report, "this pipe came out of a pickle, and its undo stayed behind"), 0)
 
 
@@ -42,7 +42,7 @@ def _without_undo(report: Report, reason: str) -> Report:
 def carried_report(pipe: Pipeline) -> Report | None:
     """Return the report that `pipe` carries, or None if it was never optimized.
 
-    The way back of a pipe that was copied leads to the original, so a copy's report has none.
+    The undo of a copied pipe would change the original, so a copy's report has none.
     """
     carried = CARRIED.of(pipe)
     if not isinstance(carried, Carried):

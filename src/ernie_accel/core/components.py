@@ -14,9 +14,9 @@ from ernie_accel.core.errors import UnknownNameError
 class Pipeline(Protocol):
     """What the library asks of a pipeline: a ``diffusers.DiffusionPipeline``, or any object with these.
 
-    Diffusers is not imported for it. Which components a pipeline has shows only when it is loaded; each is an attribute
-    of its name ("transformer", "vae"), so no class declares them, and neither does this one. `PipelineT` stands for one
-    class of pipeline: what goes in comes out.
+    It does not import diffusers. Which components a pipeline has is known only once it is loaded; each is an attribute
+    under its own name ("transformer", "vae"), so no class declares them. `PipelineT` stands for one class of pipeline:
+    what goes in comes out.
     """
 
     @property
@@ -31,7 +31,7 @@ class Pipeline(Protocol):
         """Move or cast all of its models, in place."""
 
     def __getattr__(self, name: str, /) -> Any:
-        """Return a component, or what else the class of the pipeline has, by name."""
+        """Return a component, or anything else that the pipeline's class has, by name."""
 
 
 class CallablePipeline(Pipeline, Protocol):
@@ -42,7 +42,7 @@ class CallablePipeline(Pipeline, Protocol):
 
 
 class Tokenizer(Protocol):
-    """What the library asks of a tokenizer of transformers'."""
+    """What the library asks of a tokenizer from transformers."""
 
     bos_token_id: int | None
     eos_token_id: int | None
@@ -61,8 +61,8 @@ class Tokenizer(Protocol):
 class Loadable(Protocol):
     """What a type checker sees of ``diffusers.DiffusionPipeline`` and the like.
 
-    ``diffusers/__init__.py`` imports each class either whole or as a placeholder that only names torch as missing;
-    checkers believe in the placeholder, which has this method and nothing of a pipeline.
+    ``diffusers/__init__.py`` imports each class as itself, or as a placeholder that only says torch is missing; type
+    checkers see the placeholder, which has this method and nothing else of a pipeline.
     """
 
     @classmethod
@@ -70,7 +70,7 @@ class Loadable(Protocol):
         """Load a pipeline."""
 
 
-#: A pipeline as the functions for users take it.
+#: A pipeline as the public functions accept it.
 AnyPipeline: TypeAlias = Pipeline | Loadable
 PipelineT = TypeVar("PipelineT", bound=AnyPipeline)
 
@@ -162,7 +162,7 @@ def wrapped_by_compile(pipe: Pipeline, components: Iterable[str]) -> list[str]:
 
 
 def _is_wrapper(module: object) -> bool:
-    # By what it holds, and not by its class: importing that takes a second.
+    # Recognised by what it holds, not by its class, which takes a second to import.
     return isinstance(module, torch.nn.Module) and "_orig_mod" in module._modules
 
 
@@ -247,7 +247,7 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-#: Of vector units' loads: products of one row round differently for weights that begin elsewhere between two multiples.
+#: Width of a vector load: products of one row round differently if the weights start at another offset from a multiple.
 _LINE_BYTES = 64
 
 
@@ -259,8 +259,8 @@ def alignment_of(tensor: torch.Tensor) -> int:
 def with_alignment(values: torch.Tensor, alignment: int) -> torch.Tensor:
     """Return `values`, copied if need be, so that `alignment_of` it is `alignment`; dense, with the same strides.
 
-    Files of weights are mapped into memory at any multiple of 8 bytes, and some kernels round by it: who puts such
-    weights back elsewhere does not give back the same pictures.
+    Files of weights are mapped into memory at any multiple of 8 bytes, and some kernels round accordingly: weights that
+    are put back at another offset give slightly different pictures.
     """
     if values.device.type != "cpu" or alignment_of(values) == alignment or alignment % values.element_size():
         return values
@@ -307,13 +307,13 @@ def _is_bare_float8(module: torch.nn.Module) -> bool:
 
 def is_moved_in_parts(model: torch.nn.Module) -> bool:
     """Return whether accelerate or diffusers move or cast parts of this model when those are called."""
-    # Not by `hasattr`, which takes a module four times as long: with every small picture it is asked.
+    # Not `hasattr`, which takes four times as long on a module; this is asked for every small picture.
     parts = (vars(part) for part in model.modules() if part is not model)
     return any("_hf_hook" in part or "_diffusers_hook" in part for part in parts)
 
 
 def forget_kept(model: torch.nn.Module) -> None:
-    """Have what stands in for forwards within `model` let go of the memory that it keeps between calls."""
+    """Let the stand-ins for forwards within `model` free the memory that they keep between calls."""
     for part in model.modules():
         forget = getattr(vars(part).get("forward"), "forget", None)
         if forget is not None:

@@ -184,7 +184,7 @@ class Context:
         """Return the reason why `package` cannot be imported, with its pip extra; empty if it can.
 
         Raises:
-            UnknownNameError: Nobody looks for a package of that name.
+            UnknownNameError: It is not a package that the library looks for.
         """
         if package in self.versions:
             return []
@@ -196,7 +196,7 @@ class Context:
         raise UnknownNameError("package", package, (*OPTIONAL_PACKAGES, *_REGISTERED), note=note)
 
     def missing_capability(self, what: str, need: tuple[int, int]) -> list[str]:
-        """Return the reason why `what` cannot run for want of CUDA compute capability `need`; empty if it can."""
+        """Return the reason why `what` cannot run if it needs CUDA compute capability `need`; empty if it can."""
         if (self.capability or (0, 0)) >= need:
             return []
         have = "{}.{}".format(*self.capability) if self.capability else f"no CUDA ({self.device})"

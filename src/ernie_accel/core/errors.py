@@ -7,7 +7,7 @@
     ├── ConflictError (ValueError)        two transforms for one slot in one call
     ├── UnsupportedError                  a plan that cannot run here; carries the plan
     ├── ApplyError                        a transform failed; everything was undone; carries the report
-    ├── RestoreError                      the original cannot be given back; says why
+    ├── RestoreError                      the original cannot be restored; says why
     ├── SavedPipelineError                a folder that `load` cannot read, or a pipe that `save` cannot write
     ├── MissingExtraError (ImportError)   an optional package is needed; names the pip extra
     ├── BatchInputError (ValueError)      rows with mistakes, all of them with their lines   (batch/errors.py)
@@ -140,7 +140,7 @@ class ApplyError(ErnieAccelError):
 
 
 class RestoreError(ErnieAccelError):
-    """The original pipe cannot be given back.
+    """The original pipe cannot be restored.
 
     Attributes:
         transform: The transform that has no undo.

@@ -10,7 +10,7 @@ import torch
 
 from ernie_accel.core.errors import ErnieAccelError
 
-#: Arguments that only calls of pipelines have that make videos or sound, which they do not return as pictures.
+#: Call arguments that only pipelines for video or sound have; those return no pictures.
 _OF_OTHER_MEDIA = frozenset({"num_frames", "video_length", "audio_length_in_s", "audio_end_in_s", "audio_duration"})
 
 
@@ -23,7 +23,7 @@ class HasImages(Protocol):
 
 
 def require_pictures(pipeline_class: type) -> None:
-    """Refuse a pipeline that makes something else than pictures, before it is loaded or called.
+    """Refuse a pipeline that makes something other than pictures, before it is loaded or called.
 
     Raises:
         ErnieAccelError: It makes videos or sound.

@@ -169,7 +169,7 @@ def compose(
 ) -> tuple[Transform, ...]:
     """Return the transforms of a request for a pipe of `family`, in the order they run.
 
-    A transform given beside a preset takes the place of the preset's own in the same slot.
+    A transform given beside a preset replaces the preset's own in the same slot.
 
     Raises:
         ConflictError: Two of `transforms` want one slot.
@@ -207,13 +207,13 @@ def machine_for(pipe: Pipeline, wanted: Iterable[Transform]) -> Context:
 def keep_entries(
     pipe: Pipeline, carried: Report, wanted: tuple[Transform, ...], machine: Context
 ) -> tuple[tuple[Entry, ...], tuple[Entry, ...], tuple[Entry, ...]]:
-    """Divide the entries of `carried` by what becomes of them when `wanted` is asked for.
+    """Sort the entries of `carried` by what happens to them when `wanted` is requested.
 
-    What was skipped holds while it is still unsupported; what had nothing to do, on the same machine.
+    A skipped entry stays while it is still unsupported; one with nothing to do stays on the same machine.
 
     Returns:
-        Those that `wanted` begins with too and that still hold; one that was interrupted and is asked for again, which
-        then does the rest of its work; and those to be undone.
+        Those that `wanted` begins with and that still hold; one that was interrupted and is requested again, and will
+        finish its work; and those to be undone.
     """
     same, now = 0, replace(machine, state=PlannedPipe.seen(pipe, None))
     for entry, transform in zip(carried.entries, wanted, strict=False):
@@ -271,7 +271,7 @@ def _ask(pipe: Pipeline, transform: Transform, context: Context, *, optional: bo
 
 
 def after(context: Context, pipe: Pipeline, *transforms: Transform) -> Context:
-    """Return the context that a transform is asked in when `transforms` have had their turn on `pipe` before it."""
+    """Return the context of a transform that runs on `pipe` after `transforms`."""
     now = replace(context, state=context.planned(pipe))
     for transform in transforms:
         step = _ask(pipe, transform, now)
@@ -327,7 +327,7 @@ def plan_steps(
 
 
 def check_pipeline(pipe: AnyPipeline) -> Pipeline:
-    """Return a pipeline as what it is; refuse what is none at the door, with what was found.
+    """Return a pipeline under its type; refuse anything else, and say what was found.
 
     Raises:
         ErnieAccelError: `pipe` has no components.

@@ -1,7 +1,8 @@
-"""What a pipe will be once the transforms before have run: one frozen value, handed from transform to transform.
+"""What a pipe will be once the earlier transforms have run: one frozen value, passed from transform to transform.
 
 A plan begins with what the pipe is (`PlannedPipe.of`). Each transform reads the value in its `Context` and returns the
-next one (``Transform.planned``), so none has to know which others there are; the bytes of a plan are this value's.
+next one (``Transform.planned``), so none needs to know about the others. The bytes that a plan shows come from this
+value.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class PlannedWeight:
 
 @dataclass(frozen=True)
 class PlannedPipe:
-    """What a pipe will be when it is the turn of the transform that reads this.
+    """What a pipe will be by the time the transform that reads this runs.
 
     Attributes:
         weights: Parameters and buffers by component and path ("transformer.layers.0.mlp.up_proj.weight").
@@ -122,7 +123,7 @@ class PlannedPipe:
 
     @classmethod
     def seen(cls, pipe: Pipeline, planned: PlannedPipe | None) -> PlannedPipe:
-        """Return `planned`, with all that can be seen on the pipe as it is there; None is an untouched pipe."""
+        """Return `planned`, updated with what can be seen on the pipe; None stands for an untouched pipe."""
         weights = {
             f"{name}.{weight.path}": PlannedWeight.of(weight.tensor)
             for name, module in modules_of(pipe).items()

@@ -17,7 +17,7 @@ class Preset:
         name: What `optimize` finds it by, in kebab-case.
         summary: One sentence: what it is for.
         transforms: What it applies, in any order.
-        without_kernels: What takes the place of those in the same slots for a family that has no fused kernels.
+        without_kernels: Replacements, by slot, for families that have no fused kernels.
         mode: How the pipe is called: "turbo", "quality", or "exact" for its own settings; None if it is none of these.
         precision: What the denoiser computes in: "fp8", "bf16", ...; None where the pipe's own precision stays.
         device: Torch device type it is made for; None: for any.
@@ -55,6 +55,6 @@ class Preset:
                 by_slot[transform.occupies] = transform
 
     def transforms_for(self, family: Family) -> tuple[Transform, ...]:
-        """Return what it applies to a pipe of `family`: what needs no kernels where there are none for it."""
+        """Return the transforms for a pipe of `family`, with the replacements if that has no fused kernels."""
         instead = self.without_kernels if family.kernels is None else ()
         return tuple({transform.occupies: transform for transform in (*self.transforms, *instead)}.values())

@@ -1,4 +1,4 @@
-"""Put another forward or method in the place of an object's own: the one way in which it is done here."""
+"""Replace the forward or a method of one object. Nothing else in the library does this."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _F = TypeVar("_F")
 
 
 class StandInForward(ABC):
-    """A forward that stands in for that of one module, whose attribute ``forward`` it is.
+    """A replacement for the forward of one module, kept in its attribute ``forward``.
 
-    An object of a class at module level, so that a deep copy or a pickle of the module has a stand-in of its own, for
-    itself; what was captured or remembered (`captured`) stays behind, because it reads the weights of the original.
+    Its class is at module level, so that a deep copy or a pickle of the module gets a stand-in of its own. What was
+    captured or remembered (`captured`) is left out of it, because it reads the weights of the original.
 
     Class-level facts:
-        captured: Attributes that are left out of copies and pickles; `forget` makes them anew.
+        captured: Attributes that are left out of copies and pickles; `forget` makes new ones.
     """
 
     captured: ClassVar[tuple[str, ...]] = ()
@@ -34,7 +34,7 @@ class StandInForward(ABC):
     def __init__(self, module: nn.Module) -> None:
         """Stand in for the forward that `module` has now; `install` puts it there."""
         self.module: Any = module
-        #: The forward underneath, where it is no method of the module's class: another stand-in, a hook of accelerate.
+        #: The forward underneath, if it is not the class's own method: another stand-in, a hook of accelerate.
         self.below: Callable[..., Any] | None = _but_for_own(module, vars(module).get("forward"))
         self.forget()
 
@@ -54,10 +54,10 @@ class StandInForward(ABC):
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def forget(self) -> None:  # noqa: B027  most keep nothing
-        """Let go of the memory that is kept between calls; the next call makes it anew."""
+        """Free the memory that is kept between calls; the next call allocates it again."""
 
     def install(self, undo: Undo) -> None:
-        """Put this in the place of the module's forward."""
+        """Replace the module's forward by this."""
         undo.push(self.remove)
         undo.watch(self.is_installed)
         self.module.forward = self
@@ -68,7 +68,7 @@ class StandInForward(ABC):
         return any(found is self for found in _chain(top)) or has_below_hooks(self.module, "forward", self)
 
     def remove(self) -> None:
-        """Take this away, from under others too that were put on top since; a no-op where it is not in place."""
+        """Remove this, even from beneath others that were put on top of it since; a no-op if it is not in place."""
         top = vars(self.module).get("forward")
         if top is self:
             if self.below is None:
@@ -100,7 +100,7 @@ class StandInForward(ABC):
 
 
 class StandInMethod(ABC):
-    """What stands in for a method of one object, under its name; copied and pickled with it, as no closure is."""
+    """A replacement for a method of one object, under its name. Copies and pickles of the object have their own."""
 
     def __init__(self, owner: object, name: str) -> None:
         self.owner, self.name = owner, name
@@ -164,8 +164,8 @@ def standing_in(module: nn.Module, kind: type[S]) -> S | None:
 def shadow(module: nn.Module) -> Any:
     """Return a module with the weights, hooks and children of `module`, but the forward of its class.
 
-    Its children can be replaced, and those of its lists: whoever replaces a child of the module itself, even for the
-    time of one forward, does so for every thread that runs it.
+    Its children, and those of its lists, can be replaced. Replacing a child of the module itself, even for one forward,
+    would affect every thread that runs it.
 
     Raises:
         LookupError: Its forward before a hook of accelerate cannot be bound to another module (see `rebound`).
@@ -184,7 +184,7 @@ def rebound(forward: Any, owner: nn.Module, other: nn.Module) -> Any:
     """Return `forward`, which calls `owner`, so that it calls `other`.
 
     Raises:
-        LookupError: It is of no kind that is known here: a stand-in, a bound method, a hook of accelerate.
+        LookupError: It is none of the known kinds: a stand-in, a bound method, a hook of accelerate.
     """
     if forward is None:
         return None
@@ -210,9 +210,9 @@ def _chain(forward: object) -> Iterator[StandInForward]:
 
 
 def _but_for_own(module: nn.Module, forward: _F) -> _F | None:
-    """Return `forward`, or None for the method of the class, which accelerate leaves on modules it was removed from.
+    """Return `forward`, or None if it is the class's own method, which accelerate leaves behind where it was removed.
 
-    As a bound method it could not be pickled: it would be looked up by its name, and found to be the stand-in.
+    A bound method could not be pickled: pickle would look it up by its name and find the stand-in.
     """
     if isinstance(forward, MethodType) and forward.__self__ is module and forward.__func__ is type(module).forward:
         return None

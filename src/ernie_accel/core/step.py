@@ -17,7 +17,7 @@ class Step:
         reasons: Why it cannot run; empty if it can.
         preview: What it would change; None if it cannot run.
         planned: What the pipe would be afterwards; None if nothing would change.
-        in_place: Whether an earlier `optimize` has dealt with it, and it stays.
+        in_place: Whether an earlier `optimize` dealt with it and it stays.
     """
 
     transform: Transform

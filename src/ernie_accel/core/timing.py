@@ -1,4 +1,4 @@
-"""Compare two series of times taken in turn, and say so where the machine is too busy to tell."""
+"""Compare two series of times measured alternately, and say if the machine is too busy to tell."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: A median so many times the minimum shows that something else took the machine's time: alone it is 1.0 to 1.2 times.
+#: Above this ratio of median to minimum, something else was using the machine; on an idle one it is 1.0 to 1.2.
 BUSY_SPREAD = 1.5
 
 
@@ -17,7 +17,7 @@ def spread(times: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Race:
-    """The times of two ways to make the same pictures, made in turn.
+    """The times of two ways to make the same pictures, measured alternately.
 
     Attributes:
         first_ms: Milliseconds of each picture, the one way.

@@ -64,7 +64,7 @@ ROUNDING_REL: Mapping[str, float] = {"bfloat16": 2e-2, "float16": 2.5e-3, "float
 
 @dataclass(frozen=True)
 class Preview:
-    """What `Transform.apply` would do, found out without doing it.
+    """What `Transform.apply` would do, determined without doing it.
 
     Attributes:
         changes: What would change: module paths, or settings as "name old -> new". Empty: nothing is left to do.
@@ -85,7 +85,7 @@ class LayerReceipt:
         name: Component and path, "transformer.layers.1.mlp.up_proj".
         scheme: How its weight is stored, "fp8".
         backend: The library that did it, "torchao".
-        dtype: Of the weight before, "bfloat16"; products give it still.
+        dtype: Of the weight before, "bfloat16", which products still return.
         shape: (N, K) of the weight.
         bytes_before: Bytes of the layer before, bias included.
         bytes_after: Bytes afterwards, scales and bias included.
@@ -102,7 +102,7 @@ class LayerReceipt:
     sqnr_db: float
 
     def to_json(self) -> dict[str, object]:
-        """Return plain data; an infinite SQNR is None, for which JSON has a word."""
+        """Return plain data; an infinite SQNR becomes None, because JSON has no infinity."""
         return asdict(self) | {"sqnr_db": self.sqnr_db if math.isfinite(self.sqnr_db) else None}
 
 
@@ -112,7 +112,7 @@ class Applied:
 
     Attributes:
         changed: What changed, in the words of `Preview.changes`. Never empty: changing nothing is an error.
-        undo: Gives the original back bit for bit, or None.
+        undo: Restores the original bit for bit; or None.
         no_undo: Where `undo` is None, the reason why.
         skipped: What was left as it was although asked for, with the reason of each.
         note: What the reader of a report should know.
@@ -168,7 +168,7 @@ class Transform(ABC):
             type.__setattr__(cls, "__post_init__", _after_check(own))
 
     def __post_init__(self) -> None:
-        """Refuse arguments of other types than declared, and make lists tuples; before a subclass's own checks.
+        """Refuse arguments of types other than declared, and turn lists into tuples, before a subclass's own checks.
 
         Raises:
             ValueError: There are some.
@@ -185,7 +185,7 @@ class Transform(ABC):
 
     @property
     def occupies(self) -> str:
-        """What at most one transform of a pipe occupies: its slot; or a part of it, where several parts are apart."""
+        """What at most one transform of a pipe occupies: its slot, or a part of it if a slot has several parts."""
         return self.slot
 
     @property
@@ -200,7 +200,7 @@ class Transform(ABC):
 
     @property
     def moves_to(self) -> str | None:
-        """The device the pipe will live on once this ran, for which a plan is made; None leaves it where it is."""
+        """The device that this moves the pipe to, and that the plan is then made for; None if it moves nothing."""
         return None
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
@@ -218,7 +218,7 @@ class Transform(ABC):
     def family_reasons(self, pipe: Pipeline) -> list[str]:
         """Return those reasons of `unsupported` that are only a lack of knowledge: the pipe is of no known family.
 
-        A preset leaves such a transform out, with the reason, and does what else the pipe allows.
+        A preset leaves such a transform out, with the reason, and does everything else that the pipe allows.
         """
         return []
 

@@ -40,13 +40,13 @@ class Turns(CallLayer):
 
 
 def take_turns(pipe: Pipeline) -> None:
-    """Let threads that call `pipe` take turns, in place; a no-op if they do."""
+    """Let threads that call `pipe` take turns, in place; a no-op if they already do."""
     if not has_layer(pipe, Turns):
         add_layer(pipe, Turns(), Undo())
 
 
 def stop_taking_turns(pipe: Pipeline) -> None:
-    """Undo `take_turns`; a no-op if nobody does."""
+    """Undo `take_turns`; a no-op if there is nothing to undo."""
     remove_layers(pipe, Turns)
 
 

@@ -1,4 +1,4 @@
-"""Change a live pipeline so that every change can be taken back, whatever interrupts: an error, or Ctrl-C anywhere."""
+"""Change a live pipeline so that every change can be undone, even after an error or Ctrl-C at any line."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _journal: contextvars.ContextVar[list[Undo] | None] = contextvars.ContextVar("jo
 
 
 class Undo:
-    """Record changes to live objects and take them back in reverse order.
+    """Record changes to live objects and undo them in reverse order.
 
-    As a context manager it takes everything back if the body raises; after a body that succeeds, the object itself
-    is the undo: call it once. That is all a transform needs to be atomic and reversible::
+    As a context manager it undoes everything if the body raises; after a body that succeeds, the object itself is the
+    undo: call it once. That is all a transform needs to be atomic and reversible::
 
         with Undo() as undo:
             undo.setattr(pipe.vae, "use_slicing", True)
         return Applied(changed=("vae.use_slicing",), undo=undo)
 
-    Every way back is recorded before its change is made, because an interrupt may come between the two.
+    Each undo is recorded before its change is made, because an interrupt may come between the two.
 
-    A script may have changed the same places since. So every way back looks before it writes: a change is undone where
-    it is now, under a LoRA or a hook if need be. What somebody else has replaced since is left to them, with a
-    `RestoreWarning` that names it; where that would lose something, `objections` says so before anything is undone.
+    A script may have changed the same places since. So each undo looks before it writes: a change is undone where it is
+    now, under a LoRA or a hook if need be. What other code has replaced since stays, with a `RestoreWarning` that names
+    it; if that would lose something, `objections` says so before anything is undone.
     """
 
     def __init__(self) -> None:
@@ -61,13 +61,13 @@ class Undo:
             self()
 
     def __call__(self) -> None:
-        """Take all changes back, the last one first. If one raises, it and those before it are still to be undone."""
+        """Undo all changes, last first. If one raises, it and those before it remain to be undone."""
         while self._actions:
             self._actions[-1]()
             self._actions.pop()
 
     def push(self, action: Callable[[], object]) -> None:
-        """Remember `action` as the way back of a change that is about to be made.
+        """Remember `action` as the undo of a change that is about to be made.
 
         An interrupt may come before the change is made, and may interrupt the action itself, which is then called
         again. So an action must do no harm where there is nothing to undo, and be repeatable.

@@ -1,4 +1,4 @@
-"""The shape of what is known of one architecture."""
+"""The form in which the facts about an architecture are written down."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class PromptEnhancement:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a denoiser looks like from outside, for duck typing: forks and remote code rename the class.
+    """What a denoiser looks like from outside, for duck typing, because forks and remote code rename the class.
 
     Attributes:
         modules: Names of child modules, all of which it has.
@@ -105,8 +105,8 @@ class Family:
         modes: Call settings by mode: "turbo" for the distilled checkpoint, "quality" for the base one.
         size_multiple: Width and height must be divisible by this, in pixels.
         sizes: Recommended (width, height) in pixels.
-        keep_precise: Regular expressions of the linear layers of each component that quantization leaves out, found
-            by the field by breaking them. They match from the start of the module path.
+        keep_precise: Regular expressions of the linear layers of each component that quantization leaves out, found in
+            practice, by breaking them. They match from the start of the module path.
         schedulers: Names for `SwapScheduler` that its authors recommend, the first one first; empty where they ship
             the scheduler they mean.
         weight_bytes: Bytes of each component of the published bfloat16 checkpoint, for planning without a pipe.
@@ -148,7 +148,7 @@ class Family:
 
     @property
     def is_known(self) -> bool:
-        """Whether this is a family at all: of `UNKNOWN` nothing is known."""
+        """Whether this is a real family; `UNKNOWN` is not."""
         return True
 
     def name_for(self, pipe: object) -> str:
@@ -156,7 +156,7 @@ class Family:
         return self.name
 
     def unknown_reasons(self, pipe: object, why: str) -> list[str]:
-        """Return the reason why what is known family by family is not known for `pipe`; empty for a known family.
+        """Return the reason why facts that depend on the family are missing for `pipe`; empty for a known family.
 
         Args:
             pipe: The pipe that is asked about.
@@ -178,8 +178,8 @@ class _UnknownFamily(Family):
         return [f"{type(pipe).__name__} is of no known family, and {why}"]
 
 
-#: What every pipe belongs to that no other family fits: nothing is left precise, rewritten, enhanced or masked for it,
-#: it has no modes and no sizes. Transforms ask it like any other.
+#: The family of every pipe that no other one fits: nothing is left precise, rewritten, enhanced or masked for it, it
+#: has no modes and no sizes. Transforms ask it like any other.
 UNKNOWN: Family = _UnknownFamily(
     name="unknown", transformer_classes=(), modes=MappingProxyType({}), size_multiple=1, sizes=()
 )

@@ -21,12 +21,12 @@ def families() -> tuple[Family, ...]:
 
 
 def register_family(family: Family) -> Family:
-    """Let the library know an architecture, for this process; return the family.
+    """Register an architecture for this process; return the family.
 
-    Where it and another fit a pipe, the one that was registered last is taken.
+    If several fit a pipe, the last one registered wins.
 
     Raises:
-        TypeError: It is no `Family`.
+        TypeError: It is not a `Family`.
         ValueError: A different family of this name is registered, or nothing says which pipes it fits.
     """
     if not isinstance(family, Family):
@@ -42,7 +42,7 @@ def register_family(family: Family) -> Family:
 
 
 def family_of(pipe: object) -> Family:
-    """Return the family of `pipe`; `UNKNOWN`, of which nothing is known, where none fits. Never None.
+    """Return the family of `pipe`, or `UNKNOWN` if none fits; never None.
 
     In this order: the family that was given for it (``optimize(..., family=)``), the one whose transformer class it
     has, the one whose shape its transformer has; of several, the one that was registered last.
@@ -58,7 +58,7 @@ def family_of_transformer(transformer: object) -> Family:
 
 
 def _inside(transformer: object) -> object:
-    """Return what ``torch.compile(...)`` wrapped, where `transformer` is the wrapper, whose class says nothing."""
+    """Return what ``torch.compile(...)`` wrapped, if `transformer` is its wrapper, whose class says nothing."""
     return getattr(transformer, "__dict__", {}).get("_modules", {}).get("_orig_mod", transformer)
 
 
@@ -69,7 +69,7 @@ def _fitting(transformer: object) -> Iterator[Family]:
 
 
 def give_family(transformer: object, family: Family | None) -> Family | None:
-    """Let `transformer` be of `family`, whatever its class is; None uses class and shape again.
+    """Assign `family` to `transformer`, whatever its class is; None goes back to class and shape.
 
     Returns:
         The family that was given before, or None.

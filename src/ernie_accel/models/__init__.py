@@ -1,4 +1,4 @@
-"""Rewritten networks, and what stands in for a network's forward. Nothing here knows a transform.
+"""Rewritten networks, and replacements for a network's forward. Nothing here imports a transform.
 
 ernie_image/    the transformer's blocks rewritten, and on fused kernels
 lumina/         an attention processor that goes through diffusers' dispatcher

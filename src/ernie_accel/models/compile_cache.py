@@ -19,15 +19,16 @@ _VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton
 class InductorIn:
     """A backend for ``torch.compile``: inductor, with its files in one folder.
 
-    A backend runs whenever a graph is compiled, so the settings hold for that time and no other: not while the model
-    runs, and not for what else is compiled in this process. Equal backends share their graphs, which lets the blocks
-    of a transformer take one.
+    A backend runs whenever a graph is compiled, so the settings hold only for that time: not while the model runs, and
+    not for anything else that is compiled in this process. Equal backends share their graphs, which lets the blocks of
+    a transformer take one.
 
     Torch's one-file alternative (``torch.compiler.save_cache_artifacts``) would hold what the whole process compiled,
-    has to be written at a moment that somebody chooses, and is unpacked into the shared default folder.
+    has to be written explicitly at some moment, and is unpacked into the shared default folder.
 
     Attributes:
-        folder: Where the files are. Processes may share it; files are told apart by torch version, device, graph.
+        folder: Where the files are. Processes may share it; the files of each torch version, device and graph are
+            separate.
         mode: As in ``torch.compile``.
         dynamic: As in ``torch.compile``.
     """
@@ -63,7 +64,7 @@ def compile_module(
 
 
 def as_folder(cache: str | os.PathLike[str] | None) -> str | None:
-    """Return a folder as plain data, which a transform consists of."""
+    """Return a folder as plain data, because a transform holds nothing else."""
     return None if cache is None else os.fspath(cache)
 
 
@@ -92,7 +93,7 @@ def unsupported_cache_reasons(folder: str | None, device: str) -> list[str]:
 
 @contextmanager
 def _files_in(folder: Path) -> Iterator[None]:
-    """Let inductor read and write its files in `folder` for the time of a with-block."""
+    """Let inductor read and write its files in `folder` for the length of a with-block."""
     import torch._functorch.config as autograd
     import torch._inductor.config as inductor
     from torch._inductor.utils import clear_caches

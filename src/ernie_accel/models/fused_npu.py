@@ -1,7 +1,7 @@
-"""Ascend's fused attention with a mask that was prepared before, once for all blocks.
+"""Ascend's fused attention with a mask that was prepared once for all blocks.
 
-The "npu" backend of diffusers looks in every layer whether a mask masks anything, which waits for the device, expands
-it and inverts it. What `ExpandAttentionMask` prepared needs none of that.
+In every layer, the "npu" backend of diffusers checks whether a mask masks anything, which waits for the device, then
+expands and inverts it. A mask from `ExpandAttentionMask` needs none of that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ernie_accel.common.notes import Note
 
 @dataclass(frozen=True)
 class KernelMask:
-    """What the fused kernel takes in the place of a mask.
+    """What the fused kernel takes instead of a mask.
 
     Attributes:
         masked_out_b1ss: [B, 1, S, S], True where masked out; None if nothing is.
@@ -33,7 +33,7 @@ KERNEL_MASK = Note("kernel_mask", KernelMask, "tensor", "what Ascend's fused ker
 
 
 def prepared(attended_b1ss: Tensor, pads: bool) -> Tensor:
-    """Return a mask, True where attended, that carries what the fused kernel wants in its place.
+    """Return a mask, True where attended, that carries what the fused kernel takes instead of it.
 
     Args:
         attended_b1ss: [B, 1, S, S].

@@ -44,13 +44,13 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
         keep: int,
         capture: Capture | None = None,
     ) -> None:
-        # A module is neither copied nor pickled, so its name stands for it.
+        # A module can be neither copied nor pickled, so its name is kept instead.
         self._named = blocks.__name__ if isinstance(blocks, ModuleType) else blocks
         self._max_tokens = max_tokens
         super().__init__(transformer, keep, capture)
 
     def _forget_inputs(self) -> None:
-        self._picture: tuple[object, ...] = ()  # what the picture under way is known by
+        self._picture: tuple[object, ...] = ()  # identifies the picture under way
         self._prepared: tuple[Tensor, PreparedPositions] | None = None  # its text and positions
         self._filled: _Inputs | None = None  # the inputs that have them
 
@@ -69,7 +69,7 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
         if torch.is_autocast_enabled(device.type):  # what it casts is kept for as long as the context lasts
             return self.forward_below(**arguments)
         now = Fingerprint.of(self.module)
-        if now.is_hooked:  # weights that come and go, or hooks that someone counts on, cannot be captured
+        if now.is_hooked:  # weights that come and go, and hooks that have to run, cannot be captured
             return self.forward_below(**arguments)
         if not bring_whole(self.module):  # a graph reads all weights where they lie
             return self.forward_below(**arguments)

@@ -1,8 +1,8 @@
 """How an attention mask reaches the blocks of a transformer, and how to change it on the way without a class patch.
 
-A transformer builds the mask inside its forward and hands it to every block, so the only place to change it on one
-instance is the entry of each block: a forward pre-hook (`map_masks`). Whether anything is padded is known before, on
-the host, to the method of the pipeline that pads (`watch_padding`).
+A transformer builds the mask inside its forward and passes it to every block, so on one instance it can only be changed
+at the entry of each block, by a forward pre-hook (`map_masks`). The pipeline's padding method knows earlier, and on the
+host, whether anything is padded (`watch_padding`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MASK_NAMES = ("attention_mask", "attn_mask", "mask_b11s")
 
 
 class Padding:
-    """What is known on the host of one padded batch: attached to both its tensors, so that they are known as a pair.
+    """What the host knows about one padded batch. It is attached to both tensors, which identifies them as a pair.
 
     Attributes:
         padded: Whether any prompt is shorter than the batch is wide.
@@ -41,7 +41,7 @@ PADDING = Note("padding", Padding, "tensor", "whether the batch that it belongs 
 
 
 class PaddingWatch:
-    """What the forward that is running knows of its padding. Hooks write it, blocks read it.
+    """What the running forward knows about its padding. Hooks write it, blocks read it.
 
     Attributes:
         padding: Of the running forward; None if it is not known on the host.
@@ -72,7 +72,7 @@ class PaddingWatch:
 
 
 def mark(text_bth: Tensor, lengths_b: Tensor, lengths: list[int]) -> Padding:
-    """Note on both tensors whether `lengths`, the values of `lengths_b` [B], pad `text_bth` [B, T, H]."""
+    """Note on both tensors whether `text_bth` [B, T, H] is padded, given `lengths`, the values of `lengths_b` [B]."""
     padding = Padding(any(length != text_bth.shape[1] for length in lengths))
     for tensor in (text_bth, lengths_b):
         PADDING.put(tensor, padding)
@@ -80,7 +80,7 @@ def mark(text_bth: Tensor, lengths_b: Tensor, lengths: list[int]) -> Padding:
 
 
 def watch_padding(pipe: Pipeline, how: AlwaysMasks, undo: Undo) -> PaddingWatch:
-    """Let `pipe` keep, in place, what its padding method knows, and return where a running forward finds it."""
+    """Keep what the padding method of `pipe` knows, in place, and return where a running forward finds it."""
     watch = PaddingWatch(how, pipe.transformer)
     undo.setattr(pipe, how.pad_method, _MarkingPad(pipe, how.pad_method))
     undo.hook_before_forward(pipe.transformer, watch.before_transformer, kwargs=True)
@@ -112,7 +112,7 @@ def map_masks(transformer: nn.Module, change: Callable[[Tensor], Tensor | None],
     """Let every block see ``change(mask)`` instead of its mask, in place; a block that gets no mask stays so."""
     hooks: dict[tuple[int, str], _MaskHook] = {}
     for _, block, position, name in masked_blocks(transformer):
-        # One object for all blocks: each of its own would make torch.compile compile each block anew.
+        # One object for all blocks: with one each, torch.compile would compile every block again.
         hook = hooks.setdefault((position, name), _MaskHook(change, position, name))
         undo.hook_before_forward(block, hook, kwargs=True)
 

@@ -1,4 +1,4 @@
-"""Which attentions of a transformer diffusers' dispatcher serves, and which a family's own processor lets it serve."""
+"""Find the attentions that diffusers' dispatcher serves, and those that it can serve with a family's own processor."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def attentions(transformer: object) -> Iterator[tuple[str, Any]]:
 
 
 def passed_by(transformer: nn.Module) -> list[str]:
-    """Return the class names of processors that call torch's kernel themselves and have no stand-in.
+    """Return the class names of processors that call torch's kernel themselves and have no replacement.
 
     All such processors in diffusers' image transformers reshape every mask to [B, 1, 1, S] first.
     """
@@ -71,7 +71,7 @@ def send_through_dispatcher(transformer: nn.Module, undo: Undo) -> None:
 
 
 def _stand_in(transformer: object, processor: object) -> Any:
-    """Return the class that stands in for a processor's, or None."""
+    """Return the replacement for a processor's class, or None."""
     path = family_of_transformer(transformer).dispatched.get(type(processor).__name__)
     if path is None:
         return None

@@ -34,10 +34,10 @@ class ReplayedForward(StandInForward, Generic[Inputs, Result]):
             self._forget_inputs()
 
     def _forget_inputs(self) -> None:
-        """Let go of what is kept beside the graphs; called under the lock."""
+        """Free what is kept beside the graphs; called under the lock."""
 
     def _forget_if_stale(self, now: Fingerprint) -> None:
-        """Let go of everything if the module is not what it was; called under the lock."""
+        """Free everything if the module has changed; called under the lock."""
         if now != self._seen:
             self.forget()
             self._seen = now

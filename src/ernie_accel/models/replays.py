@@ -1,6 +1,7 @@
-"""Do work on the device the first time as it is, then as a CUDA graph: one launch, whatever it is made of.
+"""Run work on the device normally the first time, then as a CUDA graph: one launch, whatever it consists of.
 
-The one cache of graphs. Whether what they read is still there, `core.captured` knows, and whoever holds the cache asks.
+This is the only cache of graphs. `core.captured` knows whether what they read is still there; the owner of the cache
+has to ask it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Result = TypeVar("Result")
 
 
 class Replayable(Protocol):
-    """What `torch.cuda.CUDAGraph` is to those who replay it."""
+    """The part of `torch.cuda.CUDAGraph` that replaying needs."""
 
     def pool(self) -> object:
         """Return the memory it works in, for others to share."""
@@ -60,9 +61,9 @@ class Replays(Generic[Inputs, Result]):
         return tuple(self._entries)
 
     def inputs(self, name: Hashable, make: Callable[[], Inputs]) -> Inputs:
-        """Return what the work of this name reads, which `make` allocates the first time; the caller fills it.
+        """Return the inputs of the work of this name, allocated by `make` the first time; the caller fills them.
 
-        It outlives the call, so the inference mode of the caller does not mark it.
+        They outlive the call, so they are made outside the caller's inference mode.
         """
         entry = self._entry(name)
         if entry.inputs is None:
@@ -71,10 +72,10 @@ class Replays(Generic[Inputs, Result]):
         return entry.inputs
 
     def run(self, name: Hashable, work: Callable[[], Result]) -> Result:
-        """Do `work`, and return what it returns: the first time as it is, which compiles its kernels, then as a graph.
+        """Run `work` and return its result: normally the first time, which compiles its kernels, then as a graph.
 
-        A graph remembers addresses: `work` may read nothing but what stays where it is, and what it makes itself. A
-        replay overwrites what the capture returned. What raised, also while it was captured, counts as not done.
+        A graph remembers addresses, so `work` may read only what stays where it is and what it makes itself. A replay
+        overwrites what the capture returned. Work that raised, even while it was captured, counts as not done.
         """
         entry = self._entry(name)
         with torch.inference_mode(False), torch.no_grad():  # of both, so that the capture compiles nothing anew
@@ -90,7 +91,7 @@ class Replays(Generic[Inputs, Result]):
         return result
 
     def clear(self) -> None:
-        """Let go of all graphs and their memory."""
+        """Free all graphs and their memory."""
         self._entries.clear()
 
     def _entry(self, name: Hashable) -> _Entry[Inputs, Result]:
@@ -102,9 +103,9 @@ class Replays(Generic[Inputs, Result]):
 
 
 def capture_cuda(work: Callable[[], Result], pool: Any, /) -> tuple[Replayable, Result]:
-    """Capture `work` into a CUDA graph on the current device, which does not do it yet."""
+    """Capture `work` into a CUDA graph on the current device, without running it."""
     graph = torch.cuda.CUDAGraph()
-    # "thread_local": what other threads do on the device meanwhile does not spoil the capture. In a batch they wait for
+    # "thread_local": what other threads do on the device meanwhile does not break the capture. In a batch they wait for
     # events of the pictures before, which a global capture forbids.
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = work()

@@ -1,7 +1,7 @@
-"""What a family's rewritten model must offer, and what its kernels must; and where they are.
+"""What a family's rewritten model and its kernels must offer, and how they are found.
 
 A `Family` names them (``rewritten``, ``kernels``) as a module, or gives an object. `RewriteBlocks`, `FuseKernels`,
-`CaptureGraphs` and `Quantize` ask for nothing that does not stand here.
+`CaptureGraphs` and `Quantize` use nothing beyond what is declared here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RewrittenModel(Protocol):
 
     @property
     def FUSED_LAYERS(self) -> tuple[str, ...]:
-        """Paths within a block of linear layers that take the place of several with one input."""
+        """Paths, within a block, of linear layers that replace several with the same input."""
 
     @property
     def FORWARD_ARGUMENTS(self) -> tuple[str, ...]:
@@ -46,7 +46,7 @@ class RewrittenModel(Protocol):
 
     @property
     def STEP_INPUTS(self) -> tuple[str, ...]:
-        """Those that are another tensor at every step."""
+        """Those that are a different tensor at every step."""
 
     @property
     def PICTURE_INPUT(self) -> str:
@@ -68,7 +68,7 @@ class RewrittenModel(Protocol):
         """Return the image tokens of all pictures of a batch, given the arguments of a forward."""
 
     def host_facts(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
-        """Return what `prepare` depends on beside shapes, as the host knows it: prompt lengths, for example."""
+        """Return what `prepare` depends on besides shapes, as known on the host: prompt lengths, for example."""
 
     def prepare(self, transformer: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, PreparedPositions]:
         """Return encoded prompt and positions, which the forward takes as ``at=``."""

@@ -7,9 +7,10 @@ compiled but a few small kernels, which serve pictures of all sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from operator import attrgetter
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,67 @@ _COPIED = torch.complex128  # the widest dtype there is: what is copied is bytes
 
 #: A part of the decoder takes the hidden states, the scale and shift of the norm it begins with, and the norm that the
 #: next part begins with; it returns the hidden states and the scale and shift of that one. An upsampler has no norm.
-_Run: TypeAlias = Callable[[object, Tensor, Tensor | None, object], tuple[Tensor, Tensor | None]]
+_Run: TypeAlias = Callable[[Any, Tensor, Tensor | None, "nn.GroupNorm | None"], tuple[Tensor, Tensor | None]]
+
+
+# Diffusers' classes as a type checker sees them: they come without types, and these are never made.
+
+
+class _Resnet(nn.Module):
+    norm1: nn.GroupNorm
+    norm2: nn.GroupNorm
+    conv1: nn.Conv2d
+    conv2: nn.Conv2d
+    conv_shortcut: nn.Conv2d | None
+    nonlinearity: nn.Module
+    dropout: nn.Dropout
+    time_emb_proj: nn.Module | None
+    time_embedding_norm: str
+    upsample: object
+    downsample: object
+    output_scale_factor: float
+
+
+class _Attention(nn.Module):
+    heads: int
+    to_q: nn.Linear
+    to_k: nn.Linear
+    to_v: nn.Linear
+    to_out: tuple[nn.Linear, nn.Dropout]
+    processor: object
+    group_norm: nn.GroupNorm
+    spatial_norm: nn.Module | None
+    norm_q: nn.Module | None
+    norm_k: nn.Module | None
+    residual_connection: bool
+    rescale_output_factor: float
+
+
+class _Upsampler(nn.Module):
+    norm: nn.Module | None
+    conv: nn.Conv2d
+    interpolate: bool
+    use_conv_transpose: bool
+    name: str
+
+
+class _MidBlock(nn.Module):
+    resnets: Sequence[_Resnet]
+    attentions: Sequence[_Attention | None]
+
+
+class _UpBlock(nn.Module):
+    resnets: Sequence[_Resnet]
+    upsamplers: Sequence[_Upsampler] | None
+
+
+class _Decoder(nn.Module):
+    conv_in: nn.Conv2d
+    mid_block: _MidBlock
+    up_blocks: Sequence[_UpBlock]
+    conv_norm_out: nn.GroupNorm
+    conv_act: nn.Module
+    conv_out: nn.Conv2d
 
 
 class FusedDecoder(StandInForward):
@@ -45,21 +106,21 @@ class FusedDecoder(StandInForward):
             return out
         x_bchw = decoder.conv_in(sample)
         parts = [(part, _KINDS[_path_of(part)]) for part in _parts(decoder)]
-        norms: list[Any] = [getattr(part, kind.first_norm) if kind.first_norm else None for part, kind in parts]
-        affine_b2c = ops.group_norm_affine(x_bchw, None, *_norm(norms[0]))
+        norms = [None if kind.first_norm is None else kind.first_norm(part) for part, kind in parts]
+        affine_b2c = ops.group_norm_affine(x_bchw, None, *_norm(decoder.mid_block.resnets[0].norm1))
         for (part, kind), following in zip(parts, [*norms[1:], decoder.conv_norm_out], strict=True):
             x_bchw, affine_b2c = kind.run(part, x_bchw, affine_b2c, following)
         out = decoder.conv_out(ops.affine(x_bchw, affine_b2c, True))
         return out
 
 
-def unsupported_reason(decoder: Any) -> str | None:
+def unsupported_reason(decoder: _Decoder) -> str | None:
     """Return what in a decoder is not as `FusedDecoder` computes it, or None."""
     if "forward" in vars(decoder):
         return "its forward was replaced (by offloading, for instance)"
     if _path_of(decoder) != "diffusers.models.autoencoders.vae.Decoder":
         return f"it is a {_path_of(decoder)}"
-    blocks = {"mid_block": (decoder.mid_block, "UNetMidBlock2D")}
+    blocks: dict[str, tuple[nn.Module, str]] = {"mid_block": (decoder.mid_block, "UNetMidBlock2D")}
     blocks |= {f"up_blocks.{i}": (block, "UpDecoderBlock2D") for i, block in enumerate(decoder.up_blocks)}
     for path, (block, known) in blocks.items():
         if _path_of(block) != f"diffusers.models.unets.unet_2d_blocks.{known}":
@@ -75,10 +136,10 @@ def unsupported_reason(decoder: Any) -> str | None:
     return None
 
 
-def _parts(decoder: Any) -> list[object]:
+def _parts(decoder: _Decoder) -> list[nn.Module]:
     """Return the resnets, attentions and upsamplers in the order in which they run."""
     middle = decoder.mid_block
-    parts = [middle.resnets[0]]
+    parts: list[nn.Module] = [middle.resnets[0]]
     for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
         parts += [resnet] if attention is None else [attention, resnet]
     for block in decoder.up_blocks:
@@ -86,7 +147,7 @@ def _parts(decoder: Any) -> list[object]:
     return parts
 
 
-def _unsupported_resnet_reason(block: Any) -> str | None:
+def _unsupported_resnet_reason(block: _Resnet) -> str | None:
     if any(type(conv) is not nn.Conv2d for conv in (block.conv1, block.conv2, block.conv_shortcut or block.conv2)):
         return "has quantized or adapted convolutions"
     for norm in (block.norm1, block.norm2):
@@ -101,7 +162,7 @@ def _unsupported_resnet_reason(block: Any) -> str | None:
     return None
 
 
-def _unsupported_attention_reason(block: Any) -> str | None:
+def _unsupported_attention_reason(block: _Attention) -> str | None:
     if any(type(linear) is not nn.Linear for linear in (block.to_q, block.to_k, block.to_v, block.to_out[0])):
         return "has quantized or adapted layers"
     if type(block.processor).__name__ != "AttnProcessor2_0":
@@ -125,24 +186,27 @@ def _unsupported_norm_reason(norm: object, activation: object = None) -> str | N
     return None
 
 
-def _unsupported_upsampler_reason(block: Any) -> str | None:
+def _unsupported_upsampler_reason(block: _Upsampler) -> str | None:
     if block.norm is not None or not block.interpolate or block.use_conv_transpose or block.name != "conv":
         return "does not interpolate and then convolve"
     return None if type(block.conv) is nn.Conv2d else "has no convolution, or a quantized or adapted one"
 
 
-def _run_resnet(block: Any, x_bchw: Tensor, affine_b2c: Tensor | None, following: Any) -> tuple[Tensor, Tensor | None]:
+def _run_resnet(
+    block: _Resnet, x_bchw: Tensor, affine_b2c: Tensor | None, following: nn.GroupNorm | None
+) -> tuple[Tensor, Tensor | None]:
     y_bchw = _convolve(block.conv1, ops.affine(x_bchw, affine_b2c, True))
     middle_b2c = ops.group_norm_affine(y_bchw, block.conv1.bias, *_norm(block.norm2))
     y_bchw = _convolve(block.conv2, ops.affine(y_bchw, middle_b2c, True))
     if block.conv_shortcut is None:
         return _finish(y_bchw, x_bchw, block.conv2.bias, following)
     biases = [conv.bias for conv in (block.conv2, block.conv_shortcut) if conv.bias is not None]
-    return _finish(y_bchw, _convolve(block.conv_shortcut, x_bchw), sum(biases) if biases else None, following)
+    bias_c = cast(Tensor, sum(biases)) if biases else None
+    return _finish(y_bchw, _convolve(block.conv_shortcut, x_bchw), bias_c, following)
 
 
 def _run_attention(
-    block: Any, x_bchw: Tensor, affine_b2c: Tensor | None, following: Any
+    block: _Attention, x_bchw: Tensor, affine_b2c: Tensor | None, following: nn.GroupNorm | None
 ) -> tuple[Tensor, Tensor | None]:
     batch, channels, height, width = x_bchw.shape
     rows_bsc = ops.affine(x_bchw, affine_b2c, False).permute(0, 2, 3, 1).flatten(1, 2)
@@ -156,7 +220,7 @@ def _run_attention(
 
 
 def _run_upsampler(
-    block: Any, x_bchw: Tensor, affine_b2c: Tensor | None, following: Any
+    block: _Upsampler, x_bchw: Tensor, affine_b2c: Tensor | None, following: nn.GroupNorm | None
 ) -> tuple[Tensor, Tensor | None]:
     return _finish(_convolve(block.conv, _twice_as_large(x_bchw)), None, block.conv.bias, following)
 
@@ -178,21 +242,21 @@ def _twice_as_large(x_bchw: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class _Kind:
     run: _Run
-    unsupported_reason: Callable[[object], str | None]
-    first_norm: str | None
+    unsupported_reason: Callable[[Any], str | None]
+    first_norm: Callable[[Any], nn.GroupNorm] | None
 
 
 _KINDS = {
-    "diffusers.models.resnet.ResnetBlock2D": _Kind(_run_resnet, _unsupported_resnet_reason, "norm1"),
+    "diffusers.models.resnet.ResnetBlock2D": _Kind(_run_resnet, _unsupported_resnet_reason, attrgetter("norm1")),
     "diffusers.models.attention_processor.Attention": _Kind(
-        _run_attention, _unsupported_attention_reason, "group_norm"
+        _run_attention, _unsupported_attention_reason, attrgetter("group_norm")
     ),
     "diffusers.models.upsampling.Upsample2D": _Kind(_run_upsampler, _unsupported_upsampler_reason, None),
 }
 
 
 def _finish(
-    x_bchw: Tensor, residual_bchw: Tensor | None, bias_c: Tensor | None, following: Any
+    x_bchw: Tensor, residual_bchw: Tensor | None, bias_c: Tensor | None, following: nn.GroupNorm | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the sum of all three, and the scale and shift of the norm that follows, if one does."""
     if following is not None:
@@ -216,6 +280,6 @@ def _path_of(part: object) -> str:
     return f"{type(part).__module__}.{type(part).__qualname__}"
 
 
-def _has_altered_layers(decoder: Any) -> bool:
+def _has_altered_layers(decoder: nn.Module) -> bool:
     parts = (part for part in decoder.modules() if part is not decoder)
     return any("forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks for part in parts)

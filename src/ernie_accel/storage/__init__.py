@@ -1,1 +1,1 @@
-"""Pipelines in folders: write one, read it back, and trust nothing in a folder that comes from somebody else."""
+"""Pipelines in folders: write one, read it back, and trust nothing in a folder from elsewhere."""

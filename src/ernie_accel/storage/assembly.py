@@ -1,4 +1,4 @@
-"""Put a pipeline together from a vetted folder, without the loader that would do what the folder says."""
+"""Assemble a pipeline from a vetted folder, without a loader that would do what the folder says."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _part(place: Path, name: str, cls: type[Any], model: Callable[[str, type[obj
 
 @contextlib.contextmanager
 def reading(folder: Path, what: str) -> Iterator[None]:
-    """Turn what other libraries raise over a folder's content into one error that names the folder.
+    """Turn the errors of other libraries about a folder's content into one error that names the folder.
 
     Raises:
         SavedPipelineError: The body raised an error of another library.

@@ -1,8 +1,8 @@
-"""Checksums of large files, by all cores: SHA-256 of the SHA-256 of every piece of 64 MiB.
+"""Compute checksums of large files on all cores: the SHA-256 of the SHA-256s of all 64 MiB pieces.
 
 A plain SHA-256 of a file runs on one core, at 1 to 2 GB/s where the processor has instructions for it: slower than a
-good disk. The pieces are independent of each other. They detect damage; whoever changes a file on purpose can write its
-new checksum, too.
+good disk. The pieces are independent of each other. They detect damage, not tampering: someone who changes a file can
+also write its new checksum.
 """
 
 from __future__ import annotations

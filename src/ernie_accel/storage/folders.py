@@ -1,4 +1,4 @@
-"""Replace a folder as a whole: whatever interrupts, a kill too, its name leads to the old content or to the new.
+"""Replace a folder as a whole: after any interrupt, even a kill, its name leads to the old content or the new.
 
 A folder cannot be renamed onto another one. Where the system can exchange two names in one step (Linux, macOS), that is
 the switch. Elsewhere (Windows, some network file systems) it takes two renames, between which a kill leaves the old
@@ -21,7 +21,7 @@ from pathlib import Path
 #: renameat2(2): exchange both names; renamex_np(2) of macOS.
 _RENAME_EXCHANGE, _RENAME_SWAP = 2, 2
 _AT_FDCWD = -100
-#: What a kernel or a file system answers that cannot exchange names.
+#: Errors of a kernel or a file system that cannot exchange names.
 _CANNOT = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM})
 
 
@@ -32,13 +32,13 @@ def current(folder: Path) -> Path:
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with an empty folder beside `folder`, and let it take the place of `folder`, which may be there.
+    """Call `write` with an empty folder beside `folder`, then replace `folder`, which may exist, by it.
 
-    If `write` raises, or anything interrupts, `folder` is what it was. Everything is on the disk before the switch.
+    If `write` raises, or anything interrupts, `folder` stays as it was. Everything is on the disk before the switch.
     What earlier calls left behind when they were killed is removed; what another process is writing is not.
 
     Raises:
-        OSError: The folder cannot be written, or somebody else put something in its place meanwhile.
+        OSError: The folder cannot be written, or something else was put in its place meanwhile.
     """
     if folder.is_symlink():
         folder = folder.resolve()
@@ -138,13 +138,13 @@ def _in_use(folder: Path) -> Iterator[None]:
 
 
 def _check_empty(folder: Path) -> None:
-    """Where there are no locks, treat any content as still being written."""
+    """Without locks, treat any content as still being written."""
     if any(folder.iterdir()):
         raise BlockingIOError(errno.EWOULDBLOCK, "another process may be writing here", str(folder))
 
 
 def _flush(folder: Path) -> None:
-    """Have the disk hold all files of a folder, or a power cut could leave the name on empty ones."""
+    """Flush all files of a folder to disk; otherwise a power cut could leave the name on empty ones."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb+") as file:

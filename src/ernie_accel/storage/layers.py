@@ -1,4 +1,4 @@
-"""What saving and loading must both know of a pipe: its quantized layers, and which transforms rebuild its modules."""
+"""What saving and loading must both know about a pipe: its quantized layers, and which transforms rebuild modules."""
 
 from __future__ import annotations
 

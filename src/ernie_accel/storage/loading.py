@@ -22,7 +22,7 @@ from ernie_accel.storage.reading import load
 from ernie_accel.storage.vetting import vet, vet_index
 
 DEVICES = ("auto", "cpu", "cuda", "npu")
-#: What is fetched of a component: settings, vocabularies, weights that are data; not the copies in other precisions.
+#: Files of a component that are fetched: settings, vocabularies, safetensors weights; no copies in other precisions.
 _FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.spm", "*.tiktoken")
 _NOT_FETCHED = ("*.fp16.*", "*.bf16.*", "*.non_ema.*", "*/openvino_*", "*/flax_*")
 

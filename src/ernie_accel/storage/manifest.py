@@ -1,4 +1,4 @@
-"""What ``ernie_accel.json`` says: the schema that `save` writes and `load` checks before it believes anything."""
+"""The schema of ``ernie_accel.json``, which `save` writes and `load` checks before it uses anything."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class SavedModel(_Schema):
     library: Literal["diffusers", "transformers"]
     class_name: str = Field(alias="class")
     dtype: DtypeName
-    #: Tensors that go by several names: the name -> the one it is written under.
+    #: Tensors that have several names: each name -> the one it is written under.
     aliases: dict[str, str]
     layers: tuple[SavedReceipt, ...]
     paths: tuple[str, ...]
@@ -160,7 +160,7 @@ def files_of(folder: Path) -> dict[str, SavedFile]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest of a folder that `save` wrote, with all that it says of files found true.
+    """Return the manifest of a folder that `save` wrote, once everything it says about files was verified.
 
     Raises:
         SavedPipelineError: The folder is foreign, incomplete, damaged or of another version.
@@ -210,7 +210,7 @@ def _checksum(data: dict[str, object]) -> str:
 
 
 def check_files(folder: Path, files: dict[str, SavedFile]) -> None:
-    """Refuse a folder whose files are not what they were.
+    """Refuse a folder whose files have changed.
 
     Raises:
         SavedPipelineError: One is missing, or has other bytes.

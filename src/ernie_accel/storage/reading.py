@@ -1,8 +1,8 @@
-"""Read a folder that `save` wrote: build the models empty, rewrite them as they were, copy the saved bits into them.
+"""Read a folder that `save` wrote: build empty models, rewrite them as before, and copy the saved bits into them.
 
 A blank quantized layer is put where a receipt says so, and the transforms that follow quantization are applied again.
-The folder may come from anywhere: all that it says is checked before it is acted upon (`manifest`, `vetting`), and
-nothing it says is run, opened elsewhere or looked up on a network.
+The folder may come from anywhere: everything in it is checked before it is used (`manifest`, `vetting`), and nothing
+that it names is run, opened elsewhere or looked up on a network.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def load(
 ) -> CallablePipeline:
     """Read a pipe that `save` wrote: the same bits, the same transforms.
 
-    The folder is only data, whoever made it: no code of its own is run, and it names no place on this machine. It can
-    still ask for much memory and time, as a picture of any size can.
+    The folder is only data, whoever made it: none of its code is run, and it cannot name a place on this machine. It
+    can still cost much memory and time, as a large picture can.
 
     Args:
         folder: The folder.
-        *transforms: Transforms that take the place of the saved ones in their slots, or come after quantization in
-            addition. This is where what belongs to this machine is said, as in ``load(folder, Compile(cache=...))``.
+        *transforms: Transforms that replace the saved ones in their slots, or are added after quantization. Give what
+            belongs to this machine here, as in ``load(folder, Compile(cache=...))``.
         device: Where to; layers are read straight onto it.
         on_unsupported: What to do with a transform after quantization that cannot run here; as in ``optimize``.
         known: Classes the folder may name that it could not otherwise: transforms of your own, and models of
@@ -320,12 +320,12 @@ def _check_can_run(folder: Path, receipts: Iterable[Mapping[str, LayerReceipt]],
 
 
 def _forgetful(transform: Transform) -> Transform:
-    """Return the transform without the request to keep originals: while a pipe is loaded they are no weights yet."""
+    """Return the transform without the request to keep originals: while a pipe is loaded there are none."""
     return replace(transform, keep_originals=False) if hasattr(transform, "keep_originals") else transform  # type: ignore[call-arg]
 
 
 def _materialise(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Give parameters without memory some, in place; the values come later."""
+    """Allocate memory for parameters that have none, in place; the values come later."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None and parameter.device.type == "meta":

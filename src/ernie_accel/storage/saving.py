@@ -2,8 +2,8 @@
 
 A folder holds what ``save_pretrained`` would call configuration (``model_index.json``, a ``config.json`` a model, the
 scheduler, the tokenizers), one ``model.safetensors`` a model, and ``ernie_accel.json``: the transforms, the receipt of
-each quantized layer, and size and checksum of every file. No library's own format of quantized weights is involved, so
-none of their ways to reload as noise is either.
+each quantized layer, and size and checksum of every file. It uses no library's own format of quantized weights, so it
+avoids their known ways to reload as noise.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ernie_accel.storage.folders import current, replace_folder
 from ernie_accel.storage.layers import content_of, quantized_layers, receipt_of, repeats_rewriting
 from ernie_accel.storage.manifest import FORMAT, FORMAT_VERSION, MANIFEST, WEIGHTS, Manifest, files_of, saved_receipt
 
-#: Libraries whose models can be saved; a folder that named others would name code.
+#: Libraries whose models can be saved; naming others in a folder would be naming code.
 _LIBRARIES = ("diffusers", "transformers")
 
 
 def save(pipe: AnyPipeline, folder: str | os.PathLike[str]) -> Path:
     """Write a pipe, quantized or not, to a folder that `load` reads back bit for bit.
 
-    The folder is the old one or the new one, whole, whatever interrupts. What was applied after quantization (a
+    Whatever interrupts, the folder is wholly the old one or wholly the new one. What was applied after quantization (a
     scheduler, compilation) is undone while the weights are written, applied again then, and applied on loading. What
     belongs to this machine is not saved: folders such as ``Compile(cache=...)``, and ``MoveTo``; give them to `load`.
 
@@ -165,7 +165,7 @@ def _save_config(module: torch.nn.Module, place: Path) -> None:
 
 
 def _tensors_of(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return what to write, and for tensors that go by several names, the name each is written under.
+    """Return what to write, and for tensors with several names, the name each is written under.
 
     Content of a quantized layer is named "path/tensor": no module path has a slash. Buffers that ``save_pretrained``
     would leave out are written too; a cast may have changed them.

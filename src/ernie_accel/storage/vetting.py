@@ -1,9 +1,9 @@
-"""Look at a pipeline's folder from anywhere before a library reads it: it may hold data, and nothing but data.
+"""Vet a pipeline's folder, wherever it comes from, before a library reads it: it may hold data and nothing else.
 
-diffusers and transformers were made to load what their user trusts. A few words in a JSON file make them import a
-module, run a script of the folder, fetch code from the hub, or read a file elsewhere; which ones, differs from release
-to release. So nothing here relies on their checks: classes are looked up among those that draw pictures, and every
-setting that names code, a path or an address is refused with its place.
+diffusers and transformers were made to load what their user trusts. A few words in a JSON file can make them import a
+module, run a script of the folder, fetch code from the hub, or read a file elsewhere; which words do so differs from
+release to release. So nothing here relies on their checks: classes are looked up among those that draw pictures, and
+every setting that names code, a path or an address is refused with its place.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ MODEL_PACKAGES = frozenset(
         """,
     )
 )
-#: Packages of ``diffusers.pipelines`` whose classes fetch a model by themselves when they are made.
+#: Packages of ``diffusers.pipelines`` whose classes fetch a model when they are constructed.
 _FETCHING_PIPELINES = frozenset({"cosmos"})
-#: How attention may be computed: all others can be packages of their own, or are fetched from the hub.
+#: Allowed attention implementations: others may be separate packages, or are fetched from the hub.
 _ATTENTION = frozenset({"eager", "sdpa"})
 #: Quantized checkpoints that a plain folder may hold, beside those of `save`.
 _QUANTIZATION = frozenset({"bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit"})

@@ -30,8 +30,7 @@ class KernelErnieBlock(RewrittenErnieBlock):
     Each product may be bfloat16 or fp8 (`Fp8Linear`); the kernel before it writes what it reads.
 
     Attributes:
-        attention: Of which precision cuDNN's own attention is, "fp8" (between two fp8 products) or "bf16"; None for
-            torch's.
+        attention: Precision of cuDNN's own attention, "fp8" (between two fp8 products) or "bf16"; None for torch's.
     """
 
     def __init__(self, block: RewrittenErnieBlock, attention: str | None) -> None:

@@ -30,8 +30,8 @@ class DispatchedProcessor:
 
         Args:
             attn: The attention module.
-            hidden_states: What asks.
-            encoder_hidden_states: What is looked at.
+            hidden_states: What attends.
+            encoder_hidden_states: What is attended to.
             attention_mask: [B, S] or [B, 1, 1 or S, S], nonzero where attended.
             image_rotary_emb: Complex rotations.
             base_sequence_length: For attention in proportion to the length.

@@ -14,13 +14,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ernie_accel.core.captured import Fingerprint
+from ernie_accel.models.ministral.architecture import CausalLanguageModel
 from ernie_accel.models.ministral.layers import Rotary, call, linears_of, run_layer, signed
 from ernie_accel.models.ministral.sampling import Sampling, choose
 from ernie_accel.models.ministral.state import DecodeState
@@ -29,7 +30,7 @@ from ernie_accel.models.replays import Replays
 if TYPE_CHECKING:
     from ernie_accel.models.ministral.weights import KernelWeights
 
-#: A prompt as its tokenizer has it.
+#: A prompt as token ids.
 Ids: TypeAlias = Sequence[int]
 
 _MAX_ROWS = 16  # rows decoded together; the kernels read each weight once for all of them
@@ -41,7 +42,7 @@ _KEPT_SHARE = 32  # between two calls they take at most this part of the device'
 
 
 class _Workplace:
-    """A state, and graphs of the work that is done on it where there are to be any."""
+    """A state, and graphs of the work on it, if that is to be captured."""
 
     def __init__(self, state: DecodeState, *, captures: bool) -> None:
         self.state, self.captures = state, captures
@@ -58,7 +59,7 @@ class _Workplace:
 class Decoder:
     """A causal language model of Ministral's architecture, for generating. It holds no weights of its own."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: CausalLanguageModel) -> None:
         """Decode `model`, a ``Ministral3ForCausalLM``."""
         self._model = model
         self._workplaces: OrderedDict[tuple[int, int], _Workplace] = OrderedDict()
@@ -68,7 +69,7 @@ class Decoder:
         return Decoder, (self._model,)  # of a copy or pickle, too: graphs read the weights of this one
 
     def forget(self) -> None:
-        """Let go of the caches and graphs, and so of the device's memory; the next call makes them anew."""
+        """Free the caches and graphs, and with them memory of the device; the next call makes new ones."""
         self._workplaces.clear()
         self._seen = None
 
@@ -155,7 +156,7 @@ class Decoder:
         return self._workplaces[key]
 
     def _keep(self, most_bytes: int) -> None:
-        """Let go of the largest caches, and their graphs, until the others take no more than `most_bytes`."""
+        """Free the largest caches, and their graphs, until the others take no more than `most_bytes`."""
         sizes = {key: workplace.state.cache_bytes for key, workplace in self._workplaces.items()}
         for key in sorted(sizes, key=lambda key: sizes[key], reverse=True):
             if sum(sizes.values()) > most_bytes:
@@ -164,8 +165,8 @@ class Decoder:
     def _is_plain(self) -> bool:
         """Return whether all linear layers are torch's own, whatever their weights.
 
-        Others cannot be captured for good: adapters are switched and scaled between calls, and the layers of some
-        quantizers look at the device in between.
+        Others cannot be captured: adapters are switched and scaled between calls, and the layers of some quantizers
+        wait for the device.
         """
         linears = [*chain.from_iterable(map(linears_of, self._model.model.layers)), self._model.lm_head]
         return all(type(linear) is nn.Linear for linear in linears)
@@ -270,8 +271,8 @@ class Decoder:
             x_bth = run_layer(layer, x_bth, at, partial(attend, *cache), project)
         return x_bth
 
-    def _projection(self, ids_bt: Tensor) -> Callable[[Any, Tensor], Tensor]:
-        """Return what a linear layer gives for its input; float8 weights are made wide by a kernel where there is one.
+    def _projection(self, ids_bt: Tensor) -> Callable[[nn.Linear, Tensor], Tensor]:
+        """Return what a linear layer gives for its input; float8 weights are widened by a kernel if there is one.
 
         torchao does it in three passes over the weights, which took 24 of 32 ms of reading a prompt on an H200.
         """

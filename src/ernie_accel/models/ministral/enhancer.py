@@ -6,13 +6,17 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from torch import nn
+
+from ernie_accel.core.components import Tokenizer
+from ernie_accel.models.ministral.architecture import CausalLanguageModel
 from ernie_accel.models.ministral.decoder import Decoder
 from ernie_accel.models.ministral.layers import unsupported_config_reasons
 from ernie_accel.models.ministral.sampling import Sampling, draws_for
 
 #: What the pipeline samples with, in its ``_enhance_prompt_with_pe``.
 TEMPERATURE, TOP_P = 0.6, 0.95
-#: What transformers uses where a checkpoint does not say (``GenerationConfig._get_default_generation_params``).
+#: What transformers uses if a checkpoint does not say (``GenerationConfig._get_default_generation_params``).
 _DEFAULT_TOP_K = 50
 #: Settings of a checkpoint's ``generation_config`` that change the tokens and are not built here, with the values that
 #: change nothing.
@@ -65,17 +69,17 @@ class EnhanceRequest(NamedTuple):
 class PromptEnhancer:
     """The prompt enhancer of an ERNIE-Image pipeline."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: CausalLanguageModel, tokenizer: Tokenizer) -> None:
         """Enhance with `model` (a ``Ministral3ForCausalLM``) and its tokenizer, which brings the chat template."""
         self._model, self._tokenizer = model, tokenizer
         self._decoder = Decoder(model)
 
-    def enhances_with(self, model: Any) -> bool:
+    def enhances_with(self, model: object) -> bool:
         """Return whether this is the model it was made for."""
         return self._model is model
 
     def forget(self) -> None:
-        """Let go of what is kept on the device between calls; the next call makes it anew."""
+        """Free what is kept on the device between calls; the next call makes it again."""
         self._decoder.forget()
 
     def enhance(
@@ -121,8 +125,8 @@ class PromptEnhancer:
         return list(self._tokenizer(text)["input_ids"])
 
 
-def unsupported_reasons(model: Any, tokenizer: Any) -> list[str]:
-    """Return why `PromptEnhancer` cannot stand in for the pipeline's own way with these; empty if it can."""
+def unsupported_reasons(model: CausalLanguageModel, tokenizer: Tokenizer) -> list[str]:
+    """Return why `PromptEnhancer` cannot replace the pipeline's own method for these; empty if it can."""
     if type(model).__name__ != "Ministral3ForCausalLM":
         return [f"its prompt enhancer is a {type(model).__name__}, not a Ministral3ForCausalLM"]
     reasons = unsupported_config_reasons(model.config)
@@ -133,9 +137,10 @@ def unsupported_reasons(model: Any, tokenizer: Any) -> list[str]:
     return reasons
 
 
-def _wake(model: Any) -> None:
-    """Do what a call of the model would do first: offloading and freeing bring the weights by such hooks."""
+def _wake(model: nn.Module) -> None:
+    """Run the hooks that a call of the model would run first; offloading and freeing bring the weights by them."""
     for key, hook in model._forward_pre_hooks.items():
         hook(model, (), *([{}] if key in model._forward_pre_hooks_with_kwargs else []))
-    if hasattr(model, "_hf_hook"):
-        model._hf_hook.pre_forward(model)
+    of_accelerate: Any = vars(model).get("_hf_hook")
+    if of_accelerate is not None:
+        of_accelerate.pre_forward(model)

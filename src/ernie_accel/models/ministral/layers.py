@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ernie_accel.models.ministral.architecture import Config, Layer, Norm
 
 #: Attends with the queries, keys and values of the same tokens: (q_bntd, k_bntd, v_bntd, scale) -> out_bntd.
 Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -19,7 +21,7 @@ Attend: TypeAlias = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 @dataclass(frozen=True)
 class Rotary:
-    """What depends on where tokens stand.
+    """What depends on the positions of tokens.
 
     Attributes:
         cos_bt1d: Rotary cosines.
@@ -32,8 +34,8 @@ class Rotary:
     q_scale_bt11: Tensor | None
 
 
-def unsupported_config_reasons(config: Any) -> list[str]:
-    """Return why a model with this ``Ministral3Config`` computes something else than these layers; empty if not."""
+def unsupported_config_reasons(config: Config) -> list[str]:
+    """Return why a model with this ``Ministral3Config`` does not compute what these layers do; empty if it does."""
     reasons = []
     if config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
         reasons.append("its rotary embedding changes with the length of the text")
@@ -42,13 +44,13 @@ def unsupported_config_reasons(config: Any) -> list[str]:
     return reasons
 
 
-def call(module: Any, x: Tensor) -> Tensor:
+def call(module: nn.Module, x: Tensor) -> Tensor:
     """Return what a module gives for `x`."""
     out: Tensor = module(x)
     return out
 
 
-def rms_norm(norm: Any, x: Tensor) -> Tensor:
+def rms_norm(norm: Norm, x: Tensor) -> Tensor:
     """Return what a ``Ministral3RMSNorm`` gives, in one launch instead of eight.
 
     It rounds once where the module rounds twice: in bfloat16 it is 0.0017 from the exact result, the module 0.0023
@@ -64,19 +66,19 @@ def signed(sin: Tensor) -> Tensor:
 
 
 def run_layer(
-    layer: Any,
+    layer: Layer,
     x_bth: Tensor,
     at: Rotary,
     attend: Attend,
-    project: Callable[[object, Tensor], Tensor] = call,
-    normalize: Callable[[Any, Tensor], Tensor] = call,
+    project: Callable[[nn.Linear, Tensor], Tensor] = call,
+    normalize: Callable[[Norm, Tensor], Tensor] = call,
 ) -> Tensor:
     """Return what a ``Ministral3DecoderLayer`` gives.
 
     Args:
         layer: Its weights.
         x_bth: Hidden states.
-        at: Where the tokens stand.
+        at: Positions of the tokens.
         attend: Looks at what the tokens may see.
         project: (linear layer, input) -> output.
         normalize: (norm, input) -> output.
@@ -103,7 +105,7 @@ def rotate(x_btnd: Tensor, at: Rotary) -> Tensor:
     return x_btnd * at.cos_bt1d + x_btnd.roll(x_btnd.shape[-1] // 2, -1) * at.signed_sin_bt1d
 
 
-def linears_of(layer: Any) -> Iterator[object]:
+def linears_of(layer: Layer) -> Iterator[nn.Linear]:
     """Yield the linear layers of a ``Ministral3DecoderLayer``."""
     attention, mlp = layer.self_attn, layer.mlp
     yield from (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)

@@ -1,4 +1,4 @@
-"""What stands in for a pipeline's method that enhances one prompt: all prompts of a call together, by seed."""
+"""Replace a pipeline's method that enhances one prompt: all prompts of a call are enhanced together, by seed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class EnhancerStandIn:
         self._asked = 0
 
     def around(self, call: Call, arguments: Arguments) -> object:
-        """Call the pipe; what it asks for first, after its checks, enhances all its prompts together."""
+        """Call the pipe; the first prompt that it asks for, after its checks, has all its prompts enhanced together."""
         prompts = arguments["prompt"]
         if not arguments[self._how.switch] or prompts is None:
             return call(arguments)
@@ -65,16 +65,16 @@ class EnhancerStandIn:
         return self._enhancer.enhance(requests, max_new_tokens=max_new_tokens or self._max_new_tokens, **settings)
 
     def forget(self) -> None:
-        """Let go of what is kept on the device between calls, and of a model that is no longer the pipe's."""
+        """Free what is kept on the device between calls, and a model that is no longer the pipe's."""
         self._enhancer = None
 
 
 def enhancer_of(pipe: Pipeline) -> EnhancerStandIn | None:
-    """Return what enhances the prompts of `pipe` in the place of its own method; None if nothing does."""
+    """Return what replaces the prompt enhancement of `pipe`; None if nothing does."""
     return wrapper(pipe, "enhancer", EnhancerStandIn)
 
 
-def _seeds(generator: Any, prompts: int, pictures: int) -> list[int]:
+def _seeds(generator: torch.Generator | Sequence[torch.Generator] | None, prompts: int, pictures: int) -> list[int]:
     """Return a seed for each prompt of a call, from its generators as they were seeded; a list of one is that one."""
     if isinstance(generator, (list, tuple)) and len(generator) == 1:
         (generator,) = generator
@@ -82,7 +82,7 @@ def _seeds(generator: Any, prompts: int, pictures: int) -> list[int]:
         return [_fresh_seed() for _ in range(prompts)]
     if isinstance(generator, torch.Generator):
         return [(generator.initial_seed() + i) % 2**64 for i in range(prompts)]
-    # Too few are an error of the call, which says so itself.
+    # If there are too few, the call itself raises an error.
     return [generator[min(i * pictures, len(generator) - 1)].initial_seed() for i in range(prompts)]
 
 

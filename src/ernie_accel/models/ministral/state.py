@@ -46,11 +46,11 @@ class DecodeState:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the keys and values, next to which the rest is nothing."""
+        """Bytes of the keys and values; the rest is negligible."""
         return 2 * self.keys_lbnpd.numel() * self.keys_lbnpd.element_size()
 
     def take_over(self, other: DecodeState) -> None:
-        """Go on, in place, from a state of as many rows whose cache has less room; but for `draws_bt`."""
+        """Continue, in place, from a state with as many rows and a smaller cache; `draws_bt` is not copied."""
         for name in ("token_b", "position_b", "step_1", "done_b"):
             getattr(self, name).copy_(getattr(other, name))
         self.chosen_bt[:, : other.capacity] = other.chosen_bt

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ernie_accel.core.captured import Fingerprint, only_listens
+from ernie_accel.models.ministral.architecture import LanguageModel, Layer
 from ernie_accel.models.ministral.layers import (
     Rotary,
     linears_of,
@@ -25,14 +26,14 @@ from ernie_accel.models.replayed_forward import ReplayedForward
 from ernie_accel.models.replays import Capture
 
 _PADDED_TO = 64  # tokens: prompts of many lengths share a graph, and the plan that cuDNN makes for its attention
-#: Of the forward of a ``Ministral3Model``, by position.
+#: Arguments of the forward of a ``Ministral3Model``, by position.
 _ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
-#: Those that may be something else than None.
+#: Those that may be other than None.
 _KNOWN = ("input_ids", "inputs_embeds", "use_cache", "output_hidden_states", "output_attentions", "return_dict")
 
 
-def unsupported_reasons(model: Any) -> list[str]:
-    """Return why `RewrittenForward` cannot stand in for the forward of a language model; empty if it can."""
+def unsupported_reasons(model: LanguageModel) -> list[str]:
+    """Return why `RewrittenForward` cannot replace the forward of a language model; empty if it can."""
     if type(model).__name__ != "Ministral3Model":
         return [f"its text encoder's language model is a {type(model).__name__}, not a Ministral3Model"]
     if "forward" in vars(model):
@@ -41,26 +42,26 @@ def unsupported_reasons(model: Any) -> list[str]:
 
 
 class _Look(NamedTuple):
-    """What a language model is made of at the moment.
+    """What a language model consists of at the moment.
 
     Attributes:
         layers: Those that are to run, and None for those that pass on what they are given.
         is_plain: Whether all linear layers are torch's own, untouched; others cannot be captured for good.
     """
 
-    layers: tuple[Any, ...]
+    layers: tuple[Layer | None, ...]
     is_plain: bool
 
 
 class RewrittenForward(ReplayedForward[Tensor, list[Tensor]]):
     """The forward of a ``Ministral3Model``; same arguments, same result up to rounding."""
 
-    def __init__(self, model: Any, max_tokens: int, keep: int, capture: Capture | None = None) -> None:
-        """Stand in for the forward of `model`; with `capture`, graphs are made with that, and on every device."""
+    def __init__(self, model: nn.Module, max_tokens: int, keep: int, capture: Capture | None = None) -> None:
+        """Replace the forward of `model`; with `capture`, graphs are made by that, and on every device."""
         self._max_tokens = max_tokens
         super().__init__(model, keep, capture)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> object:
         given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
         look = _look(self.module) if len(args) <= len(_ARGUMENTS) and self._knows(given) else None
         if look is None:
@@ -105,8 +106,8 @@ class RewrittenForward(ReplayedForward[Tensor, list[Tensor]]):
     def _setting(self, given: Mapping[str, Any], name: str) -> Any:
         return given[name] if name in given else getattr(self.module.config, name, None)
 
-    def _states(self, x_bth: Tensor, layers: tuple[Any, ...]) -> list[Tensor]:
-        """Return the embeddings, what each layer gives, and instead of the last that after the norm, as stock does."""
+    def _states(self, x_bth: Tensor, layers: tuple[Layer | None, ...]) -> list[Tensor]:
+        """Return the embeddings and the output of each layer, the last one after the norm, as stock does."""
         at, states = self._rotary(x_bth), [x_bth]
         for layer in layers:
             if layer is not None:
@@ -146,12 +147,12 @@ class RewrittenForward(ReplayedForward[Tensor, list[Tensor]]):
             return list(torch.stack([state[:, :tokens] for state in wanted]))
 
 
-def _look(model: Any) -> _Look | None:
-    """Return what `model` is made of, or None where something in its layers is not what it was made as.
+def _look(model: LanguageModel) -> _Look | None:
+    """Return what `model` consists of, or None if something in its layers was changed.
 
-    Asked at every call, it looks no deeper than it must: 26 layers take a third of a millisecond on a slow core.
+    It runs at every call, so it looks no deeper than it must: 26 layers take a third of a millisecond on a slow core.
     """
-    layers: list[Any] = []
+    layers: list[Layer | None] = []
     is_plain = True
     for layer in list(model.layers)[: model.config.num_hidden_layers]:
         if vars(layer).get("forward") is pass_on and _is_as_made(layer, but_for_its_forward=True):

@@ -1,10 +1,9 @@
-"""The weights of a language model as the decoding kernels take them: pointers, no copies."""
+"""The weights of a language model in the form that the decoding kernels take: pointers, no copies."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +11,10 @@ from torch.nn import functional as F
 
 from ernie_accel.kernels import decode
 from ernie_accel.kernels.decode import DecodeWeight
+from ernie_accel.models.ministral.architecture import CausalLanguageModel, Norm
 from ernie_accel.models.ministral.state import DecodeState
 
-#: Of the hidden states: products of tensor cores, rounded as cuBLAS rounds.
+#: Dtype of the hidden states: products run on tensor cores and round as cuBLAS does.
 _DTYPE = torch.bfloat16
 
 
@@ -58,7 +58,7 @@ class KernelWeights:
         return F.linear(x_btk, decode.dequantize(weight, x_btk.dtype))
 
 
-def kernel_weights(model: Any) -> KernelWeights | str:
+def kernel_weights(model: CausalLanguageModel) -> KernelWeights | str:
     """Return the weights of `model`, a ``Ministral3ForCausalLM``, or why the kernels cannot take them."""
     inner, found, problems = model.model, {}, []
     if model.config.hidden_act != "silu":
@@ -120,7 +120,7 @@ def _too_old(device: torch.device, dtypes: Sequence[torch.dtype]) -> str | None:
     return "its weights need CUDA compute capability >= {}.{}; this device has {}.{}".format(*need, *have)
 
 
-def _norm(norm: Any) -> tuple[Tensor, float]:
+def _norm(norm: Norm) -> tuple[Tensor, float]:
     return norm.weight, norm.variance_epsilon
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import ClassVar, cast
+
+from torch import nn
 
 from ernie_accel.core.components import Pipeline, is_moved_in_parts
 from ernie_accel.core.context import Context
@@ -13,6 +15,7 @@ from ernie_accel.core.stand_in import standing_in
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
+from ernie_accel.models.ministral.architecture import LanguageModel
 from ernie_accel.models.ministral.text_encoder import RewrittenForward, unsupported_reasons
 
 
@@ -72,6 +75,8 @@ class RewriteTextEncoder(Transform):
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         model = _language_model(pipe)
+        if model is None:
+            raise LookupError(f"this {type(pipe).__name__} has no text encoder that is known here")
         with Undo() as undo:
             RewrittenForward(model, self.max_tokens, self.keep).install(undo)
         return Applied(_changes(pipe), undo=undo)
@@ -85,13 +90,13 @@ def _path(pipe: Pipeline) -> str | None:
     return f"text_encoder.{how.layers.rpartition('.')[0]}"
 
 
-def _language_model(pipe: Pipeline) -> object:
+def _language_model(pipe: Pipeline) -> LanguageModel | None:
     path = _path(pipe)
-    return None if path is None else attrgetter(path)(pipe)
+    return None if path is None else cast(LanguageModel, attrgetter(path)(pipe))
 
 
-def _is_rewritten(model: Any) -> bool:
-    return model is not None and standing_in(model, RewrittenForward) is not None
+def _is_rewritten(model: nn.Module) -> bool:
+    return standing_in(model, RewrittenForward) is not None
 
 
 def _changes(pipe: Pipeline) -> tuple[str, ...]:
