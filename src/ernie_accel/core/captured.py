@@ -14,10 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ernie_accel.common.notes import Note
 
 #: What says which adapters of a PEFT layer count, and how much (``peft.tuners.tuners_utils.BaseTunerLayer``).
 _ADAPTER_STATE = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
@@ -27,29 +30,27 @@ _BEHAVIOUR = frozenset({"forward", "processor", "_compiled_call_impl", "_disable
 _SAMPLE_BYTES = 16
 
 
-#: Attribute of a module whose weights come and go: brings all of them, and says whether there was room.
-BRING_WHOLE = "_ernie_accel_bring_whole"
-#: Attribute of a tensor whose values come and go, at one address.
-_COMES_AND_GOES = "_ernie_accel_comes_and_goes"
+BRING_WHOLE = Note("bring_whole", partial, "module", "brings all its weights, which come and go; False: no room")
+_COMES_AND_GOES = Note("comes_and_goes", bool, "tensor", "that its values come and go, at one address")
 
 
 def bring_whole(module: nn.Module) -> bool:
     """Have all weights of `module` on the device, for what reads them by address; False if they do not fit."""
-    bring: Callable[[], bool] | None = vars(module).get(BRING_WHOLE)
+    bring: Callable[[], bool] | None = BRING_WHOLE.of(module)
     return True if bring is None else bring()
 
 
 def mark_as_coming_and_going(tensor: Tensor, comes_and_goes: bool) -> None:
     """Say of a tensor that it often holds other values than its own (or no longer), so that `Contents` reads none."""
     if comes_and_goes:
-        setattr(tensor, _COMES_AND_GOES, True)
-    elif hasattr(tensor, _COMES_AND_GOES):
-        delattr(tensor, _COMES_AND_GOES)
+        _COMES_AND_GOES.put(tensor, True)
+    else:
+        _COMES_AND_GOES.drop(tensor)
 
 
 def comes_and_goes(tensor: Tensor) -> bool:
     """Return whether `tensor` may hold other values than its own: another's weights, or what is still arriving."""
-    return hasattr(tensor, _COMES_AND_GOES)
+    return _COMES_AND_GOES.of(tensor) is not None
 
 
 def version_of(tensor: Tensor) -> int | None:

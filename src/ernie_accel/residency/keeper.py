@@ -53,7 +53,7 @@ class Keeper:
         self.mover.pin(self._hosts.values())
         for name, component in self.components.items():
             undo.hook_before_forward(component.module, Entrance(self, name))
-            undo.setattr(component.module, BRING_WHOLE, partial(self.whole, name))
+            undo.attach(BRING_WHOLE, component.module, partial(self.whole, name))
             if component.streams:
                 for path, block in component.blocks.items():
                     undo.setattr(block, "_compiled_call_impl", Gate(self, path, block))
