@@ -21,7 +21,7 @@ from ernie_accel.plugins import load_plugins
 if TYPE_CHECKING:
     import torch
 
-#: Import name -> pip extra, of every optional package of the library's own.
+#: Import name -> pip extra, for every optional package that the library knows.
 OPTIONAL_PACKAGES: Mapping[str, str] = MappingProxyType(
     {
         "torchao": "torchao",
@@ -48,12 +48,12 @@ _DISTRIBUTIONS = {
     "flash_attn_interface": "flash-attn-3",
 }
 _BUNDLED_PACKAGES = ("triton",)  # with CUDA builds of torch
-#: Used where they are, but no extra brings them: they are built for one version of torch and one kind of card.
+#: Used if installed, but no extra installs them: they are built for one version of torch and one kind of card.
 _UNBROUGHT_PACKAGES = ("flash_attn", "flash_attn_interface", "sageattention", "xformers")
 _REQUIRED_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 
 SUPPORTED_DEVICES = ("cpu", "cuda", "npu")
-#: What torch runs on too, by the name it has as `Context.device`, and what people call it.
+#: Other devices that torch runs on: name in `Context.device` -> what people call it.
 UNSUPPORTED_DEVICES: Mapping[str, str] = MappingProxyType(
     {"rocm": "AMD GPUs (ROCm)", "mps": "Apple GPUs (mps)", "xpu": "Intel GPUs (xpu)"}
 )
@@ -65,12 +65,12 @@ _REGISTERED: dict[str, str] = {}
 
 
 def register_package(package: str, *, install: str, distribution: str | None = None) -> None:
-    """Let plans look for a package of your own, for this process; `Context.missing` then says how to get it.
+    """Let plans look for another package, for this process; `Context.missing` then says how to install it.
 
     Args:
         package: Import name ("my_kernels").
         install: What installs it ("pip install my-kernels").
-        distribution: Its name on PyPI, if that is another than the import name.
+        distribution: Its name on PyPI, if that differs from the import name.
 
     Raises:
         ValueError: The library looks for that package itself, or it was registered with another way to install it.
@@ -108,11 +108,11 @@ class Context:
 
     @classmethod
     def detect(cls, pipe: AnyPipeline | None = None, device: str | None = None) -> Context:
-        """Look at this machine: at the device `pipe` lives on, or at the best one where no pipe is given.
+        """Look at this machine: at the device `pipe` lives on, or at the best one if no pipe is given.
 
         Args:
             pipe: The pipeline.
-            device: Look at this one instead, where it exists ("cuda:1"); for a pipe that is about to move there.
+            device: Look at this one instead, if it exists ("cuda:1"); for a pipe that is about to move there.
         """
         import torch
 
@@ -148,7 +148,7 @@ class Context:
     def named(cls, name: str) -> Context:
         """Return the facts of a device of the table, with the packages that are installed here.
 
-        A CUDA device also gets what CUDA builds of torch bring, whatever build is here.
+        For a CUDA device they include what CUDA builds of torch bring, whichever build is installed here.
 
         Args:
             name: A key of `HARDWARE` ("h200", "rtx3060", "ascend910b", ...), or what people write for it ("RTX 3060",
@@ -177,7 +177,7 @@ class Context:
         return f"{what} are not supported yet: nothing was tested or measured on them"
 
     def planned(self, pipe: Pipeline) -> PlannedPipe:
-        """Return what `pipe` will be when it is the turn of the transform that asks."""
+        """Return what `pipe` will be by the time the transform that asks runs."""
         return PlannedPipe.of(pipe) if self.state is None else self.state
 
     def missing(self, package: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The one table of hardware: what is known of each device without having it here, and where that comes from.
+"""The table of hardware: what is known about each device without having it here, with the sources.
 
 `Context.named`, presets by device name, ``recommend`` and the benchmarks read it; `register_hardware` adds to it.
 """
@@ -17,7 +17,7 @@ GIB = 2**30
 
 Evidence = Literal["measured", "published", "none"]
 
-#: Words in a driver's name for a device that make it another one than the row its name begins with.
+#: Words in a driver's name for a device that make it a different device from the row that its name begins with.
 _VARIANTS = frozenset({"Ti", "SUPER", "Laptop", "D", "NVL"})
 
 #: GB/s that a lane of each PCIe generation sustains from pinned host memory: 80 to 87 % of what its signals carry.
@@ -37,7 +37,7 @@ class Rates:
     """How fast a device is, by one source. None: the source does not say.
 
     Attributes:
-        evidence: "published" are peaks by the vendor, "measured" what a device sustained.
+        evidence: "published" for the vendor's peaks, "measured" for what a device sustained.
         source: Who says so, or the file with the measurement.
         bandwidth_tb_s: Device memory, TB/s; measured: by a copy, counting what is read and what is written.
         bf16_tflops: Dense products in bfloat16, accumulated in float32. GeForce cards are twice as fast in float16
@@ -141,17 +141,17 @@ class Hardware:
             raise ValueError(f"{self.key}: say why it should run preset {self.preset!r} (why=...)")
 
     def published(self) -> Rates | None:
-        """Return what its vendor publishes of its speed; None if nothing is known."""
+        """Return what its vendor publishes about its speed; None if nothing is known."""
         return next((rates for rates in self.rates if rates.evidence == "published"), None)
 
     def is_called(self, device_name: str) -> bool:
-        """Return whether a driver that says `device_name` means this device. Ti, SUPER and laptop ones are others."""
+        """Return whether a driver that reports `device_name` means this device, and not its Ti or laptop variant."""
         rest = device_name.removeprefix(self.name)
         return device_name.startswith(self.name) and not rest[:1].isalnum() and not _VARIANTS & set(rest.split())
 
 
 def device_key(name: str) -> str:
-    """Return what people write for a device ("NVIDIA GeForce RTX 4090") in the way of the table's keys."""
+    """Return what people write for a device ("NVIDIA GeForce RTX 4090") in the form of the table's keys."""
     key = re.sub(r"[\s_-]", "", name.lower())
     return re.sub(r"^(nvidia|huawei)?(tesla)?(geforce)?(rtx(?=a\d))?", "", key)
 
@@ -159,7 +159,7 @@ def device_key(name: str) -> str:
 def hardware_named(name: str, note: str = "") -> Hardware:
     """Return the row of a device by its key, its name, or what people write for it.
 
-    Of cards that differ in memory alone, "RTX 4060 Ti 16GB" names one and "RTX 4060 Ti" the first of the table.
+    If cards differ only in memory, "RTX 4060 Ti 16GB" names one of them, and "RTX 4060 Ti" the first in the table.
 
     Raises:
         UnknownNameError: There is no such row.
@@ -183,11 +183,11 @@ def is_other_vendors(name: str) -> bool:
 
 
 def hardware_called(device_name: str, memory_bytes: int | None = None) -> Hardware | None:
-    """Return the row of a device by what its driver calls it, the most particular one; None if there is none.
+    """Return the most specific row for the name that a driver reports; None if there is none.
 
     Args:
-        device_name: As the driver says it: "NVIDIA A100-SXM4-40GB".
-        memory_bytes: What the driver says of its memory. It tells cards apart that have one name; so does a size in
+        device_name: As the driver reports it: "NVIDIA A100-SXM4-40GB".
+        memory_bytes: The memory that the driver reports. It distinguishes cards with the same name; so does a size in
             the name.
     """
     memory = memory_bytes if memory_bytes is not None else _memory_in(device_name)

@@ -1,6 +1,6 @@
 """Know which pipe changed a component or freed its weights: pipelines share components, and only that one can undo it.
 
-Claims are kept beside the modules, not in them: a deep copy or what comes out of a pickle was changed by nobody here.
+Claims are kept beside the modules, not in them: a deep copy, or what comes out of a pickle, has none.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _CHANGE_WEIGHTS = (Phase.DTYPE, Phase.QUANTIZE, Phase.LAYOUT)
 
 
 class FreedWeights:
-    """Base of what frees the weights of a component between calls: a hook before its forward is a method of it."""
+    """Base of objects that free a component's weights between calls, by a method among its forward pre-hooks."""
 
 
 @dataclass(frozen=True)
 class _Claim:
-    """A transform changed a component for a pipe. Neither is kept alive by that."""
+    """A transform changed a component for a pipe. This keeps neither alive."""
 
     pipe: weakref.ref[Pipeline]
     transform: Transform
@@ -70,7 +70,7 @@ def release(pipe: Pipeline, transform: Transform) -> None:
 
 
 def was_replaced(pipe: Pipeline, transform: Transform, changes: Iterable[str]) -> bool:
-    """Return whether a component that `transform` changed for `pipe` is another one by now."""
+    """Return whether a component that `transform` changed for `pipe` has been replaced since."""
     mine = [claim.module() for claim in _living() if claim.pipe() is pipe and claim.transform == transform]
     return bool(mine) and any(
         all(module is not one for one in mine) for module in changed_components(pipe, changes).values()
@@ -101,5 +101,5 @@ def _frees_weights(pipe: Pipeline) -> bool:
 
 
 def _living() -> list[_Claim]:
-    """Return the claims of pipes that are still there; nobody can undo those of others."""
+    """Return the claims of pipes that still exist; those of others can no longer be undone."""
     return [claim for claim in list(_claims) if claim.pipe() is not None]

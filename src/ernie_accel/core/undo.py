@@ -75,27 +75,27 @@ class Undo:
         self._actions.append(action)
 
     def give_up(self, reason: str) -> None:
-        """Declare that from here on the changes cannot be taken back, and why.
+        """Declare that from here on the changes cannot be undone, and why.
 
         For a transform that keeps no originals: if it is interrupted, what it has done stays and is reported.
         """
         self.no_way_back = reason
 
     def object_if(self, objection: Callable[[], str | None]) -> None:
-        """Register what is asked before anything is undone: it returns why the undo would lose something, or None."""
+        """Register a check to run before anything is undone; it returns why that would lose something, or None."""
         self._objections.append(objection)
 
     def objections(self) -> Iterator[str]:
-        """Yield why the changes cannot be taken back now without losing what was done to the pipe since."""
+        """Yield why the changes cannot be undone now without losing what was done to the pipe since."""
         for objection in self._objections:
             reason = objection()
             if reason is not None:
                 yield reason
 
     def is_in_place(self, later: Iterable[Undo] = ()) -> bool:
-        """Return whether the changes are still there, as far as this is known: nobody has replaced them since.
+        """Return whether the changes are still there, as far as this is known: nothing has replaced them since.
 
-        What the transforms that `later` takes back have replaced is still there, beneath theirs.
+        What the transforms of `later` have replaced is still there, beneath their changes.
         """
         beneath = {(id(owner), name, id(old)) for undo in later for owner, name, old in undo._replaced}
         return all(still_there(beneath) for still_there in self._still_there)
@@ -135,7 +135,7 @@ class Undo:
         self.setattr(owner, note.attribute, value)
 
     def restore_attribute(self, owner: object, name: str) -> None:
-        """Remember an attribute that somebody else is about to set; the undo restores its value, or its absence."""
+        """Remember an attribute that other code is about to set; the undo restores its value, or its absence."""
         old = _held(owner, name)
         self.push(lambda: _set_or_delete(owner, name, old))
 
@@ -146,9 +146,9 @@ class Undo:
         new: torch.nn.Module,
         give_back: Callable[[torch.nn.Module], torch.nn.Module],
     ) -> None:
-        """Put `new` in the place of the module at `path`; the undo puts the old one where `new` is by then.
+        """Replace the module at `path` by `new`; the undo puts the old one where `new` is by then.
 
-        A LoRA puts its layer in the place of another one and keeps that as its base; unloading it puts the base back.
+        A LoRA replaces a layer by its own and keeps the old one as its base; unloading it puts the base back.
 
         Args:
             root: The component.

@@ -1,6 +1,6 @@
 """Do something around every call of one pipe. A call is looked up on the class, so the instance gets one of its own.
 
-What is done around calls is a pile of layers. The pipe's class is made from them: a subclass, of the same name and
+What is done around calls is a stack of layers. The pipe's class is made from them: a subclass, with the same name and
 signature, of the one that diffusers knows (save_pretrained writes the name, from_pretrained looks it up). Layers are
 objects of classes at module level, so that a pipe with layers can be copied and pickled.
 """
@@ -35,7 +35,7 @@ class CallLayer(ABC):
     """One thing that is done around the calls of a pipe.
 
     Class-level facts:
-        outermost: Goes around all other layers, those too that are added later.
+        outermost: Goes around all other layers, including those that are added later.
     """
 
     outermost: ClassVar[bool] = False
@@ -135,7 +135,7 @@ def _new(stock: type, layers: tuple[CallLayer, ...]) -> object:
 
 @dataclass(frozen=True, eq=False)
 class _Around(CallLayer):
-    """What `wrap_call` adds: it looks on the pipe for what goes around, so that a copy has its own."""
+    """What `wrap_call` adds: it finds what goes around the call on the pipe, so that a copy has its own."""
 
     attribute: str
 

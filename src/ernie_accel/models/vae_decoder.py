@@ -96,8 +96,8 @@ class FusedDecoder(StandInForward):
     def __call__(self, sample: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
         """Return the pictures [B, 3, 8 * H, 8 * W] of latents [B, C, H, W].
 
-        Under gradients, which the kernels do not compute, and where hooks or other forwards have been put on layers
-        (offloading does so), it is the forward as it was.
+        The forward runs as before if gradients are on, which the kernels do not compute, or if layers have hooks or
+        other forwards (offloading adds them).
         """
         decoder = self.module
         out: Tensor
@@ -115,7 +115,7 @@ class FusedDecoder(StandInForward):
 
 
 def unsupported_reason(decoder: _Decoder) -> str | None:
-    """Return what in a decoder is not as `FusedDecoder` computes it, or None."""
+    """Return what in a decoder `FusedDecoder` would compute differently, or None."""
     if "forward" in vars(decoder):
         return "its forward was replaced (by offloading, for instance)"
     if _path_of(decoder) != "diffusers.models.autoencoders.vae.Decoder":
@@ -228,7 +228,7 @@ def _run_upsampler(
 def _twice_as_large(x_bchw: Tensor) -> Tensor:
     """Return every pixel four times, as nearest-neighbour interpolation does, channels-last.
 
-    Copied 16 bytes at a time, it takes a tenth of the time of torch's interpolation in this layout (0.17 for 1.6 ms).
+    Copied 16 bytes at a time, it takes a tenth of the time of torch's interpolation in this layout (0.17 ms vs 1.6 ms).
     """
     batch, channels, height, width = x_bchw.shape
     if channels * x_bchw.element_size() % _COPIED.itemsize:

@@ -67,7 +67,7 @@ def save(pipe: AnyPipeline, folder: str | os.PathLike[str]) -> Path:
 
 
 def _travels(transform: Transform) -> bool:
-    """Return whether a transform means something on another machine: all that is local to this one can be left out."""
+    """Return whether a transform makes sense on another machine: everything local to this one can be left out."""
     return all(getattr(type(transform), name, ...) is not ... for name in machine_local_fields(type(transform)))
 
 

@@ -120,7 +120,7 @@ class TokenLayout:
 
     Attributes:
         positions: Those of the last batches.
-        padding_rule: Returns the rule as the blocks attend now. Stock's attention: as the prompts of a batch need it.
+        padding_rule: Returns the rule for the attention that the blocks use now; by default, that of stock.
     """
 
     def __init__(self) -> None:
