@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
 import ernie_accel
 from ernie_accel import Autocast, CastDtype, CheckFinite, Context, Quantize
 from ernie_accel.core.plan import after
-from tests.pipelines import picture
+from tests.pipelines import picture, tiny_ernie
 
 
 def break_transformer(pipe, *, step, only=torch.bfloat16, value=float("nan")):
@@ -114,3 +116,21 @@ def test_autocast_is_for_float32_weights(ernie):
     )
     with pytest.raises(ernie_accel.UnknownNameError, match="dtype of autocast"):
         Autocast("float32")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_pipe_that_a_script_casts_runs_without_autocast(ernie, dtype):
+    """Torch's norms in bfloat16 refuse weights in float16."""
+    ernie_accel.optimize(ernie, Autocast("bfloat16"))
+    want = picture(tiny_ernie(dtype=dtype))
+    assert torch.equal(picture(ernie.to(dtype)), want)
+    assert not torch.equal(picture(ernie.to(torch.float32)), picture(tiny_ernie(dtype=dtype).to(torch.float32)))
+
+
+def test_autocast_is_that_of_the_device_where_the_pipe_is_by_now(ernie, monkeypatch):
+    ernie_accel.optimize(ernie, Autocast("bfloat16"))
+    monkeypatch.setattr("ernie_accel.transforms.calls.autocast.device_of", lambda pipe: torch.device("cuda"))
+    asked = []
+    monkeypatch.setattr(torch, "autocast", lambda *args: asked.append(args) or contextlib.nullcontext())
+    ernie._around_autocast(lambda arguments: None, {})
+    assert asked == [("cuda", torch.bfloat16)]

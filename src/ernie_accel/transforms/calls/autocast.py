@@ -13,6 +13,7 @@ from ernie_accel.core.context import Context
 from ernie_accel.core.dtypes import DTYPES, unsupported_cast_reasons
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.planned import PlannedPipe
+from ernie_accel.core.stand_in import Bound
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import Arguments, Call, wrap_call
@@ -26,7 +27,8 @@ HALF = tuple(name for name in DTYPES if name != "float32")
 class Autocast(Transform):
     """Run every call of the pipe under ``torch.autocast``: matrix products and convolutions in half precision.
 
-    Weights, norms, RoPE angles and the scheduler's arithmetic stay in float32. Undoing needs no copies.
+    Weights, norms, RoPE angles and the scheduler's arithmetic stay in float32. Undoing needs no copies. Once a script
+    has cast all weights to half precision, calls run as stock's do.
 
     Pays:
         For a float32 pipe whose weights have to stay in float32, for example while it is being trained. Otherwise
@@ -72,13 +74,19 @@ class Autocast(Transform):
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         with Undo() as undo:
-            wrap_call(pipe, "autocast", partial(_autocast, device_of(pipe).type, DTYPES[self.dtype]), undo)
+            wrap_call(pipe, "autocast", Bound(partial(_autocast, dtype=DTYPES[self.dtype]), pipe), undo)
         return Applied(self._changes(), undo=undo)
 
     def _changes(self) -> tuple[str, ...]:
         return (f"products float32 -> {self.dtype}",)
 
 
-def _autocast(device_type: str, dtype: torch.dtype, call: Call, arguments: Arguments) -> object:
-    with torch.autocast(device_type, dtype):
+def _autocast(pipe: Pipeline, call: Call, arguments: Arguments, *, dtype: torch.dtype) -> object:
+    """Call under autocast, on the device where the pipe is by now; without it once a script has cast the weights.
+
+    Torch's kernels for a norm in bfloat16 refuse weights in float16, and what is in half precision needs no autocast.
+    """
+    if not any(weight.dtype is torch.float32 for module in modules_of(pipe).values() for weight in module.parameters()):
+        return call(arguments)
+    with torch.autocast(device_of(pipe).type, dtype):
         return call(arguments)
