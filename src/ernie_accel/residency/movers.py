@@ -103,7 +103,7 @@ class StreamMover(Mover):
 
 
 def _runtime() -> Any:
-    return torch.cuda.cudart()
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 #: How to move to each type of device. Tests put a stand-in for "cpu" here.
