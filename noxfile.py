@@ -9,6 +9,7 @@ nox.options.sessions = ["lint", "typing", "tests", "lite", "docs", "demo"]
 nox.options.reuse_existing_virtualenvs = True
 
 LINT = ("ruff>=0.9",)
+TYPING = ("mypy>=1.14", "types-PyYAML")
 TEST = (
     "pytest>=8",
     "pytest-xdist>=3.8",
@@ -105,7 +106,11 @@ def attack(session: nox.Session) -> None:
 @nox.session
 def lite(session: nox.Session) -> None:
     """Run without any extra: every missing backend gives its clear error, and the rest works."""
-    session.install(".", "pytest>=8")
+    session.install(".", TEST[0])
+    _run_lite(session)
+
+
+def _run_lite(session: nox.Session) -> None:
     core = ("test_call_defaults.py", "test_dtype.py", "test_errors.py", "test_public_api.py", "test_batch_table.py")
     session.run("python", "-m", "pytest", "tests/lite", *(f"tests/{name}" for name in core), *session.posargs)
 
@@ -128,7 +133,11 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typing(session: nox.Session) -> None:
     """Check the types of the package, and what its types say of a user's code, diffusers' own types included."""
-    session.install(".", "mypy>=1.14", "types-PyYAML")
+    session.install(".", *TYPING)
+    _check_types(session)
+
+
+def _check_types(session: nox.Session) -> None:
     session.run("mypy")
     session.run("mypy", "--config-file=", "--strict", "tests/type_checks.py")
 
@@ -144,4 +153,17 @@ def docs(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """Do what a newcomer does first."""
     session.install(".")
+    _run_demo(session)
+
+
+def _run_demo(session: nox.Session) -> None:
     session.run("ernie-accel", "demo", "--out", f"{session.create_tmp()}/demo.png")
+
+
+@nox.session
+def without_extras(session: nox.Session) -> None:
+    """Run `typing`, `lite` and `demo` one after the other in one environment, so that torch is installed only once."""
+    session.install(".", TEST[0], *TYPING)
+    _check_types(session)
+    _run_lite(session)
+    _run_demo(session)

@@ -9,19 +9,21 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from ernie_accel.batch import BatchChangedError, BatchInputError, BatchOutputError
 from ernie_accel.batch.input.job import plan_job
+from ernie_accel.batch.line.compile_rule import skip_compile_reason
 from ernie_accel.batch.output import report
 from ernie_accel.batch.output.ledger import open_job
 from ernie_accel.cli import batch as command
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError
 from tests.child_paths import PYTHONPATH
-from tests.stub_engine import StubEngine, picture_of
+from tests.stub_engine import StubEngine, make_rows, picture_of
 
 
 @pytest.fixture
@@ -247,6 +249,13 @@ def test_a_short_job_on_a_cpu_does_not_compile(table, monkeypatch, capsys, rows,
     assert compiles(table, monkeypatch, rows, **options) is expected
     said = "Not compiled: compiling takes some 40 s on a CPU and would save some"
     assert (said in capsys.readouterr().out) is not expected
+
+
+def test_only_a_cpu_that_can_compile_is_spared_it():
+    rows = make_rows(20)
+    assert skip_compile_reason(rows, Context.named("cpu"))
+    assert skip_compile_reason(rows, replace(Context.named("cpu"), no_compile="there is no C++ compiler")) is None
+    assert skip_compile_reason(rows, Context.named("h200")) is None
 
 
 def test_without_compiling_the_rest_of_the_preset_is_applied(table, loaded, capsys):

@@ -170,6 +170,19 @@ def test_part_of_a_batch_waits_where_only_full_ones_are_asked_for():
     assert numbers(waiting.next_batch()) == [2]
 
 
+def test_a_full_batch_is_found_behind_part_of_one():
+    waiting = schedule()
+    waiting.add([*tasks(1, 8), *tasks(2, 20, start=1)])
+    assert numbers(waiting.next_batch(only_full=True)) == [1, 2]
+
+
+def test_a_bucket_that_was_emptied_is_not_looked_at_again():
+    waiting = schedule()
+    waiting.add(tasks(2))
+    assert numbers(waiting.next_batch()) == [0, 1]
+    assert waiting.next_batch(only_full=True) == []
+
+
 def test_what_must_be_alone_is_alone_and_first():
     waiting = schedule()
     waiting.add(tasks(2))
@@ -207,4 +220,7 @@ def test_a_new_bucket_begins_with_the_size_of_the_latest_similar_one_and_an_old_
     waiting.sizer(9).out_of_memory(4)
     waiting.add(tasks(3, 9))
     assert len(waiting.next_batch()) == 2
+    waiting.drain()
+    waiting.add(tasks(5, 8))
+    assert len(waiting.next_batch()) == 4, "what is known of a bucket counts more than a similar one"
     assert waiting.sizer(8).size == 4

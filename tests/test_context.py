@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import ernie_accel
 from ernie_accel import Context
 from ernie_accel.core import context as module
 from ernie_accel.core.hardware import HARDWARE, is_other_vendors
+from ernie_accel.plugins import load_plugins
 
 
 def test_this_machine_is_seen(ernie):
@@ -59,6 +61,40 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch, ernie):
 def test_no_optional_package_is_imported_to_learn_its_version(monkeypatch):
     monkeypatch.setattr(module.importlib, "import_module", lambda name: pytest.fail(f"imported {name}"), raising=False)
     assert "torch" in module.installed_versions()
+
+
+def test_a_package_that_is_installed_upgraded_or_removed_meanwhile_is_noticed(monkeypatch, tmp_path):
+    """In a notebook, for example: versions are read once, and again after that."""
+    monkeypatch.setattr(module, "_REGISTERED", {"my_kernels": "pip install my-kernels"})
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def installed():
+        importlib.invalidate_caches()
+        return Context.detect().versions.get("my_kernels")
+
+    def install(version):
+        info = tmp_path / f"my_kernels-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: my_kernels\nVersion: {version}\n")
+        return info
+
+    assert installed() is None
+    (tmp_path / "my_kernels.py").touch()
+    assert installed() == "unknown"
+    old = install("1.0")
+    assert installed() == "1.0"
+    shutil.rmtree(old)
+    install("2.0")
+    assert installed() == "2.0"
+    (tmp_path / "my_kernels.py").unlink()
+    assert installed() is None
+
+
+def test_nothing_is_read_of_packages_again_while_none_is_installed(monkeypatch):
+    before = Context.detect().versions, load_plugins()
+    for name in ("version", "entry_points", "distribution"):
+        monkeypatch.setattr(importlib.metadata, name, lambda *_, **__: pytest.fail("read again"))
+    assert (Context.detect().versions, load_plugins()) == before
 
 
 @pytest.mark.parametrize(

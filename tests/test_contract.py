@@ -91,13 +91,13 @@ def test_text_that_is_not_declared_so_is_one_of_known_names(transform, ernie, tm
 
 
 @wherever_it_runs
-@pytest.mark.parametrize("device", ["cpu", "h200", "rtx3060", "v100", "ascend910b"])
-def test_asking_changes_nothing(transform, device, ernie):
+def test_asking_changes_nothing(transform, ernie):
     make_awkward(ernie)
     before = snapshot(ernie)
-    context = Context.named(device)
-    if not transform.unsupported(ernie, context):
-        transform.preview(ernie, context)
+    for device in ("cpu", "h200", "rtx3060", "v100", "ascend910b"):
+        context = Context.named(device)
+        if not transform.unsupported(ernie, context):
+            transform.preview(ernie, context)
     assert differences(before, snapshot(ernie)) == []
 
 

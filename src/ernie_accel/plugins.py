@@ -12,9 +12,12 @@ import importlib.metadata
 import threading
 import warnings
 
+from ernie_accel.common.installed import Places, package_places
+
 GROUP = "ernie_accel.plugins"
 _lock = threading.RLock()
 _loaded: dict[str, str] = {}
+_looked_at: Places | None = None
 
 
 def load_plugins() -> dict[str, str]:
@@ -25,7 +28,11 @@ def load_plugins() -> dict[str, str]:
     Returns:
         Name of the entry point -> what it is in words, "my_package:register of my-package 1.0".
     """
+    global _looked_at
     with _lock:
+        places = package_places()
+        if places == _looked_at:
+            return dict(_loaded)
         for entry in importlib.metadata.entry_points(group=GROUP):
             if entry.name in _loaded:
                 continue
@@ -37,4 +44,5 @@ def load_plugins() -> dict[str, str]:
                 reason = f"{type(error).__name__}: {error}"
                 warnings.warn(f"the plug-in {_loaded[entry.name]} is left out: {reason}", RuntimeWarning, stacklevel=2)
                 _loaded[entry.name] += f", left out ({reason})"
+        _looked_at = places  # last: after an interrupt, the rest is still to be loaded
         return dict(_loaded)

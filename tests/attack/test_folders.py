@@ -177,7 +177,7 @@ def hostile_transforms(bait: Path) -> list[dict[str, Any]]:
 def test_no_field_of_a_transform_can_name_a_place(saved, bait, tmp_path):
     chance = random.Random(SEED)
     entries = hostile_transforms(bait)
-    chosen = chance.sample(entries, min(len(entries), rounds(short=12, full=100_000)))
+    chosen = chance.sample(entries, min(len(entries), rounds(short=8, full=100_000)))
     folder = shutil.copytree(saved, tmp_path / "saved")
     for number, data in enumerate(chosen):
         change(folder, lambda manifest, data=data: manifest.update(transforms=[_entry(data)]))
@@ -302,11 +302,15 @@ def one_of_each_file_first(edits: list[tuple[str, dict[str, Any]]], chance: rand
     return [(file, entries) for _, file, entries in ordered]
 
 
+def files_of(edits: list[tuple[str, dict[str, Any]]]) -> set[str]:
+    return {file for file, _ in edits}
+
+
 @pytest.mark.parametrize("kind", ["saved", "plain"])
 def test_no_settings_can_run_code_or_leave_the_folder(kind, saved, plain, bait, tmp_path):
     chance = random.Random(SEED)
     edits = one_of_each_file_first(hostile_edits(bait), chance)
-    for number, (file, entries) in enumerate(edits[: rounds(short=10, full=1000)]):
+    for number, (file, entries) in enumerate(edits[: rounds(short=len(files_of(edits)), full=1000)]):
         folder = shutil.copytree(saved if kind == "saved" else plain, tmp_path / f"{number}")
         path = folder / file
         old = json.loads(path.read_text()) if path.exists() else {}
@@ -317,23 +321,30 @@ def test_no_settings_can_run_code_or_leave_the_folder(kind, saved, plain, bait, 
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("component", ["vae", "text_encoder", "tokenizer", "scheduler", "."])
-def test_no_file_beside_the_weights_is_run(component, plain, bait, tmp_path):
-    """Scripts and pickles under every name that a library looks for."""
+def test_no_file_beside_the_weights_is_run(plain, bait, tmp_path):
+    """Scripts and pickles under every name that a library looks for, beside every component."""
     folder = shutil.copytree(plain, tmp_path / "plain")
     script, canary = f"open({str(bait / 'ran')!r}, 'w')", pickle.dumps(Canary(bait / "ran"))
+    places = [folder / component for component in ("vae", "text_encoder", "tokenizer", "scheduler", ".")]
     scripts = ("None", "pipeline", "diffusers", "transformers", "ErnieImagePipeline", "modeling", "tokenization")
-    for name in scripts:
-        (folder / component / f"{name}.py").write_text(script)
-    try_to_read(folder, bait, scripts)
-    for name in scripts:
-        (folder / component / f"{name}.py").unlink()
-    for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin", "model.ckpt", "vocab.pkl", "scheduler.pt"):
-        (folder / component / name).write_bytes(canary)
-    assert try_to_read(folder, bait, "pickles beside safetensors")
-    for weights in (folder / component).glob("*.safetensors"):
-        weights.unlink()
-    try_to_read(folder, bait, "pickles in place of safetensors")
+    for place in places:
+        for name in scripts:
+            (place / f"{name}.py").write_text(script)
+        assert try_to_read(folder, bait, scripts) == (place == folder), place  # among a component's files: refused
+        for name in scripts:
+            (place / f"{name}.py").unlink()
+    pickles = ("diffusion_pytorch_model.bin", "pytorch_model.bin", "model.ckpt", "vocab.pkl", "scheduler.pt")
+    for place in places:
+        for name in pickles:
+            (place / name).write_bytes(canary)
+    assert try_to_read(folder, bait, "pickles beside safetensors")  # whole, so every component was looked at
+    for component in ("vae", "text_encoder", "transformer"):
+        for name in pickles:
+            (folder / component / name).write_bytes(canary)
+        (weights,) = (folder / component).glob("*.safetensors")
+        kept = weights.rename(tmp_path / weights.name)
+        assert not try_to_read(folder, bait, f"pickles in place of the safetensors of {component}")
+        kept.rename(weights)
 
 
 # ---- damaged folders ------------------------------------------------------------------------------------------------
@@ -426,7 +437,7 @@ def test_a_tampered_folder_is_one_error_or_loads(saved, bait, tmp_path):
     """Any entry of any file of settings changed, with checksums to match: no KeyError, no TypeError, no traceback."""
     chance = random.Random(SEED)
     names = sorted(path.relative_to(saved).as_posix() for path in saved.rglob("*.json"))
-    for number in range(rounds(short=10, full=150)):
+    for number in range(rounds(short=6, full=150)):
         folder = shutil.copytree(saved, tmp_path / "saved")
         name = chance.choice([*names, MANIFEST, MANIFEST, MANIFEST])
         if number % 5 == 0:
@@ -475,7 +486,7 @@ def test_an_interrupt_while_saving_leaves_the_folder_and_the_pipe_whole(tmp_path
         ernie_accel.save(pipe, folder)
 
     expected, transforms = bits(pipe), [entry.step.transform for entry in ernie_accel.report(pipe).entries]
-    for place, hit in places_in_storage(save_new, rounds(short=8, full=150)):
+    for place, hit in places_in_storage(save_new, rounds(short=6, full=150)):
         ernie_accel.save(old, folder)
         interrupted_at(place, hit, save_new)
         assert which(folder) in ("old", "new")

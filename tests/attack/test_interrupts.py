@@ -137,7 +137,7 @@ def test_an_interrupt_at_any_line_leaves_a_whole_pipe_or_a_true_report(before, d
         hits = lines_of(lambda: do(pipe))
     # Every line, the first time it runs, the last time or one between: another seed stops at others of its runs.
     places = [(place, chance.choice((1, count, chance.randint(1, count)))) for place, count in hits.items()]
-    if len(places) > (most := rounds(short=15, full=100_000)):
+    if len(places) > (most := rounds(short=10, full=100_000)):
         places = chance.sample(places, most)
     missed = 0
     start()

@@ -152,7 +152,7 @@ def test_ctrl_c_at_any_line_leaves_a_job_that_goes_on(tmp_path, undisturbed):
     places = [each for each in places if "/batch/" in each[0][0] or each[0][0].endswith("atomic.py")]
     draw.shuffle(places)
     interrupted = 0
-    for number, (place, hit) in enumerate(places[: rounds(12, 300)]):
+    for number, (place, hit) in enumerate(places[: rounds(8, 300)]):
         out = tmp_path / str(number)
         interrupted += interrupted_at(place, hit, lambda out=out: job(out, flaky()))
         gc.collect()  # an interrupt right before a `with` closes what it holds leaves that to the collector

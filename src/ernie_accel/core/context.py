@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, cast
 
+from ernie_accel.common.installed import package_places, version_of
 from ernie_accel.core.components import AnyPipeline, Pipeline, device_of
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.hardware import GIB, hardware_named
@@ -221,13 +221,10 @@ class Context:
 
 def installed_versions() -> Mapping[str, str]:
     """Return the versions of all packages the library can use, without importing any of them."""
-    versions = {}
+    versions, places = {}, package_places()
     for package in (*_REQUIRED_PACKAGES, *_BUNDLED_PACKAGES, *OPTIONAL_PACKAGES, *_UNBROUGHT_PACKAGES, *_REGISTERED):
         if _importable(package):
-            try:
-                versions[package] = importlib.metadata.version(_DISTRIBUTIONS.get(package, package))
-            except importlib.metadata.PackageNotFoundError:
-                versions[package] = "unknown"
+            versions[package] = version_of(_DISTRIBUTIONS.get(package, package), places) or "unknown"
     return versions
 
 
