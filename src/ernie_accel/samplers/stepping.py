@@ -9,8 +9,9 @@ the instance. So ``save_pretrained`` writes a stock scheduler with the checkpoin
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,6 +21,22 @@ from ernie_accel.core.stand_in import Bound, caller_of_bound
 from ernie_accel.core.undo import Undo
 from ernie_accel.samplers.noise import GivenNoise, RowNoise
 from ernie_accel.samplers.solvers import SCHEDULERS, Solver
+
+
+class _Scheduler(Protocol):
+    """Diffusers' ``FlowMatchEulerDiscreteScheduler`` as a type checker sees it: it comes without types."""
+
+    config: Any
+    sigmas: torch.Tensor
+    timesteps: torch.Tensor
+    step_index: int | None
+    _step_index: int
+
+    def set_begin_index(self, begin_index: int = 0) -> None: ...
+
+    def set_timesteps(self, num_inference_steps: int | None = None, **settings: object) -> None: ...
+
+    def _init_step_index(self, timestep: float | torch.Tensor) -> None: ...
 
 
 @dataclass
@@ -81,7 +98,7 @@ def _get_timesteps(self: Any, num_inference_steps: int, *args: Any, **kwargs: An
         stepping.adjusted = False
 
 
-def _set_begin_index(self: Any, begin_index: int = 0) -> None:
+def _set_begin_index(self: _Scheduler, begin_index: int = 0) -> None:
     """Begin at this evaluation, in place.
 
     Raises:
@@ -105,12 +122,12 @@ def installed(scheduler: object) -> Stepping | None:
 
 
 def _set_timesteps(
-    self: Any,
+    self: _Scheduler,
     num_inference_steps: int | None = None,
     device: str | torch.device | None = None,
-    sigmas: Any = None,
+    sigmas: Sequence[float] | torch.Tensor | None = None,
     mu: float | None = None,
-    timesteps: Any = None,
+    timesteps: Sequence[float] | None = None,
 ) -> None:
     """Make the schedule as stock does (in place), then add the evaluations between its steps, if there are any."""
     stepping = STEPPING.required(self)
@@ -126,7 +143,7 @@ def _set_timesteps(
 
 
 def _step(
-    self: Any,
+    self: _Scheduler,
     model_output: torch.Tensor,
     timestep: float | torch.Tensor,
     sample: torch.Tensor,
@@ -168,11 +185,12 @@ def _step(
     if self.step_index is None:
         self._init_step_index(timestep)
         stepping.run = _begin(stepping.name, self.sigmas, sample)
-    if stepping.run is None:
+    index = self.step_index
+    if stepping.run is None or index is None:
         raise ValueError("the run is over, or was never begun: call set_timesteps first")
     if generator is not None:
         stepping.run.noise = GivenNoise(generator)
-    x = stepping.run.advance(self.step_index, sample.to(torch.float32), model_output.to(torch.float32))
+    x = stepping.run.advance(index, sample.to(torch.float32), model_output.to(torch.float32))
     self._step_index += 1
     if self.step_index == len(self.timesteps):
         stepping.run = None  # its history is as large as several latents

@@ -79,12 +79,13 @@ def as_rows(rows: Rows) -> tuple[Row, ...]:
         BatchInputError: As `read_rows`.
     """
     values = tuple(_values(rows))
-    if all(isinstance(value, Row) for value in values):
-        return values
+    made = tuple(value for value in values if isinstance(value, Row))
+    if len(made) == len(values):
+        return made
     return tuple(read_rows(values))
 
 
-def _values(rows: Rows) -> Iterator[Any]:
+def _values(rows: Rows) -> Iterator[object]:
     """Return the rows one by one, from whatever holds them."""
     if isinstance(rows, str | bytes | Path):
         fix = "to draw one picture, give a list with one prompt; to read a table, give what read_table returns"
@@ -116,13 +117,13 @@ def _reader(frame: Any) -> Callable[[], Iterable[Mapping[str, object]]] | None:
     return None
 
 
-def _refuse_repeated(columns: Iterable[Any]) -> None:
+def _refuse_repeated(columns: Iterable[object]) -> None:
     """Refuse columns of one name: a mapping would hold only the last of them."""
     if repeated := [name for name, count in Counter(map(str, columns)).items() if count > 1]:
         _refuse(f"has more than one column named {listed(repeated)}; rename or delete all but one")
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Return a value with None in place of what stands for a missing one."""
     if type(value).__name__ in _MISSING:
         return None

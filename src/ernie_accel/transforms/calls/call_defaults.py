@@ -106,7 +106,7 @@ class CallDefaults(Transform):
         from ernie_accel.families import family_of
 
         modes = family_of(pipe).modes
-        wanted: dict[str, Any] = {}
+        wanted: dict[str, object] = {}
         if self.mode is not None and self.mode in modes:
             settings = modes[self.mode]
             wanted["num_inference_steps"] = settings.num_inference_steps
@@ -128,7 +128,7 @@ class CallDefaults(Transform):
 class _Defaults(CallLayer):
     """Other default values of a call's arguments."""
 
-    values: dict[str, Any]
+    values: dict[str, object]
 
     def signature(self, below: inspect.Signature) -> inspect.Signature:
         """Return the same parameters with these defaults."""

@@ -104,7 +104,9 @@ class _Check:
         wanted = [] if named is None else list(named)
         steps = arguments.get("num_inference_steps")
 
-        def check_and_call(pipe: Pipeline, step: int, timestep: object, tensors: dict[str, Any]) -> dict[str, object]:
+        def check_and_call(
+            pipe: Pipeline, step: int, timestep: object, tensors: dict[str, Tensor]
+        ) -> dict[str, object]:
             latents = tensors["latents"]
             require_finite(latents, f"the latents after step {step + 1} of {steps} in {_name(latents.dtype)}")
             if theirs is None:
@@ -148,7 +150,7 @@ class _Decode(StandInMethod):
 class _Noise:
     """The state of all generators a call draws from."""
 
-    def __init__(self, generator: Any) -> None:
+    def __init__(self, generator: torch.Generator | list[torch.Generator] | None) -> None:
         given = generator if isinstance(generator, list) else [generator]
         self._states = [(g, g.get_state()) for g in given if g is not None]
         self._global = torch.get_rng_state()

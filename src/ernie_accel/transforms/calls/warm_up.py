@@ -6,13 +6,13 @@ import contextlib
 import inspect
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 
-from ernie_accel.core.components import CallablePipeline, Pipeline, device_of, modules_of
+from ernie_accel.core.components import CallablePipeline, Pipeline, Tokenizer, device_of, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
@@ -51,6 +51,9 @@ class Combination(NamedTuple):
     def __str__(self) -> str:
         tokens = "" if self.tokens is None else f", {self.tokens} tokens"
         return f"{self.width}x{self.height}, batch {self.batch}{tokens}"
+
+
+_V = TypeVar("_V")
 
 
 @dataclass(frozen=True, repr=False)
@@ -237,7 +240,7 @@ def default_sizes(pipe: Pipeline) -> tuple[tuple[int, int], ...]:
     return ((width, height),)
 
 
-def prompt_of(tokenizer: Any, length: int) -> str | None:
+def prompt_of(tokenizer: Tokenizer, length: int) -> str | None:
     """Return a prompt of exactly `length` tokens, special ones included; None if none was found."""
     for word in WORDS:
         per_word = max(1, _count(tokenizer, f"{word} {word}") - _count(tokenizer, word))
@@ -263,7 +266,7 @@ def _enhance(enhancer: EnhancerStandIn, size: tuple[int, int], batch: int) -> st
 def _draw(pipe: Pipeline, combination: Combination, *, decode: bool) -> None:
     """Make one picture of two steps and forget it; wait until the device has."""
     prompt = PROMPT if combination.tokens is None else prompt_of(pipe.tokenizer, combination.tokens)
-    arguments: dict[str, Any] = {
+    arguments: dict[str, object] = {
         "prompt": [prompt] * combination.batch,
         "width": combination.width,
         "height": combination.height,
@@ -300,7 +303,7 @@ def preserving_state(pipe: Pipeline) -> Iterator[None]:
                 owner.__dict__.update(attributes)
 
 
-def _call_parameters(pipe: Pipeline) -> Mapping[str, Any]:
+def _call_parameters(pipe: Pipeline) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(type(pipe).__call__).parameters
 
 
@@ -313,7 +316,7 @@ def _is_compiled(pipe: Pipeline) -> bool:
     )
 
 
-def _count(tokenizer: Any, text: str) -> int:
+def _count(tokenizer: Tokenizer, text: str) -> int:
     return len(tokenizer(text)["input_ids"])
 
 
@@ -321,15 +324,15 @@ def _nearest(pixels: int, multiple: int) -> int:
     return max(1, round(pixels / multiple)) * multiple
 
 
-def _is_count(value: Any) -> bool:
-    return bool(value >= 1)
+def _is_count(value: int) -> bool:
+    return value >= 1
 
 
-def _is_size(value: Any) -> bool:
+def _is_size(value: Sequence[int]) -> bool:
     return all(map(_is_count, value))
 
 
-def _check(name: str, values: Any, expected: str, is_right: Any) -> None:
+def _check(name: str, values: Sequence[_V], expected: str, is_right: Callable[[_V], bool]) -> None:
     """Refuse an empty tuple and wrong values; types are checked before.
 
     Raises:
