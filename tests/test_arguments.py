@@ -105,7 +105,7 @@ def test_all_mistakes_are_named_together():
 
 @pytest.mark.parametrize("transform", [Quantize("nf4"), ernie_accel.FuseKernels("fp8")], ids=repr)
 def test_what_is_no_regular_expression_is_refused(transform):
-    with pytest.raises(ValueError, match=r"exclude takes regular expressions, and '\(mlp' is none: "):
+    with pytest.raises(ValueError, match=r"exclude takes regular expressions, and '\(mlp' is not one: "):
         replace(transform, exclude=("(mlp",))
 
 

@@ -10,6 +10,7 @@ import torch
 import ernie_accel
 from ernie_accel import Autocast, CastDtype, CheckFinite, Context, Quantize
 from ernie_accel.core.plan import after
+from ernie_accel.core.wrap_call import around_of
 from tests.pipelines import picture, tiny_ernie
 
 
@@ -132,5 +133,5 @@ def test_autocast_is_that_of_the_device_where_the_pipe_is_by_now(ernie, monkeypa
     monkeypatch.setattr("ernie_accel.transforms.calls.autocast.device_of", lambda pipe: torch.device("cuda"))
     asked = []
     monkeypatch.setattr(torch, "autocast", lambda *args: asked.append(args) or contextlib.nullcontext())
-    ernie._around_autocast(lambda arguments: None, {})
+    around_of(ernie, "autocast")(lambda arguments: None, {})
     assert asked == [("cuda", torch.bfloat16)]

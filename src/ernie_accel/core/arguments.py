@@ -56,7 +56,7 @@ def check_patterns(name: str, patterns: Iterable[str]) -> None:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"{name} takes regular expressions, and {pattern!r} is none: {error}") from error
+            raise ValueError(f"{name} takes regular expressions, and {pattern!r} is not one: {error}") from error
 
 
 def _hints(cls: type) -> dict[str, object]:

@@ -90,7 +90,7 @@ class Plan:
         lines += [f"  - {blocker}" for blocker in self.blockers]
         if self.undoes:
             undone = ", ".join(map(repr, self.undoes))
-            lines.append(f"First undoes {undone}. The rows ask the pipe as it is now, and are asked again after that.")
+            lines.append(f"First undoes {undone}. The rows describe the pipe as it is now, and are planned again then.")
         lines.append(table(("#", "transform", "effect", "what would change", "weights"), self._rows(), frozenset({0})))
         lines += list(self._footnotes())
         return "\n".join(lines)

@@ -162,9 +162,15 @@ def wrap_call(pipe: Pipeline, name: str, around: Around, undo: Undo) -> None:
     add_layer(pipe, _Around(attribute), undo)
 
 
+def around_of(pipe: Pipeline, name: str) -> Around | None:
+    """Return what was given to `wrap_call` under `name`; None if nothing was."""
+    found: Around | None = vars(pipe).get(f"{_PREFIX}{name}")
+    return found
+
+
 def wrapper(pipe: Pipeline, name: str, kind: type[W]) -> W | None:
     """Return the object of class `kind` whose method was given to `wrap_call` under `name`; None if none was."""
-    found = getattr(vars(pipe).get(f"{_PREFIX}{name}"), "__self__", None)
+    found = getattr(around_of(pipe, name), "__self__", None)
     return found if isinstance(found, kind) else None
 
 
