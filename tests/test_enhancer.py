@@ -12,6 +12,8 @@ import torch
 
 import ernie_accel
 from ernie_accel import Autocast, FreeAfterUse, Offload, RewriteEnhancer
+from ernie_accel.batch import BatchInputError, Producer, Row, produce
+from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.models.ministral import decoder
 from ernie_accel.models.ministral.decoder import Decoder, _Workplace
 from ernie_accel.models.ministral.enhancer import (
@@ -245,6 +247,23 @@ def test_a_tokenizer_without_a_limit_leaves_that_of_the_model(trained, monkeypat
     enhancer.enhance([EnhanceRequest("x", 64, 64, 0)])
     assert seen == [trained.pe.config.max_position_embeddings]
     assert enhancer.enhance([]) == []
+
+
+def test_a_prompt_beyond_the_models_positions_is_refused_before_it_takes_the_memory(trained):
+    """35,000 letters without a space took 13 GB and the process."""
+    enhancer = PromptEnhancer(trained.pe, trained.pe_tokenizer)
+    requests = [EnhanceRequest(prompt, 128, 128, seed=0) for prompt in ("red circle", "x" * 35_000)]
+    with pytest.raises(ErnieAccelError, match=r"has \d{5} tokens, and the prompt enhancer reads 1024 at most; shorten"):
+        enhancer.enhance(requests)
+
+
+def test_a_prompt_too_long_for_the_enhancer_is_refused_with_its_line_before_a_picture_is_drawn(trained, tmp_path):
+    rows = ["a large red circle", "x" * 35_000, "1girl, " * 5_000]
+    with pytest.raises(BatchInputError, match=r"(?s)line 2: the prompt has .*line 3: the prompt has .*--no-enhancer"):
+        produce(trained, rows, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+    with Producer(trained, tmp_path / "service") as producer, pytest.raises(BatchInputError, match="1024 at most"):
+        producer.submit(Row(line=1, index=0, prompt=rows[1], file_name="a.png"))
 
 
 def test_the_random_numbers_of_many_seeds_are_uniform():

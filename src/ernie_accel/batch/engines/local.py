@@ -177,8 +177,9 @@ class LocalEngine(Engine):
         return (request.shape(), length)
 
     def problems(self, requests: Sequence[tuple[int, Request]]) -> list[Problem]:
-        """Return what the requests ask for that the pipe's ``__call__`` has no argument for."""
-        return self.signature.problems(requests)
+        """Return what the pipe's ``__call__`` has no argument for, and which prompts are too long for the enhancer."""
+        too_long = [] if self._prompts is None else self._prompts.problems(requests)
+        return self.signature.problems(requests) + too_long
 
     def identity(self) -> Mapping[str, str]:
         """Return the pipeline's class."""

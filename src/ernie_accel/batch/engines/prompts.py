@@ -10,10 +10,11 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ernie_accel.batch.engines.base import PREPARE_BATCH, ROUND, Request, stop_if
+from ernie_accel.batch.errors import Problem
 from ernie_accel.core.components import CallablePipeline, Tokenizer, forget_kept, is_moved_in_parts
 from ernie_accel.families import family_of
 from ernie_accel.families.ernie_image import ERNIE_IMAGE
-from ernie_accel.models.ministral.enhancer import EnhanceRequest, PromptEnhancer, unsupported_reasons
+from ernie_accel.models.ministral.enhancer import EnhanceRequest, PromptEnhancer, length_problem, unsupported_reasons
 from ernie_accel.models.ministral.stand_in import enhancer_of
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class PromptStage:
         self._device = pipe._execution_device  # now, while every component is in its place
         self._freed: dict[str, tuple[nn.Module, torch.device]] = {}  # what was taken off the device, and off which
         self._enhancer: PromptEnhancer | None = None
+        pe = getattr(pipe, "pe", None)  # now, because it may be off the device when another thread asks
+        self._positions: int | None = None if pe is None else getattr(pe.config, "max_position_embeddings", None)
         self._texts: OrderedDict[Hashable, str] = OrderedDict()
         self._embeds: OrderedDict[str, Tensor] = OrderedDict()  # [T, D] on the CPU
 
@@ -63,6 +66,17 @@ class PromptStage:
         texts = [self._text(request) for request in requests]
         texts += [request.negative_prompt or "" for request in requests if self._guided(request)]
         self._encode_missing(texts, expired)
+
+    def problems(self, requests: Sequence[tuple[int, Request]]) -> list[Problem]:
+        """Return which requests, each with its input line, have a prompt that is too long for the enhancer."""
+        if self._positions is None or not self._enhances:
+            return []
+        found: list[Problem] = []
+        asked = self._enhance_requests([request for _, request in requests])
+        for (line, _), request in zip(requests, asked, strict=True):
+            if problem := length_problem(self._positions, self._pipe.pe_tokenizer, request):
+                found.append((line, problem))
+        return found
 
     def length_class(self, request: Request) -> int:
         """Return the class of the encoded prompt's length, see there; 0 for one that is not encoded."""
@@ -165,14 +179,17 @@ class PromptStage:
             self._texts.move_to_end(self._key(request))
         self._forget(self._texts)
 
+    def _enhance_requests(self, requests: Iterable[Request]) -> list[EnhanceRequest]:
+        parameters = _call_defaults(self._pipe)
+        width, height = parameters["width"], parameters["height"]
+        return [EnhanceRequest(r.prompt, r.width or width, r.height or height, r.seed) for r in requests]
+
     def _enhance(self, requests: Sequence[Request], expired: threading.Event | None) -> list[str]:
         """Return the enhanced prompts, sampled as stock does but from each row's own seed."""
         import torch
 
         self._put_back("pe")
-        parameters = _call_defaults(self._pipe)
-        width, height = parameters["width"], parameters["height"]
-        asked = [EnhanceRequest(r.prompt, r.width or width, r.height or height, r.seed) for r in requests]
+        asked = self._enhance_requests(requests)
         model, tokenizer = self._pipe.pe, self._pipe.pe_tokenizer
         if not unsupported_reasons(model, tokenizer) and not is_moved_in_parts(model):
             # RewriteEnhancer, where it was applied, has one already, with its own limit of tokens.

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ernie_accel.core.components import Tokenizer
+from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.models.ministral.architecture import CausalLanguageModel
 from ernie_accel.models.ministral.decoder import Decoder
 from ernie_accel.models.ministral.layers import unsupported_config_reasons
@@ -102,11 +103,18 @@ class PromptEnhancer:
             max_new_tokens: Tokens of an answer at most, >= 1; default: what the tokenizer accepts, as in the pipeline,
                 but no more than the model has positions (a tokenizer without a limit says 10**30).
             between_tokens: Called every few tokens; what it raises ends the work.
+
+        Raises:
+            ErnieAccelError: A prompt has more tokens than the model has positions. Stock reads it all the same; its
+                words mean little then, and its memory grows with the square of the length.
         """
         if not requests:
             return []
-        ids = [self._ids(request, system_prompt) for request in requests]
-        limit = min(max_new_tokens or self._tokenizer.model_max_length, self._model.config.max_position_embeddings)
+        positions = self._model.config.max_position_embeddings
+        ids = [_ids(self._tokenizer, request, system_prompt) for request in requests]
+        if (longest := max(map(len, ids))) > positions:
+            raise ErnieAccelError(_too_long(longest, positions))
+        limit = min(max_new_tokens or self._tokenizer.model_max_length, positions)
         sampling = None
         if temperature != 1.0 or top_p != 1.0:
             top_k = self._model.generation_config.top_k
@@ -117,12 +125,26 @@ class PromptEnhancer:
         answers = self._decoder.generate(ids, limit, [] if end is None else [end], sampling, draws_bt, between_tokens)
         return [self._tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
 
-    def _ids(self, request: EnhanceRequest, system_prompt: str | None) -> list[int]:
-        user = {"prompt": request.prompt, "width": request.width, "height": request.height}
-        messages = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
-        messages.append({"role": "user", "content": json.dumps(user, ensure_ascii=False)})
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
-        return list(self._tokenizer(text)["input_ids"])
+
+def length_problem(positions: int, tokenizer: Tokenizer, request: EnhanceRequest) -> str | None:
+    """Return why a prompt is too long for an enhancer of so many positions; None if it is not."""
+    if len(request.prompt) < positions // 16:  # a character has 6 bytes at most in JSON, and a token at least one
+        return None
+    tokens = len(_ids(tokenizer, request, None))
+    return _too_long(tokens, positions) if tokens > positions else None
+
+
+def _ids(tokenizer: Tokenizer, request: EnhanceRequest, system_prompt: str | None) -> list[int]:
+    user = {"prompt": request.prompt, "width": request.width, "height": request.height}
+    messages = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
+    messages.append({"role": "user", "content": json.dumps(user, ensure_ascii=False)})
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+    return list(tokenizer(text)["input_ids"])
+
+
+def _too_long(tokens: int, positions: int) -> str:
+    fix = "shorten it, or switch the enhancer off (use_pe=False; in a batch --no-enhancer)"
+    return f"the prompt has {tokens} tokens, and the prompt enhancer reads {positions} at most; {fix}"
 
 
 def unsupported_reasons(model: CausalLanguageModel, tokenizer: Tokenizer) -> list[str]:
