@@ -119,6 +119,28 @@ def test_a_fused_lora_survives_the_end_of_a_cast(make, lora):
         assert torch.equal(now[name], original[name])
 
 
+@pytest.mark.parametrize("name", ["transformer", "vae"])
+def test_a_component_that_came_in_the_dtype_of_a_cast_pipe_draws_with_the_restored_one(make, name):
+    pipe = ernie_accel.optimize(make(), CastDtype("bfloat16"))
+    theirs = getattr(make(), name).to(torch.bfloat16)
+    setattr(pipe, name, theirs)
+    with pytest.warns(RestoreWarning, match=f"restore cast {name} to torch.float32, as the rest of the pipe"):
+        ernie_accel.restore(pipe)
+    expected = make()
+    getattr(expected, name).to(torch.bfloat16).to(torch.float32)
+    assert getattr(pipe, name) is theirs
+    assert torch.equal(picture(pipe), picture(expected))
+
+
+def test_layerwise_casting_computes_in_the_dtype_of_the_restored_pipe(make):
+    pipe, expected = ernie_accel.optimize(make(), CastDtype("bfloat16")), make()
+    for each, dtype in ((pipe, torch.bfloat16), (expected, torch.float32)):
+        each.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+        picture(each)
+    ernie_accel.restore(pipe)
+    assert torch.equal(picture(pipe), picture(expected))
+
+
 def test_a_scheduler_of_the_script_stays(make):
     pipe = ernie_accel.optimize(make(), SwapScheduler("unipc"))
     theirs = pipe.scheduler = type(make().scheduler).from_config(make().scheduler.config)

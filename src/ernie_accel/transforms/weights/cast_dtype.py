@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,7 @@ from ernie_accel.core.components import (
 )
 from ernie_accel.core.context import Context
 from ernie_accel.core.dtypes import DTYPES, dtype_name, unsupported_cast_reasons
+from ernie_accel.core.errors import RestoreWarning
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
@@ -99,6 +101,10 @@ class CastDtype(Transform):
         todo = dict(self._weights_to_cast(pipe, context))
         lossy_bytes = 0
         with Undo() as undo:
+            for name, pairs in todo.items():  # first, so that it is undone last
+                undo.push(
+                    partial(_follow, pipe, name, getattr(pipe, name), DTYPES[self.dtype], pairs[0][0].tensor.dtype)
+                )
             for weight, dtype in (pair for pairs in todo.values() for pair in pairs):
                 tensor = weight.tensor
                 cast = tensor.data.to(dtype)
@@ -154,3 +160,31 @@ def _keeps_float32(module: torch.nn.Module, dtype: torch.dtype) -> Callable[[str
 
 def _cast_to(weight: Weight, dtype: torch.dtype, alignment: int) -> None:
     weight.tensor.data = with_alignment(weight.tensor.data.to(dtype), alignment)
+
+
+def _follow(pipe: Pipeline, name: str, cast: torch.nn.Module, dtype: torch.dtype, before: torch.dtype) -> None:
+    """Give what a script made of a component that was `cast` to `dtype` the dtype `before`, in which the rest computes.
+
+    That is another component in its place, in the dtype that the pipe had, or layerwise casting that computes in it.
+    """
+    now = getattr(pipe, name, None)
+    if not isinstance(now, torch.nn.Module):
+        return
+    for part in now.modules():
+        hook = getattr(getattr(part, "_diffusers_hook", None), "hooks", {}).get("layerwise_casting")
+        if hook is not None and hook.compute_dtype == dtype:
+            hook.compute_dtype = before
+            part.to(hook.storage_dtype)
+    stays = _keeps_float32(now, dtype)
+    given = {
+        weight.tensor.dtype
+        for weight in weights_of(now)
+        if weight.tensor.is_floating_point() and not stays(weight.path)
+    }
+    if now is not cast and given == {dtype}:
+        now.to(before)
+        warnings.warn(
+            f"restore cast {name} to {before}, as the rest of the pipe: it was replaced after `optimize`",
+            RestoreWarning,
+            stacklevel=2,
+        )
