@@ -24,6 +24,7 @@ from ernie_accel.embedded.scenes import (
     random_scene,
     render,
 )
+from tests.attack import rounds
 
 LEAST_ON_TRUE_DRAWINGS = 0.99
 CHOICES = {"colour": tuple(COLOURS), "shape": SHAPES, "size": SIZES, "place": PLACES}
@@ -36,9 +37,9 @@ def to_pil(picture: torch.Tensor) -> Image.Image:
 @pytest.mark.parametrize("canvas", CANVASES)
 def test_true_drawings_are_right(canvas: tuple[int, int]) -> None:
     rng = random.Random(0)
-    scenes = [random_scene(rng, canvas) for _ in range(500)]
+    scenes = [random_scene(rng, canvas) for _ in range(rounds(short=100, full=500))]
     found = summarize(judge(render(scenes, torch.Generator().manual_seed(0)), scenes), scenes)
-    assert found.pictures == 500
+    assert found.pictures == len(scenes)
     assert found.object_fraction >= LEAST_ON_TRUE_DRAWINGS
     assert all(value >= LEAST_ON_TRUE_DRAWINGS for value in found.by_attribute.values()), found
 

@@ -80,7 +80,7 @@ def test_weights_are_finite_and_widths_suit_groups_of_32() -> None:
 
 
 def test_pictures_hold_what_unseen_prompts_ask_for(pipe: Any) -> None:
-    found = adherence(pipe, n=40, steps=8)
+    found = adherence(pipe, n=24, steps=8)
     assert found.object_fraction >= LEAST_ADHERENCE, found
     assert found.by_attribute["background"] >= LEAST_ADHERENCE
 

@@ -21,7 +21,7 @@ from ernie_accel.quantization.layers import sqnr_db
 from tests.test_quantize_backends import every_pair
 from tests.test_quantize_emulated import emulated, every_emulated
 
-PICTURES = 8
+PICTURES = 4
 MARGIN_DB = 2  # a floor is a promise for other pictures and devices too
 
 

@@ -79,6 +79,117 @@ def test_what_a_later_transform_replaced_is_still_in_place_beneath_it(model):
     assert "mode" not in vars(model)
 
 
+def test_another_place_or_value_that_a_later_transform_replaced_covers_nothing(model):
+    with Undo() as first:
+        first.setattr(model, "mode", "first")
+    model.mode = "theirs"
+    with Undo() as second:
+        second.setattr(model[0], "mode", "second")
+        second.setattr(model, "mode", "second")
+    assert not first.is_in_place([second])
+
+
+@pytest.mark.parametrize("theirs", ["absent", "original", "equal"])
+def test_a_script_that_left_nothing_to_lose_is_not_warned(theirs):
+    owner = SimpleNamespace(shift="original")
+    with Undo() as undo:
+        undo.setattr(owner, "shift", float("3.25"))
+    if theirs == "absent":
+        del owner.shift
+    else:
+        owner.shift = "original" if theirs == "original" else float("3.25")  # another object
+    undo()
+    assert vars(owner) == ({} if theirs == "absent" else {"shift": "original"})
+
+
+def test_a_value_of_another_type_is_another_value():
+    owner = SimpleNamespace(flag=None)
+    with Undo() as undo:
+        undo.setattr(owner, "flag", True)
+    owner.flag = 1
+    with pytest.warns(RestoreWarning, match="is now 1"):
+        undo()
+    assert owner.flag is not True and owner.flag == 1
+
+
+class InterruptedOnce:
+    """Sets an attribute, and is interrupted right after that."""
+
+    def __setattr__(self, name, value):
+        first = not vars(self)
+        object.__setattr__(self, name, value)
+        if first:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupt_right_after_the_change_finds_the_way_back():
+    owner, undo = InterruptedOnce(), Undo()
+    with pytest.raises(KeyboardInterrupt), undo:
+        undo.setattr(owner, "mode", "ours")
+    assert vars(owner) == {}
+
+
+class WithDefault:
+    mode = "of the class"
+
+
+def test_an_attribute_of_the_class_shows_again_and_nothing_of_it_stays_on_the_instance():
+    owner = WithDefault()
+    with Undo() as undo:
+        undo.setattr(owner, "mode", "ours")
+    undo()
+    assert (owner.mode, vars(owner)) == ("of the class", {})
+
+
+def test_what_nobody_set_in_the_end_needs_no_way_back():
+    owner = WithDefault()
+    with Undo() as undo:
+        undo.restore_attribute(owner, "mode")
+    undo()
+    assert vars(owner) == {}
+
+
+def test_what_somebody_else_set_is_deleted_again():
+    owner = WithDefault()
+    with Undo() as undo:
+        undo.restore_attribute(owner, "mode")
+        owner.mode = "theirs"
+    undo()
+    assert vars(owner) == {}
+
+
+def test_a_submodule_that_was_set_as_an_attribute_comes_back(model):
+    """torch keeps it outside of the instance's ``__dict__``."""
+    model.head = head = nn.Linear(3, 3)
+    with Undo() as undo:
+        undo.setattr(model, "head", nn.Identity())
+    assert model.head is not head
+    undo()
+    assert model.head is head
+
+
+def test_data_of_a_module_that_holds_none_by_then_gets_its_dtype_back(model):
+    weight = Weight("0.weight", model[0], "weight")
+    with Undo() as undo:
+        undo.set_data(weight, model[0].weight.data.bfloat16())
+    model.to("meta")
+    undo()
+    assert (model[0].weight.device.type, model[0].weight.dtype) == ("meta", torch.float32)
+
+
+@pytest.mark.parametrize("kwargs", [False, True])
+def test_a_hook_leaves_nothing_behind(model, kwargs):
+    calls = []
+    with Undo() as undo:
+        undo.hook_before_forward(model, lambda module, args, *named: calls.append(len(named)), kwargs=kwargs)
+    model(torch.ones(1, 3))
+    assert calls == [kwargs]
+    undo()
+    model(torch.ones(1, 3))
+    assert calls == [kwargs]
+    assert (dict(model._forward_pre_hooks), dict(model._forward_pre_hooks_with_kwargs)) == ({}, {})
+
+
 def hook_of_accelerate(model, calls):
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 

@@ -320,13 +320,15 @@ class Line:
 
     def _worker_lost(self, tasks: Sequence[Task], error: WorkerLostError, seconds: float) -> list[Result]:
         results: list[Result] = []
+        again: list[Task] = []
         for task in tasks:
             task.lost += 1
             task.alone = task.lost > 1 or len(tasks) == 1
             if task.lost > _MAX_LOST:
                 results.append(self._fail(task, error, seconds, len(tasks)))
             else:
-                self._schedule.add([task], first=True)
+                again.append(task)
+        self._schedule.add(again, first=True)
         return results
 
     def _lost_with_engine(self, batch: _Batch, error: EngineLostError) -> list[Result]:
