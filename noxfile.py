@@ -104,6 +104,13 @@ def attack(session: nox.Session) -> None:
 
 
 @nox.session
+def diffusers(session: nox.Session) -> None:
+    """Run diffusers' own pipeline tests on optimized pipes: ``nox -s diffusers -- PATH`` (a checkout of diffusers)."""
+    session.install(".[all]", *TEST, "ftfy>=6")
+    session.run("python", "-m", "tools.diffusers_tests", *session.posargs)
+
+
+@nox.session
 def lite(session: nox.Session) -> None:
     """Run without any extra: every missing backend gives its clear error, and the rest works."""
     session.install(".", TEST[0])

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 from ernie_accel.core.apply import apply_request, report_of, undo_all
-from ernie_accel.core.components import AnyPipeline, Pipeline, PipelineT
+from ernie_accel.core.components import AnyPipeline, Pipeline, PipelineT, denoisers_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from ernie_accel.core.plan import Plan, check_pipeline, compose, machine_for, plan_request
@@ -50,6 +50,7 @@ def plan(
     Raises:
         UnknownNameError: There is no such preset.
         ConflictError: Two transforms want one slot.
+        ErnieAccelError: A family was given, and the pipe has no transformer.
     """
     checked = check_pipeline(pipe)
     with _given(checked, family):
@@ -141,9 +142,15 @@ def _request(
 @contextlib.contextmanager
 def _given(pipe: Pipeline, family: Family | None) -> Iterator[Callable[[], None]]:
     """Let `pipe` be of `family` within the block; afterwards too, if the yielded function was called."""
-    if family is None or getattr(pipe, "transformer", None) is None:
+    if family is None:
         yield lambda: None
         return
+    if getattr(pipe, "transformer", None) is None:
+        denoisers = " and ".join(denoisers_of(pipe)) or "none"
+        raise ErnieAccelError(
+            f"family {family.name!r} was given, and this {type(pipe).__name__} has no transformer that could be of it "
+            f"(its denoisers: {denoisers}): leave family= out"
+        )
     remembered = False
 
     def remember() -> None:

@@ -128,6 +128,12 @@ def staying_denoisers_note(pipe: Pipeline, components: Iterable[str]) -> str:
     return f"{' and '.join(left)} stays as it is (components={(*components, *left)!r} takes it, too)"
 
 
+def other_denoisers_note(pipe: Pipeline) -> str:
+    """Return that denoisers beside "transformer" stay as they are, for the note of a plan; "" where there are none."""
+    left = [name for name in denoisers_of(pipe) if name != "transformer"]
+    return f"{' and '.join(left)} stays as it is: a family's own blocks are those of its transformer" if left else ""
+
+
 def emptied_components(pipe: Pipeline, names: Iterable[str] | None) -> list[str]:
     """Return which of these components (None: of all) have no weights at the moment, because they were freed."""
     modules = modules_of(pipe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from ernie_accel.core.components import DENOISERS, Pipeline
+from ernie_accel.core.components import DENOISERS, Pipeline, other_denoisers_note
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import Blocks, PlannedPipe
 from ernie_accel.core.stand_in import standing_in
@@ -69,7 +69,7 @@ class CaptureGraphs(Transform):
             return Preview((), note=f"what runs under autocast, here to {planned.autocast}, is not captured")
         if standing_in(pipe.transformer, GraphedForward) is not None:
             return Preview((), note="the transformer's forward is captured already")
-        return Preview(("transformer.forward",))
+        return Preview(("transformer.forward",), note=other_denoisers_note(pipe))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         planned = replace(context.planned(pipe), keeps_graphs=self.keep, graph_tokens=self.max_tokens)

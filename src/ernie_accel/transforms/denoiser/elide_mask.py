@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ernie_accel.core.components import DENOISERS, Pipeline
+from ernie_accel.core.components import DENOISERS, Pipeline, other_denoisers_note
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
@@ -49,7 +49,7 @@ class ElideMask(Transform):
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         note = no_mask_reason(pipe, context)
-        return Preview(() if note else self._changes(pipe), note=note or "")
+        return Preview(() if note else self._changes(pipe), note=note or other_denoisers_note(pipe))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         return replace(context.planned(pipe), elides_mask=f"{self!r} drops it")

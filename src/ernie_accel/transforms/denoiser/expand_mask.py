@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ernie_accel.core.components import DENOISERS, Pipeline
+from ernie_accel.core.components import DENOISERS, Pipeline, denoisers_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
@@ -51,15 +51,17 @@ class ExpandAttentionMask(Transform):
         return DENOISERS
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
-        transformer = getattr(pipe, "transformer", None)
-        if transformer is None or not any(masked_blocks(transformer)):
-            return [f"{type(pipe).__name__}: no block of its transformer takes an attention mask"]
-        own = {type(block).__name__ for _, block, *_ in masked_blocks(transformer)} & EXPAND_THEMSELVES
+        masked = self._masked(pipe)
+        if not masked:
+            denoisers = " and ".join(denoisers_of(pipe)) or "transformer"
+            return [f"{type(pipe).__name__}: no block of its {denoisers} takes an attention mask"]
+        blocks = (block for denoiser in masked.values() for _, block, *_ in masked_blocks(denoiser))
+        own = {type(block).__name__ for block in blocks} & EXPAND_THEMSELVES
         if own:
             return [f"{' and '.join(sorted(own))} expands its mask to [B, 1, S, S] itself: leave this out"]
+        folding = dict.fromkeys(name for denoiser in masked.values() for name in passed_by(denoiser))
         return [
-            f"{name} folds every mask to [B, 1, 1, S] itself, after which it cannot be expanded"
-            for name in passed_by(transformer)
+            f"{name} folds every mask to [B, 1, 1, S] itself, after which it cannot be expanded" for name in folding
         ]
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
@@ -70,12 +72,19 @@ class ExpandAttentionMask(Transform):
         how = family_of(pipe).always_masks
         with Undo() as undo:
             watch = watch_padding(pipe, how, undo) if how is not None else None
-            send_through_dispatcher(pipe.transformer, undo)
-            map_masks(pipe.transformer, Expansion(watch), undo)
+            for name, denoiser in self._masked(pipe).items():
+                send_through_dispatcher(denoiser, undo)
+                # The family knows the padding of its transformer. Another denoiser has masks and a memory of its own.
+                map_masks(denoiser, Expansion(watch if name == "transformer" else None), undo)
         return Applied(self._changes(pipe), undo=undo)
 
     def _changes(self, pipe: Pipeline) -> tuple[str, ...]:
-        return tuple(f"transformer.{path}" for path, *_ in masked_blocks(pipe.transformer))
+        masked = self._masked(pipe).items()
+        return tuple(f"{name}.{path}" for name, denoiser in masked for path, *_ in masked_blocks(denoiser))
+
+    def _masked(self, pipe: Pipeline) -> dict[str, nn.Module]:
+        """Return the denoisers with blocks that take a mask."""
+        return {name: denoiser for name, denoiser in denoisers_of(pipe).items() if any(masked_blocks(denoiser))}
 
 
 #: Blocks of diffusers that take a mask [B, S] and make the products of its rows and columns themselves (Chroma).

@@ -10,7 +10,7 @@ import torch
 
 from ernie_accel.common.text import human_bytes
 from ernie_accel.core.arguments import check_patterns
-from ernie_accel.core.components import DENOISERS, Pipeline
+from ernie_accel.core.components import DENOISERS, Pipeline, other_denoisers_note
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.planned import Blocks, PlannedPipe, PlannedWeight
@@ -88,7 +88,8 @@ class FuseKernels(Transform):
             return Preview((), note="the kernels cannot run here: " + "; ".join(reasons))
         if kernels_of(pipe).is_installed(pipe.transformer):
             return Preview((), note="the blocks run on the kernels already")
-        return Preview(self._on_kernels(pipe, context), self._attention_note(context))
+        note = "; ".join(filter(None, (self._attention_note(context), other_denoisers_note(pipe))))
+        return Preview(self._on_kernels(pipe, context), note)
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         planned, new = context.planned(pipe), {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from ernie_accel.core.components import DENOISERS, Pipeline
+from ernie_accel.core.components import DENOISERS, Pipeline, other_denoisers_note
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import Blocks, PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
@@ -66,7 +66,7 @@ class RewriteBlocks(Transform):
             return Preview((), note=f"{family.name_for(pipe)}: no rewritten blocks yet")
         if rewritten_blocks(pipe).is_rewritten(pipe.transformer):
             return Preview((), note="the blocks are rewritten already")
-        return Preview(block_paths(pipe))
+        return Preview(block_paths(pipe), note=other_denoisers_note(pipe))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         planned = context.planned(pipe)

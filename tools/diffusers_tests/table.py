@@ -1,0 +1,105 @@
+"""The counts of a run: by pipeline file and request, as data and as a table for the documentation."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+MARKER = "<!-- diffusers -->"
+
+_HEADING = "## Diffusers' own tests"
+
+
+def counts_of(stock: list[dict[str, Any]], results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Return the counts by file and request.
+
+    Args:
+        stock: One record for each test, as the plugin writes them, of the run without a request.
+        results: The same for each request, of the tests that passed on stock.
+
+    Returns:
+        ``stock``: by file, how many tests passed, failed, need a download or were skipped. ``rows``: by file and
+        request, how many of those that passed on stock were changed by the request, passed on both, and the lost ones.
+    """
+    files: dict[str, Counter[str]] = defaultdict(Counter)
+    for each in stock:
+        files[_file(each)][_outcome(each)] += 1
+    passed = {each["test"] for each in stock if each["outcome"] == "passed"}
+    rows = []
+    for request, records in results.items():
+        ended = {each["test"]: each for each in records}
+        for file in sorted({test.split("::")[0] for test in passed}):
+            wanted = sorted(test for test in passed if test.split("::")[0] == file)
+            # A test without a record was never reached: its process died.
+            lost = {
+                test: ended.get(test, {}).get("reason", "did not end")
+                for test in wanted
+                if ended.get(test, {}).get("outcome") != "passed"
+            }
+            rows.append(
+                {
+                    "file": file,
+                    "request": request,
+                    "passed_on_stock": len(wanted),
+                    "optimized": sum(bool(ended.get(test, {}).get("pipes")) for test in wanted),
+                    "changed": sum(bool(ended.get(test, {}).get("changed")) for test in wanted),
+                    "passed_on_both": len(wanted) - len(lost),
+                    "lost": lost,
+                }
+            )
+    return {
+        "versions": {name: version(name) for name in ("ernie-accel", "diffusers", "transformers", "torch")},
+        "stock": {file: dict(counter) for file, counter in sorted(files.items())},
+        "rows": rows,
+    }
+
+
+def as_table(counts: dict[str, Any]) -> str:
+    """Return the counts as a Markdown table, one line for each file and request that has tests."""
+    lines = [
+        "| tests | request | pass on stock | with a changed pipe | pass on both | lost |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    sums: dict[str, Counter[str]] = {}
+    for row in counts["rows"]:
+        numbers = Counter({name: row[name] for name in ("passed_on_stock", "changed", "passed_on_both")})
+        numbers["lost"] = len(row["lost"])
+        numbers["files"] = 1
+        sums.setdefault(row["request"], Counter()).update(numbers)
+        lines.append(_line(_short(row["file"]), row["request"], numbers))
+    for request, numbers in sums.items():
+        lines.append(_line(f"**{numbers['files']} files**", request, numbers))
+    return "\n".join(lines)
+
+
+def _line(name: str, request: str, numbers: Counter[str]) -> str:
+    cells = (numbers["passed_on_stock"], numbers["changed"], numbers["passed_on_both"], numbers["lost"])
+    return f"| {name} | `{request}` | {' | '.join(map(str, cells))} |"
+
+
+def write_into(page: Path, counts: dict[str, Any]) -> None:
+    """Replace what follows the marker of `page` by the table; a page that does not exist is made."""
+    before = page.read_text(encoding="utf-8") if page.exists() else ""
+    head = before.split(MARKER)[0].rstrip()
+    page.write_text(f"{head}\n\n{MARKER}\n\n{section(counts)}".lstrip(), encoding="utf-8")
+
+
+def section(counts: dict[str, Any]) -> str:
+    """Return the section of the page, with its heading."""
+    return f"{_HEADING}\n\n{as_table(counts)}\n"
+
+
+def _file(record: dict[str, Any]) -> str:
+    return str(record["test"]).split("::")[0]
+
+
+def _outcome(record: dict[str, Any]) -> str:
+    if record["outcome"] not in ("passed", "skipped") and record.get("download"):
+        return "needs a download"
+    return {"error": "failed"}.get(record["outcome"], str(record["outcome"]))
+
+
+def _short(file: str) -> str:
+    return file.removeprefix("tests/pipelines/").removesuffix(".py")
