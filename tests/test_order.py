@@ -22,6 +22,7 @@ def test_phases_run_in_this_order():
         "MEMORY",
         "CALL",
         "COMPILE",
+        "RESIDENCY",
         "WARMUP",
     ]
 
