@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import BatchPromptEncoding, CacheSteps, CallDefaults, CastDtype, RewriteBlocks, SwapScheduler
+from ernie_accel import (
+    BatchPromptEncoding,
+    CacheSteps,
+    CallDefaults,
+    CastDtype,
+    ElideMask,
+    ExpandAttentionMask,
+    RewriteBlocks,
+    SwapScheduler,
+)
+from ernie_accel.models.ernie_image.positions import Positions, Rows
 from tests.pipelines import picture, tiny_ernie, tiny_z_image
 
 
@@ -79,3 +91,47 @@ def test_copies_and_pickles_keep_what_goes_around_their_calls(twin):
     assert type(other).__call__.__signature__.parameters["num_inference_steps"].default == 8
     ernie_accel.restore(pipe)
     assert torch.equal(picture(other), expected)
+
+
+LENGTHS = {"one": ["a red circle", "a red circle"], "two": ["a red circle", "a red circle on a small blue square"]}
+
+
+@pytest.mark.parametrize("transforms", [(ElideMask(),), (ExpandAttentionMask(),), (RewriteBlocks(),)], ids=repr)
+def test_a_second_pipe_that_does_not_wait_draws_with_its_own_masks(transforms):
+    """Both threads stop in the first block: what each has said of its padding by then must not reach the other."""
+    pipe, stock = tiny_ernie(), tiny_ernie()
+    other = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
+    other.set_progress_bar_config(disable=True)
+    expected = {name: picture(stock, prompt=prompts, steps=6) for name, prompts in LENGTHS.items()}
+    ernie_accel.optimize(pipe, *transforms)
+    barrier = threading.Barrier(2)
+
+    def stop(*_):
+        barrier.wait(60)
+
+    pipe.transformer.layers[0].register_forward_pre_hook(stop, prepend=True)
+    with ThreadPoolExecutor(2) as threads:
+        drawn = {
+            name: threads.submit(picture, each, prompt=LENGTHS[name], steps=6)
+            for name, each in (("one", pipe), ("two", other))
+        }
+        found = {name: future.result(120) for name, future in drawn.items()}
+    for name, image in found.items():
+        torch.testing.assert_close(image, expected[name], rtol=0, atol=1e-5)
+
+
+def test_positions_are_remembered_while_threads_draw_in_many_sizes():
+    positions, like = Positions(keep=1), torch.zeros(1)
+
+    def look(size):
+        for _ in range(2000):
+            rows = Rows((size, 1), (1,), 1, None)
+            assert positions.get(lambda ids: ids[..., None, :], rows, like).cos_bs1d.shape[1] == size + 1
+
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(look, range(1, 5)))
+    finally:
+        sys.setswitchinterval(switch)

@@ -8,6 +8,7 @@ host, whether anything is padded (`watch_padding`).
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,35 +41,55 @@ class Padding:
 PADDING = Note("padding", Padding, "tensor", "whether the batch that it belongs to pads anything")
 
 
+class _Running(threading.local):
+    """What is known of the forward that runs in this thread; torch.compile guards on it as on any attribute."""
+
+    def __init__(self) -> None:
+        self.padding: Padding | None = None  # no class attribute: torch.compile would guard on that one
+
+    def __reduce__(self) -> Any:
+        return _Running, ()  # a copy of the pipe runs nothing yet
+
+
 class PaddingWatch:
     """What the running forward knows about its padding. Hooks write it, blocks read it.
 
-    Attributes:
-        padding: Of the running forward; None if it is not known on the host.
+    Each thread has its own: another pipe, which need not wait for this one, may draw with the same transformer.
     """
 
     def __init__(self, how: AlwaysMasks, transformer: nn.Module) -> None:
-        self.padding: Padding | None = None
+        self._running = _Running()
+        # What a transformer that is compiled as a whole knows: written and read within one graph, so no other thread
+        # sees it. torch.compile would not read back there what it writes to a local of the thread.
+        self._traced: tuple[Padding | None] | None = None
         self._how = how
         names = list(inspect.signature(transformer.forward).parameters)
         self._lengths_at, self._text_at = names.index(how.lengths), names.index(how.text)
 
     @property
+    def padding(self) -> Padding | None:
+        """Of the forward that runs in this thread; None if it is not known on the host."""
+        return self._running.padding if self._traced is None else self._traced[0]
+
+    @property
     def elided(self) -> bool:
         """Whether the running forward is known to pad nothing."""
-        return self.padding is not None and not self.padding.padded
+        padding = self.padding
+        return padding is not None and not padding.padded
 
     def before_transformer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find out whether this forward pads; a forward pre-hook (with keywords) of the transformer."""
         lengths_b = args[self._lengths_at] if len(args) > self._lengths_at else kwargs[self._how.lengths]
         text_bth = args[self._text_at] if len(args) > self._text_at else kwargs[self._how.text]
         padding = PADDING.of(text_bth)
-        if padding is not None and padding is PADDING.of(lengths_b):
-            self.padding = padding
-        elif torch.compiler.is_compiling():
-            self.padding = None  # reading the lengths would break the graph: the mask stays
-        else:  # not what the pipeline padded: look, once for this pair of tensors
-            self.padding = mark(text_bth, lengths_b, lengths_b.tolist())
+        if padding is not PADDING.of(lengths_b):
+            padding = None
+        if torch.compiler.is_compiling():
+            self._traced = (padding,)  # reading the lengths would break the graph: if nothing is known, the mask stays
+            return
+        if padding is None:  # not what the pipeline padded: look, once for this pair of tensors
+            padding = mark(text_bth, lengths_b, lengths_b.tolist())
+        self._traced, self._running.padding = None, padding
 
 
 def mark(text_bth: Tensor, lengths_b: Tensor, lengths: list[int]) -> Padding:

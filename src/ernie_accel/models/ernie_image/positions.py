@@ -90,12 +90,13 @@ class Positions:
             like: Any tensor of the right dtype and device.
         """
         key = (rows, like.device, like.dtype)
-        if key not in self._known:
-            self._known[key] = _position(pos_embed, rows, like)
-            if len(self._known) > self._keep:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        return self._known[key]
+        found = self._known.pop(key, None)  # another thread may draw with the transformer: each look is one operation
+        if found is None:
+            found = _position(pos_embed, rows, like)
+        self._known[key] = found  # the last one used is the last
+        if len(self._known) > self._keep:
+            self._known.popitem(last=False)
+        return found
 
 
 def _position(pos_embed: Callable[[Tensor], Tensor], rows: Rows, like: Tensor) -> Position:

@@ -96,8 +96,8 @@ class Expansion:
 
     def __init__(self, watch: PaddingWatch | None) -> None:
         self._watch = watch
-        self._source: object = None
-        self._expanded_b1ss: Tensor | None = None
+        #: Source of the mask, and the mask. One value, because another thread may put its own in the place.
+        self._known: tuple[object, Tensor] | None = None
 
     def __call__(self, mask: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
@@ -105,12 +105,14 @@ class Expansion:
         # The padding of a batch outlives the mask, which the transformer builds anew for every step.
         padding = self._watch.padding if self._watch is not None else None
         source = mask if padding is None else padding
-        known = self._expanded_b1ss
-        same = known is not None and known.shape[-1] == mask.shape[-1] and known.device == mask.device
-        if known is None or not same or self._source is not source:
-            self._source, known = source, prepared(expand(mask), pads=padding is None or padding.padded)
-            self._expanded_b1ss = known
-        return known
+        known = self._known
+        if known is not None and known[0] is source:
+            expanded_b1ss = known[1]
+            if expanded_b1ss.shape[-1] == mask.shape[-1] and expanded_b1ss.device == mask.device:
+                return expanded_b1ss
+        expanded_b1ss = prepared(expand(mask), pads=padding is None or padding.padded)
+        self._known = source, expanded_b1ss
+        return expanded_b1ss
 
 
 def expand(mask: Tensor) -> Tensor:
