@@ -98,9 +98,10 @@ class _Check:
 
     def _watching(self, arguments: Arguments) -> dict[str, object]:
         """Return the arguments of a call with a callback that looks at the latents before the caller's own does."""
-        theirs = arguments["callback_on_step_end"]
-        # Diffusers' own callbacks say themselves what they read, whatever the argument says; None is allowed, too.
-        named = getattr(theirs, "tensor_inputs", arguments.get(_INPUTS))
+        theirs: Any = arguments["callback_on_step_end"]
+        named = arguments.get(_INPUTS)  # None is allowed, too
+        if isinstance(theirs, _classes_asked(self._pipe)):
+            named = theirs.tensor_inputs
         wanted = [] if named is None else list(named)
         steps = arguments.get("num_inference_steps")
 
@@ -163,6 +164,15 @@ class _Noise:
         torch.set_rng_state(self._global)
         if self._cuda:
             torch.cuda.set_rng_state_all(self._cuda)
+
+
+def _classes_asked(pipe: Pipeline) -> tuple[Any, ...]:
+    """Return the classes of callbacks that this pipeline itself asks what they read, whatever the argument says.
+
+    Not all pipelines do. Those that do have imported the classes for it.
+    """
+    names = inspect.unwrap(type(pipe).__call__).__globals__
+    return tuple(names[name] for name in ("PipelineCallback", "MultiPipelineCallbacks") if name in names)
 
 
 def require_finite(tensor: Tensor, what: str) -> None:
