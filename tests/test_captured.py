@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from tokenizers import models
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -198,6 +200,7 @@ def adapted(encoder: Any) -> list[Any]:
 TEXT_CHANGES = {
     "in place": lambda encoder: encoder.language_model.embed_tokens.weight.mul_(3.0),
     "data in place": lambda encoder: encoder.language_model.embed_tokens.weight.data.mul_(3.0),
+    "one row": lambda encoder: encoder.language_model.embed_tokens.weight[4].mul_(3.0),
     "loaded": lambda encoder: encoder.load_state_dict({k: v * 1.5 for k, v in encoder.state_dict().items()}),
     "scaled": lambda encoder: [part.set_scale("a", 0.3) for part in adapted(encoder)],
     "disabled": lambda encoder: [part.enable_adapters(False) for part in adapted(encoder)],
@@ -239,6 +242,26 @@ def test_another_text_encoder_or_tokenizer_answers_for_itself() -> None:
     encoded(pipe)
     pipe.text_encoder = other.text_encoder
     assert near(encoded(pipe), encoded(other))
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_another_tokenizer_or_another_limit_of_one_asks_for_other_prompts(on_disk: bool, tmp_path: Any) -> None:
+    pipe, stock = tiny_ernie(), tiny_ernie()
+    ernie_accel.optimize(pipe, BatchPromptEncoding(cache=4, folder=str(tmp_path) if on_disk else None))
+    first = encoded(pipe)
+    assert near(first, encoded(stock))
+    for each in (pipe, stock):
+        each.tokenizer.model_max_length = 2
+    assert encoded(pipe).shape == (2, 64)
+    assert near(encoded(pipe), encoded(stock))
+    words = ["circle", "red", "a", "<pad>", "<s>", "</s>", "<unk>", "on", "blue", "big", "small", "square"]
+    model = models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>")
+    for each in (pipe, stock):
+        each.tokenizer = copy.deepcopy(each.tokenizer)
+        each.tokenizer.model_max_length = 64
+        each.tokenizer._tokenizer.model = model
+    assert not near(encoded(pipe), first)
+    assert near(encoded(pipe), encoded(stock))
 
 
 def test_remembered_prompts_survive_weights_that_are_moved_or_freed(tmp_path: Any) -> None:

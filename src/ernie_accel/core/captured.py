@@ -139,7 +139,7 @@ class Contents:
             for held in (state["_parameters"], state["_buffers"]):
                 for tensor in held.values():
                     if tensor is not None:
-                        tensors += _plain(tensor)
+                        tensors += plain_tensors(tensor)
             if part is not module:  # the hooks around the whole belong to offloading, which comes and goes
                 facts += map(id, _hooks(state))
             if state.get("_compiled_call_impl") is not None:
@@ -201,15 +201,15 @@ def _add_place(tensor: Tensor, facts: list[object]) -> None:
         facts += (tensor.data_ptr(), tensor.dtype, tensor.shape)
         return
     facts.append(kind)
-    for inner in _plain(tensor):
+    for inner in plain_tensors(tensor):
         facts += (inner.data_ptr(), inner.dtype, inner.shape)
 
 
-def _plain(tensor: Tensor) -> Iterator[Tensor]:
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
     """Yield a tensor, or the plain ones that a quantized tensor subclass is made of."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain(getattr(tensor, name))
+            yield from plain_tensors(getattr(tensor, name))
     else:
         yield tensor
 
