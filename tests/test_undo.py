@@ -12,6 +12,7 @@ from torch import nn
 from ernie_accel import RestoreWarning, Undo
 from ernie_accel.core.components import Weight
 from ernie_accel.core.stand_in import StandInForward
+from ernie_accel.core.undo import recorded
 
 
 class Doubled:
@@ -215,7 +216,21 @@ def hook_of_diffusers(model, calls):
     return lambda: registry.remove_hook("counting")
 
 
-@pytest.mark.parametrize("attach", [hook_of_accelerate, hook_of_diffusers])
+def forward_of_diffusers(model, calls):
+    """A hook that runs in the place of the forward, which it keeps elsewhere."""
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    class Counting(ModelHook):
+        def new_forward(self, module, *args, **kwargs):
+            calls.append(1)
+            return self.fn_ref.original_forward(*args, **kwargs)
+
+    registry = HookRegistry.check_if_exists_or_initialize(model)
+    registry.register_hook(Counting(), "counting")
+    return lambda: registry.remove_hook("counting")
+
+
+@pytest.mark.parametrize("attach", [hook_of_accelerate, hook_of_diffusers, forward_of_diffusers])
 def test_a_forward_below_a_hook_is_undone_there(model, attach):
     x = torch.ones(1, 3)
     stock = model(x)
@@ -231,6 +246,38 @@ def test_a_forward_below_a_hook_is_undone_there(model, attach):
     detach()
     assert torch.equal(model(x), stock)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("attach", [hook_of_accelerate, hook_of_diffusers])
+def test_of_two_forwards_below_a_hook_the_second_gives_way_to_the_first(model, attach):
+    x = torch.ones(1, 3)
+    stock = model(x)
+    first, second = Undo(), Undo()
+    first.setattr(model, "forward", Doubled(model.forward))
+    second.setattr(model, "forward", Doubled(model.forward))
+    attach(model, [])
+    assert torch.equal(model(x), 4 * stock)
+    second()
+    assert torch.equal(model(x), 2 * stock)
+    first()
+    assert torch.equal(model(x), stock)
+
+
+def test_a_module_that_a_script_put_back_is_no_news(model):
+    stock, new = model[0], nn.Linear(3, 3)
+    with Undo() as undo:
+        undo.put_module(model, "0", new, lambda placed: stock)
+    model[0] = stock
+    undo()
+    assert model[0] is stock
+
+
+def test_only_what_is_made_meanwhile_is_recorded_in_its_order():
+    journal = []
+    two = recorded(journal, lambda: (Undo(), Undo()))
+    after = Undo()
+    assert journal == list(two)
+    assert after not in journal
 
 
 def test_a_module_is_put_back_where_it_is_by_then(model):
