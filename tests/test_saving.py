@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickletools
+import threading
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
@@ -611,6 +612,23 @@ def test_a_checksum_is_that_of_the_checksums_of_the_pieces(tmp_path, monkeypatch
         pieces = [content[start : start + 1000] for start in range(0, max(size, 1), 1000)]
         expected = sha256(b"".join(sha256(piece).digest() for piece in pieces)).hexdigest()
         assert checksums.checksums([tmp_path / "file"]) == [expected]
+
+
+def test_the_pieces_of_one_file_are_checked_at_the_same_time(tmp_path, monkeypatch):
+    from ernie_accel.storage import checksums
+
+    monkeypatch.setattr(checksums, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(checksums.os, "cpu_count", lambda: 2)
+    both, digest = threading.Barrier(2), checksums._digest
+
+    def together(path, start):
+        both.wait(timeout=10)  # a single thread would wait here alone, and break it
+        return digest(path, start)
+
+    (tmp_path / "file").write_bytes(b"x" * 4000)
+    expected = checksums.checksums([tmp_path / "file"], threads=1)
+    monkeypatch.setattr(checksums, "_digest", together)
+    assert checksums.checksums([tmp_path / "file"]) == expected
 
 
 def test_every_field_of_a_receipt_is_saved():

@@ -18,14 +18,18 @@ _BLOCK_BYTES = 2**20  # stays in the core's cache
 _THREADS = 16
 
 
-def checksums(files: Iterable[Path]) -> list[str]:
+def checksums(files: Iterable[Path], threads: int | None = None) -> list[str]:
     """Return the checksum of each file, in hex.
+
+    Args:
+        files: Their pieces are read side by side, whichever file they are of.
+        threads: How many work; None: one for each core, 16 at most.
 
     Raises:
         OSError: A file cannot be read.
     """
     files = list(files)
-    pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))  # hashing releases the interpreter's lock
+    pool = ThreadPoolExecutor(threads or min(_THREADS, os.cpu_count() or 1))  # hashing releases the interpreter's lock
     try:
         pieces = [
             [pool.submit(_digest, file, start) for start in range(0, max(file.stat().st_size, 1), PIECE_BYTES)]
