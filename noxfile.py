@@ -106,7 +106,7 @@ def attack(session: nox.Session) -> None:
 @nox.session
 def diffusers(session: nox.Session) -> None:
     """Run diffusers' own pipeline tests on optimized pipes: ``nox -s diffusers -- PATH`` (a checkout of diffusers)."""
-    session.install(".[all]", *TEST, "ftfy>=6")
+    session.install(".[all]", *TEST, "ftfy>=6", "parameterized>=0.9")
     session.run("python", "-m", "tools.diffusers_tests", *session.posargs)
 
 

@@ -77,6 +77,7 @@ def test_the_page_keeps_what_stands_above_the_marker(tmp_path):
     for _ in range(2):
         write_into(page, counts)
         text = page.read_text()
+        assert "On stock pipelines: 3 passed, " in text
         assert text.startswith(f"# Lifecycle\n\nThe matrix.\n\n{MARKER}\n\n## ")
         assert "old table" not in text
         assert text.count(MARKER) == 1
@@ -141,17 +142,22 @@ def test_other_model():
 
 
 @pytest.mark.slow
-def test_both_runs_are_counted(tmp_path, capsys):
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_both_runs_are_counted(workers, tmp_path, capsys):
     folder = tmp_path / "tests" / "pipelines" / "tiny"
     folder.mkdir(parents=True)
     (folder / "test_tiny.py").write_text(TESTS)
+    (folder / "test_other.py").write_text("import a_package_that_is_not_there")
     (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
     work = tmp_path / "work"
-    arguments = [str(tmp_path), "--work", str(work), "--json", str(work / "counts.json"), "-n", "0"]
+    arguments = [str(tmp_path), "--work", str(work), "--json", str(work / "counts.json"), "-n", workers]
     cast = "CastDtype('bfloat16')"
     assert command.main([*arguments, "--optimize", "exact", "--optimize", cast]) == 1
     counts = json.loads((work / "counts.json").read_text())
-    assert counts["stock"] == {"tests/pipelines/tiny/test_tiny.py": {"passed": 4, "needs a download": 1}}
+    assert counts["stock"] == {
+        "tests/pipelines/tiny/test_other.py": {"not collected": 1},
+        "tests/pipelines/tiny/test_tiny.py": {"passed": 4, "needs a download": 1},
+    }
     exact, changed = counts["rows"]
     assert exact["lost"] == {}
     assert (exact["optimized"], exact["changed"]) == (2, 0)

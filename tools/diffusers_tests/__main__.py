@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     (work / "passed.txt").write_text("\n".join(passed))
     kept = sorted({test.split("::")[0] for test in passed})
     results = {request: run(_slug(request), request, kept, only=work / "passed.txt") for request in requests}
-    counts = counts_of(stock, results)
+    counts = counts_of(stock, results) | ({"note": options.note} if options.note else {})
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(counts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(as_table(counts))
@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, default=Path("build/diffusers_tests"), help="folder for raw results")
     parser.add_argument("--json", type=Path, default=Path("build/diffusers_tests/counts.json"), help="the counts")
     parser.add_argument("--page", type=Path, default=None, help="also write the table into this page, below its marker")
+    parser.add_argument("--note", default="", help="a sentence on this run for the page, as on its machine")
     parser.add_argument("--download", action="store_true", help="take tiny models from the hub, not their stand-ins")
     return parser
 
@@ -109,6 +110,7 @@ class _Runner:
         results.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", "-p", "diffusers_tests.plugin", "-p", "no:cacheprovider"]
         command += ["--results", str(results), "-q", "--tb=no", "--no-header", "--disable-warnings"]
+        command += ["--continue-on-collection-errors"]
         command += ["-n", self._processes, "--dist=worksteal"]
         command += ["--optimize", request] if request is not None else []
         command += ["--only", str(only)] if only is not None else []
@@ -117,7 +119,7 @@ class _Runner:
             done = subprocess.run(
                 [*command, *files], cwd=self._checkout, env=self._environment, stdout=log, stderr=subprocess.STDOUT
             )
-        # 0: all passed; 1: some failed; 2: some files cannot be imported; 5: no tests
+        # 0: all passed; 1: some failed; 2: some files cannot be imported, which --continue-on-collection-errors skips
         if done.returncode not in (0, 1, 2, 5) or not results.exists():
             raise SystemExit(f"pytest ended with {done.returncode}; its output is in {self._work / name}.log")
         return [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]

@@ -133,6 +133,17 @@ class Recording:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._ended: dict[str, dict[str, Any]] = {}
+        self._not_collected: set[str] = set()
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        # Beside pytest-xdist every process collects all files, and hands on what it cannot import.
+        if report.failed and report.nodeid not in self._not_collected:
+            self._not_collected.add(report.nodeid)
+            self._write({"test": report.nodeid, "outcome": "not collected", "reason": _last_line(report)})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(record) + "\n")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         ended = self._ended.setdefault(report.nodeid, {"test": report.nodeid, "outcome": "passed"})
@@ -141,11 +152,10 @@ class Recording:
             ended["outcome"] = report.outcome if report.when == "call" or report.skipped else "error"
             ended["reason"] = _last_line(report)
         if report.when == "teardown":
-            with self._path.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(self._ended.pop(report.nodeid)) + "\n")
+            self._write(self._ended.pop(report.nodeid))
 
 
-def _last_line(report: pytest.TestReport) -> str:
+def _last_line(report: pytest.TestReport | pytest.CollectReport) -> str:
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2])
     crash = getattr(report.longrepr, "reprcrash", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter, defaultdict
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +11,11 @@ from typing import Any
 MARKER = "<!-- diffusers -->"
 
 _HEADING = "## Diffusers' own tests"
+_EXPLANATION = """\
+`nox -s diffusers -- PATH` runs the pipeline tests of diffusers from a checkout of it, each on a stock pipeline and on
+one that was passed through `optimize` when it was made. A test that passes on stock only is lost. "With a changed pipe"
+counts the tests in which the request changed a pipe; elsewhere it had nothing to do, or its plan refused. Tiny models
+that the tests download are replaced by stand-ins, random weights of the same classes, which `--download` turns off."""
 
 
 def counts_of(stock: list[dict[str, Any]], results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -20,7 +26,8 @@ def counts_of(stock: list[dict[str, Any]], results: dict[str, list[dict[str, Any
         results: The same for each request, of the tests that passed on stock.
 
     Returns:
-        ``stock``: by file, how many tests passed, failed, need a download or were skipped. ``rows``: by file and
+        ``stock``: by file, how many tests passed, failed, need a download or were skipped ("not collected": the file
+        cannot be imported). ``rows``: by file and
         request, how many of those that passed on stock were changed by the request, passed on both, and the lost ones.
     """
     files: dict[str, Counter[str]] = defaultdict(Counter)
@@ -87,8 +94,15 @@ def write_into(page: Path, counts: dict[str, Any]) -> None:
 
 
 def section(counts: dict[str, Any]) -> str:
-    """Return the section of the page, with its heading."""
-    return f"{_HEADING}\n\n{as_table(counts)}\n"
+    """Return the section of the page: what the columns say, what was not run, and the table."""
+    ended: Counter[str] = Counter()
+    for numbers in counts["stock"].values():
+        ended.update(numbers)
+    versions = ", ".join(f"{name} {number}" for name, number in counts["versions"].items())
+    stock = ", ".join(f"{number} {outcome}" for outcome, number in ended.most_common())
+    prose = (f"On stock pipelines: {stock} ({versions}).", counts.get("note", ""))
+    parts = (_HEADING, _EXPLANATION, *(textwrap.fill(each, 120, break_on_hyphens=False) for each in prose))
+    return "\n\n".join((*filter(None, parts), as_table(counts))) + "\n"
 
 
 def _file(record: dict[str, Any]) -> str:
