@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from ernie_accel import SliceVae, TileVae
+import ernie_accel
+from ernie_accel import CallDefaults, SliceVae, TileVae
 from ernie_accel.core import owners
+from ernie_accel.core.turns import Turns
+from ernie_accel.core.wrap_call import class_without
 
 
 class Pipe:
@@ -66,3 +69,10 @@ def test_claims_go_with_their_pipe(pipes):
     assert owners.sharing_problems(other, ["vae"]) == []
     owners.claim(other, SliceVae(), ["vae"])
     assert [claim.pipe() for claim in owners._claims] == [other]
+
+
+def test_threads_wait_around_all_other_layers_of_a_call_those_added_later_too(ernie):
+    ernie_accel.optimize(ernie, CallDefaults("turbo"))
+    _, layers = class_without(type(ernie), int)
+    assert len(layers) > 1
+    assert [isinstance(layer, Turns) for layer in layers] == [False] * (len(layers) - 1) + [True]
