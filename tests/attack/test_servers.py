@@ -437,6 +437,21 @@ def test_damaged_answers_end_in_bounds(server):
     engine.close()
 
 
+def test_no_proxy_is_taken_from_the_environment(server, monkeypatch):
+    """Whoever sets the environment of a job would read its prompts and keys."""
+    proxy = Server()
+    for name in ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    server.deed = gives_picture(GOOD)
+    engine = engine_for(server)
+    assert outcome(engine, "good")[0] == MADE
+    engine.close()
+    assert (len(server.requests), proxy.requests) == (1, [])
+    proxy.close()
+
+
 def test_no_secret_reaches_messages_logs_or_files(server, tmp_path, caplog, capfd):
     """A job whose servers echo what they were sent, with credentials in every place where there can be some."""
     caplog.set_level(logging.DEBUG, "ernie_accel")
