@@ -111,6 +111,13 @@ def diffusers(session: nox.Session) -> None:
 
 
 @nox.session
+def lifecycle(session: nox.Session) -> None:
+    """Do to optimized pipes all that scripts do, on every family, and write docs/lifecycle.md (about ten minutes)."""
+    session.install(".[all]", *TEST)
+    session.run("python", "-m", "tests.lifecycle", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
 def lite(session: nox.Session) -> None:
     """Run without any extra: every missing backend gives its clear error, and the rest works."""
     session.install(".", TEST[0])

@@ -1,0 +1,321 @@
+"""One cell of the matrix: the same actions on an optimized pipe and on a stock one, compared."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import ernie_accel
+from ernie_accel import Effect, ErnieAccelError, Plan, RestoreError, RestoreWarning, Transform
+from ernie_accel.core.transform import ROUNDING_REL
+from tests.examples import differences, snapshot
+from tests.lifecycle.actions import ACTIONS, Action, Case, denoiser
+from tests.lifecycle.subjects import Row, stock
+
+EQUAL, WITHIN, REFUSED, ABSENT, FAULT = "equal", "within", "refused", "n/a", "fault"
+LEFT = "left"  # of `restore`: a warning names what it left, because a script had put it there
+
+#: Faults that are known and not fixed yet: (part of the row's name, action) -> what is wrong.
+KNOWN: dict[tuple[str, str], str] = {}
+
+
+def is_known(found: Cell) -> bool:
+    """Return whether a fault is one of those that are known."""
+    return any(row in found.row and found.actions == (action,) for row, action in KNOWN)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What came out.
+
+    Attributes:
+        row: The name of the row.
+        family: The tiny pipe.
+        actions: The names of the actions, one after the other.
+        verdict: "equal", "within", "refused", "n/a" or "fault".
+        reason: Why it is refused, not applicable or a fault.
+        restored: What `restore` gives afterwards, compared with stock after the same actions: "equal", "within" (what
+            the script brought came in the pipe's dtype), "refused", "left" (a warning names what), "n/a" or "fault".
+        restored_reason: Why.
+    """
+
+    row: str
+    family: str
+    actions: tuple[str, ...]
+    verdict: str
+    reason: str = ""
+    restored: str = ABSENT
+    restored_reason: str = ""
+
+
+def not_applicable(row: Row, family: str) -> str | None:
+    """Return why a row does nothing to a family's pipe; None if it does something."""
+    return _applicable(row, family)[0]
+
+
+@functools.cache
+def _applicable(row: Row, family: str) -> tuple[str | None, Bound]:
+    """Return why a row does nothing to a pipe, or the effect it has, and its bound in dB."""
+    pipe = stock(family, row)
+    with row.simulated():
+        plan = row.plan(pipe)
+    bound = Bound.of(plan)
+    if plan.blockers or (plan.problems and not row.preset):
+        return "; ".join([*plan.blockers, *(r for each in plan.problems.values() for r in each)]), bound
+    if not any(step.verdict == "apply" for step in plan.steps):
+        notes = [step.preview.note for step in plan.steps if step.preview is not None and step.preview.note]
+        notes += [reason for reasons in plan.problems.values() for reason in reasons]
+        return "nothing to do: " + "; ".join(dict.fromkeys(notes)), bound
+    return None, bound
+
+
+@dataclass(frozen=True)
+class Bound:
+    """How far from stock the pictures of a plan may be.
+
+    Attributes:
+        effect: The strongest effect.
+        floor_db: The lowest floor of what is lossy, as a signal-to-noise ratio; infinite if nothing is.
+        rounds: Whether something rounds.
+    """
+
+    effect: Effect
+    floor_db: float
+    rounds: bool
+
+    @classmethod
+    def of(cls, plan: Plan) -> Bound:
+        applied = [step.transform for step in plan.steps if step.verdict == "apply"]
+        floors = [transform.floor_db for transform in applied if transform.floor_db is not None]
+        return cls(plan.effect, min(floors, default=math.inf), any(t.effect is Effect.ROUNDING for t in applied))
+
+    def db(self, dtype: torch.dtype) -> float:
+        """Return the bound for weights of `dtype`; infinite is bit for bit."""
+        rounding = -20 * math.log10(ROUNDING_REL[str(dtype).removeprefix("torch.")]) if self.rounds else math.inf
+        return min(self.floor_db, rounding)
+
+
+def cell(family: str, row: Row, *names: str) -> Cell:
+    """Do the actions, one after the other, to an optimized pipe, and compare what it draws with stock's."""
+    actions = [ACTIONS[name] for name in names]
+    why, bound = _applicable(row, family)
+    if row.gpu:
+        return Cell(row.name, family, names, ABSENT, why or row.gpu)
+    if why is not None:
+        return Cell(row.name, family, names, ABSENT, why)
+    with _quietly(), row.simulated(), torch.no_grad():
+        return _cell(Case(family, row), names, actions, bound)
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+#: Looks at a pipe and returns what tells, later, what has changed.
+Proof = Callable[[Any], Callable[[], "list[str]"]]
+
+
+def _no_proof(pipe: Any) -> Callable[[], list[str]]:
+    return list
+
+
+def _proof(pipe: Any) -> Callable[[], list[str]]:
+    before = snapshot(pipe)
+    return lambda: differences(before, snapshot(pipe))
+
+
+def _cell(case: Case, names: tuple[str, ...], actions: list[Action], bound: Bound, *, proof: Proof = _no_proof) -> Cell:
+    """Return a cell; what is refused is done again with a proof that nothing changed, which takes time."""
+    row, family = case.row, case.family
+    want = _stock(family, _as_drawn(row), names)
+    if isinstance(want, BaseException):
+        return Cell(row.name, family, names, ABSENT, f"stock cannot either: {_said(want)}")
+    make = functools.partial(Cell, row.name, family, names)
+
+    pipe = stock(family, row)
+    stage = "optimize"
+    try:
+        for action in actions:
+            pipe = action.before(pipe, case)
+        before = proof(pipe)
+        row.optimize(pipe)
+        if all(action.draws_first for action in actions):
+            case.draw(pipe)
+        last = pipe
+        for action in actions:
+            stage, before = action.name, proof(last)
+            last = action.do(last, case)
+        stage, before = "the call", None
+        got = actions[-1].draw(last, case)
+    except ErnieAccelError as error:
+        if proof is _no_proof:
+            return _cell(case, names, actions, bound, proof=_proof)
+        changed = before() if before is not None else []
+        if changed:
+            return make(FAULT, f"refused by {stage}, but changed {', '.join(changed[:3])}: {_said(error)}")
+        return make(REFUSED, _said(error))
+    except Exception as error:
+        return make(FAULT, f"{stage}: {_said(error)}")
+
+    verdict, reason = _judge(case, names, actions, got, want[0], bound, denoiser(last)[1].dtype)
+    if not any(action.restores for action in actions):
+        return make(verdict, reason)
+    restored, why = _restored(case, actions, pipe, want, bound, proof)
+    if restored == REFUSED and proof is _no_proof:
+        return _cell(case, names, actions, bound, proof=_proof)
+    return make(verdict, reason, restored, why)
+
+
+def _judge(
+    case: Case,
+    names: tuple[str, ...],
+    actions: list[Action],
+    got: list[torch.Tensor],
+    want: list[torch.Tensor],
+    allowed: Bound,
+    dtype: torch.dtype,
+) -> tuple[str, str]:
+    found, effect, bound = _db(got, want), allowed.effect, allowed.db(dtype)
+    if found == math.inf:
+        return EQUAL, ""
+    if any(action.exact for action in actions):
+        return FAULT, f"{found:.0f} dB from stock, expected the same bits"
+    if effect is not Effect.RESAMPLES and found >= bound:
+        return WITHIN, ""
+    if effect is not Effect.RESAMPLES and bound == math.inf:
+        return FAULT, f"{found:.0f} dB from stock, expected the same bits"
+    other = _other_order(case, names)
+    if isinstance(other, list):
+        again = _db(got, other)
+        if again >= min(bound, 90.0):
+            return WITHIN, ""
+        return FAULT, f"{found:.0f} dB from stock, {again:.0f} dB from the other order; bound {bound:.0f}"
+    if isinstance(other, ErnieAccelError) and found >= _usual_db(case) - 6:
+        return WITHIN, ""
+    return FAULT, f"{found:.0f} dB from stock; bound {bound:.0f}; the other order: {_said(other)}"
+
+
+@functools.cache
+def _usual_db(case: Case) -> float:
+    """Return how far from stock the pictures of an optimized pipe are that nobody acts on.
+
+    Floors in dB are earned on trained weights; a few transforms are further from stock on random ones.
+    """
+    pipe = case.row.optimize(stock(case.family, case.row))
+    return _db([case.draw(pipe)], [case.draw(stock(case.family, case.row))])
+
+
+def _other_order(case: Case, names: tuple[str, ...]) -> list[torch.Tensor] | Exception:
+    """Return what is drawn if the script acts first, and the pipe is optimized then."""
+    try:
+        last = stock(case.family, case.row)
+        for name in names:
+            last = ACTIONS[name].before(last, case)
+        if all(ACTIONS[name].draws_first for name in names):
+            case.draw(last)
+        for name in names:
+            last = ACTIONS[name].do(last, case)
+        case.row.optimize(last)
+        return ACTIONS[names[-1]].draw(last, case)
+    except Exception as error:
+        return error
+
+
+def _restored(
+    case: Case, actions: list[Action], pipe: Any, drawn: Drawn, bound: Bound, proof: Proof
+) -> tuple[str, str]:
+    """Restore the pipe, draw, and compare with the stock pipe after the same actions."""
+    _, want, own = drawn
+    if isinstance(want, Exception):
+        return ABSENT, _said(want)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", RestoreWarning)
+        changed = proof(pipe)
+        try:
+            ernie_accel.restore(pipe)
+        except RestoreError as error:
+            found = changed()
+            return (FAULT, f"refused, but changed {found[:3]}") if found else (REFUSED, _said(error))
+        except Exception as error:
+            return FAULT, f"restore: {_said(error)}"
+        left = [str(each.message) for each in told if issubclass(each.category, RestoreWarning)]
+        try:
+            got = case.draw(pipe)
+        except Exception as error:
+            return FAULT, f"draw: {_said(error)}; warned of {left}"
+    distance = _db([got], [want])
+    if distance == math.inf:
+        return EQUAL, "; ".join(left[:1])
+    rounds = any(action.rounds for action in actions)
+    if rounds and _db([got], [own]) == math.inf:
+        return EQUAL, "in the dtype that came in"
+    if rounds and distance >= bound.floor_db:
+        return WITHIN, "; ".join(left[:1])
+    if left:
+        return LEFT, left[0]
+    return FAULT, f"{distance:.0f} dB from stock after the same actions"
+
+
+def _as_drawn(row: Row) -> tuple[Transform, ...]:
+    """Return what of a row changes how a stock pipe is made and drawn with."""
+    found: list[Transform] = [ernie_accel.MakeContiguous()] if row.awkward else []
+    found += [ernie_accel.CacheSteps()] if row.has("CacheSteps") else []
+    found += [ernie_accel.RewriteEnhancer()] if row.enhances else []
+    return (*found, ernie_accel.CallDefaults("turbo")) if row.has("CallDefaults") else tuple(found)
+
+
+Drawn = tuple[list[torch.Tensor], "torch.Tensor | Exception", torch.Tensor]
+
+
+@functools.cache
+def _stock(family: str, how: tuple[Transform, ...], names: tuple[str, ...]) -> Drawn | Exception:
+    """Return what stock draws after the actions, the pipe they started with then, and that pipe if left alone."""
+    row = Row("stock", how)
+    case = Case(family, row)
+    actions = [ACTIONS[name] for name in names]
+    with _quietly(), torch.no_grad():
+        pipe = stock(family, row)
+        try:
+            for action in actions:
+                pipe = action.before(pipe, case)
+            own = case.draw(stock(family, row))
+            if all(action.draws_first for action in actions):
+                case.draw(pipe)
+            last = pipe
+            for action in actions:
+                last = action.do(last, case)
+            pictures = (actions[-1].draw_stock or actions[-1].draw)(last, case)
+        except Exception as error:
+            return error
+        try:
+            return pictures, case.draw(pipe), own
+        except Exception as error:
+            return pictures, error, own
+
+
+def _db(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
+    """Return the least signal-to-noise ratio in dB; infinite if bit for bit equal, minus infinite if not comparable."""
+    found = math.inf
+    for one, two in zip(got, want, strict=True):
+        if one.shape != two.shape or not bool(torch.isfinite(one).all()):
+            return -math.inf
+        if not torch.equal(one, two):
+            noise = float((one.double() - two.double()).norm() / two.double().norm())
+            found = min(found, -20 * math.log10(max(noise, 1e-15)))
+    return found
+
+
+def _said(error: object) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}" if isinstance(error, BaseException) else text[:400]

@@ -1,0 +1,108 @@
+"""Run the cells in several processes, and write the page; the whole takes about ten minutes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from tests.lifecycle.actions import ACTIONS
+from tests.lifecycle.cells import FAULT, Cell, cell, is_known, not_applicable
+from tests.lifecycle.page import PAGE, kept_text, page
+from tests.lifecycle.subjects import PIPES, ROWS
+
+#: How many cells are done in one go: a stop loses that many at most.
+CHUNK = 12
+#: What is done in one go: a row, and which actions on which family's pipe.
+Job = tuple[str, "list[tuple[str, tuple[str, ...]]]"]
+
+
+def main() -> int:
+    """Run the cells; return 1 if one is a fault that is not known, and then write nothing."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.lifecycle", description="Run the lifecycle matrix and write docs/lifecycle.md."
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=len(PIPES),
+        help=f"1: each action on each row once, on one pipe after another; {len(PIPES)}, the default: on all of them",
+    )
+    parser.add_argument("--pairs", type=int, default=300, help="pairs of actions to try (default 300)")
+    parser.add_argument("--seed", type=int, default=20261128, help="which pairs those are")
+    parser.add_argument("--rows", default="", help="only rows whose name has this in it; the page is not written")
+    parser.add_argument("--keep", type=Path, help="keep finished cells in this file, and do not run them again")
+    options = parser.parse_args()
+
+    jobs = [job for number in range(options.rounds) for job in singles(number)] + pairs(options.pairs, options.seed)
+    jobs = [(name, cells) for name, cells in jobs if options.rows in name]
+    done = read(options.keep)
+    known = {(each.row, each.family, each.actions) for each in done}
+    jobs = [(name, [c for c in cells if (name, *c) not in known]) for name, cells in jobs]
+    jobs = [(name, cells[at : at + CHUNK]) for name, cells in jobs for at in range(0, len(cells), CHUNK)]
+    start = time.perf_counter()
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ProcessPoolExecutor(min(available, 16), multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(run, jobs):
+            done += found
+            for each in found:
+                if FAULT in (each.verdict, each.restored) and not is_known(each):
+                    print(f"FAULT {each}", flush=True)
+            if options.keep is not None:
+                options.keep.write_text(json.dumps([dataclasses.asdict(each) for each in done]))
+    faults = sum(FAULT in (each.verdict, each.restored) and not is_known(each) for each in done)
+    print(f"{len(done)} cells, {faults} faults that are not known, {time.perf_counter() - start:.0f} s")
+    if faults or options.rows:
+        return int(faults > 0)
+    return write(done)
+
+
+def write(done: list[Cell]) -> int:
+    """Write the page, and keep what others have written there."""
+    before = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    PAGE.write_text(page(done, kept_text(before)), encoding="utf-8")
+    return 0
+
+
+def read(file: Path | None) -> list[Cell]:
+    """Return the cells that a run before has kept."""
+    if file is None or not file.exists():
+        return []
+    return [Cell(**(each | {"actions": tuple(each["actions"])})) for each in json.loads(file.read_text())]
+
+
+def run(job: Job) -> list[Cell]:
+    """Return some cells of one row."""
+    name, cells = job
+    return [cell(family, ROWS[name], *actions) for family, actions in cells]
+
+
+def singles(number: int) -> list[Job]:
+    """Return the jobs of one round: each action on each row, on pipes that change from action to action."""
+    jobs: list[Job] = []
+    for name, row in ROWS.items():
+        able = [family for family in PIPES if row.gpu or not_applicable(row, family) is None]
+        absent = [family for family in PIPES if family not in able]
+        if number == 0:
+            jobs.append((name, [(family, (next(iter(ACTIONS)),)) for family in absent]))  # says why it does not apply
+        if number < len(able):
+            jobs.append((name, [(able[(at + number) % len(able)], (action,)) for at, action in enumerate(ACTIONS)]))
+    return jobs
+
+
+def pairs(count: int, seed: int) -> list[Job]:
+    """Return `count` pairs of actions, on rows that apply; what only calls the pipe comes second."""
+    chooser = random.Random(seed)
+    first = [action.name for action in ACTIONS.values() if action.group != "calls"]
+    able = [(f, name) for f in PIPES for name, row in ROWS.items() if not row.gpu and not_applicable(row, f) is None]
+    chosen: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+    for _ in range(count):
+        family, name = chooser.choice(able)
+        chosen.setdefault(name, []).append((family, (chooser.choice(first), chooser.choice([*ACTIONS]))))
+    return [*chosen.items()]

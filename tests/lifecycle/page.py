@@ -1,0 +1,171 @@
+"""Write docs/lifecycle.md from the cells of the matrix; what stands there after a marker stays."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tests.lifecycle.actions import ACTIONS, GROUPS
+from tests.lifecycle.cells import ABSENT, EQUAL, FAULT, LEFT, REFUSED, WITHIN, Cell
+from tests.lifecycle.subjects import PIPES, ROWS, TITLES, Row
+
+PAGE = Path(__file__).parents[2] / "docs" / "lifecycle.md"
+#: What follows this comment on the page is written by others.
+MARKER = "<!-- diffusers -->"
+
+INTRODUCTION = """\
+# Life after `optimize`
+
+Scripts go on with a pipe after `optimize`: they load LoRAs, replace parts, cast, copy, save and share it. This page
+says what happens then. Each cell of the table stands for several actions, done to an optimized pipe and to a stock one
+of the same weights. The pictures that both draw afterwards are compared:
+
+| in the table | meaning |
+|---|---|
+| **=** | the same bits as stock after the same action |
+| **≈** | within what the transform declares ([effects](concepts.md#effect)), or as if the script had acted first |
+| **r** | refused, and the pipe proved unchanged; the note gives the reason |
+| **!** | a known fault; the note says what is wrong |
+| **·** | no such action on these pipes: stock cannot do it either |
+| **?** | not run since the row or the action was added |
+
+The last column restores the pipe after each action. **=** there means the bits of the stock pipe after the same
+action; **≈** that what your script brought (a LoRA, other weights) had been rounded to the pipe's dtype by then; **w**
+that a `RestoreWarning` names what your script had put there, and stays.
+
+"As if the script had acted first" is the measure for transforms that draw another picture by design, and for those
+whose floor was earned on trained weights: the pipe draws what it would draw if it were optimized after the action.
+
+All of this runs on tiny pipelines with random weights on a CPU: {families}. CUDA graphs are recorded by a stand-in, and
+compiled blocks run eagerly ({traced} are traced). The table cannot show what only a GPU does.
+
+`python -m tests.lifecycle` runs the matrix and writes this page; `nox -s lifecycle` does so in its own environment.
+"""
+
+
+def page(cells: Iterable[Cell], kept: str = "") -> str:
+    """Return the whole page."""
+    every, notes = list(cells), _Notes()
+    found, pairs = ([each for each in every if len(each.actions) == number] for number in (1, 2))
+    traced = ", ".join(f"`{row.name}`" for row in ROWS.values() if row.traced)
+    text = INTRODUCTION.format(families=", ".join(TITLES[family] for family in PIPES), traced=traced)
+    lines = [text, "## Transforms and presets", "", *_table(found, notes), "", *notes.lines(), ""]
+    lines += ["## The actions", "", "| column | what is done |", "|---|---|"]
+    lines += [f"| {title} | {_in_group(group)} |" for group, title in GROUPS.items()]
+    lines += ["", *_pairs_text(found, pairs), "", "## Where a row does not apply", "", *_absent(found)]
+    return "\n".join(lines).rstrip() + "\n" + (f"\n{MARKER}{kept}" if kept else "")
+
+
+def kept_text(page_text: str) -> str:
+    """Return what stands on a page after the marker, which others have written."""
+    return page_text.partition(MARKER)[2]
+
+
+class _Notes:
+    """Footnotes by text, numbered as they come."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+        self._actions: dict[str, dict[str, None]] = {}
+
+    def number(self, reason: str, action: str) -> int:
+        text = _shared_text(reason)
+        self._actions.setdefault(text, {})[action] = None
+        return self._numbers.setdefault(text, len(self._numbers) + 1)
+
+    def lines(self) -> Iterator[str]:
+        for text, number in self._numbers.items():
+            yield f"{number}. *{', '.join(self._actions[text])}*: {text}"
+
+
+#: Names of classes, by which the same reason differs from family to family.
+_CLASSES = re.compile(
+    r"\b(?:ErnieImage|ZImage|Lumina2|NextDiT|Flux|StableDiffusion|Wan|UNet2DCondition|AutoencoderKL)\w*"
+)
+
+
+def _shared_text(reason: str) -> str:
+    text = _CLASSES.sub("…", reason)
+    return re.sub(r"[|<>]", " ", re.sub(r"(?<=\bto\()torch\.\w+", "…", text)).strip()
+
+
+def _table(cells: list[Cell], notes: _Notes) -> Iterator[str]:
+    yield "| transforms | on | " + " | ".join(GROUPS.values()) + " | then `restore` |"
+    yield "|---|---|" + "---|" * (len(GROUPS) + 1)
+    for row in ROWS.values():
+        mine = [cell for cell in cells if cell.row == row.name]
+        shown = " | ".join(_group_text([c for c in mine if _group(c) == group], notes) for group in GROUPS)
+        yield f"| `{row.name}` | {_on(row, mine)} | {shown} | {_restore_text(mine, notes)} |"
+
+
+def _group(cell: Cell) -> str:
+    return ACTIONS[cell.actions[-1]].group
+
+
+def _on(row: Row, cells: list[Cell]) -> str:
+    families = [family for family in PIPES if any(c.family == family and c.verdict != ABSENT for c in cells)]
+    if row.gpu:
+        return "planned only: needs a GPU"
+    if not cells:
+        return "?"
+    return "all" if len(families) == len(PIPES) else ", ".join(TITLES[family] for family in families)
+
+
+def _group_text(cells: list[Cell], notes: _Notes) -> str:
+    if not cells:
+        return "?"
+    verdicts = {cell.verdict for cell in cells}
+    parts = ["≈" if WITHIN in verdicts else "=" if EQUAL in verdicts else ""]
+    for verdict, sign in ((REFUSED, "r"), (FAULT, "!")):
+        numbers = sorted({notes.number(c.reason, c.actions[-1]) for c in cells if c.verdict == verdict})
+        if numbers:
+            parts.append(f"{sign}<sup>{', '.join(map(str, numbers))}</sup>")
+    return " ".join(filter(None, parts)) or "·"
+
+
+def _restore_text(cells: list[Cell], notes: _Notes) -> str:
+    if all(len(cell.actions) == 1 and cell.verdict == ABSENT for cell in cells) or not cells:
+        return "·" if cells else "?"
+    restored = {cell.restored for cell in cells}
+    parts = ["≈" if WITHIN in restored else "=" if EQUAL in restored else ""]
+    for verdict, sign in ((LEFT, "w"), (REFUSED, "r"), (FAULT, "!")):
+        numbers = sorted(
+            {notes.number(_left(c.restored_reason), c.actions[-1]) for c in cells if c.restored == verdict}
+        )
+        if numbers:
+            parts.append(f"{sign}<sup>{', '.join(map(str, numbers))}</sup>")
+    return " ".join(filter(None, parts)) or "·"
+
+
+def _left(reason: str) -> str:
+    """Return a warning of `restore` without the one place out of many that it names."""
+    return re.sub(r"restore left \S+ as it is", "restore left it as it is", reason)
+
+
+def _in_group(group: str) -> str:
+    return "; ".join(action.name for action in ACTIONS.values() if action.group == group)
+
+
+def _pairs_text(singles: list[Cell], pairs: list[Cell]) -> Iterator[str]:
+    yield f"{len(singles)} cells were run for the table: {_counted(singles)}."
+    yield f"{len(pairs)} pairs of actions, one after the other, were drawn at random: {_counted(pairs)}."
+
+
+def _counted(cells: list[Cell]) -> str:
+    count = Counter(cell.verdict for cell in cells)
+    words = {EQUAL: "equal", WITHIN: "within", REFUSED: "refused", FAULT: "faults", ABSENT: "not applicable"}
+    return ", ".join(f"{count[verdict]} {word}" for verdict, word in words.items())
+
+
+def _absent(cells: list[Cell]) -> Iterator[str]:
+    """Yield why a row does nothing to some pipes, each reason once."""
+    for row in ROWS.values():
+        reasons: dict[str, list[str]] = {}
+        for family in PIPES:
+            mine = [cell for cell in cells if cell.row == row.name and cell.family == family]
+            if mine and all(cell.verdict == ABSENT for cell in mine) and not row.gpu:
+                reasons.setdefault(_shared_text(mine[0].reason), []).append(TITLES[family])
+        for reason, families in reasons.items():
+            yield f"- `{row.name}` on {', '.join(families)}: {reason}"

@@ -1,0 +1,252 @@
+"""The rows of the matrix, and the tiny pipelines that they are applied to."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+
+import ernie_accel
+from ernie_accel import (
+    CallDefaults,
+    CaptureGraphs,
+    CastDtype,
+    Compile,
+    Context,
+    KeepTimestepsOnHost,
+    MakeContiguous,
+    Plan,
+    Quantize,
+    RewriteBlocks,
+    SwapScheduler,
+    Transform,
+    Warmup,
+)
+from ernie_accel.core import context
+from ernie_accel.core.outputs import images_of
+from tests import pipelines
+from tests.examples import ELSEWHERE, EXAMPLES, make_awkward
+from tests.test_captured import Frozen
+
+#: Tiny pipelines by name: of every family, of an unknown one, with a UNet, and with two transformers.
+PIPES: dict[str, Callable[[], Any]] = pipelines.PIPELINES | {"sd": pipelines.tiny_sd, "wan": pipelines.tiny_wan}
+
+TITLES = {
+    "ernie": "ERNIE-Image",
+    "z_image": "Z-Image",
+    "lumina2": "Lumina 2",
+    "newbie": "NewBie-image",
+    "flux": "FLUX.1",
+    "sd": "Stable Diffusion",
+    "wan": "Wan 2.2",
+}
+PROMPT = "a big red circle on a small blue square on red"  # longer than what is kept of it
+
+#: A machine with a GPU, to plan for; what it would do without one is done here as well.
+H200 = Context("cuda", "NVIDIA H200", (9, 0))
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A row of the matrix: transforms, or a preset.
+
+    Attributes:
+        name: The call's arguments, as a reader would write them.
+        transforms: What is applied.
+        preset: The name of a preset instead.
+        context: The machine to plan for; default this one.
+        gpu: Why it needs a GPU and is only planned here; empty if it runs.
+    """
+
+    name: str
+    transforms: tuple[Transform, ...] = ()
+    preset: str | None = None
+    context: Context | None = None
+    gpu: str = ""
+
+    @property
+    def enhances(self) -> bool:
+        """Whether prompts are to be enhanced: where this is its own row, as it takes time."""
+        return bool(self.transforms) and self.has("RewriteEnhancer")
+
+    @property
+    def awkward(self) -> bool:
+        """Whether it has nothing to do but on weights in an awkward layout."""
+        return self.transforms == (MakeContiguous(),)
+
+    @property
+    def traced(self) -> bool:
+        return not self.preset and len(self.transforms) == 1 and (self.has("Compile") or self.has("CompileVae"))
+
+    @property
+    def all_transforms(self) -> tuple[Transform, ...]:
+        return ernie_accel.presets[self.preset].transforms if self.preset else self.transforms
+
+    def has(self, name: str) -> bool:
+        return any(type(each).__name__ == name for each in (*self.all_transforms, *self.transforms))
+
+    def plan(self, pipe: Any) -> Plan:
+        return ernie_accel.plan(pipe, *self.transforms, preset=self.preset, context=self.context)
+
+    def optimize(self, pipe: Any) -> Any:
+        skip: Any = "skip" if self.preset else "error"
+        return ernie_accel.optimize(
+            pipe, *self.transforms, preset=self.preset, context=self.context, on_unsupported=skip
+        )
+
+    @contextlib.contextmanager
+    def simulated(self) -> Iterator[None]:
+        """Let graphs be captured by a stand-in for CUDA, nothing be compiled, and default calls be short.
+
+        Compiled code would differ from eager code by rounding alone, and take seconds for each cell. `Compile` is
+        traced in a row of its own, which finds what it cannot trace; elsewhere its blocks run eagerly.
+        """
+        from diffusers.models.attention_dispatch import _AttentionBackendRegistry as backends
+
+        eager, backend = functools.partial(torch.compile, backend="eager"), backends._active_backend
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch("ernie_accel.models.replays.capture_cuda", Frozen()))
+            stack.enter_context(mock.patch("torch.compile", eager))
+            if not self.traced:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(mock.patch("ernie_accel.core.context.installed_versions", _versions))
+            if self.has("CallDefaults"):
+                for make in PIPES:
+                    call = inspect.unwrap(type(_template(make, False)).__call__)
+                    stack.enter_context(mock.patch.object(call, "__defaults__", _short(call)))
+            try:
+                yield
+            finally:
+                backends._active_backend = backend  # diffusers' set_attention_backend sets that of the process, too
+                if self.traced:
+                    torch._dynamo.reset()
+
+
+_versions = functools.cache(context.installed_versions)
+
+
+def _short(call: Any) -> tuple[Any, ...]:
+    """Return the defaults of a pipeline's call with four steps."""
+    parameters = inspect.signature(call).parameters.values()
+    given = [each for each in parameters if each.default is not inspect.Parameter.empty]
+    return tuple(4 if each.name == "num_inference_steps" else each.default for each in given)
+
+
+def _row(*transforms: Transform, **kwargs: Any) -> Row:
+    return Row(", ".join(map(repr, transforms)), transforms, **kwargs)
+
+
+def _presets() -> Iterator[Row]:
+    """Yield a row for each preset; for all presets that differ in their steps and guidance alone, one.
+
+    Their calls have three steps, for time's sake.
+    """
+    rows: dict[tuple[Transform, ...], Row] = {}
+    for name, preset in ernie_accel.presets.items():
+        steps = any(type(transform).__name__ == "CallDefaults" for transform in preset.transforms)
+        same = tuple(each for each in preset.transforms if type(each).__name__ != "CallDefaults")
+        given = (ernie_accel.CallDefaults(num_inference_steps=3),) if steps else ()
+        machine = H200 if preset.mode == "exact" else None  # on the CPU it has nothing to do
+        title = f"{rows[same].name}, {name}" if same in rows else f"preset {name}"
+        rows[same] = Row(title, given, preset=rows[same].preset if same in rows else name, context=machine)
+    yield from rows.values()
+
+
+#: Examples whose arguments make no difference to what a script can do to them.
+_VARIANTS = (
+    CallDefaults("turbo", guidance_scale=2.0),
+    CastDtype("float16", components=("transformer",)),
+    SwapScheduler("euler_ancestral"),
+    SwapScheduler("euler", shift=5.0),
+    SwapScheduler("dpmpp_sde", timestep_spacing="trailing"),
+    SwapScheduler("lcm"),
+)
+
+
+def rows() -> tuple[Row, ...]:
+    """Return all rows: every example of a transform, some that belong together, and every preset."""
+    simulated = {"CaptureGraphs", "KeepTimestepsOnHost", "Warmup"}
+    return (
+        *(_row(transform) for transform in EXAMPLES if transform not in _VARIANTS),
+        _row(Quantize("int8-weight-only", backend="quanto")),
+        _row(Quantize("nf4")),
+        _row(RewriteBlocks(), Quantize("int8-weight-only")),
+        _row(RewriteBlocks(), CaptureGraphs(), context=H200),
+        _row(KeepTimestepsOnHost(), context=H200),
+        _row(Compile(), Warmup(sizes=((32, 32),))),
+        *_presets(),
+        *(
+            _row(transform, context=H200, gpu="only planned here: it needs a GPU")
+            for transform in ELSEWHERE
+            if type(transform).__name__ not in simulated
+        ),
+    )
+
+
+ROWS = {row.name: row for row in rows()}
+
+
+@functools.cache
+def _template(family: str, enhancer: bool) -> Any:
+    make = PIPES[family]
+    if family == "ernie":
+        return make(enhancer=enhancer)
+    return make()
+
+
+def stock(family: str, row: Row | None = None) -> Any:
+    """Return a fresh pipe of `family`, with what `row` would change: a prompt enhancer, weights laid out otherwise."""
+    pipe = copy.deepcopy(_template(family, row is not None and row.enhances))
+    if row is not None and row.awkward and getattr(pipe, "transformer", None) is not None:
+        make_awkward(pipe)
+    return pipe
+
+
+def part(family: str, name: str, like: Any) -> Any:
+    """Return another component of the same class, with other weights, in the dtype of `like`."""
+    made = copy.deepcopy(getattr(_template(family, False), name))
+    pipelines.randomize(made, seed=5)
+    return made.to(like.dtype).eval().requires_grad_(False)
+
+
+def draw(pipe: Any, row: Row | None = None, *, seed: int = 0, **kwargs: Any) -> torch.Tensor:
+    """Return a small picture, around 0, leaving to the pipe what the row would change of the call."""
+    name, given = type(pipe).__name__, torch.Generator().manual_seed(7)
+    steps = 20 if row is not None and row.has("CacheSteps") else 2
+    arguments: dict[str, Any] = {
+        "num_inference_steps": steps,
+        "generator": torch.Generator().manual_seed(seed),
+        "output_type": "pt",
+        "height": 32,
+        "width": 32,
+        "guidance_scale": 1.0,
+    }
+    if name.startswith(("Flux", "StableDiffusion", "Wan")):
+        dtype = next(m for m in (getattr(pipe, n, None) for n in ("unet", "transformer", "transformer_2")) if m).dtype
+        arguments["prompt_embeds"] = torch.randn(1, 5, 32, generator=given).to(dtype)
+        if name.startswith("Flux"):
+            arguments["pooled_prompt_embeds"] = torch.randn(1, 32, generator=given).to(dtype)
+        if name.startswith("Wan"):
+            arguments |= {"num_frames": 1, "height": 16, "width": 16}
+    else:
+        arguments["prompt"] = PROMPT
+    if name.startswith(("ZImage", "Lumina2")):
+        arguments["max_sequence_length"] = 48
+    if name.startswith("ErnieImage"):
+        arguments["use_pe"] = row is not None and row.enhances
+        if row is not None and row.enhances:
+            arguments["height"] = arguments["width"] = 64
+    if row is not None and row.has("CallDefaults"):
+        del arguments["num_inference_steps"], arguments["guidance_scale"]
+    arguments |= kwargs
+    torch.manual_seed(0)  # stock draws the enhancer's words from the global random numbers
+    made = pipe(**arguments)
+    picture = made.frames if hasattr(made, "frames") else images_of(made)
+    return torch.as_tensor(picture).float() - 0.5
