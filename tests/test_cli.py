@@ -91,14 +91,14 @@ def test_batch_makes_a_picture_per_row(capsys, tmp_path, table):
 
 
 def test_a_row_that_fails_is_told_and_the_exit_code_is_three(capsys, tmp_path, table, monkeypatch):
-    ids = PromptEnhancer._ids
+    enhance = PromptEnhancer.enhance
 
-    def fail_on_blue(self, request, system_prompt):
-        if "blue" in request.prompt:
+    def fail_on_blue(self, requests, **settings):
+        if any("blue" in request.prompt for request in requests):
             raise RuntimeError("no blue today")
-        return ids(self, request, system_prompt)
+        return enhance(self, requests, **settings)
 
-    monkeypatch.setattr(PromptEnhancer, "_ids", fail_on_blue)
+    monkeypatch.setattr(PromptEnhancer, "enhance", fail_on_blue)
     code, out, err = run(capsys, "batch", table, "--out", tmp_path / "out", "--preset", "exact")
     assert code == 3
     assert "1 succeeded, 1 failed" in out
