@@ -1,0 +1,41 @@
+"""What a user will ask of a pipe, as far as memory depends on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a pipeline.
+
+    Attributes:
+        width: Of the pictures, in pixels.
+        height: Of the pictures, in pixels.
+        pictures: How many at once.
+        guidance: Whether each is denoised twice, with and without its prompt.
+        prompt_tokens: Tokens of a prompt.
+        new_tokens: Tokens that the prompt enhancer writes, where there is one.
+    """
+
+    width: int = 1024
+    height: int = 1024
+    pictures: int = 1
+    guidance: bool = False
+    prompt_tokens: int = 256
+    new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("width", "height", "pictures", "prompt_tokens", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def rows(self) -> int:
+        """Rows of the denoiser's batch."""
+        return self.pictures * (2 if self.guidance else 1)
+
+    def __str__(self) -> str:
+        several = f"{self.pictures} pictures" if self.pictures > 1 else "a picture"
+        guided = ", with guidance" if self.guidance else ""
+        return f"{several} of {self.width}x{self.height}, {self.prompt_tokens} tokens{guided}"
