@@ -118,6 +118,8 @@ class Family:
             (``_repeated_blocks``).
         dispatched: Class name of an attention processor that bypasses diffusers' dispatcher -> "module:class" of one
             that goes through it.
+        forward_inputs: Function (or "module:function") that returns arguments of the transformer's forward without
+            values, given (transformer, rows, width, height, tokens); None: what a step needs cannot be worked out.
         text_argument: Argument of the transformer's forward that holds the encoded prompts, [B, T, H] or a
             list of [T, H].
         prompt_encoding: Set where stock diffusers encodes the prompts of a call one by one.
@@ -140,6 +142,7 @@ class Family:
     kernels: object | None = None
     repeated_blocks: tuple[str, ...] = ()
     dispatched: Mapping[str, str] = field(default_factory=dict)
+    forward_inputs: object | None = None
     text_argument: str | None = None
     always_masks: AlwaysMasks | None = None
     prompt_encoding: PromptEncoding | None = None

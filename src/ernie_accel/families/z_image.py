@@ -28,5 +28,6 @@ Z_IMAGE = Family(
             ),
         }
     ),
+    forward_inputs="ernie_accel.models.z_image.inputs:forward_inputs",
     text_argument="cap_feats",
 )

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -29,10 +30,17 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution.default:
+            self._convolve(args[0], args[1], result)
         for value in tree_iter(result):
             if isinstance(value, Tensor):
                 self._count(value)
         return result
+
+    def _convolve(self, x: Tensor, weight: Tensor, result: Tensor) -> None:
+        """Count what cuDNN copies: its kernels take channels-last tensors."""
+        if x.ndim == 4 and not weight.is_contiguous(memory_format=torch.channels_last):
+            self.peak = max(self.peak, self._now + x.nbytes + 2 * result.nbytes)
 
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -48,17 +56,34 @@ class _Counter(TorchDispatchMode):
         self._now -= self._live.pop(key, 0)
 
 
-def peak_of(module: nn.Module, run: Callable[[Any], object]) -> int:
+class _Lengths(TorchFunctionMode):
+    """Answers what is read on the host, which tensors without data cannot tell: a list of integers is of lengths."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self._length = length
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return func(*args, **(kwargs or {}))
+        except DataDependentOutputException:
+            if getattr(func, "__name__", "") != "tolist" or args[0].ndim != 1:
+                raise
+            return [self._length] * len(args[0])
+
+
+def peak_of(module: nn.Module, run: Callable[[Any], object], length: int = 1) -> int:
     """Return the bytes that `run` needs at most beside the weights of `module`.
 
     Args:
         module: Its weights may be anywhere, the meta device included; it is left as it is.
+        length: Of the prompts, where the module reads such on the host.
         run: Called with a copy whose tensors have no data, to do the work; tensors that it makes have none either.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = _without_data(module, mode)
     known = {t.untyped_storage()._cdata for t in (*fake.parameters(), *fake.buffers())}
-    with torch.no_grad(), mode, _Counter(known) as counter:
+    with torch.no_grad(), mode, _Lengths(length), _Counter(known) as counter:
         run(fake)
     return counter.peak
 

@@ -1,0 +1,19 @@
+"""Arguments of the transformer's forward by size, without values: for working out what a step needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def forward_inputs(transformer: Any, rows: int, width: int, height: int, tokens: int) -> dict[str, Any]:
+    """Return the arguments for `rows` pictures of `width` x `height` pixels and prompts of `tokens` tokens."""
+    config, dtype = transformer.config, transformer.dtype
+    return {
+        "hidden_states": torch.empty(rows, config.in_channels, height // 8, width // 8, dtype=dtype),
+        "timestep": torch.empty(rows, dtype=dtype),
+        "encoder_hidden_states": torch.empty(rows, tokens, config.cap_feat_dim, dtype=dtype),
+        "encoder_attention_mask": torch.ones(rows, tokens, dtype=torch.bool),
+        "return_dict": False,
+    }
