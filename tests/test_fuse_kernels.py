@@ -385,3 +385,15 @@ def test_a_pipe_with_a_lora_is_refused_and_the_bf16_kernels_leave_it_alone() -> 
     rewritten = after(H200, pipe, ernie_accel.RewriteBlocks())
     assert ["a LoRA is loaded" in r for r in ernie_accel.FuseKernels("fp8").unsupported(pipe, rewritten)] == [True]
     assert "a LoRA is loaded" in ernie_accel.FuseKernels("bf16").preview(pipe, rewritten).note
+
+
+def test_asking_again_for_what_keeps_no_originals_changes_nothing_and_more_can_be_added() -> None:
+    """It sets attributes that `RewriteBlocks` had set; without an undo of its own this must still be known."""
+    pipe = tiny_ernie(dtype=torch.bfloat16)
+    wanted = (ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels("fp8", attention="bf16", keep_originals=False))
+    ernie_accel.optimize(pipe, *wanted, context=H200)
+    first = ernie_accel.report(pipe)
+    ernie_accel.optimize(pipe, *wanted, context=H200)
+    assert ernie_accel.report(pipe).entries == first.entries
+    ernie_accel.optimize(pipe, *wanted, ernie_accel.KeepTimestepsOnHost(), context=H200)
+    assert ernie_accel.report(pipe).entries[:2] == first.entries

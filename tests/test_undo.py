@@ -74,7 +74,7 @@ def test_what_a_later_transform_replaced_is_still_in_place_beneath_it(model):
     with Undo() as second:
         second.setattr(model, "mode", "second")
     assert not first.is_in_place()
-    assert first.is_in_place([second])
+    assert first.is_in_place(second.replaced)
     second()
     first()
     assert "mode" not in vars(model)

@@ -30,7 +30,7 @@ from ernie_accel.core.report import Entry, Report
 from ernie_accel.core.step import Step
 from ernie_accel.core.transform import Applied, Phase, Transform
 from ernie_accel.core.turns import stop_taking_turns, take_turns
-from ernie_accel.core.undo import Undo, recorded
+from ernie_accel.core.undo import Replaced, Undo, recorded
 
 
 def apply_request(
@@ -153,7 +153,9 @@ def _apply_step(pipe: Pipeline, so_far: Report, step: Step) -> Entry:
     if not applied.changed:
         raise RuntimeError("it changed nothing, although its preview said it would")
     seconds = time.perf_counter() - start
-    applied = replace(applied, seconds=seconds, bytes_before=before, bytes_after=pipe_bytes(pipe))
+    replaced = frozenset[Replaced]().union(*(undo.replaced for undo in under_way.journal))
+    after = pipe_bytes(pipe)
+    applied = replace(applied, seconds=seconds, replaced=replaced, bytes_before=before, bytes_after=after)
     return Entry(step, applied)
 
 

@@ -24,7 +24,6 @@ from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Entry, Report, planned_by
 from ernie_accel.core.step import Step
 from ernie_accel.core.transform import Effect, Preview, Transform
-from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
 from ernie_accel.families.family import UNKNOWN, Family
 
@@ -239,8 +238,8 @@ def _still_in_place(pipe: Pipeline, entry: Entry, later: Iterable[Entry]) -> boo
     if was_replaced(pipe, entry.step.transform, changes):
         return False
     is_in_place = getattr(None if entry.applied is None else entry.applied.undo, "is_in_place", None)
-    undos = (other.applied.undo for other in later if other.applied is not None)
-    return is_in_place is None or bool(is_in_place([undo for undo in undos if isinstance(undo, Undo)]))
+    beneath = {each for other in later if other.applied is not None for each in other.applied.replaced}
+    return is_in_place is None or bool(is_in_place(beneath))
 
 
 def objections_to_undo(entry: Entry) -> Iterable[str]:

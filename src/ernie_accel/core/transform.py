@@ -118,6 +118,7 @@ class Applied:
         note: What the reader of a report should know.
         details: One receipt a layer, where a transform changes layers one by one; in the JSON, not in the table.
         unfinished: Whether `apply` has not returned, or was interrupted; filled in by ``optimize``.
+        replaced: What it set attributes in the place of (`Undo.replaced`); filled in by ``optimize``.
         seconds: Wall time of `Transform.apply`; filled in by ``optimize``.
         bytes_before: Bytes of the pipe's weights before; filled in by ``optimize``.
         bytes_after: Bytes of the pipe's weights after; filled in by ``optimize``.
@@ -130,6 +131,7 @@ class Applied:
     note: str = ""
     details: tuple[LayerReceipt, ...] = field(default=(), repr=False)
     unfinished: bool = False
+    replaced: frozenset[tuple[int, str, int]] = field(default=frozenset(), repr=False, compare=False)
     seconds: float = 0.0
     bytes_before: int = 0
     bytes_after: int = 0

@@ -6,7 +6,7 @@ import contextvars
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from types import MethodType, TracebackType
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 
@@ -15,6 +15,8 @@ from ernie_accel.core.components import Weight
 from ernie_accel.core.errors import RestoreWarning
 
 T = TypeVar("T")
+#: An attribute that was set: identity of its owner, name, identity of the value before.
+Replaced: TypeAlias = tuple[int, str, int]
 _ABSENT = object()
 #: Values that are the same when they compare equal; anything else is the same when it is the same object.
 _PLAIN = (bool, int, float, str, type(None))
@@ -43,7 +45,7 @@ class Undo:
     def __init__(self) -> None:
         self._actions: list[Callable[[], object]] = []
         self._objections: list[Callable[[], str | None]] = []
-        self._still_there: list[Callable[[set[tuple[int, str, int]]], bool]] = []
+        self._still_there: list[Callable[[set[Replaced]], bool]] = []
         #: (owner, name, the value that it replaced) of every attribute that was set.
         self._replaced: list[tuple[object, str, object]] = []
         self.no_way_back: str | None = None
@@ -92,13 +94,18 @@ class Undo:
             if reason is not None:
                 yield reason
 
-    def is_in_place(self, later: Iterable[Undo] = ()) -> bool:
+    @property
+    def replaced(self) -> frozenset[Replaced]:
+        """What it set attributes in the place of: identities, which keep nothing alive."""
+        return frozenset((id(owner), name, id(old)) for owner, name, old in self._replaced)
+
+    def is_in_place(self, beneath: Iterable[Replaced] = ()) -> bool:
         """Return whether the changes are still there, as far as this is known: nothing has replaced them since.
 
-        What the transforms of `later` have replaced is still there, beneath their changes.
+        What later transforms have `replaced` (`beneath`) is still there, beneath their changes.
         """
-        beneath = {(id(owner), name, id(old)) for undo in later for owner, name, old in undo._replaced}
-        return all(still_there(beneath) for still_there in self._still_there)
+        covered = set(beneath)
+        return all(still_there(covered) for still_there in self._still_there)
 
     def watch(self, still_there: Callable[[], bool]) -> None:
         """Have `is_in_place` ask `still_there`, too: for a change that is recorded by `push`."""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -19,17 +18,23 @@ from torch.utils._pytree import tree_iter
 _BLOCK = 512
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that are made while it is on, for as long as each is alive."""
 
-    def __init__(self, known: set[int]) -> None:
-        super().__init__()
+    def __init__(self, known: set[int], length: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak = self._now = 0
+        self._length = length
         self._live: dict[int, int] = {}
         self._known = known
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        try:
+            result = func(*args, **(kwargs or {}))
+        except DataDependentOutputException:
+            if func is not torch.ops.aten._local_scalar_dense.default:
+                raise
+            return self._length  # what a transformer reads on the host is how long its prompts are
         if func is torch.ops.aten.convolution.default:
             self._convolve(args[0], args[1], result)
         for value in tree_iter(result):
@@ -56,22 +61,6 @@ class _Counter(TorchDispatchMode):
         self._now -= self._live.pop(key, 0)
 
 
-class _Lengths(TorchFunctionMode):
-    """Answers what is read on the host, which tensors without data cannot tell: a list of integers is of lengths."""
-
-    def __init__(self, length: int) -> None:
-        super().__init__()
-        self._length = length
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        try:
-            return func(*args, **(kwargs or {}))
-        except DataDependentOutputException:
-            if getattr(func, "__name__", "") != "tolist" or args[0].ndim != 1:
-                raise
-            return [self._length] * len(args[0])
-
-
 def peak_of(module: nn.Module, run: Callable[[Any], object], length: int = 1) -> int:
     """Return the bytes that `run` needs at most beside the weights of `module`.
 
@@ -83,9 +72,10 @@ def peak_of(module: nn.Module, run: Callable[[Any], object], length: int = 1) ->
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fake = _without_data(module, mode)
     known = {t.untyped_storage()._cdata for t in (*fake.parameters(), *fake.buffers())}
-    with torch.no_grad(), mode, _Lengths(length), _Counter(known) as counter:
+    with torch.no_grad(), mode, _Counter(known, length) as counter:
         run(fake)
-    return counter.peak
+    peak: int = counter.peak
+    return peak
 
 
 def _without_data(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
