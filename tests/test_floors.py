@@ -21,6 +21,7 @@ FLOORS = (
     ("residency",),
     ("transforms",),
     ("recipes", "storage"),
+    ("memory",),
     ("api",),
     ("testing", "fidelity", "batch"),
     ("demo",),

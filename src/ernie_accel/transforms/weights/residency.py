@@ -79,7 +79,7 @@ class Residency(Transform):
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         planned = context.planned(pipe)
-        layout = self._layout(pipe, planned)
+        layout = self.layout(pipe, planned)
         changes = tuple(_describe(layout)) or (f"all weights stay on {self.device or context.device}",)
         return Preview(changes, note=f"{human_bytes(layout.nbytes + _staying(pipe, planned))} of weights on the device")
 
@@ -105,7 +105,8 @@ class Residency(Transform):
         changes = tuple(_describe(layout)) or (f"all weights stay on {device.type}",)
         return Applied(changes, undo=undo, note=f"{human_bytes(layout.nbytes)} of weights on the device at a time")
 
-    def _layout(self, pipe: Pipeline, planned: PlannedPipe) -> Layout:
+    def layout(self, pipe: Pipeline, planned: PlannedPipe) -> Layout:
+        """Return where the weights of a planned pipe will lie, those that never move left out."""
         sizes = sizes_of(pipe, planned)
         return lay_out([size for size, moves in sizes if moves], self.weights - _staying(pipe, planned))
 

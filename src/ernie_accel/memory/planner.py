@@ -1,0 +1,281 @@
+"""Choose where the weights of a pipe live, and in how many bits, so that a call fits; from the fastest way down."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from ernie_accel.common.text import table
+from ernie_accel.core.components import PROMPT_COMPONENTS, Pipeline, modules_of
+from ernie_accel.core.context import Context
+from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.hardware import GIB, hardware_called
+from ernie_accel.core.plan import Plan, compose, plan_request
+from ernie_accel.core.planned import PlannedPipe
+from ernie_accel.core.preset import Preset
+from ernie_accel.core.transform import Transform
+from ernie_accel.families import family_of
+from ernie_accel.memory.call import Call
+from ernie_accel.memory.stages import BETWEEN, POOLS, ROUNDING, Stage, activations_of, weights_by_stage
+from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
+from ernie_accel.transforms.weights.move_to import MoveTo
+from ernie_accel.transforms.weights.quantize import Quantize
+from ernie_accel.transforms.weights.residency import Residency, least_weights
+
+#: What a process cannot have of a card: the driver's share, and the desktop's.
+TAKEN = int(0.7 * GIB)
+#: Slots that say where weights live: who fills one has chosen.
+_PLACING = ("offload", "device", "free-after-use")
+_UNITS = {"gib": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where weights will live and what the device will hold, stage by stage; print it.
+
+    Attributes:
+        call: What it is for.
+        budget: Bytes of device memory that the process may use; None where it is not known.
+        stages: What the device holds in each stage.
+        spare: Bytes that captured graphs and the allocator hold beyond what is in use.
+        host: Bytes of host memory for what is not on the device.
+        transforms: What was chosen, to be applied beside what was asked for.
+        why: The reasons, one a line.
+        fits: Whether it fits the budget.
+    """
+
+    call: Call
+    budget: int | None
+    stages: tuple[Stage, ...]
+    spare: int
+    host: int
+    transforms: tuple[Transform, ...]
+    why: tuple[str, ...]
+    fits: bool
+
+    @property
+    def peak(self) -> int:
+        """Bytes in use in the stage that needs most."""
+        return max((stage.total for stage in self.stages), default=0)
+
+    @property
+    def needed(self) -> int:
+        """Bytes that the process needs: `peak` and `spare`."""
+        return self.peak + self.spare
+
+    def __str__(self) -> str:
+        budget = "" if self.budget is None else f" of {_gib(self.budget)} it may use"
+        verdict = "fits" if self.fits else "does NOT fit"
+        lines = [f"Memory for {self.call}: {_gib(self.needed)}{budget}: {verdict}"]
+        rows = [
+            (
+                stage.name,
+                _gib(stage.weights),
+                "unknown" if stage.activations is None else _gib(stage.activations + BETWEEN),
+                _gib(stage.total),
+            )
+            for stage in self.stages
+        ]
+        lines.append(table(("stage", "weights", "computing", "in use"), rows, frozenset({1, 2, 3})))
+        lines.append(f"Peak in use {_gib(self.peak)}, and {_gib(self.spare)} for graphs and the allocator.")
+        if self.host:
+            lines.append(f"Host memory for what is not on the device: {_gib(self.host)}.")
+        return "\n".join((*lines, *(f"  + {reason}" for reason in self.why)))
+
+    __repr__ = __str__
+
+
+def budget_of(memory: str | int, context: Context) -> int | None:
+    """Return the bytes of device memory that a process may use.
+
+    Args:
+        memory: "auto" for what a card has, less what driver and desktop take; "12GiB" for a budget; "-2GiB" for all but
+            that; or bytes.
+        context: The machine.
+
+    Raises:
+        ErnieAccelError: It is none of these.
+    """
+    if isinstance(memory, bool) or not isinstance(memory, (str, int)):
+        raise ErnieAccelError(f"memory takes 'auto', '12GiB', '-2GiB' (leave that free) or bytes, got {memory!r}")
+    if isinstance(memory, int):
+        if memory < 1:
+            raise ErnieAccelError(f"memory takes bytes above 0, got {memory!r}")
+        return memory
+    if memory == "auto":
+        return None if context.memory_bytes is None else context.memory_bytes - TAKEN
+    found = re.fullmatch(r"(-?)(\d+(?:\.\d+)?)\s*([a-z]+)", memory.strip().lower())
+    if found is None or found.group(3) not in _UNITS:
+        fix = f"; write {memory.strip()}GiB" if re.fullmatch(r"\d+(\.\d+)?", memory.strip()) else ""
+        raise ErnieAccelError(f"memory takes 'auto', '12GiB', '-2GiB' (leave that free) or bytes, got {memory!r}{fix}")
+    nbytes = int(float(found.group(2)) * _UNITS[found.group(3)])
+    if not found.group(1):
+        return nbytes
+    if context.memory_bytes is None:
+        raise ErnieAccelError(f"memory={memory!r} leaves some free, and how much {context} has is not known")
+    return context.memory_bytes - nbytes
+
+
+def plan_memory(
+    pipe: Pipeline,
+    transforms: Iterable[Transform],
+    preset: Preset | None,
+    context: Context,
+    memory: str | int = "auto",
+    call: Call | None = None,
+) -> MemoryPlan:
+    """Choose the fastest way in which a call fits. Changes nothing and needs no device and no weights.
+
+    What the user chose wins: components that are to be quantized stay so, and where a transform says where weights live
+    (`Offload`, `MoveTo`, `Residency`, `FreeAfterUse`), nothing is chosen and only the memory is worked out.
+
+    Args:
+        pipe: As it is now; one made by `skeleton` will do.
+        transforms: The user's, beside the preset.
+        preset: The preset, if one was named.
+        context: The machine.
+        memory: See `budget_of`.
+        call: What will be asked of the pipe; default: one picture of 1024x1024.
+
+    Raises:
+        ErnieAccelError: Nothing fits; the error says how much would be needed at least, stage by stage.
+    """
+    own = tuple(transforms)
+    call, budget = call or Call(), budget_of(memory, context)
+    wanted = compose(own, preset, family_of(pipe))
+    activations = activations_of(pipe, wanted, context, call)
+    best: MemoryPlan | None = None
+    for chosen, why in _candidates(pipe, wanted, context, budget, activations):
+        together = compose((*own, *chosen), preset, family_of(pipe))
+        the_plan = plan_request(pipe, together, preset, context)
+        found = _judge(pipe, the_plan, chosen, why, context, call, budget, activations)
+        if found is None:
+            continue
+        if found.fits:
+            return found
+        if best is None or found.needed < best.needed:
+            best = found
+    if best is None:
+        raise ErnieAccelError("no way to place the weights can run here; see plan(pipe, ...) for the reasons")
+    return best
+
+
+def check_fits(found: MemoryPlan) -> MemoryPlan:
+    """Return a plan that fits.
+
+    Raises:
+        ErnieAccelError: It does not; the error shows the least that would.
+    """
+    if found.fits:
+        return found
+    raise ErnieAccelError(
+        f"this does not fit: {_gib(found.needed)} are needed at least, and the process may use "
+        f"{_gib(found.budget or 0)}.\n{found}\nSmaller pictures, fewer at once, or a preset with fewer bits need less."
+    )
+
+
+def _candidates(
+    pipe: Pipeline,
+    wanted: tuple[Transform, ...],
+    context: Context,
+    budget: int | None,
+    activations: dict[str, int | None],
+) -> Iterator[tuple[tuple[Transform, ...], tuple[str, ...]]]:
+    """Yield what might be chosen, and why, from the fastest down."""
+    if any(each.slot in _PLACING or getattr(each, "device", None) is not None for each in wanted):
+        yield (), ("where the weights live was chosen by you",)
+        return
+    device = context.torch_device
+    move = (MoveTo(device),)
+    stays = "everything stays on the device"
+    yield move, (stays,)
+    eight = _eight_bits(pipe, wanted, context)
+    names = " and ".join(eight[0].components) if eight else ""
+    lossy = any(
+        isinstance(each, Quantize) or (isinstance(each, FuseKernels) and each.precision == "fp8") for each in wanted
+    )
+    less = f"{names} in 8 bits ({eight[0].scheme})" if eight else ""
+    if budget is None:
+        return
+    room = budget - max((need or 0 for need in activations.values()), default=0) - BETWEEN - _spare(wanted)
+    keep: tuple[Transform, ...] = (Residency(room, device=device),) if room > 0 else ()
+    fetched = f"weights within {_gib(max(room, 0))}, the rest fetched from the host in turn"
+    ways: list[tuple[tuple[Transform, ...], tuple[str, ...]]] = []
+    if eight:
+        ways.append(((*eight, *move), (less, stays)))
+    if keep:
+        ways.insert(len(ways) if lossy else 0, (keep, (fetched,)))
+    if eight and keep:
+        ways.append(((*eight, *keep), (less, fetched)))
+    yield from ways
+
+
+def _eight_bits(pipe: Pipeline, wanted: Iterable[Transform], context: Context) -> tuple[Quantize, ...]:
+    """Return what quantizes the prompt components that nobody has chosen a precision for; empty if there are none."""
+    taken = {name for each in wanted if isinstance(each, Quantize) for name in each.components}
+    left = tuple(name for name in modules_of(pipe) if name in PROMPT_COMPONENTS and name not in taken)
+    if not left or context.torch_device != "cuda":
+        return ()
+    scheme = "fp8-weight-only" if (context.capability or (0, 0)) >= (8, 9) else "int8-weight-only"
+    return (Quantize(scheme, components=left, keep_originals=False),)
+
+
+def _spare(transforms: Iterable[Transform]) -> int:
+    captures = any(each.slot in ("graphs", "text-encoder", "enhancer") for each in transforms)
+    return POOLS if captures else ROUNDING
+
+
+def _judge(
+    pipe: Pipeline,
+    the_plan: Plan,
+    chosen: tuple[Transform, ...],
+    why: tuple[str, ...],
+    context: Context,
+    call: Call,
+    budget: int | None,
+    activations: dict[str, int | None],
+) -> MemoryPlan | None:
+    """Return what one choice needs; None if it cannot run."""
+    mine = {step.transform for step in the_plan.steps if step.verdict == "unsupported"} & set(chosen)
+    planned = next((step.planned for step in reversed(the_plan.steps) if step.planned is not None), None)
+    planned = PlannedPipe.of(pipe) if planned is None else planned
+    keeps = [step.transform for step in the_plan.steps if isinstance(step.transform, Residency)]
+    kept = keeps[0].weights if keeps else None
+    if kept is not None and kept < (least := least_weights(pipe, planned)):
+        kept, mine = least, set()
+    if mine:
+        return None
+    by_stage = weights_by_stage(planned, activations, kept)
+    stages = tuple(Stage(name, by_stage[name], need) for name, need in activations.items())
+    transforms = [step.transform for step in the_plan.steps]
+    spare = _spare(transforms)
+    host = 0
+    if kept is not None and kept < planned.nbytes:
+        layout = replace(keeps[0], weights=kept).layout(pipe, planned)
+        host = sum(layout.sizes[name] for name in layout.moving)
+        why = (*why, *_cost(layout.fetched(_turns(pipe, planned)), context))
+    elif planned.offload is not None:
+        host = planned.nbytes
+    found = MemoryPlan(call, budget, stages, spare, host, chosen, why, fits=True)
+    return replace(found, fits=budget is None or found.needed <= budget)
+
+
+def _turns(pipe: Pipeline, planned: PlannedPipe) -> list[tuple[str, int]]:
+    steps = planned.num_inference_steps or 1
+    names = [name for name in modules_of(pipe) if name != "vae"]
+    prompts = [name for name in PROMPT_COMPONENTS if name in names]
+    order = (["pe"] if "pe" in prompts else []) + [name for name in prompts if name != "pe"]
+    return [(name, 1) for name in order] + [(name, steps) for name in names if name not in prompts]
+
+
+def _cost(fetched: int, context: Context) -> Iterator[str]:
+    row = hardware_called(context.device_name)
+    rate = None if row is None else row.host_gb_s
+    if fetched:
+        time = "" if rate is None else f": {fetched / rate / 1e9:.2f} s of its link, at {rate:g} GB/s"
+        yield f"{_gib(fetched)} come from the host for each picture{time}"
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / GIB:.1f} GiB"

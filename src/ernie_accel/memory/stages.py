@@ -1,0 +1,186 @@
+"""What the device holds in each stage of a call: weights, and what is computed with them."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ernie_accel.core.apply import apply_request
+from ernie_accel.core.components import (
+    DENOISERS,
+    PROMPT_COMPONENTS,
+    Pipeline,
+    denoisers_of,
+    mark_as_skeleton,
+    modules_of,
+)
+from ernie_accel.core.context import Context
+from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.hardware import GIB
+from ernie_accel.core.planned import PlannedPipe
+from ernie_accel.core.transform import Transform
+from ernie_accel.families import family_of
+from ernie_accel.memory.activations import peak_of, quiet
+from ernie_accel.memory.call import Call
+from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
+from ernie_accel.transforms.denoiser.rewrite_blocks import RewriteBlocks
+from ernie_accel.transforms.vae.decoder import FuseVae
+from ernie_accel.transforms.weights.cast_dtype import CastDtype
+
+#: What lies on the device between the stages: embeddings, latents, the inputs of graphs. Full-size ERNIE-Image at
+#: 1024x1024 on an H200, peak of a picture less weights and the largest stage: 0.07 GiB without enhancer, 0.14 with.
+BETWEEN = int(0.15 * GIB)
+#: What captured graphs and torch's allocator hold beyond what is in use. The same pipe under a cap: 0.66 to 0.76 GiB.
+POOLS = int(0.8 * GIB)
+#: The same where nothing is captured: blocks of other sizes than those asked for.
+ROUNDING = int(0.4 * GIB)
+#: Transforms that change what a stage needs beside weights, and can be applied to tensors without data.
+_TRACED = (CastDtype, RewriteBlocks, FuseKernels, FuseVae)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a call.
+
+    Attributes:
+        name: "enhance", "encode", "denoise" or "decode".
+        weights: Bytes of weights on the device meanwhile.
+        activations: Bytes that are computed with them at most; None where that is not known for this architecture.
+    """
+
+    name: str
+    weights: int
+    activations: int | None
+
+    @property
+    def total(self) -> int:
+        """Bytes in use, what is not known left out."""
+        return self.weights + (self.activations or 0) + BETWEEN
+
+
+def activations_of(
+    pipe: Pipeline, transforms: Iterable[Transform], context: Context, call: Call
+) -> dict[str, int | None]:
+    """Return what each stage needs beside weights, in the order of the stages; nothing is computed and `pipe` stays.
+
+    Args:
+        pipe: As it is now.
+        transforms: What will be applied to it.
+        context: The machine.
+        call: What will be asked of it.
+    """
+    twin = without_weights(pipe)
+    traced = tuple(_forgetful(each) for each in transforms if isinstance(each, _TRACED))
+    if traced:
+        try:
+            apply_request(twin, traced, None, context, skip_unsupported=True)
+        except ErnieAccelError:
+            twin = without_weights(pipe)
+    found: dict[str, int | None] = {}
+    with quiet():
+        for name, part, run in _runs(twin, call):
+            found[name] = None if run is None else peak_of(part, run, call.prompt_tokens)
+    return found
+
+
+def without_weights(pipe: Pipeline) -> Pipeline:
+    """Return a pipe like this one, as it is now, whose weights are on the meta device."""
+    parts: dict[str, Any] = dict(pipe.components)
+    for name, module in modules_of(pipe).items():
+        memo: dict[int, Any] = {}
+        for tensor in (*module.parameters(), *module.buffers()):
+            bare = tensor.detach().to("meta")
+            memo[id(tensor)] = nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
+        parts[name] = copy.deepcopy(module, memo)
+    twin: Pipeline = type(pipe)(**parts)
+    mark_as_skeleton(twin)
+    return twin
+
+
+def _forgetful(transform: Transform) -> Transform:
+    return FuseKernels(transform.precision, keep_originals=False) if isinstance(transform, FuseKernels) else transform
+
+
+def _runs(pipe: Pipeline, call: Call) -> Iterator[tuple[str, nn.Module, Callable[[Any], object] | None]]:
+    modules, family = modules_of(pipe), family_of(pipe)
+    if "pe" in modules:
+        yield "enhance", modules["pe"], _language_model(1, call.new_tokens)
+    if any(name in modules for name in PROMPT_COMPONENTS if name != "pe"):
+        name = next(name for name in PROMPT_COMPONENTS if name in modules and name != "pe")
+        known = hasattr(modules[name], "get_input_embeddings")
+        yield "encode", modules[name], _language_model(call.rows, call.prompt_tokens) if known else None
+    for denoiser in list(denoisers_of(pipe).values())[:1]:
+        yield "denoise", denoiser, _step(_found(family.forward_inputs), call)
+    if "vae" in modules:
+        yield "decode", modules["vae"], _decode(modules["vae"], call)
+
+
+def _step(inputs: Any, call: Call) -> Callable[[Any], object] | None:
+    if inputs is None:
+        return None
+    return lambda model: model(**inputs(model, call.rows, call.width, call.height, call.prompt_tokens))
+
+
+def _language_model(rows: int, tokens: int) -> Callable[[Any], object]:
+    return lambda model: model(input_ids=torch.zeros(rows, tokens, dtype=torch.long), output_hidden_states=True)
+
+
+def _decode(vae: Any, call: Call) -> Callable[[Any], object] | None:
+    config = vae.config
+    channels, widths = getattr(config, "latent_channels", None), getattr(config, "block_out_channels", None)
+    if not hasattr(vae, "decode") or channels is None or widths is None or type(vae).__name__ not in _PICTURE_VAES:
+        return None
+    scale = 2 ** (len(widths) - 1)
+
+    def run(model: Any) -> object:
+        shape = (call.pictures, channels, call.height // scale, call.width // scale)
+        return model.decode(torch.empty(shape, dtype=model.dtype), return_dict=False)
+
+    return run
+
+
+_PICTURE_VAES = frozenset({"AutoencoderKL", "AutoencoderKLFlux2"})
+
+
+def _found(named: object) -> Any:
+    if not isinstance(named, str):
+        return named
+    module, _, attribute = named.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def weights_by_stage(planned: PlannedPipe, names: Iterable[str], kept: int | None) -> dict[str, int]:
+    """Return the bytes of weights on the device in each stage.
+
+    Args:
+        planned: The pipe as it will be.
+        names: Of the stages.
+        kept: Bytes that `Residency` keeps them within; None where it is not used.
+    """
+    everything = planned.nbytes
+    if kept is not None:
+        return dict.fromkeys(names, min(kept, everything))
+    components = {name.partition(".")[0] for name in planned.weights}
+    prompts = {name for name in components if name in PROMPT_COMPONENTS}
+    denoisers = {name for name in components if name in DENOISERS}
+    at_work = {"enhance": {"pe"}, "encode": prompts - {"pe"}, "denoise": denoisers}
+    at_work["decode"] = components - prompts - denoisers
+
+    def total(chosen: Iterable[str]) -> int:
+        return sum(planned.bytes_of(name) for name in chosen)
+
+    found = {}
+    for name in names:
+        if planned.offload == "model":
+            found[name] = total(at_work[name])
+        elif planned.offload == "stages":
+            found[name] = total((components - prompts) | at_work[name])
+        else:
+            found[name] = everything
+    return found

@@ -1,0 +1,193 @@
+"""What a pipe will need, worked out from shapes, and where its weights are put so that it fits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ernie_accel import CastDtype, Context, FuseKernels, MoveTo, Offload, Quantize, Residency, RewriteBlocks
+from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.hardware import GIB
+from ernie_accel.core.planned import PlannedPipe
+from ernie_accel.families import family_of
+from ernie_accel.families.published import CHECKPOINTS, published
+from ernie_accel.memory.activations import _Counter, peak_of
+from ernie_accel.memory.call import Call
+from ernie_accel.memory.planner import budget_of, check_fits, plan_memory
+from ernie_accel.memory.stages import activations_of
+from ernie_accel.recipes.presets import find_preset
+from ernie_accel.storage.skeleton import skeleton
+from tests.pipelines import tiny_ernie, tiny_flux, tiny_lumina2, tiny_z_image
+
+TURBO = "baidu/ERNIE-Image-Turbo"
+
+
+@pytest.fixture(scope="module")
+def turbo() -> Any:
+    return skeleton(TURBO)
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda each: each.names[0])
+def test_published_checkpoints_have_the_sizes_of_their_files(checkpoint):
+    pipe = skeleton(checkpoint.names[0].upper())
+    family = family_of(pipe)
+    assert family.is_known
+    assert checkpoint.mode in family.modes
+    for name, nbytes in family.weight_bytes.items():
+        if name == "transformer":
+            assert PlannedPipe.of(pipe).bytes_of(name) == pytest.approx(nbytes, rel=0.001)
+    assert all(
+        tensor.is_meta
+        for part in pipe.components.values()
+        if isinstance(part, torch.nn.Module)
+        for tensor in part.parameters()
+    )
+
+
+def test_a_checkpoint_that_is_not_known_is_refused_with_those_that_are(monkeypatch):
+    assert published("somebody/something") is None
+    with pytest.raises(ErnieAccelError, match=r"somebody/something.*Known: baidu/ERNIE-Image-Turbo"):
+        skeleton("somebody/something")
+
+
+def test_a_folder_is_planned_without_its_weights(tmp_path):
+    pipe = tiny_ernie(dtype=torch.bfloat16)
+    pipe.save_pretrained(tmp_path / "pipe")
+    for file in (tmp_path / "pipe").rglob("*.safetensors"):
+        file.unlink()
+    bare = skeleton(str(tmp_path / "pipe"))
+    assert PlannedPipe.of(bare).nbytes == PlannedPipe.of(pipe).nbytes
+
+
+PARTS = {
+    "ernie": (tiny_ernie, 64),
+    "z_image": (tiny_z_image, 64),
+    "lumina2": (tiny_lumina2, 64),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_what_is_counted_without_data_is_what_a_run_with_data_needs(name, rows):
+    make, pixels = PARTS[name]
+    pipe = make()
+    module, vary = "ernie_accel.models.", {"ernie": "ernie_image", "z_image": "z_image", "lumina2": "lumina"}
+    inputs = __import__(f"{module}{vary[name]}.inputs", fromlist=["x"]).forward_inputs
+
+    def run(transformer: Any) -> None:
+        transformer(**inputs(transformer, rows, pixels, pixels, 7))
+
+    known = {t.untyped_storage()._cdata for t in (*pipe.transformer.parameters(), *pipe.transformer.buffers())}
+    with torch.no_grad():
+        run(pipe.transformer)  # some keep tables of positions from the first call on
+        with _Counter(known, 7) as counter:
+            run(pipe.transformer)
+    assert peak_of(pipe.transformer, run, 7) == pytest.approx(counter.peak, rel=0.02)
+
+
+def test_full_size_stages_are_what_an_h200_measured(turbo):
+    """MiB at 1024, 512 and 1264 px, stock and on fused kernels (NVIDIA H200, torch 2.11, cuDNN attention in fp8)."""
+    measured = {
+        (1024, 1, False): {"denoise": 762, "decode": 2435},
+        (512, 1, False): {"denoise": 208, "decode": 609},
+        (1264, 1, False): {"denoise": 1148, "decode": 3709},
+        (1024, 1, True): {"denoise": 579, "decode": 1282},
+        (512, 1, True): {"denoise": 163, "decode": 321},
+        (1024, 2, True): {"denoise": 1162, "decode": 2564},
+    }
+    context = Context("cuda", "NVIDIA H200", (9, 0), 141 * GIB, {"triton": "3.6", "cudnn": "1.32"})
+    fast = find_preset("turbo-fp8").transforms
+    for (pixels, pictures, on_kernels), stages in measured.items():
+        call = Call(pixels, pixels, pictures, prompt_tokens=128)
+        found = activations_of(turbo, fast if on_kernels else (), context, call)
+        for stage, mib in stages.items():
+            assert (found[stage] or 0) / 2**20 == pytest.approx(mib, rel=0.03), (pixels, pictures, on_kernels, stage)
+
+
+def planned(pipe: Any, card: str, preset: str = "turbo-fp8", *transforms: Any, **kwargs: Any) -> Any:
+    return plan_memory(pipe, transforms, find_preset(preset), Context.named(card), **kwargs)
+
+
+def test_the_fastest_way_that_fits_is_chosen(turbo):
+    assert planned(turbo, "h200").transforms == (MoveTo("cuda"),)
+    on_24 = planned(turbo, "rtx4090")
+    assert on_24.transforms[1:] == (MoveTo("cuda"),)
+    assert on_24.transforms[0].components == ("text_encoder", "pe")
+    on_16 = planned(turbo, "rtx4090", memory="15.3GiB")
+    assert any(isinstance(each, Residency) for each in on_16.transforms)
+    on_8 = planned(turbo, "rtx4060")
+    assert on_8.fits
+    assert on_8.host < 20e9
+    for found in (on_24, on_16, on_8):
+        assert found.fits
+        assert found.needed <= found.budget
+
+
+def test_weights_stay_unquantized_as_long_as_that_fits(turbo):
+    found = planned(turbo, "rtx4090", "turbo-bf16")
+    assert [type(each).__name__ for each in found.transforms] == ["Residency"]
+
+
+def test_what_the_user_chose_wins(turbo):
+    own = Quantize("int8-weight-only", components=("text_encoder",))
+    found = planned(turbo, "rtx4060", "turbo-fp8", own)
+    assert all("text_encoder" not in getattr(each, "components", ()) for each in found.transforms)
+    placed = planned(turbo, "rtx4060", "turbo-fp8", Offload("stages"))
+    assert placed.transforms == ()
+    assert not placed.fits
+
+
+def test_larger_calls_need_more(turbo):
+    small = planned(turbo, "h200")
+    large = planned(turbo, "h200", call=Call(1376, 768, pictures=4))
+    assert large.peak > small.peak
+    assert "4 pictures of 1376x768" in str(large)
+
+
+def test_a_pipe_that_cannot_fit_is_refused_with_what_would(turbo):
+    found = planned(turbo, "rtx4060", memory="3GiB")
+    assert not found.fits
+    with pytest.raises(ErnieAccelError, match=r"(?s)does not fit: .* are needed at least.*denoise"):
+        check_fits(found)
+
+
+@pytest.mark.parametrize(
+    ("memory", "nbytes"),
+    [("12GiB", 12 * GIB), ("12gb", 12 * 10**9), ("500 MiB", 500 * 2**20), (10**9, 10**9)],
+)
+def test_a_budget_is_read(memory, nbytes):
+    assert budget_of(memory, Context.named("h100")) == nbytes
+
+
+def test_a_reserve_is_left_free():
+    card = Context.named("rtx4090")
+    assert budget_of("-2GiB", card) == card.memory_bytes - 2 * GIB
+    assert budget_of("auto", card) == card.memory_bytes - int(0.7 * GIB)
+    with pytest.raises(ErnieAccelError, match="is not known"):
+        budget_of("-2GiB", Context("cuda", "something"))
+
+
+@pytest.mark.parametrize("memory", ["12", "lots", "", 0, -5, True, None, 1.5, "GiB"])
+def test_what_is_no_budget_is_refused(memory):
+    with pytest.raises(ErnieAccelError, match="memory takes"):
+        budget_of(memory, Context.named("h100"))
+    if memory == "12":
+        with pytest.raises(ErnieAccelError, match="write 12GiB"):
+            budget_of(memory, Context.named("h100"))
+
+
+def test_of_an_unknown_architecture_the_weights_are_planned():
+    found = plan_memory(tiny_flux(), (CastDtype("bfloat16"),), None, Context.named("rtx3060"))
+    assert found.fits
+    assert [stage.activations is None for stage in found.stages if stage.name == "denoise"] == [True]
+    assert "unknown" in str(found)
+
+
+def test_a_pipe_with_weights_is_left_as_it_is():
+    pipe = tiny_ernie(layers=3)
+    before = {name: id(part) for name, part in pipe.components.items()}
+    plan_memory(pipe, (RewriteBlocks(), FuseKernels("bf16")), None, Context.named("h100"))
+    assert {name: id(part) for name, part in pipe.components.items()} == before
+    assert not any(tensor.is_meta for tensor in pipe.transformer.parameters())
