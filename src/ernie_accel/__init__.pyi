@@ -18,6 +18,7 @@ from ernie_accel.core.errors import UnknownNameError as UnknownNameError
 from ernie_accel.core.errors import UnsupportedError as UnsupportedError
 from ernie_accel.core.hardware import Hardware as Hardware
 from ernie_accel.core.hardware import Rates as Rates
+from ernie_accel.api import load as load
 from ernie_accel.api import optimize as optimize
 from ernie_accel.api import plan as plan
 from ernie_accel.api import report as report
@@ -44,7 +45,6 @@ from ernie_accel.quantization.choose import register_quantization_backend as reg
 from ernie_accel.fidelity.compare import evaluate as evaluate
 from ernie_accel.fidelity.evaluation import Evaluation as Evaluation
 from ernie_accel.fidelity.evaluation import Thresholds as Thresholds
-from ernie_accel.storage.reading import load as load
 from ernie_accel.storage.saving import save as save
 from ernie_accel.transforms import transform_from_json as transform_from_json
 from ernie_accel.transforms.calls.autocast import Autocast as Autocast

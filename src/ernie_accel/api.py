@@ -4,6 +4,7 @@
     optimize  plan, then apply one after the other; on failure undo all  (core/apply.py)
     report    the receipts of what was applied                           (core/report.py)
     restore   undo in reverse order
+    load      read a pipeline and optimize it on its way to the device   (storage/, memory/)
 
 What a transform is stands in ``core/transform.py``; all of them are in ``transforms/``, the presets in ``recipes/``.
 """
@@ -11,11 +12,22 @@ What a transform is stands in ``core/transform.py``; all of them are in ``transf
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from ernie_accel.common.notes import Note
 from ernie_accel.core.apply import apply_request, report_of, undo_all
-from ernie_accel.core.components import AnyPipeline, Pipeline, PipelineT, denoisers_of
+from ernie_accel.core.components import (
+    AnyPipeline,
+    CallablePipeline,
+    Pipeline,
+    PipelineT,
+    denoisers_of,
+    device_of,
+    is_skeleton,
+)
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from ernie_accel.core.plan import Plan, check_pipeline, compose, machine_for, plan_request
@@ -23,9 +35,13 @@ from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Report
 from ernie_accel.core.transform import Transform
 from ernie_accel.families import Family, family_of, give_family
+from ernie_accel.memory.call import Call
+from ernie_accel.memory.planner import check_fits, plan_memory
 from ernie_accel.plugins import load_plugins
 from ernie_accel.recipes.presets import find_preset
-from ernie_accel.recipes.recommend import fitting_preset
+from ernie_accel.recipes.recommend import fitting_preset, recommend
+from ernie_accel.storage.loading import forgetful, load_pipeline, was_saved_here
+from ernie_accel.storage.reading import load as read_saved
 
 
 def plan(
@@ -34,6 +50,8 @@ def plan(
     preset: Preset | str | None = None,
     family: Family | None = None,
     context: Context | None = None,
+    memory: str | int | None = None,
+    call: Call | None = None,
 ) -> Plan:
     """Say what `optimize` would do with the same arguments. Changes nothing and needs no accelerator.
 
@@ -43,6 +61,9 @@ def plan(
         preset: A preset or its name.
         family: What is known of its architecture, where the library does not find that out; see `register_family`.
         context: The machine to plan for; default this one. ``Context.named("h200")`` plans for another.
+        memory: Work out what the device will hold, and choose where the weights live so that it fits: "auto", "12GiB",
+            "-2GiB" to leave that free, or bytes; None leaves memory alone.
+        call: What will be asked of the pipe, for `memory`; default: one picture of 1024x1024.
 
     Returns:
         The plan; print it.
@@ -54,8 +75,13 @@ def plan(
     """
     checked = check_pipeline(pipe)
     with _given(checked, family):
-        named, wanted = _request(checked, transforms, preset)
-        return plan_request(checked, wanted, named, context or machine_for(checked, wanted))
+        named, wanted = _request(checked, transforms, preset, context)
+        if memory is None:
+            return plan_request(checked, wanted, named, context or machine_for(checked, wanted))
+        machine = context or _device_for(checked, wanted)
+        found = plan_memory(checked, transforms, named, machine, memory, call)
+        together = compose((*transforms, *found.transforms), named, family_of(checked))
+        return replace(plan_request(checked, together, named, machine), memory=found)
 
 
 def optimize(
@@ -65,6 +91,8 @@ def optimize(
     on_unsupported: Literal["error", "skip"] = "error",
     family: Family | None = None,
     context: Context | None = None,
+    memory: str | int | None = "auto",
+    call: Call | None = None,
 ) -> PipelineT:
     """Make a pipeline faster or leaner in place, and return it.
 
@@ -81,6 +109,11 @@ def optimize(
         family: What is known of its architecture, where the library does not find that out; see `register_family`. It
             is remembered until `restore`.
         context: The machine's facts; default: looked up.
+        memory: Where the weights live. "auto": a pipe on the host, optimized by a preset on a machine with an
+            accelerator, is brought there in the fastest way that fits; any other pipe stays where it is. "12GiB" or
+            bytes: within that much of the device's memory; "-2GiB": all but that. None: the pipe stays where it is.
+            What a transform of yours says about it (`MoveTo`, `Offload`, ...) wins.
+        call: What will be asked of the pipe, for `memory`; default: one picture of 1024x1024.
 
     Returns:
         The same object.
@@ -96,8 +129,13 @@ def optimize(
     if on_unsupported not in ("error", "skip"):
         raise UnknownNameError("value of on_unsupported", on_unsupported, ("error", "skip"))
     checked = check_pipeline(pipe)
+    if is_skeleton(checked):
+        raise ErnieAccelError(f"this {type(pipe).__name__} was made without weights, for plans; load(...) reads them")
     with _given(checked, family) as remember:
-        named, wanted = _request(checked, transforms, preset)
+        named, wanted = _request(checked, transforms, preset, context)
+        placing = _placed(checked, transforms, wanted, named, context, memory, call)
+        if placing.chosen:
+            wanted = compose((*transforms, *placing.chosen), named, family_of(checked))
         machine = context or machine_for(checked, wanted)
         if named is None and not wanted and not report_of(checked).entries:
             raise ErnieAccelError(
@@ -107,7 +145,68 @@ def optimize(
             )
         apply_request(checked, wanted, named, machine, skip_unsupported=on_unsupported == "skip")
         remember()
+        if placing.chosen:
+            PLACED.put(checked, placing)
     return pipe
+
+
+def load(
+    model: str | os.PathLike[str],
+    *transforms: Transform,
+    preset: Preset | str | None = None,
+    memory: str | int | None = "auto",
+    device: str | None = None,
+    dtype: str = "auto",
+    on_unsupported: Literal["error", "skip"] = "error",
+    known: Iterable[type] = (),
+    call: Call | None = None,
+) -> CallablePipeline:
+    """Read a pipeline and optimize it on its way to the device. Nothing that comes with it is run.
+
+    A pipe that `save` wrote has the same bits and the same transforms as then; `transforms` take the place of the saved
+    ones in their slots. Any other is read with its weights mapped from their files, and quantized layer by layer, so
+    the device never holds more than what was planned and one layer, and the originals take no memory of their own.
+
+    Args:
+        model: A folder that `save` or ``save_pretrained`` wrote, or a hub id.
+        *transforms: Transforms, beside the preset or the saved ones.
+        preset: A preset or its name, or "auto" for the one that fits the machine; not for a pipe that `save` wrote.
+        memory: As in `optimize`.
+        device: Where to; None: for a pipe that `save` wrote the CPU, for others the accelerator, where there is one.
+        dtype: Of the weights as they are read: "bfloat16", ...; "auto" is bfloat16 for an accelerator and float32 for
+            the CPU.
+        on_unsupported: What to do with a transform that cannot run here; as in ``optimize``.
+        known: Classes that a folder that `save` wrote may name beside those that pipelines use.
+        call: As in `optimize`.
+
+    Returns:
+        The pipe. What was quantized on the way cannot be undone by ``restore``: the originals are in the files.
+
+    Raises:
+        SavedPipelineError: The folder is damaged, or names more than data, or needs what is not here.
+        UnsupportedError: A transform cannot run here.
+        ConflictError: Two of `transforms` want one slot.
+        ErnieAccelError: There is no such model, or it does not fit; the error says what would.
+    """
+    if was_saved_here(model):
+        if preset is not None:
+            raise ErnieAccelError(
+                f"{os.fspath(model)} was written by ernie_accel.save and has the transforms it was saved with; found "
+                f"preset={preset!r}: leave it out, or pass transforms for slots to change"
+            )
+        return read_saved(model, *transforms, device=device or "cpu", on_unsupported=on_unsupported, known=known)
+    machine = Context.detect(device=device)
+    kind = machine.torch_device
+    if preset is not None:
+        find_preset(preset) if preset != "auto" else None
+    pipe = load_pipeline(os.fspath(model), dtype, "cpu" if kind == "cpu" else kind, on_host=True)
+    named, wanted = _request(check_pipeline(pipe), transforms, preset, machine)
+    if not wanted:
+        return pipe if memory is None else pipe.to(kind)
+    asked = tuple(forgetful(transform) for transform in wanted)
+    return optimize(
+        pipe, *asked, preset=named, on_unsupported=on_unsupported, memory=memory if kind != "cpu" else None, call=call
+    )
 
 
 def report(pipe: AnyPipeline) -> Report:
@@ -125,16 +224,71 @@ def restore(pipe: PipelineT) -> PipelineT:
     """
     checked = check_pipeline(pipe)
     undo_all(checked)
+    PLACED.drop(checked)
     if getattr(checked, "transformer", None) is not None:
         give_family(checked.transformer, None)
     return pipe
 
 
+@dataclass(frozen=True)
+class _Placing:
+    """What was chosen so that a pipe fits, and for which `memory`."""
+
+    memory: str | int | None
+    chosen: tuple[Transform, ...]
+
+
+PLACED = Note("placed", _Placing, "pipe", "where its weights were put, so that asking again changes nothing")
+
+
+def _placed(
+    pipe: Pipeline,
+    own: tuple[Transform, ...],
+    wanted: tuple[Transform, ...],
+    preset: Preset | None,
+    context: Context | None,
+    memory: str | int | None,
+    call: Call | None,
+) -> _Placing:
+    """Choose where the weights of a pipe go.
+
+    Raises:
+        ErnieAccelError: It does not fit, or its weights were put elsewhere before.
+    """
+    before = PLACED.of(pipe)
+    if before is not None and before.memory == memory:
+        return before
+    if memory is None or (memory == "auto" and not (preset and context is None and _waits_on_host(pipe))):
+        return _Placing(memory, ())
+    if before is not None:
+        raise ErnieAccelError(
+            f"its weights were placed for memory={before.memory!r}, and now memory={memory!r} is asked for: call "
+            "ernie_accel.restore(pipe) first, or load it anew"
+        )
+    machine = context or _device_for(pipe, wanted)
+    if machine.device == "cpu":
+        raise ErnieAccelError(f"memory={memory!r} is about an accelerator's memory, and this is {machine}")
+    return _Placing(memory, check_fits(plan_memory(pipe, own, preset, machine, memory, call)).transforms)
+
+
+def _waits_on_host(pipe: Pipeline) -> bool:
+    """Return whether a pipe is on the CPU of a machine that has an accelerator."""
+    return device_of(pipe).type == "cpu" and Context.detect().device not in ("cpu", "rocm")
+
+
+def _device_for(pipe: Pipeline, wanted: tuple[Transform, ...]) -> Context:
+    """Return the device that a pipe is on or is to be moved to; for one on the host, the machine's accelerator."""
+    moves = any(transform.moves_to is not None for transform in wanted)
+    return machine_for(pipe, wanted) if moves or device_of(pipe).type not in ("cpu", "meta") else Context.detect()
+
+
 def _request(
-    pipe: Pipeline, transforms: tuple[Transform, ...], preset: Preset | str | None
+    pipe: Pipeline, transforms: tuple[Transform, ...], preset: Preset | str | None, context: Context | None
 ) -> tuple[Preset | None, tuple[Transform, ...]]:
     """Return the preset, if one was named, and all transforms in the order they run."""
     load_plugins()
+    if preset == "auto":
+        preset = recommend(context or _device_for(pipe, transforms), pipe).preset
     named = find_preset(preset) if preset is not None else None
     return named, compose(transforms, named, family_of(pipe))
 

@@ -18,6 +18,7 @@ from ernie_accel.embedded import SIZE_PX
 
 if TYPE_CHECKING:
     from ernie_accel.core.components import CallablePipeline
+    from ernie_accel.core.context import Context
     from ernie_accel.core.report import Report
 
 app = typer.Typer(
@@ -32,6 +33,10 @@ app = typer.Typer(
 )
 
 Model = Annotated[str | None, typer.Option(help="Pipeline folder or hub id; without it the embedded model.")]
+PlannedModel = Annotated[
+    str | None, typer.Option(help="Pipeline folder or hub id; without it the published ERNIE-Image-Turbo.")
+]
+Memory = Annotated[str | None, typer.Option(help="Device memory to use: auto, 12GiB, or -2GiB to leave that free.")]
 PresetName = Annotated[str | None, typer.Option(help="Preset, see `ernie-accel info`; default: what pays here.")]
 Dtype = Annotated[str, typer.Option(help="Load weights as fp32, bf16 or fp16; auto: fp32 on the CPU, else bf16.")]
 Device = Annotated[str | None, typer.Option(help="A device that need not be here: h200, rtx3060, ascend910b, ...")]
@@ -104,24 +109,33 @@ def demo_command(
 @app.command("plan")
 def plan_command(
     preset: PresetName = None,
-    model: Model = None,
+    model: PlannedModel = None,
     device: Device = None,
+    memory: Memory = None,
+    width: Annotated[int, typer.Option(min=16, help="Of the pictures, in pixels.")] = 1024,
+    height: Annotated[int, typer.Option(min=16, help="Of the pictures, in pixels.")] = 1024,
+    pictures: Annotated[int, typer.Option(min=1, help="How many at once.")] = 1,
     dtype: Dtype = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Say what a preset would do to a pipeline, here or on a named device. Exit code 1 if it cannot run."""
+    """Say what a preset would do, and what the device will hold, here or on a named device. Needs no weights.
+
+    Exit code 1 if it cannot run, or does not fit.
+    """
     from ernie_accel.api import plan
     from ernie_accel.core.context import Context
+    from ernie_accel.memory.call import Call
     from ernie_accel.recipes.presets import find_preset
     from ernie_accel.recipes.recommend import fitting_preset
-    from ernie_accel.storage.loading import load_pipeline
 
     context = Context.named(device) if device else Context.detect()
     chosen = find_preset(preset) if preset else fitting_preset(context)
-    _load_quietly(model)
-    the_plan = plan(load_pipeline(model, dtype), preset=chosen, context=context)
+    if memory is None and context.torch_device in ("cuda", "npu"):
+        memory = "auto"
+    pipe = _to_plan(model, dtype, context)
+    the_plan = plan(pipe, preset=chosen, context=context, memory=memory, call=Call(width, height, pictures))
     typer.echo(the_plan.to_json() if as_json else str(the_plan))
-    if not the_plan.ok:
+    if not the_plan.ok or (the_plan.memory is not None and not the_plan.memory.fits):
         raise typer.Exit(1)
 
 
@@ -184,11 +198,10 @@ def recommend_command(
     """Name the preset that pays most, here or on a named device, and why none of the others does."""
     from ernie_accel.core.context import Context
     from ernie_accel.recipes.recommend import check_mode, recommend
-    from ernie_accel.storage.loading import load_pipeline
 
     context = Context.named(device) if device else Context.detect()
     check_mode(mode)
-    pipe = load_pipeline(model) if model is not None else None
+    pipe = _to_plan(model, "auto", context) if model is not None else None
     typer.echo(str(recommend(context, pipe, mode=mode)))
 
 
@@ -235,6 +248,24 @@ def load_and_optimize(
     # A preset that was not chosen by name may lose a part that cannot run here; the report names it.
     optimize(pipe, preset=chosen, on_unsupported="skip" if skip_unsupported or preset is None else "error")
     return pipe, report(pipe)
+
+
+def _to_plan(model: str | None, dtype: str, context: Context) -> CallablePipeline:
+    """Return a pipeline to plan for, without its weights where its configuration is known or here."""
+    from ernie_accel.batch.input.options import REAL_MODEL
+    from ernie_accel.core.dtypes import DTYPES, dtype_name
+    from ernie_accel.families.published import published
+    from ernie_accel.storage.loading import check_dtype, load_pipeline, was_saved_here
+    from ernie_accel.storage.manifest import INDEX
+    from ernie_accel.storage.skeleton import skeleton
+
+    check_dtype(dtype)
+    name = model or REAL_MODEL
+    is_described = published(name) is not None or (Path(name) / INDEX).is_file()
+    if was_saved_here(name) or not is_described:
+        return load_pipeline(name, dtype)
+    usual = "float32" if context.device == "cpu" else "bfloat16"
+    return skeleton(name, DTYPES[usual if dtype == "auto" else dtype_name(dtype)])
 
 
 def _load_quietly(model: str | None) -> None:

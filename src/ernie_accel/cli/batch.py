@@ -342,7 +342,7 @@ def _load(job: Job, preset: str) -> Any:
         import diffusers
 
         diffusers.utils.logging.disable_progress_bar()
-    pipe = load_pipeline(job.model, job.dtype, prompt_enhancer=not job.no_enhancer, pictures=True)
+    pipe = load_pipeline(job.model, job.dtype, prompt_enhancer=not job.no_enhancer, pictures=True, on_host=True)
     pipe.set_progress_bar_config(disable=True)
     swaps = () if job.sampler is None else (SwapScheduler(job.sampler),)
     if swaps and not (the_plan := plan(pipe, *swaps)).ok:

@@ -141,7 +141,8 @@ def _load(
     from ernie_accel.core.errors import UnsupportedError
     from ernie_accel.storage.loading import load_pipeline
 
-    pipe = load_pipeline(model, dtype, pictures=True)
+    stays = bool(transforms) or preset is not None  # optimize brings it to the device
+    pipe = load_pipeline(model, dtype, pictures=True, on_host=stays)
     pipe.set_progress_bar_config(disable=True)
     if refuse is not None and not (the_plan := plan(pipe, preset=refuse)).ok:
         raise UnsupportedError(the_plan)

@@ -295,6 +295,19 @@ def device_of(pipe: Pipeline) -> torch.device:
     return next((p.device for m in modules_of(pipe).values() for p in m.parameters()), torch.device("cpu"))
 
 
+def quantizing_device(module: torch.nn.Module, device: str) -> torch.device:
+    """Return where the weights of a module are to be quantized: on the accelerator, even while they wait on the host.
+
+    Args:
+        module: A component.
+        device: torch device type that the pipe will run on.
+    """
+    here = next((tensor.device for tensor in module.parameters()), torch.device("cpu"))
+    if here.type == "cpu" and device == "cuda" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return here
+
+
 def bare_float8(pipe: Pipeline) -> list[str]:
     """Return the components whose weights were cast to float8 without scales, as ``torch_dtype=float8`` does.
 

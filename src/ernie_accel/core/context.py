@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -152,11 +153,19 @@ class Context:
 
         Args:
             name: A key of `HARDWARE` ("h200", "rtx3060", "ascend910b", ...), or what people write for it ("RTX 3060",
-                "GeForce RTX 3060", "NVIDIA H200", "Ascend 910B").
+                "GeForce RTX 3060", "NVIDIA H200", "Ascend 910B"). A card that is not in the table is described by its
+                compute capability and memory: "cuda:8.9:16GiB".
 
         Raises:
             UnknownNameError: There is no such device in the table.
         """
+        described = re.fullmatch(r"cuda:(\d+)\.(\d+)(?::(\d+(?:\.\d+)?)\s*gib)?", name.strip().lower())
+        if described is not None:
+            major, minor, gib = described.groups()
+            bundled = dict.fromkeys(_BUNDLED_PACKAGES, "unknown")
+            memory = None if gib is None else int(float(gib) * GIB)
+            label = f"capability {major}.{minor}"
+            return cls("cuda", label, (int(major), int(minor)), memory, {**bundled, **installed_versions()})
         load_plugins()
         row = hardware_named(name, note=NOT_SUPPORTED_YET)
         bundled = dict.fromkeys(_BUNDLED_PACKAGES, "unknown") if row.device == "cuda" else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, Protocol, cast
 
 from ernie_accel.common.text import effect_text, human_bytes, summarise, table
 from ernie_accel.core.carried import carried_report
@@ -28,6 +28,17 @@ from ernie_accel.families import family_of
 from ernie_accel.families.family import UNKNOWN, Family
 
 
+class MemoryForecast(Protocol):
+    """What a plan says of memory, where it was asked to."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has enough."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What `optimize` would do with these transforms. Printing it gives a table; `to_json` the same as data.
@@ -42,6 +53,7 @@ class Plan:
         bytes_before: Bytes of the pipe's weights now.
         undoes: What an earlier `optimize` applied and this one would undo first. The steps are planned on the pipe as
             it is now, with these still in place.
+        memory: What the device will hold and what was chosen so that it fits, if that was asked for.
     """
 
     pipe_class: str
@@ -52,6 +64,7 @@ class Plan:
     preset: Preset | None
     bytes_before: int
     undoes: tuple[Transform, ...] = ()
+    memory: MemoryForecast | None = None
 
     @property
     def problems(self) -> dict[Transform, tuple[str, ...]]:
@@ -92,6 +105,8 @@ class Plan:
             lines.append(f"First undoes {undone}. The rows describe the pipe as it is now, and are planned again then.")
         lines.append(table(("#", "transform", "effect", "what would change", "weights"), self._rows(), frozenset({0})))
         lines += list(self._footnotes())
+        if self.memory is not None:
+            lines.append(str(self.memory))
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -155,6 +170,8 @@ class Plan:
             "undoes": [transform.to_json() for transform in self.undoes],
             "steps": steps,
         }
+        if self.memory is not None:
+            document["memory"] = self.memory.to_json()
         return json.dumps(document, indent=2, ensure_ascii=False)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from ernie_accel.common.text import table
 from ernie_accel.core.components import PROMPT_COMPONENTS, Pipeline, modules_of
@@ -63,6 +64,22 @@ class MemoryPlan:
     def needed(self) -> int:
         """Bytes that the process needs: `peak` and `spare`."""
         return self.peak + self.spare
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data, in bytes."""
+        stages = [asdict(stage) | {"total": stage.total} for stage in self.stages]
+        return {
+            "call": asdict(self.call),
+            "budget": self.budget,
+            "needed": self.needed,
+            "peak": self.peak,
+            "spare": self.spare,
+            "host": self.host,
+            "stages": stages,
+            "chosen": [transform.to_json() for transform in self.transforms],
+            "why": list(self.why),
+            "fits": self.fits,
+        }
 
     def __str__(self) -> str:
         budget = "" if self.budget is None else f" of {_gib(self.budget)} it may use"

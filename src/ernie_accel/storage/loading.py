@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from ernie_accel.core.dtypes import ALIASES, DTYPES, dtype_argument, dtype_name
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from ernie_accel.core.hardware import is_other_vendors
 from ernie_accel.core.outputs import require_pictures
+from ernie_accel.core.transform import Transform
 from ernie_accel.families import family_of
 from ernie_accel.storage.assembly import assemble
 from ernie_accel.storage.folders import current
@@ -44,6 +47,7 @@ def load_pipeline(
     *,
     prompt_enhancer: bool = True,
     pictures: bool = False,
+    on_host: bool = False,
 ) -> CallablePipeline:
     """Load a diffusers pipeline onto a device; nothing that comes with it is run, and weights are safetensors only.
 
@@ -53,6 +57,8 @@ def load_pipeline(
             and float32 on the CPU. What `ernie_accel.save` wrote keeps its own.
         device: "cpu", "cuda" or "npu"; "auto" is CUDA where there is one.
         prompt_enhancer: Keep the pipeline's prompt enhancer, if it has one; without it the device has its memory free.
+        on_host: Leave the weights on the host, of the dtype that suits the device, for `optimize` to bring there. What
+            `ernie_accel.save` wrote goes to the device, because its layers are made for that.
         pictures: Refuse, before anything large is fetched or loaded, a pipeline that makes something else.
 
     Raises:
@@ -66,7 +72,7 @@ def load_pipeline(
         raise UnknownNameError("device", device, DEVICES, note=NOT_SUPPORTED_YET, suggestion=suggestion)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if model is not None and (current(Path(model)) / MANIFEST).is_file():
+    if model is not None and was_saved_here(model):
         if dtype != "auto":
             raise ErnieAccelError(
                 f"{model} was written by ernie_accel.save and keeps its dtypes; found dtype={dtype!r}"
@@ -77,8 +83,18 @@ def load_pipeline(
         return saved if prompt_enhancer else _without_enhancer(saved)
     name = dtype_name(dtype) if dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
     pipe = _from_anywhere(model, DTYPES[name], pictures)
-    (pipe if prompt_enhancer else _without_enhancer(pipe)).to(device)
-    return pipe
+    pipe = pipe if prompt_enhancer else _without_enhancer(pipe)
+    return pipe if on_host else pipe.to(device)
+
+
+def was_saved_here(model: str | os.PathLike[str]) -> bool:
+    """Return whether `ernie_accel.save` wrote this folder."""
+    return (current(Path(model)) / MANIFEST).is_file()
+
+
+def forgetful(transform: Transform) -> Transform:
+    """Return a transform that keeps no originals in host memory, where it has the choice: the files have them."""
+    return replace(transform, keep_originals=False) if hasattr(transform, "keep_originals") else transform  # type: ignore[call-arg]
 
 
 def _without_enhancer(pipe: CallablePipeline) -> CallablePipeline:

@@ -10,7 +10,7 @@ import torch
 
 from ernie_accel.common.text import human_bytes
 from ernie_accel.core.arguments import check_patterns
-from ernie_accel.core.components import DENOISERS, Pipeline, other_denoisers_note
+from ernie_accel.core.components import DENOISERS, Pipeline, other_denoisers_note, quantizing_device
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.planned import Blocks, PlannedPipe, PlannedWeight
@@ -113,6 +113,7 @@ class FuseKernels(Transform):
         from ernie_accel.kernels.linear import Fp8Linear
 
         transformer, kept_bytes = pipe.transformer, 0
+        where = quantizing_device(transformer, context.torch_device)
         on_kernels, (to_quantize, left_out) = self._on_kernels(pipe, context), self._layers(pipe, context)
         with Undo() as undo:
             skipped = left_out | kernels_of(pipe).install(transformer, undo, self._attention(context))
@@ -120,7 +121,8 @@ class FuseKernels(Transform):
                 linear: Any = transformer.get_submodule(path)
                 kept_bytes += linear.weight.numel() * linear.weight.element_size()
                 owner, _, name = path.rpartition(".")
-                _swap(transformer.get_submodule(owner), name, Fp8Linear(linear.weight), undo, self.keep_originals)
+                new = Fp8Linear(linear.weight.to(where)).to(linear.weight.device)
+                _swap(transformer.get_submodule(owner), name, new, undo, self.keep_originals)
             if kept_bytes:
                 refuse_casts(pipe, ("transformer",), undo)
                 refuse_saving(pipe, ("transformer",), undo)

@@ -17,6 +17,7 @@ from ernie_accel.core.components import (
     is_device_name,
     module_bytes,
     modules_of,
+    quantizing_device,
     staying_denoisers_note,
 )
 from ernie_accel.core.context import Context
@@ -154,11 +155,13 @@ class Quantize(Transform):
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         work = _Work(self, pipe, context)
         receipts = []
+        first = modules_of(pipe)[self.components[0]]
+        where = quantizing_device(first, context.torch_device) if self.device is None else torch.device(self.device)
         with Undo() as undo:
             if self.device is not None:
                 _remember_places(pipe, undo)
             for site in work.todo:
-                receipts.append(_replace(pipe, site, work, self.device, undo))
+                receipts.append(_replace(pipe, site, work, self.device, where, undo))
             refuse_casts(pipe, self.components, undo)
             refuse_saving(pipe, self.components, undo)
             refuse_loras(pipe, self.components, undo)
@@ -254,13 +257,22 @@ def _to_be_fused(pipe: Pipeline, context: Context) -> Mapping[str, tuple[str, ..
     return blocks.to_be_fused(pipe.transformer)
 
 
-def _replace(pipe: Pipeline, site: LinearSite, work: _Work, device: str | None, undo: Undo) -> LayerReceipt:
-    """Put the quantized layer into the place of one linear; the original ends up in host memory."""
+def _replace(
+    pipe: Pipeline, site: LinearSite, work: _Work, device: str | None, where: torch.device, undo: Undo
+) -> LayerReceipt:
+    """Put the quantized layer into the place of one linear; the original ends up in host memory.
+
+    It is quantized on `where`, and stays there if `device` says so, else it goes back to where the linear is.
+    """
     linear = site.linear
-    source = linear if device is None else plain_copy(linear, linear.weight.detach().to(device))
-    if device is not None and source.bias is not None:
-        source.bias.data = source.bias.data.to(device)
+    here = linear.weight.device
+    elsewhere = here.type != where.type
+    source = plain_copy(linear, linear.weight.detach().to(where)) if device is not None or elsewhere else linear
+    if source is not linear and source.bias is not None:
+        source.bias.data = source.bias.data.to(where)
     layer = work.backend.quantize(work.scheme, source)
+    if device is None and elsewhere:
+        layer = layer.to(here)
     receipt = LayerReceipt(
         name=site.name,
         scheme=work.scheme,
