@@ -17,6 +17,7 @@ from ernie_accel.residency.layout import Layout
 from ernie_accel.residency.movers import Mover
 from ernie_accel.residency.pieces import Component, Held, Piece
 
+_HOST = torch.device("cpu")
 _HERE = object()  # the ticket of a piece that never leaves the device
 
 
@@ -46,7 +47,7 @@ class Keeper:
         """Move the weights to the device or into a copy on the host, piece by piece, and watch what runs, in place."""
         undo.push(self.release)
         self.mover.open()
-        self._arena = torch.empty(self.layout.nbytes, dtype=torch.uint8, device=self.mover.device)
+        self._arena = self._allocate()
         with torch.no_grad():
             for name, piece in self._pieces.items():
                 self._take_piece(name, piece)
@@ -57,6 +58,17 @@ class Keeper:
             if component.streams:
                 for path, block in component.blocks.items():
                     undo.setattr(block, "_compiled_call_impl", Gate(self, path, block))
+
+    def _allocate(self) -> Tensor:
+        """Return the block; if the device is too full for it beside these weights, they wait on the host meanwhile."""
+        try:
+            return self.mover.allocate(self.layout.nbytes)
+        except torch.OutOfMemoryError:
+            for piece in self._pieces.values():
+                for held in piece.held:
+                    if held.tensor.device == self.mover.device:
+                        held.tensor.data = self.mover.copy_back(held.tensor.detach(), _HOST)
+            return self.mover.allocate(self.layout.nbytes)
 
     def _take_piece(self, name: str, piece: Piece) -> None:
         on_device = self._bytes(name)
@@ -74,7 +86,10 @@ class Keeper:
             mark_as_coming_and_going(held.tensor, moves)
 
     def release(self) -> None:
-        """Give every tensor memory of its own again, where it was; a no-op where there is nothing to give back."""
+        """Give every tensor memory of its own again; a no-op where there is nothing to give back.
+
+        That is where it was, or on the host where the device is too full for it beside the block.
+        """
         with self._lock, torch.no_grad():
             self.mover.close()
             while self._places:
@@ -82,12 +97,20 @@ class Keeper:
                 on_device = held.within(self._bytes(name))
                 if held.tensor.data_ptr() == on_device.data_ptr():  # nobody has replaced its data since
                     host = self._hosts.get(name)
-                    held.give_back((on_device if host is None else held.within(host)).to(device, copy=True))
+                    held.give_back(self._copy_back(on_device if host is None else held.within(host), device))
                 mark_as_coming_and_going(held.tensor, False)
                 self._places.pop()
+                if not any(other == name for other, _, _ in self._places[-1:]):
+                    self._hosts.pop(name, None)  # now, so that the host does not hold all of it twice
             self._tickets.clear()
             self._hosts.clear()
             self._arena = None
+
+    def _copy_back(self, values: Tensor, device: torch.device) -> Tensor:
+        try:
+            return self.mover.copy_back(values, device)
+        except torch.OutOfMemoryError:
+            return self.mover.copy_back(values, _HOST)
 
     def _bytes(self, name: str) -> Tensor:
         """Return the place of a piece on the device."""
@@ -99,8 +122,17 @@ class Keeper:
     # While the pipe runs --------------------------------------------------------------------------------------------
 
     def enter(self, component: str) -> None:
-        """Bring what a component needs at its start, and have the rest on its way, in the order of use."""
+        """Bring what a component needs at its start, and have the rest on its way, in the order of use.
+
+        Raises:
+            ErnieAccelError: A graph is captured that would read its weights when others are in their place.
+        """
         names = self.layout.components[component]
+        if any(self._overlapping[name] for name in names) and self.mover.is_capturing():
+            raise ErnieAccelError(
+                f"{component} cannot be captured into a graph of your own: Residency brings its weights before each "
+                "call, and a replay would not. Use CaptureGraphs(), or call ernie_accel.restore(pipe) first"
+            )
         with self._lock:
             self._need(names[0])
             for name in names[1:]:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 #: Share of the host's memory that may be pinned; the rest is copied through the driver's own buffer, more slowly.
 PINNED_SHARE = 0.6
+#: Where users set up torch's allocator.
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 class Mover(ABC):
@@ -20,6 +22,26 @@ class Mover(ABC):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+
+    def allocate(self, nbytes: int) -> Tensor:
+        """Return a block of device memory.
+
+        Raises:
+            torch.OutOfMemoryError: There is not so much.
+        """
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def copy_back(self, values: Tensor, device: torch.device) -> Tensor:
+        """Return a copy of `values` in memory of its own.
+
+        Raises:
+            torch.OutOfMemoryError: There is not so much.
+        """
+        return values.to(device, copy=True)
+
+    def is_capturing(self) -> bool:
+        """Return whether what is launched now goes into a graph."""
+        return False
 
     @abstractmethod
     def start(self, target: Tensor, source: Tensor) -> object:
@@ -42,25 +64,37 @@ class Mover(ABC):
 class StreamMover(Mover):
     """On an accelerator with streams: copies on one of its own, in order, while others compute."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, kind: Any = None) -> None:
+        """Move to `device`; `kind` has its streams and events, ``torch.cuda`` for "cuda"."""
+        self._kind: Any = getattr(torch, device.type) if kind is None else kind
+        if device.index is None:  # the current device may be another one by the time of a call
+            device = torch.device(device.type, self._kind.current_device())
         super().__init__(device)
-        self._kind: Any = getattr(torch, device.type)
         self._stream = self._kind.Stream(device)
+        self._readers: dict[Any, None] = {}  # streams that waited for a copy, and may still read what it brought
         self._pinned: list[Tensor] = []
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._expands = False
 
     def open(self) -> None:
-        if self.device.type == "cuda" and not os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""):
+        if self.device.type == "cuda" and not any(map(os.environ.get, _ALLOCATOR_SETTINGS)):
             # Segments that grow: of the little memory beside the weights, none is lost between blocks of other sizes.
             torch.cuda.memory._set_allocator_settings("expandable_segments:True")
             self._expands = True
 
+    def allocate(self, nbytes: int) -> Tensor:
+        self._kind.empty_cache()  # it takes one block, and what was freed lies in many
+        return super().allocate(nbytes)
+
+    def is_capturing(self) -> bool:
+        return bool(getattr(self._kind, "is_current_stream_capturing", bool)())
+
     def start(self, target: Tensor, source: Tensor) -> object:
-        computed = self._kind.Event()
-        computed.record(self._kind.current_stream(self.device))
-        self._stream.wait_event(computed)
+        for stream in (*self._readers, self._kind.current_stream(self.device)):
+            computed = self._kind.Event()
+            computed.record(stream)
+            self._stream.wait_event(computed)
         with self._kind.stream(self._stream):
             target.copy_(source, non_blocking=True)
         arrived = self._kind.Event()
@@ -68,7 +102,11 @@ class StreamMover(Mover):
         return arrived
 
     def wait(self, ticket: Any) -> None:
-        self._kind.current_stream(self.device).wait_event(ticket)
+        if self.is_capturing():
+            return  # a graph may not wait for what is outside of it; whoever replays it has waited (`bring_whole`)
+        stream = self._kind.current_stream(self.device)
+        stream.wait_event(ticket)
+        self._readers[stream] = None
 
     def pin(self, sources: Iterable[Tensor]) -> None:
         if self.device.type != "cuda":
@@ -78,6 +116,7 @@ class StreamMover(Mover):
 
         def work() -> None:
             total = 0
+            self._kind.set_device(self.device)  # a thread begins on the first one, which may not be in use
             for source in sources:
                 total += source.nbytes
                 if total > limit or self._stop.is_set():
@@ -96,7 +135,8 @@ class StreamMover(Mover):
             self._thread.join()
         self._kind.synchronize(self.device)
         while self._pinned:
-            _runtime().cudaHostUnregister(self._pinned.pop().data_ptr())
+            with self._kind.device(self.device):
+                _runtime().cudaHostUnregister(self._pinned.pop().data_ptr())
         if self._expands:
             torch.cuda.memory._set_allocator_settings("expandable_segments:False")
             self._expands = False
