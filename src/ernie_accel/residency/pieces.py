@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +103,18 @@ def components_of(pipe: Pipeline) -> tuple[Component, ...]:
     return tuple(_component(pipe, name, modules[name], seen) for name in (*others, *order, *last))
 
 
+def shared_weights(pipe: Pipeline) -> list[str]:
+    """Return the pairs of components that have weights in common, "text_encoder and pe"; their turns differ."""
+    owners: dict[int, str] = {}
+    pairs: dict[str, None] = {}
+    for name, module in modules_of(pipe).items():
+        for tensor in _tensors_of(module.modules()):
+            owner = owners.setdefault(id(tensor), name)
+            if owner != name:
+                pairs[f"{owner} and {name}"] = None
+    return list(pairs)
+
+
 def sizes_of(pipe: Pipeline, planned: PlannedPipe) -> list[tuple[ComponentSize, bool]]:
     """Return what the components of a pipe will need on the device, from a plan, and whether each moves."""
     found = []
@@ -126,8 +139,11 @@ def _component(pipe: Pipeline, name: str, module: nn.Module, seen: set[int]) -> 
     blocks = {f"{name}.{path}": block for path, block in repeated_blocks(module) if id(block) not in left_out}
     in_blocks = {id(part) for block in blocks.values() for part in block.modules()}
     rest = [part for part in module.modules() if id(part) not in in_blocks and id(part) not in left_out]
-    pieces = [_piece(name, rest, seen)]
-    pieces += [_piece(path, list(block.modules()), seen) for path, block in blocks.items()]
+    inside = [list(_tensors_of(block.modules())) for block in blocks.values()]
+    of_how_many = Counter(identity for tensors in inside for identity in set(map(id, tensors)))
+    shared = [tensor for tensors in inside for tensor in tensors if of_how_many[id(tensor)] > 1]
+    pieces = [_piece(name, (*_tensors_of(rest), *shared), seen)]  # what several blocks read is there for all of them
+    pieces += [_piece(path, tensors, seen) for path, tensors in zip(blocks, inside, strict=True)]
     # ERNIE-Image's text encoder and enhancer are rewritten as graphs, which read weights without calling the blocks.
     streams = bool(blocks) and (name in DENOISERS or family_of(pipe).prompt_encoding is None)
     return Component(name, module, blocks, tuple(pieces), moves, streams, unused)
@@ -163,18 +179,22 @@ def unused_parts(pipe: Pipeline, name: str, module: nn.Module) -> Iterator[nn.Mo
         yield from (part for part in module.modules() if vars(part).get("forward") is pass_on)
 
 
-def _piece(name: str, parts: list[nn.Module], seen: set[int]) -> Piece:
+def _piece(name: str, tensors: Iterable[Tensor], seen: set[int]) -> Piece:
     held: list[Held] = []
     offset = 0
+    for tensor in tensors:
+        if id(tensor) in seen or tensor.numel() == 0:
+            continue
+        seen.add(id(tensor))
+        held.append(Held(tensor, offset, stored_bytes(tensor)))
+        offset += aligned(held[-1].nbytes)
+    return Piece(name, held, offset)
+
+
+def _tensors_of(parts: Iterable[nn.Module]) -> Iterator[Tensor]:
     for part in parts:
         for tensor in (*part._parameters.values(), *part._buffers.values()):
-            for plain in plain_tensors(tensor):
-                if id(plain) in seen or plain.numel() == 0:
-                    continue
-                seen.add(id(plain))
-                held.append(Held(plain, offset, stored_bytes(plain)))
-                offset += aligned(held[-1].nbytes)
-    return Piece(name, held, offset)
+            yield from plain_tensors(tensor)
 
 
 def stored_bytes(tensor: Tensor) -> int:

@@ -18,7 +18,7 @@ from ernie_accel.residency.guard import refuse_moves
 from ernie_accel.residency.keeper import Keeper
 from ernie_accel.residency.layout import Layout, lay_out, least_bytes
 from ernie_accel.residency.movers import MOVERS
-from ernie_accel.residency.pieces import components_of, sizes_of
+from ernie_accel.residency.pieces import components_of, shared_weights, sizes_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,6 +72,9 @@ class Residency(Transform):
         freed = emptied_components(pipe, None)
         if freed or planned.freed_to is not None:
             reasons.append(f"{', '.join(freed) or 'the prompt encoders'}: freed by FreeAfterUse, which it replaces")
+        reasons += [
+            f"{pair} have weights in common, which cannot come for each in its turn" for pair in shared_weights(pipe)
+        ]
         least = least_weights(pipe, planned)
         if self.weights < least:
             reasons.append(f"weights={self.weights} is too little: the least that works is {least} bytes")
@@ -100,6 +103,8 @@ class Residency(Transform):
             for component in components:
                 if not component.moves:
                     component.module.to(device)
+                for part in component.unused:
+                    part.to("cpu")  # no plan has room for it
             Keeper(moving, layout, MOVERS[device.type](device)).take(undo)
             refuse_moves(pipe, [component.module for component in moving], device, undo)
         changes = tuple(_describe(layout)) or (f"all weights stay on {device.type}",)
