@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import pickle
@@ -9,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import ernie_accel
 from ernie_accel import CaptureGraphs, CastDtype, Quantize, Residency, RewriteBlocks, RewriteEnhancer
 from ernie_accel.core.errors import ErnieAccelError, UnsupportedError
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.residency.layout import ComponentSize, PieceSize, lay_out, least_bytes
-from ernie_accel.residency.movers import MOVERS, Mover
+from ernie_accel.residency.movers import MOVERS, Mover, StreamMover
 from ernie_accel.transforms.weights.residency import least_weights
 from tests.pipelines import picture, tiny_ernie, tiny_flux, tiny_lumina2, tiny_sd, tiny_wan, tiny_z_image
 from tests.test_denoisers import draw
@@ -41,6 +43,76 @@ class LateMover(Mover):
             ticket.clear()
             self.waited += 1
             self.pending -= 1
+
+
+class Streams:
+    """Stands in for ``torch.cuda``: streams that remember what they wait for, and graphs that are being captured."""
+
+    def __init__(self) -> None:
+        self.capturing = False
+        self.current = self.Stream()
+
+    class Stream:
+        def __init__(self, device: Any = None) -> None:
+            self.waits_for: list[Any] = []
+
+        def wait_event(self, event: Any) -> None:
+            self.waits_for.append(event)
+
+    class Event:
+        def record(self, stream: Any) -> None:
+            self.stream = stream
+
+    def current_device(self) -> int:
+        return 0
+
+    def current_stream(self, device: Any) -> Any:
+        return self.current
+
+    def is_current_stream_capturing(self) -> bool:
+        return self.capturing
+
+    def stream(self, stream: Any) -> Any:
+        return contextlib.nullcontext()
+
+    def synchronize(self, device: Any) -> None:
+        pass
+
+
+def test_a_copy_waits_for_every_stream_that_may_still_read_its_place():
+    kind = Streams()
+    mover = StreamMover(torch.device("cpu"), kind)
+    first, second = kind.current, Streams.Stream()
+    place = torch.zeros(2)
+    mover.wait(mover.start(place, torch.ones(2)))
+    kind.current = second
+    mover._stream.waits_for.clear()
+    mover.start(place, torch.ones(2))
+    assert {id(event.stream) for event in mover._stream.waits_for} == {id(first), id(second)}
+
+
+def test_a_graph_does_not_wait_for_what_is_outside_of_it():
+    kind = Streams()
+    mover = StreamMover(torch.device("cpu"), kind)
+    ticket = mover.start(torch.zeros(2), torch.ones(2))
+    kind.capturing = True
+    mover.wait(ticket)
+    assert kind.current.waits_for == []
+    kind.capturing = False
+    mover.wait(ticket)
+    assert kind.current.waits_for == [ticket]
+
+
+def test_a_device_without_a_number_is_the_one_that_is_current_then():
+    assert StreamMover(torch.device("cpu"), Streams()).device == torch.device("cpu", 0)
+
+
+def test_a_graph_of_your_own_cannot_have_weights_that_come_and_go(movers, monkeypatch):
+    pipe = tiny_ernie(layers=5)
+    ernie_accel.optimize(pipe, Residency(least(pipe)))
+    monkeypatch.setattr(LateMover, "is_capturing", lambda self: True)
+    with pytest.raises(ErnieAccelError, match="cannot be captured into a graph of your own"):
+        picture(pipe)
 
 
 @pytest.fixture
@@ -198,6 +270,9 @@ def test_graphs_are_not_used_where_blocks_are_streamed_and_are_where_all_fit(mov
         lambda pipe: pipe.transformer.state_dict(),
         lambda pipe: pipe.transformer.load_state_dict({}),
         lambda pipe: pipe.text_encoder.to("meta"),
+        lambda pipe: pipe.transformer.to(1),
+        lambda pipe: pipe.enable_model_cpu_offload(device="cuda"),
+        lambda pipe: pipe.enable_sequential_cpu_offload(device="cuda"),
         lambda pipe: copy.deepcopy(pipe),
         lambda pipe: copy.deepcopy(pipe.transformer),
         lambda pipe: pickle.dumps(pipe.text_encoder),
@@ -262,6 +337,71 @@ def test_an_interrupt_half_way_leaves_the_pipe_as_it_was(movers, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         ernie_accel.optimize(pipe, Residency(least(pipe)))
     assert torch.equal(picture(pipe), before)
+
+
+def test_a_device_too_full_for_the_block_is_emptied_first_and_given_back_through_the_host(movers, monkeypatch):
+    pipe = tiny_ernie(layers=5)
+    before = picture(pipe)
+    there = [StorageWeakRef(p.untyped_storage()) for p in pipe.transformer.parameters()]
+    full: list[int] = []
+
+    def allocate(self: Mover, nbytes: int) -> torch.Tensor:
+        full.append(sum(not reference.expired() for reference in there))
+        if len(full) == 1:
+            raise torch.OutOfMemoryError
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    monkeypatch.setattr(LateMover, "allocate", allocate)
+    ernie_accel.optimize(pipe, Residency(least(pipe)))
+    assert full == [len(there), 0]
+    assert torch.equal(picture(pipe), before)
+
+    copied: list[int] = []
+
+    def copy_back(self: Mover, values: torch.Tensor, device: torch.device) -> torch.Tensor:
+        copied.append(1)
+        if len(copied) % 2:
+            raise torch.OutOfMemoryError
+        return values.clone()
+
+    monkeypatch.setattr(LateMover, "copy_back", copy_back)
+    ernie_accel.restore(pipe)
+    assert torch.equal(picture(pipe), before)
+
+
+def test_the_host_does_not_hold_all_weights_twice_while_they_are_given_back(movers, monkeypatch):
+    pipe = tiny_ernie(layers=8)
+    ernie_accel.optimize(pipe, Residency(least(pipe)))
+    keeper, kept = keeper_of(pipe), []
+    original = LateMover.copy_back
+
+    def copy_back(self: Mover, values: torch.Tensor, device: torch.device) -> torch.Tensor:
+        kept.append(len(keeper._hosts))
+        return original(self, values, device)
+
+    monkeypatch.setattr(LateMover, "copy_back", copy_back)
+    ernie_accel.restore(pipe)
+    assert kept[0] > 8
+    assert kept[-1] == 1
+
+
+def test_what_several_blocks_read_is_there_for_all_of_them(movers):
+    pipe = tiny_ernie(layers=7)
+    table = pipe.transformer.layers[0].self_attention.norm_q.weight
+    for layer in pipe.transformer.layers:
+        layer.self_attention.norm_q.weight = table
+    before = picture(pipe)
+    ernie_accel.optimize(pipe, Residency(least(pipe)))
+    assert torch.equal(picture(pipe), before)
+    ernie_accel.restore(pipe)
+    assert pipe.transformer.layers[6].self_attention.norm_q.weight is table
+
+
+def test_components_with_weights_in_common_are_refused(movers):
+    pipe = tiny_ernie(layers=5, enhancer=True)
+    pipe.pe.model.norm.weight = pipe.text_encoder.language_model.norm.weight
+    with pytest.raises(UnsupportedError, match="text_encoder and pe have weights in common"):
+        ernie_accel.optimize(pipe, Residency(10**9))
 
 
 def sizes(blocks: int, first: int = 1, large: tuple[int, ...] = ()) -> ComponentSize:

@@ -29,6 +29,8 @@ _REFUSED = (
     "fuse_lora",
     "unfuse_lora",
     "enable_group_offload",
+    "enable_model_cpu_offload",
+    "enable_sequential_cpu_offload",
     "enable_layerwise_casting",
 )
 
@@ -39,19 +41,20 @@ def refuse_moves(pipe: Pipeline, modules: Iterable[nn.Module], device: torch.dev
     Moving them to the device that they are on is allowed, and moves nothing.
     """
     for owner in (pipe, *modules):
-        undo.setattr(owner, "to", Bound(partial(_to, vars(owner).get("to"), str(device)), owner))
+        undo.setattr(owner, "to", Bound(partial(_to, str(device)), owner))
         for name in _REFUSED:
             if callable(getattr(owner, name, None)):
                 undo.setattr(owner, name, Bound(partial(_refuse, name), owner))
     for module in modules:
-        undo.setattr(module, "cuda", Bound(partial(_to, None, str(device)), module))
+        undo.setattr(module, "cuda", Bound(partial(_to, str(device)), module))
 
 
-def _to(below: Any, device: str, self: Any, *args: object, **kwargs: object) -> object:
+def _to(device: str, self: Any, *args: object, **kwargs: object) -> object:
+    here = torch.device(device)
     given = [value.device if isinstance(value, torch.Tensor) else value for value in (*args, *kwargs.values())]
     wanted = [torch.device(value) for value in given if isinstance(value, (str, torch.device))]
+    wanted += [torch.device(here.type, value) for value in given if type(value) is int]
     dtypes = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
-    here = torch.device(device)
     if any(each.type != here.type or (each.index or 0) != (here.index or 0) for each in wanted):
         raise _refusal(self, f"to({', '.join(map(str, wanted))})")
     modules = [self] if isinstance(self, nn.Module) else modules_of(self).values()
