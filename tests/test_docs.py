@@ -7,12 +7,12 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import ernie_accel
 from ernie_accel.batch.output import ledger
-from ernie_accel.cli import main
 from ernie_accel.core import context
 from ernie_accel.families import registry
 from ernie_accel.storage import manifest
@@ -46,25 +46,36 @@ def test_examples_run(page, tmp_path, monkeypatch):
     assert namespace
 
 
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_page_of_transforms_is_what_the_code_says():
-    spec = importlib.util.spec_from_file_location("generate_transforms", ROOT / "docs" / "generate_transforms.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    assert script.PAGE.read_text(encoding="utf-8") == script.page(), "run: python docs/generate_transforms.py"
+    written = script("generate_transforms")
+    assert written.PAGE.read_text(encoding="utf-8") == written.page(), "run: python docs/generate_transforms.py"
 
 
+PLANS = script("generate_plans")
+SHOWN = [(page, *found.groups()) for page in PLANS.PAGES for found in PLANS.SHOWN.finditer(page.read_text("utf-8"))]
+
+
+@pytest.mark.parametrize(("page", "command", "shown"), SHOWN, ids=[f"{page.name}: {line}" for page, line, _ in SHOWN])
 @pytest.mark.parametrize("beside", [{}, {"cudnn": "1.32"}], ids=["here", "with cudnn"])
-def test_the_plan_in_the_docs_is_what_the_command_prints(capsys, monkeypatch, beside):
+def test_the_plans_in_the_docs_are_what_the_command_prints(page, command, shown, beside, monkeypatch):
     installed = context.installed_versions()
     monkeypatch.setattr(context, "installed_versions", lambda: {**installed, **beside})
-    text = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
-    command, shown = re.search(r"^\$ ernie-accel (plan .*)\n((?s:.*?))^```", text, flags=re.MULTILINE).groups()
-    with pytest.raises(SystemExit, match=r"^0$"):
-        main(command.split())
-    printed = capsys.readouterr().out
+    printed = PLANS.printed(command)
     elsewhere = "attention in "  # bf16, or where cuDNN is installed fp8
     everywhere = [[line for line in text.splitlines() if elsewhere not in line] for text in (printed, shown)]
-    assert everywhere[0] == everywhere[1]
+    assert everywhere[0] == everywhere[1], "run: python docs/generate_plans.py"
+
+
+def test_every_plan_in_the_docs_is_compared():
+    found = [page for page in PAGES if PLANS.SHOWN.search(page.read_text("utf-8"))]
+    assert found == list(PLANS.PAGES)
 
 
 @pytest.mark.parametrize(
@@ -114,8 +125,18 @@ def test_the_page_of_stability_lists_the_keys_of_plans_and_reports():
     report = json.loads(ernie_accel.report(pipe).to_json())
     assert set(plan) == documented_keys("`Plan.to_json()`")
     assert set(plan["steps"][0]) == documented_keys("a step of a plan")
+    card = ernie_accel.Context.named("rtx4090")
+    placed = json.loads(ernie_accel.plan(pipe, transform, context=card, memory="auto").to_json())
+    assert set(placed) - set(plan) == {"memory"}
+    assert set(placed["memory"]) == documented_keys("`memory` of a plan that was asked for it")
+    assert set(placed["memory"]["stages"][0]) == documented_keys("a stage of it")
     assert set(report) == documented_keys("`Report.to_json()`")
     assert set(report["entries"][0]) == documented_keys("an entry of a report") | {f.name for f in fields(request)}
+
+
+def test_the_page_of_concepts_has_all_phases_in_their_order():
+    page = " ".join((ROOT / "docs" / "concepts.md").read_text(encoding="utf-8").split())
+    assert f"`{' < '.join(phase.name for phase in sorted(ernie_accel.Phase))}`" in page
 
 
 def test_the_page_of_stability_names_the_formats_that_are_written():

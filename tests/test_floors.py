@@ -73,6 +73,19 @@ def test_no_arrow_goes_up(module):
     assert up == []
 
 
+def test_the_drawing_in_the_docs_has_every_floor_in_its_place():
+    page = (SOURCE.parents[1] / "docs" / "concepts.md").read_text(encoding="utf-8")
+    drawing = page.partition("## Layout")[2].partition("```text\n")[2].partition("```")[0].splitlines()
+    lines = {
+        name: [number for number, line in enumerate(drawing) if re.search(rf"(?<![\w/]){name}(?:/|\.py)", line)]
+        for name in FLOOR_OF
+    }
+    assert [name for name, found in lines.items() if len(found) != 1] == []
+    from_the_top = sorted(FLOOR_OF, key=lambda name: lines[name])
+    floors = [FLOOR_OF[name] for name in from_the_top]
+    assert floors == sorted(floors, reverse=True)
+
+
 def batch_floor(module: str) -> int:
     """Return a module's floor within `batch`."""
     parts = module.split(".")[2:]
