@@ -1,4 +1,4 @@
-"""Write what ``ernie-accel plan`` prints into the pages that show it: ``python docs/generate_plans.py``; a test compares."""
+"""Write into the pages what ``ernie-accel plan`` prints: ``python docs/generate_plans.py``; a test holds them to it."""
 
 from __future__ import annotations
 
