@@ -118,7 +118,7 @@ class Context:
         import torch
 
         found = device_of(cast(Pipeline, pipe)) if pipe is not None else _best_device()
-        return cls._of(torch.device(device) if device is not None and _is_here(device) else found)
+        return cls._of(torch.device(device) if device is not None and is_here(device) else found)
 
     @classmethod
     def _of(cls, device: torch.device) -> Context:
@@ -252,7 +252,7 @@ def _best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _is_here(device: str) -> bool:
+def is_here(device: str) -> bool:
     """Return whether a device is on this machine: "cuda:1" where there are two, "cpu" everywhere."""
     import torch
 

@@ -141,6 +141,7 @@ def plan_memory(
     context: Context,
     memory: str | int = "auto",
     call: Call | None = None,
+    device: str | None = None,
 ) -> MemoryPlan:
     """Choose the fastest way in which a call fits. Changes nothing and needs no device and no weights.
 
@@ -154,6 +155,7 @@ def plan_memory(
         context: The machine.
         memory: See `budget_of`.
         call: What will be asked of the pipe; default: one picture of 1024x1024.
+        device: What torch calls the device, "cuda:1"; default: the context's, without a number.
 
     Raises:
         ErnieAccelError: Nothing fits; the error says how much would be needed at least, stage by stage.
@@ -163,7 +165,7 @@ def plan_memory(
     wanted = compose(own, preset, family_of(pipe))
     activations = activations_of(pipe, wanted, context, call)
     best: MemoryPlan | None = None
-    for chosen, why in _candidates(pipe, wanted, context, budget, activations):
+    for chosen, why in _candidates(pipe, wanted, context, device or context.torch_device, budget, activations):
         together = compose((*own, *chosen), preset, family_of(pipe))
         the_plan = plan_request(pipe, together, preset, context)
         found = _judge(pipe, the_plan, chosen, why, context, call, budget, activations)
@@ -192,18 +194,23 @@ def check_fits(found: MemoryPlan) -> MemoryPlan:
     )
 
 
+def places(transform: Transform) -> bool:
+    """Return whether a transform says where weights live."""
+    return transform.slot in _PLACING or getattr(transform, "device", None) is not None
+
+
 def _candidates(
     pipe: Pipeline,
     wanted: tuple[Transform, ...],
     context: Context,
+    device: str,
     budget: int | None,
     activations: dict[str, int | None],
 ) -> Iterator[tuple[tuple[Transform, ...], tuple[str, ...]]]:
     """Yield what might be chosen, and why, from the fastest down."""
-    if any(each.slot in _PLACING or getattr(each, "device", None) is not None for each in wanted):
+    if any(map(places, wanted)):
         yield (), ("where the weights live was chosen by you",)
         return
-    device = context.torch_device
     move = (MoveTo(device),)
     stays = "everything stays on the device"
     yield move, (stays,)
@@ -295,4 +302,4 @@ def _cost(fetched: int, context: Context) -> Iterator[str]:
 
 
 def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.1f} GiB"
+    return f"{nbytes / 2**20:.1f} MiB" if 0 < nbytes < GIB // 10 else f"{nbytes / GIB:.1f} GiB"
