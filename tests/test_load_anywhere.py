@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from diffusers import ErnieImagePipeline
 
 import ernie_accel
-from ernie_accel import CastDtype, Context, Quantize, RewriteBlocks
-from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel import CastDtype, Context, Quantize, Residency, RewriteBlocks, api
+from ernie_accel.core.errors import ErnieAccelError, UnsupportedError
+from ernie_accel.core.planned import PlannedPipe
+from ernie_accel.core.preset import Preset
+from ernie_accel.memory.call import Call
+from ernie_accel.memory.planner import plan_memory
+from ernie_accel.transforms.weights.residency import least_weights
 from tests.pipelines import picture, tiny_ernie
+from tests.test_residency import movers  # noqa: F401  a fixture
 
 
 @pytest.fixture
@@ -73,3 +81,198 @@ def test_a_card_can_be_described(name, memory):
     context = Context.named(name)
     assert (context.device, context.memory_bytes) == ("cuda", memory)
     assert context.capability == ((8, 9) if memory else (12, 0))
+
+
+# An accelerator of 1 GiB, which is the CPU under a second name ------------------------------------------------------
+
+
+@pytest.fixture
+def card(movers, monkeypatch):  # noqa: F811
+    """A machine with an accelerator, on which torch calls it "cpu" and what is moved there stays where it is."""
+    detect, here = Context.detect, Context.named("cuda:8.0:1GiB")
+
+    def look(pipe=None, device=None):
+        return detect(pipe) if pipe is not None and device is None else here
+
+    monkeypatch.setattr(Context, "detect", look)
+    monkeypatch.setattr(Context, "torch_device", property(lambda self: "cpu"))
+    monkeypatch.setattr("ernie_accel.memory.stages.BETWEEN", 0)
+    monkeypatch.setattr("ernie_accel.memory.planner.BETWEEN", 0)
+    monkeypatch.setattr("ernie_accel.memory.planner.TAKEN", 0)
+    for name in ("POOLS", "ROUNDING"):
+        monkeypatch.setattr(f"ernie_accel.memory.planner.{name}", 0)
+    return here
+
+
+SMALL = Call(64, 64, prompt_tokens=8)
+FAST = Preset("fast", "for tests", (RewriteBlocks(), Quantize("int8-weight-only")))
+PRECISE = Preset("precise", "for tests", (RewriteBlocks(),))
+
+
+def applied(pipe):
+    return [entry.step.transform for entry in ernie_accel.report(pipe).entries]
+
+
+def tight(pipe, *transforms, preset=None):
+    """Return a budget in which a call fits only if weights come and go."""
+    found = plan_memory(pipe, transforms, preset, Context.named("cuda:8.0:1GiB"), "auto", SMALL)
+    most = max(stage.activations or 0 for stage in found.stages)
+    steps = ernie_accel.plan(pipe, *transforms, preset=preset, context=Context.named("cuda:8.0"), memory=None).steps
+    planned = next((step.planned for step in reversed(steps) if step.planned), PlannedPipe.of(pipe))
+    low = least_weights(pipe, planned)
+    return most + low + (planned.nbytes - low) // 4
+
+
+def test_a_pipe_on_the_host_is_placed_and_draws_the_same(card):
+    pipe = tiny_ernie(layers=6)
+    was = pipe.transformer.layers[0].mlp.up_proj.weight.clone()
+    ernie_accel.optimize(pipe, preset=PRECISE, memory=tight(pipe, preset=PRECISE), call=SMALL)
+    assert type(applied(pipe)[-1]) is Residency
+    resident = ernie_accel.optimize(tiny_ernie(layers=6), *PRECISE.transforms, memory=None)
+    assert torch.equal(picture(pipe), picture(resident))
+    assert torch.equal(ernie_accel.restore(pipe).transformer.layers[0].mlp.up_proj.weight, was)
+
+
+def test_a_folder_is_loaded_within_a_budget(card, plain):
+    pipe = ErnieImagePipeline.from_pretrained(plain)
+    budget = tight(pipe)
+    loaded = ernie_accel.load(plain, memory=budget, dtype="float32", call=SMALL)
+    assert [type(each) for each in applied(loaded)] == [Residency]
+    # Files are mapped at any offset, and the weights of a layer round accordingly.
+    torch.testing.assert_close(picture(loaded), picture(pipe), rtol=0, atol=2e-3)
+    loaded = ernie_accel.load(plain, preset=FAST, memory=tight(pipe, preset=FAST), dtype="float32", call=SMALL)
+    own = tuple(each for each in applied(loaded) if not isinstance(each, Residency))
+    assert Residency in map(type, applied(loaded))
+    ernie_accel.optimize(pipe, *own, memory=None)
+    torch.testing.assert_close(picture(loaded), picture(pipe), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("transforms", [(), (Quantize("int8-weight-only"),)])
+def test_what_is_loaded_goes_to_the_accelerator_also_without_a_preset(card, plain, transforms):
+    loaded = ernie_accel.load(plain, *transforms, call=SMALL)
+    assert "MoveTo('cpu')" in map(repr, applied(loaded))
+
+
+@pytest.mark.parametrize("memory", ["auto", "tight"])
+def test_asking_again_changes_nothing(card, memory):
+    pipe = tiny_ernie(layers=6)
+    memory = tight(pipe, preset=PRECISE) if memory == "tight" else memory
+    ernie_accel.optimize(pipe, preset=PRECISE, memory=memory, call=SMALL)
+    before, entries = picture(pipe), ernie_accel.report(pipe).entries
+    for again in ({"memory": memory, "call": SMALL}, {"memory": memory}, {}):
+        ernie_accel.optimize(pipe, preset=PRECISE, **again)
+        assert ernie_accel.report(pipe).entries == entries
+    the_plan = ernie_accel.plan(pipe, preset=PRECISE)
+    assert (the_plan.undoes, [step.transform for step in the_plan.steps]) == ((), applied(pipe))
+    assert torch.equal(picture(pipe), before)
+
+
+def test_an_interrupt_at_the_end_of_a_request_does_not_lose_where_weights_were_put(card, monkeypatch):
+    pipe = tiny_ernie(layers=6)
+    budget = tight(pipe, preset=PRECISE)
+    done = api.apply_request
+
+    def interrupted(*args, **kwargs):
+        done(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "apply_request", interrupted)
+        patch.setattr(api.PLACED, "drop", lambda pipe: None)  # the interrupt ends the clearing up, too
+        with pytest.raises(KeyboardInterrupt):
+            ernie_accel.optimize(pipe, preset=PRECISE, memory=budget, call=SMALL)
+    entries = ernie_accel.report(pipe).entries
+    ernie_accel.optimize(pipe, preset=PRECISE)
+    assert ernie_accel.report(pipe).entries == entries
+
+
+def test_a_note_of_what_is_not_there_counts_for_nothing(card):
+    pipe = tiny_ernie(layers=6)
+    ernie_accel.optimize(pipe, preset=PRECISE, memory=tight(pipe, preset=PRECISE), call=SMALL)
+    note = api.PLACED.of(pipe)
+    ernie_accel.restore(pipe)
+    api.PLACED.put(pipe, note)  # as if restore had been interrupted before its last line
+    ernie_accel.optimize(pipe, preset=PRECISE, memory="900MiB", call=SMALL)
+    assert not any(isinstance(each, Residency) for each in applied(pipe))
+
+
+def test_another_budget_or_call_is_refused(card):
+    pipe = ernie_accel.optimize(tiny_ernie(), preset=PRECISE, call=SMALL)
+    with pytest.raises(ErnieAccelError, match=r"memory='auto' .*now memory='900MiB' is asked for.*restore"):
+        ernie_accel.optimize(pipe, preset=PRECISE, memory="900MiB")
+    with pytest.raises(ErnieAccelError, match="now call="):
+        ernie_accel.optimize(pipe, preset=PRECISE, call=Call(128, 128))
+
+
+def test_what_the_user_chooses_later_wins(card):
+    pipe = ernie_accel.optimize(tiny_ernie(layers=6), preset=PRECISE, call=SMALL)
+    own = Residency(10**9, device="cpu")
+    ernie_accel.optimize(pipe, own, preset=PRECISE)
+    assert [each for each in applied(pipe) if each.slot in ("offload", "device")] == [own]
+
+
+def test_none_leaves_a_pipe_on_the_host(card):
+    pipe = ernie_accel.optimize(tiny_ernie(), preset=PRECISE, memory=None)
+    assert applied(pipe) == list(PRECISE.transforms)
+
+
+def test_a_plan_says_what_optimize_does(card):
+    pipe = tiny_ernie(layers=6)
+    the_plan = ernie_accel.plan(pipe, preset=PRECISE)
+    assert the_plan.memory.fits
+    ernie_accel.optimize(pipe, preset=PRECISE)
+    assert applied(pipe) == [step.transform for step in the_plan.steps]
+
+
+def test_of_a_pipe_that_is_placed_no_memory_is_planned(card):
+    pipe = tiny_ernie(layers=6)
+    ernie_accel.optimize(pipe, preset=PRECISE, memory=tight(pipe, preset=PRECISE), call=SMALL)
+    with pytest.raises(ErnieAccelError, match="restore"):
+        ernie_accel.plan(pipe, preset=PRECISE, context=Context.named("h100"), memory="auto")
+
+
+def test_a_part_that_cannot_run_is_named_before_a_budget_that_is_too_small(card):
+    fp8 = Preset("fp8", "for tests", (Quantize("fp8"),))
+    with pytest.raises(UnsupportedError, match=r"capability >= 8\.9"):
+        ernie_accel.optimize(tiny_ernie(), preset=fp8, memory="1MiB")
+    with pytest.raises(ErnieAccelError, match="does not fit"):
+        ernie_accel.optimize(tiny_ernie(), preset=fp8, memory="1MiB", on_unsupported="skip")
+
+
+def test_a_copy_of_a_pipe_on_the_device_knows_where_it_was_put(card):
+    pipe = ernie_accel.optimize(tiny_ernie(), preset=PRECISE, call=SMALL)
+    copied = copy.deepcopy(pipe)
+    ernie_accel.optimize(copied, preset=PRECISE)
+    assert applied(copied) == applied(pipe)
+
+
+def test_what_save_wrote_is_not_placed_in_silence(card, tmp_path):
+    ernie_accel.save(tiny_ernie(), tmp_path / "ours")
+    with pytest.raises(ErnieAccelError, match="memory='12GiB': leave it out"):
+        ernie_accel.load(tmp_path / "ours", memory="12GiB")
+    with pytest.raises(ErnieAccelError, match="found call="):
+        ernie_accel.load(tmp_path / "ours", call=SMALL)
+
+
+def test_a_placed_pipe_is_saved(card, tmp_path):
+    pipe = tiny_ernie(layers=6)
+    ernie_accel.optimize(pipe, preset=PRECISE, memory=tight(pipe, preset=PRECISE), call=SMALL)
+    before, entries = picture(pipe), [repr(each) for each in applied(pipe)]
+    ernie_accel.save(pipe, tmp_path / "ours")
+    assert [repr(each) for each in applied(pipe)] == entries
+    assert torch.equal(picture(pipe), before)
+    ernie_accel.optimize(pipe, preset=PRECISE)
+    assert [repr(each) for each in applied(pipe)] == entries
+    assert torch.equal(picture(ernie_accel.load(tmp_path / "ours")), before)
+
+
+def test_what_cannot_be_is_said_before_anything_is_read(tmp_path):
+    with pytest.raises(ErnieAccelError, match="there is no device 'cuda:7' here"):
+        ernie_accel.load(tmp_path / "nothing", device="cuda:7")
+    with pytest.raises(ErnieAccelError, match="accelerator's memory"):
+        ernie_accel.load(tmp_path / "nothing", device="cpu", memory="12GiB")
+
+
+def test_a_budget_that_is_none_is_refused_before_anything_is_read(card, tmp_path):
+    with pytest.raises(ErnieAccelError, match="write 12GiB"):
+        ernie_accel.load(tmp_path / "nothing", memory="12")

@@ -28,20 +28,22 @@ from ernie_accel.core.components import (
     device_of,
     is_skeleton,
 )
-from ernie_accel.core.context import Context
-from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
+from ernie_accel.core.context import Context, is_here
+from ernie_accel.core.errors import ErnieAccelError, UnknownNameError, UnsupportedError
 from ernie_accel.core.plan import Plan, check_pipeline, compose, machine_for, plan_request
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Report
 from ernie_accel.core.transform import Transform
 from ernie_accel.families import Family, family_of, give_family
 from ernie_accel.memory.call import Call
-from ernie_accel.memory.planner import check_fits, plan_memory
+from ernie_accel.memory.planner import budget_of, check_fits, places, plan_memory
 from ernie_accel.plugins import load_plugins
 from ernie_accel.recipes.presets import find_preset
 from ernie_accel.recipes.recommend import fitting_preset, recommend
 from ernie_accel.storage.loading import forgetful, load_pipeline, was_saved_here
 from ernie_accel.storage.reading import load as read_saved
+from ernie_accel.transforms.weights.quantize import Quantize
+from ernie_accel.transforms.weights.residency import Residency
 
 
 def plan(
@@ -62,7 +64,7 @@ def plan(
         family: What is known of its architecture, where the library does not find that out; see `register_family`.
         context: The machine to plan for; default this one. ``Context.named("h200")`` plans for another.
         memory: Work out what the device will hold, and choose where the weights live so that it fits: "auto", "12GiB",
-            "-2GiB" to leave that free, or bytes; None leaves memory alone.
+            "-2GiB" to leave that free, or bytes; None: only where `optimize` would choose by itself.
         call: What will be asked of the pipe, for `memory`; default: one picture of 1024x1024.
 
     Returns:
@@ -76,10 +78,19 @@ def plan(
     checked = check_pipeline(pipe)
     with _given(checked, family):
         named, wanted = _request(checked, transforms, preset, context)
-        if memory is None:
+        placing = _kept_placing(checked, transforms, memory, call) if context is None else None
+        if placing is not None:
+            together = compose((*transforms, *placing.chosen), named, family_of(checked))
+            return plan_request(checked, together, named, machine_for(checked, together))
+        if memory is None and not (named is not None and context is None and _waits_on_host(checked)):
             return plan_request(checked, wanted, named, context or machine_for(checked, wanted))
+        if any(isinstance(entry.step.transform, Residency) for entry in report_of(checked).entries):
+            raise ErnieAccelError(
+                "memory is planned for a pipe whose weights are in one place, and Residency keeps those of this one: "
+                "call ernie_accel.restore(pipe) first"
+            )
         machine = context or _device_for(checked, wanted)
-        found = plan_memory(checked, transforms, named, machine, memory, call)
+        found = plan_memory(checked, transforms, named, machine, "auto" if memory is None else memory, call)
         together = compose((*transforms, *found.transforms), named, family_of(checked))
         return replace(plan_request(checked, together, named, machine), memory=found)
 
@@ -111,7 +122,8 @@ def optimize(
         context: The machine's facts; default: looked up.
         memory: Where the weights live. "auto": a pipe on the host, optimized by a preset on a machine with an
             accelerator, is brought there in the fastest way that fits; any other pipe stays where it is. "12GiB" or
-            bytes: within that much of the device's memory; "-2GiB": all but that. None: the pipe stays where it is.
+            bytes: within that much of the device's memory; "-2GiB": all but that. None: the pipe stays where it was
+            loaded, also on the host of such a machine. Once chosen, it stays as long as you do not ask for another.
             What a transform of yours says about it (`MoveTo`, `Offload`, ...) wins.
         call: What will be asked of the pipe, for `memory`; default: one picture of 1024x1024.
 
@@ -126,14 +138,31 @@ def optimize(
         RestoreError: An earlier transform would have to be undone and cannot be; nothing was undone.
         ErnieAccelError: Nothing was asked for, and nothing was applied before that this would undo.
     """
+    _optimize(pipe, transforms, preset, on_unsupported, family, context, memory, call)
+    return pipe
+
+
+def _optimize(
+    pipe: AnyPipeline,
+    transforms: tuple[Transform, ...],
+    preset: Preset | str | None,
+    on_unsupported: str,
+    family: Family | None,
+    context: Context | None,
+    memory: str | int | None,
+    call: Call | None,
+    device: str | None = None,
+) -> None:
+    """Do what `optimize` says; with `device`, weights are placed there even where nothing else is asked for."""
     if on_unsupported not in ("error", "skip"):
         raise UnknownNameError("value of on_unsupported", on_unsupported, ("error", "skip"))
     checked = check_pipeline(pipe)
     if is_skeleton(checked):
         raise ErnieAccelError(f"this {type(pipe).__name__} was made without weights, for plans; load(...) reads them")
+    skip = on_unsupported == "skip"
     with _given(checked, family) as remember:
         named, wanted = _request(checked, transforms, preset, context)
-        placing = _placed(checked, transforms, wanted, named, context, memory, call)
+        placing = _placed(checked, transforms, wanted, named, context, memory, call, device, skip)
         if placing.chosen:
             wanted = compose((*transforms, *placing.chosen), named, family_of(checked))
         machine = context or machine_for(checked, wanted)
@@ -143,11 +172,18 @@ def optimize(
                 f"optimize(pipe, preset={fitting_preset(machine).name!r}), which fits this machine "
                 "(print(ernie_accel.presets) lists all), or pass transforms: optimize(pipe, ernie_accel.Compile())."
             )
-        apply_request(checked, wanted, named, machine, skip_unsupported=on_unsupported == "skip")
+        before = PLACED.of(checked)
+        try:
+            if placing.chosen:  # before it is done: an interrupt may come right after, and must not lose the note
+                PLACED.put(checked, placing)
+            apply_request(checked, wanted, named, machine, skip_unsupported=skip)
+        except BaseException:
+            if before is None:
+                PLACED.drop(checked)
+            else:
+                PLACED.put(checked, before)
+            raise
         remember()
-        if placing.chosen:
-            PLACED.put(checked, placing)
-    return pipe
 
 
 def load(
@@ -171,13 +207,13 @@ def load(
         model: A folder that `save` or ``save_pretrained`` wrote, or a hub id.
         *transforms: Transforms, beside the preset or the saved ones.
         preset: A preset or its name, or "auto" for the one that fits the machine; not for a pipe that `save` wrote.
-        memory: As in `optimize`.
+        memory: As in `optimize`; not for a pipe that `save` wrote.
         device: Where to; None: for a pipe that `save` wrote the CPU, for others the accelerator, where there is one.
         dtype: Of the weights as they are read: "bfloat16", ...; "auto" is bfloat16 for an accelerator and float32 for
             the CPU.
         on_unsupported: What to do with a transform that cannot run here; as in ``optimize``.
         known: Classes that a folder that `save` wrote may name beside those that pipelines use.
-        call: As in `optimize`.
+        call: As in `optimize`; not for a pipe that `save` wrote.
 
     Returns:
         The pipe. What was quantized on the way cannot be undone by ``restore``: the originals are in the files.
@@ -194,19 +230,32 @@ def load(
                 f"{os.fspath(model)} was written by ernie_accel.save and has the transforms it was saved with; found "
                 f"preset={preset!r}: leave it out, or pass transforms for slots to change"
             )
+        if memory not in (None, "auto") or call is not None:
+            found = f"call={call!r}" if memory in (None, "auto") else f"memory={memory!r}"
+            raise ErnieAccelError(
+                f"{os.fspath(model)} was written by ernie_accel.save, and such a pipe goes to its device as a whole; "
+                f"found {found}: leave it out, or load the original model with it"
+            )
         return read_saved(model, *transforms, device=device or "cpu", on_unsupported=on_unsupported, known=known)
+    if device is not None and not is_here(device):
+        raise ErnieAccelError(f"there is no device {device!r} here: this machine has {Context.detect()}")
     machine = Context.detect(device=device)
-    kind = machine.torch_device
-    if preset is not None:
-        find_preset(preset) if preset != "auto" else None
-    pipe = load_pipeline(os.fspath(model), dtype, "cpu" if kind == "cpu" else kind, on_host=True)
+    if machine.device == "cpu" and memory not in (None, "auto"):
+        raise ErnieAccelError(f"memory={memory!r} is about an accelerator's memory, and this is {machine}")
+    # What can be refused before anything is read:
+    if machine.device != "cpu" and memory is not None:
+        budget_of(memory, machine)
+    if preset is not None and preset != "auto":
+        find_preset(preset)
+    pipe = load_pipeline(os.fspath(model), dtype, machine.torch_device, on_host=True)
     named, wanted = _request(check_pipeline(pipe), transforms, preset, machine)
-    if not wanted:
-        return pipe if memory is None else pipe.to(kind)
-    asked = tuple(forgetful(transform) for transform in wanted)
-    return optimize(
-        pipe, *asked, preset=named, on_unsupported=on_unsupported, memory=memory if kind != "cpu" else None, call=call
-    )
+    asked = tuple(map(forgetful, wanted))
+    if machine.device == "cpu" or memory is None:
+        if wanted:
+            _optimize(pipe, asked, named, on_unsupported, None, None, None, call)
+        return pipe
+    _optimize(pipe, asked, named, on_unsupported, None, None, memory, call, device or machine.torch_device)
+    return pipe
 
 
 def report(pipe: AnyPipeline) -> Report:
@@ -232,13 +281,47 @@ def restore(pipe: PipelineT) -> PipelineT:
 
 @dataclass(frozen=True)
 class _Placing:
-    """What was chosen so that a pipe fits, and for which `memory`."""
+    """What was chosen so that a pipe fits, and for which `memory` and `call`."""
 
     memory: str | int | None
+    call: Call
     chosen: tuple[Transform, ...]
+
+    def beside(self, own: tuple[Transform, ...]) -> _Placing:
+        """Return what is left of it beside transforms of the user's own, which win."""
+        taken = {name for each in own if isinstance(each, Quantize) for name in each.components}
+        chosen = (
+            each
+            for each in self.chosen
+            if not (taken.intersection(each.components) if isinstance(each, Quantize) else any(map(places, own)))
+        )
+        return replace(self, chosen=tuple(chosen))
 
 
 PLACED = Note("placed", _Placing, "pipe", "where its weights were put, so that asking again changes nothing")
+
+
+def _kept_placing(
+    pipe: Pipeline, own: tuple[Transform, ...], memory: str | int | None, call: Call | None
+) -> _Placing | None:
+    """Return how the weights of a pipe were placed before, which stays; None if they were not.
+
+    Raises:
+        ErnieAccelError: They were placed for another `memory` or `call`.
+    """
+    before = PLACED.of(pipe)
+    in_place = [entry.step.transform for entry in report_of(pipe).entries]
+    if before is None or not all(each in in_place for each in before.chosen):  # undone since, or never finished
+        return None
+    other = f"memory={memory!r}" if memory not in (None, "auto", before.memory) else None
+    if call is not None and call != before.call:
+        other = f"call={call!r}"
+    if other is not None:
+        raise ErnieAccelError(
+            f"its weights were placed for memory={before.memory!r} and {before.call!r}, and now {other} is asked for: "
+            "call ernie_accel.restore(pipe) first, or load it anew"
+        )
+    return before.beside(own)
 
 
 def _placed(
@@ -249,26 +332,31 @@ def _placed(
     context: Context | None,
     memory: str | int | None,
     call: Call | None,
+    device: str | None,
+    skip_unsupported: bool,
 ) -> _Placing:
     """Choose where the weights of a pipe go.
 
     Raises:
-        ErnieAccelError: It does not fit, or its weights were put elsewhere before.
+        UnsupportedError: It does not fit because a part of what would make it smaller cannot run here.
+        ErnieAccelError: It does not fit, or its weights were placed otherwise before.
     """
-    before = PLACED.of(pipe)
-    if before is not None and before.memory == memory:
-        return before
-    if memory is None or (memory == "auto" and not (preset and context is None and _waits_on_host(pipe))):
-        return _Placing(memory, ())
+    nothing = _Placing(memory, call or Call(), ())
+    before = _kept_placing(pipe, own, memory, call) if memory is not None else None
     if before is not None:
-        raise ErnieAccelError(
-            f"its weights were placed for memory={before.memory!r}, and now memory={memory!r} is asked for: call "
-            "ernie_accel.restore(pipe) first, or load it anew"
-        )
-    machine = context or _device_for(pipe, wanted)
+        return before
+    by_itself = device is not None or (preset is not None and context is None and _waits_on_host(pipe))
+    if memory is None or (memory == "auto" and not by_itself):
+        return nothing
+    machine = context or (_device_for(pipe, wanted) if device is None else Context.detect(device=device))
     if machine.device == "cpu":
         raise ErnieAccelError(f"memory={memory!r} is about an accelerator's memory, and this is {machine}")
-    return _Placing(memory, check_fits(plan_memory(pipe, own, preset, machine, memory, call)).transforms)
+    found = plan_memory(pipe, own, preset, machine, memory, call, device)
+    if not found.fits and not skip_unsupported:
+        the_plan = plan_request(pipe, wanted, preset, machine)
+        if not the_plan.ok:
+            raise UnsupportedError(the_plan)
+    return replace(nothing, chosen=check_fits(found).transforms)
 
 
 def _waits_on_host(pipe: Pipeline) -> bool:
