@@ -4,6 +4,7 @@
     python benchmarks/ladder.py --sweep      # batches 1 to 8 and sizes of pictures
     python benchmarks/ladder.py --peers      # other libraries, where they are installed
     python benchmarks/ladder.py --parts      # the parts beside the denoiser, each alone
+    python benchmarks/ladder.py --fits       # on cards of 24, 16, 12 and 8 GB: this one, with its memory capped
     python benchmarks/ladder.py --only stock,turbo-fp8 --save benchmarks/results/ladder_h200_202611
     python benchmarks/ladder.py --tables benchmarks/results/ladder_h200_202611.json
 
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ladder_fits import FITTED, fit_rung
 from ladder_measures import CUDA, PIXELS, Job, make_reference
 from ladder_parts import PARTS, measure_part
 from ladder_peers import PEERS, measure_peer
@@ -63,6 +65,7 @@ SECTIONS = {
     "ladder": Section((*RUNGS, *(name + AGAIN for name in ("turbo-fp8", "rewrite+compile cache"))), measure_rung),
     "sweep": Section(SWEPT, sweep_rung, needs_reference=False),
     "peers": Section(tuple(PEERS), measure_peer),
+    "fits": Section(tuple(FITTED), fit_rung, needs_reference=False),
     "parts": Section(tuple(PARTS), measure_part, needs_reference=False),
 }
 

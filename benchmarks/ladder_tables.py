@@ -36,7 +36,9 @@ def _share(value: float, peak: float | None) -> str:
 
 def tables(result: Result) -> str:
     """Return the tables of a result of any section, then what failed."""
-    made = {"ladder": _ladder, "sweep": _sweep, "peers": _peers, "parts": _parts}[result["section"]](result)
+    made = {"ladder": _ladder, "sweep": _sweep, "peers": _peers, "parts": _parts, "fits": _fits}[result["section"]](
+        result
+    )
     failed = [f"- {row['rung']}: {row['error']}" for row in result["rungs"] if "error" in row]
     failed += [f"- {row['rung']}, eager: {row['not_compiled']}" for row in result["rungs"] if "not_compiled" in row]
     return made + ("\n\nNot measured:\n\n" + "\n".join(failed) if failed else "")
@@ -116,6 +118,22 @@ def _parts(result: Result) -> str:
     return _table(head, lines)
 
 
+def _fits(result: Result) -> str:
+    stock = _row(result, "stock")
+    head = ["card", "enhancer off, s", "x stock", "on, s", "x stock", "placed s", "first s", "predicted peak GiB"]
+    head += ["peak GiB", "off by", "reserved GiB", "host GiB", "bits"]
+    lines = []
+    for row in _measured(result):
+        predicted, peak = row.get("predicted_peak_gib"), row["peak_gib"]
+        cells = [row["rung"]]
+        for name in ("off_s", "on_s"):
+            cells += [f"{row[name]:.2f}", f"{row[name] / stock[name]:.2f}" if stock else "-"]
+        cells += [_number(row.get("placed_s"), 1), f"{row['first_s']:.1f}", _number(predicted, 2), f"{peak:.2f}"]
+        cells += [f"{predicted / peak - 1:+.1%}" if predicted and peak else "-", f"{row['reserved_gib']:.2f}"]
+        lines.append([*cells, _number(row.get("host_gib"), 1), row.get("bits", "-")])
+    return _table(head, lines)
+
+
 def plot(result: Result) -> Any:
     """Return a figure of the result; needs matplotlib."""
     from matplotlib.figure import Figure
@@ -135,6 +153,10 @@ def plot(result: Result) -> Any:
         return figure
     figure = Figure(figsize=(8, 0.4 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots()
+    if result["section"] == "fits":
+        _bars(axes, [row["rung"] for row in rows], [row["on_s"] for row in rows], "s a picture, enhancer on")
+        axes.set_title(result["device"])
+        return figure
     key = f"ms_{result['pixels'][0]}" if result["section"] == "ladder" else "ms"
     times = [row.get(key) or row["picture_step_ms"] for row in rows]
     names = [row["rung"] + (" (on average)" if row.get("approximate") else "") for row in rows]

@@ -18,6 +18,7 @@ from ernie_accel import (
     CompileVae,
     ElideMask,
     ExpandAttentionMask,
+    ExplainOutOfMemory,
     FreeAfterUse,
     FuseKernels,
     FuseVae,
@@ -87,6 +88,7 @@ ELSEWHERE: tuple[Transform, ...] = (
     Offload("group", blocks_per_group=2),
     Offload("stages"),
     Residency(10**9),
+    ExplainOutOfMemory(),
     Warmup(sizes=((64, 64), (96, 64)), batch_sizes=(1, 2), prompt_lengths=(4,)),
 )
 

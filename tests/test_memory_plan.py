@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from ernie_accel import CastDtype, Context, FuseKernels, MoveTo, Offload, Quantize, Residency, RewriteBlocks
+from ernie_accel import (
+    CastDtype,
+    Context,
+    ExplainOutOfMemory,
+    FuseKernels,
+    MoveTo,
+    Offload,
+    Quantize,
+    Residency,
+    RewriteBlocks,
+)
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.hardware import GIB
 from ernie_accel.core.planned import PlannedPipe
@@ -111,9 +121,10 @@ def planned(pipe: Any, card: str, preset: str = "turbo-fp8", *transforms: Any, *
 
 
 def test_the_fastest_way_that_fits_is_chosen(turbo):
-    assert planned(turbo, "h200").transforms == (MoveTo("cuda"),)
+    on_all = planned(turbo, "h200")
+    assert on_all.transforms == (MoveTo("cuda"), ExplainOutOfMemory(predicted=on_all.needed))
     on_24 = planned(turbo, "rtx4090")
-    assert on_24.transforms[1:] == (MoveTo("cuda"),)
+    assert on_24.transforms[1] == MoveTo("cuda")
     assert on_24.transforms[0].components == ("text_encoder", "pe")
     on_16 = planned(turbo, "rtx4090", memory="15.3GiB")
     assert any(isinstance(each, Residency) for each in on_16.transforms)
@@ -127,7 +138,7 @@ def test_the_fastest_way_that_fits_is_chosen(turbo):
 
 def test_weights_stay_unquantized_as_long_as_that_fits(turbo):
     found = planned(turbo, "rtx4090", "turbo-bf16")
-    assert [type(each).__name__ for each in found.transforms] == ["Residency"]
+    assert [type(each).__name__ for each in found.transforms] == ["Residency", "ExplainOutOfMemory"]
 
 
 def test_what_the_user_chose_wins(turbo):
@@ -151,6 +162,13 @@ def test_a_pipe_that_cannot_fit_is_refused_with_what_would(turbo):
     assert not found.fits
     with pytest.raises(ErnieAccelError, match=r"(?s)does not fit: .* are needed at least.*denoise"):
         check_fits(found)
+
+
+def test_too_little_host_memory_is_said_before_anything_is_loaded(turbo):
+    found = planned(turbo, "rtx4060")
+    assert check_fits(found, found.host) is found
+    with pytest.raises(ErnieAccelError, match=r"(?s)not enough host memory: .* and 4\.0 GiB can be had.*denoise"):
+        check_fits(found, 4 * GIB)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from ernie_accel.core.report import Report
 from ernie_accel.core.transform import Transform
 from ernie_accel.families import Family, family_of, give_family
 from ernie_accel.memory.call import Call
-from ernie_accel.memory.planner import budget_of, check_fits, places, plan_memory
+from ernie_accel.memory.planner import available_on_host, budget_of, check_fits, places, plan_memory
 from ernie_accel.plugins import load_plugins
 from ernie_accel.recipes.presets import find_preset
 from ernie_accel.recipes.recommend import fitting_preset, recommend
@@ -356,7 +356,7 @@ def _placed(
         the_plan = plan_request(pipe, wanted, preset, machine)
         if not the_plan.ok:
             raise UnsupportedError(the_plan)
-    return replace(nothing, chosen=check_fits(found).transforms)
+    return replace(nothing, chosen=check_fits(found, available_on_host() if context is None else None).transforms)
 
 
 def _waits_on_host(pipe: Pipeline) -> bool:

@@ -196,13 +196,18 @@ def recommend_command(
     mode: Annotated[str | None, typer.Option(help="turbo (distilled) or quality (base).")] = None,
 ) -> None:
     """Name the preset that pays most, here or on a named device, and why none of the others does."""
+    from ernie_accel.api import plan
     from ernie_accel.core.context import Context
     from ernie_accel.recipes.recommend import check_mode, recommend
 
     context = Context.named(device) if device else Context.detect()
     check_mode(mode)
     pipe = _to_plan(model, "auto", context) if model is not None else None
-    typer.echo(str(recommend(context, pipe, mode=mode)))
+    found = recommend(context, pipe, mode=mode)
+    typer.echo(str(found))
+    if context.torch_device in ("cuda", "npu"):
+        planned = plan(pipe or _to_plan(None, "auto", context), preset=found.preset, context=context, memory="auto")
+        typer.echo(f"\n{'' if model else 'For the published ERNIE-Image-Turbo: '}{planned.memory}")
 
 
 @app.command("info")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ernie_accel.common.text import table
@@ -19,6 +20,7 @@ from ernie_accel.core.transform import Transform
 from ernie_accel.families import family_of
 from ernie_accel.memory.call import Call
 from ernie_accel.memory.stages import BETWEEN, POOLS, ROUNDING, Stage, activations_of, weights_by_stage
+from ernie_accel.transforms.calls.explain_out_of_memory import ExplainOutOfMemory
 from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
 from ernie_accel.transforms.weights.move_to import MoveTo
 from ernie_accel.transforms.weights.quantize import Quantize
@@ -180,12 +182,31 @@ def plan_memory(
     return best
 
 
-def check_fits(found: MemoryPlan) -> MemoryPlan:
+def available_on_host() -> int | None:
+    """Return the bytes of host memory that this machine could give a process now; None where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    sizes = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return next((int(size) * 1024 for size in sizes), None)
+
+
+def check_fits(found: MemoryPlan, host: int | None = None) -> MemoryPlan:
     """Return a plan that fits.
+
+    Args:
+        found: The plan.
+        host: Bytes of host memory that can be had; None: not asked.
 
     Raises:
         ErnieAccelError: It does not; the error shows the least that would.
     """
+    if found.fits and host is not None and found.host > host:
+        raise ErnieAccelError(
+            f"there is not enough host memory: {_gib(found.host)} are needed for weights that are not on the device, "
+            f"and {_gib(host)} can be had.\n{found}\nMore device memory (memory=) leaves less to the host."
+        )
     if found.fits:
         return found
     raise ErnieAccelError(
@@ -282,6 +303,8 @@ def _judge(
     elif planned.offload is not None:
         host = planned.nbytes
     found = MemoryPlan(call, budget, stages, spare, host, chosen, why, fits=True)
+    if chosen:
+        found = replace(found, transforms=(*chosen, ExplainOutOfMemory(predicted=found.needed)))
     return replace(found, fits=budget is None or found.needed <= budget)
 
 

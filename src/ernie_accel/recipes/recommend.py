@@ -220,9 +220,8 @@ def _memory_warnings(pipe: Pipeline | None, preset: Preset, machine: Context) ->
     if weights < machine.memory_bytes:
         return ()
     return (
-        f"about {human_bytes(weights)} of weights do not fit into {human_bytes(machine.memory_bytes)}: keep what a "
-        "picture needs only once (text encoder, prompt enhancer) off the device, for instance with "
-        "pipe.enable_model_cpu_offload()",
+        f"about {human_bytes(weights)} of weights do not fit into {human_bytes(machine.memory_bytes)}: leave the pipe "
+        "on the CPU; optimize(pipe, preset=..., memory='auto') brings it to the device in the fastest way that fits",
     )
 
 
