@@ -58,6 +58,7 @@ EXAMPLES: tuple[Transform, ...] = (
     CompileVae(),
     ElideMask(),
     ExpandAttentionMask(),
+    ExplainOutOfMemory(predicted=10**9),
     FreeAfterUse(),
     MakeContiguous(),
     MakeContiguous(channels_last=("vae",)),
@@ -88,7 +89,6 @@ ELSEWHERE: tuple[Transform, ...] = (
     Offload("group", blocks_per_group=2),
     Offload("stages"),
     Residency(10**9),
-    ExplainOutOfMemory(),
     Warmup(sizes=((64, 64), (96, 64)), batch_sizes=(1, 2), prompt_lengths=(4,)),
 )
 

@@ -97,8 +97,11 @@ def test_what_is_counted_without_data_is_what_a_run_with_data_needs(name, rows):
     assert peak_of(pipe.transformer, run, 7) == pytest.approx(counter.peak, rel=0.02)
 
 
-def test_full_size_stages_are_what_an_h200_measured(turbo):
+def test_full_size_stages_are_what_an_h200_measured():
     """MiB at 1024, 512 and 1264 px, stock and on fused kernels (NVIDIA H200, torch 2.11, cuDNN attention in fp8)."""
+    pipe = skeleton(TURBO)
+    pipe.transformer.layers = pipe.transformer.layers[:2]  # one after the other, they need no more than one
+    pipe.register_modules(text_encoder=None, pe=None)
     measured = {
         (1024, 1, False): {"denoise": 762, "decode": 2435},
         (512, 1, False): {"denoise": 208, "decode": 609},
@@ -111,7 +114,7 @@ def test_full_size_stages_are_what_an_h200_measured(turbo):
     fast = find_preset("turbo-fp8").transforms
     for (pixels, pictures, on_kernels), stages in measured.items():
         call = Call(pixels, pixels, pictures, prompt_tokens=128)
-        found = activations_of(turbo, fast if on_kernels else (), context, call)
+        found = activations_of(pipe, fast if on_kernels else (), context, call)
         for stage, mib in stages.items():
             assert (found[stage] or 0) / 2**20 == pytest.approx(mib, rel=0.03), (pixels, pictures, on_kernels, stage)
 
@@ -126,12 +129,11 @@ def test_the_fastest_way_that_fits_is_chosen(turbo):
     on_24 = planned(turbo, "rtx4090")
     assert on_24.transforms[1] == MoveTo("cuda")
     assert on_24.transforms[0].components == ("text_encoder", "pe")
-    on_16 = planned(turbo, "rtx4090", memory="15.3GiB")
-    assert any(isinstance(each, Residency) for each in on_16.transforms)
     on_8 = planned(turbo, "rtx4060")
     assert on_8.fits
     assert on_8.host < 20e9
-    for found in (on_24, on_16, on_8):
+    assert any(isinstance(each, Residency) for each in on_8.transforms)
+    for found in (on_24, on_8):
         assert found.fits
         assert found.needed <= found.budget
 

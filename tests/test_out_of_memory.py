@@ -38,7 +38,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, module: Any, method: str, kept: l
     [
         (lambda pipe: pipe.transformer.layers[1].mlp, "forward", "while transformer denoised"),
         (lambda pipe: pipe.text_encoder, "forward", "while text_encoder encoded prompts"),
-        (lambda pipe: pipe.vae, "decode", "while vae decoded"),
+        (lambda pipe: pipe.vae.decoder, "forward", "while vae decoded"),
     ],
 )
 def test_the_error_names_the_stage_and_the_pipe_works_on(monkeypatch, part, method, stage):
@@ -80,7 +80,7 @@ def test_other_errors_pass(monkeypatch):
 def test_nothing_predicted_is_nothing_claimed(monkeypatch):
     pipe = tiny_ernie()
     ernie_accel.optimize(pipe, ExplainOutOfMemory())
-    fail_once(monkeypatch, pipe.vae, "decode")
+    fail_once(monkeypatch, pipe.vae.decoder, "forward")
     with pytest.raises(DeviceOutOfMemoryError) as caught:
         picture(pipe, num_images_per_prompt=2)
     assert "predicted" not in str(caught.value)

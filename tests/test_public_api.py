@@ -33,6 +33,7 @@ CLASSES = {
     "Applied",
     "CallablePipeline",
     "Context",
+    "DeviceOutOfMemoryError",
     "Effect",
     "Evaluation",
     "Family",

@@ -16,6 +16,7 @@ from ernie_accel.core.errors import RestoreWarning as RestoreWarning
 from ernie_accel.core.errors import SavedPipelineError as SavedPipelineError
 from ernie_accel.core.errors import UnknownNameError as UnknownNameError
 from ernie_accel.core.errors import UnsupportedError as UnsupportedError
+from ernie_accel.core.out_of_memory import DeviceOutOfMemoryError as DeviceOutOfMemoryError
 from ernie_accel.core.hardware import Hardware as Hardware
 from ernie_accel.core.hardware import Rates as Rates
 from ernie_accel.api import load as load
@@ -49,6 +50,7 @@ from ernie_accel.storage.saving import save as save
 from ernie_accel.transforms import transform_from_json as transform_from_json
 from ernie_accel.transforms.calls.autocast import Autocast as Autocast
 from ernie_accel.transforms.calls.call_defaults import CallDefaults as CallDefaults
+from ernie_accel.transforms.calls.explain_out_of_memory import ExplainOutOfMemory as ExplainOutOfMemory
 from ernie_accel.transforms.calls.check_finite import CheckFinite as CheckFinite
 from ernie_accel.transforms.calls.warm_up import Warmup as Warmup
 from ernie_accel.transforms.denoiser.cache_steps.cache_steps import CacheSteps as CacheSteps

@@ -22,7 +22,6 @@ from ernie_accel.core.components import (
 )
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError
-from ernie_accel.core.hardware import GIB
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Transform
 from ernie_accel.families import family_of
@@ -33,13 +32,13 @@ from ernie_accel.transforms.denoiser.rewrite_blocks import RewriteBlocks
 from ernie_accel.transforms.vae.decoder import FuseVae
 from ernie_accel.transforms.weights.cast_dtype import CastDtype
 
-#: What lies on the device between the stages: embeddings, latents, the inputs of graphs. Full-size ERNIE-Image at
-#: 1024x1024 on an H200, peak of a picture less weights and the largest stage: 0.07 GiB without enhancer, 0.14 with.
-BETWEEN = int(0.15 * GIB)
-#: What captured graphs and torch's allocator hold beyond what is in use. The same pipe under a cap: 0.66 to 0.76 GiB.
-POOLS = int(0.8 * GIB)
+#: What lies on the device between the stages: embeddings, latents, the inputs of graphs. Of full-size ERNIE-Image at
+#: 1024x1024, the peak of a picture less weights and the largest stage: 75 MB without enhancer, 150 with (Hopper).
+BETWEEN = 160_000_000
+#: What captured graphs and torch's allocator hold beyond what is in use: there 660 to 760 MiB, with memory capped.
+POOLS = 800 * 2**20
 #: The same where nothing is captured: blocks of other sizes than those asked for.
-ROUNDING = int(0.4 * GIB)
+ROUNDING = 400 * 2**20
 #: Transforms that change what a stage needs beside weights, and can be applied to tensors without data.
 _TRACED = (CastDtype, RewriteBlocks, FuseKernels, FuseVae)
 

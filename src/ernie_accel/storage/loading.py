@@ -13,14 +13,14 @@ import torch
 from ernie_accel.core.components import CallablePipeline
 from ernie_accel.core.context import NOT_SUPPORTED_YET
 from ernie_accel.core.dtypes import ALIASES, DTYPES, dtype_argument, dtype_name
-from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
+from ernie_accel.core.errors import ErnieAccelError, SavedPipelineError, UnknownNameError
 from ernie_accel.core.hardware import is_other_vendors
 from ernie_accel.core.outputs import require_pictures
 from ernie_accel.core.transform import Transform
 from ernie_accel.families import family_of
 from ernie_accel.storage.assembly import assemble
 from ernie_accel.storage.folders import current
-from ernie_accel.storage.manifest import INDEX, MANIFEST
+from ernie_accel.storage.manifest import INDEX, MANIFEST, WEIGHTS
 from ernie_accel.storage.reading import load
 from ernie_accel.storage.vetting import vet, vet_index
 
@@ -146,6 +146,8 @@ def _load_plain(folder: Path, dtype: torch.dtype) -> CallablePipeline:
         import diffusers
 
         ours = issubclass(cls, diffusers.ModelMixin)
+        if ours and (folder / name / WEIGHTS).is_file():  # as `save` names them, and diffusers does not
+            raise SavedPipelineError(folder, f"is incomplete: {MANIFEST} is missing")
         wanted = dtype_argument(dtype) if ours else {"dtype": dtype}
         found: torch.nn.Module = cls.from_pretrained(
             str(folder / name), use_safetensors=True, local_files_only=True, **wanted

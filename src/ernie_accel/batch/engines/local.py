@@ -44,7 +44,10 @@ _T = TypeVar("_T")
 
 _LOOK_S = 0.5  # seconds of waiting for a turn after which it is looked whether the pipe hangs
 
-Pipe: TypeAlias = "Callable[..., object] | Loadable"
+if TYPE_CHECKING:
+    Pipe: TypeAlias = Callable[..., object] | Loadable
+else:
+    Pipe = Callable[..., object]  # as annotations are read at run time, without torch
 """A diffusers pipeline: called with a prompt and keyword settings, it returns an object with `.images`."""
 
 MAX_BATCH = 32

@@ -7,8 +7,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from types import TracebackType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -45,7 +44,7 @@ class ExplainOutOfMemory(Transform):
     slot: ClassVar[str] = "out-of-memory"
     effect: ClassVar[Effect] = Effect.EXACT
 
-    predicted: int | None = field(default=None, kw_only=True, metadata=MACHINE_LOCAL)
+    predicted: int | None = field(default=None, kw_only=True, repr=False, metadata=MACHINE_LOCAL)
 
     def __post_init__(self) -> None:
         if self.predicted is not None and self.predicted < 1:
@@ -59,27 +58,54 @@ class ExplainOutOfMemory(Transform):
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         with Undo() as undo:
-            wrap_call(pipe, "out_of_memory", Bound(partial(_explaining, predicted=self.predicted), pipe), undo)
+            last = _Last()
+            for name, module in modules_of(pipe).items():
+                works = getattr(module, "decoder", None) if name == "vae" else module
+                if isinstance(works, nn.Module):
+                    undo.hook_before_forward(works, _Mark(last, name))
+            around = partial(_explaining, predicted=self.predicted, last=last)
+            wrap_call(pipe, "out_of_memory", Bound(around, pipe), undo)
         return Applied(_CHANGES, undo=undo)
 
 
-def _explaining(pipe: Pipeline, call: Call, arguments: Arguments, *, predicted: int | None) -> object:
+@dataclass
+class _Last:
+    """The component that was called last."""
+
+    component: str | None = None
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """A hook before the forward of a component."""
+
+    last: _Last
+    component: str
+
+    def __call__(self, *_: object) -> None:
+        self.last.component = self.component
+
+
+def _explaining(pipe: Pipeline, call: Call, arguments: Arguments, *, predicted: int | None, last: _Last) -> object:
+    last.component = None
     try:
         return call(arguments)
     except DeviceOutOfMemoryError:
         raise
     except torch.OutOfMemoryError as error:
-        text = "\n".join(_lines(pipe, arguments, error, predicted))
+        text = "\n".join(_lines(pipe, arguments, str(error), last.component, predicted))
         traceback.clear_frames(error.__traceback__)  # they hold what the call had computed so far
+        error.__traceback__ = None
     if device_of(pipe).type == "cuda":
         torch.cuda.empty_cache()
     raise DeviceOutOfMemoryError(text)
 
 
-def _lines(pipe: Pipeline, arguments: Arguments, error: torch.OutOfMemoryError, predicted: int | None) -> Iterator[str]:
-    asked = _ASKED.search(str(error))
-    where = _stage(pipe, error.__traceback__)
-    yield f"out of memory{where}: {f'{asked.group(1)} more were asked for' if asked else str(error)}."
+def _lines(
+    pipe: Pipeline, arguments: Arguments, error: str, component: str | None, predicted: int | None
+) -> Iterator[str]:
+    asked, where = _ASKED.search(error), _words(pipe, component)
+    yield f"out of memory{where}: {f'{asked.group(1)} more were asked for' if asked else error}."
     device, others = device_of(pipe), 0
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -110,20 +136,13 @@ def _smaller(arguments: Arguments) -> Iterator[str]:
     yield "a smaller memory= when the pipe is loaded, which keeps fewer weights on the device"
 
 
-def _stage(pipe: Pipeline, trace: TracebackType | None) -> str:
-    """Say in which stage an error was raised: the innermost component that was at work."""
-    modules = modules_of(pipe)
-    owner = {id(part): name for name, module in modules.items() for part in module.modules()}
-    found = ""
-    for frame, _ in traceback.walk_tb(trace):
-        here: Any = frame.f_locals.get("self")
-        here = here if isinstance(here, nn.Module) else getattr(here, "module", None)
-        found = owner.get(id(here), found)
-    if not found:
+def _words(pipe: Pipeline, component: str | None) -> str:
+    """Say in which stage an error was raised: what the component did that was called last."""
+    if component is None:
         return ""
-    if found in PROMPT_COMPONENTS:
-        return f" while {found} {'enhanced prompts' if found == 'pe' else 'encoded prompts'}"
-    return f" while {found} {'denoised' if found in denoisers_of(pipe) else 'decoded'}"
+    if component in PROMPT_COMPONENTS:
+        return f" while {component} {'enhanced' if component == 'pe' else 'encoded'} prompts"
+    return f" while {component} {'denoised' if component in denoisers_of(pipe) else 'decoded'}"
 
 
 def _gib(nbytes: int) -> str:

@@ -82,5 +82,5 @@ def _places(pipe: Pipeline) -> dict[str, str]:
     for name, module in modules_of(pipe).items():
         tensor = next((tensor for tensor in (*module.parameters(), *module.buffers())), None)
         if tensor is not None:
-            found[name] = str(tensor.device)
+            found[name] = str(tensor.device).replace("meta", "host")  # of a pipe without weights, they would be there
     return found
