@@ -29,7 +29,7 @@ from ernie_accel.memory.planner import budget_of, check_fits, plan_memory
 from ernie_accel.memory.stages import activations_of
 from ernie_accel.recipes.presets import find_preset
 from ernie_accel.storage.skeleton import skeleton
-from tests.pipelines import tiny_ernie, tiny_flux, tiny_lumina2, tiny_z_image
+from tests.pipelines import tiny_ernie, tiny_flux, tiny_lumina2, tiny_sd, tiny_z_image
 
 TURBO = "baidu/ERNIE-Image-Turbo"
 
@@ -203,6 +203,34 @@ def test_of_an_unknown_architecture_the_weights_are_planned():
     assert found.fits
     assert [stage.activations is None for stage in found.stages if stage.name == "denoise"] == [True]
     assert "unknown" in str(found)
+
+
+def test_for_what_is_not_known_memory_is_left():
+    found = plan_memory(tiny_flux(), (), None, Context.named("rtx3060"), memory="2.3GiB")
+    assert not found.fits
+    assert found.needed > 2 * GIB
+    assert "what denoise computes is not known of this pipeline: 2.0 GiB are left" in str(found)
+
+
+def test_an_encoder_of_an_unknown_architecture_is_not_run():
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    pipe = tiny_sd()
+    tiny = CLIPTextConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=77
+    )
+    pipe.register_modules(text_encoder=CLIPTextModel(tiny).eval())
+    found = plan_memory(pipe, (), None, Context.named("rtx3060"))  # of prompts longer than that
+    assert [stage.activations for stage in found.stages if stage.name == "encode"] == [None]
+
+
+@pytest.mark.parametrize("left", [("transformer",), ("transformer", "vae"), ("transformer", "text_encoder")])
+def test_a_pipe_may_lack_components(left):
+    pipe = tiny_ernie()
+    pipe.register_modules(**{name: None for name in ("vae", "text_encoder") if name not in left})
+    found = plan_memory(pipe, (), None, Context.named("rtx3060"))
+    assert found.fits
+    assert found.stages
 
 
 def test_a_pipe_with_weights_is_left_as_it_is():

@@ -19,7 +19,7 @@ from ernie_accel.core.preset import Preset
 from ernie_accel.core.transform import Transform
 from ernie_accel.families import family_of
 from ernie_accel.memory.call import Call
-from ernie_accel.memory.stages import BETWEEN, POOLS, ROUNDING, Stage, activations_of, weights_by_stage
+from ernie_accel.memory.stages import BETWEEN, POOLS, ROUNDING, UNKNOWN, Stage, activations_of, weights_by_stage
 from ernie_accel.transforms.calls.explain_out_of_memory import ExplainOutOfMemory
 from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
 from ernie_accel.transforms.weights.move_to import MoveTo
@@ -243,7 +243,8 @@ def _candidates(
     less = f"{names} in 8 bits ({eight[0].scheme})" if eight else ""
     if budget is None:
         return
-    room = budget - max((need or 0 for need in activations.values()), default=0) - BETWEEN - _spare(wanted)
+    most = max((UNKNOWN if need is None else need for need in activations.values()), default=0)
+    room = budget - most - BETWEEN - _spare(wanted)
     keep: tuple[Transform, ...] = (Residency(room, device=device),) if room > 0 else ()
     fetched = f"weights within {_gib(max(room, 0))}, the rest fetched from the host in turn"
     ways: list[tuple[tuple[Transform, ...], tuple[str, ...]]] = []
@@ -295,6 +296,10 @@ def _judge(
     stages = tuple(Stage(name, by_stage[name], need) for name, need in activations.items())
     transforms = [step.transform for step in the_plan.steps]
     spare = _spare(transforms)
+    unknown = [name for name, need in activations.items() if need is None]
+    if unknown:
+        names = " and ".join(unknown)
+        why = (*why, f"what {names} computes is not known of this pipeline: {_gib(UNKNOWN)} are left for it")
     host = 0
     if kept is not None and kept < planned.nbytes:
         layout = replace(keeps[0], weights=kept).layout(pipe, planned)

@@ -35,6 +35,8 @@ from ernie_accel.transforms.weights.cast_dtype import CastDtype
 #: What lies on the device between the stages: embeddings, latents, the inputs of graphs. Of full-size ERNIE-Image at
 #: 1024x1024, the peak of a picture less weights and the largest stage: 75 MB without enhancer, 150 with (Hopper).
 BETWEEN = 160_000_000
+#: What is left for a stage of an architecture that cannot be worked out: an allowance, not a prediction.
+UNKNOWN = 2 * 2**30
 #: What captured graphs and torch's allocator hold beyond what is in use: there 660 to 760 MiB, with memory capped.
 POOLS = 800 * 2**20
 #: The same where nothing is captured: blocks of other sizes than those asked for.
@@ -59,8 +61,8 @@ class Stage:
 
     @property
     def total(self) -> int:
-        """Bytes in use, what is not known left out."""
-        return self.weights + (self.activations or 0) + BETWEEN
+        """Bytes in use; `UNKNOWN` for what is not known."""
+        return self.weights + (UNKNOWN if self.activations is None else self.activations) + BETWEEN
 
 
 def activations_of(
@@ -112,7 +114,7 @@ def _runs(pipe: Pipeline, call: Call) -> Iterator[tuple[str, nn.Module, Callable
         yield "enhance", modules["pe"], _language_model(1, call.new_tokens)
     if any(name in modules for name in PROMPT_COMPONENTS if name != "pe"):
         name = next(name for name in PROMPT_COMPONENTS if name in modules and name != "pe")
-        known = hasattr(modules[name], "get_input_embeddings")
+        known = family.is_known and hasattr(modules[name], "get_input_embeddings")  # others may take other arguments
         yield "encode", modules[name], _language_model(call.rows, call.prompt_tokens) if known else None
     for denoiser in list(denoisers_of(pipe).values())[:1]:
         yield "denoise", denoiser, _step(_found(family.forward_inputs), call)
