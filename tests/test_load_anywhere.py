@@ -276,3 +276,30 @@ def test_what_cannot_be_is_said_before_anything_is_read(tmp_path):
 def test_a_budget_that_is_none_is_refused_before_anything_is_read(card, tmp_path):
     with pytest.raises(ErnieAccelError, match="write 12GiB"):
         ernie_accel.load(tmp_path / "nothing", memory="12")
+
+
+def test_commands_leave_weights_on_the_host_until_they_are_placed(plain, monkeypatch):
+    from ernie_accel.cli.app import load_and_optimize
+    from ernie_accel.storage import loading
+
+    moved: list[bool] = []
+    original = loading.load_pipeline
+
+    def load(*args, on_host=False, **kwargs):
+        moved.append(not on_host)
+        return original(*args, on_host=on_host, **kwargs)
+
+    monkeypatch.setattr(loading, "load_pipeline", load)
+    load_and_optimize(str(plain), "auto", "exact", False)
+    assert moved == [False]
+
+
+def test_a_model_in_the_hubs_cache_is_planned_without_its_weights(plain, monkeypatch):
+    from ernie_accel.cli.app import _to_plan
+    from ernie_accel.core.components import is_skeleton
+    from ernie_accel.storage import skeleton
+
+    for file in plain.rglob("*.safetensors"):
+        file.unlink()
+    monkeypatch.setattr(skeleton, "cached", lambda model: plain)
+    assert is_skeleton(_to_plan("somebody/something", "auto", Context.named("h100")))

@@ -248,7 +248,7 @@ def load_and_optimize(
 
     chosen = find_preset(preset) if preset else fitting_preset(Context.detect())
     _load_quietly(model)
-    pipe = load_pipeline(model, dtype)
+    pipe = load_pipeline(model, dtype, on_host=True)
     pipe.set_progress_bar_config(disable=True)
     # A preset that was not chosen by name may lose a part that cannot run here; the report names it.
     optimize(pipe, preset=chosen, on_unsupported="skip" if skip_unsupported or preset is None else "error")
@@ -262,13 +262,13 @@ def _to_plan(model: str | None, dtype: str, context: Context) -> CallablePipelin
     from ernie_accel.families.published import published
     from ernie_accel.storage.loading import check_dtype, load_pipeline, was_saved_here
     from ernie_accel.storage.manifest import INDEX
-    from ernie_accel.storage.skeleton import skeleton
+    from ernie_accel.storage.skeleton import cached, skeleton
 
     check_dtype(dtype)
     name = model or REAL_MODEL
-    is_described = published(name) is not None or (Path(name) / INDEX).is_file()
+    is_described = published(name) is not None or (Path(name) / INDEX).is_file() or cached(name) is not None
     if was_saved_here(name) or not is_described:
-        return load_pipeline(name, dtype)
+        return load_pipeline(name, dtype, on_host=True)
     usual = "float32" if context.device == "cpu" else "bfloat16"
     return skeleton(name, DTYPES[usual if dtype == "auto" else dtype_name(dtype)])
 

@@ -84,7 +84,8 @@ def load_pipeline(
     name = dtype_name(dtype) if dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
     pipe = _from_anywhere(model, DTYPES[name], pictures)
     pipe = pipe if prompt_enhancer else _without_enhancer(pipe)
-    return pipe if on_host else pipe.to(device)
+    # What `optimize` brings nowhere, as to an AMD GPU, goes there now.
+    return pipe if on_host and torch.version.hip is None else pipe.to(device)
 
 
 def was_saved_here(model: str | os.PathLike[str]) -> bool:

@@ -38,9 +38,9 @@ def skeleton(model: str, dtype: torch.dtype = torch.bfloat16) -> CallablePipelin
     checkpoint = published(model)
     if checkpoint is not None:
         return _of_checkpoint(checkpoint, dtype)
-    cached = _cached(model)
-    if cached is not None:
-        return _of_folder(cached, dtype)
+    downloaded = cached(model)
+    if downloaded is not None:
+        return _of_folder(downloaded, dtype)
     from ernie_accel.families.published import CHECKPOINTS
 
     known = ", ".join(name for each in CHECKPOINTS for name in each.names[:1])
@@ -51,7 +51,8 @@ def skeleton(model: str, dtype: torch.dtype = torch.bfloat16) -> CallablePipelin
     )
 
 
-def _cached(model: str) -> Path | None:
+def cached(model: str) -> Path | None:
+    """Return the folder of a hub id in the hub's cache; None if there is none, or no configuration in it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
