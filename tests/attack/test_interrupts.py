@@ -22,12 +22,17 @@ from ernie_accel import (
     FreeAfterUse,
     FuseKernels,
     Quantize,
+    Residency,
+    RewriteBlocks,
     SetAttention,
     SwapScheduler,
 )
+from ernie_accel.core.planned import PlannedPipe
+from ernie_accel.transforms.weights.residency import least_weights
 from tests.attack import SEED, rounds
 from tests.examples import differences, make_awkward, snapshot
 from tests.pipelines import tiny_ernie
+from tests.test_residency import movers  # noqa: F401  a fixture
 
 PACKAGE = str(Path(ernie_accel.__file__).parent)
 Place = tuple[str, int]
@@ -108,6 +113,12 @@ def earlier_request(pipe: Any) -> None:
     ernie_accel.optimize(pipe, CastDtype("bf16"), Quantize("int8-weight-only"), SwapScheduler("lcm"))
 
 
+def with_weights_kept(pipe: Any) -> None:
+    """As on an accelerator that is too small: some weights take turns."""
+    low = least_weights(pipe, PlannedPipe.of(pipe))
+    ernie_accel.optimize(pipe, RewriteBlocks(), Residency(low + 10_000))
+
+
 def nothing_before(pipe: Any) -> None:
     pass
 
@@ -119,10 +130,12 @@ def nothing_before(pipe: Any) -> None:
         (nothing_before, on_kernels),
         (earlier_request, another_request),
         (on_kernels, ernie_accel.restore),
+        (nothing_before, with_weights_kept),
+        (with_weights_kept, ernie_accel.restore),
     ],
     ids=lambda function: function.__name__,
 )
-def test_an_interrupt_at_any_line_leaves_a_whole_pipe_or_a_true_report(before, do):
+def test_an_interrupt_at_any_line_leaves_a_whole_pipe_or_a_true_report(before, do, movers):  # noqa: F811
     chance = random.Random(SEED)
     pipe = tiny_ernie()
     make_awkward(pipe)
