@@ -211,6 +211,14 @@ def test_what_the_user_chooses_later_wins(card):
     assert [each for each in applied(pipe) if each.slot in ("offload", "device")] == [own]
 
 
+def test_what_is_chosen_leaves_slots_that_are_taken(card):
+    own = ExplainOutOfMemory(predicted=5)
+    pipe = tiny_ernie(layers=6)
+    assert ernie_accel.plan(pipe, own, preset=PRECISE).ok
+    ernie_accel.optimize(pipe, own, preset=PRECISE)
+    assert [each for each in applied(pipe) if each.slot == own.slot] == [own]
+
+
 def test_none_leaves_a_pipe_on_the_host(card):
     pipe = ernie_accel.optimize(tiny_ernie(), preset=PRECISE, memory=None)
     assert applied(pipe) == list(PRECISE.transforms)

@@ -91,7 +91,8 @@ def plan(
             )
         machine = context or _device_for(checked, wanted)
         found = plan_memory(checked, transforms, named, machine, "auto" if memory is None else memory, call)
-        together = compose((*transforms, *found.transforms), named, family_of(checked))
+        chosen = _Placing(memory, call or Call(), found.transforms).beside(transforms).chosen
+        together = compose((*transforms, *chosen), named, family_of(checked))
         return replace(plan_request(checked, together, named, machine), memory=found)
 
 
@@ -290,10 +291,12 @@ class _Placing:
     def beside(self, own: tuple[Transform, ...]) -> _Placing:
         """Return what is left of it beside transforms of the user's own, which win."""
         taken = {name for each in own if isinstance(each, Quantize) for name in each.components}
+        slots = {each.occupies for each in own}
         chosen = (
             each
             for each in self.chosen
-            if not (taken.intersection(each.components) if isinstance(each, Quantize) else any(map(places, own)))
+            if each.occupies not in slots
+            and not (taken.intersection(each.components) if isinstance(each, Quantize) else any(map(places, own)))
         )
         return replace(self, chosen=tuple(chosen))
 
@@ -356,7 +359,8 @@ def _placed(
         the_plan = plan_request(pipe, wanted, preset, machine)
         if not the_plan.ok:
             raise UnsupportedError(the_plan)
-    return replace(nothing, chosen=check_fits(found, available_on_host() if context is None else None).transforms)
+    fitting = check_fits(found, available_on_host() if context is None else None)
+    return replace(nothing, chosen=fitting.transforms).beside(own)
 
 
 def _waits_on_host(pipe: Pipeline) -> bool:
