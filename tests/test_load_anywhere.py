@@ -238,6 +238,22 @@ def test_of_a_pipe_that_is_placed_no_memory_is_planned(card):
     with pytest.raises(ErnieAccelError, match="restore"):
         ernie_accel.plan(pipe, preset=PRECISE, context=Context.named("h100"), memory="auto")
 
+    pipe = ernie_accel.optimize(tiny_ernie(layers=6), Residency(10**9), memory=None, context=card)
+    with pytest.raises(ErnieAccelError, match="memory is planned for a pipe whose weights are in one place"):
+        ernie_accel.optimize(pipe, preset=PRECISE, memory="900MiB")
+
+
+def test_the_preset_of_auto_is_the_same_when_it_is_asked_for_again(card):
+    pipe = ernie_accel.optimize(tiny_ernie(layers=6), preset="auto", on_unsupported="skip", call=SMALL)
+    entries = ernie_accel.report(pipe).entries
+    ernie_accel.optimize(pipe, preset="auto", on_unsupported="skip")
+    assert ernie_accel.report(pipe).entries == entries
+    pipe = tiny_ernie(layers=6)
+    request = {"preset": "auto", "on_unsupported": "skip", "memory": tight(pipe), "call": SMALL}
+    ernie_accel.optimize(pipe, **request)
+    entries = ernie_accel.report(pipe).entries
+    assert ernie_accel.report(ernie_accel.optimize(pipe, **request)).entries == entries
+
 
 def test_a_part_that_cannot_run_is_named_before_a_budget_that_is_too_small(card):
     fp8 = Preset("fp8", "for tests", (Quantize("fp8"),))

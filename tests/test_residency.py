@@ -319,6 +319,14 @@ def test_without_a_device_it_is_refused():
         ernie_accel.optimize(tiny_ernie(), Residency(10**6))
 
 
+def test_a_pipe_on_the_host_goes_to_the_device_that_was_planned_for(movers, monkeypatch):
+    pipe = tiny_ernie(layers=5)
+    before = picture(pipe)
+    monkeypatch.setattr("ernie_accel.transforms.weights.residency.device_of", lambda pipe: torch.device("meta"))
+    ernie_accel.optimize(pipe, Residency(least(pipe)))
+    assert torch.equal(picture(pipe), before)
+
+
 def test_an_interrupt_half_way_leaves_the_pipe_as_it_was(movers, monkeypatch):
     pipe = tiny_ernie(layers=5)
     before = picture(pipe)

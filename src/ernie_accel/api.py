@@ -84,11 +84,7 @@ def plan(
             return plan_request(checked, together, named, machine_for(checked, together))
         if memory is None and not (named is not None and context is None and _waits_on_host(checked)):
             return plan_request(checked, wanted, named, context or machine_for(checked, wanted))
-        if any(isinstance(entry.step.transform, Residency) for entry in report_of(checked).entries):
-            raise ErnieAccelError(
-                "memory is planned for a pipe whose weights are in one place, and Residency keeps those of this one: "
-                "call ernie_accel.restore(pipe) first"
-            )
+        _refuse_kept(checked)
         machine = context or _device_for(checked, wanted)
         found = plan_memory(checked, transforms, named, machine, "auto" if memory is None else memory, call)
         chosen = _Placing(memory, call or Call(), found.transforms).beside(transforms).chosen
@@ -354,6 +350,7 @@ def _placed(
     machine = context or (_device_for(pipe, wanted) if device is None else Context.detect(device=device))
     if machine.device == "cpu":
         raise ErnieAccelError(f"memory={memory!r} is about an accelerator's memory, and this is {machine}")
+    _refuse_kept(pipe)
     found = plan_memory(pipe, own, preset, machine, memory, call, device)
     if not found.fits and not skip_unsupported:
         the_plan = plan_request(pipe, wanted, preset, machine)
@@ -361,6 +358,19 @@ def _placed(
             raise UnsupportedError(the_plan)
     fitting = check_fits(found, available_on_host() if context is None else None)
     return replace(nothing, chosen=fitting.transforms).beside(own)
+
+
+def _refuse_kept(pipe: Pipeline) -> None:
+    """Refuse to plan memory for a pipe whose weights `Residency` keeps.
+
+    Raises:
+        ErnieAccelError: They are.
+    """
+    if any(isinstance(entry.step.transform, Residency) for entry in report_of(pipe).entries):
+        raise ErnieAccelError(
+            "memory is planned for a pipe whose weights are in one place, and Residency keeps those of this one: "
+            "call ernie_accel.restore(pipe) first"
+        )
 
 
 def _waits_on_host(pipe: Pipeline) -> bool:

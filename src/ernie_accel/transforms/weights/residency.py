@@ -39,7 +39,7 @@ class Residency(Transform):
 
     Attributes:
         weights: Bytes of device memory for all weights.
-        device: Where to; None for where the pipe is, or the accelerator of the machine if it is on the CPU.
+        device: Where to, such as "cuda"; None for where the pipe is. Name it for a pipe on the host.
     """
 
     phase: ClassVar[Phase] = Phase.RESIDENCY
@@ -63,7 +63,8 @@ class Residency(Transform):
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         planned, reasons = context.planned(pipe), []
         if context.torch_device not in MOVERS:
-            reasons.append(f"there is no device memory to keep weights in: this device is {context.device}")
+            fix = "" if self.device is not None else "; for a pipe on the host, name the device: device='cuda'"
+            reasons.append(f"there is no device memory to keep weights in: this device is {context.device}{fix}")
         if self.device is not None and self.device.partition(":")[0] != context.torch_device:
             reasons.append(f"there is no {self.device!r} here: the device is {context}")
         hooked = [name for name, module in modules_of(pipe).items() if hasattr(module, "_hf_hook")]
@@ -93,6 +94,8 @@ class Residency(Transform):
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         device = torch.device(self.device) if self.device is not None else device_of(pipe)
+        if device.type != context.torch_device:  # a pipe on the host
+            device = torch.device(context.torch_device)
         components = components_of(pipe)
         moving = [component for component in components if component.moves]
         capacity = self.weights - sum(component.size.nbytes for component in components if not component.moves)
