@@ -16,6 +16,8 @@ import ernie_accel
 from ernie_accel import CaptureGraphs, CastDtype, Quantize, Residency, RewriteBlocks, RewriteEnhancer
 from ernie_accel.core.errors import ErnieAccelError, UnsupportedError
 from ernie_accel.core.planned import PlannedPipe
+from ernie_accel.models.ernie_image import blocks as ernie_image_blocks
+from ernie_accel.models.graphed_forward import GraphedForward
 from ernie_accel.residency.layout import ComponentSize, PieceSize, lay_out, least_bytes
 from ernie_accel.residency.movers import MOVERS, Mover, StreamMover
 from ernie_accel.transforms.weights.residency import least_weights
@@ -464,6 +466,42 @@ def test_a_lora_loaded_later_is_drawn_and_outlives_the_restore(movers):
         pipe.transformer.fuse_lora()
     ernie_accel.restore(pipe)
     assert torch.equal(picture(pipe), picture(stock))
+
+
+def test_graphs_replay_weights_that_left_and_came_back(movers, monkeypatch):
+    """Within a graph nothing waits for a copy, so all must have arrived before each replay."""
+    pipe = ernie_accel.optimize(tiny_ernie(layers=5), RewriteBlocks())
+    expected = [picture(pipe, steps=4), picture(pipe, steps=4, prompt="a")]
+    inside: list[bool] = []
+
+    def capture(work: Any, pool: object) -> Any:
+        inside.append(True)
+        output = work()
+        inside.pop()
+
+        class Graph:
+            def pool(self) -> None: ...
+
+            def replay(self) -> None:
+                inside.append(True)
+                output.copy_(work())
+                inside.pop()
+                replays.append(1)
+
+        return Graph(), output
+
+    wait, replays = LateMover.wait, []
+    monkeypatch.setattr(LateMover, "wait", lambda self, ticket: None if inside else wait(self, ticket))
+    pipe.transformer.forward = GraphedForward(pipe.transformer, ernie_image_blocks, 64, 2, capture)
+    planned = PlannedPipe.of(pipe)
+    ernie_accel.optimize(pipe, RewriteBlocks(), Residency(planned.nbytes - planned.bytes_of("text_encoder") // 2))
+    layout = keeper_of(pipe).layout
+    assert not layout.streamed
+    assert any(name.startswith("transformer") for name in layout.moving)
+    for _ in range(2):
+        got = [picture(pipe, steps=4), picture(pipe, steps=4, prompt="a")]
+        assert all(map(torch.equal, got, expected))
+    assert len(replays) == 14  # of 16 steps; the first of each shape runs as it is
 
 
 def test_graphs_and_residency_are_planned_together(movers):
