@@ -30,18 +30,18 @@ _BEHAVIOUR = frozenset({"forward", "processor", "_compiled_call_impl", "_disable
 _SAMPLE_BYTES = 16
 
 
-BRING_WHOLE = Note("bring_whole", partial, "module", "brings all its weights, which come and go; False: no room")
+BRING_WHOLE = Note("bring_whole", partial, "module", "brings all of its weights, which come and go; False: no room")
 _COMES_AND_GOES = Note("comes_and_goes", bool, "tensor", "that its values come and go, at one address")
 
 
 def bring_whole(module: nn.Module) -> bool:
-    """Have all weights of `module` on the device, for what reads them by address; False if they do not fit."""
+    """Bring all weights of `module` to the device, for code that reads them by address; False if they do not fit."""
     bring: Callable[[], bool] | None = BRING_WHOLE.of(module)
     return True if bring is None else bring()
 
 
 def mark_as_coming_and_going(tensor: Tensor, comes_and_goes: bool) -> None:
-    """Say of a tensor that it often holds other values than its own (or no longer), so that `Contents` reads none."""
+    """Mark a tensor that may hold other values than its own, so that `Contents` does not read it; or unmark it."""
     if comes_and_goes:
         _COMES_AND_GOES.put(tensor, True)
     else:

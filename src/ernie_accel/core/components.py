@@ -190,7 +190,7 @@ _SKELETON = "_ernie_accel_skeleton"
 
 
 def mark_as_skeleton(pipe: AnyPipeline) -> None:
-    """Say of a pipe that its weights were never there (on the meta device), in place: it is for plans only."""
+    """Mark a pipe as one without weights (they are on the meta device), in place: it is for plans only."""
     for module in modules_of(cast(Pipeline, pipe)).values():
         for part in module.modules():
             setattr(part, _SKELETON, True)

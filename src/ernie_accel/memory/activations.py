@@ -34,7 +34,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except DataDependentOutputException:
             if func is not torch.ops.aten._local_scalar_dense.default:
                 raise
-            return self._length  # what a transformer reads on the host is how long its prompts are
+            return self._length  # all that a transformer reads on the host is how long its prompts are
         if func is torch.ops.aten.convolution.default:
             self._convolve(args[0], args[1], result)
         for value in tree_iter(result):

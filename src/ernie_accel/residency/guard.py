@@ -1,4 +1,4 @@
-"""Refuse what would lose, copy or overwrite weights that are not on the device just then, before anything changes."""
+"""Refuse, before anything changes, what would lose, copy or overwrite weights that are not on the device."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ _HERE = object()  # the ticket of a piece that never leaves the device
 class Keeper:
     """Owns one block of device memory, and knows which pieces are in it.
 
-    The weights of these components are views into that block from `take` on, at addresses that never change; whether
-    one holds its values is known here alone. Those that leave the device have a copy on the host, which is only read.
+    From `take` on, the weights of these components are views into that block, at addresses that never change. Only the
+    keeper knows whether a view holds its values. Weights that leave the device have a copy on the host, never written.
     """
 
     def __init__(self, components: Sequence[Component], layout: Layout, mover: Mover) -> None:
@@ -147,12 +147,12 @@ class Keeper:
             self._need(name)
 
     def done(self, name: str) -> None:
-        """Say that a block was launched: once it has computed, its place may be overwritten."""
+        """Note that a block was launched: once it has computed, its place may be overwritten."""
         with self._lock:
             self._prefetch(self._component_of[name], self._position[name])
 
     def whole(self, component: str) -> bool:
-        """Bring all of a component, for what reads weights without calling the blocks; say whether there is room."""
+        """Bring all of a component, for code that reads weights without calling the blocks; return whether it fits."""
         names = self.layout.components[component]
         if not self.layout.streamed.isdisjoint(names):
             return False
@@ -229,7 +229,7 @@ class Entrance:
 
 
 class Gate:
-    """Goes around the call of a block, compiled or not: torch takes it for the compiled one."""
+    """Wraps the call of a block, compiled or not; torch calls it where it would call the compiled block."""
 
     def __init__(self, keeper: Keeper, name: str, block: nn.Module) -> None:
         self.keeper, self.name, self.block = keeper, name, block

@@ -1,8 +1,8 @@
 """Where each piece of the weights lies in one block of device memory that is smaller than all of them together.
 
-Components take turns: prompts are enhanced, encoded, then denoised. So they may lie over each other, and each piece
-keeps its one address, which captured graphs count on. A component that is larger than the block is streamed: some of
-its pieces have a place of their own, the others take turns in a few slots.
+Components take turns: prompts are enhanced and encoded, then pictures are denoised. So they may share memory, and
+each piece keeps its one address, which captured graphs count on. A component that is larger than the block is streamed:
+some of its pieces have a place of their own, the others take turns in a few slots.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def lay_out(components: Sequence[ComponentSize], capacity: int) -> Layout:
     """Find places for all pieces in at most `capacity` bytes, with as little to fetch as there is room for.
 
     The last component, which works longest, lies at the bottom; the others end at the top, so that they cover as little
-    of it and of each other as they can.
+    of it, and of each other, as possible.
 
     Args:
         components: In the order in which they work.

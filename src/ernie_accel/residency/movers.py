@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Share of the host's memory that may be pinned; the rest is copied through the driver's own buffer, more slowly.
+#: Share of the host's memory that may be pinned; the rest is copied through a buffer of the driver, more slowly.
 PINNED_SHARE = 0.6
 #: Where users set up torch's allocator.
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
@@ -58,11 +58,11 @@ class Mover(ABC):
         """Prepare the device's allocator for a budget; called before the first allocation."""
 
     def close(self) -> None:  # noqa: B027
-        """Let go of what `pin` took, and give the allocator its settings back."""
+        """Unpin what `pin` pinned, and give the allocator its settings back."""
 
 
 class StreamMover(Mover):
-    """On an accelerator with streams: copies on one of its own, in order, while others compute."""
+    """For an accelerator with streams: copies in order on a stream of its own, while others compute."""
 
     def __init__(self, device: torch.device, kind: Any = None) -> None:
         """Move to `device`; `kind` has its streams and events, ``torch.cuda`` for "cuda"."""
@@ -79,7 +79,7 @@ class StreamMover(Mover):
 
     def open(self) -> None:
         if self.device.type == "cuda" and not any(map(os.environ.get, _ALLOCATOR_SETTINGS)):
-            # Segments that grow: of the little memory beside the weights, none is lost between blocks of other sizes.
+            # Segments that grow: little memory is left beside the weights, and none of it is lost to fragmentation.
             torch.cuda.memory._set_allocator_settings("expandable_segments:True")
             self._expands = True
 

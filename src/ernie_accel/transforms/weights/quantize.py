@@ -320,7 +320,7 @@ class _Unchanged:
         if getattr(place[0], "merged_adapters", None):
             return f"a LoRA is fused into {self._path}; unload or unfuse it first (pipe.unfuse_lora())"
         if any(comes_and_goes(plain) for held in _held(self._layer) for plain in _plain_parts(held)):
-            return None  # whoever keeps them elsewhere lets nobody write to them
+            return None  # while they are kept elsewhere, nothing can write to them
         now = _bits_of(self._layer)
         if hasattr(place[0], "lora_A") or now[0] != self._made[0] or now == self._made:
             return None

@@ -25,8 +25,8 @@ from ernie_accel.residency.pieces import components_of, shared_weights, sizes_of
 class Residency(Transform):
     """Keep the weights within a budget of device memory; bring the rest from the host while the device computes.
 
-    Everything that fits stays. Prompt enhancer, text encoder and denoiser work one after the other, so they may lie
-    over each other, and are brought when their turn comes. If the denoiser alone is larger than the budget, some of its
+    Everything that fits stays. Prompt enhancer, text encoder and denoiser work one after the other, so they may share
+    memory, and each is brought when its turn comes. If the denoiser alone is larger than the budget, some of its
     blocks take turns in two slots: one is computed with while the next arrives. Every weight has one address for good,
     so graphs and fused kernels work on. The pictures are bit for bit those of a pipe that is on the device as a whole.
 
