@@ -13,7 +13,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import ernie_accel
-from ernie_accel import CaptureGraphs, CastDtype, Quantize, Residency, RewriteBlocks, RewriteEnhancer
+from ernie_accel import CaptureGraphs, CastDtype, Compile, Quantize, Residency, RewriteBlocks, RewriteEnhancer
 from ernie_accel.core.errors import ErnieAccelError, UnsupportedError
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.models.ernie_image import blocks as ernie_image_blocks
@@ -273,6 +273,8 @@ def test_graphs_are_not_used_where_blocks_are_streamed_and_are_where_all_fit(mov
         lambda pipe: pipe.transformer.load_state_dict({}),
         lambda pipe: pipe.text_encoder.to("meta"),
         lambda pipe: pipe.transformer.to(1),
+        lambda pipe: pipe.transformer.compile(),
+        lambda pipe: pipe.transformer.compile_repeated_blocks(),
         lambda pipe: pipe.enable_model_cpu_offload(device="cuda"),
         lambda pipe: pipe.enable_sequential_cpu_offload(device="cuda"),
         lambda pipe: copy.deepcopy(pipe),
@@ -502,6 +504,16 @@ def test_graphs_replay_weights_that_left_and_came_back(movers, monkeypatch):
         got = [picture(pipe, steps=4), picture(pipe, steps=4, prompt="a")]
         assert all(map(torch.equal, got, expected))
     assert len(replays) == 14  # of 16 steps; the first of each shape runs as it is
+
+
+def test_compiled_blocks_wait_for_their_weights(movers, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    pipe = tiny_ernie(layers=5)
+    before = picture(pipe)
+    ernie_accel.optimize(pipe, Residency(least(pipe)))
+    ernie_accel.optimize(pipe, Compile(), Residency(least(pipe)))
+    assert torch.equal(picture(pipe), before)
+    assert movers[-1].waited > 0
 
 
 def test_graphs_and_residency_are_planned_together(movers):

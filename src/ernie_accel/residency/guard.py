@@ -46,6 +46,9 @@ def refuse_moves(pipe: Pipeline, modules: Iterable[nn.Module], device: torch.dev
             if callable(getattr(owner, name, None)):
                 undo.setattr(owner, name, Bound(partial(_refuse, name), owner))
     for module in modules:
+        for name in ("compile", "compile_repeated_blocks"):
+            if callable(getattr(module, name, None)):
+                undo.setattr(module, name, Bound(partial(_refuse_to_compile, name), module))
         undo.setattr(module, "cuda", Bound(partial(_to, str(device)), module))
 
 
@@ -66,6 +69,13 @@ def _to(device: str, self: Any, *args: object, **kwargs: object) -> object:
 
 def _refuse(name: str, self: object, *_: object, **__: object) -> None:
     raise _refusal(self, f"{name}()")
+
+
+def _refuse_to_compile(name: str, self: object, *_: object, **__: object) -> None:
+    raise ErnieAccelError(
+        f"{type(self).__name__}.{name}(): Residency brings the weights of a block before each call, and compiled code "
+        "would not wait for them. Use ernie_accel.Compile() beside it, or call ernie_accel.restore(pipe) first"
+    )
 
 
 def _refusal(owner: object, call: str) -> ErnieAccelError:

@@ -96,6 +96,8 @@ class Residency(Transform):
         device = torch.device(self.device) if self.device is not None else device_of(pipe)
         if device.type != context.torch_device:  # a pipe on the host
             device = torch.device(context.torch_device)
+        mover = MOVERS[device.type](device)
+        device = mover.device  # with its number
         components = components_of(pipe)
         moving = [component for component in components if component.moves]
         capacity = self.weights - sum(component.size.nbytes for component in components if not component.moves)
@@ -108,7 +110,7 @@ class Residency(Transform):
                     component.module.to(device)
                 for part in component.unused:
                     part.to("cpu")  # no plan has room for it
-            Keeper(moving, layout, MOVERS[device.type](device)).take(undo)
+            Keeper(moving, layout, mover).take(undo)
             refuse_moves(pipe, [component.module for component in moving], device, undo)
         changes = tuple(_describe(layout)) or (f"all weights stay on {device.type}",)
         return Applied(changes, undo=undo, note=f"{human_bytes(layout.nbytes)} of weights on the device at a time")
