@@ -17,6 +17,7 @@ from ernie_accel import (
     Quantize,
     Residency,
     RewriteBlocks,
+    TileVae,
 )
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.hardware import GIB
@@ -157,6 +158,20 @@ def test_larger_calls_need_more(turbo):
     large = planned(turbo, "h200", call=Call(1376, 768, pictures=4))
     assert large.peak > small.peak
     assert "4 pictures of 1376x768" in str(large)
+
+
+def test_guidance_is_what_the_preset_calls_with(turbo):
+    assert not planned(turbo, "h200").call.guidance
+    guided = planned(turbo, "h200", "quality-fp8")
+    assert guided.call.guidance
+    need = {stage.name: stage.activations for stage in guided.stages}
+    assert need["denoise"] > 1.8 * next(s.activations for s in planned(turbo, "h200").stages if s.name == "denoise")
+    assert not planned(turbo, "h200", "quality-fp8", call=Call(guidance=False)).call.guidance
+
+
+def test_tiles_need_less_to_decode(turbo):
+    whole, tiled = planned(turbo, "h200"), planned(turbo, "h200", "turbo-fp8", TileVae(tile_px=512))
+    assert tiled.stages[-1].activations < 0.6 * whole.stages[-1].activations
 
 
 def test_a_pipe_that_cannot_fit_is_refused_with_what_would(turbo):

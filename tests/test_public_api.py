@@ -31,6 +31,7 @@ MODULES = {"batch", "demo", "testing"}
 DATA = {"MACHINE_LOCAL", "presets"}
 CLASSES = {
     "Applied",
+    "Call",
     "CallablePipeline",
     "Context",
     "DeviceOutOfMemoryError",

@@ -44,6 +44,7 @@ from ernie_accel.families.family import Family as Family
 from ernie_accel.families.registry import register_family as register_family
 from ernie_accel.quantization.choose import register_quantization_backend as register_quantization_backend
 from ernie_accel.fidelity.compare import evaluate as evaluate
+from ernie_accel.memory.call import Call as Call
 from ernie_accel.fidelity.evaluation import Evaluation as Evaluation
 from ernie_accel.fidelity.evaluation import Thresholds as Thresholds
 from ernie_accel.storage.saving import save as save

@@ -55,6 +55,7 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "families.registry": ("register_family",),
         "quantization.choose": ("register_quantization_backend",),
         "fidelity.compare": ("evaluate",),
+        "memory.call": ("Call",),
         "fidelity.evaluation": (
             "Evaluation",
             "Thresholds",

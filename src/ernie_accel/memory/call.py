@@ -13,7 +13,7 @@ class Call:
         width: Of the pictures, in pixels.
         height: Of the pictures, in pixels.
         pictures: How many at once.
-        guidance: Whether each is denoised twice, with and without its prompt.
+        guidance: Whether each is denoised twice, with and without its prompt; None: as `CallDefaults` says.
         prompt_tokens: Tokens of a prompt.
         new_tokens: Tokens that the prompt enhancer writes, where there is one.
     """
@@ -21,7 +21,7 @@ class Call:
     width: int = 1024
     height: int = 1024
     pictures: int = 1
-    guidance: bool = False
+    guidance: bool | None = None
     prompt_tokens: int = 256
     new_tokens: int = 256
 

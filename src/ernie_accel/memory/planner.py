@@ -20,6 +20,7 @@ from ernie_accel.core.transform import Transform
 from ernie_accel.families import family_of
 from ernie_accel.memory.call import Call
 from ernie_accel.memory.stages import BETWEEN, POOLS, ROUNDING, UNKNOWN, Stage, activations_of, weights_by_stage
+from ernie_accel.transforms.calls.call_defaults import CallDefaults
 from ernie_accel.transforms.calls.explain_out_of_memory import ExplainOutOfMemory
 from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
 from ernie_accel.transforms.weights.move_to import MoveTo
@@ -165,6 +166,7 @@ def plan_memory(
     own = tuple(transforms)
     call, budget = call or Call(), budget_of(memory, context)
     wanted = compose(own, preset, family_of(pipe))
+    call = replace(call, guidance=_is_guided(pipe, wanted)) if call.guidance is None else call
     activations = activations_of(pipe, wanted, context, call)
     best: MemoryPlan | None = None
     for chosen, why in _candidates(pipe, wanted, context, device or context.torch_device, budget, activations):
@@ -180,6 +182,17 @@ def plan_memory(
     if best is None:
         raise ErnieAccelError("no way to place the weights can run here; see plan(pipe, ...) for the reasons")
     return best
+
+
+def _is_guided(pipe: Pipeline, transforms: Iterable[Transform]) -> bool:
+    """Return whether calls will denoise each picture twice, because classifier-free guidance is their default."""
+    for transform in transforms:
+        if isinstance(transform, CallDefaults):
+            mode = family_of(pipe).modes.get(transform.mode or "")
+            scale = transform.guidance_scale
+            scale = mode.guidance_scale if scale is None and mode is not None else scale
+            return scale is not None and scale > 1
+    return False
 
 
 def available_on_host() -> int | None:

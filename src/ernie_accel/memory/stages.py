@@ -30,6 +30,7 @@ from ernie_accel.memory.call import Call
 from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
 from ernie_accel.transforms.denoiser.rewrite_blocks import RewriteBlocks
 from ernie_accel.transforms.vae.decoder import FuseVae
+from ernie_accel.transforms.vae.slices_and_tiles import SliceVae, TileVae
 from ernie_accel.transforms.weights.cast_dtype import CastDtype
 
 #: What lies on the device between the stages: embeddings, latents, the inputs of graphs. Of full-size ERNIE-Image at
@@ -42,7 +43,7 @@ POOLS = 800 * 2**20
 #: The same where nothing is captured: blocks of other sizes than those asked for.
 ROUNDING = 400 * 2**20
 #: Transforms that change what a stage needs beside weights, and can be applied to tensors without data.
-_TRACED = (CastDtype, RewriteBlocks, FuseKernels, FuseVae)
+_TRACED = (CastDtype, RewriteBlocks, FuseKernels, FuseVae, TileVae, SliceVae)
 
 
 @dataclass(frozen=True)
