@@ -386,11 +386,11 @@ LOSSES = {
     ),
     "picture deleted": (
         lambda out: (out / "mugs/000.png").unlink(),
-        "'mugs/000.png' was removed or changed by somebody",
+        "'mugs/000.png' was (written, and )?removed or changed by somebody",
     ),
     "picture cut": (
         lambda out: (out / "mugs/000.png").write_bytes(b""),
-        "'mugs/000.png' was removed or changed by somebody else",
+        "'mugs/000.png' was (written, and )?removed or changed by somebody else",
     ),
 }
 

@@ -164,7 +164,7 @@ class Context:
             major, minor, gib = described.groups()
             bundled = dict.fromkeys(_BUNDLED_PACKAGES, "unknown")
             memory = None if gib is None else int(float(gib) * GIB)
-            label = f"capability {major}.{minor}"
+            label = "a card that is not in the table"
             return cls("cuda", label, (int(major), int(minor)), memory, {**bundled, **installed_versions()})
         load_plugins()
         row = hardware_named(name, note=NOT_SUPPORTED_YET)

@@ -44,7 +44,7 @@ class ExplainOutOfMemory(Transform):
     slot: ClassVar[str] = "out-of-memory"
     effect: ClassVar[Effect] = Effect.EXACT
 
-    predicted: int | None = field(default=None, kw_only=True, repr=False, metadata=MACHINE_LOCAL)
+    predicted: int | None = field(default=None, kw_only=True, metadata=MACHINE_LOCAL)
 
     def __post_init__(self) -> None:
         if self.predicted is not None and self.predicted < 1:

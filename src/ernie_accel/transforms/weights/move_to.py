@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
-from ernie_accel.core.components import Pipeline, is_device_name, modules_of
+from ernie_accel.core.components import Pipeline, is_device_name, is_skeleton, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
@@ -82,5 +82,5 @@ def _places(pipe: Pipeline) -> dict[str, str]:
     for name, module in modules_of(pipe).items():
         tensor = next((tensor for tensor in (*module.parameters(), *module.buffers())), None)
         if tensor is not None:
-            found[name] = str(tensor.device).replace("meta", "host")  # of a pipe without weights, they would be there
+            found[name] = "host" if is_skeleton(module) else str(tensor.device)  # where they would be loaded
     return found
