@@ -194,7 +194,7 @@ class _TimedStream:
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         left_s = self._budget.left_s()
         if left_s <= 0:
-            raise self._httpcore.ReadTimeout("the answer was not complete in time")
+            raise self._httpcore.ReadTimeout("timed out: the answer was not complete in time")
         data = self._stream.read(max_bytes, left_s)
         self._budget.bytes -= len(data)
         if self._budget.bytes < 0:
