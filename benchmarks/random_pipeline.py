@@ -7,29 +7,17 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from ernie_accel.families.published import CHECKPOINTS
+
+_TURBO = CHECKPOINTS[0].models
+#: Settings of the language model that those who build one give themselves.
+_BY_CALLER = ("model_type", "tie_word_embeddings")
 #: Keyword arguments of the components by size. "full" is ERNIE-Image's published configuration.
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "full": {
-        "transformer": {
-            "hidden_size": 4096,
-            "ffn_hidden_size": 12288,
-            "num_layers": 36,
-            "num_attention_heads": 32,
-            "in_channels": 128,
-            "out_channels": 128,
-            "patch_size": 1,
-            "text_in_dim": 3072,
-        },
-        "vae": {},
-        "text": {
-            "hidden_size": 3072,
-            "intermediate_size": 9216,
-            "num_hidden_layers": 26,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "vocab_size": 131072,
-        },
+        "transformer": dict(_TURBO["transformer"].config),
+        "vae": dict(_TURBO["vae"].config),
+        "text": {name: value for name, value in _TURBO["pe"].config.items() if name not in _BY_CALLER},
     },
     "tiny": {
         "transformer": {

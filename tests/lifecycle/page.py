@@ -29,7 +29,7 @@ of the same weights. The pictures that both draw afterwards are compared:
 | **r** | refused, and the pipe proved unchanged; the note gives the reason |
 | **!** | a known fault; the note says what is wrong |
 | **·** | no such action on these pipes: stock cannot do it either |
-| **?** | not run since the row or the action was added |
+| **?** | not run yet |
 
 The last column restores the pipe after each action. **=** there means the bits of the stock pipe after the same
 action; **≈** that what your script brought (a LoRA, other weights) had been rounded to the pipe's dtype by then; **w**
@@ -41,6 +41,9 @@ whose floor was earned on trained weights: the pipe draws what it would draw if 
 All of this runs on tiny pipelines with random weights on a CPU: {families}. CUDA graphs are recorded by a stand-in, and
 compiled blocks run eagerly ({traced} are traced). The table cannot show what only a GPU does.
 
+{count} cells have run so far. A mark stands for the actions of its column that did: most of them once, on one of the
+pipelines after another, and not each of them on all.
+
 `python -m tests.lifecycle` runs the matrix and writes this page; `nox -s lifecycle` does so in its own environment.
 """
 
@@ -50,7 +53,7 @@ def page(cells: Iterable[Cell], kept: str = "") -> str:
     every, notes = list(cells), _Notes()
     found, pairs = ([each for each in every if len(each.actions) == number] for number in (1, 2))
     traced = ", ".join(f"`{row.name}`" for row in ROWS.values() if row.traced)
-    text = INTRODUCTION.format(families=", ".join(TITLES[family] for family in PIPES), traced=traced)
+    text = INTRODUCTION.format(families=", ".join(TITLES[family] for family in PIPES), traced=traced, count=len(every))
     lines = [text, "## Transforms and presets", "", *_table(found, notes), "", *notes.lines(), ""]
     lines += ["## The actions", "", "| column | what is done |", "|---|---|"]
     lines += [f"| {title} | {_in_group(group)} |" for group, title in GROUPS.items()]

@@ -36,6 +36,11 @@ def human_bytes(count: int) -> str:
     return f"{size:.1f} GB"
 
 
+def human_gib(count: int) -> str:
+    """Return a number of bytes in binary units, as memory is given."""
+    return f"{count / 2**20:.1f} MiB" if 0 < count < 2**30 // 10 else f"{count / 2**30:.1f} GiB"
+
+
 def summarise(names: Sequence[str], most: int = 3) -> str:
     """Return `names` in few words: numbered siblings fold into one with a count, and many into a number.
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ernie_accel.common.text import table
+from ernie_accel.common.text import human_gib, table
 from ernie_accel.core.components import PROMPT_COMPONENTS, Pipeline, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError
@@ -85,22 +85,22 @@ class MemoryPlan:
         }
 
     def __str__(self) -> str:
-        budget = "" if self.budget is None else f" of {_gib(self.budget)} it may use"
+        budget = "" if self.budget is None else f" of {human_gib(self.budget)} it may use"
         verdict = "fits" if self.fits else "does NOT fit"
-        lines = [f"Memory for {self.call}: {_gib(self.needed)}{budget}: {verdict}"]
+        lines = [f"Memory for {self.call}: {human_gib(self.needed)}{budget}: {verdict}"]
         rows = [
             (
                 stage.name,
-                _gib(stage.weights),
-                "unknown" if stage.activations is None else _gib(stage.activations + BETWEEN),
-                _gib(stage.total),
+                human_gib(stage.weights),
+                "unknown" if stage.activations is None else human_gib(stage.activations + BETWEEN),
+                human_gib(stage.total),
             )
             for stage in self.stages
         ]
         lines.append(table(("stage", "weights", "computing", "in use"), rows, frozenset({1, 2, 3})))
-        lines.append(f"Peak in use {_gib(self.peak)}, and {_gib(self.spare)} for graphs and the allocator.")
+        lines.append(f"Peak in use {human_gib(self.peak)}, and {human_gib(self.spare)} for graphs and the allocator.")
         if self.host:
-            lines.append(f"Host memory for what is not on the device: {_gib(self.host)}.")
+            lines.append(f"Host memory for what is not on the device: {human_gib(self.host)}.")
         return "\n".join((*lines, *(f"  + {reason}" for reason in self.why)))
 
     __repr__ = __str__
@@ -217,14 +217,15 @@ def check_fits(found: MemoryPlan, host: int | None = None) -> MemoryPlan:
     """
     if found.fits and host is not None and found.host > host:
         raise ErnieAccelError(
-            f"there is not enough host memory: {_gib(found.host)} are needed for weights that are not on the device, "
-            f"and {_gib(host)} can be had.\n{found}\nMore device memory (memory=) leaves less to the host."
+            f"there is not enough host memory: {human_gib(found.host)} are needed for weights that are not on the "
+            f"device, and {human_gib(host)} can be had.\n{found}\nMore device memory (memory=) leaves less to the host."
         )
     if found.fits:
         return found
     raise ErnieAccelError(
-        f"this does not fit: {_gib(found.needed)} are needed at least, and the process may use "
-        f"{_gib(found.budget or 0)}.\n{found}\nSmaller pictures, fewer at once, or a preset with fewer bits need less."
+        f"this does not fit: {human_gib(found.needed)} are needed at least, and the process may use "
+        f"{human_gib(found.budget or 0)}.\n{found}\n"
+        "Smaller pictures, fewer at once, or a preset with fewer bits need less."
     )
 
 
@@ -259,7 +260,7 @@ def _candidates(
     most = max((UNKNOWN if need is None else need for need in activations.values()), default=0)
     room = budget - most - BETWEEN - _spare(wanted)
     keep: tuple[Transform, ...] = (Residency(room, device=device),) if room > 0 else ()
-    fetched = f"weights within {_gib(max(room, 0))}, the rest fetched from the host in turn"
+    fetched = f"weights within {human_gib(max(room, 0))}, the rest fetched from the host in turn"
     ways: list[tuple[tuple[Transform, ...], tuple[str, ...]]] = []
     if eight:
         ways.append(((*eight, *move), (less, stays)))
@@ -312,7 +313,7 @@ def _judge(
     unknown = [name for name, need in activations.items() if need is None]
     if unknown:
         names = " and ".join(unknown)
-        why = (*why, f"what {names} computes is not known of this pipeline: {_gib(UNKNOWN)} are left for it")
+        why = (*why, f"what {names} computes is not known of this pipeline: {human_gib(UNKNOWN)} are left for it")
     host = 0
     if kept is not None and kept < planned.nbytes:
         layout = replace(keeps[0], weights=kept).layout(pipe, planned)
@@ -339,8 +340,4 @@ def _cost(fetched: int, context: Context) -> Iterator[str]:
     rate = None if row is None else row.host_gb_s
     if fetched:
         time = "" if rate is None else f": {fetched / rate / 1e9:.2f} s of its link, at {rate:g} GB/s"
-        yield f"{_gib(fetched)} come from the host for each picture{time}"
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**20:.1f} MiB" if 0 < nbytes < GIB // 10 else f"{nbytes / GIB:.1f} GiB"
+        yield f"{human_gib(fetched)} come from the host for each picture{time}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,8 @@ from ernie_accel.core.transform import Transform
 from ernie_accel.families import family_of
 from ernie_accel.memory.activations import peak_of, quiet
 from ernie_accel.memory.call import Call
+from ernie_accel.models.rewritten import named_object
+from ernie_accel.storage.reading import forgetful
 from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
 from ernie_accel.transforms.denoiser.rewrite_blocks import RewriteBlocks
 from ernie_accel.transforms.vae.decoder import FuseVae
@@ -78,7 +79,7 @@ def activations_of(
         call: What will be asked of it.
     """
     twin = without_weights(pipe)
-    traced = tuple(_forgetful(each) for each in transforms if isinstance(each, _TRACED))
+    traced = tuple(forgetful(each) for each in transforms if isinstance(each, _TRACED))
     if traced:
         try:
             apply_request(twin, traced, None, context, skip_unsupported=True)
@@ -105,10 +106,6 @@ def without_weights(pipe: Pipeline) -> Pipeline:
     return twin
 
 
-def _forgetful(transform: Transform) -> Transform:
-    return FuseKernels(transform.precision, keep_originals=False) if isinstance(transform, FuseKernels) else transform
-
-
 def _runs(pipe: Pipeline, call: Call) -> Iterator[tuple[str, nn.Module, Callable[[Any], object] | None]]:
     modules, family = modules_of(pipe), family_of(pipe)
     if "pe" in modules:
@@ -118,7 +115,7 @@ def _runs(pipe: Pipeline, call: Call) -> Iterator[tuple[str, nn.Module, Callable
         known = family.is_known and hasattr(modules[name], "get_input_embeddings")  # others may take other arguments
         yield "encode", modules[name], _language_model(call.rows, call.prompt_tokens) if known else None
     for denoiser in list(denoisers_of(pipe).values())[:1]:
-        yield "denoise", denoiser, _step(_found(family.forward_inputs), call)
+        yield "denoise", denoiser, _step(named_object(family.forward_inputs), call)
     if "vae" in modules:
         yield "decode", modules["vae"], _decode(modules["vae"], call)
 
@@ -148,13 +145,6 @@ def _decode(vae: Any, call: Call) -> Callable[[Any], object] | None:
 
 
 _PICTURE_VAES = frozenset({"AutoencoderKL", "AutoencoderKLFlux2"})
-
-
-def _found(named: object) -> Any:
-    if not isinstance(named, str):
-        return named
-    module, _, attribute = named.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 def weights_by_stage(planned: PlannedPipe, names: Iterable[str], kept: int | None) -> dict[str, int]:

@@ -106,13 +106,13 @@ class KernelModel(Protocol):
 def rewritten_model(pipe: Pipeline) -> RewrittenModel | None:
     """Return the rewritten model of the pipe's family; None where there is none."""
     rewritten = family_of(pipe).rewritten
-    return None if rewritten is None else cast(RewrittenModel, _found(rewritten))
+    return None if rewritten is None else cast(RewrittenModel, named_object(rewritten))
 
 
 def kernel_model(pipe: Pipeline) -> KernelModel | None:
     """Return the fused kernels of the pipe's family; None where there are none."""
     kernels = family_of(pipe).kernels
-    return None if kernels is None else cast(KernelModel, _found(kernels))
+    return None if kernels is None else cast(KernelModel, named_object(kernels))
 
 
 def rewritten_blocks(pipe: Pipeline) -> RewrittenModel:
@@ -145,7 +145,7 @@ def calls_cudnn(pipe: Pipeline, context: Context) -> bool:
     return context.planned(pipe).takes_lengths or kernels.calls_cudnn(pipe.transformer)
 
 
-def _found(named: object) -> object:
+def named_object(named: object) -> object:
     """Return the object itself, or the module of that name, or "module:attribute"."""
     if not isinstance(named, str):
         return named

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ernie_accel.core.captured import plain_tensors
 from ernie_accel.core.components import (
     DENOISERS,
     PROMPT_COMPONENTS,
@@ -194,7 +195,8 @@ def _piece(name: str, tensors: Iterable[Tensor], seen: set[int]) -> Piece:
 def _tensors_of(parts: Iterable[nn.Module]) -> Iterator[Tensor]:
     for part in parts:
         for tensor in (*part._parameters.values(), *part._buffers.values()):
-            yield from plain_tensors(tensor)
+            if tensor is not None:
+                yield from plain_tensors(tensor)
 
 
 def stored_bytes(tensor: Tensor) -> int:
@@ -203,14 +205,3 @@ def stored_bytes(tensor: Tensor) -> int:
         return 0
     last = sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
-
-
-def plain_tensors(tensor: Any) -> Iterator[Tensor]:
-    """Yield a tensor, or those that a quantized tensor subclass is made of."""
-    if tensor is None:
-        return
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from plain_tensors(getattr(tensor, name))
-    else:
-        yield tensor

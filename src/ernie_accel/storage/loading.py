@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from ernie_accel.core.dtypes import ALIASES, DTYPES, dtype_argument, dtype_name
 from ernie_accel.core.errors import ErnieAccelError, SavedPipelineError, UnknownNameError
 from ernie_accel.core.hardware import is_other_vendors
 from ernie_accel.core.outputs import require_pictures
-from ernie_accel.core.transform import Transform
 from ernie_accel.families import family_of
 from ernie_accel.storage.assembly import assemble
 from ernie_accel.storage.folders import current
@@ -91,11 +89,6 @@ def load_pipeline(
 def was_saved_here(model: str | os.PathLike[str]) -> bool:
     """Return whether `ernie_accel.save` wrote this folder."""
     return (current(Path(model)) / MANIFEST).is_file()
-
-
-def forgetful(transform: Transform) -> Transform:
-    """Return a transform that keeps no originals in host memory, where it has the choice: the files have them."""
-    return replace(transform, keep_originals=False) if hasattr(transform, "keep_originals") else transform  # type: ignore[call-arg]
 
 
 def _without_enhancer(pipe: CallablePipeline) -> CallablePipeline:

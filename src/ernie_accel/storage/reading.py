@@ -86,10 +86,8 @@ def load(
     receipts = {name: model.receipts() for name, model in manifest.components.items()}
     _check_can_run(source, receipts.values(), machine)
 
-    pipe = assemble(source, index, lambda name, cls: _empty(source / name, cls))
-    rewrites = tuple(
-        _forgetful(transform) for transform, data in saved if data.changed and repeats_rewriting(transform)
-    )
+    pipe = assemble(source, index, lambda name, cls: empty_model(source / name, cls))
+    rewrites = tuple(forgetful(transform) for transform, data in saved if data.changed and repeats_rewriting(transform))
     if rewrites:  # they change the module tree, so the weights find their places only afterwards
         for name, model in manifest.components.items():
             _materialise(getattr(pipe, name), getattr(torch, model.dtype))
@@ -193,7 +191,7 @@ def _transform(
     return instead
 
 
-def _empty(place: Path, cls: type[Any]) -> torch.nn.Module:
+def empty_model(place: Path, cls: type[Any]) -> torch.nn.Module:
     """Build a model from its configuration, parameters without memory, buffers as the class makes them."""
     from accelerate import init_empty_weights
 
@@ -319,8 +317,8 @@ def _check_can_run(folder: Path, receipts: Iterable[Mapping[str, LayerReceipt]],
             raise SavedPipelineError(folder, f"cannot run on {machine}: {'; '.join(reasons)}")
 
 
-def _forgetful(transform: Transform) -> Transform:
-    """Return the transform without the request to keep originals: while a pipe is loaded there are none."""
+def forgetful(transform: Transform) -> Transform:
+    """Return a transform that keeps no originals, where it has the choice: they are in files, or no weights yet."""
     return replace(transform, keep_originals=False) if hasattr(transform, "keep_originals") else transform  # type: ignore[call-arg]
 
 

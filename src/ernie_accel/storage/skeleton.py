@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from ernie_accel.core.components import CallablePipeline, mark_as_skeleton
+from ernie_accel.core.components import CallablePipeline, mark_as_skeleton, weights_of
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.families.published import Checkpoint, PublishedModel, published
 from ernie_accel.storage.manifest import INDEX
+from ernie_accel.storage.reading import empty_model
 from ernie_accel.storage.vetting import vet
 
 #: Longest prompt of the placeholder tokenizer; that of ERNIE-Image's.
@@ -70,14 +71,7 @@ def _of_folder(folder: Path, dtype: torch.dtype) -> CallablePipeline:
         if cls is None or not issubclass(cls, torch.nn.Module):
             parts[name] = None if cls is None else _placeholder(folder / name, cls)
             continue
-        with torch.device("meta"):
-            made: Any = cls
-            if hasattr(made, "from_config"):
-                module = made.from_config(made.load_config(str(folder / name), local_files_only=True))
-            else:
-                config = made.config_class.from_pretrained(str(folder / name), local_files_only=True)
-                module = made._from_config(config)
-        parts[name] = _bare(module, dtype)
+        parts[name] = _bare(empty_model(folder / name, cls), dtype)
     return _finished(index.pipeline_class(**parts, **index.settings))
 
 
@@ -110,10 +104,10 @@ def _model(model: PublishedModel) -> torch.nn.Module:
 
 
 def _bare(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtype)
-    return module.eval().requires_grad_(False)
+    for weight in weights_of(module):
+        if weight.tensor.is_floating_point():
+            weight.tensor.data = weight.tensor.data.to(dtype)
+    return module.to("meta").eval().requires_grad_(False)
 
 
 def _finished(pipe: Any) -> CallablePipeline:

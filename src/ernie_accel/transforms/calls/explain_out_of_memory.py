@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from ernie_accel.common.text import human_gib
 from ernie_accel.core.components import PROMPT_COMPONENTS, Pipeline, denoisers_of, device_of, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.hardware import GIB
@@ -112,16 +113,18 @@ def _lines(
         used, held = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
         others = max(0, total - free - held)
         yield (
-            f"  On the card, {_gib(total)}: this process has {_gib(used)} in use and {_gib(held - used)} cached; other "
-            f"processes, the driver and the desktop {_gib(others)}; {_gib(free)} are free."
+            f"  On the card, {human_gib(total)}: this process has {human_gib(used)} in use and "
+            f"{human_gib(held - used)} cached; other processes, the driver and the desktop {human_gib(others)}; "
+            f"{human_gib(free)} are free."
         )
         if predicted is not None:
-            yield f"  The plan predicted that {_gib(predicted)} would be needed; {_gib(total - others)} can be had."
-            room = int((total - others) / GIB * 10) / 10
-            if predicted > total - others:
+            left = total - others
+            yield f"  The plan predicted that {human_gib(predicted)} would be needed; {human_gib(left)} can be had."
+            room = int(left / GIB * 10) / 10
+            if predicted > left:
                 yield f"  What would fit: load it with memory='{room}GiB', or end what else runs on the card."
     elif predicted is not None:
-        yield f"  The plan predicted that {_gib(predicted)} would be needed."
+        yield f"  The plan predicted that {human_gib(predicted)} would be needed."
     yield f"  What needs less: {', '.join(_smaller(arguments))}."
 
 
@@ -143,7 +146,3 @@ def _words(pipe: Pipeline, component: str | None) -> str:
     if component in PROMPT_COMPONENTS:
         return f" while {component} {'enhanced' if component == 'pe' else 'encoded'} prompts"
     return f" while {component} {'denoised' if component in denoisers_of(pipe) else 'decoded'}"
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.1f} GiB"

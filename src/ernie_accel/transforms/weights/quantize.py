@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from ernie_accel.common.text import human_bytes
 from ernie_accel.core.arguments import check_patterns
-from ernie_accel.core.captured import comes_and_goes
+from ernie_accel.core.captured import comes_and_goes, plain_tensors
 from ernie_accel.core.components import (
     Pipeline,
     absent_components,
@@ -319,7 +319,7 @@ class _Unchanged:
             return None
         if getattr(place[0], "merged_adapters", None):
             return f"a LoRA is fused into {self._path}; unload or unfuse it first (pipe.unfuse_lora())"
-        if any(comes_and_goes(plain) for held in _held(self._layer) for plain in _plain_parts(held)):
+        if any(comes_and_goes(plain) for held in _held(self._layer) for plain in plain_tensors(held)):
             return None  # while they are kept elsewhere, nothing can write to them
         now = _bits_of(self._layer)
         if hasattr(place[0], "lora_A") or now[0] != self._made[0] or now == self._made:
@@ -337,18 +337,9 @@ def _held(layer: torch.nn.Module) -> list[torch.Tensor]:
     return [*layer.parameters(), *layer.buffers()]
 
 
-def _plain_parts(tensor: Any) -> Iterator[torch.Tensor]:
-    """Yield a tensor, or those that a quantized tensor subclass is made of."""
-    if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
-        return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from _plain_parts(getattr(tensor, name))
-
-
 def _sum_of_bits(tensor: torch.Tensor) -> int:
     if hasattr(tensor, "__tensor_flatten__"):
-        return sum(map(_sum_of_bits, _plain_parts(tensor)))
+        return sum(map(_sum_of_bits, plain_tensors(tensor)))
     if tensor.device.type == "meta":
         return 0
     raw = tensor.detach().as_subclass(torch.Tensor).contiguous().reshape(-1).view(torch.uint8)
