@@ -141,6 +141,19 @@ def test_the_fastest_way_that_fits_is_chosen(turbo):
         assert found.needed <= found.budget
 
 
+def test_unquantized_weights_wait_on_the_host_only_where_everything_stays_on_the_device(turbo):
+    lean = FuseKernels("fp8", keep_originals=False)
+    on_all, on_8 = planned(turbo, "h200"), planned(turbo, "h200", memory="8GiB")
+    assert lean not in on_all.transforms
+    assert on_all.host == pytest.approx(7.2e9 * 2, rel=0.1)  # the linear layers of the blocks in bfloat16
+    assert "wait in host memory for restore()" in str(on_all)
+    assert lean in on_8.transforms
+    assert "restore() cannot bring them back" in str(on_8)
+    own = planned(turbo, "h200", "turbo-fp8", FuseKernels("fp8"), memory="8GiB")
+    assert not any(isinstance(each, FuseKernels) for each in own.transforms)
+    assert own.host == on_8.host + on_all.host
+
+
 def test_weights_stay_unquantized_as_long_as_that_fits(turbo):
     found = planned(turbo, "rtx4090", "turbo-bf16")
     assert [type(each).__name__ for each in found.transforms] == ["Residency", "ExplainOutOfMemory"]

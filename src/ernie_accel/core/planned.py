@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -94,6 +94,7 @@ class PlannedPipe:
         graph_tokens: Image tokens, times the batch, above which the denoiser is not captured.
         breaks_graph: Why the layers of a component cannot be compiled without graph breaks, by component.
         on_first_call: What compiles or captures on the first call, by slot of the transform that does so.
+        kept_on_host: Bytes of originals that wait in host memory, so that ``restore`` is exact.
     """
 
     weights: Mapping[str, PlannedWeight]
@@ -115,6 +116,7 @@ class PlannedPipe:
     graph_tokens: int = 0
     breaks_graph: Mapping[str, str] = field(default_factory=dict)
     on_first_call: frozenset[str] = frozenset()
+    kept_on_host: int = 0
 
     @classmethod
     def of(cls, pipe: Pipeline) -> PlannedPipe:
@@ -173,6 +175,10 @@ class PlannedPipe:
         """Return this with some weights replaced or added, and others gone."""
         stays = {name: weight for name, weight in self.weights.items() if name not in without}
         return replace(self, weights={**stays, **new})
+
+    def keeping(self, names: Iterable[str]) -> PlannedPipe:
+        """Return this with some of its weights, which are about to be replaced, waiting in host memory as well."""
+        return replace(self, kept_on_host=self.kept_on_host + sum(self.weights[name].nbytes for name in names))
 
     def concatenated(self, layers: tuple[str, ...]) -> PlannedWeight:
         """Return the weight that linear layers ("transformer.layers.0.mlp.up_proj", ...) make when concatenated."""

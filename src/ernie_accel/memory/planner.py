@@ -29,6 +29,7 @@ from ernie_accel.transforms.weights.residency import Residency, least_weights
 
 #: What a process cannot have of a card: the driver's share, and the desktop's.
 TAKEN = int(0.7 * GIB)
+_NOT_KEPT = "no unquantized weights wait in host memory: restore() cannot bring them back"
 #: Slots that say where weights live: who fills one has chosen.
 _PLACING = ("offload", "device", "free-after-use")
 _UNITS = {"gib": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
@@ -170,8 +171,10 @@ def plan_memory(
     activations = activations_of(pipe, wanted, context, call)
     best: MemoryPlan | None = None
     for chosen, why in _candidates(pipe, wanted, context, device or context.torch_device, budget, activations):
-        together = compose((*own, *chosen), preset, family_of(pipe))
-        the_plan = plan_request(pipe, together, preset, context)
+        the_plan = plan_request(pipe, compose((*own, *chosen), preset, family_of(pipe)), preset, context)
+        if any(isinstance(each, Residency) for each in chosen) and (lean := tuple(_without_originals(the_plan, own))):
+            chosen, why = (*chosen, *lean), (*why, _NOT_KEPT)
+            the_plan = plan_request(pipe, compose((*own, *chosen), preset, family_of(pipe)), preset, context)
         found = _judge(pipe, the_plan, chosen, why, context, call, budget, activations)
         if found is None:
             continue
@@ -271,6 +274,16 @@ def _candidates(
     yield from ways
 
 
+def _without_originals(the_plan: Plan, own: tuple[Transform, ...]) -> Iterator[Transform]:
+    """Yield what the preset quantizes with, but without keeping in host memory what it replaces."""
+    for step in the_plan.steps:
+        each, keeps = step.transform, step.planned is not None and step.planned.kept_on_host > 0
+        if each in own or not keeps or step.verdict != "apply":
+            continue
+        if isinstance(each, (Quantize, FuseKernels)) and each.keep_originals:
+            yield replace(each, keep_originals=False)
+
+
 def _eight_bits(pipe: Pipeline, wanted: Iterable[Transform], context: Context) -> tuple[Quantize, ...]:
     """Return what quantizes the prompt components that nobody has chosen a precision for; empty if there are none."""
     taken = {name for each in wanted if isinstance(each, Quantize) for name in each.components}
@@ -314,13 +327,15 @@ def _judge(
     if unknown:
         names = " and ".join(unknown)
         why = (*why, f"what {names} computes is not known of this pipeline: {human_gib(UNKNOWN)} are left for it")
-    host = 0
+    host = planned.kept_on_host
     if kept is not None and kept < planned.nbytes:
         layout = replace(keeps[0], weights=kept).layout(pipe, planned)
-        host = sum(layout.sizes[name] for name in layout.moving)
+        host += sum(layout.sizes[name] for name in layout.moving)
         why = (*why, *_cost(layout.fetched(_turns(pipe, planned)), context))
     elif planned.offload is not None:
-        host = planned.nbytes
+        host += planned.nbytes
+    if planned.kept_on_host:
+        why = (*why, f"{human_gib(planned.kept_on_host)} of unquantized weights wait in host memory for restore()")
     found = MemoryPlan(call, budget, stages, spare, host, chosen, why, fits=True)
     if chosen:
         found = replace(found, transforms=(*chosen, ExplainOutOfMemory(predicted=found.needed)))

@@ -101,6 +101,8 @@ class FuseKernels(Transform):
             rows, columns = weight.shape
             new[name] = replace(weight, nbytes=rows * columns, stored_as="fp8 by fused kernels", is_fresh=True)
             new[f"{name}_scale"] = PlannedWeight((1, rows), torch.float32, 4 * rows, is_fresh=True)
+        if self.keep_originals:
+            planned = planned.keeping(gone)
         lengths = self._attention(context) is not None and kernels_of(pipe).is_left_open(pipe.transformer)
         return replace(
             planned.with_weights(new, frozenset(gone)).compiling(self.slot),  # Triton compiles at the first launch

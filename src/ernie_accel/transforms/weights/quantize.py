@@ -193,6 +193,7 @@ class _Work:
         self.name = f"{chosen.scheme} by {chosen.backend}"
         self.sites = linear_sites(pipe, request.components, request.exclude, _to_be_fused(pipe, context))
         self._before = context.planned(pipe)
+        self._keeps = request.keep_originals
         plain = [site for site in self.sites if self._stored_as(site) is None]
         #: Why layers stay as they are, by name.
         self.left_out = {site.name: why for site in plain if (why := self._left_out_reason(site)) is not None}
@@ -225,7 +226,8 @@ class _Work:
             gone |= {name, f"{site.name}.bias"}
             nbytes, shape = self.backend.stored_bytes(self.scheme, spec), (spec.out_features, spec.in_features)
             new[name] = PlannedWeight(shape, spec.dtype, nbytes, stored_as=self.name, is_fresh=True)
-        return self._before.with_weights(new, frozenset(gone))
+        before = self._before.keeping(gone & self._before.weights.keys()) if self._keeps else self._before
+        return before.with_weights(new, frozenset(gone))
 
     def problems(self, component: str) -> list[str]:
         """Return why this component cannot be quantized; empty if it can, or is so already."""
@@ -271,6 +273,7 @@ def _replace(
     if source is not linear and source.bias is not None:
         source.bias.data = source.bias.data.to(where)
     layer = work.backend.quantize(work.scheme, source)
+    ratio = sqnr_db(source.weight.detach(), work.backend.dequantize(layer))
     if device is None and elsewhere:
         layer = layer.to(here)
     receipt = LayerReceipt(
@@ -281,7 +284,7 @@ def _replace(
         shape=(linear.weight.shape[0], linear.weight.shape[1]),
         bytes_before=module_bytes(linear),
         bytes_after=module_bytes(layer),
-        sqnr_db=round(sqnr_db(source.weight.detach(), work.backend.dequantize(layer)), 3),
+        sqnr_db=round(ratio, 3),
     )
     RECEIPT.put(layer, receipt)
     component, _, path = site.name.partition(".")
