@@ -15,7 +15,7 @@ from ernie_accel.common import notes
 from ernie_accel.common.notes import NOTES, Note
 from ernie_accel.core.planned import CARRIED
 from ernie_accel.models import fused_npu, masks, processors
-from ernie_accel.models.ernie_image.positions import LAYOUT
+from ernie_accel.models.token_layout import LAYOUT
 from ernie_accel.quantization.layers import RECEIPT
 from ernie_accel.samplers.stepping import STEPPING
 

@@ -11,7 +11,7 @@ import torch
 import ernie_accel
 from ernie_accel.core.components import pipe_bytes
 from ernie_accel.core.outputs import images_of
-from ernie_accel.models.ernie_image.positions import prompt_lengths, remember_lengths
+from ernie_accel.models.token_layout import prompt_lengths, remember_lengths
 from tests.pipelines import picture, tiny_ernie, tiny_flux
 
 LORA_TARGETS = ["to_q", "to_v", "gate_proj", "linear_fc2", "to_out.0"]

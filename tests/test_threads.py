@@ -7,6 +7,7 @@ import pickle
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from ernie_accel import (
     RewriteBlocks,
     SwapScheduler,
 )
-from ernie_accel.models.ernie_image.positions import Positions, Rows
+from ernie_accel.models.token_layout import Positions, Prepared
 from tests.pipelines import picture, tiny_ernie, tiny_z_image
 
 
@@ -121,12 +122,15 @@ def test_a_second_pipe_that_does_not_wait_draws_with_its_own_masks(transforms):
 
 
 def test_positions_are_remembered_while_threads_draw_in_many_sizes():
-    positions, like = Positions(keep=1), torch.zeros(1)
+    @dataclass(frozen=True)
+    class Size(Prepared):
+        size: torch.Tensor
+
+    positions = Positions(keep=1)
 
     def look(size):
         for _ in range(2000):
-            rows = Rows((size, 1), (1,), 1, None)
-            assert positions.get(lambda ids: ids[..., None, :], rows, like).cos_bs1d.shape[1] == size + 1
+            assert positions.get(size, lambda: Size(torch.tensor(size))).size == size
 
     switch = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)

@@ -33,8 +33,8 @@ class RewrittenModel(Protocol):
     """A denoiser's blocks, rewritten: the same numbers from fewer operations."""
 
     @property
-    def BLOCKS(self) -> str:
-        """Attribute of the transformer with the list of blocks that are rewritten ("layers")."""
+    def BLOCKS(self) -> tuple[str, ...]:
+        """Attributes of the transformer with the lists of blocks that are rewritten ("layers",)."""
 
     @property
     def FUSED_LAYERS(self) -> tuple[str, ...]:
@@ -133,8 +133,8 @@ def kernels_of(pipe: Pipeline) -> KernelModel:
 
 def block_paths(pipe: Pipeline) -> tuple[str, ...]:
     """Return the paths of the blocks that are rewritten ("transformer.layers.0")."""
-    name = rewritten_blocks(pipe).BLOCKS
-    return tuple(f"transformer.{name}.{i}" for i in range(len(getattr(pipe.transformer, name))))
+    names = rewritten_blocks(pipe).BLOCKS
+    return tuple(f"transformer.{name}.{i}" for name in names for i in range(len(getattr(pipe.transformer, name))))
 
 
 def calls_cudnn(pipe: Pipeline, context: Context) -> bool:

@@ -15,15 +15,10 @@ Every arithmetic operation that is left has the operands and the rounding of sto
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from functools import partial
-from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
-from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_ernie_image import (
     ErnieImageSingleStreamAttnProcessor,
     ErnieImageTransformer2DModelOutput,
@@ -31,188 +26,29 @@ from diffusers.models.transformers.transformer_ernie_image import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ernie_accel.core.components import Pipeline, alignment_of, with_alignment
-from ernie_accel.core.errors import ErnieAccelError
-from ernie_accel.core.stand_in import StandInForward, StandInMethod
+from ernie_accel.core.components import Pipeline
 from ernie_accel.core.undo import Undo
-from ernie_accel.models.ernie_image.architecture import Attention, ErnieTransformer, attention_of, transformer_of
-from ernie_accel.models.ernie_image.positions import (
-    LAYOUT,
-    Position,
-    RememberingPad,
-    Rows,
-    TokenLayout,
-    prompt_lengths,
-)
-from ernie_accel.models.processors import processor_for
+from ernie_accel.models import rewriting
+from ernie_accel.models.ernie_image.architecture import ErnieTransformer, attention_of, transformer_of
+from ernie_accel.models.ernie_image.positions import Position, RememberingPad, Rows, position
+from ernie_accel.models.rewriting import Part, RewrittenBlock, RewrittenForward, SelfAttention
+from ernie_accel.models.token_layout import LAYOUT, prompt_lengths
 
 #: Six float32 tensors [B, 1, H], the same for all blocks: shift, 1 + scale, gate of the attention, then of the MLP.
 Modulation = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-class FusedLinear(nn.Linear):
-    """Bias-free linear layers of one input as one matrix product; outputs are concatenated in the given order.
-
-    The parts give up their weights in `take_over`, so that memory does not double, and take them back in `split`. In a
-    state dict the fused layer appears under the names of its parts, as long as its weight is a plain one.
-    """
-
-    def __init__(self, parts: Mapping[str, nn.Linear]) -> None:
-        first = next(iter(parts.values()))
-        sizes = [part.out_features for part in parts.values()]
-        super().__init__(first.in_features, sum(sizes), bias=False, device="meta")
-        with torch.no_grad():
-            fused = torch.cat([part.weight for part in parts.values()])
-        self.weight = nn.Parameter(fused, requires_grad=first.weight.requires_grad)
-        self._parts = dict(parts)  # a plain dict: torch must not see them
-        self._sizes = sizes
-        self._strides = [part.weight.stride() for part in parts.values()]
-        self._alignments = [alignment_of(part.weight) for part in parts.values()]
-
-    def take_over(self) -> None:
-        """Free the weights of the parts; call it once this layer is where `split` will find it."""
-        for part in self._parts.values():
-            part.weight.data = part.weight.data.new_empty(0)
-
-    @property
-    def part_names(self) -> tuple[str, ...]:
-        """Names of the layers that this one stands for, beside it in its parent."""
-        return tuple(self._parts)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the weight is an ordinary parameter, not a quantized one."""
-        return type(self.weight) is nn.Parameter
-
-    def split(self) -> dict[str, nn.Linear]:
-        """Give every part its rows of the weight again, as copies, and return the parts by name."""
-        all_rows = torch.split(self.weight.data, self._sizes)
-        places = zip(self._strides, self._alignments, strict=True)
-        for part, rows, (stride, alignment) in zip(self._parts.values(), all_rows, places, strict=True):
-            copy = rows.new_empty_strided(rows.shape, stride).copy_(rows)
-            part.weight.data = with_alignment(copy, alignment)
-        return self._parts
-
-    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        if not self.is_plain:
-            super()._save_to_state_dict(destination, prefix, keep_vars)
-            return
-        owner = prefix[: prefix[:-1].rfind(".") + 1]
-        weight = self.weight if keep_vars else self.weight.detach()
-        for name, rows in zip(self._parts, torch.split(weight, self._sizes), strict=True):
-            destination[f"{owner}{name}.weight"] = rows
-
-
-class _Part(nn.Module):
-    """A module that takes over the children of a stock module and can fuse some of them into one product."""
-
-    taken: tuple[str, ...] = ()
-    fusible: tuple[str, ...] = ()
-    fused_name: str = ""
-
-    def __init__(self, stock: nn.Module) -> None:
-        super().__init__()
-        for name in self.taken:
-            setattr(self, name, getattr(stock, name))
-        self.register_load_state_dict_pre_hook(_join_parts)  # type: ignore[no-untyped-call]
-
-    @property
-    def fused(self) -> nn.Module | None:
-        """The fused layer (or what quantization put in its place), or None while the linear layers stand alone."""
-        return self._modules.get(self.fused_name)
-
-    def unfusible_reason(self) -> str | None:
-        """Return why the linear layers cannot be fused, or None."""
-        for name in self.fusible:
-            layer = getattr(self, name)
-            if type(layer) is not nn.Linear:
-                return (
-                    f"{name} is a {type(layer).__name__} (a LoRA, for instance), which has to stay a layer of its own"
-                )
-            if layer.bias is not None or type(layer.weight) is not nn.Parameter:
-                return f"{name} has a bias or a quantized weight"
-        return None
-
-    def fuse(self) -> None:
-        """Replace the fusible layers by one, in place."""
-        fused = FusedLinear({name: getattr(self, name) for name in self.fusible})
-        others = {name: layer for name, layer in self._modules.items() if name not in self.fusible}
-        self._set_children({**others, self.fused_name: fused})
-        fused.take_over()
-
-    def split(self) -> None:
-        """Replace the fused layer by the layers it is made of, in place; nothing happens if they stand alone.
-
-        Raises:
-            ErnieAccelError: The fused weight is quantized.
-        """
-        if self.fused is None:
-            return
-        if not isinstance(self.fused, FusedLinear) or not self.fused.is_plain:
-            raise ErnieAccelError(
-                f"Cannot split {self.fused_name} into {', '.join(self.fusible)}: its weight is quantized. Undo the "
-                "quantization first (ernie_accel.restore(pipe)); to use a LoRA, load it before optimizing."
-            )
-        parts = self.fused.split()
-        self._set_children({name: parts[name] if name in parts else self._modules[name] for name in self.taken})
-
-    def _set_children(self, children: Mapping[str, nn.Module | None]) -> None:
-        """Replace all children in one step, so that an interrupt finds the old ones or the new, in the stock order."""
-        vars(self)["_modules"] = type(self._modules)(children)
-
-    def give_back(self, stock: nn.Module) -> None:
-        """Hand all children to the stock module, whatever has become of them meanwhile (a LoRA, a new device)."""
-        self.split()
-        for name in self.taken:
-            setattr(stock, name, getattr(self, name))
-
-
-def _join_parts(part: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Let a fused layer load the weights of its parts; see `nn.Module.register_load_state_dict_pre_hook`."""
-    if isinstance(part, _Part) and part.fused is not None:
-        keys = [f"{prefix}{name}.weight" for name in part.fusible]
-        if all(key in state_dict for key in keys):
-            state_dict[f"{prefix}{part.fused_name}.weight"] = torch.cat([state_dict.pop(key) for key in keys])
-
-
-class RewrittenAttention(_Part, AttentionModuleMixin):  # type: ignore[misc]
-    """Self-attention over [B, S, H]; `processor` only says which attention backend was chosen for the model."""
-
-    taken = ("to_q", "to_k", "to_v", "norm_q", "norm_k", "to_out")
-    fusible = ("to_q", "to_k", "to_v")
-    fused_name = "to_qkv"
-    to_q: nn.Linear
-    to_k: nn.Linear
-    to_v: nn.Linear
-    norm_q: nn.RMSNorm
-    norm_k: nn.RMSNorm
-    to_out: nn.ModuleList
-
-    def __init__(self, stock: Attention) -> None:
-        super().__init__(stock)
-        self.heads = stock.heads
-        self.processor = stock.processor  # set_attention_backend writes to it
+class RewrittenAttention(SelfAttention):
+    """Self-attention over [B, S, H]."""
 
     def forward(self, x_bsh: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, mask_b11s: Tensor | None) -> Tensor:
-        if self.fused is not None:
-            q_bsh, k_bsh, v_bsh = self.fused(x_bsh).chunk(3, -1)
-        else:
-            q_bsh, k_bsh, v_bsh = self.to_q(x_bsh), self.to_k(x_bsh), self.to_v(x_bsh)
-        q_bsnd, k_bsnd, v_bsnd = (t.unflatten(-1, (self.heads, -1)) for t in (q_bsh, k_bsh, v_bsh))
+        q_bsnd, k_bsnd, v_bsnd = self.project(x_bsh)
         q_bsnd = rotate(self.norm_q(q_bsnd), cos_bs1d, sin_bs1d)
         k_bsnd = rotate(self.norm_k(k_bsnd), cos_bs1d, sin_bs1d)
         return self.to_out[0](self.attend(q_bsnd, k_bsnd, v_bsnd, mask_b11s))  # type: ignore[no-any-return]
 
-    def attend(self, q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, mask_b11s: Tensor | None) -> Tensor:
-        """Return the attention output [B, S, H] by the backend that was chosen for the model."""
-        processor = processor_for(self.processor, mask_b11s)
-        out_bsnd: Tensor = dispatch_attention_fn(
-            q_bsnd, k_bsnd, v_bsnd, attn_mask=mask_b11s, backend=processor._attention_backend
-        )
-        return out_bsnd.flatten(2, 3)
 
-
-class RewrittenFeedForward(_Part):
+class RewrittenFeedForward(Part):
     """down(up(x) * gelu(gate(x))) over [B, S, H]."""
 
     taken = ("gate_proj", "up_proj", "linear_fc2")
@@ -231,25 +67,17 @@ class RewrittenFeedForward(_Part):
         return self.linear_fc2(up_bsf * F.gelu(gate_bsf.contiguous()))  # type: ignore[no-any-return]
 
 
-class RewrittenErnieBlock(nn.Module):
+class RewrittenErnieBlock(RewrittenBlock):
     """One transformer block over [B, S, H]: the stock block's layers under the stock names, other arithmetic order."""
 
+    part_names = ("self_attention", "mlp")
+
     def __init__(self, stock: nn.Module) -> None:
-        super().__init__()
+        super().__init__(stock)
         self.adaLN_sa_ln = stock.get_submodule("adaLN_sa_ln")
-        self.self_attention = RewrittenAttention(attention_of(stock))
+        self.self_attention = RewrittenAttention(stock.get_submodule("self_attention"))
         self.adaLN_mlp_ln = stock.get_submodule("adaLN_mlp_ln")
         self.mlp = RewrittenFeedForward(stock.get_submodule("mlp"))
-
-    @property
-    def parts(self) -> dict[str, _Part]:
-        """The two halves by name."""
-        return {"self_attention": self.self_attention, "mlp": self.mlp}
-
-    def give_back(self, stock: nn.Module) -> None:
-        """Hand all layers to the stock block in place."""
-        for name, part in self.parts.items():
-            part.give_back(stock.get_submodule(name))
 
     def forward(
         self,
@@ -313,7 +141,7 @@ def forward(
         text_bth = self.text_proj(text_bth)
     x_bsh = torch.cat([self.x_embedder(hidden_states), text_bth], 1)
     if at is None:
-        at = LAYOUT.required(self).positions.get(self.pos_embed, rows, x_bsh)
+        at = _position(self, rows, x_bsh)
 
     time_bh = self.time_embedding(self.time_proj(timestep).to(hidden_states.dtype))
     parts = [part.float().unsqueeze(1) for part in self.adaLN_modulation(time_bh).chunk(6, -1)]
@@ -330,6 +158,11 @@ def forward(
         .reshape(batch, self.out_channels, height, width)
     )
     return ErnieImageTransformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+
+def _position(transformer: ErnieTransformer, rows: Rows, like: Tensor) -> Position:
+    known = LAYOUT.required(transformer).positions
+    return known.get((rows, like.device, like.dtype), lambda: position(transformer.pos_embed, rows, like))
 
 
 def _grid(transformer: ErnieTransformer, hidden_states: Tensor) -> tuple[int, int]:
@@ -366,8 +199,8 @@ def _pad(
     return text_bth, Rows(grid, lengths, text_bth.shape[1], rule.padding_input if passes_padding else None)
 
 
-#: Attribute of the transformer with the blocks.
-BLOCKS = "layers"
+#: Attributes of the transformer with the blocks.
+BLOCKS = ("layers",)
 # What `CaptureGraphs` asks of a rewritten family.
 FORWARD_ARGUMENTS = ("hidden_states", "timestep", "text_bth", "text_lens", "return_dict")
 #: Other tensors in every step.
@@ -393,7 +226,7 @@ def prepare(transformer: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tenso
     grid = _grid(model, hidden_states)
     text_bth, rows = _pad(model, arguments["text_bth"], arguments["text_lens"], grid, for_graph=True)
     like = hidden_states.new_empty(0, dtype=torch.promote_types(hidden_states.dtype, text_bth.dtype))
-    return text_bth, LAYOUT.required(model).positions.get(model.pos_embed, rows, like)
+    return text_bth, _position(model, rows, like)
 
 
 def as_output(sample: Tensor, arguments: Mapping[str, object]) -> ErnieImageTransformer2DModelOutput | tuple[Tensor]:
@@ -422,58 +255,17 @@ def unsupported_reasons(transformer: nn.Module) -> list[str]:
 
 def to_be_fused(transformer: nn.Module) -> dict[str, tuple[str, ...]]:
     """Return which layers of a stock transformer `rewrite` would make one: path of the one -> paths of its parts."""
-    found = {}
-    for i, stock in enumerate(transformer_of(transformer).layers):
-        for name, part in RewrittenErnieBlock(stock).parts.items():
-            if part.unfusible_reason() is None:
-                at = f"layers.{i}.{name}"
-                found[f"{at}.{part.fused_name}"] = tuple(f"{at}.{child}" for child in part.fusible)
-    return found
+    return rewriting.to_be_fused(transformer, BLOCKS, RewrittenErnieBlock)
+
+
+class RewrittenErnieForward(RewrittenForward):
+    """`forward` as that of one transformer."""
+
+    function = forward
 
 
 def rewrite(pipe: Pipeline, undo: Undo, fuse: bool) -> dict[str, str]:
     """Rewrite the transformer of `pipe` in place and return what could not be fused: path -> reason."""
-    transformer, skipped = transformer_of(pipe.transformer), {}
-    for i, stock in enumerate(transformer.layers):
-        block = RewrittenErnieBlock(stock)
-        undo.push(partial(_put_back, transformer.layers, i, block, stock))
-        transformer.layers[i] = block
-        for name, part in block.parts.items():
-            reason = part.unfusible_reason() if fuse else "fuse=False"
-            if reason is None:
-                part.fuse()
-            else:
-                skipped[f"transformer.layers.{i}.{name}.{part.fused_name}"] = reason
-    undo.setattr(transformer, "_repeated_blocks", [*transformer._repeated_blocks, RewrittenErnieBlock.__name__])
-    undo.attach(LAYOUT, transformer, TokenLayout())
-    RewrittenErnieForward(transformer).install(undo)
-    for method in ("load_lora_adapter", "add_adapter"):
-        undo.setattr(transformer, method, _AfterSplitting(transformer, method))
+    skipped = rewriting.rewrite(pipe.transformer, BLOCKS, RewrittenErnieBlock, RewrittenErnieForward, undo, fuse)
     undo.setattr(pipe, "_pad_text", RememberingPad(pipe, "_pad_text"))
     return skipped
-
-
-def _put_back(layers: nn.ModuleList, i: int, block: RewrittenErnieBlock, stock: nn.Module) -> None:
-    block.give_back(stock)
-    layers[i] = stock
-
-
-class RewrittenErnieForward(StandInForward):
-    """`forward` as that of one transformer."""
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(MethodType(forward, self.module))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> object:
-        return forward(self.module, *args, **kwargs)
-
-
-class _AfterSplitting(StandInMethod):
-    """A method of a transformer that splits the fused layers first: a LoRA looks for them by name."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for block in transformer_of(cast(nn.Module, self.owner)).layers:
-            for part in block.parts.values() if isinstance(block, RewrittenErnieBlock) else ():
-                part.split()
-        return self.call_below(*args, **kwargs)

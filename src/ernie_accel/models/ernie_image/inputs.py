@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ernie_accel.models.ernie_image.positions import remember_lengths
+from ernie_accel.models.token_layout import remember_lengths
 
 
 def forward_inputs(transformer: Any, rows: int, width: int, height: int, tokens: int) -> dict[str, Any]:

@@ -1,0 +1,114 @@
+"""What rewritten blocks on fused kernels share, whatever the family: who attends, how rows are padded, installation."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from torch import nn
+
+from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.stand_in import Bound
+from ernie_accel.core.undo import Undo
+from ernie_accel.kernels.linear import Fp8Linear
+from ernie_accel.models.rewriting import RewrittenBlock, blocks_of
+from ernie_accel.models.token_layout import LAYOUT, PaddingRule
+
+#: With cuDNN's own attention tokens are padded to a multiple of this: for each number of tokens it plans anew, which
+#: takes 35 to 65 ms on an H200. A product works on tiles of 128 rows, so the padding costs nearly nothing.
+TOKENS_MULTIPLE_OF = 64
+
+
+class KernelBlock(RewrittenBlock):
+    """A rewritten block with fused layers, computed by fused kernels; its children are that block's own.
+
+    Each product may be bfloat16 or fp8 (`Fp8Linear`); the kernel before it writes what it reads. A family's class
+    derives from this one first, then from its rewritten block.
+
+    Attributes:
+        attends_in: Precision of cuDNN's own attention, "fp8" (between two fp8 products) or "bf16"; None for torch's.
+    """
+
+    def __init__(self, block: RewrittenBlock, attends_in: str | None) -> None:
+        nn.Module.__init__(self)
+        self.attends_in = attends_in
+        for name, child in block.named_children():
+            setattr(self, name, child)
+
+    @property
+    def takes_lengths(self) -> bool:
+        """Whether it needs no mask, as the attention backends are chosen now."""
+        return self.has_fp8_attention or (self.attends_in is not None and is_unnamed(self.attention_part))
+
+    @property
+    def has_fp8_attention(self) -> bool:
+        """Whether cuDNN attends in fp8, whichever backends are chosen."""
+        return self.attends_in == "fp8" and isinstance(self.attention_part.to_out[0], Fp8Linear)
+
+
+def is_unnamed(attention: nn.Module) -> bool:
+    """Return whether nobody has chosen a backend for this attention, or by diffusers' defaults."""
+    default = AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0])
+    processor = getattr(attention, "processor", None)
+    chosen = getattr(processor, "_attention_backend", None)  # processors of others may have no such name
+    return chosen is None and default is AttentionBackendName.NATIVE
+
+
+def padding_rule(blocks: tuple[nn.Module, ...]) -> PaddingRule:
+    """Return how the rows of a transformer are padded, given all its blocks.
+
+    To a multiple only where all blocks take lengths: others would need a mask, which is slow or refused.
+    In fp8 attention takes as long with lengths as without, so it needs no second plan; in bfloat16 it takes longer.
+    """
+    on_kernels = [block for block in blocks if isinstance(block, KernelBlock)]
+    if len(on_kernels) < len(blocks) or not all(block.takes_lengths for block in on_kernels):
+        return PaddingRule()
+    always_lengths = any(block.has_fp8_attention for block in on_kernels)
+    return PaddingRule(TOKENS_MULTIPLE_OF, "lengths", always_lengths=always_lengths)
+
+
+def install(
+    transformer: nn.Module,
+    lists: tuple[str, ...],
+    rewritten: type[RewrittenBlock],
+    cls: type[KernelBlock],
+    undo: Undo,
+    attention: str | None,
+) -> dict[str, str]:
+    """Put the rewritten blocks of `transformer` on the kernels in place; return what could not be: path -> reason.
+
+    Args:
+        transformer: With rewritten blocks.
+        lists: Attributes with its blocks.
+        rewritten: Their class.
+        cls: The class of the new ones.
+        undo: Takes it back.
+        attention: `KernelBlock.attends_in`.
+    """
+    model, skipped = cast(Any, transformer), {}
+    for path, blocks, i, block in blocks_of(transformer, lists):
+        if not isinstance(block, rewritten):
+            skipped[f"transformer.{path}"] = "it is no rewritten block"
+            continue
+        apart = [part for part in block.parts.values() if part.fused is None]
+        if apart:
+            skipped[f"transformer.{path}"] = "; ".join(str(part.unfusible_reason()) for part in apart)
+            continue
+        undo.push(partial(blocks.__setitem__, i, block))
+        blocks[i] = cls(block, attention)
+    if attention is not None:
+        # These, not those in the lists at the time: caches put others in their place while a forward lasts.
+        now = tuple(block for *_, block in blocks_of(transformer, lists))
+        undo.setattr(LAYOUT.required(model), "padding_rule", partial(padding_rule, now))
+    undo.setattr(model, "_repeated_blocks", [*model._repeated_blocks, cls.__name__])
+    for method in ("load_lora_adapter", "add_adapter"):
+        undo.setattr(model, method, Bound(_refuse_lora, transformer))
+    return skipped
+
+
+def _refuse_lora(self: object, *args: object, **kwargs: object) -> None:
+    raise ErnieAccelError(
+        "Cannot load a LoRA: the blocks run on fused kernels, which have no layers for it. Call "
+        "ernie_accel.restore(pipe), load the LoRA, then optimize with Quantize('fp8') in place of FuseKernels()."
+    )

@@ -1,0 +1,310 @@
+"""What all rewritten models share: linear layers fused and split again, blocks put in the place of stock ones and back.
+
+A family subclasses `SelfAttention` and `RewrittenBlock`; `rewrite` and `to_be_fused` do the rest.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from functools import partial
+from types import MethodType
+from typing import Any, ClassVar, Protocol, cast
+
+import torch
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+from ernie_accel.core.components import alignment_of, with_alignment
+from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.stand_in import StandInForward, StandInMethod
+from ernie_accel.core.undo import Undo
+from ernie_accel.models.processors import processor_for
+from ernie_accel.models.token_layout import LAYOUT, TokenLayout
+
+
+class StockAttention(Protocol):
+    """What is read of the attention of a stock block."""
+
+    heads: int
+    processor: object
+
+
+class FusedLinear(nn.Linear):
+    """Bias-free linear layers of one input as one matrix product; outputs are concatenated in the given order.
+
+    The parts give up their weights in `take_over`, so that memory does not double, and take them back in `split`. In a
+    state dict the fused layer appears under the names of its parts, as long as its weight is a plain one.
+    """
+
+    def __init__(self, parts: Mapping[str, nn.Linear]) -> None:
+        first = next(iter(parts.values()))
+        sizes = [part.out_features for part in parts.values()]
+        super().__init__(first.in_features, sum(sizes), bias=False, device="meta")
+        with torch.no_grad():
+            fused = torch.cat([part.weight for part in parts.values()])
+        self.weight = nn.Parameter(fused, requires_grad=first.weight.requires_grad)
+        self._parts = dict(parts)  # a plain dict: torch must not see them
+        self._sizes = sizes
+        self._strides = [part.weight.stride() for part in parts.values()]
+        self._alignments = [alignment_of(part.weight) for part in parts.values()]
+
+    def take_over(self) -> None:
+        """Free the weights of the parts; call it once this layer is where `split` will find it."""
+        for part in self._parts.values():
+            part.weight.data = part.weight.data.new_empty(0)
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Names of the layers that this one stands for, beside it in its parent."""
+        return tuple(self._parts)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weight is an ordinary parameter, not a quantized one."""
+        return type(self.weight) is nn.Parameter
+
+    def split(self) -> dict[str, nn.Linear]:
+        """Give every part its rows of the weight again, as copies, and return the parts by name."""
+        all_rows = torch.split(self.weight.data, self._sizes)
+        places = zip(self._strides, self._alignments, strict=True)
+        for part, rows, (stride, alignment) in zip(self._parts.values(), all_rows, places, strict=True):
+            copy = rows.new_empty_strided(rows.shape, stride).copy_(rows)
+            part.weight.data = with_alignment(copy, alignment)
+        return self._parts
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        if not self.is_plain:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        owner = prefix[: prefix[:-1].rfind(".") + 1]
+        weight = self.weight if keep_vars else self.weight.detach()
+        for name, rows in zip(self._parts, torch.split(weight, self._sizes), strict=True):
+            destination[f"{owner}{name}.weight"] = rows
+
+
+class Part(nn.Module):
+    """A module that takes over the children of a stock module and can fuse some of them into one product."""
+
+    taken: tuple[str, ...] = ()
+    fusible: tuple[str, ...] = ()
+    fused_name: str = ""
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        for name in self.taken:
+            setattr(self, name, getattr(stock, name))
+        self.register_load_state_dict_pre_hook(_join_parts)  # type: ignore[no-untyped-call]
+
+    @property
+    def fused(self) -> nn.Module | None:
+        """The fused layer (or what quantization put in its place), or None while the linear layers stand alone."""
+        return self._modules.get(self.fused_name)
+
+    def unfusible_reason(self) -> str | None:
+        """Return why the linear layers cannot be fused, or None."""
+        for name in self.fusible:
+            layer = getattr(self, name)
+            if type(layer) is not nn.Linear:
+                return (
+                    f"{name} is a {type(layer).__name__} (a LoRA, for instance), which has to stay a layer of its own"
+                )
+            if layer.bias is not None or type(layer.weight) is not nn.Parameter:
+                return f"{name} has a bias or a quantized weight"
+        return None
+
+    def fuse(self) -> None:
+        """Replace the fusible layers by one, in place."""
+        fused = FusedLinear({name: getattr(self, name) for name in self.fusible})
+        others = {name: layer for name, layer in self._modules.items() if name not in self.fusible}
+        self._set_children({**others, self.fused_name: fused})
+        fused.take_over()
+
+    def split(self) -> None:
+        """Replace the fused layer by the layers it is made of, in place; nothing happens if they stand alone.
+
+        Raises:
+            ErnieAccelError: The fused weight is quantized.
+        """
+        if self.fused is None:
+            return
+        if not isinstance(self.fused, FusedLinear) or not self.fused.is_plain:
+            raise ErnieAccelError(
+                f"Cannot split {self.fused_name} into {', '.join(self.fusible)}: its weight is quantized. Undo the "
+                "quantization first (ernie_accel.restore(pipe)); to use a LoRA, load it before optimizing."
+            )
+        parts = self.fused.split()
+        self._set_children({name: parts[name] if name in parts else self._modules[name] for name in self.taken})
+
+    def _set_children(self, children: Mapping[str, nn.Module | None]) -> None:
+        """Replace all children in one step, so that an interrupt finds the old ones or the new, in the stock order."""
+        vars(self)["_modules"] = type(self._modules)(children)
+
+    def give_back(self, stock: nn.Module) -> None:
+        """Hand all children to the stock module, whatever has become of them meanwhile (a LoRA, a new device)."""
+        self.split()
+        for name in self.taken:
+            setattr(stock, name, getattr(self, name))
+
+
+def _join_parts(part: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Let a fused layer load the weights of its parts; see `nn.Module.register_load_state_dict_pre_hook`."""
+    if isinstance(part, Part) and part.fused is not None:
+        keys = [f"{prefix}{name}.weight" for name in part.fusible]
+        if all(key in state_dict for key in keys):
+            state_dict[f"{prefix}{part.fused_name}.weight"] = torch.cat([state_dict.pop(key) for key in keys])
+
+
+class SelfAttention(Part, AttentionModuleMixin):  # type: ignore[misc]
+    """The layers of a self-attention over [B, S, H]; `processor` only says which attention backend was chosen."""
+
+    taken = ("to_q", "to_k", "to_v", "norm_q", "norm_k", "to_out")
+    fusible = ("to_q", "to_k", "to_v")
+    fused_name = "to_qkv"
+    to_q: nn.Linear
+    to_k: nn.Linear
+    to_v: nn.Linear
+    norm_q: nn.RMSNorm
+    norm_k: nn.RMSNorm
+    to_out: nn.ModuleList
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__(stock)
+        self.heads = cast(StockAttention, stock).heads
+        self.processor = cast(StockAttention, stock).processor  # set_attention_backend writes to it
+        self.head_dim = int(self.norm_q.weight.shape[0])
+
+    def project(self, x_bsh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values [B, S, N, D]; there may be fewer heads of keys and values."""
+        if self.fused is not None:
+            qkv_bsh = self.fused(x_bsh)
+            queries = self.heads * self.head_dim
+            others = (qkv_bsh.shape[-1] - queries) // 2
+            q_bsh, k_bsh, v_bsh = qkv_bsh.split((queries, others, others), -1)
+        else:
+            q_bsh, k_bsh, v_bsh = self.to_q(x_bsh), self.to_k(x_bsh), self.to_v(x_bsh)
+        q_bsnd, k_bsnd, v_bsnd = (t.unflatten(-1, (-1, self.head_dim)) for t in (q_bsh, k_bsh, v_bsh))
+        return q_bsnd, k_bsnd, v_bsnd
+
+    def attend(self, q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the attention output [B, S, H] by the backend that was chosen for the model.
+
+        Args:
+            q_bsnd: Queries.
+            k_bsnd: Keys; each head of them serves as many heads of queries as there are more of these.
+            v_bsnd: Values, likewise.
+            mask: True where a token is real [B, 1, 1, S]; None if all are.
+        """
+        share = q_bsnd.shape[2] // k_bsnd.shape[2]
+        if share > 1:
+            k_bsnd, v_bsnd = (t.repeat_interleave(share, dim=2) for t in (k_bsnd, v_bsnd))
+        backend = getattr(processor_for(self.processor, mask), "_attention_backend", None)
+        out_bsnd: Tensor = dispatch_attention_fn(q_bsnd, k_bsnd, v_bsnd, attn_mask=mask, backend=backend)
+        return out_bsnd.flatten(2, 3)
+
+
+class RewrittenBlock(nn.Module):
+    """A block over the layers of a stock block, under their stock names.
+
+    Class-level facts:
+        part_names: Children that take over the layers of a stock child; the first one is the attention.
+    """
+
+    part_names: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """What takes over the layers of a stock child, by its name."""
+        return {name: cast(Part, self.get_submodule(name)) for name in self.part_names}
+
+    @property
+    def attention_part(self) -> SelfAttention:
+        """The one that attends."""
+        return cast(SelfAttention, self.get_submodule(self.part_names[0]))
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+
+    def give_back(self, stock: nn.Module) -> None:
+        """Hand all layers to the stock block in place."""
+        for name, part in self.parts.items():
+            part.give_back(stock.get_submodule(name))
+
+
+def blocks_of(transformer: nn.Module, lists: tuple[str, ...]) -> Iterator[tuple[str, nn.ModuleList, int, nn.Module]]:
+    """Yield (path, list, index, block) of every block in these lists."""
+    for name in lists:
+        blocks = cast(nn.ModuleList, transformer.get_submodule(name))
+        for i, block in enumerate(blocks):
+            yield f"{name}.{i}", blocks, i, block
+
+
+def to_be_fused(
+    transformer: nn.Module, lists: tuple[str, ...], cls: type[RewrittenBlock]
+) -> dict[str, tuple[str, ...]]:
+    """Return which layers of stock blocks `rewrite` would make one: path of the one -> paths of its parts."""
+    found = {}
+    for path, _, _, stock in blocks_of(transformer, lists):
+        for name, part in cls(stock).parts.items():
+            if part.unfusible_reason() is None:
+                at = f"{path}.{name}"
+                found[f"{at}.{part.fused_name}"] = tuple(f"{at}.{child}" for child in part.fusible)
+    return found
+
+
+def rewrite(
+    transformer: nn.Module,
+    lists: tuple[str, ...],
+    cls: type[RewrittenBlock],
+    forward: type[RewrittenForward],
+    undo: Undo,
+    fuse: bool,
+) -> dict[str, str]:
+    """Rewrite the blocks of `lists` and the forward in place; return what could not be fused: path -> reason."""
+    model, skipped = cast(Any, transformer), {}
+    for path, blocks, i, stock in blocks_of(transformer, lists):
+        block = cls(stock)
+        undo.push(partial(_put_back, blocks, i, block, stock))
+        blocks[i] = block
+        for name, part in block.parts.items():
+            reason = part.unfusible_reason() if fuse else "fuse=False"
+            if reason is None:
+                part.fuse()
+            else:
+                skipped[f"transformer.{path}.{name}.{part.fused_name}"] = reason
+    declared = getattr(model, "_repeated_blocks", None) or []
+    undo.setattr(model, "_repeated_blocks", [*declared, cls.__name__])
+    undo.attach(LAYOUT, transformer, TokenLayout())
+    forward(transformer).install(undo)
+    for method in ("load_lora_adapter", "add_adapter"):
+        undo.setattr(model, method, _AfterSplitting(transformer, method))
+    return skipped
+
+
+def _put_back(blocks: nn.ModuleList, i: int, block: RewrittenBlock, stock: nn.Module) -> None:
+    block.give_back(stock)
+    blocks[i] = stock
+
+
+class RewrittenForward(StandInForward):
+    """A forward of a transformer with rewritten blocks; subclasses say which."""
+
+    function: ClassVar[Any]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(MethodType(type(self).function, self.module))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> object:
+        return type(self).function(self.module, *args, **kwargs)
+
+
+class _AfterSplitting(StandInMethod):
+    """A method of a transformer that splits the fused layers first: a LoRA looks for them by name."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for block in cast(nn.Module, self.owner).modules():
+            for part in block.parts.values() if isinstance(block, RewrittenBlock) else ():
+                part.split()
+        return self.call_below(*args, **kwargs)
