@@ -7,15 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import triton  # noqa: F401  no importorskip: what is missing fails
 
 
-@pytest.mark.parametrize("name", ["test_kernels.py", "test_group_norm.py", "test_decode.py"])
-def test_kernels_equal_their_twins_in_the_interpreter(name: str) -> None:
-    tests = Path(__file__).with_name("gpu") / name
+def test_kernels_equal_their_twins_in_the_interpreter() -> None:
+    gpu = Path(__file__).with_name("gpu")
+    names = ("test_kernels.py", "test_group_norm.py", "test_decode.py")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(tests), "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", *(str(gpu / name) for name in names), "-p", "no:cacheprovider"],
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

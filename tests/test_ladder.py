@@ -18,26 +18,31 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
 
-def ladder(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / "ladder.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-
-
 def measured(stem: Path, *arguments: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Run a section on the tiny model; return the result, and its rows by name."""
-    done = ladder("--size", "tiny", *arguments, "--save", stem)
+    """Run a section on the tiny model, as users do; return the result, and its rows by name."""
+    command = [sys.executable, str(BENCHMARKS / "ladder.py"), "--size", "tiny", *arguments, "--save", str(stem)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+    return saved(stem, done.stdout, done.stderr)
+
+
+def saved(stem: Path, out: str, err: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return the saved result, and its rows by name."""
     result = json.loads(stem.with_suffix(".json").read_text())
-    assert done.stdout.strip() in stem.with_suffix(".md").read_text()
-    assert stem.with_suffix(".png").exists() or "no plot: matplotlib is not installed" in done.stderr
+    assert out.strip() in stem.with_suffix(".md").read_text()
+    assert stem.with_suffix(".png").exists() or "no plot: matplotlib is not installed" in err
     return result, {row["rung"]: row for row in result["rungs"]}
 
 
 @pytest.fixture
-def here(monkeypatch, capsys):
-    """Return arguments -> (exit code or last words, output, errors) of the script in this process, where torch is."""
+def script(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    script = importlib.import_module("ladder")
+    return importlib.import_module("ladder")
+
+
+@pytest.fixture
+def here(script, monkeypatch, capsys):
+    """Return arguments -> (exit code or last words, output, errors) of the script in this process, where torch is."""
 
     def run(*arguments: str | Path) -> tuple[object, str, str]:
         monkeypatch.setattr(sys, "argv", ["ladder.py", *map(str, arguments)])
@@ -51,8 +56,23 @@ def here(monkeypatch, capsys):
     return run
 
 
-def test_the_ladder_measures_and_saves(tmp_path, here):
-    result, rows = measured(tmp_path / "ladder", "--only", "stock,rewrite", "--commit", "abc1234")
+@pytest.fixture
+def without_processes(script, monkeypatch):
+    """Measure in this process, where torch is imported already; what a row says comes as JSON all the same."""
+
+    def run(arguments: list[str], compiled: Path, timeout: float) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["ladder.py", *arguments])
+            return json.loads(json.dumps(script.work(script.parse())))
+
+    monkeypatch.setattr(script, "run", run)
+
+
+def test_the_ladder_measures_and_saves(tmp_path, here, without_processes):
+    stem = tmp_path / "ladder"
+    code, *printed = here("--size", "tiny", "--only", "stock,rewrite", "--commit", "abc1234", "--save", stem)
+    assert code == 0
+    result, rows = saved(stem, *printed)
     assert set(rows) == {"stock", "rewrite"}
     assert rows["rewrite"]["sqnr_db"] > 30
     assert rows["rewrite"]["ms_64"] > 0
@@ -63,6 +83,28 @@ def test_the_ladder_measures_and_saves(tmp_path, here):
     text = (tmp_path / "ladder.md").read_text()
     assert "| rewrite |" in text and "commit abc1234" in text
     assert here("--tables", tmp_path / "ladder.json")[1].strip() in text
+
+
+@pytest.mark.parametrize(
+    ("process", "row"),
+    [
+        ('echo some warning; echo "$@" >&2; echo \'{"ms": 1}\'', {"ms": 1}),
+        ("echo no memory >&2; exit 3", {"error": "exit status 3: no memory"}),
+        ("exit 3", {"error": "exit status 3: no message"}),
+        ("true", {"error": "exit status 0: no message"}),
+        ("exec sleep 60", {"error": "stopped after 1 s"}),
+        (
+            'echo "{\\"compiled\\": [\\"$TORCHINDUCTOR_CACHE_DIR\\", \\"$TRITON_CACHE_DIR\\", \\"$2 $3\\"]}"',
+            {"compiled": ["here/inductor", "here/triton", "--worker stock"]},
+        ),
+    ],
+)
+def test_what_a_process_says_last_is_its_row(script, monkeypatch, tmp_path, process, row):
+    stand_in = tmp_path / "python"
+    stand_in.write_text(f"#!/bin/sh\n{process}\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    assert script.run(["--worker", "stock"], Path("here"), timeout=1 if "sleep" in process else 60) == row
 
 
 @pytest.mark.slow
