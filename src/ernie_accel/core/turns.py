@@ -35,7 +35,7 @@ class Turns(CallLayer):
     def call(
         self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: Any, **kwargs: Any
     ) -> Any:
-        with _turn_of(pipe):
+        with turn_of(pipe):
             return below(pipe, *args, **kwargs)
 
 
@@ -51,7 +51,8 @@ def stop_taking_turns(pipe: Pipeline) -> None:
 
 
 @contextlib.contextmanager
-def _turn_of(pipe: Pipeline) -> Iterator[None]:
+def turn_of(pipe: Pipeline) -> Iterator[None]:
+    """Wait, before the block, until no other thread is in a call of a pipe with one of these components."""
     with _guard:
         locks = [_locks.setdefault(part, (next(_numbers), threading.RLock())) for part in modules_of(pipe).values()]
     with contextlib.ExitStack() as held:

@@ -51,6 +51,7 @@ ERNIE_IMAGE = Family(
     rewritten="ernie_accel.models.ernie_image.blocks",
     kernels="ernie_accel.models.ernie_image.kernels",
     forward_inputs="ernie_accel.models.ernie_image.inputs:forward_inputs",
+    encode_pictures="ernie_accel.models.latents:encode_patches",
     text_argument="text_bth",
     always_masks=AlwaysMasks(lengths="text_lens", text="text_bth", pad_method="_pad_text"),
     prompt_encoding=PromptEncoding(

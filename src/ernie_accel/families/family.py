@@ -120,6 +120,9 @@ class Family:
             that goes through it.
         forward_inputs: Function (or "module:function") that returns arguments of the transformer's forward without
             values, given (transformer, rows, width, height, tokens); None: what a step needs cannot be worked out.
+        encode_pictures: Function (or "module:function") that returns latents [B, C, H, W] of pictures [B, 3, H, W] in
+            [-1, 1], on their device, in the dtype in which the pipeline draws its noise, given (pipe, pictures); None:
+            pictures cannot be edited.
         text_argument: Argument of the transformer's forward that holds the encoded prompts, [B, T, H] or a
             list of [T, H].
         prompt_encoding: Set where stock diffusers encodes the prompts of a call one by one.
@@ -143,6 +146,7 @@ class Family:
     repeated_blocks: tuple[str, ...] = ()
     dispatched: Mapping[str, str] = field(default_factory=dict)
     forward_inputs: object | None = None
+    encode_pictures: object | None = None
     text_argument: str | None = None
     always_masks: AlwaysMasks | None = None
     prompt_encoding: PromptEncoding | None = None

@@ -36,5 +36,6 @@ NEWBIE = Family(
     repeated_blocks=("Lumina2TransformerBlock",),
     dispatched=MappingProxyType({"Lumina2AttnProcessor2_0": "ernie_accel.models.lumina.attention:DispatchedProcessor"}),
     forward_inputs="ernie_accel.models.lumina.inputs:forward_inputs",
+    encode_pictures="ernie_accel.models.latents:encode_as_prompts",
     text_argument="encoder_hidden_states",
 )

@@ -29,5 +29,6 @@ Z_IMAGE = Family(
         }
     ),
     forward_inputs="ernie_accel.models.z_image.inputs:forward_inputs",
+    encode_pictures="ernie_accel.models.latents:encode_in_float32",
     text_argument="cap_feats",
 )
