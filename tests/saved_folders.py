@@ -14,11 +14,11 @@ def change(folder: Path, do: Callable[[dict[str, Any]], None] = lambda _: None) 
     """Let `do` change the manifest, then write checksums of what the folder now holds, as whoever means harm would."""
     data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     data.pop("sha256", None)
-    if data["format_version"] == 2:
+    if data["format_version"] >= 2:
         found = files_of(folder)
         data["files"] = {name: file.model_dump() for name, file in found.items() if name != MANIFEST}
     do(data)
-    if data["format_version"] == 2:
+    if data["format_version"] >= 2:
         data["sha256"] = _checksum(data)
     (folder / MANIFEST).write_text(json.dumps(data), encoding="utf-8")
 

@@ -328,7 +328,7 @@ def swell(folder):
         (lambda folder: (folder / MANIFEST).unlink(), "is incomplete: ernie_accel.json is missing"),
         (lambda folder: (folder / MANIFEST).write_text("{"), "is not JSON"),
         (edit(format="something else"), "is not of the format 'ernie_accel pipeline'"),
-        (edit(format_version=99), "is of format version 99; this library reads 1 and 2"),
+        (edit(format_version=99), "is of format version 99; this library reads 1, 2 and 3"),
         (edit(pipeline="FluxPipeline"), "names a FluxPipeline, model_index.json another pipeline"),
         (edit(components={}), r"lists the models \{\}, model_index.json lists \{'text_encoder'"),
         (edit(surprise=1), "ernie_accel.json: surprise: Extra inputs are not permitted"),

@@ -29,7 +29,7 @@ from ernie_accel import CallDefaults, Compile, Quantize, SwapScheduler
 from ernie_accel.core.errors import ErnieAccelError, SavedPipelineError
 from ernie_accel.storage.folders import current
 from ernie_accel.storage.loading import load_pipeline
-from ernie_accel.storage.manifest import INDEX, MANIFEST, read_manifest
+from ernie_accel.storage.manifest import FORMAT_VERSION, INDEX, MANIFEST, read_manifest
 from tests.attack import SEED, rounds
 from tests.attack.test_interrupts import interrupted_at, lines_of
 from tests.examples import ELSEWHERE, EXAMPLES, differences, snapshot
@@ -184,7 +184,7 @@ def test_no_field_of_a_transform_can_name_a_place(saved, bait, tmp_path):
         if number % 2:
             change(folder, lambda manifest: manifest.update(_sizes_only(manifest)))
         try_to_read(folder, bait, data)
-        change(folder, lambda manifest: manifest.update(format_version=2))
+        change(folder, lambda manifest: manifest.update(format_version=FORMAT_VERSION))
 
 
 def _entry(data: dict[str, Any]) -> dict[str, Any]:

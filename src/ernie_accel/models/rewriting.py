@@ -70,8 +70,11 @@ class FusedLinear(nn.Linear):
         all_rows = torch.split(self.weight.data, self._sizes)
         places = zip(self._strides, self._alignments, strict=True)
         for part, rows, (stride, alignment) in zip(self._parts.values(), all_rows, places, strict=True):
-            copy = rows.new_empty_strided(rows.shape, stride).copy_(rows)
-            part.weight.data = with_alignment(copy, alignment)
+            copy = with_alignment(rows.new_empty_strided(rows.shape, stride).copy_(rows), alignment)
+            if part.weight.is_meta:  # the blocks were rewritten before there were weights
+                part.weight = nn.Parameter(copy, requires_grad=self.weight.requires_grad)
+            else:
+                part.weight.data = copy
         return self._parts
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:

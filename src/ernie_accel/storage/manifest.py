@@ -6,8 +6,10 @@ import hashlib
 import json
 import re
 import stat
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Literal
 
 import torch
@@ -15,15 +17,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Va
 
 from ernie_accel.core.errors import SavedPipelineError
 from ernie_accel.core.transform import LayerReceipt
-from ernie_accel.storage.checksums import checksums
+from ernie_accel.storage.checksums import Checking, checksums
 
 MANIFEST = "ernie_accel.json"
 INDEX = "model_index.json"
 WEIGHTS = "model.safetensors"
 FORMAT = "ernie_accel pipeline"
-#: 2: with checksums; 1: without, what version 0.1 wrote.
-FORMAT_VERSION = 2
-FORMAT_VERSIONS = (1, 2)
+#: 3: with bytes before and after each transform; 2: without; 1: without checksums too, what version 0.1 wrote.
+FORMAT_VERSION = 3
+FORMAT_VERSIONS = (1, 2, 3)
 #: Text files beside weights can be large (a tokenizer's vocabulary), but nothing with a schema is.
 MOST_JSON_BYTES = 64 * 2**20
 #: What a saved folder may hold: nothing that any library would run or unpickle.
@@ -107,6 +109,8 @@ class SavedTransform(_Schema):
     transform: dict[str, JsonValue]
     changed: tuple[str, ...]
     skipped: dict[str, str]
+    bytes_before: Count = 0
+    bytes_after: Count = 0
 
 
 class SavedFile(_Schema):
@@ -120,7 +124,7 @@ class Manifest(_Schema):
     """The whole of ``ernie_accel.json``."""
 
     format: Literal["ernie_accel pipeline"]
-    format_version: Literal[1, 2]
+    format_version: Literal[1, 2, 3]
     ernie_accel: str
     versions: dict[str, str]
     pipeline: str
@@ -165,6 +169,18 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         SavedPipelineError: The folder is foreign, incomplete, damaged or of another version.
     """
+    manifest = open_manifest(folder)
+    with Verification(folder, manifest.files) as files:
+        files.verify(*manifest.files)
+    return manifest
+
+
+def open_manifest(folder: Path) -> Manifest:
+    """Return the manifest of a folder that `save` wrote; its files are still to be verified (`Verification`).
+
+    Raises:
+        SavedPipelineError: The folder is foreign, incomplete, of another version, or holds files that are not listed.
+    """
     if not folder.is_dir():
         raise SavedPipelineError(folder, "there is no such folder")
     if not (folder / MANIFEST).exists():
@@ -177,10 +193,10 @@ def read_manifest(folder: Path) -> Manifest:
         raise SavedPipelineError(folder, f"{MANIFEST} is not of the format {FORMAT!r}")
     version = data.get("format_version")
     if version not in FORMAT_VERSIONS:
-        readable = " and ".join(map(str, FORMAT_VERSIONS))
+        readable = f"{', '.join(map(str, FORMAT_VERSIONS[:-1]))} and {FORMAT_VERSIONS[-1]}"
         raise SavedPipelineError(folder, f"is of format version {version}; this library reads {readable}")
     manifest = _as_manifest(folder, data)
-    check_files(folder, manifest.files)
+    _check_sizes(folder, manifest.files)
     _check_nothing_else(folder, manifest)
     return manifest
 
@@ -209,12 +225,56 @@ def _checksum(data: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-def check_files(folder: Path, files: dict[str, SavedFile]) -> None:
-    """Refuse a folder whose files have changed.
+class Verification:
+    """Verify the files of a folder by their checksums, while the caller does something else.
 
-    Raises:
-        SavedPipelineError: One is missing, or has other bytes.
+    A context manager. Small files come first, then weights, the largest first.
     """
+
+    def __init__(self, folder: Path, files: Mapping[str, SavedFile]) -> None:
+        """Begin at once.
+
+        Raises:
+            SavedPipelineError: A file cannot be looked at.
+        """
+        self._folder = folder
+        self._expected = {name: file.sha256 for name, file in files.items() if file.sha256 is not None}
+        order = sorted(self._expected, key=lambda name: (name.endswith(".safetensors"), -files[name].bytes))
+        try:
+            self._found = Checking(folder / name for name in order)
+        except OSError as error:
+            raise SavedPipelineError(folder, f"cannot be read: {error}") from error
+
+    def verify(self, *names: str) -> None:
+        """Return once these files are known to be what was saved; those of format 1 have no checksums.
+
+        Raises:
+            SavedPipelineError: A file has other bytes; the error names all that have.
+        """
+        if any(map(self._is_changed, names)):
+            changed = [name for name in self._expected if self._is_changed(name)]
+            fix = "copy it again from where it came from, or save the pipe anew"
+            raise SavedPipelineError(
+                self._folder, f"is damaged: {', '.join(changed)} has other bytes than were saved; {fix}"
+            )
+
+    def _is_changed(self, name: str) -> bool:
+        expected = self._expected.get(name)
+        try:
+            return expected is not None and self._found.of(self._folder / name) != expected
+        except OSError as error:
+            raise SavedPipelineError(self._folder, f"cannot be read: {error}") from error
+
+    def __enter__(self) -> Verification:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._found.close()
+
+
+def _check_sizes(folder: Path, files: Mapping[str, SavedFile]) -> None:
     for name, file in files.items():
         path = folder / name
         if not path.is_file():
@@ -223,15 +283,6 @@ def check_files(folder: Path, files: dict[str, SavedFile]) -> None:
             raise SavedPipelineError(
                 folder, f"is damaged: {name} has {path.stat().st_size} bytes, expected {file.bytes}"
             )
-    summed = {name: file.sha256 for name, file in files.items() if file.sha256 is not None}
-    try:
-        found = checksums(folder / name for name in summed)
-    except OSError as error:
-        raise SavedPipelineError(folder, f"cannot be read: {error}") from error
-    changed = [name for (name, expected), digest in zip(summed.items(), found, strict=True) if digest != expected]
-    if changed:
-        fix = "copy it again from where it came from, or save the pipe anew"
-        raise SavedPipelineError(folder, f"is damaged: {', '.join(changed)} has other bytes than were saved; {fix}")
 
 
 def _check_nothing_else(folder: Path, manifest: Manifest) -> None:

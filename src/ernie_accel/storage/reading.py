@@ -8,19 +8,21 @@ that it names is run, opened elsewhere or looked up on a network.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from ernie_accel.core.apply import apply_request
+from ernie_accel.core.apply import apply_request, report_of
 from ernie_accel.core.carried import carry
-from ernie_accel.core.components import CallablePipeline, weights_of
+from ernie_accel.core.components import CallablePipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, SavedPipelineError, UnknownNameError
 from ernie_accel.core.plan import compose, title_of
+from ernie_accel.core.planned import PlannedPipe
+from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Entry, Report
 from ernie_accel.core.step import Step
 from ernie_accel.core.transform import (
@@ -33,11 +35,13 @@ from ernie_accel.core.transform import (
     undeclared_paths,
 )
 from ernie_accel.core.undo import Undo
+from ernie_accel.families import family_of
 from ernie_accel.storage.assembly import assemble, reading
 from ernie_accel.storage.folders import current
-from ernie_accel.storage.layers import content_of, repeats_rewriting
-from ernie_accel.storage.manifest import INDEX, MANIFEST, WEIGHTS, Manifest, SavedTransform, read_manifest
+from ernie_accel.storage.layers import repeats_rewriting
+from ernie_accel.storage.manifest import INDEX, MANIFEST, WEIGHTS, Manifest, SavedTransform, Verification, open_manifest
 from ernie_accel.storage.vetting import Index, check_links, vet
+from ernie_accel.storage.weights import SavedWeights
 
 _NOT_SAVED = "loaded as it was saved: the folder does not hold the originals"
 
@@ -73,29 +77,65 @@ def load(
     """
     if on_unsupported not in ("error", "skip"):
         raise UnknownNameError("value of on_unsupported", on_unsupported, ("error", "skip"))
+    machine = Context.detect(device=device)
+    pipe, wanted = read(folder, transforms, machine, device, known=known)
+    if len(report_of(pipe).entries) < len(wanted):
+        apply_request(pipe, wanted, None, machine, skip_unsupported=on_unsupported == "skip")
+    return pipe
+
+
+def read(
+    folder: str | os.PathLike[str],
+    transforms: Iterable[Transform],
+    machine: Context,
+    device: str | None,
+    *,
+    preset: Callable[[CallablePipeline], Preset | None] = lambda pipe: None,
+    known: Iterable[type] = (),
+) -> tuple[CallablePipeline, tuple[Transform, ...]]:
+    """Read a pipe that `save` wrote, and apply nothing that follows quantization.
+
+    While files are verified, the library reads what is small and builds models without weights; a file's weights are
+    used once it is verified. Nothing is quantized, fused or cast anew.
+
+    Args:
+        folder: The folder.
+        transforms: See `load`.
+        machine: Where the pipe will run.
+        device: Where to; None leaves the weights in their files, mapped into memory, for what brings them to a device.
+        preset: Returns the preset that is asked for beside `transforms`, given the pipe without its weights.
+        known: See `load`.
+
+    Returns:
+        The pipe, and all its transforms in the order they run: those of its report first, then those to be applied.
+
+    Raises:
+        SavedPipelineError: See `load`.
+    """
     known = tuple(known)
     own = [cls for cls in known if issubclass(cls, Transform)]
     _check_declared(own)
     source = current(Path(folder))
     check_links(source)
-    manifest = read_manifest(source)
-    index = vet(source, [cls for cls in known if not issubclass(cls, Transform)])
-    _check_they_agree(source, manifest, index)
-    wanted, saved = _with_given(source, manifest.transforms, compose(transforms, None), own)
-    machine = Context.detect(device=device)
-    receipts = {name: model.receipts() for name, model in manifest.components.items()}
-    _check_can_run(source, receipts.values(), machine)
-
-    pipe = assemble(source, index, lambda name, cls: empty_model(source / name, cls))
-    rewrites = tuple(forgetful(transform) for transform, data in saved if data.changed and repeats_rewriting(transform))
-    if rewrites:  # they change the module tree, so the weights find their places only afterwards
-        for name, model in manifest.components.items():
-            _materialise(getattr(pipe, name), getattr(torch, model.dtype))
-        apply_request(pipe, compose(rewrites, None), None, machine, skip_unsupported=False)
-    for name, model in manifest.components.items():
-        with reading(source, f"{name}/{WEIGHTS}"):
-            _SavedWeights(source, name, model.aliases, receipts[name]).fill(getattr(pipe, name), device)
-    pipe.to(device)
+    manifest = open_manifest(source)
+    with Verification(source, manifest.files) as files:
+        files.verify(*(name for name in manifest.files if not name.endswith(WEIGHTS)))
+        index = vet(source, [cls for cls in known if not issubclass(cls, Transform)])
+        _check_they_agree(source, manifest, index)
+        pipe = assemble(source, index, lambda name, cls: empty_model(source / name, cls))
+        given = _beside_preset(transforms, preset(pipe), pipe)
+        wanted, saved = _with_given(source, manifest.transforms, given, own)
+        receipts = {name: model.receipts() for name, model in manifest.components.items()}
+        _check_can_run(source, receipts.values(), machine)
+        early = _rewritten(pipe, manifest, saved, machine)
+        largest_first = sorted(manifest.components, key=lambda name: -manifest.files[f"{name}/{WEIGHTS}"].bytes)
+        for name in largest_first:
+            files.verify(f"{name}/{WEIGHTS}")
+            with reading(source, f"{name}/{WEIGHTS}"):
+                weights = SavedWeights(source, name, manifest.components[name].aliases, receipts[name])
+                weights.fill(getattr(pipe, name), device)
+    if device is not None:
+        pipe.to(device)
     quantized = [name for name, of in receipts.items() if of]
     if quantized:
         from ernie_accel.quantization.guard import refuse_casts
@@ -104,11 +144,40 @@ def load(
         for refuse in (refuse_casts, refuse_saving, refuse_loras):
             refuse(pipe, quantized, Undo())
     details = tuple(receipt for of in receipts.values() for receipt in of.values())
-    early = tuple(_entry(transform, data, details) for transform, data in saved if transform.phase <= Phase.QUANTIZE)
-    carry(pipe, Report(title_of(wanted, None), type(pipe).__name__, machine, early))
-    if len(early) < len(wanted):
-        apply_request(pipe, wanted, None, machine, skip_unsupported=on_unsupported == "skip")
-    return pipe
+    entries = tuple(_entries(pipe, saved, early, details, machine))
+    carry(pipe, Report(title_of(wanted, None), type(pipe).__name__, machine, entries))
+    return pipe, wanted
+
+
+def _rewritten(
+    pipe: CallablePipeline,
+    manifest: Manifest,
+    saved: Iterable[tuple[Transform, SavedTransform]],
+    machine: Context,
+) -> dict[Transform, PlannedPipe | None]:
+    """Repeat what changes the module tree, on models without weights, and return what each step left behind.
+
+    The weights find their places only afterwards. On the meta device nothing is computed and no memory is taken.
+    """
+    rewrites = {transform for transform, data in saved if data.changed and repeats_rewriting(transform)}
+    if not rewrites:
+        return {}
+    for name, model in manifest.components.items():
+        _cast_without_weights(getattr(pipe, name), getattr(torch, model.dtype))
+    again = {forgetful(transform): transform for transform in rewrites}
+    apply_request(pipe, compose(tuple(again), None), None, machine, skip_unsupported=False)
+    return {again[entry.step.transform]: entry.step.planned for entry in report_of(pipe).entries}
+
+
+def _beside_preset(
+    given: Iterable[Transform], preset: Preset | None, pipe: CallablePipeline
+) -> tuple[tuple[Transform, ...], tuple[Transform, ...]]:
+    """Return the transforms that were given, and those of a preset in the other slots."""
+    given = tuple(given)
+    if preset is None:
+        return given, ()
+    taken = {transform.occupies for transform in given}
+    return given, tuple(each for each in preset.transforms_for(family_of(pipe)) if each.occupies not in taken)
 
 
 def _check_declared(own: Iterable[type[Transform]]) -> None:
@@ -140,26 +209,45 @@ def _check_they_agree(folder: Path, manifest: Manifest, index: Index) -> None:
 
 
 def _with_given(
-    folder: Path, saved: Iterable[SavedTransform], given: Iterable[Transform], own: Iterable[type[Transform]]
+    folder: Path,
+    saved: Iterable[SavedTransform],
+    given: tuple[tuple[Transform, ...], tuple[Transform, ...]],
+    own: Iterable[type[Transform]],
 ) -> tuple[tuple[Transform, ...], tuple[tuple[Transform, SavedTransform], ...]]:
     """Return all transforms of the pipe in order, and those that were saved with what was saved of them.
+
+    Args:
+        folder: The folder.
+        saved: What it says.
+        given: What the caller asks for, and what the caller's preset does.
+        own: Classes of transforms that it may name beside the library's.
 
     Raises:
         SavedPipelineError: The folder chooses what is local to this machine, or describes no transform; or one that was
             given cannot take the place of what the saved weights are made of.
     """
-    by_slot = {transform.occupies: transform for transform in given}
+    mine, of_preset = given
+    by_slot = {transform.occupies: transform for transform in mine}
+    late = {each.occupies: each for each in of_preset if each.phase > Phase.QUANTIZE}
     pairs: list[tuple[Transform, SavedTransform]] = []
     for data in saved:
-        transform = _transform(folder, data.transform, by_slot, own)
+        transform = _transform(folder, data.transform, {**late, **by_slot}, own)
         if transform is not None:
             pairs.append((transform, data))
-    made = {transform.occupies for transform, _ in pairs if transform.phase <= Phase.QUANTIZE}
+    made = {transform.occupies: transform for transform, _ in pairs if transform.phase <= Phase.QUANTIZE}
     for transform in by_slot.values():
         if transform.phase <= Phase.QUANTIZE and transform.occupies not in made:
             raise SavedPipelineError(folder, f"was saved without {transform!r}; load it, then optimize it with that")
-    kept = [transform for transform, _ in pairs if transform.occupies not in by_slot]
-    return compose((*kept, *by_slot.values()), None), tuple(pairs)
+    for transform in of_preset:
+        there = made.get(transform.occupies)
+        if transform.phase <= Phase.QUANTIZE and (there is None or forgetful(there) != forgetful(transform)):
+            with_or_without = "without it" if there is None else f"with {there!r}"
+            fix = "name a preset that asks for what is saved, or none, or load the original model with this one"
+            raise SavedPipelineError(
+                folder, f"the preset asks for {transform!r}, and it was saved {with_or_without}: {fix}"
+            )
+    kept = [transform for transform, _ in pairs if transform.occupies not in {**late, **by_slot}]
+    return compose((*kept, *mine, *late.values()), None), tuple(pairs)
 
 
 def _transform(
@@ -208,104 +296,6 @@ def empty_model(place: Path, cls: type[Any]) -> torch.nn.Module:
     return module.eval().requires_grad_(False)
 
 
-@dataclass(frozen=True)
-class _SavedWeights:
-    """The saved bits of one model."""
-
-    folder: Path
-    name: str
-    aliases: Mapping[str, str]
-    receipts: Mapping[str, LayerReceipt]
-
-    def fill(self, module: torch.nn.Module, device: str) -> None:
-        """Put the saved bits into an empty model in place, quantized layers included.
-
-        Raises:
-            SavedPipelineError: File and model do not have the same tensors.
-        """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(self.folder / self.name / WEIGHTS, framework="pt", device=device) as file:
-                names = set(file.keys())
-                inside: set[str] = set()
-                for path, receipt in self.receipts.items():
-                    self._check_layer(module, path, receipt)
-                    prefix = f"{path}/"
-                    mine = {name for name in names if name.startswith(prefix)}
-                    inside |= mine
-                    saved = {name.removeprefix(prefix): file.get_tensor(name) for name in mine}
-                    _put_layer(module, path, self._layer(receipt, saved, device))
-                # A clone: a file is mapped at any offset, and some kernels read 16 bytes at a time.
-                plain = {name: file.get_tensor(name).clone() for name in names - inside}
-        except SafetensorError as error:
-            raise self._wrong(f"cannot be read: {error}") from error
-        wrapped = {name: _like(module, name, tensor) for name, tensor in plain.items()}
-        for new, old in self.aliases.items():
-            if old not in wrapped:
-                raise self._wrong(f"lacks {old}, which is {new} as well")
-            wrapped[new] = wrapped[old]
-        for name, tensor in wrapped.items():
-            self._place_tensor(module, name, tensor)
-        within = tuple(f"{path}." for path in self.receipts)
-        expected = [weight.path for weight in weights_of(module) if not weight.path.startswith(within)]
-        unfilled = [path for path in expected if path not in wrapped]
-        if unfilled:
-            raise self._wrong(f"lacks {', '.join(unfilled[:3])}")
-
-    def _check_layer(self, module: torch.nn.Module, path: str, receipt: LayerReceipt) -> None:
-        """Refuse a receipt of another layer before memory is allocated for it."""
-        parent, child = _owner(module, path)
-        there = None if parent is None else parent._modules.get(child)
-        if there is None:
-            raise self._wrong(f"has the layer {path}, which the model built from config.json has not")
-        if type(there) is torch.nn.Linear and tuple(there.weight.shape) != receipt.shape:
-            raise self._wrong(f"has {path} as {receipt.shape}, and the model as {tuple(there.weight.shape)}")
-
-    def _layer(self, receipt: LayerReceipt, saved: dict[str, torch.Tensor], device: str) -> torch.nn.Module:
-        """Make a blank quantized layer and copy the saved bits into it."""
-        from ernie_accel.quantization.choose import BACKENDS
-        from ernie_accel.quantization.layers import RECEIPT
-
-        backend, (rows, columns) = BACKENDS[receipt.backend], receipt.shape
-        dtype = getattr(torch, receipt.dtype)
-        linear = torch.nn.Linear(columns, rows, bias=False, device="meta").eval()
-        linear.weight = torch.nn.Parameter(torch.zeros(rows, columns, dtype=dtype, device=device), requires_grad=False)
-        if "bias" in saved:
-            bias = torch.zeros(rows, dtype=saved["bias"].dtype, device=device)
-            linear.bias = torch.nn.Parameter(bias, requires_grad=False)
-        layer = backend.blank(receipt.scheme, linear)
-        live = content_of(backend, layer)
-        have, want = ({n: (tuple(t.shape), t.dtype) for n, t in x.items()} for x in (saved, live))
-        if have != want:
-            why = f"{receipt.name} is stored as {have}, and the {backend.name} installed here stores it as {want}"
-            raise SavedPipelineError(self.folder, why)
-        for name, tensor in live.items():
-            tensor.copy_(saved[name])
-        RECEIPT.put(layer, receipt)
-        return layer
-
-    def _place_tensor(self, module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
-        """Put a tensor where the model has one of this name and shape."""
-        owner, child = _owner(module, name)
-        places = {} if owner is None else {**owner._parameters, **owner._buffers}
-        if owner is None or child not in places:
-            raise self._wrong(f"has {name}, which the model has not")
-        there = places[child]
-        if there is not None:
-            if there.shape != tensor.shape:
-                raise self._wrong(f"has {name} as {tuple(tensor.shape)}, and the model as {tuple(there.shape)}")
-            if there.is_floating_point() != tensor.is_floating_point():
-                raise self._wrong(f"has {name} as {tensor.dtype}, and the model as {there.dtype}")
-        if isinstance(tensor, torch.nn.Parameter):
-            owner._parameters[child] = tensor
-        else:
-            owner._buffers[child] = tensor
-
-    def _wrong(self, what: str) -> SavedPipelineError:
-        return SavedPipelineError(self.folder, f"{self.name}/{WEIGHTS} {what}")
-
-
 def _check_can_run(folder: Path, receipts: Iterable[Mapping[str, LayerReceipt]], machine: Context) -> None:
     """Refuse layers that no kernel here multiplies, before anything large is read."""
     from ernie_accel.quantization.choose import BACKENDS
@@ -322,40 +312,41 @@ def forgetful(transform: Transform) -> Transform:
     return replace(transform, keep_originals=False) if hasattr(transform, "keep_originals") else transform  # type: ignore[call-arg]
 
 
-def _materialise(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Allocate memory for parameters that have none, in place; the values come later."""
+def _cast_without_weights(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Give parameters that have no memory the dtype of the weights that will come, in place."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None and parameter.device.type == "meta":
-                part._parameters[name] = torch.nn.Parameter(
-                    torch.empty(parameter.shape, dtype=dtype), requires_grad=False
-                )
+                part._parameters[name] = torch.nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
 
 
-def _owner(module: torch.nn.Module, path: str) -> tuple[torch.nn.Module | None, str]:
-    parent, _, child = path.rpartition(".")
-    try:
-        return module.get_submodule(parent), child
-    except AttributeError:
-        return None, child
+def _entries(
+    pipe: CallablePipeline,
+    saved: Iterable[tuple[Transform, SavedTransform]],
+    rewritten: Mapping[Transform, PlannedPipe | None],
+    receipts: tuple[LayerReceipt, ...],
+    machine: Context,
+) -> Iterator[Entry]:
+    """Yield the entries of the transforms whose effect is in the saved weights.
 
-
-def _put_layer(module: torch.nn.Module, path: str, layer: torch.nn.Module) -> None:
-    parent, _, child = path.rpartition(".")
-    module.get_submodule(parent)._modules[child] = layer
-
-
-def _like(module: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Return a parameter where the model has a parameter of this name, else the tensor (a buffer)."""
-    owner, child = _owner(module, name)
-    is_parameter = owner is not None and child in owner._parameters
-    return torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
-
-
-def _entry(transform: Transform, data: SavedTransform, receipts: tuple[LayerReceipt, ...]) -> Entry:
-    """Return the entry of a transform whose effect is in the saved weights."""
-    if not data.changed:
-        return Entry(Step(transform, (), Preview((), note="was so when it was saved")), None)
-    details = receipts if transform.phase == Phase.QUANTIZE else ()
-    applied = Applied(data.changed, no_undo=_NOT_SAVED, skipped=data.skipped, details=details)
-    return Entry(Step(transform, (), Preview(data.changed)), applied)
+    Each carries what the pipe was planned to be from there on, as if it had been applied here: those that follow ask.
+    """
+    state = PlannedPipe.seen(pipe, None)
+    for transform, data in saved:
+        if transform.phase > Phase.QUANTIZE:
+            continue
+        if not data.changed:
+            yield Entry(Step(transform, (), Preview((), note="was so when it was saved")), None)
+            continue
+        left = rewritten.get(transform) or transform.planned(pipe, replace(machine, state=state))
+        state = PlannedPipe.seen(pipe, left)
+        details = receipts if transform.phase == Phase.QUANTIZE else ()
+        applied = Applied(
+            data.changed,
+            no_undo=_NOT_SAVED,
+            skipped=data.skipped,
+            details=details,
+            bytes_before=data.bytes_before,
+            bytes_after=data.bytes_after,
+        )
+        yield Entry(Step(transform, (), Preview(data.changed), planned=state), applied)

@@ -151,6 +151,8 @@ def _saved_entry(entry: Entry) -> dict[str, object]:
         "transform": json.loads(json.dumps(fields)),  # tuples as the lists that will be read
         "changed": entry.applied.changed if entry.applied else (),
         "skipped": dict(entry.applied.skipped) if entry.applied else {},
+        "bytes_before": entry.applied.bytes_before if entry.applied else 0,
+        "bytes_after": entry.applied.bytes_after if entry.applied else 0,
     }
 
 
