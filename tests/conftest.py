@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 import ernie_accel
 from ernie_accel.core.outputs import images_of
@@ -43,6 +45,31 @@ def _attention_backend() -> str:
         return os.environ.get("DIFFUSERS_ATTN_BACKEND", "native")
     backend: str = dispatch._AttentionBackendRegistry._active_backend.value
     return backend
+
+
+def quanto_stand_in() -> SimpleNamespace:
+    """Return what stands in for quanto's C++ extension."""
+
+    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+        return torch.cat([packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)])
+
+    return SimpleNamespace(unpack=unpack)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quanto_in_python():
+    """Unpack quanto's int4 in Python: a new environment compiles quanto's C++ at the first use, for half a minute.
+
+    ``test_quantize_traps.py`` compares the two.
+    """
+    load = cpp_extension.load
+
+    def load_others(name: str, *arguments: Any, **options: Any) -> Any:
+        return quanto_stand_in() if name == "quanto_cpp" else load(name, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpp_extension, "load", load_others)
+        yield
 
 
 @pytest.fixture

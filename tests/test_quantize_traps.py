@@ -93,6 +93,21 @@ def test_quanto_int4_on_the_cpu_needs_a_compiler_and_says_so(ernie):
     assert ernie_accel.plan(ernie, Quantize("int4"), context=bare).problems[Quantize("int4")][-1] == reason
 
 
+@pytest.mark.slow
+def test_what_stands_in_for_the_extension_of_quanto_does_what_it_does():
+    """In a process of its own, in which nothing stands in for it."""
+    script = """
+import torch, optimum.quanto
+from optimum.quanto.library.extensions.cpp import ext
+from tests.conftest import quanto_stand_in
+packed = torch.arange(256, dtype=torch.uint8).view(16, 16)
+for bits in (2, 4):
+    assert torch.equal(ext.lib.unpack(packed, bits), quanto_stand_in().unpack(packed, bits))
+assert "quanto_cpp" in ext.lib.__file__
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
+
+
 def test_quanto_int4_does_not_change_by_being_repacked():
     """Every move packs it anew, through the plain format and back, and says itself that this loses bits: it loses none.
 
