@@ -1,26 +1,16 @@
 """Ascend, on a stand-in for torch_npu that is as strict as the kernel; each in a process of its own.
 
-diffusers looks for torch_npu when it is imported, so the stand-in has to be there before. The processes are forked from
-one that has imported both, which takes longer than most of the tests.
+diffusers looks for torch_npu when it is imported, so the stand-in has to be there before.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import multiprocessing
-import os
-import subprocess
-import sys
-import traceback
-from collections.abc import Iterator
-from multiprocessing import forkserver
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-STANDINS = Path(__file__).parent / "standins"
+from tests.forked import Forked
 
 START = """
 from dataclasses import replace
@@ -46,41 +36,15 @@ def rel(image):
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def forked_where_the_standin_is() -> Iterator[None]:
-    forkserver.set_forkserver_preload(["torch_npu", "loaded_ernie"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join((str(STANDINS), str(STANDINS.parents[1]))))
-        forkserver.ensure_running()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(STANDINS)  # the forked get this process's path
-        yield
+@pytest.fixture(scope="module")
+def run() -> Iterator[Callable[[str], list[str]]]:
+    """Return code -> the lines it prints in a process of its own, where the stand-in is."""
+    forked = Forked("torch_npu", "tests.loaded_ernie", path=[Path(__file__).parent / "standins"])
+    yield forked.lines
+    forked.close()
 
 
-def run(code: str) -> list[str]:
-    """Return the lines that `code` prints in a process of its own."""
-    here, there = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("forkserver").Process(target=answer, args=(code, there))
-    process.start()
-    there.close()
-    printed, error = here.recv()
-    process.join()
-    assert error is None, error
-    return str(printed).split("\n")[:-1]
-
-
-def answer(code: str, to: Connection) -> None:
-    """Run `code`, and send what it prints and the traceback of what it raises, or None."""
-    printed, error = io.StringIO(), None
-    try:
-        with contextlib.redirect_stdout(printed):
-            exec(code, {})
-    except Exception:
-        error = traceback.format_exc()
-    to.send((printed.getvalue(), error))
-
-
-def test_the_kernel_refuses_a_broadcast_mask_in_its_own_words():
+def test_the_kernel_refuses_a_broadcast_mask_in_its_own_words(run):
     code = START + (
         "torch.nn.functional.scaled_dot_product_attention = strict\n"
         "try: picture(pipe, prompt=PROMPTS)\nexcept RuntimeError as error: print(error)"
@@ -90,7 +54,7 @@ def test_the_kernel_refuses_a_broadcast_mask_in_its_own_words():
     )
 
 
-def test_expanded_it_runs_through_torch_and_means_the_same():
+def test_expanded_it_runs_through_torch_and_means_the_same(run):
     code = START + (
         "ernie_accel.optimize(pipe, ElideMask(), ExpandAttentionMask(), context=npu)\n"
         "torch.nn.functional.scaled_dot_product_attention = strict\n"
@@ -102,7 +66,7 @@ def test_expanded_it_runs_through_torch_and_means_the_same():
 
 
 @pytest.mark.parametrize("elide", ["", "ElideMask(), "])
-def test_expanded_it_runs_through_the_fused_kernel_and_means_the_same(elide):
+def test_expanded_it_runs_through_the_fused_kernel_and_means_the_same(run, elide):
     """True is masked out there, and attended in torch."""
     code = START + (
         "from ernie_accel.transforms.denoiser import set_attention\n"
@@ -143,7 +107,7 @@ def count(pipe, prompts=PROMPTS):
 
 @pytest.mark.parametrize("elide", ["", "ElideMask(), "])
 @pytest.mark.parametrize("fused", ["", "SetAttention('npu'), "])
-def test_a_padded_mask_is_prepared_once_for_all_layers_and_steps_on_both_paths(elide, fused):
+def test_a_padded_mask_is_prepared_once_for_all_layers_and_steps_on_both_paths(run, elide, fused):
     """Two layers, three steps: diffusers' fused path looks at, expands and inverts the mask six times."""
     code = (
         START
@@ -161,7 +125,7 @@ def test_a_padded_mask_is_prepared_once_for_all_layers_and_steps_on_both_paths(e
     assert ours == "[0, 1, 1]"
 
 
-def test_processors_of_diffusers_and_their_modules_stay_as_they_were():
+def test_processors_of_diffusers_and_their_modules_stay_as_they_were(run):
     code = START + (
         "from diffusers.models.transformers import transformer_ernie_image as module\n"
         "processor = module.ErnieImageSingleStreamAttnProcessor\n"
@@ -179,7 +143,7 @@ def test_processors_of_diffusers_and_their_modules_stay_as_they_were():
     assert run(code)[-4:] == ["True", "{False}", "{True}", "True"]
 
 
-def test_lumina_2_runs_on_both_paths_and_means_the_same():
+def test_lumina_2_runs_on_both_paths_and_means_the_same(run):
     """Its own processor folds every mask to [B, 1, 1, S], which the kernel refuses."""
     code = START + (
         "from tests.pipelines import tiny_lumina2\n"
@@ -197,7 +161,7 @@ def test_lumina_2_runs_on_both_paths_and_means_the_same():
     assert run(code)[-3:] == ["True False", "True True", "True"]
 
 
-def test_an_additive_mask_would_be_taken_for_its_opposite_and_is_not():
+def test_an_additive_mask_would_be_taken_for_its_opposite_and_is_not(run):
     """The trap: diffusers inverts what it is given as if it were bool, and 0 of an additive mask attends."""
     code = START + (
         "from ernie_accel.transforms.denoiser.expand_mask import expand\n"
@@ -212,7 +176,7 @@ def test_an_additive_mask_would_be_taken_for_its_opposite_and_is_not():
     assert run(code)[-2:] == ["False", "True"]
 
 
-def test_the_preset_of_an_ascend_plans_and_runs():
+def test_the_preset_of_an_ascend_plans_and_runs(run):
     code = START + (
         "here = [t for t in ernie_accel.presets['npu-bf16'].transforms if t.slot != 'device']\n"
         "ernie_accel.optimize(pipe, *here, context=npu)\n"
@@ -221,18 +185,3 @@ def test_the_preset_of_an_ascend_plans_and_runs():
         "print(pipe.transformer.dtype, rel(picture(pipe, prompt=PROMPTS)) < 0.1)"
     )
     assert run(code)[-2:] == ["8", "torch.bfloat16 True"]
-
-
-def test_without_ascend_drivers_nothing_imports_torch_npu():
-    """The wheel breaks ``import torch`` itself on such a machine."""
-    code = (
-        "import sys; from tests.pipelines import picture, tiny_ernie; import ernie_accel\n"
-        "pipe = tiny_ernie(); npu = ernie_accel.Context.named('ascend910b')\n"
-        "plan = ernie_accel.plan(pipe, ernie_accel.SetAttention('npu'), preset='npu-bf16', context=npu)\n"
-        "print(ernie_accel.SetAttention().explain(pipe, npu))\n"
-        "ernie_accel.optimize(pipe, preset='npu-bf16', on_unsupported='skip'); picture(pipe)\n"
-        "print(plan.problems, 'torch_npu' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].endswith('on a machine with Ascend drivers",)} False')

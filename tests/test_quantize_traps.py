@@ -65,25 +65,6 @@ def test_quanto_int8_on_the_cpu_meets_no_row_it_would_read_past():
     assert problem == "its 40 inputs are not a multiple of 16"
 
 
-def test_quanto_int8_from_a_weight_off_a_16_byte_boundary_does_not_crash():
-    """Mapped files start anywhere. In a process of its own: a segmentation fault would end the test run."""
-    script = """
-import torch
-from tests.test_quantize_backends import linear
-from ernie_accel.quantization.choose import BACKENDS
-layer = linear()
-memory = torch.empty(layer.weight.numel() + 1, dtype=torch.bfloat16)
-memory[1:] = layer.weight.flatten()
-layer.weight.data = memory[1:].view(256, 512)
-assert layer.weight.data_ptr() % 16
-quantized = BACKENDS["quanto"].quantize("int8-weight-only", layer)
-assert quantized.weight._data.data_ptr() % 16 == 0
-for rows in (1, 2, 7, 33):
-    assert quantized(torch.randn(rows, 512).to(torch.bfloat16)).isfinite().all()
-"""
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
-
-
 def test_quanto_int4_on_the_cpu_needs_a_compiler_and_says_so(ernie):
     """It builds a C++ extension at the first use; without a compiler it would fail half-way."""
     bare = replace(Context.named("cpu"), no_compile="there is no C++ compiler")

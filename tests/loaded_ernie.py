@@ -1,4 +1,4 @@
-"""What each test on the stand-in begins with, to be imported once by the process that theirs are forked from."""
+"""What processes that draw begin with, to be imported once by the process that theirs are forked from."""
 
 import torch
 
