@@ -197,11 +197,11 @@ def tiny_z_image() -> Any:
     torch.manual_seed(0)
     transformer = ZImageTransformer2DModel(
         in_channels=4,
-        dim=64,
+        dim=96,  # so that its feed-forward, 256 wide, can be quantized
         n_layers=2,
         n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
+        n_heads=3,
+        n_kv_heads=3,
         cap_feat_dim=32,
         axes_dims=[8, 12, 12],
         axes_lens=[256, 64, 64],

@@ -39,9 +39,9 @@ def make(cls: type) -> Any:
             control_refiner_layers_places=[0],
             control_in_dim=channels,
             add_control_noise_refiner="control_layers",
-            dim=64,
+            dim=96,
             n_refiner_layers=1,
-            n_heads=2,
+            n_heads=3,
             n_kv_heads=2,
         )
         randomize(control)

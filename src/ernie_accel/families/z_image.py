@@ -19,7 +19,10 @@ Z_IMAGE = Family(
     sizes=((1024, 1024), (1280, 720), (720, 1280)),
     keep_precise=MappingProxyType(
         {
+            # Everything outside the blocks, and their modulation: with these precise, pictures of vLLM-Omni in fp8 are
+            # 0.07 from those in bfloat16 by LPIPS, without 0.74. What refines the prompt takes no time anyway.
             "transformer": (
+                r"context_refiner\b",
                 r"all_x_embedder\b",
                 r"all_final_layer\b",
                 r"t_embedder\b",
@@ -28,6 +31,7 @@ Z_IMAGE = Family(
             ),
         }
     ),
+    rewritten="ernie_accel.models.z_image.blocks",
     forward_inputs="ernie_accel.models.z_image.inputs:forward_inputs",
     encode_pictures="ernie_accel.models.latents:encode_in_float32",
     text_argument="cap_feats",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import is_
 from types import ModuleType
 from typing import Any, ClassVar, cast
 
@@ -22,7 +23,7 @@ from ernie_accel.models.rewritten import PreparedPositions, RewrittenModel
 class _Inputs:
     """What a graph reads beside the weights, where it reads it."""
 
-    steps: Mapping[str, Tensor]
+    steps: Mapping[str, Tensor | list[Tensor]]
     text: Tensor
     at: PreparedPositions
 
@@ -34,7 +35,7 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
     which is the same tensor in each.
     """
 
-    captured: ClassVar[tuple[str, ...]] = (*ReplayedForward.captured, "_picture", "_prepared", "_filled")
+    captured: ClassVar[tuple[str, ...]] = (*ReplayedForward.captured, "_picture", "_given", "_prepared", "_filled")
 
     def __init__(
         self,
@@ -50,7 +51,8 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
         super().__init__(transformer, keep, capture)
 
     def _forget_inputs(self) -> None:
-        self._picture: tuple[object, ...] = ()  # identifies the picture under way
+        self._picture: tuple[object, ...] = ()  # what is known of the picture under way
+        self._given: tuple[Tensor, ...] = ()  # its encoded prompts, which identify it
         self._prepared: tuple[Tensor, PreparedPositions] | None = None  # its text and positions
         self._filled: _Inputs | None = None  # the inputs that have them
 
@@ -61,11 +63,12 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
 
     def __call__(self, *args: Any, **kwargs: Any) -> object:
         arguments = dict(zip(self._blocks.FORWARD_ARGUMENTS, args, strict=False)) | kwargs
-        steps = {name: arguments[name] for name in self._blocks.STEP_INPUTS}
-        device = next(iter(steps.values())).device
-        tokens = self._blocks.token_count(self.module, arguments)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or tokens > self._max_tokens:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._blocks.serves(arguments):
             return self.forward_below(**arguments)
+        if self._blocks.token_count(self.module, arguments) > self._max_tokens:
+            return self.forward_below(**arguments)
+        steps = {name: arguments[name] for name in self._blocks.STEP_INPUTS}
+        device = _tensors(*steps.values())[0].device
         if torch.is_autocast_enabled(device.type):  # what it casts is kept for as long as the context lasts
             return self.forward_below(**arguments)
         now = Fingerprint.of(self.module)
@@ -73,38 +76,51 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
             return self.forward_below(**arguments)
         if not bring_whole(self.module):  # a graph reads all weights where they lie
             return self.forward_below(**arguments)
-        with self._lock, torch.cuda.device_of(next(iter(steps.values()))):  # type: ignore[no-untyped-call]
+        with self._lock, torch.cuda.device_of(_tensors(*steps.values())[0]):  # type: ignore[no-untyped-call]
             self._forget_if_stale(now)
             return self._blocks.as_output(self._sample(arguments, steps), arguments)
 
-    def _sample(self, arguments: Mapping[str, Any], steps: Mapping[str, Tensor]) -> Tensor:
-        shapes = tuple((x.shape, x.dtype, x.device) for x in steps.values())
-        given = arguments[self._blocks.PICTURE_INPUT]
-        version = version_of(given)
-        picture = (shapes, self._blocks.host_facts(arguments), version, given)
-        is_new = not self._picture or self._picture[:3] != picture[:3] or self._picture[3] is not given
-        if is_new or version is None:
-            self._picture = ()  # until all of the following is known
+    def _sample(self, arguments: Mapping[str, Any], steps: Mapping[str, Tensor | list[Tensor]]) -> Tensor:
+        shapes = tuple((x.shape, x.dtype, x.device) for x in _tensors(*steps.values()))
+        given = _tensors(arguments[self._blocks.PICTURE_INPUT])
+        versions = tuple(map(version_of, given))
+        picture = (shapes, self._blocks.host_facts(arguments), versions)
+        if self._picture != picture or not _same(self._given, given) or None in versions:
+            self._picture, self._given = (), ()  # until all of the following is known
             self._filled = None
             self._prepared = None
         if self._prepared is None:
             self._prepared = self._blocks.prepare(self.module, arguments)
-            self._picture = picture
+            self._picture, self._given = picture, given
 
         text, at = self._prepared
         key = (shapes, text.shape, text.dtype, tuple((x.shape, x.dtype) for x in at.tensors))
         inputs = self._graphs.inputs(
-            key, lambda: _Inputs({name: x.clone() for name, x in steps.items()}, text.clone(), at.clone())
+            key, lambda: _Inputs({name: _clone(x) for name, x in steps.items()}, text.clone(), at.clone())
         )
         if self._filled is not inputs:
             for static, x in zip((inputs.text, *inputs.at.tensors), (text, *at.tensors), strict=True):
                 static.copy_(x)
             self._filled = inputs
-        for name, static in inputs.steps.items():
-            static.copy_(steps[name])
+        for static, x in zip(_tensors(*inputs.steps.values()), _tensors(*steps.values()), strict=True):
+            static.copy_(x)
         return self._graphs.run(key, partial(self._work, arguments, inputs)).clone()
 
     def _work(self, arguments: Mapping[str, Any], inputs: _Inputs) -> Tensor:
         static = {**inputs.steps, self._blocks.PICTURE_INPUT: inputs.text, "at": inputs.at, "return_dict": False}
         sample: Tensor = self.forward_below(**{**arguments, **static})[0]
         return sample
+
+
+def _tensors(*given: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return tensors, and those of lists, as one tuple."""
+    return tuple(x for each in given for x in ((each,) if isinstance(each, Tensor) else each))
+
+
+def _clone(given: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    return given.clone() if isinstance(given, Tensor) else [x.clone() for x in given]
+
+
+def _same(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
+    """Return whether the tensors are the same objects."""
+    return len(one) == len(other) and all(map(is_, one, other))

@@ -243,6 +243,29 @@ def blocks_of(transformer: nn.Module, lists: tuple[str, ...]) -> Iterator[tuple[
             yield f"{name}.{i}", blocks, i, block
 
 
+def unsupported_reasons(
+    transformer: nn.Module, lists: tuple[str, ...], attention: str, processors: tuple[type, ...]
+) -> list[str]:
+    """Return every reason why a stock transformer cannot be rewritten.
+
+    Args:
+        transformer: The transformer.
+        lists: Attributes with its blocks.
+        attention: Path of the attention within a block.
+        processors: Classes of attention processors that are known to do what the rewritten attention does.
+    """
+    reasons = []
+    if getattr(transformer, "gradient_checkpointing", False):
+        reasons.append("gradient checkpointing is on, and the rewritten blocks are for inference: switch it off")
+    stock = [cast(Any, block.get_submodule(attention)) for *_, block in blocks_of(transformer, lists)]
+    others = {type(each.processor).__name__ for each in stock if type(each.processor) not in processors}
+    for other in sorted(others):
+        reasons.append(f"the attention has a processor of its own, {other}, which rewritten blocks would not call")
+    if any(each.norm_q is None or each.norm_k is None for each in stock):
+        reasons.append("the attention does not norm queries and keys, as rewritten blocks do")
+    return reasons
+
+
 def to_be_fused(
     transformer: nn.Module, lists: tuple[str, ...], cls: type[RewrittenBlock]
 ) -> dict[str, tuple[str, ...]]:

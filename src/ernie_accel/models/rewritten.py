@@ -46,11 +46,14 @@ class RewrittenModel(Protocol):
 
     @property
     def STEP_INPUTS(self) -> tuple[str, ...]:
-        """Those that are a different tensor at every step."""
+        """Those that are a different tensor, or list of tensors, at every step."""
 
     @property
     def PICTURE_INPUT(self) -> str:
-        """The one that is the same tensor at all steps of a picture: its encoded prompt."""
+        """The one that is the same tensor, or has the same tensors, at all steps of a picture: its encoded prompt."""
+
+    def fits(self, transformer: nn.Module) -> bool:
+        """Return whether `transformer` is of the implementation that is rewritten; a family may have others."""
 
     def is_rewritten(self, transformer: nn.Module) -> bool:
         """Return whether `rewrite` was applied to `transformer`."""
@@ -66,6 +69,9 @@ class RewrittenModel(Protocol):
 
     def token_count(self, transformer: nn.Module, arguments: Mapping[str, Any]) -> int:
         """Return the image tokens of all pictures of a batch, given the arguments of a forward."""
+
+    def serves(self, arguments: Mapping[str, Any]) -> bool:
+        """Return whether `prepare`, and a captured forward, can serve these arguments of a forward."""
 
     def host_facts(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
         """Return what `prepare` depends on besides shapes, as known on the host: prompt lengths, for example."""
@@ -104,15 +110,21 @@ class KernelModel(Protocol):
 
 
 def rewritten_model(pipe: Pipeline) -> RewrittenModel | None:
-    """Return the rewritten model of the pipe's family; None where there is none."""
+    """Return the rewritten model of the pipe's family; None where there is none for its transformer."""
     rewritten = family_of(pipe).rewritten
-    return None if rewritten is None else cast(RewrittenModel, named_object(rewritten))
+    model = None if rewritten is None else cast(RewrittenModel, named_object(rewritten))
+    return model if model is not None and model.fits(pipe.transformer) else None
 
 
 def kernel_model(pipe: Pipeline) -> KernelModel | None:
-    """Return the fused kernels of the pipe's family; None where there are none."""
+    """Return the fused kernels of the pipe's family; None where there are none for its transformer."""
     kernels = family_of(pipe).kernels
-    return None if kernels is None else cast(KernelModel, named_object(kernels))
+    return None if kernels is None or rewritten_model(pipe) is None else cast(KernelModel, named_object(kernels))
+
+
+def whose(pipe: Pipeline) -> str:
+    """Return the end of "there are no rewritten blocks ...": for whom there are none."""
+    return "yet" if family_of(pipe).rewritten is None else f"for {type(pipe.transformer).__name__}"
 
 
 def rewritten_blocks(pipe: Pipeline) -> RewrittenModel:

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.undo import Undo
 from ernie_accel.models import rewriting
-from ernie_accel.models.ernie_image.architecture import ErnieTransformer, attention_of, transformer_of
+from ernie_accel.models.ernie_image.architecture import ErnieTransformer, transformer_of
 from ernie_accel.models.ernie_image.positions import Position, RememberingPad, Rows, position
 from ernie_accel.models.rewriting import Part, RewrittenBlock, RewrittenForward, SelfAttention
 from ernie_accel.models.token_layout import LAYOUT, prompt_lengths
@@ -234,6 +234,16 @@ def as_output(sample: Tensor, arguments: Mapping[str, object]) -> ErnieImageTran
     return ErnieImageTransformer2DModelOutput(sample=sample) if arguments.get("return_dict", True) else (sample,)
 
 
+def serves(arguments: Mapping[str, Any]) -> bool:
+    """Return whether `prepare` can serve these arguments of a forward."""
+    return True
+
+
+def fits(transformer: nn.Module) -> bool:
+    """Return whether this is the implementation that is rewritten."""
+    return True
+
+
 def is_rewritten(transformer: nn.Module) -> bool:
     """Return whether `rewrite` has been here."""
     return any(isinstance(block, RewrittenErnieBlock) for block in transformer_of(transformer).layers)
@@ -245,12 +255,8 @@ def unsupported_reasons(transformer: nn.Module) -> list[str]:
     axes, head_dim = tuple(model.config.rope_axes_dim), model.head_dim
     if sum(axes) != head_dim:
         reasons.append(f"RoPE covers {sum(axes)} of {head_dim} dimensions of a head; only full rotation is rewritten")
-    if model.gradient_checkpointing:
-        reasons.append("gradient checkpointing is on, and the rewritten blocks are for inference: switch it off")
-    processors: set[type] = {type(attention_of(block).processor) for block in model.layers}
-    for other in sorted(cls.__name__ for cls in processors - {ErnieImageSingleStreamAttnProcessor}):
-        reasons.append(f"the attention has a processor of its own, {other}, which rewritten blocks would not call")
-    return reasons
+    processors = (ErnieImageSingleStreamAttnProcessor,)
+    return reasons + rewriting.unsupported_reasons(transformer, BLOCKS, "self_attention", processors)
 
 
 def to_be_fused(transformer: nn.Module) -> dict[str, tuple[str, ...]]:

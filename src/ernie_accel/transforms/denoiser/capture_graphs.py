@@ -13,7 +13,7 @@ from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transfor
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
 from ernie_accel.models.graphed_forward import GraphedForward
-from ernie_accel.models.rewritten import rewritten_blocks
+from ernie_accel.models.rewritten import rewritten_blocks, rewritten_model, whose
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,11 +57,9 @@ class CaptureGraphs(Transform):
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         if context.device != "cuda":
             return Preview((), note=f"CUDA graphs need a CUDA device; this is {context.device}")
-        family = family_of(pipe)
-        if family.rewritten is None:
-            return Preview(
-                (), note=f"it builds on rewritten blocks, and there are none for {family.name_for(pipe)} yet"
-            )
+        if rewritten_model(pipe) is None:
+            name = family_of(pipe).name_for(pipe)
+            return Preview((), note=f"it builds on rewritten blocks, and there are none for {name} {whose(pipe)}")
         planned = context.planned(pipe)
         if planned.blocks is Blocks.STOCK and not rewritten_blocks(pipe).is_rewritten(pipe.transformer):
             return Preview((), note="the stock forward cannot be captured: add RewriteBlocks()")

@@ -17,7 +17,7 @@ from ernie_accel.core.planned import Blocks, PlannedPipe, PlannedWeight
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
-from ernie_accel.models.rewritten import block_paths, kernels_of, rewritten_blocks
+from ernie_accel.models.rewritten import block_paths, kernel_model, kernels_of, rewritten_blocks, whose
 from ernie_accel.quantization.guard import refuse_casts
 from ernie_accel.quantization.layers import idle_patterns
 from ernie_accel.quantization.refusals import refuse_saving
@@ -137,9 +137,9 @@ class FuseKernels(Transform):
     def _unsupported_reasons(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = context.missing_triton(self.precision, (8, 9) if self.precision == "fp8" else (8, 0))
         family = family_of(pipe)
-        if family.kernels is None:
+        if kernel_model(pipe) is None:
             instead = ": use Quantize('fp8') in its place" if self.precision == "fp8" else ""
-            return [*reasons, f"there are no fused kernels for {family.name_for(pipe)} yet{instead}"]
+            return [*reasons, f"there are no fused kernels for {family.name_for(pipe)} {whose(pipe)}{instead}"]
         if self.attention == "fp8":
             reasons += self._no_fp8_attention_reasons(context)
         planned = context.planned(pipe)

@@ -11,7 +11,7 @@ from ernie_accel.core.planned import Blocks, PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
-from ernie_accel.models.rewritten import block_paths, rewritten_blocks
+from ernie_accel.models.rewritten import block_paths, rewritten_blocks, rewritten_model, whose
 
 
 @dataclass(frozen=True, repr=False)
@@ -45,9 +45,9 @@ class RewriteBlocks(Transform):
         return family_of(pipe).unknown_reasons(pipe, "blocks are rewritten family by family")
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
-        if family_of(pipe).rewritten is None:
+        blocks, transformer = rewritten_model(pipe), pipe.transformer
+        if blocks is None:
             return self.family_reasons(pipe)
-        blocks, transformer = rewritten_blocks(pipe), pipe.transformer
         if blocks.is_rewritten(transformer):
             return []
         reasons: list[str] = blocks.unsupported_reasons(transformer)
@@ -61,9 +61,8 @@ class RewriteBlocks(Transform):
         return reasons
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
-        family = family_of(pipe)
-        if family.rewritten is None:
-            return Preview((), note=f"{family.name_for(pipe)}: no rewritten blocks yet")
+        if rewritten_model(pipe) is None:
+            return Preview((), note=f"{family_of(pipe).name_for(pipe)}: no rewritten blocks {whose(pipe)}")
         if rewritten_blocks(pipe).is_rewritten(pipe.transformer):
             return Preview((), note="the blocks are rewritten already")
         return Preview(block_paths(pipe), note=other_denoisers_note(pipe))

@@ -1,0 +1,156 @@
+"""The block of Z-Image and Lumina 2 rewritten: the same numbers from fewer operations.
+
+    to_q, to_k, to_v and gate, up as five products     two: the weights are concatenated (`FusedLinear`)
+    RoPE as a product of complex numbers in float32    real ones, except on the CPU, where they round otherwise
+    (in Lumina 2: in float64)
+
+Every arithmetic operation that is left has the operands and the rounding of stock. Shapes in names: b batch, s tokens,
+h hidden size, n heads, d head size, f hidden size of the feed-forward.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ernie_accel.models.rewriting import Part, RewrittenBlock, SelfAttention
+
+
+class Names(NamedTuple):
+    """What a family calls the layers of its blocks.
+
+    Attributes:
+        attention: The attention.
+        feed_forward: The feed-forward; like the attention, a stock module that keeps its name.
+        norms: The norms before and after the attention, then before and after the feed-forward.
+        others: Layers that it has besides, such as that of the modulation.
+    """
+
+    attention: str
+    feed_forward: str
+    norms: tuple[str, str, str, str]
+    others: tuple[str, ...] = ()
+
+
+class Modulation(NamedTuple):
+    """Scales (one is added already) and gates (through tanh) [B, 1 or S, H] of the attention, then of the MLP."""
+
+    scale_sa: Tensor
+    gate_sa: Tensor
+    scale_mlp: Tensor
+    gate_mlp: Tensor
+
+    @property
+    def is_per_token(self) -> bool:
+        """Whether the tokens of a row have modulations of their own."""
+        return self.scale_sa.shape[1] != 1
+
+
+class RewrittenAttention(SelfAttention):
+    """Self-attention over [B, S, H]."""
+
+    def forward(self, x_bsh: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
+        q_bsnd, k_bsnd, v_bsnd = self.project(x_bsh)
+        q_bsnd, k_bsnd = self.norm_q(q_bsnd), self.norm_k(k_bsnd)
+        if rope is not None:
+            q_bsnd, k_bsnd = rotate(q_bsnd, rope), rotate(k_bsnd, rope)
+        return self.to_out[0](self.attend(q_bsnd, k_bsnd, v_bsnd, mask))  # type: ignore[no-any-return]
+
+
+class RewrittenFeedForward(Part):
+    """down(silu(gate(x)) * up(x)) over [B, S, H]; `taken` are gate, down and up."""
+
+    def forward(self, x_bsh: Tensor) -> Tensor:
+        gate, down, up = self.taken
+        if self.fused is not None:
+            gate_bsf, up_bsf = self.fused(x_bsh).chunk(2, -1)
+        else:
+            gate_bsf, up_bsf = self.get_submodule(gate)(x_bsh), self.get_submodule(up)(x_bsh)
+        # On the CPU torch may round otherwise over a view; compiled, the copy is no operation of its own.
+        out_bsh: Tensor = self.get_submodule(down)(F.silu(gate_bsf.contiguous()) * up_bsf)
+        return out_bsh
+
+
+class RewrittenNextBlock(RewrittenBlock):
+    """One block over [B, S, H]: the stock block's layers under the stock names.
+
+    Class-level facts:
+        names: Of its layers.
+        feed_forward_class: Takes over the feed-forward.
+    """
+
+    names: ClassVar[Names]
+    feed_forward_class: ClassVar[type[RewrittenFeedForward]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "names" in vars(cls):
+            cls.part_names = (cls.names.attention, cls.names.feed_forward)
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__(stock)
+        names = self.names
+        for name, child in stock.named_children():
+            if name == names.attention:
+                self.add_module(name, RewrittenAttention(child))
+            elif name == names.feed_forward:
+                self.add_module(name, self.feed_forward_class(child))
+            elif name in names.norms or name in names.others:
+                self.add_module(name, child)
+
+    @property
+    def norms(self) -> tuple[nn.Module, ...]:
+        """The four norms, in the order of `Names.norms`."""
+        return tuple(self.get_submodule(name) for name in self.names.norms)
+
+    def modulated(self, mod_b4h: Tensor) -> Modulation:
+        """Return scales and gates of what the modulation layer gives [B, 4 * H]."""
+        scale_sa, gate_sa, scale_mlp, gate_mlp = mod_b4h.unsqueeze(1).chunk(4, -1)
+        return Modulation(1 + scale_sa, gate_sa.tanh(), 1 + scale_mlp, gate_mlp.tanh())
+
+    def compute(
+        self,
+        x_bsh: Tensor,
+        rope: Tensor | None,
+        modulation: Modulation | None,
+        mask: Tensor | None,
+        lengths_b: Tensor | None,
+    ) -> Tensor:
+        """Return the hidden states after this block.
+
+        Args:
+            x_bsh: Hidden states [B, S, H].
+            rope: RoPE table, in one of the forms of `Position`.
+            modulation: None for a block without.
+            mask: True where a token is real, [B, 1, 1, S] or [B, S]; None if all are, or if `lengths_b` says it.
+            lengths_b: Real tokens of each row, for blocks that need no mask (not for these).
+        """
+        norm_sa, norm_after_sa, norm_mlp, norm_after_mlp = self.norms
+        attention, feed_forward = self.attention_part, self.get_submodule(self.names.feed_forward)
+        if mask is not None and mask.ndim == 2:
+            mask = mask.bool()[:, None, None]
+        if modulation is None:
+            x_bsh = x_bsh + norm_after_sa(attention(norm_sa(x_bsh), rope, mask))
+            return x_bsh + norm_after_mlp(feed_forward(norm_mlp(x_bsh)))  # type: ignore[no-any-return]
+        scale_sa, gate_sa, scale_mlp, gate_mlp = modulation
+        x_bsh = x_bsh + gate_sa * norm_after_sa(attention(norm_sa(x_bsh) * scale_sa, rope, mask))
+        return x_bsh + gate_mlp * norm_after_mlp(feed_forward(norm_mlp(x_bsh) * scale_mlp))  # type: ignore[no-any-return]
+
+
+def rotate(x_bsnd: Tensor, rope: Tensor) -> Tensor:
+    """Return `x_bsnd` rotated by RoPE: dimensions 2 i and 2 i + 1 belong together.
+
+    Args:
+        x_bsnd: Queries or keys.
+        rope: In one of the forms of `Position`.
+    """
+    if rope.is_complex():
+        pairs = torch.view_as_complex(x_bsnd.float().reshape(*x_bsnd.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * rope[:, :, None]).flatten(3).type_as(x_bsnd)
+    cos_bs1p, sin_bs1p = rope.unbind(0)
+    even, odd = x_bsnd.float().reshape(*x_bsnd.shape[:-1], -1, 2).unbind(-1)
+    rotated = torch.stack((even * cos_bs1p - odd * sin_bs1p, even * sin_bs1p + odd * cos_bs1p), -1)
+    return rotated.flatten(3).type_as(x_bsnd)
