@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+import zlib
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def fit_rung(name: str, job: Job) -> dict[str, Any]:
     facts["on_s"], on = _timed(pipe, pixels, enhance=True, repeats=1 if preset is None else 3)
     facts |= _memory()
     if preset is not None:
-        facts |= _compare(job, off, on)
+        facts |= _compare(job, str([each for each in facts["chosen"] if "Quantize" in each]), off, on)
         for i, (width, height, tokens, pictures) in enumerate(OTHERS if CUDA else ()):
             _draw(pipe, width, height=height, tokens=tokens, pictures=pictures, steps=3, seed=i, enhance=False)
         facts["peak_of_other_sizes_gib"] = _memory()["peak_gib"]
@@ -148,12 +149,12 @@ def _memory() -> dict[str, float]:
     }
 
 
-def _compare(job: Job, off: torch.Tensor, on: torch.Tensor) -> dict[str, Any]:
-    """Compare the pictures to those of the first rung that was placed, which has the most memory."""
-    file = job.folder / "fits.pt"
+def _compare(job: Job, precisions: str, off: torch.Tensor, on: torch.Tensor) -> dict[str, Any]:
+    """Compare the pictures to those of the first rung with weights in as many bits, which has the most memory."""
+    file = job.folder / f"fits_{zlib.crc32(precisions.encode())}.pt"
     if not file.is_file():
         torch.save((off.cpu(), on.cpu()), file)
-        return {"bits": "the reference of the rows below"}
+        return {"bits": "the reference of those below with as many bits"}
     first = torch.load(file)
     same = [torch.equal(one, other.cpu()) for one, other in zip(first, (off, on), strict=True)]
     return {"bits": "equal" if all(same) else f"differ (without and with enhancer: {same})"}

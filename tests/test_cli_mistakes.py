@@ -24,7 +24,6 @@ MISTAKES = [
     ("demo --presett exact", "No such option"),
     ("plan --device h2000", "Unknown device 'h2000'. Did you mean 'h200'?"),
     ("plan --device mi300x", "Not supported yet: AMD GPUs (ROCm)"),
-    ("plan --device mps", "Not supported yet: AMD GPUs (ROCm), Apple GPUs (mps)"),
     ("plan --device cuda", "Unknown device 'cuda'"),
     ("plan --dtype bf61", "Unknown dtype 'bf61'. Did you mean 'bf16'?"),
     ("plan --model no/such/folder", "there is no folder 'no/such/folder'"),

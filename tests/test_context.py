@@ -120,7 +120,7 @@ def test_an_unknown_device_gets_a_suggestion(name, meant):
     "name",
     [
         *("MI300X", "Instinct MI250", "RX 7900", "RX 7900 XTX", "Radeon Pro W7900", "gfx1100"),
-        *("mps", "M3 Max", "Apple M2", "xpu", "Arc A770", "B580", "Intel Data Center GPU Max 1550"),
+        *("M3 Max", "Apple M2", "Arc A770", "B580", "Intel Data Center GPU Max 1550"),
     ],
 )
 def test_a_card_that_is_not_supported_is_not_mistaken_for_one_that_is(name):
@@ -128,6 +128,14 @@ def test_a_card_that_is_not_supported_is_not_mistaken_for_one_that_is(name):
         Context.named(name)
     assert error.value.suggestion is None
     assert "Did you mean" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["rocm", "mps", "xpu", "MPS"])
+def test_a_type_of_device_that_is_not_supported_can_be_planned_for_and_says_so(name):
+    context = Context.named(name)
+    assert context.device == name.lower()
+    assert "not supported yet" in str(context)
+    assert ernie_accel.recommend(context).preset.name == "exact"
 
 
 def test_no_card_of_the_table_is_mistaken_for_another_vendors():

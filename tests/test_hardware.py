@@ -187,6 +187,11 @@ def test_devices_are_known_by_the_names_that_drivers_give(name, memory_gib, key)
         ("T4", "t4"),
         ("Tesla T4", "t4"),
         ("NVIDIA T4", "t4"),
+        ("l4", "l4"),
+        ("RTX4090D", "rtx4090d"),
+        ("910b", "ascend910b"),
+        ("Ascend 910B", "ascend910b"),
+        ("Huawei Ascend910B", "ascend910b"),
     ],
 )
 def test_devices_are_found_by_what_people_write(name, key):

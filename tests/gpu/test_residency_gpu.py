@@ -7,7 +7,7 @@ import torch
 
 import ernie_accel
 from ernie_accel import FuseKernels, Quantize, Residency, RewriteBlocks
-from ernie_accel.core.components import weight_bytes
+from ernie_accel.core.components import pipe_bytes
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.transforms.weights.residency import least_weights
 from tests.pipelines import picture, tiny_ernie
@@ -29,7 +29,7 @@ def test_a_pipe_on_the_host_draws_the_same_bits_with_any_share_of_its_weights_on
 
     pipe = pipe_on("cpu")
     ernie_accel.optimize(pipe, RewriteBlocks(), FP8, ENCODER)
-    least, most = least_weights(pipe, PlannedPipe.of(pipe)), weight_bytes(pipe)
+    least, most = least_weights(pipe, PlannedPipe.of(pipe)), pipe_bytes(pipe)
     held = Residency(int(least + share * (most - least)), device="cuda")
     ernie_accel.optimize(pipe, RewriteBlocks(), FP8, ENCODER, held)
     for _ in range(3):

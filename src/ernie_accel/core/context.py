@@ -154,7 +154,8 @@ class Context:
         Args:
             name: A key of `HARDWARE` ("h200", "rtx3060", "ascend910b", ...), or what people write for it ("RTX 3060",
                 "GeForce RTX 3060", "NVIDIA H200", "Ascend 910B"). A card that is not in the table is described by its
-                compute capability and memory: "cuda:8.9:16GiB".
+                compute capability and memory: "cuda:8.9:16GiB". "rocm", "mps" and "xpu" are devices of which nothing is
+                known, and which are not supported yet.
 
         Raises:
             UnknownNameError: There is no such device in the table.
@@ -166,6 +167,8 @@ class Context:
             memory = None if gib is None else int(float(gib) * GIB)
             label = "a card that is not in the table"
             return cls("cuda", label, (int(major), int(minor)), memory, {**bundled, **installed_versions()})
+        if (kind := name.strip().lower()) in UNSUPPORTED_DEVICES:
+            return cls(kind, kind, versions=installed_versions())
         load_plugins()
         row = hardware_named(name, note=NOT_SUPPORTED_YET)
         bundled = dict.fromkeys(_BUNDLED_PACKAGES, "unknown") if row.device == "cuda" else {}

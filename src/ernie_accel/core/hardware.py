@@ -167,7 +167,7 @@ def hardware_named(name: str, note: str = "") -> Hardware:
     key = device_key(name)
     base, memory = device_key(_SIZE_IN_NAME.sub("", name)), _memory_in(name)
     for row in HARDWARE.values():
-        if key in (row.key, device_key(row.name)):
+        if key in (row.key, device_key(row.name), row.key.removeprefix("ascend")):
             return row
     for row in HARDWARE.values():
         if memory is not None and row.memory_bytes == memory and base in (row.key, device_key(row.name)):
@@ -313,8 +313,9 @@ _OWN = (
     _cuda(
         "rtx4060", "NVIDIA GeForce RTX 4060", (8, 9), (8, 7.6), (4, 8),
         rates=_geforce(_ADA, 0.272, 30.2, fp8=60.5, int8=121),
-        preset="turbo-q4",
-        why="in 8 bits the transformer alone (8 GB) fills the card; nothing is published",
+        preset="turbo-fp8",
+        why="multiplies in fp8, and fetches blocks that do not fit while it computes, which takes longer; nothing is "
+        "published for this card",
     ),
     _cuda(
         "rtx4060ti", "NVIDIA GeForce RTX 4060 Ti", (8, 9), (8, 7.6), (4, 8),
