@@ -63,10 +63,10 @@ def load_ernie_that_hangs_on(prompt):
     return pipe
 
 
-def load_ernie_that_notes(scratch, crash_at=None):
+def load_ernie_that_notes(scratch, crash_at=None, hang_at=None):
     """Return a pipeline with a prompt enhancer that notes its process, what it enhances and what it encodes, in files.
 
-    The process that enhances the prompt `crash_at` ends, the first time.
+    The process that enhances the prompt `crash_at` ends, the first time; the one that enhances `hang_at` hangs.
     """
     from tests.pipelines import tiny_ernie
 
@@ -82,6 +82,9 @@ def load_ernie_that_notes(scratch, crash_at=None):
         if any(request.prompt == crash_at for request in requests) and not crashed.exists():
             crashed.touch()
             os._exit(7)
+        if any(request.prompt == hang_at for request in requests):
+            Path(scratch, "hangs").touch()
+            time.sleep(60)
         note("enhanced", len(requests))
         return enhance(self, requests, expired)
 

@@ -88,11 +88,23 @@ def assert_alone(results, alone):
             assert np.abs(np.asarray(made, np.int16) - picture).max() <= 1
 
 
-def test_prompts_are_enhanced_and_encoded_ahead_by_all_actors_once_and_used_by_any(cluster, tmp_path, alone):
+HANGS = "blue blue blue"
+
+
+@pytest.fixture
+def noting(cluster, tmp_path):
+    """An engine of two actors that note what they do, and whose enhancers hang on HANGS; closed at the end, if not yet."""
     from ernie_accel.batch.engines.ray import RayEngine
 
-    engine = RayEngine(functools.partial(load_ernie_that_notes, str(tmp_path)), actors=2, num_gpus=0, num_cpus=1)
-    asked = []
+    load = functools.partial(load_ernie_that_notes, str(tmp_path), hang_at=HANGS)
+    engine = RayEngine(load, actors=2, num_gpus=0, num_cpus=1)
+    yield engine
+    engine.close()
+
+
+def test_prompts_are_enhanced_and_encoded_ahead_by_all_actors_once_and_used_by_any(noting, tmp_path, alone):
+    """At the end, closing waits for none that is still being encoded."""
+    engine, asked = noting, []
 
     class Spy:
         def __init__(self):
@@ -105,10 +117,7 @@ def test_prompts_are_enhanced_and_encoded_ahead_by_all_actors_once_and_used_by_a
     engine.bucket = spy = Spy()
     render = engine.render
     engine.render = lambda requests, timeout_s=None: (asked.append(notes(tmp_path, "encoded")), render(requests))[1]
-    try:
-        results = list(produce(engine, ernie_rows(*TEXTS), tmp_path / "out", progress=False))
-    finally:
-        engine.close()
+    results = list(produce(engine, ernie_rows(*TEXTS), tmp_path / "out", progress=False))
     assert_alone(sorted(results, key=lambda result: result.row.index), alone)
     processes, enhanced = notes(tmp_path, "enhanced")
     assert (len(processes), enhanced) == (2, len(TEXTS))  # rows of equal prompts have seeds, and so words, of their own
@@ -116,6 +125,15 @@ def test_prompts_are_enhanced_and_encoded_ahead_by_all_actors_once_and_used_by_a
     buckets = [spy.buckets[task.request] for task in tasks_of(ernie_rows(*TEXTS), 0)]
     assert buckets == alone[1], "the length is not that of the enhanced prompt"
     assert not any(encoded.packed for future in engine._encoding.values() for encoded in future.result().values())
+
+    engine.prepare([task.request for task in tasks_of(ernie_rows(*TEXTS, HANGS), 1)])
+    while not (tmp_path / "hangs").exists():
+        time.sleep(0.01)
+    start = time.perf_counter()
+    engine.close()
+    engine._threads.shutdown(wait=True)  # as the interpreter does at its end
+    assert time.perf_counter() - start < 20
+    assert len(engine._actors) == 2, "an actor was started for an engine that is closed"
 
 
 @pytest.mark.slow
@@ -130,20 +148,6 @@ def test_an_actor_that_dies_while_it_encodes_ahead_costs_no_row(cluster, tmp_pat
         engine.close()
     assert (tmp_path / "crashed").exists()
     assert_alone(sorted(results, key=lambda result: result.row.index), alone)
-
-
-def test_closing_while_prompts_are_encoded_ahead_waits_for_none_of_them(cluster, tmp_path):
-    from ernie_accel.batch.engines.ray import RayEngine
-
-    load = functools.partial(load_ernie_that_hangs_on, "blue blue blue")
-    engine = RayEngine(load, actors=1, num_gpus=0, num_cpus=1)
-    rows = ernie_rows(*TEXTS, "blue blue blue")
-    engine.prepare([task.request for task in tasks_of(rows, 0)])
-    start = time.perf_counter()
-    engine.close()
-    engine._threads.shutdown(wait=True)  # as the interpreter does at its end
-    assert time.perf_counter() - start < 20
-    assert len(engine._actors) == 1, "an actor was started for an engine that is closed"
 
 
 def test_more_actors_than_fit_on_this_machine_are_refused(cluster, monkeypatch):
@@ -166,7 +170,7 @@ def test_an_actor_without_a_place_is_waited_for_and_logged(cluster, monkeypatch,
     from ernie_accel.batch.engines import ray as module
 
     monkeypatch.setattr(module, "_TELL_S", 0.2)
-    engine = module.RayEngine(load_tiny_ernie, actors=2, num_gpus=0, num_cpus=2)
+    engine = module.RayEngine(StepPipe, actors=2, num_gpus=0, num_cpus=2)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(engine._describe, engine._actors[1])
         while "2 CPU (0 free)" not in caplog.text:
