@@ -93,7 +93,7 @@ HANGS = "blue blue blue"
 
 @pytest.fixture
 def noting(cluster, tmp_path):
-    """An engine of two actors that note what they do, and whose enhancers hang on HANGS; closed at the end, if not yet."""
+    """An engine of two actors that note what they do, and whose enhancers hang on HANGS; closed at the end."""
     from ernie_accel.batch.engines.ray import RayEngine
 
     load = functools.partial(load_ernie_that_notes, str(tmp_path), hang_at=HANGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -122,6 +123,7 @@ def test_full_size_stages_are_what_an_h200_measured():
             assert (found[stage] or 0) / 2**20 == pytest.approx(mib, rel=0.03), (pixels, pictures, on_kernels, stage)
 
 
+@functools.cache  # counting a pipe of the full size takes more than a second
 def planned(pipe: Any, card: str, preset: str = "turbo-fp8", *transforms: Any, **kwargs: Any) -> Any:
     return plan_memory(pipe, transforms, find_preset(preset), Context.named(card), **kwargs)
 
