@@ -20,14 +20,16 @@ from ernie_accel import (
     RewriteBlocks,
     TileVae,
 )
+from ernie_accel.core.components import pipe_bytes
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.hardware import GIB
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.families import family_of
 from ernie_accel.families.published import CHECKPOINTS, published
+from ernie_accel.memory import planner
 from ernie_accel.memory.activations import _Counter, peak_of
 from ernie_accel.memory.call import Call
-from ernie_accel.memory.planner import budget_of, check_fits, plan_memory
+from ernie_accel.memory.planner import budget_of, check_fits, free_on_device, plan_memory
 from ernie_accel.memory.stages import activations_of
 from ernie_accel.recipes.presets import find_preset
 from ernie_accel.storage.loading import load_pipeline
@@ -154,6 +156,28 @@ def test_unquantized_weights_wait_on_the_host_only_where_everything_stays_on_the
     own = planned(turbo, "h200", "turbo-fp8", FuseKernels("fp8"), memory="8GiB")
     assert not any(isinstance(each, FuseKernels) for each in own.transforms)
     assert own.host == on_8.host + on_all.host
+
+
+def test_what_other_work_holds_on_the_card_is_not_counted_on(turbo):
+    alone, shared = (planned(turbo, "h200", free=free) for free in (200 * GIB, 12 * GIB))
+    assert any(isinstance(each, Residency) for each in shared.transforms)
+    assert shared.budget == 12 * GIB
+    assert "other work on the card holds" in str(shared)
+    assert "other work" not in str(alone)
+    assert planned(turbo, "h200", memory="-2GiB", free=12 * GIB).budget == 12 * GIB
+    assert planned(turbo, "h200", memory="16GiB", free=12 * GIB).budget == 16 * GIB
+
+
+def test_memory_is_free_that_the_pipe_has_already_or_that_is_cached(monkeypatch):
+    pipe = tiny_ernie()
+    assert free_on_device(pipe, "cpu") is None
+    sizes = {"mem_get_info": (10 * GIB, 24 * GIB), "memory_reserved": 3 * GIB, "memory_allocated": 2 * GIB}
+    for name, size in sizes.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert free_on_device(pipe, "cuda:0") == 11 * GIB - GIB // 4
+    monkeypatch.setattr(planner, "device_of", lambda pipe: torch.device("cuda"))
+    assert free_on_device(pipe, "cuda:0") == 11 * GIB - GIB // 4 + pipe_bytes(pipe)
 
 
 def test_weights_stay_unquantized_as_long_as_that_fits(turbo):

@@ -36,7 +36,7 @@ from ernie_accel.core.report import Report
 from ernie_accel.core.transform import Transform
 from ernie_accel.families import Family, family_of, give_family
 from ernie_accel.memory.call import Call
-from ernie_accel.memory.planner import available_on_host, budget_of, check_fits, places, plan_memory
+from ernie_accel.memory.planner import available_on_host, budget_of, check_fits, free_on_device, places, plan_memory
 from ernie_accel.plugins import load_plugins
 from ernie_accel.recipes.presets import find_preset
 from ernie_accel.recipes.recommend import fitting_preset, recommend
@@ -87,7 +87,8 @@ def plan(
             return plan_request(checked, wanted, named, context or machine_for(checked, wanted))
         _refuse_kept(checked)
         machine = context or _device_for(checked, wanted)
-        found = plan_memory(checked, transforms, named, machine, "auto" if memory is None else memory, call)
+        free = free_on_device(checked, machine.torch_device) if context is None else None
+        found = plan_memory(checked, transforms, named, machine, "auto" if memory is None else memory, call, free=free)
         chosen = _Placing(memory, call or Call(), found.transforms).beside(transforms).chosen
         together = compose((*transforms, *chosen), named, family_of(checked))
         return replace(plan_request(checked, together, named, machine), memory=found)
@@ -352,7 +353,8 @@ def _placed(
     if machine.device == "cpu":
         raise ErnieAccelError(f"memory={memory!r} is about an accelerator's memory, and this is {machine}")
     _refuse_kept(pipe)
-    found = plan_memory(pipe, own, preset, machine, memory, call, device)
+    free = free_on_device(pipe, device or machine.torch_device) if context is None else None
+    found = plan_memory(pipe, own, preset, machine, memory, call, device, free)
     if not found.fits and not skip_unsupported:
         the_plan = plan_request(pipe, wanted, preset, machine)
         if not the_plan.ok:

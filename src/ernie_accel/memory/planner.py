@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ernie_accel.common.text import human_gib, table
-from ernie_accel.core.components import PROMPT_COMPONENTS, Pipeline, modules_of
+from ernie_accel.core.components import PROMPT_COMPONENTS, Pipeline, device_of, modules_of, pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.hardware import GIB, hardware_called
@@ -29,6 +31,8 @@ from ernie_accel.transforms.weights.residency import Residency, least_weights
 
 #: What a process cannot have of a card: the driver's share, and the desktop's.
 TAKEN = int(0.7 * GIB)
+#: What a process takes later outside torch's allocator: code of kernels, workspaces.
+_LATER = 256 * 2**20
 _NOT_KEPT = "no unquantized weights wait in host memory: restore() cannot bring them back"
 #: Slots that say where weights live: who fills one has chosen.
 _PLACING = ("offload", "device", "free-after-use")
@@ -146,6 +150,7 @@ def plan_memory(
     memory: str | int = "auto",
     call: Call | None = None,
     device: str | None = None,
+    free: int | None = None,
 ) -> MemoryPlan:
     """Choose the fastest way in which a call fits. Changes nothing and needs no device and no weights.
 
@@ -160,12 +165,18 @@ def plan_memory(
         memory: See `budget_of`.
         call: What will be asked of the pipe; default: one picture of 1024x1024.
         device: What torch calls the device, "cuda:1"; default: the context's, without a number.
+        free: Bytes that can be had there now, see `free_on_device`. A budget relative to what the card has is no more
+            than that; one in bytes stays. None: not asked.
 
     Raises:
         ErnieAccelError: Nothing fits; the error says how much would be needed at least, stage by stage.
     """
     own = tuple(transforms)
     call, budget = call or Call(), budget_of(memory, context)
+    shared: tuple[str, ...] = ()
+    if free is not None and budget is not None and is_relative(memory) and free < budget:
+        shared = (f"other work on the card holds {human_gib(budget - free)} of what it may use otherwise",)
+        budget = free
     wanted = compose(own, preset, family_of(pipe))
     call = replace(call, guidance=_is_guided(pipe, wanted)) if call.guidance is None else call
     activations = activations_of(pipe, wanted, context, call)
@@ -178,6 +189,7 @@ def plan_memory(
         found = _judge(pipe, the_plan, chosen, why, context, call, budget, activations)
         if found is None:
             continue
+        found = replace(found, why=(*shared, *found.why))
         if found.fits:
             return found
         if best is None or found.needed < best.needed:
@@ -196,6 +208,29 @@ def _is_guided(pipe: Pipeline, transforms: Iterable[Transform]) -> bool:
             scale = mode.guidance_scale if scale is None and mode is not None else scale
             return scale is not None and scale > 1
     return False
+
+
+def is_relative(memory: str | int) -> bool:
+    """Return whether a budget is relative to what a card has: "auto", or "-2GiB"."""
+    return isinstance(memory, str) and (memory == "auto" or memory.strip().startswith("-"))
+
+
+def free_on_device(pipe: Pipeline, device: str) -> int | None:
+    """Return the bytes of device memory that this process could have for a pipe now; None where torch does not say.
+
+    What the pipe has there already counts as free, and so does what torch's allocator keeps without using it.
+
+    Args:
+        pipe: The pipe.
+        device: What torch calls the device.
+    """
+    there = torch.device(device)
+    if there.type != "cuda" or not torch.cuda.is_available():
+        return None
+    free, _ = torch.cuda.mem_get_info(there)
+    cached = torch.cuda.memory_reserved(there) - torch.cuda.memory_allocated(there)
+    own = pipe_bytes(pipe) if device_of(pipe).type == "cuda" else 0
+    return max(1, free + cached + own - _LATER)
 
 
 def available_on_host() -> int | None:
