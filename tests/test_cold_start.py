@@ -123,19 +123,22 @@ def test_loading_writes_what_the_folder_holds_and_hardly_more(on_h200, tmp_path)
     assert held <= counter.nbytes < 1.05 * held
 
 
-@pytest.mark.parametrize("scheme", ["fp8-weight-only", "int8-weight-only", "nf4"])
-def test_a_quantizer_makes_one_blank_layer_of_each_kind(scheme, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("scheme", "backend"),
+    [("fp8-weight-only", "torchao"), ("int8", "torchao"), ("int8-weight-only", "quanto"), ("nf4", "bitsandbytes")],
+)
+def test_a_quantizer_makes_one_blank_layer_of_each_kind(scheme, backend, tmp_path, monkeypatch):
     pipe = tiny_ernie(dtype=torch.bfloat16, layers=3)
-    ernie_accel.optimize(pipe, Quantize(scheme))
+    ernie_accel.optimize(pipe, Quantize(scheme, backend=backend))
     details = ernie_accel.report(pipe).entries[0].applied.details
     folder = ernie_accel.save(pipe, tmp_path / "saved")
-    backend, made = type(BACKENDS[details[0].backend]), []
-    blank = backend.blank
-    monkeypatch.setattr(backend, "blank", lambda self, *args: made.append(args) or blank(self, *args))
+    quantizer, made = type(BACKENDS[backend]), []
+    blank = quantizer.blank
+    monkeypatch.setattr(quantizer, "blank", lambda self, *args: made.append(args) or blank(self, *args))
     again = ernie_accel.load(folder)
     assert len(made) == len({detail.shape for detail in details}) < len(details)
     layers = [layer for layer in again.transformer.modules() if RECEIPT.of(layer) is not None]
-    places = [tensor.data_ptr() for layer in layers for tensor in BACKENDS[details[0].backend].tensors(layer).values()]
+    places = [tensor.data_ptr() for layer in layers for tensor in BACKENDS[backend].tensors(layer).values()]
     assert len(set(places)) == len(places)  # no two layers share memory
 
 

@@ -42,7 +42,7 @@ from ernie_accel.recipes.presets import find_preset
 from ernie_accel.recipes.recommend import fitting_preset, recommend
 from ernie_accel.storage.loading import load_pipeline, was_saved_here
 from ernie_accel.storage.reading import forgetful
-from ernie_accel.storage.reading import load as read_saved
+from ernie_accel.storage.reading import read as read_saved
 from ernie_accel.transforms.weights.quantize import Quantize
 from ernie_accel.transforms.weights.residency import Residency
 
@@ -198,21 +198,26 @@ def load(
 ) -> CallablePipeline:
     """Read a pipeline and optimize it on its way to the device. Nothing that comes with it is run.
 
-    A pipe that `save` wrote has the same bits and the same transforms as then; `transforms` take the place of the saved
-    ones in their slots. Any other is read with its weights mapped from their files, and quantized layer by layer, so
-    the device never holds more than what was planned and one layer, and the originals take no memory of their own.
+    A pipe that `save` wrote has the same bits and the same transforms as then; `transforms`, and those of `preset`,
+    take the place of the saved ones in their slots. If `preset`, `memory` or `call` is given, its weights are mapped
+    from their files and brought to where the plan says, one after the other; else they are read as a whole.
+
+    Any other is read with its weights mapped from their files, and quantized layer by layer, so the device never holds
+    more than what was planned and one layer, and the originals take no memory of their own.
 
     Args:
         model: A folder that `save` or ``save_pretrained`` wrote, or a hub id.
         *transforms: Transforms, beside the preset or the saved ones.
-        preset: A preset or its name, or "auto" for the one that fits the machine; not for a pipe that `save` wrote.
-        memory: As in `optimize`; not for a pipe that `save` wrote.
-        device: Where to; None: for a pipe that `save` wrote the CPU, for others the accelerator, where there is one.
+        preset: A preset or its name, or "auto" for the one that fits the machine. Of a pipe that `save` wrote, it must
+            ask for the weights that were saved; "auto" takes it as it was saved.
+        memory: As in `optimize`.
+        device: Where to; None: the accelerator, where there is one; for a pipe that `save` wrote the CPU, unless
+            `preset`, `memory` or `call` is given.
         dtype: Of the weights as they are read: "bfloat16", ...; "auto" is bfloat16 for an accelerator and float32 for
             the CPU.
         on_unsupported: What to do with a transform that cannot run here; as in ``optimize``.
         known: Classes that a folder that `save` wrote may name beside those that pipelines use.
-        call: As in `optimize`; not for a pipe that `save` wrote.
+        call: As in `optimize`.
 
     Returns:
         The pipe. What was quantized on the way cannot be undone by ``restore``: the originals are in the files.
@@ -223,19 +228,6 @@ def load(
         ConflictError: Two of `transforms` want one slot.
         ErnieAccelError: There is no such model, or it does not fit; the error says what would.
     """
-    if was_saved_here(model):
-        if preset is not None:
-            raise ErnieAccelError(
-                f"{os.fspath(model)} was written by ernie_accel.save and has the transforms it was saved with; found "
-                f"preset={preset!r}: leave it out, or pass transforms for slots to change"
-            )
-        if memory not in (None, "auto") or call is not None:
-            found = f"call={call!r}" if memory in (None, "auto") else f"memory={memory!r}"
-            raise ErnieAccelError(
-                f"{os.fspath(model)} was written by ernie_accel.save, and such a pipe goes to its device as a whole; "
-                f"found {found}: leave it out, or load the original model with it"
-            )
-        return read_saved(model, *transforms, device=device or "cpu", on_unsupported=on_unsupported, known=known)
     if device is not None and not is_here(device):
         raise ErnieAccelError(f"there is no device {device!r} here: this machine has {Context.detect()}")
     machine = Context.detect(device=device)
@@ -246,6 +238,12 @@ def load(
         budget_of(memory, machine)
     if preset is not None and preset != "auto":
         find_preset(preset)
+    if was_saved_here(model):
+        if dtype != "auto":
+            raise ErnieAccelError(
+                f"{os.fspath(model)} was written by ernie_accel.save and keeps its dtypes; found dtype={dtype!r}"
+            )
+        return _load_saved(model, transforms, preset, memory, device, on_unsupported, tuple(known), call)
     pipe = load_pipeline(os.fspath(model), dtype, machine.torch_device, on_host=True)
     named, wanted = _request(check_pipeline(pipe), transforms, preset, machine)
     asked = tuple(map(forgetful, wanted))
@@ -254,6 +252,33 @@ def load(
             _optimize(pipe, asked, named, on_unsupported, None, None, None, call)
         return pipe
     _optimize(pipe, asked, named, on_unsupported, None, None, memory, call, device or machine.torch_device)
+    return pipe
+
+
+def _load_saved(
+    model: str | os.PathLike[str],
+    transforms: tuple[Transform, ...],
+    preset: Preset | str | None,
+    memory: str | int | None,
+    device: str | None,
+    on_unsupported: Literal["error", "skip"],
+    known: tuple[type, ...],
+    call: Call | None,
+) -> CallablePipeline:
+    """Read a pipe that `save` wrote, and place its weights if anything says for what, or where."""
+    asked = preset is not None or call is not None or memory not in (None, "auto")
+    goes_to = device or next((each.moves_to for each in transforms if each.moves_to is not None), None)
+    machine = Context.detect(device=goes_to or (None if asked and memory is not None else "cpu"))
+    plans = asked and memory is not None and machine.device not in ("cpu", "rocm")
+    mapped = plans or (device is None and goes_to is not None)
+    named = find_preset(preset) if preset is not None and preset != "auto" else None
+    place = None if mapped else device or (machine.torch_device if asked and memory is not None else "cpu")
+    pipe, wanted = read_saved(model, transforms, machine, place, preset=named, known=known, elsewhere=plans)
+    if plans:
+        where = device or machine.torch_device
+        _optimize(pipe, wanted, named, on_unsupported, None, None, memory, call, where)
+    elif len(report_of(check_pipeline(pipe)).entries) < len(wanted):
+        _optimize(pipe, wanted, named, on_unsupported, None, None, None, None)
     return pipe
 
 

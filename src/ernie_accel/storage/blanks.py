@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _acts_by_itself(layer: nn.Module) -> bool:
     """Return whether a layer has what a copy of it would share: hooks, or methods of its own."""
-    own = any(callable(value) for name, value in vars(layer).items() if not name.startswith("_"))
+    own = any(isinstance(value, FunctionType) or name == "forward" for name, value in vars(layer).items())
     return own or bool(layer._forward_pre_hooks or layer._forward_hooks) or hasattr(layer, "_diffusers_hook")
 
 

@@ -8,7 +8,7 @@ that it names is run, opened elsewhere or looked up on a network.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -90,8 +90,9 @@ def read(
     machine: Context,
     device: str | None,
     *,
-    preset: Callable[[CallablePipeline], Preset | None] = lambda pipe: None,
+    preset: Preset | None = None,
     known: Iterable[type] = (),
+    elsewhere: bool = False,
 ) -> tuple[CallablePipeline, tuple[Transform, ...]]:
     """Read a pipe that `save` wrote, and apply nothing that follows quantization.
 
@@ -103,8 +104,9 @@ def read(
         transforms: See `load`.
         machine: Where the pipe will run.
         device: Where to; None leaves the weights in their files, mapped into memory, for what brings them to a device.
-        preset: Returns the preset that is asked for beside `transforms`, given the pipe without its weights.
+        preset: What is asked for beside `transforms`.
         known: See `load`.
+        elsewhere: Whether the weights are about to be placed anew: leave out what the folder says about that.
 
     Returns:
         The pipe, and all its transforms in the order they run: those of its report first, then those to be applied.
@@ -123,8 +125,8 @@ def read(
         index = vet(source, [cls for cls in known if not issubclass(cls, Transform)])
         _check_they_agree(source, manifest, index)
         pipe = assemble(source, index, lambda name, cls: empty_model(source / name, cls))
-        given = _beside_preset(transforms, preset(pipe), pipe)
-        wanted, saved = _with_given(source, manifest.transforms, given, own)
+        given = _beside_preset(transforms, preset, pipe)
+        wanted, saved = _with_given(source, manifest.transforms, given, own, elsewhere)
         receipts = {name: model.receipts() for name, model in manifest.components.items()}
         _check_can_run(source, receipts.values(), machine)
         early = _rewritten(pipe, manifest, saved, machine)
@@ -213,6 +215,7 @@ def _with_given(
     saved: Iterable[SavedTransform],
     given: tuple[tuple[Transform, ...], tuple[Transform, ...]],
     own: Iterable[type[Transform]],
+    elsewhere: bool,
 ) -> tuple[tuple[Transform, ...], tuple[tuple[Transform, SavedTransform], ...]]:
     """Return all transforms of the pipe in order, and those that were saved with what was saved of them.
 
@@ -221,6 +224,7 @@ def _with_given(
         saved: What it says.
         given: What the caller asks for, and what the caller's preset does.
         own: Classes of transforms that it may name beside the library's.
+        elsewhere: See `read`.
 
     Raises:
         SavedPipelineError: The folder chooses what is local to this machine, or describes no transform; or one that was
@@ -232,8 +236,9 @@ def _with_given(
     pairs: list[tuple[Transform, SavedTransform]] = []
     for data in saved:
         transform = _transform(folder, data.transform, {**late, **by_slot}, own)
-        if transform is not None:
-            pairs.append((transform, data))
+        if transform is None or (elsewhere and transform.occupies not in by_slot and _is_of_its_place(transform)):
+            continue
+        pairs.append((_anywhere(transform) if elsewhere else transform, data))
     made = {transform.occupies: transform for transform, _ in pairs if transform.phase <= Phase.QUANTIZE}
     for transform in by_slot.values():
         if transform.phase <= Phase.QUANTIZE and transform.occupies not in made:
@@ -248,6 +253,18 @@ def _with_given(
             )
     kept = [transform for transform, _ in pairs if transform.occupies not in {**late, **by_slot}]
     return compose((*kept, *mine, *late.values()), None), tuple(pairs)
+
+
+def _is_of_its_place(transform: Transform) -> bool:
+    """Return whether a transform says where weights live, or was predicted for that."""
+    return transform.slot in ("offload", "device", "free-after-use", "out-of-memory")
+
+
+def _anywhere(transform: Transform) -> Transform:
+    """Return what quantized a pipe on its way to a device, without that device: the weights are quantized now."""
+    if transform.phase > Phase.QUANTIZE or getattr(transform, "device", None) is None:
+        return transform
+    return replace(transform, device=None)  # type: ignore[call-arg]
 
 
 def _transform(

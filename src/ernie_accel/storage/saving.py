@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from ernie_accel.core.transform import Phase, Transform, machine_local_fields
 from ernie_accel.storage.folders import current, replace_folder
 from ernie_accel.storage.layers import content_of, quantized_layers, receipt_of, repeats_rewriting
 from ernie_accel.storage.manifest import FORMAT, FORMAT_VERSION, MANIFEST, WEIGHTS, Manifest, files_of, saved_receipt
+from ernie_accel.storage.tensor_file import write_tensors
 
 #: Libraries whose models can be saved; naming others in a folder would be naming code.
 _LIBRARIES = ("diffusers", "transformers")
@@ -101,8 +103,6 @@ def _check_can_be_saved(pipe: Pipeline, folder: Path) -> None:
 
 
 def _write(pipe: Pipeline, folder: Path, target: Path, entries: list[Entry]) -> None:
-    from safetensors.torch import save_file
-
     from ernie_accel.exports import VERSION
 
     components: dict[str, object] = {}
@@ -112,7 +112,7 @@ def _write(pipe: Pipeline, folder: Path, target: Path, entries: list[Entry]) -> 
             place.mkdir()
             _save_config(part, place)
             tensors, aliases = _tensors_of(part)
-            save_file(tensors, place / WEIGHTS, metadata={"format": "pt"})
+            _write_tensors(tensors, place / WEIGHTS, target)
             quantized = quantized_layers(part)
             components[name] = {
                 "library": type(part).__module__.split(".")[0],
@@ -191,4 +191,11 @@ def _tensors_of(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[
         else:
             first[id(tensor)] = name
             tensors[name] = tensor.detach()
-    return {name: tensor.contiguous().clone() for name, tensor in tensors.items()}, aliases
+    return tensors, aliases
+
+
+def _write_tensors(tensors: Mapping[str, torch.Tensor], file: Path, target: Path) -> None:
+    try:
+        write_tensors(file, tensors)
+    except ValueError as error:
+        raise SavedPipelineError(target, f"cannot save {file.parent.name}: {error}") from error

@@ -13,6 +13,7 @@ from ernie_accel.core.components import weights_of
 from ernie_accel.core.errors import SavedPipelineError
 from ernie_accel.core.transform import LayerReceipt
 from ernie_accel.storage.manifest import WEIGHTS
+from ernie_accel.storage.tensor_file import ALIGNMENT
 
 if TYPE_CHECKING:
     from ernie_accel.storage.blanks import Blanks
@@ -116,11 +117,10 @@ class SavedWeights:
 
 
 def _brought(tensor: torch.Tensor, device: str | None) -> torch.Tensor:
-    """Return a tensor of a mapped file on a device, in memory of its own; with None as it is.
-
-    A file is mapped at any offset, and some kernels read 16 bytes at a time.
-    """
-    return tensor if device is None else tensor.to(device, copy=True)
+    """Return a tensor of a mapped file on a device, in its own memory; with None as it is, if kernels can read it."""
+    if device is None:
+        return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+    return tensor.to(device, copy=True)
 
 
 def _owner(module: torch.nn.Module, path: str) -> tuple[torch.nn.Module | None, str]:
