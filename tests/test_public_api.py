@@ -30,7 +30,7 @@ VERBS = {
     "save",
     "transform_from_json",
 }
-MODULES = {"batch", "demo", "testing"}
+MODULES = {"batch", "demo", "fidelity", "testing"}
 DATA = {"MACHINE_LOCAL", "presets"}
 CLASSES = {
     "Applied",

@@ -1,5 +1,5 @@
 # Written by docs/generate_stub.py from exports.py.
-from ernie_accel import batch as batch, demo as demo, testing as testing
+from ernie_accel import batch as batch, demo as demo, fidelity as fidelity, testing as testing
 from ernie_accel.batch.errors import BatchChangedError as BatchChangedError
 from ernie_accel.batch.errors import BatchInputError as BatchInputError
 from ernie_accel.batch.errors import BatchOutputError as BatchOutputError

@@ -103,7 +103,7 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 #: Subpackages that are reached as attributes.
-SUBPACKAGES = ("batch", "demo", "testing")
+SUBPACKAGES = ("batch", "demo", "fidelity", "testing")
 
 #: Exported name -> its module, whole.
 HOME_OF: Mapping[str, str] = MappingProxyType(

@@ -164,7 +164,7 @@ def _as_picture(given: object, name: str) -> torch.Tensor:
     if isinstance(given, np.ndarray):
         if given.ndim != 3 or given.shape[-1] != 3:
             raise PictureError(f"{name} is an array {given.shape}; expected [H, W, 3]")
-        return _in_range(torch.from_numpy(np.ascontiguousarray(given)).permute(2, 0, 1), name)
+        return _in_range(torch.from_numpy(np.array(given)).permute(2, 0, 1), name)
     if isinstance(given, torch.Tensor):
         if given.ndim != 3 or given.shape[0] != 3:
             raise PictureError(f"{name} is a tensor {tuple(given.shape)}; expected [3, H, W]")
@@ -178,7 +178,7 @@ def _as_mask(given: object, name: str) -> torch.Tensor:
     if isinstance(given, Image.Image):
         return _from_bytes(_opaque(given, name).convert("L"))[None]
     if isinstance(given, np.ndarray):
-        given = torch.from_numpy(np.ascontiguousarray(given))
+        given = torch.from_numpy(np.array(given))
     if not isinstance(given, torch.Tensor):
         raise PictureError(f"{name} is {given!r}; expected a file, a PIL picture, or an array or tensor [H, W]")
     if given.ndim == 3 and 1 in (given.shape[0], given.shape[-1]):

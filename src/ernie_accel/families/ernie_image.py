@@ -11,7 +11,7 @@ ERNIE_IMAGE = Family(
     transformer_classes=("ErnieImageTransformer2DModel",),
     modes=MappingProxyType(
         {
-            "turbo": CallSettings(8, 1.0, "the model card of ERNIE-Image-Turbo"),
+            "turbo": CallSettings(8, 1.0, "the model card of ERNIE-Image-Turbo", highest_guidance=1.5),
             "quality": CallSettings(50, 4.0, "the model card of ERNIE-Image"),
         }
     ),

@@ -16,11 +16,13 @@ class CallSettings:
         guidance_scale: Classifier-free guidance (for a distilled checkpoint the family's own value for "none"); None
             leaves the pipe's default.
         source: Where the values come from.
+        highest_guidance: Above it, pictures can show a grid (`fidelity.grid_score`); None: not known to.
     """
 
     num_inference_steps: int
     guidance_scale: float | None
     source: str
+    highest_guidance: float | None = None
 
 
 @dataclass(frozen=True)

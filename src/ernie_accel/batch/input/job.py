@@ -74,9 +74,10 @@ class Job(Options):
 
     def sifting(self) -> Sift | None:
         """Return what is sifted out; None: nothing was asked for."""
-        if not (self.sift or self.blur is not None or self.duplicates is not None or self.reroll):
+        asked_for = (self.blur, self.grid, self.duplicates)
+        if not (self.sift or self.reroll or any(each is not None for each in asked_for)):
             return None
-        return Sift(blur_variance=self.blur, duplicate_bits=self.duplicates, reroll=self.reroll)
+        return Sift(blur_variance=self.blur, grid_score=self.grid, duplicate_bits=self.duplicates, reroll=self.reroll)
 
 
 _OF_A_PIPELINE = (

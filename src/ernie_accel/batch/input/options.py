@@ -208,6 +208,11 @@ class Options(BaseModel):
         Field(description="Also blurred ones, of a Laplacian variance below this.", ge=0, le=1e6),
         Names(python=("Sift.blur_variance",)),
     ] = None
+    grid: Annotated[
+        float | None,
+        Field(description="Also those with a faint grid, of a score above this; 0.5 is visible.", ge=0, le=255),
+        Names(python=("Sift.grid_score",)),
+    ] = None
     duplicates: Annotated[
         int | None,
         Field(description="Also near-duplicates, up to so many bits of 64.", ge=0, le=64),

@@ -25,6 +25,8 @@ class Sift:
             flat graphics and soft backgrounds are legitimate.
         grid_ratio: How much larger, on the average, grey steps are at multiples of 8, 16 or 32 px than elsewhere, above
             which it shows a grid (broken tiling, a corrupt patch embedding).
+        grid_score: The `fidelity.grid_score` above which a picture shows the faint grid of distilled checkpoints; 0.5
+            is visible. Off unless given: a checked cloth has such a pattern too. Below 96 px nothing is looked for.
         duplicate_bits: Differing bits of 64, up to which two pictures' difference hashes make them near-duplicates.
             Off unless given: product pictures on one background are alike.
         reroll: How often a row whose picture is sifted out is tried with another seed.
@@ -33,6 +35,7 @@ class Sift:
     blank_std: float | None = 2.0
     blur_variance: float | None = None
     grid_ratio: float | None = 3.0
+    grid_score: float | None = None
     duplicate_bits: int | None = None
     reroll: int = 0
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ernie_accel.batch.input.sift import HASH_SIDE, Finding, Sift
+from ernie_accel.fidelity.grid import LEAST_SIDE, grid_of
 
 _GRID_PERIODS = (8, 16, 32)  # pixels: latent patches of the supported models, and twice that
 
@@ -54,6 +55,8 @@ class Sieve:
             if ratio > sift.grid_ratio:
                 limit = f"more than {sift.grid_ratio:g}"
                 return f"grid: edges every {period} px are {ratio:.1f} times as strong as others, {limit}"
+        if sift.grid_score is not None and min(grey.shape) >= LEAST_SIDE and (score := grid_of(grey)) > sift.grid_score:
+            return f"faint grid: its score is {score:.2f}, more than {sift.grid_score:g}"
         return None
 
     def _remember(self, digest: int, path: str) -> None:
