@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import Context, FreeAfterUse, MakeContiguous, Offload, TileVae
+from ernie_accel import Context, FreeAfterUse, MakeContiguous, Offload, SliceVae, TileVae
 from ernie_accel.core.components import module_bytes
 from ernie_accel.core.outputs import images_of
 from tests.pipelines import picture
@@ -147,6 +147,48 @@ def test_offloading_gives_the_same_bits_and_restores(ernie, mode):
         assert set(vars(part)) - names <= {"_diffusers_hook"}  # an empty registry stays
         assert not part._forward_pre_hooks
     assert torch.equal(picture(ernie, latents=latents.clone(), steps=1), before)
+
+
+@pytest.fixture
+def with_card(monkeypatch):
+    """A machine with an H200, which a pipe on the host does not live on."""
+    detect = Context.detect
+    h200 = replace(Context.named("h200"), versions={**Context.detect().versions, "triton": "3.6"})
+    monkeypatch.setattr(Context, "detect", lambda pipe=None, device=None: h200 if pipe is None else detect(pipe))
+    return h200
+
+
+@pytest.mark.parametrize("mode", ["model", "stages"])
+def test_a_pipe_on_the_host_is_offloaded_from_the_accelerator_that_is_here(mode, with_card, ernie):
+    for more in ({}, {"preset": "turbo-fp8"}):
+        plan = ernie_accel.plan(ernie, Offload(mode), **more)
+        assert (plan.context, plan.problems) == (with_card, {})
+        (step,) = (step for step in plan.steps if isinstance(step.transform, Offload))
+        assert (step.verdict, step.planned.device) == ("apply", "cuda")
+    assert ernie_accel.plan(ernie, SliceVae()).context.device == "cpu"
+
+
+@pytest.mark.parametrize("mode", ["model", "sequential", "group", "stages"])
+def test_the_device_is_the_accelerator_and_all_goes_back_to_where_it_was(mode, with_card, ernie, monkeypatch):
+    moved, enabled = [], []
+    for name in ("transformer", "vae", "text_encoder"):
+        module = getattr(ernie, name)
+        monkeypatch.setattr(
+            module, "to", lambda device, name=name, module=module: moved.append((name, str(device))) or module
+        )
+    for method in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
+        monkeypatch.setattr(ernie, method, lambda device: enabled.append(str(device)))
+    monkeypatch.setattr(ernie, "enable_group_offload", lambda onload_device, **_: enabled.append(str(onload_device)))
+    applied = Offload(mode).apply(ernie, with_card)
+    staying = {
+        "group": [("vae", "cuda")],
+        "stages": [("transformer", "cuda"), ("vae", "cuda"), ("text_encoder", "cpu")],
+    }
+    assert list(dict.fromkeys(moved)) == staying.get(mode, [])
+    assert enabled == ([] if mode == "stages" else ["cuda"])
+    moved.clear()
+    applied.undo()
+    assert dict(moved) == {"transformer": "cpu", "vae": "cpu", "text_encoder": "cpu"}
 
 
 def test_stages_leave_when_denoising_begins(ernie, monkeypatch):

@@ -13,6 +13,7 @@ from ernie_accel.core.components import (
     AnyPipeline,
     Pipeline,
     bare_float8,
+    device_of,
     pipe_bytes,
     wrapped_by_compile,
 )
@@ -216,8 +217,12 @@ def plan_request(pipe: Pipeline, wanted: tuple[Transform, ...], preset: Preset |
 
 
 def machine_for(pipe: Pipeline, wanted: Iterable[Transform]) -> Context:
-    """Look at the device the pipe lives on, or at the one that a transform among `wanted` will move it to."""
-    return Context.detect(pipe, next((t.moves_to for t in wanted if t.moves_to is not None), None))
+    """Look at the device the pipe lives on, or at the one where a transform among `wanted` will have it run."""
+    wanted = tuple(wanted)
+    moves_to = next((t.moves_to for t in wanted if t.moves_to is not None), None)
+    if moves_to is None and device_of(pipe).type == "cpu" and any(t.runs_on_accelerator for t in wanted):
+        return Context.detect()
+    return Context.detect(pipe, moves_to)
 
 
 def keep_entries(

@@ -205,6 +205,11 @@ class Transform(ABC):
         """The device that this moves the pipe to, and that the plan is then made for; None if it moves nothing."""
         return None
 
+    @property
+    def runs_on_accelerator(self) -> bool:
+        """Whether a pipe on the host will run on the machine's accelerator, which the plan is then made for."""
+        return False
+
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         """Return what the pipe will be once this has run, from ``context.planned(pipe)``, what it will be before.
 

@@ -43,6 +43,8 @@ _NOT_IN_GROUPS = ("vae",)
 class Offload(Transform):
     """Offload weights to host memory between uses. This saves memory and costs time; the arithmetic stays the same.
 
+    A pipe on the host is offloaded from the machine's accelerator: it need not have been there as a whole.
+
     "model", "sequential" and "group" are diffusers' own modes (``enable_model_cpu_offload`` and so on). "stages" is for
     cards that can hold the transformer, but not the 15 GB of ERNIE-Image's text encoder and prompt enhancer as well.
 
@@ -68,6 +70,11 @@ class Offload(Transform):
         if self.blocks_per_group < 1:
             raise ValueError(f"blocks_per_group must be >= 1, got {self.blocks_per_group}")
 
+    @property
+    def runs_on_accelerator(self) -> bool:
+        """That is what it is for."""
+        return True
+
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = []
         if context.device == "cpu":
@@ -87,19 +94,25 @@ class Offload(Transform):
         return Preview(self._changes(pipe), note=f"on the accelerator: {MODES[self.mode]}")
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
-        return replace(context.planned(pipe), offload=self.mode)
+        return replace(context.planned(pipe), offload=self.mode, device=context.torch_device)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         changes, device = self._changes(pipe), device_of(pipe)
+        if device.type == "cpu" and context.device != "cpu":
+            device = torch.device(context.torch_device)
+        places = _places(pipe)
         with Undo() as undo:
             for name in ("_offload_gpu_id", "_offload_device", "_all_hooks"):
                 undo.push(_attribute_setter(pipe, name))
             for part in (part for module in modules_of(pipe).values() for part in module.modules()):
                 undo.push(_attribute_setter(part, "forward"))  # hooks, when removed, leave one on the instance
             if self.mode == "stages":
-                self._stage(pipe, device, undo)
+                self._stage(pipe, device, places, undo)
             elif self.mode == "group":
-                undo.push(partial(_end_group_offload, pipe, device))
+                undo.push(partial(_end_group_offload, pipe, places))
+                for name in _NOT_IN_GROUPS:
+                    if name in places:
+                        modules_of(pipe)[name].to(device)
                 pipe.enable_group_offload(
                     onload_device=device,
                     num_blocks_per_group=self.blocks_per_group,
@@ -107,7 +120,7 @@ class Offload(Transform):
                     exclude_modules=list(_NOT_IN_GROUPS),
                 )
             else:
-                undo.push(partial(_end_cpu_offload, pipe, device))
+                undo.push(partial(_end_cpu_offload, pipe, places))
                 enable = pipe.enable_model_cpu_offload if self.mode == "model" else pipe.enable_sequential_cpu_offload
                 enable(device=device)
         return Applied(changes, undo=undo, note=f"on the accelerator: {MODES[self.mode]}")
@@ -121,14 +134,18 @@ class Offload(Transform):
     def _prompt_components(self, pipe: Pipeline) -> Iterator[str]:
         return (name for name in modules_of(pipe) if name in PROMPT_COMPONENTS)
 
-    def _stage(self, pipe: Pipeline, device: torch.device, undo: Undo) -> None:
+    def _stage(self, pipe: Pipeline, device: torch.device, places: Mapping[str, torch.device], undo: Undo) -> None:
         from accelerate import cpu_offload_with_hook
         from accelerate.hooks import remove_hook_from_module
 
         hooks = []
+        for name, place in places.items():
+            if name not in PROMPT_COMPONENTS and place != device:
+                undo.push(partial(modules_of(pipe)[name].to, place))
+                modules_of(pipe)[name].to(device)
         for name in self._prompt_components(pipe):
             module = modules_of(pipe)[name]
-            undo.push(partial(module.to, device))
+            undo.push(partial(module.to, places.get(name, device)))
             undo.push(partial(remove_hook_from_module, module, recurse=True))
             _, hook = cpu_offload_with_hook(module.to("cpu"), device)
             hooks.append(hook)
@@ -141,12 +158,29 @@ class Offload(Transform):
             undo.hook_before_forward(denoiser, leave)
 
 
-def _end_cpu_offload(pipe: Pipeline, device: torch.device) -> None:
+def _places(pipe: Pipeline) -> dict[str, torch.device]:
+    """Return where each component is; without those that hold no tensor."""
+    found = {}
+    for name, module in modules_of(pipe).items():
+        tensor = next((tensor for tensor in (*module.parameters(), *module.buffers())), None)
+        if tensor is not None:
+            found[name] = tensor.device
+    return found
+
+
+def _move_back(pipe: Pipeline, places: Mapping[str, torch.device]) -> None:
+    for name, place in places.items():
+        module = modules_of(pipe).get(name)
+        if module is not None:
+            module.to(place)
+
+
+def _end_cpu_offload(pipe: Pipeline, places: Mapping[str, torch.device]) -> None:
     pipe.remove_all_hooks()
-    pipe.to(device)
+    _move_back(pipe, places)
 
 
-def _end_group_offload(pipe: Pipeline, device: torch.device) -> None:
+def _end_group_offload(pipe: Pipeline, places: Mapping[str, torch.device]) -> None:
     from diffusers.hooks import HookRegistry
 
     for module in modules_of(pipe).values():
@@ -155,7 +189,7 @@ def _end_group_offload(pipe: Pipeline, device: torch.device) -> None:
                 registry = HookRegistry.check_if_exists_or_initialize(part)
                 for name in [name for name in registry.hooks if name in GROUP_OFFLOAD_HOOKS]:
                     registry.remove_hook(name, recurse=False)
-        module.to(device)
+    _move_back(pipe, places)
 
 
 def _attribute_setter(owner: object, name: str) -> Callable[[], None]:
