@@ -173,9 +173,7 @@ def test_the_device_is_the_accelerator_and_all_goes_back_to_where_it_was(mode, w
     moved, enabled = [], []
     for name in ("transformer", "vae", "text_encoder"):
         module = getattr(ernie, name)
-        monkeypatch.setattr(
-            module, "to", lambda device, name=name, module=module: moved.append((name, str(device))) or module
-        )
+        module.to = lambda device, name=name, module=module: moved.append((name, str(device))) or module
     for method in ("enable_model_cpu_offload", "enable_sequential_cpu_offload"):
         monkeypatch.setattr(ernie, method, lambda device: enabled.append(str(device)))
     monkeypatch.setattr(ernie, "enable_group_offload", lambda onload_device, **_: enabled.append(str(onload_device)))
