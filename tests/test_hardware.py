@@ -13,6 +13,7 @@ import ernie_accel
 from ernie_accel import Context, Hardware, Rates
 from ernie_accel.core import hardware
 from ernie_accel.core.hardware import GIB, HARDWARE, hardware_called, hardware_named
+from ernie_accel.recipes.presets import find_preset
 
 ROOT = Path(__file__).parents[1]
 RTX5080 = Hardware(
@@ -245,3 +246,13 @@ def test_a_link_of_ones_own_has_the_rate_that_is_given():
     assert replace(RTX5080, pcie=(5, 8), host_gb_s=20.0).host_gb_s == 20.0
     assert replace(RTX5080, host_gb_s=400.0).host_gb_s == 400.0  # a link of another kind
     assert RTX5080.host_gb_s is None
+
+
+@pytest.mark.parametrize("row", [row for row in HARDWARE.values() if row.device != "cpu"], ids=lambda row: row.key)
+def test_every_device_names_a_preset_that_it_can_run(row, ernie):
+    preset = find_preset(row.key)
+    assert f"`{row.key}`" in (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    context = replace(
+        Context.named(row.key), versions=dict.fromkeys(("triton", "torchao", "cudnn", "torch_npu"), "1.0")
+    )
+    assert ernie_accel.plan(ernie, preset=preset, context=context).problems == {}

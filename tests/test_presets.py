@@ -180,7 +180,7 @@ def test_what_is_recommended_where(name, preset):
 def test_a_recommendation_says_why_and_why_not():
     text = str(ernie_accel.recommend(device("t4")))
     assert text.startswith("Recommended on cuda (Tesla T4, capability 7.5, 15 GiB): preset 'turbo-fp16'\n")
-    assert "  + tensor cores of this generation know no bfloat16\n" in text
+    assert "  + Tesla T4: has no bfloat16; nothing is published for this card\n" in text
     assert "  turbo-fp8: pays on CUDA compute capability 8.9 and above; this device has 7.5" in text
     assert "  turbo-int8: pays on CUDA compute capability 8.6 to 8.8; this device has 7.5" in text
 
