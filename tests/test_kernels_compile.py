@@ -19,7 +19,7 @@ from ernie_accel.kernels import decode, gpu, group_norm
 
 EPS = 1e-6
 WIDTH, HEADS, HIDDEN = 4096, 32, 12288  # ERNIE-Image's transformer
-FP8_ONLY = {"_gelu_mul_quantize_kernel", "_quantize_rows_kernel", "_quantize_values_kernel"}
+FP8_ONLY = {"_gated_quantize_kernel", "_quantize_rows_kernel", "_quantize_values_kernel"}
 #: Compute capability -> bytes of shared memory that a block can have (CUDA C++ Programming Guide, technical limits).
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 
@@ -88,6 +88,30 @@ def test_the_blocks(compiled: dict[str, list[Any]], has_fp8: bool) -> None:
     if has_fp8:
         gpu.quantize_rows(x)
         gpu.qkv_fp8(qkv, head, head, cos, cos, HEADS, EPS)
+    assert names(gpu) - set(compiled) == {"_scales_and_gates_kernel"} | (set() if has_fp8 else FP8_ONLY)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "hidden"), [(30, 30, 128, 10240), (24, 8, 96, 9216)], ids=["Z-Image", "NewBie-image"]
+)
+def test_the_blocks_of_next_dit(
+    compiled: dict[str, list[Any]], has_fp8: bool, heads: int, kv_heads: int, size: int, hidden: int
+) -> None:
+    width = heads * size
+    x, weight, head = rows(1, 2, width), rows(width), rows(size)
+    scale, gate, *_ = gpu.scales_and_gates(rows(1, 4 * width)).split(1, 1)
+    qkv, table = rows(1, 2, (heads + 2 * kv_heads) * size), rows(1, 2, 1, size // 2, dtype=torch.float32)
+    for quantize in (False, True)[: 1 + has_fp8]:
+        for vectors in ((scale, gate), (None, None)):
+            gpu.norm_modulate(x, None, None, weight, vectors[0], None, EPS, quantize)
+            gpu.norm_modulate(x, x, vectors[1], weight, vectors[0], None, EPS, quantize, weight)
+        gpu.silu_mul(rows(1, 2, 2 * hidden), quantize)
+    gpu.gated_add(x, x, gate, weight, EPS)
+    gpu.gated_add(x, x, None, weight, EPS)
+    gpu.qk_norm_rope(qkv, head, head, table, table, heads, EPS, True)
+    if has_fp8:
+        gpu.quantize_rows(x)
+        gpu.qkv_fp8(qkv, head, head, table, table, heads, EPS, True)
     assert names(gpu) - set(compiled) == (set() if has_fp8 else FP8_ONLY)
 
 

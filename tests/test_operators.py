@@ -47,6 +47,26 @@ def _cases() -> list[tuple[str, tuple[Any, ...]]]:
         ("attention_fp8", (heads, heads, heads, torch.ones(5, 1), torch.tensor([5], dtype=torch.int32))),
         ("attention", (*(rand(1, 5, 4, 8) for _ in range(3)), None)),
         ("attention_fp8", (heads, heads, heads, torch.ones(5, 1), None)),
+        *(
+            (name, (x, *branch, rand(32), vector, EPS))
+            for vector in (None, gate)
+            for name, branch in (
+                ("norm_scale", ()),
+                ("norm_scale_fp8", ()),
+                ("add_norm_scale", (x, rand(32), vector)),
+                ("add_norm_scale_fp8", (x, rand(32), vector)),
+            )
+        ),
+        ("add_normed", (x, x, rand(32), gate, EPS)),
+        ("add_normed", (x, x, rand(32), None, EPS)),
+        ("scales_and_gates", (rand(2, 128),)),
+        ("silu_mul", (x,)),
+        ("silu_mul_fp8", (x,)),
+        *(
+            (name, (rand(2, 5, (4 + 2 * kv) * 8), rand(8), rand(8), rand(2, 2, 5, 1, 4), 4, EPS))
+            for name in ("qk_norm_rope_pairs", "qkv_fp8_pairs")
+            for kv in (2, 4)
+        ),
         ("linear_fp8", (rows, scale, weight, weight_scale.view(1, -1))),
     ]
     for picture in pictures.values():
@@ -87,7 +107,7 @@ def test_without_lengths_all_keys_count() -> None:
 def test_every_operator_has_a_case() -> None:
     names = {name for name, value in vars(ops).items() if callable(value) and not name.startswith("_")}
     assert {name for name, _ in CASES} == names & set(dir(torch.ops.ernie_accel))
-    assert len({name for name, _ in CASES}) == 16
+    assert len({name for name, _ in CASES}) == 26
 
 
 @pytest.mark.parametrize(("name", "arguments"), CASES, ids=lambda value: value if isinstance(value, str) else "")

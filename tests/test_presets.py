@@ -148,11 +148,11 @@ def test_on_a_family_without_rewritten_blocks_a_preset_really_runs_and_is_undone
 
 def test_a_family_without_kernels_gets_fp8_by_quantizing_and_keeps_what_is_given_beside_it():
     h200 = device("h200")
-    for family, quantized in (("ernie", "FuseKernels('fp8')"), ("z_image", "Quantize('fp8')")):
-        steps = ernie_accel.plan(PIPELINES[family](), preset="turbo-fp8", context=h200).steps
+    for family, quantized in (("ernie", "FuseKernels('fp8')"), ("newbie", "Quantize('fp8')")):
+        steps = ernie_accel.plan(PIPELINES[family](), preset="quality-fp8", context=h200).steps
         assert [repr(step.transform) for step in steps if step.transform.slot == "quantize"] == [quantized]
     own = ernie_accel.Quantize("int8-weight-only")
-    steps = ernie_accel.plan(PIPELINES["z_image"](), own, preset="h100", context=h200).steps
+    steps = ernie_accel.plan(PIPELINES["newbie"](), own, preset="h100", context=h200).steps
     assert [step.transform for step in steps if step.transform.slot == "quantize"] == [own]
     assert Quantize("fp8") in presets["turbo-fp8"].transforms_for(UNKNOWN)
     assert "for a family without fused kernels: Quantize('fp8')" in repr(presets)

@@ -133,6 +133,99 @@ def test_qkv_fp8(gpu, b: int, s: int, n: int, d: int) -> None:
         assert (a.float() - e.float()).norm() <= (0.3 if INTERPRETED else 0.03) * e.float().norm()
 
 
+@pytest.mark.parametrize(("b", "s", "h"), SIZES)
+@pytest.mark.parametrize("modulated", [False, True])
+def test_norm_scale_and_sandwich(gpu, b: int, s: int, h: int, modulated: bool) -> None:
+    """RMS norms before and after a branch; scales and gates lie in one tensor, rows apart, in the dtype of `x`."""
+    x, branch, weight, branch_weight = rand(b, s, h), rand(b, s, h, seed=9), rand(h, seed=4), rand(h, seed=5)
+    vectors = gpu.scales_and_gates(rand(b, 4 * h, seed=6))
+    scale, gate = (vectors[:, i : i + 1] if modulated else None for i in (0, 1))
+    for args, weight_args in (((None, None), ()), ((branch, gate), (branch_weight,))):
+        x_expected = reference.add_normed(x, branch, branch_weight, gate, EPS) if weight_args else x
+        expected = reference.norm_scale(x_expected, weight, scale, EPS)
+        x_out, y, none = gpu.norm_modulate(x, *args, weight, scale, None, EPS, False, *weight_args)
+        assert none is None
+        close(x_out, x_expected)
+        close(y, expected)
+        x_out, *quantized = gpu.norm_modulate(x, *args, weight, scale, None, EPS, True, *weight_args)
+        close(x_out, x_expected)
+        close_fp8(tuple(quantized), expected)
+    close(gpu.gated_add(x, branch, gate, branch_weight, EPS), reference.add_normed(x, branch, branch_weight, gate, EPS))
+
+
+def test_scales_and_gates(gpu) -> None:
+    mod = rand(2, 4 * 96) * 0.02
+    mod[:, ::7] *= 200
+    got, expected = gpu.scales_and_gates(mod), reference.scales_and_gates(mod)
+    torch.testing.assert_close(got, expected, rtol=2e-5 if DTYPE is torch.float32 else 8e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(("b", "s", "f"), [(1, 5, 64), (2, 3, 170), (1, 2, 10240), (1, 2, 9216)])
+def test_silu_mul(gpu, b: int, s: int, f: int) -> None:
+    gate_up = rand(b, s, 2 * f)
+    expected = reference.silu_mul(gate_up)
+    close(gpu.silu_mul(gate_up, False)[0], expected)
+    close_fp8(gpu.silu_mul(gate_up, True), expected)
+
+
+PAIRED = pytest.mark.parametrize(
+    ("b", "s", "n", "kv", "d"), [(1, 5, 2, 2, 64), (2, 3, 6, 2, 48), (1, 4, 24, 8, 96), (2, 9, 30, 30, 128)]
+)
+
+
+@PAIRED
+def test_qk_norm_rope_of_pairs(gpu, b: int, s: int, n: int, kv: int, d: int) -> None:
+    qkv, weight_q, weight_k = rand(b, s, (n + 2 * kv) * d), rand(d, seed=1), rand(d, seed=2)
+    angles = rand(b, s, 1, d // 2, dtype=torch.float32, seed=3) * 3
+    rope = torch.stack((angles.cos(), angles.sin()))
+    got = gpu.qk_norm_rope(qkv, weight_q, weight_k, *rope, n, EPS, True)
+    expected = reference.qk_norm_rope_pairs(qkv, weight_q, weight_k, rope, n, EPS)
+    assert [x.shape for x in got] == [(b, s, n, d), (b, s, kv, d)]
+    for a, e in zip(got, expected, strict=True):
+        close(a, e)
+
+
+@PAIRED
+def test_qkv_fp8_of_pairs(gpu, b: int, s: int, n: int, kv: int, d: int) -> None:
+    qkv, weight_q, weight_k = rand(b, s, (n + 2 * kv) * d), rand(d, seed=1), rand(d, seed=2)
+    angles = rand(b, s, 1, d // 2, dtype=torch.float32, seed=3) * 3
+    rope = torch.stack((angles.cos(), angles.sin()))
+    *got, scale = gpu.qkv_fp8(qkv, weight_q, weight_k, *rope, n, EPS, True)
+    *expected, expected_scale = reference.qkv_fp8_pairs(qkv, weight_q, weight_k, rope, n, EPS)
+    torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
+    for a, e in zip(got, expected, strict=True):
+        assert a.dtype == torch.float8_e4m3fn
+        assert a.shape == e.shape
+        assert (a.float() - e.float()).norm() <= (0.3 if INTERPRETED else 0.03) * e.float().norm()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="cuDNN needs a GPU")
+@pytest.mark.parametrize(("n", "kv", "d"), [(30, 30, 128), (24, 8, 96)])
+@pytest.mark.parametrize("lengths", [None, [640, 577]])
+def test_attention_of_fewer_heads_of_keys(n: int, kv: int, d: int, lengths: list[int] | None) -> None:
+    """Z-Image's heads, and NewBie's: 24 of queries for 8 of keys, of 96."""
+    from ernie_accel.kernels import ops
+
+    qkv = rand(2, 640, (n + 2 * kv) * d) * 0.5
+    angles = rand(2, 640, 1, d // 2, dtype=torch.float32, seed=3)
+    rope, weight = torch.stack((angles.cos(), angles.sin())), torch.ones(d, device=DEVICE, dtype=DTYPE)
+    counts = None if lengths is None else torch.tensor(lengths, device=DEVICE, dtype=torch.int32)
+    q, k = ops.qk_norm_rope_pairs(qkv, weight, weight, rope, n, EPS)
+    v = qkv[..., -kv * d :].unflatten(-1, (kv, d))
+    expected = reference.attention(q, k, v, counts).float()
+    got = ops.attention(q, k, v, counts).float()
+    q8, k8, v8, scale = ops.qkv_fp8_pairs(qkv, weight, weight, rope, n, EPS)
+    in_fp8 = ops.attention_fp8(q8, k8, v8, scale, counts).float() * scale[0]
+    rows = [640, 640] if lengths is None else lengths
+    for row, count in enumerate(rows):
+        errors = [
+            float((x[row, :count] - expected[row, :count]).norm() / expected[row, :count].norm()) for x in (got, in_fp8)
+        ]
+        print(f"{n}/{kv} heads of {d}, row of {count}: bf16 {errors[0]:.4f}, fp8 {errors[1]:.4f}")
+        assert errors[0] < 0.01
+        assert errors[1] < 0.15
+
+
 LENGTHS = pytest.mark.parametrize(("s", "lengths"), [(4224, [4224]), (257, [257]), (384, [384, 321]), (640, [1, 640])])
 
 

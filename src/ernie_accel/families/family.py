@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 
@@ -163,6 +163,10 @@ class Family:
     def name_for(self, pipe: object) -> str:
         """Return what messages call the architecture of `pipe`: the family's name, or the pipe's class."""
         return self.name
+
+    def of_other_code(self) -> Family:
+        """Return what is known of a denoiser that has the shape, but not the class whose code was rewritten."""
+        return replace(self, rewritten=None, kernels=None) if self.rewritten or self.kernels else self
 
     def unknown_reasons(self, pipe: object, why: str) -> list[str]:
         """Return the reason why facts that depend on the family are missing for `pipe`; empty for a known family.

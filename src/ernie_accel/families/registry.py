@@ -65,7 +65,9 @@ def _inside(transformer: object) -> object:
 def _fitting(transformer: object) -> Iterator[Family]:
     names = {cls.__name__ for cls in type(transformer).__mro__}
     yield from (family for family in families() if names & set(family.transformer_classes))
-    yield from (family for family in families() if family.shape is not None and family.shape.fits(transformer))
+    for family in families():
+        if family.shape is not None and family.shape.fits(transformer):
+            yield family.of_other_code() if family.transformer_classes else family
 
 
 def give_family(transformer: object, family: Family | None) -> Family | None:

@@ -35,7 +35,7 @@ def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor 
 
     Args:
         q_bsnd: Queries in bfloat16 or float16 [B, S, N, D].
-        k_bsnd: Keys, likewise; the same strides.
+        k_bsnd: Keys, likewise; there may be fewer heads, each for as many of the queries' in a row.
         v_bsnd: Values, likewise; their rows may be further apart, as in a fused projection.
         lengths_b: int32, how many keys of each row are real; the others may be any finite numbers. None: all are real.
 
@@ -63,7 +63,7 @@ def attention_fp8(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor,
 def _run(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor | None) -> Tensor:
     import cudnn
 
-    plan = _plan(q_bsnd.shape, v_bsnd.stride(), q_bsnd.dtype, q_bsnd.device, lengths_b is not None)
+    plan = _plan(q_bsnd.shape, k_bsnd.shape[2], v_bsnd.stride(), q_bsnd.dtype, q_bsnd.device, lengths_b is not None)
     out_bsnd = torch.empty_like(q_bsnd)
     tensors = {"q": q_bsnd, "k": k_bsnd, "v": v_bsnd, "out": out_bsnd}
     pack = {plan.names[name]: tensor.transpose(1, 2) for name, tensor in tensors.items()} | plan.constants
@@ -85,7 +85,12 @@ def _handle(device: torch.device) -> object:
 
 @functools.cache  # never evicted: captured graphs of whole forwards read what a plan holds
 def _plan(
-    shape_bsnd: torch.Size, v_strides: tuple[int, ...], dtype: torch.dtype, device: torch.device, by_lengths: bool
+    shape_bsnd: torch.Size,
+    kv_heads: int,
+    v_strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    by_lengths: bool,
 ) -> _Plan:
     """Build the graph for one shape; takes 35 to 65 ms on an H200, the first of its kind 0.5 to 0.8 s."""
     import cudnn
@@ -98,8 +103,16 @@ def _plan(
         io_data_type=kind, intermediate_data_type=fp32, compute_data_type=fp32, handle=_handle(device)
     )
     shape, stride = [batch, heads, tokens, size], [tokens * heads * size, size, heads * size, 1]
-    strides = {"q": stride, "k": stride, "v": [v_strides[at] for at in (0, 2, 1, 3)]}
-    names = {name: graph.tensor(name=name, dim=shape, stride=strides[name], data_type=kind) for name in ("q", "k", "v")}
+    shared = [batch, kv_heads, tokens, size]
+    laid_out = {
+        "q": (shape, stride),
+        "k": (shared, [tokens * kv_heads * size, size, kv_heads * size, 1]),
+        "v": (shared, [v_strides[at] for at in (0, 2, 1, 3)]),
+    }
+    names = {
+        name: graph.tensor(name=name, dim=dim, stride=strides, data_type=kind)
+        for name, (dim, strides) in laid_out.items()
+    }
     one, each = {"dim": [1, 1, 1, 1], "stride": [1, 1, 1, 1]}, {"dim": [batch, 1, 1, 1], "stride": [1, 1, 1, 1]}
     counts, constants = {}, {}
     if by_lengths:

@@ -29,8 +29,10 @@ def _fp8_scale(amax):
 
 @triton.jit(do_not_specialize=["tokens"])  # or it would be compiled again for a number that 16 does not divide
 def _norm_modulate_kernel(
-    X, BRANCH, GATE, WEIGHT, SCALE, SHIFT, X_OUT, Y, Y_SCALE, tokens, eps, WIDTH: tl.constexpr,
-    HAS_BRANCH: tl.constexpr, QUANTIZE: tl.constexpr, ROWS: tl.constexpr, LOOPS: tl.constexpr, BLOCK: tl.constexpr,
+    X, BRANCH, BRANCH_WEIGHT, GATE, WEIGHT, SCALE, SHIFT, X_OUT, Y, Y_SCALE, tokens, gate_stride, scale_stride,
+    shift_stride, eps, WIDTH: tl.constexpr, HAS_BRANCH: tl.constexpr, NORM_BRANCH: tl.constexpr, HAS_GATE: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, QUANTIZE: tl.constexpr, ROWS: tl.constexpr, LOOPS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     start = batch * tokens * WIDTH  # 64 bits once; within a batch element 32 bits do
@@ -38,10 +40,14 @@ def _norm_modulate_kernel(
     inside = column < WIDTH
     dtype = X.dtype.element_ty
     weight = tl.load(WEIGHT + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    scale = tl.load(SCALE + batch * WIDTH + column, mask=inside, other=0.0)[None, :]
-    shift = tl.load(SHIFT + batch * WIDTH + column, mask=inside, other=0.0)[None, :]
-    if HAS_BRANCH:
-        gate = tl.load(GATE + batch * WIDTH + column, mask=inside, other=0.0)[None, :]
+    if HAS_SCALE:
+        scale = tl.load(SCALE + batch * scale_stride + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if HAS_SHIFT:
+        shift = tl.load(SHIFT + batch * shift_stride + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if HAS_GATE:
+        gate = tl.load(GATE + batch * gate_stride + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if NORM_BRANCH:
+        branch_weight = tl.load(BRANCH_WEIGHT + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     for i in range(LOOPS):
         token = (tl.program_id(0) * LOOPS + i) * ROWS + tl.arange(0, ROWS)
         at = token[:, None] * WIDTH + column[None, :]
@@ -49,12 +55,21 @@ def _norm_modulate_kernel(
         x = tl.load(X + start + at, mask=here, other=0.0).to(tl.float32)
         if HAS_BRANCH:
             branch = tl.load(BRANCH + start + at, mask=here, other=0.0).to(tl.float32)
-            x = (x + (gate * branch).to(dtype).to(tl.float32)).to(dtype)
+            if NORM_BRANCH:
+                inverse = tl.rsqrt(tl.sum(branch * branch, 1) / WIDTH + eps)[:, None]
+                branch = ((branch * inverse).to(dtype).to(tl.float32) * branch_weight).to(dtype).to(tl.float32)
+            if HAS_GATE:
+                branch = (gate * branch).to(dtype).to(tl.float32)
+            x = (x + branch).to(dtype)
             tl.store(X_OUT + start + at, x, mask=here)
             x = x.to(tl.float32)
         inverse = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)[:, None]
         y = ((x * inverse).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
-        y = (y * scale + shift).to(dtype)
+        if HAS_SCALE:
+            y = y * scale
+        if HAS_SHIFT:
+            y = y + shift
+        y = y.to(dtype)
         if QUANTIZE:
             y = y.to(tl.float32)  # zero outside the row: so are weight, scale and shift
             fp8_scale = _fp8_scale(tl.max(tl.abs(y), 1))
@@ -65,16 +80,42 @@ def _norm_modulate_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _gated_add_kernel(X, BRANCH, GATE, OUT, tokens, width, BLOCK: tl.constexpr):
+def _gated_add_kernel(
+    X, BRANCH, BRANCH_WEIGHT, GATE, OUT, tokens, gate_stride, width, eps, NORM_BRANCH: tl.constexpr,
+    HAS_GATE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     batch = tl.program_id(1).to(tl.int64)
     row = batch * tokens + tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < width
     x = tl.load(X + row * width + column, mask=inside)
-    branch = tl.load(BRANCH + row * width + column, mask=inside).to(tl.float32)
-    gate = tl.load(GATE + batch * width + column, mask=inside)
-    added = (gate * branch).to(x.dtype).to(tl.float32)
-    tl.store(OUT + row * width + column, (x.to(tl.float32) + added).to(x.dtype), mask=inside)
+    branch = tl.load(BRANCH + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    if NORM_BRANCH:
+        weight = tl.load(BRANCH_WEIGHT + column, mask=inside, other=0.0).to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(branch * branch, 0) / width + eps)
+        branch = ((branch * inverse).to(x.dtype).to(tl.float32) * weight).to(x.dtype).to(tl.float32)
+    if HAS_GATE:
+        gate = tl.load(GATE + batch * gate_stride + column, mask=inside).to(tl.float32)
+        branch = (gate * branch).to(x.dtype).to(tl.float32)
+    tl.store(OUT + row * width + column, (x.to(tl.float32) + branch).to(x.dtype), mask=inside)
+
+
+@triton.jit
+def _tanh(x):
+    """Tanh by the exponential; near zero, where that cancels, by its series."""
+    return tl.where(tl.abs(x) < 0.05, x * (1.0 - x * x / 3.0), 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0)
+
+
+@triton.jit
+def _scales_and_gates_kernel(MOD, OUT, width, BLOCK: tl.constexpr):
+    """Of four vectors side by side the first and the third are scales, the others gates."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    x = tl.load(MOD + row * width + column, mask=inside, other=0.0)
+    wide = x.to(tl.float32)
+    y = tl.where(row % 2 == 0, 1.0 + wide, _tanh(wide))
+    tl.store(OUT + row * width + column, y.to(x.dtype), mask=inside)
 
 
 @triton.jit
@@ -100,30 +141,34 @@ def _gelu(x):
 
 
 @triton.jit
-def _gelu_mul_chunk(GATE, UP, column, width):
+def _gated_chunk(GATE, UP, column, width, SILU: tl.constexpr):
     inside = column < width
     gate = tl.load(GATE + column, mask=inside, other=0.0)
     up = tl.load(UP + column, mask=inside, other=0.0).to(tl.float32)
-    return _gelu(gate.to(tl.float32)).to(gate.dtype).to(tl.float32) * up
+    x = gate.to(tl.float32)
+    x = x / (1.0 + tl.exp(-x)) if SILU else _gelu(x)
+    return x.to(gate.dtype).to(tl.float32) * up
 
 
 @triton.jit
-def _gelu_mul_quantize_kernel(GATE_UP, Y, Y_SCALE, width, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_quantize_kernel(
+    GATE_UP, Y, Y_SCALE, width, SILU: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """A row is up to four chunks of BLOCK, held in registers until its largest value is known."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     gate = GATE_UP + row * 2 * width
     up = gate + width
-    y0 = _gelu_mul_chunk(gate, up, column, width)
+    y0 = _gated_chunk(gate, up, column, width, SILU)
     amax = tl.max(tl.abs(y0), 0)
     if CHUNKS > 1:
-        y1 = _gelu_mul_chunk(gate, up, column + BLOCK, width)
+        y1 = _gated_chunk(gate, up, column + BLOCK, width, SILU)
         amax = tl.maximum(amax, tl.max(tl.abs(y1), 0))
     if CHUNKS > 2:
-        y2 = _gelu_mul_chunk(gate, up, column + 2 * BLOCK, width)
+        y2 = _gated_chunk(gate, up, column + 2 * BLOCK, width, SILU)
         amax = tl.maximum(amax, tl.max(tl.abs(y2), 0))
     if CHUNKS > 3:
-        y3 = _gelu_mul_chunk(gate, up, column + 3 * BLOCK, width)
+        y3 = _gated_chunk(gate, up, column + 3 * BLOCK, width, SILU)
         amax = tl.maximum(amax, tl.max(tl.abs(y3), 0))
     fp8_scale = _fp8_scale(amax)
     inverse = 1.0 / fp8_scale
@@ -139,57 +184,85 @@ def _gelu_mul_quantize_kernel(GATE_UP, Y, Y_SCALE, width, CHUNKS: tl.constexpr, 
 
 
 @triton.jit
-def _gelu_mul_kernel(GATE_UP, Y, width, BLOCK: tl.constexpr):
+def _gated_kernel(GATE_UP, Y, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     gate = GATE_UP + row * 2 * width
-    y = _gelu_mul_chunk(gate, gate + width, column, width)
+    y = _gated_chunk(gate, gate + width, column, width, SILU)
     tl.store(Y + row * width + column, y.to(Y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _qk_norm_rope_kernel(
-    QKV, WEIGHT_Q, WEIGHT_K, COS, SIN, Q, K, V_AMAX, eps, heads, FIND_AMAX: tl.constexpr,
-    D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
+def _norm_and_rotate(
+    SOURCE, WEIGHT, COS, SIN, OUT, heads, eps, PAIRS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    """The heads of a row: normed, then rotated, dimension i with i + D / 2, or with PAIRS 2 i with 2 i + 1.
+
+    COS and SIN have one value for each dimension, or with PAIRS for each pair.
+    """
     head = tl.arange(0, HEADS)
-    dim = tl.arange(0, HALF)
-    first = dim < D // 2
-    inside = (head < heads)[:, None] & first[None, :]
-    cos1 = tl.load(COS + row * D + dim, mask=first, other=0.0).to(tl.float32)[None, :]
-    sin1 = tl.load(SIN + row * D + dim, mask=first, other=0.0).to(tl.float32)[None, :]
-    cos2 = tl.load(COS + row * D + D // 2 + dim, mask=first, other=0.0).to(tl.float32)[None, :]
-    sin2 = tl.load(SIN + row * D + D // 2 + dim, mask=first, other=0.0).to(tl.float32)[None, :]
-    at = head[:, None] * D + dim[None, :]
-    for which in tl.static_range(2):
-        source = QKV + row * 3 * heads * D + which * heads * D + at
-        x1 = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        x2 = tl.load(source + D // 2, mask=inside, other=0.0).to(tl.float32)
+    if PAIRS:
+        dim = tl.arange(0, 2 * HALF)
+        inside = (head < heads)[:, None] & (dim < D)[None, :]
+        at = head[:, None] * D + dim[None, :]
+        x = tl.load(SOURCE + at, mask=inside, other=0.0).to(tl.float32)
+        inverse = tl.rsqrt(tl.sum(x * x, 1) / D + eps)[:, None]
+        x = x * inverse * tl.load(WEIGHT + dim, mask=dim < D, other=0.0).to(tl.float32)[None, :]
+        even, odd = tl.split(tl.reshape(x, (HEADS, HALF, 2)))
+        pair = tl.arange(0, HALF)
+        cos = tl.load(COS + pair, mask=pair < D // 2, other=0.0).to(tl.float32)[None, :]
+        sin = tl.load(SIN + pair, mask=pair < D // 2, other=0.0).to(tl.float32)[None, :]
+        y = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (HEADS, 2 * HALF))
+        tl.store(OUT + at, y.to(OUT.dtype.element_ty), mask=inside)
+    else:
+        dim = tl.arange(0, HALF)
+        first = dim < D // 2
+        inside = (head < heads)[:, None] & first[None, :]
+        cos1 = tl.load(COS + dim, mask=first, other=0.0).to(tl.float32)[None, :]
+        sin1 = tl.load(SIN + dim, mask=first, other=0.0).to(tl.float32)[None, :]
+        cos2 = tl.load(COS + D // 2 + dim, mask=first, other=0.0).to(tl.float32)[None, :]
+        sin2 = tl.load(SIN + D // 2 + dim, mask=first, other=0.0).to(tl.float32)[None, :]
+        at = head[:, None] * D + dim[None, :]
+        x1 = tl.load(SOURCE + at, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(SOURCE + D // 2 + at, mask=inside, other=0.0).to(tl.float32)
         inverse = tl.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / D + eps)[:, None]
-        WEIGHT = WEIGHT_Q if which == 0 else WEIGHT_K
-        OUT = Q if which == 0 else K
         x1 = x1 * inverse * tl.load(WEIGHT + dim, mask=first, other=0.0).to(tl.float32)[None, :]
         x2 = x2 * inverse * tl.load(WEIGHT + D // 2 + dim, mask=first, other=0.0).to(tl.float32)[None, :]
-        out = OUT + row * heads * D + at
-        tl.store(out, (x1 * cos1 - x2 * sin1).to(OUT.dtype.element_ty), mask=inside)
-        tl.store(out + D // 2, (x2 * cos2 + x1 * sin2).to(OUT.dtype.element_ty), mask=inside)
-    if FIND_AMAX:
-        source = QKV + row * 3 * heads * D + 2 * heads * D + at
-        v1 = tl.abs(tl.load(source, mask=inside, other=0.0).to(tl.float32))
-        v2 = tl.abs(tl.load(source + D // 2, mask=inside, other=0.0).to(tl.float32))
-        tl.atomic_max(V_AMAX, tl.max(tl.max(tl.maximum(v1, v2), 1), 0))
+        tl.store(OUT + at, (x1 * cos1 - x2 * sin1).to(OUT.dtype.element_ty), mask=inside)
+        tl.store(OUT + D // 2 + at, (x2 * cos2 + x1 * sin2).to(OUT.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _quantize_values_kernel(QKV, V_AMAX, V, SCALE, width, BLOCK: tl.constexpr):
-    """The values of a fused projection with one scale for all, which is also written once per row."""
+def _qk_norm_rope_kernel(
+    QKV, WEIGHT_Q, WEIGHT_K, COS, SIN, Q, K, V_AMAX, eps, heads, kv_heads, FIND_AMAX: tl.constexpr,
+    PAIRS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    source = QKV + row * (heads + 2 * kv_heads) * D
+    table = row * (D // 2 if PAIRS else D)
+    _norm_and_rotate(source, WEIGHT_Q, COS + table, SIN + table, Q + row * heads * D, heads, eps, PAIRS, D, HALF, HEADS)
+    _norm_and_rotate(
+        source + heads * D, WEIGHT_K, COS + table, SIN + table, K + row * kv_heads * D, kv_heads, eps, PAIRS, D, HALF,
+        KV_HEADS,
+    )  # fmt: skip
+    if FIND_AMAX:
+        head, dim = tl.arange(0, KV_HEADS), tl.arange(0, 2 * HALF)
+        at = head[:, None] * D + dim[None, :]
+        inside = (head < kv_heads)[:, None] & (dim < D)[None, :]
+        v = tl.load(source + (heads + kv_heads) * D + at, mask=inside, other=0.0).to(tl.float32)
+        tl.atomic_max(V_AMAX, tl.max(tl.max(tl.abs(v), 1), 0))
+
+
+@triton.jit
+def _quantize_values_kernel(QKV, V_AMAX, V, SCALE, row_width, width, BLOCK: tl.constexpr):
+    """The values of a fused projection, its last columns, with one scale for all, also written once per row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
     fp8_scale = _fp8_scale(tl.load(V_AMAX))
-    v = tl.load(QKV + row * 3 * width + 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(QKV + (row + 1) * row_width - width + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(V + row * width + column, (v * (1.0 / fp8_scale)).to(tl.float8e4nv), mask=inside)
     tl.store(SCALE + row, fp8_scale)
 
@@ -199,50 +272,87 @@ def norm_modulate(
     branch_bsh: Tensor | None,
     gate_b1h: Tensor | None,
     weight_h: Tensor,
-    scale_b1h: Tensor,
-    shift_b1h: Tensor,
+    scale_b1h: Tensor | None,
+    shift_b1h: Tensor | None,
     eps: float,
     quantize: bool,
+    branch_weight_h: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (x + gate * branch, its modulated norm, and the norm's scales if it is quantized)."""
+    """Return (x + gate * branch, its modulated norm, and the norm's scales if it is quantized).
+
+    What is None is left out. With `branch_weight_h`, the branch is normed first.
+    """
     batch, tokens, width = x_bsh.shape
     x_bsh = x_bsh.contiguous()
     x_out = x_bsh if branch_bsh is None else torch.empty_like(x_bsh)
     y = torch.empty_like(x_bsh, dtype=torch.float8_e4m3fn if quantize else x_bsh.dtype)
     y_scale = x_bsh.new_empty(batch * tokens, 1, dtype=torch.float32) if quantize else None
     loops = _LOOPS[quantize] if batch * tokens >= _MANY_ROWS else 1
+    vectors = [_vector(each, weight_h) for each in (gate_b1h, scale_b1h, shift_b1h)]
+    norms_branch = branch_weight_h is not None
     _norm_modulate_kernel[(ceil_div(tokens, _ROWS * loops), batch)](
         x_bsh,
         x_bsh if branch_bsh is None else branch_bsh.contiguous(),
-        scale_b1h if gate_b1h is None else gate_b1h.contiguous(),
+        weight_h if branch_weight_h is None else branch_weight_h,
+        vectors[0][0],
         weight_h,
-        scale_b1h.contiguous(),
-        shift_b1h.contiguous(),
+        vectors[1][0],
+        vectors[2][0],
         x_out,
         y,
         y if y_scale is None else y_scale,
         tokens,
+        *(stride for _, stride in vectors),
         eps,
         WIDTH=width,
         HAS_BRANCH=branch_bsh is not None,
+        NORM_BRANCH=norms_branch,
+        HAS_GATE=gate_b1h is not None,
+        HAS_SCALE=scale_b1h is not None,
+        HAS_SHIFT=shift_b1h is not None,
         QUANTIZE=quantize,
         ROWS=_ROWS,
         LOOPS=loops,
         BLOCK=next_power_of_2(width),
-        num_warps=min(_warps(width), _NORM_WARPS[quantize]),
+        num_warps=min(_warps(width), 8 if norms_branch else _NORM_WARPS[quantize]),  # both rows in registers
     )
     return x_out, y, y_scale
 
 
-def gated_add(x_bsh: Tensor, branch_bsh: Tensor, gate_b1h: Tensor) -> Tensor:
-    """Return ``x + gate * branch``."""
+def _vector(x_b1h: Tensor | None, otherwise: Tensor) -> tuple[Tensor, int]:
+    """Return a vector of each batch element as it lies, and how far they are apart; `otherwise` stands for none."""
+    if x_b1h is None:
+        return otherwise, 0
+    if x_b1h.stride(-1) != 1:
+        x_b1h = x_b1h.contiguous()
+    return x_b1h, x_b1h.stride(0)
+
+
+def gated_add(
+    x_bsh: Tensor,
+    branch_bsh: Tensor,
+    gate_b1h: Tensor | None,
+    branch_weight_h: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """Return ``x + gate * branch``; with `branch_weight_h`, the branch is normed first."""
     batch, tokens, width = x_bsh.shape
     x_bsh = x_bsh.contiguous()
-    out = torch.empty_like(x_bsh)
+    out, (gate, gate_stride) = torch.empty_like(x_bsh), _vector(gate_b1h, x_bsh)
     _gated_add_kernel[(tokens, batch)](
-        x_bsh, branch_bsh.contiguous(), gate_b1h.contiguous(), out, tokens, width,
+        x_bsh, branch_bsh.contiguous(), x_bsh if branch_weight_h is None else branch_weight_h, gate, out, tokens,
+        gate_stride, width, eps, NORM_BRANCH=branch_weight_h is not None, HAS_GATE=gate_b1h is not None,
         BLOCK=next_power_of_2(width), num_warps=_warps(width),
     )  # fmt: skip
+    return out
+
+
+def scales_and_gates(mod_b4h: Tensor) -> Tensor:
+    """Return ``1 + scale`` and ``tanh(gate)`` of the attention, then of the MLP [B, 4, H]."""
+    mod_b4h = mod_b4h.contiguous()
+    batch, width = len(mod_b4h), mod_b4h.shape[-1] // 4
+    out, block = mod_b4h.new_empty(batch, 4, width), min(1024, next_power_of_2(width))
+    _scales_and_gates_kernel[(4 * batch, ceil_div(width, block))](mod_b4h, out, width, BLOCK=block, num_warps=4)
     return out
 
 
@@ -257,64 +367,89 @@ def quantize_rows(x_bsk: Tensor) -> tuple[Tensor, Tensor]:
 
 def gelu_mul(gate_up_bs2f: Tensor, quantize: bool) -> tuple[Tensor, Tensor | None]:
     """Return gelu(gate) * up, and its scales if it is quantized."""
+    return _gated(gate_up_bs2f, quantize, silu=False)
+
+
+def silu_mul(gate_up_bs2f: Tensor, quantize: bool) -> tuple[Tensor, Tensor | None]:
+    """Return silu(gate) * up, and its scales if it is quantized."""
+    return _gated(gate_up_bs2f, quantize, silu=True)
+
+
+def _gated(gate_up_bs2f: Tensor, quantize: bool, *, silu: bool) -> tuple[Tensor, Tensor | None]:
     gate_up_bs2f, width = gate_up_bs2f.contiguous(), gate_up_bs2f.shape[-1] // 2
     rows = gate_up_bs2f.numel() // (2 * width)
     shape = (*gate_up_bs2f.shape[:-1], width)
     if not quantize:
         y, block = gate_up_bs2f.new_empty(shape), min(4096, next_power_of_2(width))
-        _gelu_mul_kernel[(rows, ceil_div(width, block))](gate_up_bs2f, y, width, BLOCK=block, num_warps=8)
+        _gated_kernel[(rows, ceil_div(width, block))](gate_up_bs2f, y, width, SILU=silu, BLOCK=block, num_warps=8)
         return y, None
     y = gate_up_bs2f.new_empty(shape, dtype=torch.float8_e4m3fn)
     scale = gate_up_bs2f.new_empty(rows, 1, dtype=torch.float32)
     chunks, block = _chunks(width)
-    _gelu_mul_quantize_kernel[(rows,)](
-        gate_up_bs2f, y, scale, width, CHUNKS=chunks, BLOCK=block, num_warps=2 * _warps(block)
+    _gated_quantize_kernel[(rows,)](
+        gate_up_bs2f, y, scale, width, SILU=silu, CHUNKS=chunks, BLOCK=block, num_warps=2 * _warps(block)
     )
     return y, scale
 
 
 def qk_norm_rope(
-    qkv_bs3h: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, heads: int, eps: float
+    qkv_bsm: Tensor,
+    weight_q_d: Tensor,
+    weight_k_d: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
+    pairs: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return queries and keys [B, S, N, D]."""
-    return _qk_norm_rope(qkv_bs3h, weight_q_d, weight_k_d, cos_bs1d, sin_bs1d, heads, eps, qkv_bs3h.dtype, None)
+    """Return queries and keys [B, S, N, D]; keys and values may have fewer heads."""
+    return _qk_norm_rope(qkv_bsm, weight_q_d, weight_k_d, cos, sin, heads, eps, pairs, qkv_bsm.dtype, None)
 
 
 def qkv_fp8(
-    qkv_bs3h: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, heads: int, eps: float
+    qkv_bsm: Tensor,
+    weight_q_d: Tensor,
+    weight_k_d: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    eps: float,
+    pairs: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return queries, keys and values in float8 [B, S, N, D], and the values' scale once for each row [B * S, 1]."""
-    qkv_bs3h = qkv_bs3h.contiguous()
-    amax = torch.zeros(1, device=qkv_bs3h.device)
+    qkv_bsm = qkv_bsm.contiguous()
+    amax = torch.zeros(1, device=qkv_bsm.device)
     fp8 = torch.float8_e4m3fn
-    q, k = _qk_norm_rope(qkv_bs3h, weight_q_d, weight_k_d, cos_bs1d, sin_bs1d, heads, eps, fp8, amax)
-    width = qkv_bs3h.shape[-1] // 3
-    rows = qkv_bs3h.numel() // (3 * width)
-    v, scale = torch.empty_like(q), amax.new_empty(rows, 1)
+    q, k = _qk_norm_rope(qkv_bsm, weight_q_d, weight_k_d, cos, sin, heads, eps, pairs, fp8, amax)
+    rows, width = k.shape[0] * k.shape[1], k.shape[2] * k.shape[3]
+    v, scale = torch.empty_like(k), amax.new_empty(rows, 1)
     _quantize_values_kernel[(rows,)](
-        qkv_bs3h, amax, v, scale, width, BLOCK=next_power_of_2(width), num_warps=_warps(width)
+        qkv_bsm, amax, v, scale, qkv_bsm.shape[-1], width, BLOCK=next_power_of_2(width), num_warps=_warps(width)
     )
     return q, k, v, scale
 
 
 def _qk_norm_rope(
-    qkv_bs3h: Tensor,
+    qkv_bsm: Tensor,
     weight_q_d: Tensor,
     weight_k_d: Tensor,
-    cos_bs1d: Tensor,
-    sin_bs1d: Tensor,
+    cos: Tensor,
+    sin: Tensor,
     heads: int,
     eps: float,
+    pairs: bool,
     dtype: torch.dtype,
     v_amax: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    batch, tokens, width = qkv_bs3h.shape
-    size = width // (3 * heads)
-    q, k = (qkv_bs3h.new_empty(batch, tokens, heads, size, dtype=dtype) for _ in range(2))
+    batch, tokens, width = qkv_bsm.shape
+    size = len(weight_q_d)
+    kv_heads = (width // size - heads) // 2
+    q, k = (qkv_bsm.new_empty(batch, tokens, n, size, dtype=dtype) for n in (heads, kv_heads))
     _qk_norm_rope_kernel[(batch * tokens,)](
-        qkv_bs3h.contiguous(), weight_q_d, weight_k_d, cos_bs1d.contiguous(), sin_bs1d.contiguous(), q, k,
-        q if v_amax is None else v_amax, eps, heads, FIND_AMAX=v_amax is not None,
-        D=size, HALF=next_power_of_2(size // 2), HEADS=next_power_of_2(heads), num_warps=4,
+        qkv_bsm.contiguous(), weight_q_d, weight_k_d, cos.contiguous(), sin.contiguous(), q, k,
+        q if v_amax is None else v_amax, eps, heads, kv_heads, FIND_AMAX=v_amax is not None, PAIRS=pairs,
+        D=size, HALF=next_power_of_2(size // 2), HEADS=next_power_of_2(heads), KV_HEADS=next_power_of_2(kv_heads),
+        num_warps=4,
     )  # fmt: skip
     return q, k
 

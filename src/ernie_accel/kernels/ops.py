@@ -166,6 +166,93 @@ def gated_add(x_bsh: Tensor, branch_bsh: Tensor, gate_b1h: Tensor) -> Tensor:
     return reference.gated_add(x_bsh, branch_bsh, gate_b1h)
 
 
+@_operator(
+    cuda=lambda x, weight, scale, eps: _gpu().norm_modulate(x, None, None, weight, scale, None, eps, False)[1],
+    fake=lambda x, *_: _like(x),
+)
+def norm_scale(x_bsh: Tensor, weight_h: Tensor, scale_b1h: Tensor | None, eps: float) -> Tensor:
+    """Return `reference.norm_scale`."""
+    return reference.norm_scale(x_bsh, weight_h, scale_b1h, eps)
+
+
+@_operator(
+    cuda=lambda x, weight, scale, eps: _gpu().norm_modulate(x, None, None, weight, scale, None, eps, True)[1:],
+    fake=lambda x, *_: _fp8_like(x, x.shape[-1]),
+)
+def norm_scale_fp8(x_bsh: Tensor, weight_h: Tensor, scale_b1h: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Return `reference.norm_scale`, quantized: (float8, scales)."""
+    return reference.quantize_rows(reference.norm_scale(x_bsh, weight_h, scale_b1h, eps))
+
+
+def _add_norm_scale(
+    quantize: bool,
+    x: Tensor,
+    branch: Tensor,
+    branch_weight: Tensor,
+    gate: Tensor | None,
+    weight: Tensor,
+    scale: Tensor | None,
+    eps: float,
+) -> Any:
+    return _gpu().norm_modulate(x, branch, gate, weight, scale, None, eps, quantize, branch_weight)
+
+
+@_operator(
+    cuda=lambda *arguments: _add_norm_scale(False, *arguments)[:2],
+    fake=lambda x, *_: (_like(x), _like(x)),
+)
+def add_norm_scale(
+    x_bsh: Tensor,
+    branch_bsh: Tensor,
+    branch_weight_h: Tensor,
+    gate_b1h: Tensor | None,
+    weight_h: Tensor,
+    scale_b1h: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Return ``x = reference.add_normed(...)`` and `reference.norm_scale` of it."""
+    x_bsh = reference.add_normed(x_bsh, branch_bsh, branch_weight_h, gate_b1h, eps)
+    return x_bsh, reference.norm_scale(x_bsh, weight_h, scale_b1h, eps)
+
+
+@_operator(
+    cuda=lambda *arguments: _add_norm_scale(True, *arguments),
+    fake=lambda x, *_: (_like(x), *_fp8_like(x, x.shape[-1])),
+)
+def add_norm_scale_fp8(
+    x_bsh: Tensor,
+    branch_bsh: Tensor,
+    branch_weight_h: Tensor,
+    gate_b1h: Tensor | None,
+    weight_h: Tensor,
+    scale_b1h: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``x = reference.add_normed(...)`` and `reference.norm_scale` of it, quantized: (x, float8, scales)."""
+    x_bsh = reference.add_normed(x_bsh, branch_bsh, branch_weight_h, gate_b1h, eps)
+    return x_bsh, *reference.quantize_rows(reference.norm_scale(x_bsh, weight_h, scale_b1h, eps))
+
+
+@_operator(
+    cuda=lambda x, branch, weight, gate, eps: _gpu().gated_add(x, branch, gate, weight, eps),
+    fake=lambda x, *_: _like(x),
+)
+def add_normed(
+    x_bsh: Tensor, branch_bsh: Tensor, branch_weight_h: Tensor, gate_b1h: Tensor | None, eps: float
+) -> Tensor:
+    """Return `reference.add_normed`."""
+    return reference.add_normed(x_bsh, branch_bsh, branch_weight_h, gate_b1h, eps)
+
+
+@_operator(
+    cuda=lambda mod: _gpu().scales_and_gates(mod),
+    fake=lambda mod: mod.new_empty(mod.shape[0], 4, mod.shape[-1] // 4),
+)
+def scales_and_gates(mod_b4h: Tensor) -> Tensor:
+    """Return `reference.scales_and_gates`."""
+    return reference.scales_and_gates(mod_b4h)
+
+
 @_operator(cuda=lambda x: _gpu().quantize_rows(x), fake=lambda x: _fp8_like(x, x.shape[-1]))
 def quantize_rows(x_bsk: Tensor) -> tuple[Tensor, Tensor]:
     """Return `reference.quantize_rows`: (float8, scales)."""
@@ -188,6 +275,62 @@ def gelu_mul(gate_up_bs2f: Tensor) -> Tensor:
 def gelu_mul_fp8(gate_up_bs2f: Tensor) -> tuple[Tensor, Tensor]:
     """Return `reference.gelu_mul`, quantized: (float8, scales)."""
     return reference.quantize_rows(reference.gelu_mul(gate_up_bs2f))
+
+
+@_operator(
+    cuda=lambda gate_up: _gpu().silu_mul(gate_up, False)[0],
+    fake=lambda gate_up: gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2),
+)
+def silu_mul(gate_up_bs2f: Tensor) -> Tensor:
+    """Return `reference.silu_mul`."""
+    return reference.silu_mul(gate_up_bs2f)
+
+
+@_operator(
+    cuda=lambda gate_up: _gpu().silu_mul(gate_up, True),
+    fake=lambda gate_up: _fp8_like(gate_up, gate_up.shape[-1] // 2),
+)
+def silu_mul_fp8(gate_up_bs2f: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `reference.silu_mul`, quantized: (float8, scales)."""
+    return reference.quantize_rows(reference.silu_mul(gate_up_bs2f))
+
+
+def _kv_heads(qkv_bsm: Tensor, size: int, heads: int) -> int:
+    return (qkv_bsm.shape[-1] // size - heads) // 2
+
+
+def _rows_of_heads(qkv_bsm: Tensor, heads: int, size: int, dtype: torch.dtype) -> Tensor:
+    return qkv_bsm.new_empty(*qkv_bsm.shape[:2], heads, size, dtype=dtype)
+
+
+@_operator(
+    cuda=lambda qkv, q, k, rope, heads, eps: _gpu().qk_norm_rope(qkv, q, k, rope[0], rope[1], heads, eps, True),
+    fake=lambda qkv, q, k, rope, heads, eps: tuple(
+        _rows_of_heads(qkv, n, len(q), qkv.dtype) for n in (heads, _kv_heads(qkv, len(q), heads))
+    ),
+)
+def qk_norm_rope_pairs(
+    qkv_bsm: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, rope_2bs1p: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return `reference.qk_norm_rope_pairs`: (queries, keys)."""
+    return reference.qk_norm_rope_pairs(qkv_bsm, weight_q_d, weight_k_d, rope_2bs1p, heads, eps)
+
+
+def _fake_qkv_fp8_pairs(qkv: Tensor, q: Tensor, k: Tensor, rope: Tensor, heads: int, eps: float) -> tuple[Tensor, ...]:
+    others = _kv_heads(qkv, len(q), heads)
+    made = (_rows_of_heads(qkv, n, len(q), FP8) for n in (heads, others, others))
+    return (*made, qkv.new_empty(qkv.shape[0] * qkv.shape[1], 1, dtype=torch.float32))
+
+
+@_operator(
+    cuda=lambda qkv, q, k, rope, heads, eps: _gpu().qkv_fp8(qkv, q, k, rope[0], rope[1], heads, eps, True),
+    fake=_fake_qkv_fp8_pairs,
+)
+def qkv_fp8_pairs(
+    qkv_bsm: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, rope_2bs1p: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return `reference.qkv_fp8_pairs`: (queries, keys, values, scale of the values)."""
+    return reference.qkv_fp8_pairs(qkv_bsm, weight_q_d, weight_k_d, rope_2bs1p, heads, eps)
 
 
 @_operator(

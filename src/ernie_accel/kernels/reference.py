@@ -41,6 +41,26 @@ def gated_add(x_bsh: Tensor, branch_bsh: Tensor, gate_b1h: Tensor) -> Tensor:
     return x_bsh + (gate_b1h * branch_bsh.float()).to(x_bsh.dtype)
 
 
+def norm_scale(x_bsh: Tensor, weight_h: Tensor, scale_b1h: Tensor | None, eps: float) -> Tensor:
+    """Return ``rms_norm(x) * weight * scale`` in the dtype of `x_bsh`, rounded after each; None scales by one."""
+    x = x_bsh.float()
+    normed = (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)).to(x_bsh.dtype) * weight_h
+    return normed if scale_b1h is None else (normed.float() * scale_b1h.float()).to(x_bsh.dtype)
+
+
+def add_normed(
+    x_bsh: Tensor, branch_bsh: Tensor, branch_weight_h: Tensor, gate_b1h: Tensor | None, eps: float
+) -> Tensor:
+    """Return ``x + gate * rms_norm(branch) * branch_weight``, rounded after each operation; None gates by one."""
+    return x_bsh + norm_scale(branch_bsh, branch_weight_h, gate_b1h, eps)
+
+
+def scales_and_gates(mod_b4h: Tensor) -> Tensor:
+    """Return ``1 + scale`` and ``tanh(gate)`` of the attention, then of the MLP [B, 4, H], of all four side by side."""
+    scale_sa, gate_sa, scale_mlp, gate_mlp = mod_b4h.chunk(4, -1)
+    return torch.stack((1 + scale_sa, gate_sa.tanh(), 1 + scale_mlp, gate_mlp.tanh()), 1)
+
+
 def qk_norm_rope(
     qkv_bs3h: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -67,6 +87,32 @@ def qk_norm_rope(
     return out[0], out[1]
 
 
+def qk_norm_rope_pairs(
+    qkv_bsm: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, rope_2bs1p: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return `qk_norm_rope` where dimensions 2 i and 2 i + 1 belong together; keys may have fewer heads.
+
+    Args:
+        qkv_bsm: Queries, keys and values side by side [B, S, (N + 2 * K) * D]; keys and values have K heads.
+        weight_q_d: RMS norm weight of the queries.
+        weight_k_d: RMS norm weight of the keys.
+        rope_2bs1p: Cosines and sines of the angles of the D / 2 pairs.
+        heads: N.
+        eps: Added to the mean square.
+    """
+    (cos, sin), size = rope_2bs1p.float().unbind(0), len(weight_q_d)
+    others = (qkv_bsm.shape[-1] - heads * size) // 2
+    out = []
+    parts = torch.split(qkv_bsm, [heads * size, others, others], -1)[:2]
+    for x, weight in zip(parts, (weight_q_d, weight_k_d), strict=True):
+        x = x.float().reshape(*x.shape[:-1], -1, size)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
+        even, odd = x.view(*x.shape[:-1], -1, 2).unbind(-1)
+        x = torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
+        out.append(x.to(qkv_bsm.dtype))
+    return out[0], out[1]
+
+
 def qkv_fp8(
     qkv_bs3h: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -75,19 +121,31 @@ def qkv_fp8(
     Queries and keys need no scale: they are normed, and float8_e4m3fn reaches from 2 ** -9 to 448. The values share
     one scale, because attention sums over their rows.
     """
-    q, k = qk_norm_rope(qkv_bs3h, weight_q_d, weight_k_d, cos_bs1d, sin_bs1d, heads, eps)
-    v = qkv_bs3h.chunk(3, -1)[2].float()
+    return _in_fp8(*qk_norm_rope(qkv_bs3h, weight_q_d, weight_k_d, cos_bs1d, sin_bs1d, heads, eps), qkv_bs3h)
+
+
+def qkv_fp8_pairs(
+    qkv_bsm: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, rope_2bs1p: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return `qk_norm_rope_pairs` and the values in float8, and the values' scale, as `qkv_fp8` does."""
+    return _in_fp8(*qk_norm_rope_pairs(qkv_bsm, weight_q_d, weight_k_d, rope_2bs1p, heads, eps), qkv_bsm)
+
+
+def _in_fp8(q_bsnd: Tensor, k_bsnd: Tensor, qkv_bsm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    v = qkv_bsm[..., -k_bsnd.shape[2] * k_bsnd.shape[3] :].float()
     scale = v.abs().amax().clamp_min(SMALLEST_AMAX) / FP8_MAX
-    v8 = (v / scale).to(torch.float8_e4m3fn).view(q.shape)
-    q8, k8 = (x.float().clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn) for x in (q, k))
-    return q8, k8, v8, scale.expand(q.shape[0] * q.shape[1], 1).contiguous()
+    v8 = (v / scale).to(torch.float8_e4m3fn).view(k_bsnd.shape)
+    q8, k8 = (x.float().clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn) for x in (q_bsnd, k_bsnd))
+    return q8, k8, v8, scale.expand(q_bsnd.shape[0] * q_bsnd.shape[1], 1).contiguous()
 
 
 def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor | None) -> Tensor:
     """Return the attention output [B, S, N * D], with only the first `lengths_b` (int32) keys of each row.
 
-    None means all keys.
+    None means all keys. Keys and values may have fewer heads; each of them serves as many heads of queries in a row.
     """
+    share = q_bsnd.shape[2] // k_bsnd.shape[2]
+    k_bsnd, v_bsnd = (x.repeat_interleave(share, 2) if share > 1 else x for x in (k_bsnd, v_bsnd))
     q, k, v = (x.transpose(1, 2) for x in (q_bsnd, k_bsnd, v_bsnd))
     counts_b11s = None
     if lengths_b is not None:
@@ -105,6 +163,12 @@ def gelu_mul(gate_up_bs2f: Tensor) -> Tensor:
     """Return ``gelu(gate) * up`` [B, S, F] of both side by side [B, S, 2 * F]; rounds the GELU before the product."""
     gate, up = gate_up_bs2f.chunk(2, -1)
     return F.gelu(gate.contiguous()) * up
+
+
+def silu_mul(gate_up_bs2f: Tensor) -> Tensor:
+    """Return ``silu(gate) * up`` [B, S, F] of both side by side [B, S, 2 * F]; rounds the SiLU before the product."""
+    gate, up = gate_up_bs2f.chunk(2, -1)
+    return F.silu(gate.contiguous()) * up
 
 
 def group_norm_affine(

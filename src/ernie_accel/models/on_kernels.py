@@ -68,6 +68,24 @@ def padding_rule(blocks: tuple[nn.Module, ...]) -> PaddingRule:
     return PaddingRule(TOKENS_MULTIPLE_OF, "lengths", always_lengths=always_lengths)
 
 
+def is_left_open(transformer: nn.Module, lists: tuple[str, ...], attention: str) -> bool:
+    """Return whether nobody has chosen an attention backend for any block, stock or not, or by diffusers' defaults.
+
+    `attention` is the path of the attention within a block.
+    """
+    return all(is_unnamed(block.get_submodule(attention)) for *_, block in blocks_of(transformer, lists))
+
+
+def calls_cudnn(transformer: nn.Module, lists: tuple[str, ...]) -> bool:
+    """Return whether all blocks call cuDNN's attention themselves now."""
+    return padding_rule(tuple(block for *_, block in blocks_of(transformer, lists))).padding_input == "lengths"
+
+
+def is_installed(transformer: nn.Module, lists: tuple[str, ...]) -> bool:
+    """Return whether `install` has been here."""
+    return any(isinstance(block, KernelBlock) for *_, block in blocks_of(transformer, lists))
+
+
 def install(
     transformer: nn.Module,
     lists: tuple[str, ...],

@@ -11,9 +11,8 @@ from ernie_accel.core.undo import Undo
 from ernie_accel.kernels import ops
 from ernie_accel.kernels.linear import Fp8Linear, Fp8Rows
 from ernie_accel.models import on_kernels
-from ernie_accel.models.ernie_image.architecture import attention_of, transformer_of
 from ernie_accel.models.ernie_image.blocks import BLOCKS, Modulation, RewrittenErnieBlock
-from ernie_accel.models.on_kernels import TOKENS_MULTIPLE_OF, KernelBlock, is_unnamed, padding_rule
+from ernie_accel.models.on_kernels import TOKENS_MULTIPLE_OF, KernelBlock
 
 __all__ = ["TOKENS_MULTIPLE_OF", "KernelErnieBlock", "calls_cudnn", "install", "is_installed", "is_left_open"]
 
@@ -74,17 +73,17 @@ class KernelErnieBlock(KernelBlock, RewrittenErnieBlock):
 
 def is_left_open(transformer: nn.Module) -> bool:
     """Return whether nobody has chosen an attention backend for any block, stock or not, or by diffusers' defaults."""
-    return all(is_unnamed(attention_of(block)) for block in transformer_of(transformer).layers)
+    return on_kernels.is_left_open(transformer, BLOCKS, "self_attention")
 
 
 def calls_cudnn(transformer: nn.Module) -> bool:
     """Return whether all blocks call cuDNN's attention themselves now."""
-    return padding_rule(tuple(transformer_of(transformer).layers)).padding_input == "lengths"
+    return on_kernels.calls_cudnn(transformer, BLOCKS)
 
 
 def is_installed(transformer: nn.Module) -> bool:
     """Return whether `install` has been here."""
-    return any(isinstance(block, KernelErnieBlock) for block in transformer_of(transformer).layers)
+    return on_kernels.is_installed(transformer, BLOCKS)
 
 
 def install(transformer: nn.Module, undo: Undo, attention: str | None = None) -> dict[str, str]:

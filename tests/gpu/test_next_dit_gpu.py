@@ -1,0 +1,112 @@
+"""Z-Image's and Lumina 2's fast path on a GPU: rewriting, kernels and graphs predict what stock predicts.
+
+Blocks have the width, the heads and the feed-forward of the published models, and few layers. Errors are printed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import ernie_accel
+from ernie_accel import CaptureGraphs, FuseKernels, RewriteBlocks
+from ernie_accel.core.transform import ROUNDING_REL
+from tests.pipelines import randomize, tiny_z_image
+
+
+def z_image() -> Any:
+    from diffusers import ZImageTransformer2DModel
+
+    pipe = tiny_z_image()
+    transformer = ZImageTransformer2DModel(n_layers=3, n_refiner_layers=1, cap_feat_dim=32)
+    return placed(pipe, transformer)
+
+
+def placed(pipe: Any, transformer: Any) -> Any:
+    """Return `pipe` with `transformer` in bfloat16 on the GPU, with weights of the size that training leaves."""
+    randomize(transformer, std=0.02)
+    pipe.register_modules(transformer=transformer.to("cuda", torch.bfloat16).eval().requires_grad_(False))
+    return pipe
+
+
+FAMILIES = {"z_image": z_image}
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to("cuda", torch.bfloat16)
+
+
+def predict(pipe: Any, name: str, tokens: tuple[int, ...] = (77,), side: int = 64, step: int = 0) -> torch.Tensor:
+    """Return the prediction [B, C, H, W] for pictures of 8 * `side` pixels and prompts of so many tokens."""
+    rows, config = len(tokens), pipe.transformer.config
+    time = torch.full((rows,), 0.3 + 0.1 * step, device="cuda", dtype=torch.bfloat16)
+    noise = rand(rows, config.in_channels, side, side, seed=step)
+    captions = [rand(count, config.cap_feat_dim, seed=count) for count in tokens]
+    with torch.no_grad():
+        assert name == "z_image"
+        out = pipe.transformer(list(noise.unsqueeze(2)), time, captions, return_dict=False)[0]
+        return torch.stack(list(out)).squeeze(2).float()
+
+
+def error(got: torch.Tensor, expected: torch.Tensor, what: str) -> float:
+    assert torch.isfinite(got).all(), what
+    found = float((got - expected).norm() / expected.norm())
+    print(f"\n{what}: rel. error {found:.2e}, largest {float((got - expected).abs().max()):.2e} of "
+          f"{float(expected.abs().max()):.2e}", end=" ")  # fmt: skip
+    return found
+
+
+BATCHES = {"one": (77,), "32": (32,), "unequal": (77, 20), "equal": (64, 64)}
+batches = pytest.mark.parametrize("tokens", BATCHES.values(), ids=BATCHES)
+
+
+@every_family
+@batches
+def test_rewritten_blocks_only_round(name: str, tokens: tuple[int, ...]) -> None:
+    pipe = FAMILIES[name]()
+    expected = predict(pipe, name, tokens)
+    ernie_accel.optimize(pipe, RewriteBlocks())
+    assert error(predict(pipe, name, tokens), expected, f"{name} rewritten {tokens}") < ROUNDING_REL["bfloat16"]
+    ernie_accel.restore(pipe)
+    assert torch.equal(predict(pipe, name, tokens), expected)
+
+
+@every_family
+@batches
+@pytest.mark.parametrize(("precision", "attention"), [("bf16", "auto"), ("fp8", "bf16"), ("fp8", "auto")])
+def test_kernels_keep_their_floor(name: str, tokens: tuple[int, ...], precision: str, attention: str) -> None:
+    pipe = FAMILIES[name]()
+    expected = predict(pipe, name, tokens)
+    fuse = FuseKernels(precision, attention=attention)
+    ernie_accel.optimize(pipe, RewriteBlocks(), fuse)
+    found = error(predict(pipe, name, tokens), expected, f"{name} {fuse} {tokens}")
+    assert found < 10 ** (-fuse.floor_db / 20)
+
+
+@every_family
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_replays_are_bitwise_the_same_for_many_prompt_lengths(name: str, precision: str) -> None:
+    pipe = FAMILIES[name]()
+    ernie_accel.optimize(pipe, RewriteBlocks(), FuseKernels(precision), CaptureGraphs())
+    graphed = pipe.transformer.forward
+    for tokens in ((20,), (31,), (77,), (20, 31)):
+        for step in range(3):
+            got = predict(pipe, name, tokens, side=32, step=step)
+            pipe.transformer.forward = graphed.below
+            expected = predict(pipe, name, tokens, side=32, step=step)
+            pipe.transformer.forward = graphed
+            # Without a graph bf16 attention gets no lengths where nothing pads, and may round otherwise.
+            assert error(got, expected, f"{name} {precision} replayed {tokens}") < 0.02
+    print(f"\n{len(graphed._graphs)} graphs for four batches")
+    assert len(graphed._graphs) <= 3
+
+
+@every_family
+def test_compiled_rewritten_blocks_only_round(name: str) -> None:
+    pipe = FAMILIES[name]()
+    expected = predict(pipe, name)
+    ernie_accel.optimize(pipe, RewriteBlocks(), ernie_accel.Compile())
+    assert error(predict(pipe, name), expected, f"{name} compiled") < ROUNDING_REL["bfloat16"]
