@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ernie_accel.common.notes import Note
+from ernie_accel.core.library_hooks import NO_HOOKS, library_hooks
 
 #: What says which adapters of a PEFT layer count, and how much (``peft.tuners.tuners_utils.BaseTunerLayer``).
 _ADAPTER_STATE = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
@@ -94,8 +95,8 @@ class Fingerprint:
             if part is module:
                 continue  # its own hooks and forward are around what is captured, not in it
             hooks = _hooks(state) if state["_forward_pre_hooks"] or state["_forward_hooks"] else []
-            if "_hf_hook" in state or "_diffusers_hook" in state:
-                hooks += [state.get("_hf_hook"), state.get("_diffusers_hook")]
+            if (of_libraries := library_hooks(part)) is not NO_HOOKS:
+                hooks += of_libraries
             if hooks:
                 hooked = True
                 facts += map(id, hooks)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 import torch
 
 from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.library_hooks import library_hooks
 
 
 class Pipeline(Protocol):
@@ -326,9 +327,12 @@ def _is_bare_float8(module: torch.nn.Module) -> bool:
 
 def is_moved_in_parts(model: torch.nn.Module) -> bool:
     """Return whether accelerate or diffusers move or cast parts of this model when those are called."""
-    # Not `hasattr`, which takes four times as long on a module; this is asked for every small picture.
-    parts = (vars(part) for part in model.modules() if part is not model)
-    return any("_hf_hook" in part or "_diffusers_hook" in part for part in parts)
+    return any(library_hooks(part) for part in model.modules() if part is not model)
+
+
+def components_offloaded_by_accelerate(pipe: Pipeline) -> list[str]:
+    """Return the names of the components that ``enable_model_cpu_offload`` or a script moves by accelerate's hooks."""
+    return [name for name, module in modules_of(pipe).items() if library_hooks(module).accelerate is not None]
 
 
 def forget_kept(model: torch.nn.Module) -> None:
@@ -345,5 +349,4 @@ def upcasts_in_a_hook(module: torch.nn.Module) -> bool:
 
 
 def _has_casting_hook(part: torch.nn.Module) -> bool:
-    registry = getattr(part, "_diffusers_hook", None)
-    return registry is not None and registry.get_hook("layerwise_casting") is not None
+    return bool(library_hooks(part).named("layerwise_casting"))

@@ -13,6 +13,7 @@ import torch
 from ernie_accel.common.notes import Note
 from ernie_accel.core.components import Weight
 from ernie_accel.core.errors import RestoreWarning
+from ernie_accel.core.library_hooks import library_hooks
 
 T = TypeVar("T")
 #: An attribute that was set: identity of its owner, name, identity of the value before.
@@ -270,7 +271,7 @@ def _hooks_around(owner: object, name: str) -> Iterator[tuple[object, str]]:
     if name != "forward" or not isinstance(owner, torch.nn.Module):
         return
     yield owner, "_old_forward"  # accelerate/hooks.py, add_hook_to_module
-    registry = vars(owner).get("_diffusers_hook")
+    registry = library_hooks(owner).diffusers
     for reference in getattr(registry, "_fn_refs", ()):  # diffusers/hooks/hooks.py, HookRegistry.register_hook
         yield reference, "forward"
         yield reference, "original_forward"

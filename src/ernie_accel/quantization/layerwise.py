@@ -8,6 +8,7 @@ from typing import ClassVar, final
 
 import torch
 
+from ernie_accel.core.library_hooks import library_hooks
 from ernie_accel.quantization.backend import LinearSpec, QuantizationBackend, plain_copy
 
 STORAGE = torch.float8_e4m3fn
@@ -49,8 +50,7 @@ class Layerwise(QuantizationBackend):
         return {name: parameter.data for name, parameter in layer.named_parameters()}
 
     def holds(self, layer: torch.nn.Module) -> bool:
-        registry = getattr(layer, "_diffusers_hook", None)
-        return registry is not None and registry.get_hook("layerwise_casting") is not None
+        return bool(library_hooks(layer).named("layerwise_casting"))
 
     def breaks_graph(self, scheme: str, dtype: torch.dtype) -> str | None:
         return "layerwise casting changes the dtype of parameters inside the forward"

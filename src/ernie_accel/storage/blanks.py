@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ernie_accel.core.captured import plain_tensors
+from ernie_accel.core.library_hooks import library_hooks
 from ernie_accel.core.transform import LayerReceipt
 from ernie_accel.quantization.backend import QuantizationBackend
 from ernie_accel.quantization.choose import BACKENDS
@@ -94,7 +95,7 @@ def _is_plain(tensor: Tensor) -> bool:
 def _acts_by_itself(layer: nn.Module) -> bool:
     """Return whether a layer has what a copy of it would share: hooks, or methods of its own."""
     own = any(isinstance(value, FunctionType) or name == "forward" for name, value in vars(layer).items())
-    return own or bool(layer._forward_pre_hooks or layer._forward_hooks) or hasattr(layer, "_diffusers_hook")
+    return own or bool(layer._forward_pre_hooks or layer._forward_hooks or library_hooks(layer))
 
 
 def _rebuilt(tensor: Any, places: Mapping[_Place, Tensor]) -> Tensor:

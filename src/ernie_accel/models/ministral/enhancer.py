@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
 from ernie_accel.core.components import Tokenizer
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.library_hooks import library_hooks
 from ernie_accel.models.ministral.architecture import CausalLanguageModel
 from ernie_accel.models.ministral.decoder import Decoder
 from ernie_accel.models.ministral.layers import unsupported_config_reasons
@@ -163,6 +164,6 @@ def _wake(model: nn.Module) -> None:
     """Run the hooks that a call of the model would run first; offloading and freeing bring the weights by them."""
     for key, hook in model._forward_pre_hooks.items():
         hook(model, (), *([{}] if key in model._forward_pre_hooks_with_kwargs else []))
-    of_accelerate: Any = vars(model).get("_hf_hook")
+    of_accelerate = library_hooks(model).accelerate
     if of_accelerate is not None:
         of_accelerate.pre_forward(model)

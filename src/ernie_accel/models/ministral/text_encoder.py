@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ernie_accel.core.captured import Fingerprint, only_listens
+from ernie_accel.core.library_hooks import library_hooks
 from ernie_accel.models.ministral.architecture import LanguageModel, Layer
 from ernie_accel.models.ministral.layers import (
     Rotary,
@@ -174,7 +175,7 @@ def _is_as_made(module: nn.Module, *, but_for_its_forward: bool = False) -> bool
     state = vars(module)
     if "forward" in state and not but_for_its_forward:
         return False
-    if state["_forward_pre_hooks"] or "_hf_hook" in state or "_diffusers_hook" in state:
+    if state["_forward_pre_hooks"] or library_hooks(module):
         return False
     if state.get("_compiled_call_impl") is not None:
         return False

@@ -24,6 +24,7 @@ from ernie_accel.core.components import (
 from ernie_accel.core.context import Context
 from ernie_accel.core.dtypes import DTYPES, dtype_name, unsupported_cast_reasons
 from ernie_accel.core.errors import RestoreWarning
+from ernie_accel.core.library_hooks import library_hooks
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
@@ -171,10 +172,10 @@ def _follow(pipe: Pipeline, name: str, cast: torch.nn.Module, dtype: torch.dtype
     if not isinstance(now, torch.nn.Module):
         return
     for part in now.modules():
-        hook = getattr(getattr(part, "_diffusers_hook", None), "hooks", {}).get("layerwise_casting")
-        if hook is not None and hook.compute_dtype == dtype:
-            hook.compute_dtype = before
-            part.to(hook.storage_dtype)
+        for hook in library_hooks(part).named("layerwise_casting"):
+            if hook.compute_dtype == dtype:
+                hook.compute_dtype = before
+                part.to(hook.storage_dtype)
     stays = _keeps_float32(now, dtype)
     given = {
         weight.tensor.dtype

@@ -31,6 +31,7 @@ from ernie_accel.core.components import (
 )
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
+from ernie_accel.core.library_hooks import library_hooks
 from ernie_accel.core.owners import FREES_WEIGHTS, FreedWeights, is_freed_by_another
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
@@ -97,7 +98,7 @@ class FreeAfterUse(Transform):
                     f"{name} is freed already, by FreeAfterUse() on another pipe that shares it: this pipe's calls "
                     "free and fetch it, too, as long as the pipes share their denoiser; or restore that pipe first"
                 )
-            if hasattr(part, "_hf_hook"):
+            if library_hooks(part).accelerate is not None:
                 reasons.append(f"{name} is offloaded already: use one of the two")
         return reasons
 

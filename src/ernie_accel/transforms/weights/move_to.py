@@ -6,7 +6,13 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
-from ernie_accel.core.components import Pipeline, is_device_name, is_skeleton, modules_of
+from ernie_accel.core.components import (
+    Pipeline,
+    components_offloaded_by_accelerate,
+    is_device_name,
+    is_skeleton,
+    modules_of,
+)
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
@@ -46,7 +52,7 @@ class MoveTo(Transform):
         reasons = []
         if self.device.partition(":")[0] != context.torch_device:
             reasons.append(f"there is no {self.device!r} here: the device is {context}")
-        hooked = [name for name, module in modules_of(pipe).items() if hasattr(module, "_hf_hook")]
+        hooked = components_offloaded_by_accelerate(pipe)
         if hooked:
             reasons.append(f"{', '.join(hooked)}: offloaded, and moved by that; call pipe.remove_all_hooks() first")
         return reasons

@@ -15,12 +15,14 @@ from ernie_accel.core.components import (
     GROUP_OFFLOAD_HOOKS,
     PROMPT_COMPONENTS,
     Pipeline,
+    components_offloaded_by_accelerate,
     denoisers_of,
     device_of,
     modules_of,
 )
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.library_hooks import library_hooks
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
@@ -85,7 +87,7 @@ class Offload(Transform):
             reasons.append(f"{type(pipe).__name__} has none of {', '.join(PROMPT_COMPONENTS)}")
         if self.mode == "stages" and not denoisers_of(pipe):
             reasons.append(f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}: use 'model'")
-        moved = [name for name, module in modules_of(pipe).items() if hasattr(module, "_hf_hook")]
+        moved = components_offloaded_by_accelerate(pipe)
         if moved:
             reasons.append(f"{', '.join(moved)}: offloaded already; call pipe.remove_all_hooks() first")
         return reasons
@@ -185,7 +187,7 @@ def _end_group_offload(pipe: Pipeline, places: Mapping[str, torch.device]) -> No
 
     for module in modules_of(pipe).values():
         for part in module.modules():
-            if hasattr(part, "_diffusers_hook"):
+            if library_hooks(part).diffusers is not None:
                 registry = HookRegistry.check_if_exists_or_initialize(part)
                 for name in [name for name in registry.hooks if name in GROUP_OFFLOAD_HOOKS]:
                     registry.remove_hook(name, recurse=False)

@@ -9,7 +9,13 @@ from typing import Any, ClassVar
 import torch
 
 from ernie_accel.common.text import human_bytes
-from ernie_accel.core.components import Pipeline, device_of, emptied_components, is_device_name, modules_of
+from ernie_accel.core.components import (
+    Pipeline,
+    components_offloaded_by_accelerate,
+    device_of,
+    emptied_components,
+    is_device_name,
+)
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
@@ -67,7 +73,7 @@ class Residency(Transform):
             reasons.append(f"there is no device memory to keep weights in: this device is {context.device}{fix}")
         if self.device is not None and self.device.partition(":")[0] != context.torch_device:
             reasons.append(f"there is no {self.device!r} here: the device is {context}")
-        hooked = [name for name, module in modules_of(pipe).items() if hasattr(module, "_hf_hook")]
+        hooked = components_offloaded_by_accelerate(pipe)
         if hooked:
             reasons.append(f"{', '.join(hooked)}: offloaded already; call pipe.remove_all_hooks() first")
         freed = emptied_components(pipe, None)

@@ -11,6 +11,7 @@ import torch
 
 from ernie_accel.core.components import GROUP_OFFLOAD_HOOKS, Pipeline
 from ernie_accel.core.context import Context
+from ernie_accel.core.library_hooks import library_hooks
 from ernie_accel.core.stand_in import standing_in
 from ernie_accel.models.graphed_forward import GraphedForward
 from ernie_accel.transforms.denoiser.cache_steps.backend import (
@@ -86,8 +87,7 @@ def _grouped(pipe: Pipeline, context: Context) -> str | None:
     """Return what brings the transformer's blocks to the device a group at a time, in words; None if nothing does."""
     if context.planned(pipe).offload == "group":
         return "Offload('group')"
-    hooks = (getattr(part, "_diffusers_hook", None) for part in pipe.transformer.modules())
-    if any(registry is not None and {*registry.hooks} & {*GROUP_OFFLOAD_HOOKS} for registry in hooks):
+    if any(library_hooks(part).named(*GROUP_OFFLOAD_HOOKS) for part in pipe.transformer.modules()):
         return "group offloading, which is on,"
     return None
 

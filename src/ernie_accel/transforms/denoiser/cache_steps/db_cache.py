@@ -18,6 +18,7 @@ import torch
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
+from ernie_accel.core.library_hooks import ACCELERATE
 from ernie_accel.transforms.denoiser.cache_steps.backend import CacheSettings, Forward, Trajectory
 from ernie_accel.transforms.denoiser.cache_steps.blocks import BLOCKS, BlockCache, kept
 
@@ -42,7 +43,7 @@ class DbCache(BlockCache):
     ) -> Forward:
         with kept(vars(transformer), vars(getattr(transformer, BLOCKS))), _quiet():
             transformer.forward = forward
-            vars(transformer).pop("_hf_hook", None)  # or cache-dit would call the forward under the offload hook
+            vars(transformer).pop(ACCELERATE, None)  # or cache-dit would call the forward under the offload hook
             _enable(transformer, wanted, trajectory)
             enabled = transformer.forward
 
