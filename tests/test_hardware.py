@@ -169,6 +169,12 @@ def test_rates_say_what_is_wrong_with_them(arguments, message):
         ("NVIDIA L4", None, "l4"),
         ("NVIDIA L40S", None, "l40s"),
         ("NVIDIA L40", None, None),
+        ("Ascend910B3", 60.97, "ascend910b"),
+        ("Ascend910B2C", 60.97, "ascend910b"),
+        ("Ascend910B4-1", None, "ascend910b"),
+        ("Ascend910B4", 29.5, None),  # half the memory, and slower
+        ("Ascend910_9382", 61.3, None),
+        ("Ascend310P3", 43.2, None),
     ],
 )
 def test_devices_are_known_by_the_names_that_drivers_give(name, memory_gib, key):
@@ -193,13 +199,16 @@ def test_devices_are_known_by_the_names_that_drivers_give(name, memory_gib, key)
         ("910b", "ascend910b"),
         ("Ascend 910B", "ascend910b"),
         ("Huawei Ascend910B", "ascend910b"),
+        ("Ascend910B3", "ascend910b"),
+        ("ascend 910b2", "ascend910b"),
+        ("910B4-1", "ascend910b"),
     ],
 )
 def test_devices_are_found_by_what_people_write(name, key):
     assert hardware_named(name).key == key
 
 
-@pytest.mark.parametrize("name", ["RTX 4090 16GB", "A100 41GB", "RTX 4060 Ti 32GB"])
+@pytest.mark.parametrize("name", ["RTX 4090 16GB", "A100 41GB", "RTX 4060 Ti 32GB", "Ascend910B4"])
 def test_a_memory_that_a_card_does_not_have_is_an_unknown_device(name):
     with pytest.raises(ernie_accel.UnknownNameError, match="Unknown device"):
         hardware_named(name)

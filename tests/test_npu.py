@@ -185,3 +185,36 @@ def test_the_preset_of_an_ascend_plans_and_runs(run):
         "print(pipe.transformer.dtype, rel(picture(pipe, prompt=PROMPTS)) < 0.1)"
     )
     assert run(code)[-2:] == ["8", "torch.bfloat16 True"]
+
+
+#: What torch_npu adds to torch, on a machine with two chips.
+DEVICES = """
+from types import SimpleNamespace
+torch.utils.rename_privateuse1_backend("npu")
+chips = [
+    SimpleNamespace(name="Ascend910B3", total_memory=62432 * 2**20),
+    SimpleNamespace(name="Ascend310P3", total_memory=44280 * 2**20),
+]
+torch.npu = SimpleNamespace(
+    is_available=lambda: True,
+    device_count=lambda: len(chips),
+    get_device_properties=lambda device: chips[torch.device(device).index or 0],
+)
+"""
+
+
+def test_a_chip_is_known_by_the_name_that_torch_npu_reports(run):
+    code = (
+        "import torch, ernie_accel\n"
+        + DEVICES
+        + "for context in ernie_accel.Context.detect(), ernie_accel.Context.detect(device='npu:1'):\n"
+        "    print(context)\n"
+        "    found = ernie_accel.recommend(context, mode='turbo')\n"
+        "    print(found.preset.name, 'Ascend 910B: masks' in str(found))\n"
+    )
+    assert run(code) == [
+        "npu (Ascend910B3, 61 GiB)",
+        "npu-bf16 True",
+        "npu (Ascend310P3, 43 GiB)",
+        "npu-bf16 False",
+    ]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ernie_accel.common.installed import package_places, version_of
 from ernie_accel.core.components import AnyPipeline, Pipeline, device_of
@@ -135,6 +135,10 @@ class Context:
                 versions=installed_versions(),
                 no_compile=None if _importable("triton") else "torch.compile on CUDA needs triton: pip install triton",
             )
+        if device.type == "npu":
+            npu: Any = vars(torch)["npu"]  # of torch_npu, without which there is no such device
+            facts = npu.get_device_properties(device)
+            return cls("npu", facts.name, memory_bytes=facts.total_memory, versions=installed_versions())
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
         return cls(
             device=device.type,
@@ -252,7 +256,9 @@ def _importable(package: str) -> bool:
 def _best_device() -> torch.device:
     import torch
 
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("npu" if is_here("npu") else "cpu")
 
 
 def is_here(device: str) -> bool:

@@ -77,6 +77,7 @@ class Hardware:
     Attributes:
         key: What `Context.named`, ``--device`` and ``preset=`` find it by, as "rtx3060": `device_key` of itself.
         name: As its driver writes it; drivers may add to it ("NVIDIA H100 80GB HBM3").
+        driver_names: What else a driver calls it: Ascend's names the bin of the chip, too, as "Ascend910B3".
         device: torch device type: "cuda", "npu", "cpu".
         capability: CUDA compute capability (major, minor); None for other devices.
         memory_bytes: Memory of the device, as its vendor says; None if it varies.
@@ -95,6 +96,7 @@ class Hardware:
     device: str = "cuda"
     capability: tuple[int, int] | None = None
     memory_bytes: int | None = None
+    driver_names: tuple[str, ...] = field(default=(), kw_only=True)
     usable_bytes: int | None = field(default=None, kw_only=True)
     pcie: tuple[int, int] | None = field(default=None, kw_only=True)
     host_gb_s: float | None = field(default=None, kw_only=True)
@@ -146,6 +148,8 @@ class Hardware:
 
     def is_called(self, device_name: str) -> bool:
         """Return whether a driver that reports `device_name` means this device, and not its Ti or laptop variant."""
+        if device_name in self.driver_names:
+            return True
         rest = device_name.removeprefix(self.name)
         return device_name.startswith(self.name) and not rest[:1].isalnum() and not _VARIANTS & set(rest.split())
 
@@ -167,7 +171,8 @@ def hardware_named(name: str, note: str = "") -> Hardware:
     key = device_key(name)
     base, memory = device_key(_SIZE_IN_NAME.sub("", name)), _memory_in(name)
     for row in HARDWARE.values():
-        if key in (row.key, device_key(row.name), row.key.removeprefix("ascend")):
+        keys = (row.key, *map(device_key, (row.name, *row.driver_names)))
+        if key in keys or f"ascend{key}" in keys:  # npu-smi writes "910B3"
             return row
     for row in HARDWARE.values():
         if memory is not None and row.memory_bytes == memory and base in (row.key, device_key(row.name)):
@@ -186,7 +191,7 @@ def hardware_called(device_name: str, memory_bytes: int | None = None) -> Hardwa
     """Return the most specific row for the name that a driver reports; None if there is none.
 
     Args:
-        device_name: As the driver reports it: "NVIDIA A100-SXM4-40GB".
+        device_name: As the driver reports it: "NVIDIA A100-SXM4-40GB", "Ascend910B3".
         memory_bytes: The memory that the driver reports. It distinguishes cards with the same name; so does a size in
             the name.
     """
@@ -422,6 +427,7 @@ _OWN = (
     ),
     Hardware(
         "ascend910b", "Ascend 910B", "npu", None, 64 * GIB, usable_bytes=int(60.97 * GIB), pcie=(4, 16),
+        driver_names=("Ascend910B1", "Ascend910B2", "Ascend910B2C", "Ascend910B3", "Ascend910B4-1"),  # B4 has 32 GB
         source="users of 910B3 servers; Huawei has no data sheet of the chip",
         rates=(
             Rates(
