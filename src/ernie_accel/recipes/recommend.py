@@ -158,18 +158,27 @@ def check_mode(mode: str | None) -> None:
 
 
 def _candidates(machine: Context, mode: str) -> list[tuple[Preset, tuple[str, ...], list[str]]]:
-    """Return (preset, why, what speaks against it on this machine): the card's own first, then the ladder."""
+    """Return (preset, why, what speaks against it on this machine), in the order in which they are considered.
+
+    The card's own comes first. Before it stand only faster ones that cannot run here, so that the reader learns why.
+    """
     found: list[tuple[Preset, tuple[str, ...], list[str]]] = []
-    row = hardware_called(machine.device_name, machine.memory_bytes)
-    if row is not None and row.preset is not None and mode == presets[row.preset].mode:
-        own = presets[row.preset]
+    rungs, row = _by_precision(machine, mode), hardware_called(machine.device_name, machine.memory_bytes)
+    own = None if row is None or row.preset is None else presets[row.preset]
+    if row is not None and own is not None and mode == own.mode:
         package = next((rung.package for rung in LADDER if rung.precision == own.precision), None)
         found.append((own, (f"{row.name}: {row.why}",), _missing(machine, package)))
-    rungs = _by_precision(machine, mode)
+    precisions = [rung.precision for rung in LADDER]
+    faster = precisions[: precisions.index(own.precision)] if found and own and own.precision in precisions else []
+    ahead = 0
     for rung in LADDER:
         preset = rungs.get(rung.precision)
-        if preset is not None and preset.name not in {other.name for other, _, _ in found}:
-            found.append((preset, (rung.why,), rung.problems(machine)))
+        if preset is None or preset.name in {other.name for other, _, _ in found}:
+            continue
+        problems = rung.problems(machine)
+        at = ahead if rung.precision in faster and problems else len(found)
+        found.insert(at, (preset, (rung.why,), problems))
+        ahead += at < len(found) - 1
     return found
 
 
