@@ -43,7 +43,7 @@ from ernie_accel.core.planned import PlannedPipe as PlannedPipe
 from ernie_accel.editing.edit import image_to_image as image_to_image
 from ernie_accel.editing.edit import inpaint as inpaint
 from ernie_accel.editing.edit import refine as refine
-from ernie_accel.editing.pictures import PictureError as PictureError
+from ernie_accel.editing.files import PictureError as PictureError
 from ernie_accel.editing.pipelines import ErnieImageImg2ImgPipeline as ErnieImageImg2ImgPipeline
 from ernie_accel.editing.pipelines import ErnieImageInpaintPipeline as ErnieImageInpaintPipeline
 from ernie_accel.families.family import Family as Family

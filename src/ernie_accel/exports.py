@@ -52,7 +52,7 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "core.undo": ("Undo",),
         "core.planned": ("PlannedPipe",),
         "editing.edit": ("image_to_image", "inpaint", "refine"),
-        "editing.pictures": ("PictureError",),
+        "editing.files": ("PictureError",),
         "editing.pipelines": ("ErnieImageImg2ImgPipeline", "ErnieImageInpaintPipeline"),
         "families.family": ("Family",),
         "families.registry": ("register_family",),

@@ -111,6 +111,7 @@ def _run_job(job: Job) -> int:
         default_size=SIZE_PX if job.uses_embedded else None,
         defaults=job.defaults(),
         skipped=skipped if job.skip_bad else None,
+        image_root=job.image_root,
     )
     for line, problem in skipped:
         typer.echo(f"{job.input_file}:{line}: left out: {problem}", err=True)

@@ -9,7 +9,7 @@
     ├── ApplyError                        a transform failed; everything was undone; carries the report
     ├── RestoreError                      the original cannot be restored; says why
     ├── SavedPipelineError                a folder that `load` cannot read, or a pipe that `save` cannot write
-    ├── PictureError (ValueError)         a picture, mask or strength to draw from is unusable (editing/pictures.py)
+    ├── PictureError (ValueError)         a picture, mask or strength to draw from is unusable (editing/files.py)
     ├── MissingExtraError (ImportError)   an optional package is needed; names the pip extra
     ├── BatchInputError (ValueError)      rows with mistakes, all of them with their lines   (batch/errors.py)
     ├── BatchOutputError                  pictures cannot be written where they should go    (batch/errors.py)

@@ -16,10 +16,10 @@ from ernie_accel.core.outputs import images_of
 from ernie_accel.core.plan import check_pipeline
 from ernie_accel.core.turns import turn_of
 from ernie_accel.core.undo import Undo
+from ernie_accel.editing.files import PictureError
 from ernie_accel.editing.late_start import LateStart
 from ernie_accel.editing.pictures import (
     Picture,
-    PictureError,
     as_masks,
     as_pictures,
     check_strength,
@@ -221,6 +221,15 @@ def draw_from(
     if call.get("output_type") == "latent" or (masks is None and whole.shape == pictures.shape):
         return output
     return _with_images(output, lambda images: finished(images, pictures, masks))
+
+
+def refusal(pipe: AnyPipeline) -> str | None:
+    """Return why `image_to_image` cannot be used with a pipe; None if it can."""
+    try:
+        _checked(pipe)
+    except ErnieAccelError as error:
+        return str(error)
+    return None
 
 
 def _checked(given: AnyPipeline, draw: Callable[..., Any] | None = None) -> Pipeline:

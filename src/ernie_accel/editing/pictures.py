@@ -3,54 +3,18 @@
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.editing.files import PictureError, read_picture
 
 #: One picture: a file, a PIL picture, an array [H, W, 3] or a tensor [3, H, W] (or several: [B, ...]).
 Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | torch.Tensor"
-
-#: What is read from files. Nothing that runs a program (EPS starts Ghostscript) or is drawn by a script.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
-#: Pixels of a picture in a file, 64 megapixels: a small file may claim to hold a huge one.
-MAX_PIXELS = 2**26
-
-#: What PIL raises for damaged files, besides OSError, of which its own "cannot identify" is one.
-_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-
-
-class PictureError(ErnieAccelError, ValueError):
-    """A picture, a mask or a strength that cannot be used; nothing was drawn."""
-
-
-def read_picture(path: str | os.PathLike[str]) -> Image.Image:
-    """Return the picture in a file, turned as its camera says.
-
-    Raises:
-        PictureError: There is none, it is damaged, of another format or too large.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise PictureError(
-                    f"{os.fspath(path)} has {file.width} x {file.height} pixels; at most {MAX_PIXELS:,} are read"
-                )
-            file.load()
-            return ImageOps.exif_transpose(file)
-    except PictureError:
-        raise
-    except _DAMAGED as error:
-        what = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise PictureError(
-            f"{os.fspath(path)} cannot be read as a picture ({what}); expected {', '.join(FORMATS)}"
-        ) from error
 
 
 def as_pictures(image: Picture | Sequence[Picture]) -> torch.Tensor:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from PIL import Image
 
 from ernie_accel.batch.errors import Problem
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.editing.files import PictureError, read_picture
 
 Outcome: TypeAlias = Image.Image | Exception
 """What became of one request of a batch: its picture, or why there is none."""
@@ -30,6 +34,39 @@ ENHANCED_PROMPT = "enhanced_prompt"
 """Where a picture's `info` holds the prompt it was made from, if an engine knows it and it is not the request's own."""
 
 
+@dataclass(frozen=True)
+class PictureFile:
+    """A picture in a file that a row names, as it was when the row was checked.
+
+    Attributes:
+        name: As the row has it.
+        path: Where it is.
+        digest: SHA-256 of the file, hexadecimal.
+        width: In pixels, turned as its camera says.
+        height: In pixels.
+    """
+
+    name: str
+    path: str
+    digest: str
+    width: int
+    height: int
+
+    def read(self) -> Image.Image:
+        """Return the picture.
+
+        Raises:
+            PictureError: It is damaged, or not there any more, or is another one by now.
+        """
+        try:
+            data = Path(self.path).read_bytes()
+        except OSError as error:
+            raise PictureError(f"{self.name} cannot be read any more ({error.strerror or error})") from error
+        if hashlib.sha256(data).hexdigest() != self.digest:
+            raise PictureError(f"{self.name} was changed after the table was checked; run again")
+        return read_picture(io.BytesIO(data), self.name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One picture, as an engine is asked for it. What is None is left to the model's own defaults.
@@ -42,6 +79,9 @@ class Request:
         height: In pixels.
         steps: Denoising steps.
         guidance_scale: Weight of the prompt against the negative prompt.
+        image: What to begin at; None: noise alone.
+        mask: What of it is drawn anew; None: all of it.
+        strength: How far to go from it, 0 to 1.
     """
 
     prompt: str
@@ -51,6 +91,9 @@ class Request:
     height: int | None = None
     steps: int | None = None
     guidance_scale: float | None = None
+    image: PictureFile | None = None
+    mask: PictureFile | None = None
+    strength: float | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Return what is given, prompt included, by the names that diffusers pipelines use."""
@@ -66,7 +109,11 @@ class Request:
 
     def shape(self) -> Hashable:
         """Return what must be equal for two requests to go through a pipeline in one call."""
-        return (self.width, self.height, self.steps, self.guidance_scale, self.negative_prompt is None)
+        drawn = (self.width, self.height, self.steps, self.guidance_scale, self.negative_prompt is None)
+        if self.image is None:
+            return drawn
+        # Pictures go together if they have one size, before and after they are resized.
+        return (*drawn, self.image.width, self.image.height, self.mask is None, self.strength)
 
 
 class Engine(ABC):
@@ -81,6 +128,7 @@ class Engine(ABC):
         in_rounds: Whether what was prepared is all rendered before more is, because preparing takes turns with it.
         prepares_aside: Whether `prepare` returns at once and `bucket` waits for what it began, so that the next rows
             are best handed to it before those at hand are rendered.
+        edits: Whether it draws from pictures; rows that name one are refused otherwise.
         default_size: Width and height in pixels for rows that leave theirs open; None: what renders has its own.
     """
 
@@ -89,6 +137,7 @@ class Engine(ABC):
     ahead: int = 64
     in_rounds: bool = False
     prepares_aside: bool = False
+    edits: bool = False
     default_size: tuple[int | None, int | None] = (None, None)
 
     @abstractmethod

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar, cast
 
 from PIL import Image
 
@@ -31,6 +31,7 @@ from ernie_accel.batch.engines.base import (
     stop_if,
 )
 from ernie_accel.batch.errors import Problem
+from ernie_accel.editing.files import PictureError
 from ernie_accel.embedded import SIZE_PX, is_embedded
 
 if TYPE_CHECKING:
@@ -62,21 +63,33 @@ class CallSignature:
         name: The pipe's class.
         parameters: The names of the call's arguments.
         takes_any: Whether it takes any keyword.
+        edit_problem: Why it cannot draw from pictures; None if it can.
     """
 
     name: str
     parameters: tuple[str, ...]
     takes_any: bool
+    edit_problem: str | None = None
 
     @classmethod
     def of(cls, pipe: Pipe) -> CallSignature:
         """Return the signature of a pipe."""
         parameters = inspect.signature(cast("Callable[..., object]", pipe)).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        return cls(type(pipe).__name__, tuple(parameters), takes_any)
+        name = type(pipe).__name__
+        problem: str | None = f"{name} is no diffusers pipeline"
+        if isinstance(getattr(pipe, "components", None), Mapping):
+            from ernie_accel.editing.edit import refusal  # here, because it loads torch
+
+            problem = refusal(cast("Loadable", pipe))
+        return cls(name, tuple(parameters), takes_any, problem)
 
     def problems(self, requests: Sequence[tuple[int, Request]]) -> list[Problem]:
         """Return what the requests, each with its input line, ask for that the call has no argument for."""
+        if self.edit_problem is not None:
+            edits = [line for line, request in requests if request.image is not None]
+            if edits:
+                return [(line, f"names a picture to begin at, and {self.edit_problem}") for line in edits]
         if self.takes_any:
             return []
         takes = f"it takes: {', '.join(self.parameters)}"
@@ -100,6 +113,8 @@ class LocalEngine(Engine):
     device. For ERNIE-Image, prompts are enhanced and encoded ahead, in batches (see `PromptStage`). Engines with
     the same pipe take turns, a call each: a pipe's scheduler holds the state of one.
     """
+
+    edits = True
 
     def __init__(
         self, pipe: Pipe, *, max_batch: int | None = None, free_encoders: bool = False, grace_s: float = 10.0
@@ -243,11 +258,38 @@ class LocalEngine(Engine):
         arguments = self._arguments(requests, expired)
         if expired is not None and self._takes("callback_on_step_end"):
             arguments["callback_on_step_end"] = _stop_when(expired)
+        generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
+        generator = generators[0] if len(requests) == 1 else generators
+        if requests[0].image is not None:
+            return self._edit(requests, arguments | {"generator": generator})
         if (latents := latents_for(cast("CallablePipeline", self._pipe), requests)) is not None:
             arguments["latents"] = latents
-        generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
-        output = self._pipe(**arguments, generator=generators[0] if len(requests) == 1 else generators)
+        output = self._pipe(**arguments, generator=generator)
         return _pictures(images_of(output) if self._as_tensors else cast("HasImages", output).images, len(requests))
+
+    def _edit(self, requests: Sequence[Request], arguments: dict[str, object]) -> Sequence[Begun]:
+        """Draw from pictures; one that cannot be read fails its own row, and the others are drawn."""
+        from ernie_accel.core.outputs import images_of
+        from ernie_accel.editing.edit import image_to_image, inpaint
+
+        images, masks = [], []
+        for request in requests:
+            try:
+                images += [] if request.image is None else [request.image.read()]
+                masks += [] if request.mask is None else [request.mask.read()]
+            except PictureError as error:
+                if len(requests) == 1:
+                    return [error]
+                raise  # each is tried alone then
+        if requests[0].strength is not None:
+            arguments["strength"] = requests[0].strength
+        pipe = cast("Loadable", self._pipe)
+        prompt: Any = arguments.pop("prompt", None)
+        if requests[0].mask is None:
+            output = image_to_image(pipe, images, prompt, **cast("dict[str, Any]", arguments))
+        else:
+            output = inpaint(pipe, images, masks, prompt, **cast("dict[str, Any]", arguments))
+        return _pictures(images_of(output), len(requests))
 
     def _takes(self, argument: str) -> bool:
         return self.signature.takes_any or argument in self.signature.parameters

@@ -42,6 +42,8 @@ class ProcessEngine(Engine):
     has as many of torch's threads as this process: sums are split among them, so that their number shows in last bits.
     """
 
+    edits = True
+
     def __init__(
         self,
         load: Callable[[], Pipe],

@@ -61,6 +61,8 @@ class RayEngine(Engine):
     lost with an actor or its machine is encoded again with its batch.
     """
 
+    edits = True
+
     prepares_aside = True
 
     def __init__(

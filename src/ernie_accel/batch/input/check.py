@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from ernie_accel.batch.engines.base import PictureFile
 from ernie_accel.batch.errors import shown
 from ernie_accel.batch.input.gate import text_problem
 from ernie_accel.batch.input.naming import TakenNames, fill_pattern, folder_problem, name_problem
 from ernie_accel.batch.input.newbie import structure_problems
+from ernie_accel.batch.input.pictures import PictureFolder
 from ernie_accel.batch.input.row import (
     DEFAULTS,
     MAX_GUIDANCE,
@@ -17,6 +20,7 @@ from ernie_accel.batch.input.row import (
     MAX_SIDE,
     MAX_STEPS,
     MAX_VARIANTS,
+    MIN_SIDE,
     Columns,
     Row,
 )
@@ -32,6 +36,8 @@ class RowCheck:
         folder_by: The column that names a sub-folder.
         size_multiple: Width and height must be divisible by this, in pixels.
         defaults: Settings for rows that leave them open, by column.
+        pictures: Where rows' pictures are; None: in the working folder.
+        own: Columns that are not settings, although they are named like one.
     """
 
     pattern: str | None
@@ -39,11 +45,13 @@ class RowCheck:
     folder_by: str | None = None
     size_multiple: int = 16
     defaults: Mapping[str, float] = field(default_factory=dict)
+    pictures: PictureFolder | None = None
+    own: Collection[str] = ()
     _taken: TakenNames = field(default_factory=TakenNames)
 
     def rows(self, line: int, index: int, columns: Columns) -> tuple[list[Row], list[str]]:
         """Return the pictures that an input row asks for, or what is wrong with it."""
-        settings = Settings(columns, self.defaults)
+        settings = Settings({k: v for k, v in columns.items() if k not in self.own}, self.defaults)
         prompt = settings.text("prompt") if self.template is None else fill_pattern(self.template, columns, index)
         if prompt is not None and not prompt.strip():
             prompt = None
@@ -53,7 +61,9 @@ class RowCheck:
             settings.messages.append(f"prompt {reason}")  # the columns' own text was looked at when it was read
         settings.messages += structure_problems(prompt or "")
         seed = settings.whole("seed", 0, MAX_SEED, "write digits, e.g. 42, or leave it empty")
-        width, height = settings.size(self.size_multiple)
+        image, mask, strength = self._pictures(settings)
+        # A picture has its own size, unless the row itself gives another one.
+        width, height = settings.size(self.size_multiple, with_defaults=not settings.text("image"))
         steps = settings.whole("steps", 1, MAX_STEPS, "write digits, e.g. 8, or leave it empty")
         guidance_scale = settings.number("guidance_scale", MAX_GUIDANCE, "write e.g. 4.0, or leave it empty")
         variants = (
@@ -87,12 +97,45 @@ class RowCheck:
                 height=height,
                 steps=steps,
                 guidance_scale=guidance_scale,
+                image=image,
+                mask=mask,
+                strength=strength,
                 variant=variant,
                 folder=folder,
                 columns=columns,
             )
             for variant, name in enumerate(names)
         ], []
+
+    def _pictures(self, settings: Settings) -> tuple[PictureFile | None, PictureFile | None, float | None]:
+        """Return the picture that a row begins at, its mask, and how far to go from it."""
+        if self.pictures is None:
+            self.pictures = PictureFolder(Path())
+        found: dict[str, PictureFile | None] = dict.fromkeys(("image", "mask"))
+        for name in found:
+            text = settings.text(name)
+            picture = None if text is None else self.pictures.find(text.strip())
+            if isinstance(picture, str):
+                settings.messages.append(f"{name} {picture}")
+            else:
+                found[name] = picture
+        image, mask = found["image"], found["mask"]
+        strength = settings.number("strength", 1, "write e.g. 0.3, or leave it empty")
+        if settings.text("image") is None:
+            settings.messages += [
+                f"{name} has no effect without image; name the picture, or leave it empty"
+                for name in ("mask", "strength")
+                if settings.text(name) is not None
+            ]
+        if image is not None and not all(MIN_SIDE <= side <= MAX_SIDE for side in (image.width, image.height)):
+            size = f"{image.width}x{image.height}"
+            settings.messages.append(f"image {shown(image.name)} is {size}; expected sides of {MIN_SIDE} to {MAX_SIDE}")
+        if image is not None and mask is not None and (mask.width, mask.height) != (image.width, image.height):
+            settings.messages.append(
+                f"mask {shown(mask.name)} is {mask.width}x{mask.height}, and image {shown(image.name)} is "
+                f"{image.width}x{image.height}; a mask has the size of its picture"
+            )
+        return image, mask, strength
 
     def _names(self, line: int, index: int, columns: Columns, variants: int) -> list[str]:
         """Return a file name per variant; those of several are told apart by a number, counted from 1."""
@@ -116,9 +159,11 @@ class RowCheck:
 class Settings:
     """The settings of one row, parsed; what is wrong with them gathers in `messages`."""
 
-    def __init__(self, columns: Mapping[str, str], defaults: Mapping[str, float]) -> None:
+    def __init__(
+        self, columns: Mapping[str, str], defaults: Mapping[str, float], messages: list[str] | None = None
+    ) -> None:
         self._columns, self._defaults = columns, defaults
-        self.messages: list[str] = []
+        self.messages: list[str] = [] if messages is None else messages
 
     def text(self, name: str) -> str | None:
         value = self._columns.get(name, "")
@@ -152,7 +197,9 @@ class Settings:
     def _default(self, name: str) -> int | None:
         return int(self._defaults[name]) if name in self._defaults else None
 
-    def size(self, multiple: int) -> tuple[int | None, int | None]:
+    def size(self, multiple: int, *, with_defaults: bool = True) -> tuple[int | None, int | None]:
+        if not with_defaults:
+            self = Settings(self._columns, {}, self.messages)
         # Any whole number passes here, so that a bad size is reported with the nearest good one.
         limit = 10**30
         width = self.whole("width", -limit, limit, f"write pixels, e.g. {64 * multiple}, or leave it empty")

@@ -29,6 +29,7 @@ def read_rows(
     extra_columns: Collection[str] = (),
     skipped: list[Problem] | None = None,
     defaults: Mapping[str, float] | None = None,
+    image_root: str | Path | None = None,
 ) -> list[Row]:
     """Check rows that a Python program holds, all of them, as `read_table` checks those of a file.
 
@@ -42,6 +43,7 @@ def read_rows(
         extra_columns: Columns of your own that look like a setting.
         skipped: A list to which the problems of single rows are added; such rows are left out.
         defaults: Settings for rows that leave them open.
+        image_root: The folder below which the columns `image` and `mask` may name pictures; None: the working folder.
 
     Returns:
         At least one row per picture, in the given order.
@@ -69,6 +71,7 @@ def read_rows(
         folder_by=folder_by,
         extra_columns=extra_columns,
         skipped=skipped,
+        image_root=Path() if image_root is None else Path(image_root),
     )
 
 

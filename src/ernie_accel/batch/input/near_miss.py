@@ -40,6 +40,12 @@ _ALIASES = {
     "num_images_per_prompt": "variants",
     "images_per_prompt": "variants",
     "num_variants": "variants",
+    "init_image": "image",
+    "input_image": "image",
+    "source_image": "image",
+    "mask_image": "mask",
+    "denoise": "strength",
+    "denoising_strength": "strength",
 }
 
 # Settings of pictures that no column holds.
@@ -47,8 +53,6 @@ _WHOLE_JOB = {
     "sampler": "the whole job has one sampler: choose it with --sampler",
     "sampler_name": "the whole job has one sampler: choose it with --sampler",
     "scheduler": "the whole job has one sampler: choose it with --sampler",
-    "denoise": "pictures are made from noise alone",
-    "denoising_strength": "pictures are made from noise alone",
     "clip_skip": "the text encoder is used as the model was trained with it",
     "aspect_ratio": "write 'width' and 'height'",
 }

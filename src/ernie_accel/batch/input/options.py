@@ -114,6 +114,12 @@ class Options(BaseModel):
         Field(description="Column of your own, though named like a setting; repeatable."),
         Names(python=("read_table.extra_columns", "read_rows.extra_columns")),
     ] = ()
+    image_root: Annotated[
+        Path | None,
+        BeforeValidator(_resolved),
+        Field(description="Folder below which the table may name pictures; default: the table's."),
+        Names(python=("read_table.image_root", "read_rows.image_root")),
+    ] = None
     skip_bad: Annotated[bool, Field(description="Leave out rows with mistakes.")] = False
     seed: Annotated[
         int,

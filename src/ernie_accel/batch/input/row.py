@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from ernie_accel.batch.engines.base import PictureFile
 from ernie_accel.batch.errors import shown
 from ernie_accel.batch.input.gate import fields_problem
 from ernie_accel.batch.input.naming import folder_problem, name_problem
 
-SETTINGS = ("prompt", "negative_prompt", "seed", "width", "height", "steps", "guidance_scale", "variants")
+OF_PICTURES = ("image", "mask", "strength")
+"""Settings that a table may have as columns of its own, if they are said to be."""
+
+SETTINGS = (
+    "prompt", "negative_prompt", "seed", "width", "height", "steps", "guidance_scale", "variants", *OF_PICTURES
+)  # fmt: skip
 """The columns that say how a picture is made; every other column is the user's own."""
 
 MAX_SEED = 2**64 - 1  # the largest that torch.Generator.manual_seed takes
@@ -65,6 +71,9 @@ class Row:
         height: In pixels.
         steps: Denoising steps.
         guidance_scale: Weight of the prompt against the negative prompt.
+        image: What to begin at; None: noise alone.
+        mask: What of it is drawn anew; None: all of it.
+        strength: How far to go from it, 0 to 1.
         variant: 0-based number among the pictures of one input row; its seed is that much larger.
         folder: Name of the sub-folder of the output folder; empty: the output folder itself.
         columns: Every named column of the file, unparsed.
@@ -84,6 +93,9 @@ class Row:
     height: int | None = None
     steps: int | None = None
     guidance_scale: float | None = None
+    image: PictureFile | None = None
+    mask: PictureFile | None = None
+    strength: float | None = None
     variant: int = 0
     folder: str = ""
     columns: Mapping[str, str] = field(default_factory=lambda: Columns({}), hash=False)

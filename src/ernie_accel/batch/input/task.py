@@ -7,9 +7,12 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ernie_accel.batch.engines.base import Request
+from ernie_accel.batch.engines.base import Engine, Request
+from ernie_accel.batch.errors import Problem
 from ernie_accel.batch.input.row import MAX_SEED, Row
 
+#: Settings that ledgers have always held, given or not; others are left out, so that older jobs go on.
+_ALWAYS = frozenset({"prompt", "seed", "negative_prompt", "width", "height", "steps", "guidance_scale"})
 _REROLL_STRIDE = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio, odd: rerolled seeds do not meet other rows'
 
 
@@ -46,7 +49,12 @@ class Task:
 
     def described(self) -> str:
         """Return the request as JSON, as the ledger keeps it to name what changed."""
-        return json.dumps(vars(self.request), ensure_ascii=False, sort_keys=True)
+        values = {name: value for name, value in vars(self.request).items() if value is not None or name in _ALWAYS}
+        for name in ("image", "mask"):
+            picture = getattr(self.request, name)
+            if picture is not None:
+                values |= {name: picture.name, f"{name}_sha256": picture.digest}
+        return json.dumps(values, ensure_ascii=False, sort_keys=True)
 
 
 def seed_of(row: Row, seed: int) -> int:
@@ -63,11 +71,22 @@ def tasks_of(rows: Iterable[Row], seed: int, default_size: tuple[int | None, int
                 prompt=row.prompt,
                 seed=seed_of(row, seed),
                 negative_prompt=row.negative_prompt,
-                width=row.width or default_size[0],
-                height=row.height or default_size[1],
+                width=row.width or (row.image.width if row.image else default_size[0]),
+                height=row.height or (row.image.height if row.image else default_size[1]),
                 steps=row.steps,
                 guidance_scale=row.guidance_scale,
+                image=row.image,
+                mask=row.mask,
+                strength=row.strength,
             ),
         )
         for row in rows
     ]
+
+
+def edit_problems(engine: Engine, tasks: Iterable[Task]) -> list[Problem]:
+    """Return which rows name a picture to begin at, if an engine would not look at it."""
+    if engine.edits:
+        return []
+    reason = f"names a picture to begin at, and {type(engine).__name__} does not draw from pictures"
+    return [(task.row.line, reason) for task in tasks if task.request.image is not None]

@@ -17,7 +17,7 @@ from ernie_accel.batch.input.naming import REJECTED_FOLDER, TakenNames
 from ernie_accel.batch.input.options import check_arguments
 from ernie_accel.batch.input.row import MAX_SEED, Row
 from ernie_accel.batch.input.sift import Sift
-from ernie_accel.batch.input.task import Task, tasks_of
+from ernie_accel.batch.input.task import Task, edit_problems, tasks_of
 from ernie_accel.batch.line.assembly import assemble
 from ernie_accel.batch.line.line import Line, Result
 from ernie_accel.batch.output.folder import OutputFolder
@@ -105,7 +105,11 @@ def produce(
     rows, out = as_rows(rows), Path(out)
     engine = pipe if isinstance(pipe, Engine) else LocalEngine(pipe, max_batch=batch_size, free_encoders=free_encoders)
     tasks = tasks_of(rows, seed, engine.default_size)
-    if problems := [*_row_problems(tasks), *engine.problems([(task.row.line, task.request) for task in tasks])]:
+    if problems := [
+        *_row_problems(tasks),
+        *edit_problems(engine, tasks),
+        *engine.problems([(task.row.line, task.request) for task in tasks]),
+    ]:
         raise BatchInputError(None, problems)
     log_json, prometheus = (None if path is None else Path(path) for path in (log_json, prometheus))
     facts = {**(facts or {}), **engine.identity()}

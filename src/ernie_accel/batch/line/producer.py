@@ -17,7 +17,7 @@ from ernie_accel.batch.input.naming import REJECTED_FOLDER, collision_key
 from ernie_accel.batch.input.options import check_arguments
 from ernie_accel.batch.input.row import Row
 from ernie_accel.batch.input.sift import Sift
-from ernie_accel.batch.input.task import Task, tasks_of
+from ernie_accel.batch.input.task import Task, edit_problems, tasks_of
 from ernie_accel.batch.line.assembly import assemble
 from ernie_accel.batch.line.line import Result
 from ernie_accel.batch.output.folder import OutputFolder
@@ -104,7 +104,7 @@ class Producer:
             ErnieAccelError: The producer is closed.
         """
         (task,) = tasks_of([row], self._seed, self._engine.default_size)
-        if problems := self._engine.problems([(row.line, task.request)]):
+        if problems := [*edit_problems(self._engine, [task]), *self._engine.problems([(row.line, task.request)])]:
             raise BatchInputError(None, problems)
         if links := self._folder.link_problems([row.folder] if row.folder else []):
             raise BatchOutputError(self._folder.path, [(row.line, reason) for _, reason in links])

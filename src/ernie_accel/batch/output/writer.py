@@ -186,6 +186,10 @@ def older_path(path: str) -> str:
 def texts_of(request: Request, picture: Image.Image, facts: Mapping[str, str]) -> dict[str, str]:
     """Return what a PNG says of itself; nothing in it changes from run to run."""
     settings = {k: v for k, v in request.arguments().items() if k not in ("prompt", "negative_prompt")}
+    if request.image is not None:
+        files = {"image": request.image, "mask": request.mask}
+        settings |= {f"{name}_sha256": file.digest for name, file in files.items() if file is not None}
+        settings |= {} if request.strength is None else {"strength": request.strength}
     settings |= {"width": picture.width, "height": picture.height}
     texts = {"prompt": request.prompt, "seed": str(request.seed), "settings": json.dumps(settings, sort_keys=True)}
     if request.negative_prompt is not None:

@@ -1,0 +1,227 @@
+"""Rows that begin at a picture: the same checks, ledger and resume; only pictures below the table's folder are read."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ernie_accel import image_to_image, inpaint
+from ernie_accel.batch import BatchInputError, produce, read_rows, read_table
+from ernie_accel.batch.engines import LocalEngine
+from ernie_accel.batch.errors import BatchChangedError
+from tests.pipelines import tiny_ernie, tiny_flux
+from tests.stub_engine import StubEngine, make_rows
+
+PIXELS = np.random.default_rng(0).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a folder with pictures and a mask."""
+    (tmp_path / "in").mkdir()
+    Image.fromarray(PIXELS).save(tmp_path / "in" / "a.png")
+    Image.fromarray(255 - PIXELS).save(tmp_path / "in" / "b.png")
+    mask = Image.new("L", (64, 48))
+    mask.paste(255, (32, 0, 64, 48))
+    mask.save(tmp_path / "in" / "mask.png")
+    Image.new("L", (64, 32)).save(tmp_path / "in" / "small.png")
+    (tmp_path / "in" / "text.png").write_text("no picture")
+    Image.fromarray(PIXELS).save(tmp_path / "in" / "whole.jpg")
+    (tmp_path / "in" / "cut.jpg").write_bytes((tmp_path / "in" / "whole.jpg").read_bytes()[:2000])
+    return tmp_path
+
+
+def table(folder, *rows, header="prompt,image,mask,strength"):
+    (folder / "t.csv").write_text("\n".join([header, *rows]) + "\n")
+    return folder / "t.csv"
+
+
+def draw(pipe, folder, *rows, **options):
+    call = {"steps": 2, "guidance_scale": 1.0, "width": 32, "height": 32}
+    return list(produce(pipe, read_table(table(folder, *rows), defaults=call), folder / "out", **options))
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def test_a_row_is_what_the_functions_draw(folder):
+    pipe = tiny_ernie()
+    rows = "a red circle,in/a.png,,0.6", "a red circle,in/a.png,in/mask.png,1", "a big square,,,", "blue,in/b.png,,"
+    results = draw(pipe, folder, *rows, seed=5)
+    assert [result.error for result in results] == [None] * 4
+    out = {result.row.index: pixels(result.path) for result in results}
+    call = {"num_inference_steps": 2, "guidance_scale": 1.0, "use_pe": False, "output_type": "pil"}
+
+    def seed(index):
+        return torch.Generator().manual_seed(5 + index)
+
+    first = image_to_image(pipe, PIXELS, "a red circle", strength=0.6, generator=seed(0), **call).images[0]
+    assert np.array_equal(out[0], np.asarray(first))
+    painted = inpaint(
+        pipe, PIXELS, folder / "in" / "mask.png", "a red circle", strength=1, generator=seed(1), **call
+    ).images[0]
+    assert np.array_equal(out[1], np.asarray(painted))
+    assert np.array_equal(out[1][:, :32], PIXELS[:, :32])
+    assert out[2].shape == (32, 32, 3)  # a row without a picture is drawn from noise, in the job's size
+    fourth = image_to_image(pipe, 255 - PIXELS, "blue", generator=seed(3), **call).images[0]
+    assert np.array_equal(out[3], np.asarray(fourth))
+    settings = json.loads(Image.open(folder / "out" / "00000.png").text["settings"])
+    assert settings["strength"] == 0.6
+    assert len(settings["image_sha256"]) == 64
+
+
+def test_rows_go_together_only_if_they_are_alike(folder):
+    rows = read_table(table(folder, "a,in/a.png,,0.5", "b,in/b.png,,0.5", "c,in/a.png,,0.6", "d,in/a.png,in/mask.png,"))
+    engine = LocalEngine(tiny_ernie())
+    from ernie_accel.batch.input.task import tasks_of
+
+    shapes = [task.request.shape() for task in tasks_of(rows, 0)]
+    assert shapes[0] == shapes[1]
+    assert len(set(shapes)) == 3
+    assert engine.edits
+    results = list(produce(engine, rows, folder / "out", batch_size=2))
+    assert all(result.error is None and pixels(result.path).shape == (48, 64, 3) for result in results)
+
+
+def test_every_mistake_comes_with_its_line_and_the_rest_can_go_on(folder):
+    os.mkfifo(folder / "in" / "pipe.png")
+    rows = [
+        "a,in/nowhere.png,,",
+        "b,in/text.png,,",
+        "c,in/a.png,in/small.png,",
+        "d,in/a.png,,1.5",
+        "e,in/a.png,,nan",
+        "f,in/a.png,,-0.1",
+        "g,,in/mask.png,",
+        "h,,,0.5",
+        "i,in,,",
+        "j,in/pipe.png,,",
+        "good,in/a.png,,0.5",
+    ]
+    with pytest.raises(BatchInputError) as caught:
+        read_table(table(folder, *rows))
+    found = dict(caught.value.problems)
+    assert list(found) == list(range(2, 12))
+    assert "image 'in/nowhere.png' cannot be read (No such file or directory) below " in found[2]
+    assert "--extra-columns" in found[2]
+    assert "image 'in/text.png' cannot be read as a picture" in found[3]
+    small = "mask 'in/small.png' is 64x32, and image 'in/a.png' is 64x48; a mask has the size of its picture"
+    assert found[4] == small
+    assert found[5] == "strength 1.5 is not within 0 to 1; write e.g. 0.3, or leave it empty"
+    assert "strength 'nan' is not a number" in found[6]
+    assert found[7].startswith("strength -0.1 is not within 0 to 1")
+    assert found[8] == "mask has no effect without image; name the picture, or leave it empty"
+    assert found[9] == "strength has no effect without image; name the picture, or leave it empty"
+    assert "is no file" in found[10]
+    assert "is no file" in found[11]
+    skipped = []
+    assert [row.prompt for row in read_table(folder / "t.csv", skipped=skipped)] == ["good"]
+    assert len(skipped) == 10
+
+
+@pytest.mark.parametrize("where", ["absolute", "parent", "link", "folder link"])
+def test_no_picture_outside_of_the_folder_is_read(folder, where):
+    outside = folder / "secret.png"
+    Image.fromarray(PIXELS).save(outside)
+    inside = folder / "in"
+    name = {"absolute": str(outside), "parent": "../secret.png", "link": "link.png", "folder link": "up/secret.png"}[
+        where
+    ]
+    (inside / "link.png").symlink_to(outside)
+    (inside / "up").symlink_to(folder)
+    (inside / "t.csv").write_text(f"prompt,image\na,{name}\n")
+    with pytest.raises(BatchInputError, match=r"is outside of the folder for pictures, .* choose that folder"):
+        read_table(inside / "t.csv")
+    own = {"absolute": str(outside), "parent": "secret.png", "link": "in/link.png", "folder link": "in/up/secret.png"}
+    (row,) = read_rows([{"prompt": "a", "image": own[where]}], image_root=folder)
+    assert row.image.path == str(outside.resolve())
+
+
+def test_a_picture_that_is_damaged_inside_fails_its_row_and_no_other(folder):
+    results = draw(tiny_ernie(), folder, "a,in/a.png,,", "b,in/cut.jpg,,", "c,in/b.png,,", batch_size=3)
+    errors = {result.row.index: result.error for result in results}
+    assert errors[0] is errors[2] is None
+    assert errors[1].startswith("in/cut.jpg cannot be read as a picture")
+
+
+def test_resuming_notices_another_picture_and_makes_nothing_twice(folder):
+    pipe = tiny_ernie()
+    assert len(draw(pipe, folder, "a,in/a.png,,0.5")) == 1
+    assert draw(pipe, folder, "a,in/a.png,,0.5") == []
+    with pytest.raises(BatchChangedError):
+        draw(pipe, folder, "a,in/a.png,,0.6")
+    Image.fromarray(255 - PIXELS).save(folder / "in" / "a.png")
+    with pytest.raises(BatchChangedError, match="image"):
+        draw(pipe, folder, "a,in/a.png,,0.5")
+    assert len(draw(pipe, folder, "a,in/a.png,,0.5", overwrite=True)) == 1
+
+
+def test_a_picture_that_changes_while_the_job_runs_is_noticed(folder):
+    rows = read_table(table(folder, "a,in/a.png,,"), defaults={"steps": 1, "guidance_scale": 1.0})
+    Image.fromarray(255 - PIXELS).save(folder / "in" / "a.png")
+    (result,) = produce(tiny_ernie(), rows, folder / "out")
+    assert result.error == "in/a.png was changed after the table was checked; run again"
+    (folder / "in" / "a.png").unlink()
+    (result,) = produce(tiny_ernie(), rows, folder / "out2")
+    assert result.error.startswith("in/a.png cannot be read any more")
+
+
+def test_a_row_may_give_another_size_and_the_jobs_does_not_count(folder):
+    path = table(folder, "a,in/a.png,32,16", "b,in/a.png,,", "c,,,", header="prompt,image,width,height")
+    rows = read_table(path, default_size=(128, 128), defaults={"steps": 1, "guidance_scale": 1.0})
+    shapes = [pixels(r.path).shape[:2] for r in sorted(produce(tiny_ernie(), rows, folder / "out"), key=by_row)]
+    assert shapes == [(16, 32), (48, 64), (128, 128)]
+
+
+def by_row(result):
+    return result.row.index
+
+
+def test_engines_that_do_not_look_at_pictures_refuse_them(folder):
+    rows = read_table(table(folder, "a,in/a.png,,"))
+    with pytest.raises(
+        BatchInputError, match="names a picture to begin at, and StubEngine does not draw from pictures"
+    ):
+        produce(StubEngine(), rows, folder / "out")
+    with pytest.raises(BatchInputError, match=r"names a picture to begin at, and FluxPipeline: .*not known"):
+        produce(tiny_flux(), rows, folder / "out")
+    with pytest.raises(BatchInputError, match="is no diffusers pipeline"):
+        produce(lambda prompt, generator: None, rows, folder / "out")
+
+
+def test_a_column_of_that_name_may_be_the_users_own(folder):
+    path = table(folder, "a,http://shop/a.png,x,hard")
+    own = ("image", "mask", "strength")
+    (row,) = read_table(path, extra_columns=own)
+    assert (row.image, row.mask, row.strength) == (None, None, None)
+    assert row.columns["image"] == "http://shop/a.png"
+    assert next(iter(produce(StubEngine(), [row], folder / "out"))).error is None
+
+
+def test_jobs_from_before_pictures_go_on(folder):
+    """A request without a picture is described as it always was."""
+    from ernie_accel.batch.input.task import tasks_of
+
+    (task,) = tasks_of(make_rows(1), 0)
+    assert set(json.loads(task.described())) == {
+        "prompt", "seed", "negative_prompt", "width", "height", "steps", "guidance_scale"
+    }  # fmt: skip
+
+
+def test_the_command_draws_from_pictures(folder, monkeypatch, capsys):
+    from ernie_accel.cli.app import app
+
+    prompt = "a large red circle in the center on a white background"
+    path = table(folder, f"{prompt},in/a.png,,0.3", f"{prompt},in/none.png,,")
+    arguments = ["batch", str(path), "--out", str(folder / "out"), "--steps", "2", "--no-enhancer", "--skip-bad"]
+    with pytest.raises(SystemExit) as ended:
+        app(arguments)
+    assert ended.value.code == 0
+    assert "left out: image 'in/none.png' cannot be read" in capsys.readouterr().err
+    assert pixels(folder / "out" / "00000.png").shape == (48, 64, 3)
