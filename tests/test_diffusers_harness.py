@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 from tools.diffusers_tests import __main__ as command
@@ -85,6 +88,60 @@ def test_the_page_keeps_what_stands_above_the_marker(tmp_path):
     assert (tmp_path / "new.md").read_text().startswith(MARKER)
 
 
+def test_a_request_of_part_of_the_tests_counts_only_these():
+    one = "tests/pipelines/wan/test_wan.py::A::test_one"
+    counts = counts_of(STOCK, {"exact": STOCK[:1]}, {"exact": [one]}, "diffusers 0.40.0")
+    assert [(row["passed_on_stock"], row["lost"]) for row in counts["rows"]] == [(1, {})]
+    assert counts["tests_of"] == "diffusers 0.40.0"
+
+
+class Pytest:
+    """Stands in for pytest: writes a record for each test it would run, and is killed in the third."""
+
+    def __init__(self):
+        self.ran = []
+
+    def __call__(self, command, **kwargs):
+        options = dict(itertools.pairwise(command))
+        only, skip = (Path(options[name]).read_text().split() if name in options else [] for name in ONLY_AND_SKIP)
+        ran = [test for test in only or [each["test"] for each in STOCK] if test not in skip]
+        lines = [json.dumps(record(test.removeprefix("tests/pipelines/"))) + "\n" for test in ran]
+        first = not self.ran
+        self.ran.append(ran)
+        with Path(options["--results"]).open("a") as results:
+            results.writelines(lines[:2] if first else lines)
+            results.write(lines[2][:9] if first else "")
+        return subprocess.CompletedProcess(command, -9 if first else 1)
+
+
+ONLY_AND_SKIP = ("--only", "--skip")
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
+    for file in {each["test"].split("::")[0] for each in STOCK}:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    monkeypatch.setattr(command.subprocess, "run", pytest_run := Pytest())
+    every, work = [each["test"] for each in STOCK], tmp_path / "work"
+    arguments = [str(tmp_path), "--all", "--work", str(work), "--download"]
+    with pytest.raises(SystemExit, match="pytest ended with -9"):
+        command.main(arguments)
+    assert not (work / "counts.json").exists()
+    assert command.main(arguments) == 0
+    assert pytest_run.ran == [every, every[2:], every]  # the rest on stock, then all of them with preset exact
+    assert json.loads((work / "counts.json").read_text())["rows"][-1]["passed_on_stock"] == 4
+    command.main(arguments)
+    assert pytest_run.ran[3:] == [every, every]  # the run before ended, so that this is a new one
+
+
+def test_a_run_does_not_go_on_with_other_versions(tmp_path, monkeypatch):
+    (tmp_path / "tests" / "pipelines" / "wan").mkdir(parents=True)
+    (tmp_path / "tests" / "pipelines" / "wan" / "test_wan.py").touch()
+    (tmp_path / "versions.json").write_text('{"torch": "1.0"}')
+    with pytest.raises(SystemExit, match="Start anew: --fresh"):
+        command.main([str(tmp_path), "--all", "--work", str(tmp_path)])
+
+
 def test_what_a_download_lacks_is_told_from_other_failures():
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -103,8 +160,9 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
     (tmp_path / "tests" / "pipelines").mkdir(parents=True)
     with pytest.raises(SystemExit, match="takes the name of a preset"):
         command.main([str(tmp_path), "--optimize", "exakt"])
-    with pytest.raises(SystemExit, match="has one of"):
-        command.main([str(tmp_path), "--only", "wan"])
+    for chosen in (["--only", "wan"], []):
+        with pytest.raises(SystemExit, match="has one of"):
+            command.main([str(tmp_path), *chosen])
 
 
 TESTS = """
@@ -150,7 +208,7 @@ def test_both_runs_are_counted(workers, tmp_path, capsys):
     (folder / "test_other.py").write_text("import a_package_that_is_not_there")
     (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
     work = tmp_path / "work"
-    arguments = [str(tmp_path), "--work", str(work), "--json", str(work / "counts.json"), "-n", workers]
+    arguments = [str(tmp_path), "--all", "--work", str(work), "--json", str(work / "counts.json"), "-n", workers]
     cast = "CastDtype('bfloat16')"
     assert command.main([*arguments, "--optimize", "exact", "--optimize", cast]) == 1
     counts = json.loads((work / "counts.json").read_text())

@@ -38,6 +38,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=20261128, help="which pairs those are")
     parser.add_argument("--rows", default="", help="only rows whose name has this in it; the page is not written")
     parser.add_argument("--keep", type=Path, help="keep finished cells in this file, and do not run them again")
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument("--processes", type=int, default=min(available, 16), help="default: one for each core")
     options = parser.parse_args()
 
     jobs = [job for number in range(options.rounds) for job in singles(number)] + pairs(options.pairs, options.seed)
@@ -47,8 +49,7 @@ def main() -> int:
     jobs = [(name, [c for c in cells if (name, *c) not in known]) for name, cells in jobs]
     jobs = [(name, cells[at : at + CHUNK]) for name, cells in jobs for at in range(0, len(cells), CHUNK)]
     start = time.perf_counter()
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ProcessPoolExecutor(min(available, 16), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
         for found in pool.map(run, jobs):
             done += found
             for each in found:

@@ -35,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--optimize", default=None, help="a preset, or transforms as a plan prints them; default: stock")
     group.addoption("--results", default=None, help="write one line of JSON for each test to this file")
     group.addoption("--only", default=None, help="run only the tests whose ids this file lists")
+    group.addoption("--skip", default=None, help="do not run the tests whose ids this file lists")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -53,6 +54,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--only"):
         wanted = set(Path(config.getoption("--only")).read_text().splitlines())
         items[:] = [item for item in items if item.nodeid in wanted]
+    if config.getoption("--skip"):
+        done = set(Path(config.getoption("--skip")).read_text().splitlines())
+        items[:] = [item for item in items if item.nodeid not in done]
 
 
 @pytest.hookimpl(wrapper=True)

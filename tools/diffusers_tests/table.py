@@ -18,17 +18,29 @@ counts the tests in which the request changed a pipe; elsewhere it had nothing t
 that the tests download are replaced by stand-ins, random weights of the same classes, which `--download` turns off."""
 
 
-def counts_of(stock: list[dict[str, Any]], results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def versions() -> dict[str, str]:
+    """Return the versions that the counts are of."""
+    return {name: version(name) for name in ("ernie-accel", "diffusers", "transformers", "peft", "torch")}
+
+
+def counts_of(
+    stock: list[dict[str, Any]],
+    results: dict[str, list[dict[str, Any]]],
+    wanted: dict[str, list[str]] | None = None,
+    source: str = "",
+) -> dict[str, Any]:
     """Return the counts by file and request.
 
     Args:
         stock: One record for each test, as the plugin writes them, of the run without a request.
         results: The same for each request, of the tests that passed on stock.
+        wanted: Which of these tests each request was to run; default all of them.
+        source: What the tests are of, as "diffusers 0.40.0".
 
     Returns:
         ``stock``: by file, how many tests passed, failed, need a download or were skipped ("not collected": the file
-        cannot be imported). ``rows``: by file and
-        request, how many of those that passed on stock were changed by the request, passed on both, and the lost ones.
+        cannot be imported). ``rows``: by file and request, how many of those that passed on stock were changed by the
+        request, passed on both, and the lost ones.
     """
     files: dict[str, Counter[str]] = defaultdict(Counter)
     for each in stock:
@@ -37,27 +49,29 @@ def counts_of(stock: list[dict[str, Any]], results: dict[str, list[dict[str, Any
     rows = []
     for request, records in results.items():
         ended = {each["test"]: each for each in records}
-        for file in sorted({test.split("::")[0] for test in passed}):
-            wanted = sorted(test for test in passed if test.split("::")[0] == file)
+        asked = passed if wanted is None else set(wanted[request])
+        for file in sorted({test.split("::")[0] for test in asked}):
+            tests = sorted(test for test in asked if test.split("::")[0] == file)
             # A test without a record was never reached: its process died.
             lost = {
                 test: ended.get(test, {}).get("reason", "did not end")
-                for test in wanted
+                for test in tests
                 if ended.get(test, {}).get("outcome") != "passed"
             }
             rows.append(
                 {
                     "file": file,
                     "request": request,
-                    "passed_on_stock": len(wanted),
-                    "optimized": sum(bool(ended.get(test, {}).get("pipes")) for test in wanted),
-                    "changed": sum(bool(ended.get(test, {}).get("changed")) for test in wanted),
-                    "passed_on_both": len(wanted) - len(lost),
+                    "passed_on_stock": len(tests),
+                    "optimized": sum(bool(ended.get(test, {}).get("pipes")) for test in tests),
+                    "changed": sum(bool(ended.get(test, {}).get("changed")) for test in tests),
+                    "passed_on_both": len(tests) - len(lost),
                     "lost": lost,
                 }
             )
     return {
-        "versions": {name: version(name) for name in ("ernie-accel", "diffusers", "transformers", "torch")},
+        "tests_of": source,
+        "versions": versions(),
         "stock": {file: dict(counter) for file, counter in sorted(files.items())},
         "rows": rows,
     }
@@ -98,11 +112,16 @@ def section(counts: dict[str, Any]) -> str:
     ended: Counter[str] = Counter()
     for numbers in counts["stock"].values():
         ended.update(numbers)
-    versions = ", ".join(f"{name} {number}" for name, number in counts["versions"].items())
+    shown = ", ".join(f"{name} {number}" for name, number in counts["versions"].items())
     stock = ", ".join(f"{number} {outcome}" for outcome, number in ended.most_common())
-    prose = (f"On stock pipelines: {stock} ({versions}).", counts.get("note", ""))
-    parts = (_HEADING, _EXPLANATION, *(textwrap.fill(each, 120, break_on_hyphens=False) for each in prose))
-    return "\n\n".join((*filter(None, parts), as_table(counts))) + "\n"
+    source = (
+        f"The tests are of {counts['tests_of']}, {len(counts['stock'])} files of them." if counts["tests_of"] else ""
+    )
+    prose = f"{source} On stock pipelines: {stock} ({shown})."
+    return (
+        "\n\n".join((_HEADING, _EXPLANATION, textwrap.fill(prose, 120, break_on_hyphens=False), as_table(counts)))
+        + "\n"
+    )
 
 
 def _file(record: dict[str, Any]) -> str:
