@@ -21,10 +21,21 @@ from tests.lifecycle.subjects import Row, draw, part, stock
 
 @dataclass(frozen=True)
 class Case:
-    """On what an action acts."""
+    """On what an action acts.
+
+    Attributes:
+        family: The tiny pipe.
+        row: What is applied.
+        own: The dtype that the denoiser has once it is; a script reads it off the pipe.
+    """
 
     family: str
     row: Row
+    own: torch.dtype | None = None
+
+    def dtype(self, pipe: Any) -> torch.dtype:
+        """Return the dtype that a script means by the pipe's own: of an optimized one, if that is what it has."""
+        return self.own or denoiser(pipe)[1].dtype  # type: ignore[no-any-return]
 
     def draw(self, pipe: Any, **kwargs: Any) -> torch.Tensor:
         return draw(pipe, self.row, **kwargs)
@@ -49,6 +60,7 @@ class Action:
     Attributes:
         name: In words.
         group: The column of the page that it is a part of.
+        prepare: What it does first, as loading a LoRA that it will fuse.
         do: Does it to a pipe; returns the pipe that the script goes on with.
         draw: What it draws then.
         before: What it does before the pipe is optimized.
@@ -58,11 +70,13 @@ class Action:
         restores: Whether it matters to what `restore` gives afterwards.
         rounds: Whether what it brings takes the dtype that the pipe has by then, so that `restore` cannot give back
             the bits of stock: a LoRA, other weights, a cast.
+        casts: Whether it casts components to the dtype that the denoiser has.
     """
 
     name: str
     group: str
     do: Callable[[Any, Case], Any] = _leave
+    prepare: Callable[[Any, Case], Any] = _leave
     draw: Draw = _draw_one
     before: Callable[[Any, Case], Any] = _leave
     draws_first: bool = True
@@ -70,6 +84,7 @@ class Action:
     exact: bool = False
     restores: bool = True
     rounds: bool = False
+    casts: bool = False
 
 
 GROUPS = {
@@ -124,16 +139,20 @@ def _load_lora(pipe: Any, case: Case, adapter: str = "a", seed: int = 1) -> Any:
     return pipe
 
 
-def _with_lora(change: Callable[[Any], Any]) -> Callable[[Any, Case], Any]:
+def _draw_with_lora(pipe: Any, case: Case) -> Any:
+    _load_lora(pipe, case)
+    case.draw(pipe)
+    return pipe
+
+
+def _with_lora(name: str, change: Callable[[Any], Any]) -> None:
     """Load a LoRA, draw a picture with it, then change something about it."""
 
     def do(pipe: Any, case: Case) -> Any:
-        _load_lora(pipe, case)
-        case.draw(pipe)
         change(pipe)
         return pipe
 
-    return do
+    _action(name, "LoRA", do=do, prepare=_draw_with_lora, rounds=True)
 
 
 def _switch(pipe: Any, case: Case) -> Any:
@@ -158,13 +177,13 @@ def _fuse_and_unfuse(pipe: Any) -> None:
 
 _action("load", "LoRA", do=_load_lora, rounds=True)
 _action("load before `optimize`", "LoRA", before=_load_lora, rounds=True)
-_action("scale", "LoRA", do=_with_lora(lambda pipe: pipe.set_adapters(["a"], [0.3])), rounds=True)
+_with_lora("scale", lambda pipe: pipe.set_adapters(["a"], [0.3]))
 _action("switch", "LoRA", do=_switch, rounds=True)
-_action("disable", "LoRA", do=_with_lora(lambda pipe: pipe.disable_lora()), rounds=True)
-_action("fuse", "LoRA", do=_with_lora(lambda pipe: pipe.fuse_lora()), rounds=True)
-_action("fuse, unfuse, scale", "LoRA", do=_with_lora(_fuse_and_unfuse), rounds=True)
-_action("fuse and unload", "LoRA", do=_with_lora(_fuse_and_unload), rounds=True)
-_action("unload", "LoRA", do=_with_lora(lambda pipe: pipe.unload_lora_weights()), rounds=True)
+_with_lora("disable", lambda pipe: pipe.disable_lora())
+_with_lora("fuse", lambda pipe: pipe.fuse_lora())
+_with_lora("fuse, unfuse, scale", _fuse_and_unfuse)
+_with_lora("fuse and unload", _fuse_and_unload)
+_with_lora("unload", lambda pipe: pipe.unload_lora_weights())
 
 
 @_does("load before `optimize`, unload after", "LoRA", before=_load_lora, rounds=True)
@@ -220,9 +239,9 @@ def _assign_state(pipe: Any, case: Case) -> Any:
 def _own_state(pipe: Any, case: Case) -> Any:
     module = denoiser(pipe)[1]
     state = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in module.state_dict().items()}
-    for value in state.values():
-        if isinstance(value, torch.Tensor) and value.ndim == 1 and value.is_floating_point():
-            value.mul_(1.5)
+    for name, parameter in module.named_parameters():
+        if parameter.ndim == 1 and parameter.is_floating_point():
+            state[name].mul_(1.5)
     module.load_state_dict(state)
     return pipe
 
@@ -251,14 +270,15 @@ for _name in ("transformer", "text_encoder", "vae"):
 
 
 def _half(pipe: Any, case: Case) -> Any:
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.half()
+    """Cast one component after the other, the denoiser first: it is the one that may refuse."""
+    components = [each for each in pipe.components.values() if isinstance(each, torch.nn.Module)]
+    for component in sorted(components, key=lambda each: each is not denoiser(pipe)[1]):
+        component.half()
     return pipe
 
 
 _action("`.to('cpu')`", "casts", do=lambda pipe, case: pipe.to("cpu"))
-_action("`.to(own dtype)`", "casts", do=lambda pipe, case: pipe.to(pipe.dtype), rounds=True)
+_action("`.to(own dtype)`", "casts", do=lambda pipe, case: pipe.to(case.dtype(pipe)), rounds=True, casts=True)
 _action("`.to(float32)`", "casts", do=lambda pipe, case: pipe.to(torch.float32), rounds=True)
 _action("`.to(bfloat16)`", "casts", do=lambda pipe, case: pipe.to(torch.bfloat16), rounds=True)
 _action("`.half()`", "casts", do=_half, rounds=True)
@@ -307,9 +327,9 @@ _action("`set_attention_backend`", "memory", do=_on_parts("set_attention_backend
 # ---- Copies, torch.compile -------------------------------------------------------------------------------------------
 
 
-@_does("`from_pipe`", "copies", rounds=True)
+@_does("`from_pipe`", "copies", rounds=True, casts=True)
 def _from_pipe(pipe: Any, case: Case) -> Any:
-    made = type(pipe).from_pipe(pipe, torch_dtype=denoiser(pipe)[1].dtype)
+    made = type(pipe).from_pipe(pipe, torch_dtype=case.dtype(pipe))
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -320,7 +340,7 @@ def _draw_from_image(pipe: Any, case: Case) -> list[torch.Tensor]:
     return [case.draw(pipe, image=image, strength=0.6, **steps)]
 
 
-@_does("`from_pipe` to image to image", "copies", draw=_draw_from_image, rounds=True)
+@_does("`from_pipe` to image to image", "copies", draw=_draw_from_image, rounds=True, casts=True)
 def _image_to_image(pipe: Any, case: Case) -> Any:
     import diffusers
 
@@ -328,7 +348,7 @@ def _image_to_image(pipe: Any, case: Case) -> Any:
     names["sd"] = "StableDiffusionImg2ImgPipeline"
     if case.family not in names:
         raise NotImplementedError("diffusers has no such pipeline")
-    made = getattr(diffusers, names[case.family]).from_pipe(pipe, torch_dtype=denoiser(pipe)[1].dtype)
+    made = getattr(diffusers, names[case.family]).from_pipe(pipe, torch_dtype=case.dtype(pipe))
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -338,11 +358,11 @@ _action("`deepcopy`", "copies", do=lambda pipe, case: copy.deepcopy(pipe))
 _action("pickle", "copies", do=lambda pipe, case: pickle.loads(pickle.dumps(pipe)), draws_first=False)
 
 
-@_does("`save_pretrained`, `from_pretrained`", "copies")
+@_does("`save_pretrained`, `from_pretrained`", "copies", casts=True)
 def _save(pipe: Any, case: Case) -> Any:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         pipe.save_pretrained(folder)
-        made = type(pipe).from_pretrained(folder, torch_dtype=denoiser(pipe)[1].dtype)
+        made = type(pipe).from_pretrained(folder, torch_dtype=case.dtype(pipe))
     made.set_progress_bar_config(disable=True)
     return made
 

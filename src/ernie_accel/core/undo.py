@@ -184,6 +184,8 @@ class Undo:
         """Give a parameter or buffer another dtype or other strides in place; the tensor object stays the same.
 
         Values that changed since (a LoRA was fused, another checkpoint loaded) stay; the undo gives them the old dtype.
+        If other code has cast the weight since (``pipe.to(torch.float16)``), its dtype stays, as the cast of all other
+        weights does.
 
         Args:
             weight: Where it lives. It is looked up again by the undo, because ``module.to`` replaces buffers.
@@ -199,11 +201,12 @@ class Undo:
                 _leave(weight.path, "was replaced after `optimize`")
                 return
             here = kept.to(now.device)
+            as_now = here if now.dtype == dtype else here.to(now.dtype)
             if now.device.type != "meta" and not _same_values(now.data, here.to(dtype).to(now.dtype)):
-                now.data = torch.empty_like(kept, device=now.device).copy_(now.data)
+                now.data = torch.empty_like(as_now).copy_(now.data)
                 _leave(weight.path, f"got other values after `optimize` (a LoRA fused?), now {now.dtype} again")
                 return
-            now.data = here
+            now.data = as_now
 
         self.push(put_back)
         weight.tensor.data = value

@@ -12,6 +12,7 @@ from types import MethodType
 from typing import Any, ClassVar, Protocol, cast
 
 import torch
+from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
@@ -130,15 +131,26 @@ class Part(nn.Module):
         Raises:
             ErnieAccelError: The fused weight is quantized.
         """
-        if self.fused is None:
+        fused = self.splittable()
+        if fused is None:
             return
-        if not isinstance(self.fused, FusedLinear) or not self.fused.is_plain:
-            raise ErnieAccelError(
-                f"Cannot split {self.fused_name} into {', '.join(self.fusible)}: its weight is quantized. Undo the "
-                "quantization first (ernie_accel.restore(pipe)); to use a LoRA, load it before optimizing."
-            )
-        parts = self.fused.split()
+        parts = fused.split()
+        for part in parts.values():
+            _cast_layerwise_as(fused, part)
         self._set_children({name: parts[name] if name in parts else self._modules[name] for name in self.taken})
+
+    def splittable(self) -> FusedLinear | None:
+        """Return the fused layer, which `split` can split; None if the layers stand alone.
+
+        Raises:
+            ErnieAccelError: The fused weight is quantized.
+        """
+        if self.fused is None or (isinstance(self.fused, FusedLinear) and self.fused.is_plain):
+            return self.fused
+        raise ErnieAccelError(
+            f"Cannot split {self.fused_name} into {', '.join(self.fusible)}: its weight is quantized. Undo the "
+            "quantization first (ernie_accel.restore(pipe)); to use a LoRA, load it before optimizing."
+        )
 
     def _set_children(self, children: Mapping[str, nn.Module | None]) -> None:
         """Replace all children in one step, so that an interrupt finds the old ones or the new, in the stock order."""
@@ -149,6 +161,14 @@ class Part(nn.Module):
         self.split()
         for name in self.taken:
             setattr(stock, name, getattr(self, name))
+
+
+def _cast_layerwise_as(fused: nn.Module, part: nn.Module) -> None:
+    """Have `part` cast before it runs if diffusers' layerwise casting was enabled on `fused`: its weight is float8."""
+    registry = getattr(fused, "_diffusers_hook", None)
+    hook = None if registry is None else registry.get_hook("layerwise_casting")
+    if hook is not None:
+        apply_layerwise_casting_hook(part, hook.storage_dtype, hook.compute_dtype, hook.non_blocking)
 
 
 def _join_parts(part: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
@@ -327,10 +347,16 @@ class RewrittenForward(StandInForward):
 
 
 class _AfterSplitting(StandInMethod):
-    """A method of a transformer that splits the fused layers first: a LoRA looks for them by name."""
+    """A method of a transformer that splits the fused layers first: a LoRA looks for them by name.
+
+    If one cannot be split, none is.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for block in cast(nn.Module, self.owner).modules():
-            for part in block.parts.values() if isinstance(block, RewrittenBlock) else ():
-                part.split()
+        blocks = [block for block in cast(nn.Module, self.owner).modules() if isinstance(block, RewrittenBlock)]
+        parts = [part for block in blocks for part in block.parts.values()]
+        for part in parts:
+            part.splittable()
+        for part in parts:
+            part.split()
         return self.call_below(*args, **kwargs)

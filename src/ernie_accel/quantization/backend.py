@@ -106,6 +106,7 @@ class QuantizationBackend(ABC):
             device of `devices`.
         devices: torch device types it runs on.
         takes_loras: Whether PEFT can add a LoRA to its layers once they are made; where not, loading one is refused.
+        keeps_names: Whether a layer's weight is under "weight" in a state dict, with the shape of the plain one.
     """
 
     name: ClassVar[str]
@@ -113,6 +114,7 @@ class QuantizationBackend(ABC):
     schemes: ClassVar[Mapping[str, tuple[int, int]]]
     devices: ClassVar[tuple[str, ...]] = ("cuda", "cpu")
     takes_loras: ClassVar[bool] = False
+    keeps_names: ClassVar[bool] = True
 
     def unsupported(self, scheme: str, context: Context) -> list[str]:
         """Return every reason why `scheme` cannot run on this machine; empty if it can."""

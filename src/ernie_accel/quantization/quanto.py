@@ -24,6 +24,7 @@ class Quanto(QuantizationBackend):
     name: ClassVar[str] = "quanto"
     package: ClassVar[str | None] = "optimum.quanto"
     takes_loras: ClassVar[bool] = True
+    keeps_names: ClassVar[bool] = False
     schemes: ClassVar[Mapping[str, tuple[int, int]]] = MappingProxyType(dict.fromkeys(_QTYPES, (0, 0)))
 
     def unsupported(self, scheme: str, context: Context) -> list[str]:
@@ -59,9 +60,10 @@ class Quanto(QuantizationBackend):
 
     def quantize(self, scheme: str, linear: torch.nn.Linear) -> torch.nn.Module:
         from optimum import quanto
-        from optimum.quanto.nn import QLinear
 
-        layer: Any = QLinear.from_module(linear, weights=getattr(quanto, _QTYPES[scheme]))
+        from ernie_accel.quantization.quanto_linear import CopyableQLinear
+
+        layer: Any = CopyableQLinear.from_module(linear, weights=getattr(quanto, _QTYPES[scheme]))
         layer.bias = bias_of(linear)
         layer.freeze()
         layer.weight.requires_grad_(False)

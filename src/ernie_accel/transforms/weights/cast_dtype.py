@@ -116,7 +116,7 @@ class CastDtype(Transform):
                     continue
                 if not reversible:
                     undo.give_up("keep_originals=False: the bits that the cast dropped are gone")
-                undo.push(partial(_cast_to, weight, tensor.dtype, alignment_of(tensor)))
+                undo.push(partial(_cast_back, weight, dtype, tensor.dtype, alignment_of(tensor)))
                 tensor.data = cast
         if undo.no_way_back is not None:
             return Applied(tuple(todo), no_undo=undo.no_way_back)
@@ -159,8 +159,11 @@ def _keeps_float32(module: torch.nn.Module, dtype: torch.dtype) -> Callable[[str
     return lambda path: any(re.search(pattern.replace("*", ".*"), path) for pattern in patterns)
 
 
-def _cast_to(weight: Weight, dtype: torch.dtype, alignment: int) -> None:
-    weight.tensor.data = with_alignment(weight.tensor.data.to(dtype), alignment)
+def _cast_back(weight: Weight, cast: torch.dtype, before: torch.dtype, alignment: int) -> None:
+    """Give a weight that was `cast` its dtype `before`; one that other code has cast since keeps that code's dtype."""
+    now = getattr(weight.owner, weight.name, None)  # ``module.to`` replaces buffers
+    if isinstance(now, torch.Tensor) and not now.is_meta and now.dtype == cast:
+        now.data = with_alignment(now.data.to(before), alignment)
 
 
 def _follow(pipe: Pipeline, name: str, cast: torch.nn.Module, dtype: torch.dtype, before: torch.dtype) -> None:

@@ -37,7 +37,7 @@ from ernie_accel.quantization.choose import (
 )
 from ernie_accel.quantization.guard import refuse_casts
 from ernie_accel.quantization.layers import RECEIPT, LinearSite, excludable_paths, idle_patterns, linear_sites, sqnr_db
-from ernie_accel.quantization.refusals import refuse_loras, refuse_saving
+from ernie_accel.quantization.refusals import refuse_loras, refuse_other_weights, refuse_saving
 
 #: Layers that the note of a plan names for each reason to leave some out; `Preview.skipped` has all.
 NAMED = 2
@@ -165,6 +165,7 @@ class Quantize(Transform):
             refuse_casts(pipe, self.components, undo)
             refuse_saving(pipe, self.components, undo)
             refuse_loras(pipe, self.components, undo)
+            refuse_other_weights(pipe, self.components, undo)
             if self.device is not None:
                 pipe.to(self.device)
         worst = min(receipts, key=lambda receipt: receipt.sqnr_db)
