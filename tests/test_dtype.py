@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import CastDtype
+from ernie_accel import CastDtype, MakeContiguous
+from tests.examples import make_awkward
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
@@ -84,3 +85,13 @@ def test_a_t5_is_cast_as_it_would_have_been_loaded(flux, name, loaded_in, tmp_pa
         assert wo.dtype == loaded.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype
     ernie_accel.restore(flux)
     assert all(torch.equal(tensor, before[path]) for path, tensor in flux.text_encoder_2.state_dict().items())
+
+
+@pytest.mark.parametrize("transform", [CastDtype("bf16"), MakeContiguous()])
+def test_a_script_that_casts_the_pipe_afterwards_finds_one_dtype_when_it_is_restored(transform, flux):
+    make_awkward(flux)
+    flux.transformer.proj_out.bias.data.fill_(1.0)  # in every dtype
+    ernie_accel.optimize(flux, transform)
+    flux.to(torch.float16)
+    ernie_accel.restore(flux)
+    assert {p.dtype for m in (flux.transformer, flux.vae) for p in m.parameters()} == {torch.float16}

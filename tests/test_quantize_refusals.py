@@ -10,8 +10,9 @@ from peft import LoraConfig
 
 import ernie_accel
 from ernie_accel import CastDtype, ErnieAccelError, Quantize
+from ernie_accel.quantization.choose import BACKENDS
 from tests.examples import differences, snapshot
-from tests.pipelines import picture, tiny_ernie, tiny_z_image
+from tests.pipelines import picture, tiny_ernie, tiny_flux, tiny_z_image
 
 QUANTIZED = (
     Quantize("int8-weight-only", backend="torchao"),
@@ -86,6 +87,52 @@ def test_a_lora_afterwards_works_or_is_refused_with_the_pipe_as_it_was(transform
     assert torch.equal(picture(pipe, output_type="latent"), plain)
     pipe.transformer.add_adapter(lora())
     assert torch.equal(picture(pipe, output_type="latent") - plain, moved)
+
+
+@each_backend
+def test_plain_weights_are_refused_before_any_is_loaded_and_its_own_are_taken(transform):
+    plain = half().transformer.state_dict()
+    pipe = ernie_accel.optimize(half(), transform)
+    before = snapshot(pipe)
+    with pytest.raises(ErnieAccelError, match=r"load_state_dict: layers\.\d.* is quantized"):
+        pipe.transformer.load_state_dict({name: tensor * 2 for name, tensor in plain.items()})
+    assert differences(before, snapshot(pipe)) == []
+    own = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+    own["final_linear.bias"] += 1
+    pipe.transformer.load_state_dict(own)
+    assert [name for name in differences(before, snapshot(pipe)) if "final_linear.bias" not in name] == []
+    ernie_accel.restore(pipe)
+    pipe.transformer.load_state_dict(plain)
+
+
+def test_plain_weights_that_take_the_place_of_quantized_ones_make_plain_layers():
+    pipe, plain = ernie_accel.optimize(half(), Quantize("int8-weight-only")), half()
+    pipe.transformer.load_state_dict(plain.transformer.state_dict(), assign=True)
+    assert torch.equal(picture(pipe, output_type="latent"), picture(plain, output_type="latent"))
+
+
+@pytest.mark.parametrize("transform", [Quantize("int8-weight-only", backend="quanto"), Quantize("nf4")], ids=repr)
+def test_a_lora_that_the_pipe_would_fit_to_weights_it_cannot_find_is_refused(transform):
+    pipe = ernie_accel.optimize(tiny_flux(), transform)
+    before = snapshot(pipe)
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    loaded = {f"{name}.lora_A.weight": torch.ones(4, 32), f"{name}.lora_B.weight": torch.ones(32, 4)}
+    with pytest.raises(ErnieAccelError, match="FluxPipeline: cannot load a LoRA"):
+        pipe.load_lora_weights(dict(loaded))
+    assert differences(before, snapshot(pipe)) == []
+    ernie_accel.restore(pipe).load_lora_weights(loaded)
+
+
+@pytest.mark.parametrize("scheme", ["int8-weight-only", "int4"])
+def test_quantos_layers_can_be_copied(scheme):
+    layer = BACKENDS["quanto"].quantize(scheme, torch.nn.Linear(64, 64))
+    made = copy.deepcopy({"one": layer, "other": layer})
+    assert made["one"] is made["other"] is not layer
+    x = torch.randn(2, 64)
+    assert torch.equal(made["one"](x), layer(x))
+    with torch.no_grad():
+        made["one"].bias += 1
+    assert not torch.equal(made["one"](x), layer(x))
 
 
 def gguf_transformer(pipe, folder):

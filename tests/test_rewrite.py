@@ -12,6 +12,7 @@ import ernie_accel
 from ernie_accel.core.components import pipe_bytes
 from ernie_accel.core.outputs import images_of
 from ernie_accel.models.token_layout import prompt_lengths, remember_lengths
+from tests.examples import differences, snapshot
 from tests.pipelines import picture, tiny_ernie, tiny_flux
 
 LORA_TARGETS = ["to_q", "to_v", "gate_proj", "linear_fc2", "to_out.0"]
@@ -119,8 +120,21 @@ def test_a_lora_file_loads_through_the_pipeline(tmp_path: Path) -> None:
 
 def test_a_lora_after_quantizing_says_what_to_do() -> None:
     pipe = ernie_accel.optimize(tiny_ernie(), ernie_accel.RewriteBlocks(), ernie_accel.Quantize("int8-weight-only"))
+    before = snapshot(pipe)
     with pytest.raises(ernie_accel.ErnieAccelError, match=r"Cannot split .* quantized.*restore"):
         lora(pipe)
+    assert differences(before, snapshot(pipe)) == []  # the first block is not quantized, and was not split either
+
+
+def test_layerwise_casting_stays_on_the_layers_that_were_fused() -> None:
+    casting = {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32}
+    stock = tiny_ernie()
+    stock.transformer.enable_layerwise_casting(**casting)
+    pipe = rewritten(tiny_ernie())
+    pipe.transformer.enable_layerwise_casting(**casting)
+    assert torch.equal(picture(pipe), picture(stock))
+    assert torch.equal(picture(ernie_accel.restore(pipe)), picture(stock))
+    assert pipe.transformer.layers[0].self_attention.to_q.weight.dtype == torch.float8_e4m3fn
 
 
 def test_quantizing_acts_on_the_fused_layers_and_leaves_the_first_block_precise() -> None:

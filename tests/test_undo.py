@@ -318,9 +318,19 @@ def test_data_comes_back_bit_for_bit_through_other_dtypes(model):
     before = model[0].weight.data.clone()
     with Undo() as undo:
         undo.set_data(weight, model[0].weight.data.bfloat16(), keep_on="cpu")
-    model.to(torch.float16)
+    model.to(torch.float16).to(torch.bfloat16)
     undo()
     assert torch.equal(model[0].weight.data.nan_to_num(7), before.nan_to_num(7))
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_data_that_a_script_has_cast_since_keeps_that_dtype_and_comes_from_the_original(model, given):
+    before = model[0].weight.data.clone()
+    with Undo() as undo:
+        undo.set_data(Weight("0.weight", model[0], "weight"), before.to(given, copy=True))
+    model.to(torch.float16)
+    undo()
+    assert torch.equal(model[0].weight.data, before.half())
 
 
 def test_values_that_were_changed_since_stay_in_the_old_dtype_and_layout(model):

@@ -98,7 +98,7 @@ def _refuse_saving(self: object, *args: object, **kwargs: object) -> None:
 
 def _refuse_lora(self: object, *args: object, **kwargs: object) -> None:
     raise ErnieAccelError(
-        f"{type(self).__name__}: cannot load a LoRA, because diffusers and PEFT cannot add one to its quantized layers. "
+        f"{type(self).__name__}: cannot load a LoRA, because diffusers cannot add one to its quantized layers. "
         "Load the LoRA before quantizing: ernie_accel.restore(pipe), load it, then optimize again; or quantize with "
         "torchao or gguf, which take one afterwards."
     )
