@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch._dynamo.testing
 
 import ernie_accel
-from ernie_accel import Compile, Context, Quantize
+from ernie_accel import Compile, Context, ErnieAccelError, Offload, Quantize
 from ernie_accel.core.planned import Blocks
 from tests.pipelines import tiny_ernie
 
@@ -154,3 +155,27 @@ def test_every_mode_of_torch_can_be_asked_for():
     from torch._inductor import list_mode_options
 
     assert all(Compile(mode=mode).mode == mode for mode in list_mode_options())
+
+
+CPU = torch.device("cpu")
+HOOKED = {
+    "enable_group_offload": {"onload_device": CPU, "offload_device": CPU, "offload_type": "leaf_level"},
+    "enable_layerwise_casting": {"storage_dtype": torch.float8_e4m3fn, "compute_dtype": torch.float32},
+}
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_hooks_that_a_full_graph_cannot_have_are_refused_whichever_comes_first(flux, name):
+    enable = functools.partial(getattr(type(flux.transformer), name), **HOOKED[name])
+    with pytest.raises(ErnieAccelError, match=rf"{name}\(\): its blocks are compiled as full graphs"):
+        getattr(ernie_accel.optimize(flux, Compile()).transformer, name)(**HOOKED[name])
+    assert not any(hasattr(part, "_diffusers_hook") for part in flux.transformer.modules())
+    enable(ernie_accel.restore(flux).transformer)
+    (reason,) = Compile().unsupported(flux, Context.named("cpu"))
+    assert reason.startswith(f"{name}() attaches hooks")
+    assert Compile(fullgraph=False).unsupported(flux, Context.named("cpu")) == []
+
+
+def test_group_offloading_that_is_planned_is_refused_beside_full_graphs(flux):
+    plan = ernie_accel.plan(flux, Offload("group"), Compile(), context=Context("cuda", "NVIDIA H200", (9, 0)))
+    assert "Offload('group') attaches hooks" in str(plan)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch
 
 from ernie_accel.core.components import Pipeline, absent_components, modules_of, staying_denoisers_note
 from ernie_accel.core.context import Context
-from ernie_accel.core.errors import UnknownNameError
+from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from ernie_accel.core.planned import Blocks, PlannedPipe
+from ernie_accel.core.stand_in import Bound
 from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import repeated_blocks
@@ -70,16 +72,37 @@ class Compile(Transform):
         reasons += unsupported_cache_reasons(self.cache, context.device)
         if reasons:
             return reasons
-        return self._broken_by_quantization(pipe, context) + [
-            f"{type(module).__name__} declares no repeated blocks to compile (_repeated_blocks)"
-            for module in modules_of(pipe, self.components).values()
-            if not repeated_blocks(module)
-        ]
+        return (
+            self._broken_by_quantization(pipe, context)
+            + self._broken_by_hooks(pipe, context)
+            + [
+                f"{type(module).__name__} declares no repeated blocks to compile (_repeated_blocks)"
+                for module in modules_of(pipe, self.components).values()
+                if not repeated_blocks(module)
+            ]
+        )
 
     def _broken_by_quantization(self, pipe: Pipeline, context: Context) -> list[str]:
         broken = context.planned(pipe).breaks_graph if self.fullgraph else {}
         fix = "take another backend or scheme, or Compile(fullgraph=False)"
         return [f"{broken[name]}: {fix}" for name in self.components if name in broken]
+
+    def _broken_by_hooks(self, pipe: Pipeline, context: Context) -> list[str]:
+        """Return which hooks of diffusers, there or planned, would break a full graph."""
+        if not self.fullgraph:
+            return []
+        planned = {"Offload('group')"} if context.planned(pipe).offload == "group" else set()
+        found = planned | {
+            call
+            for _, block in self._blocks(pipe, context)
+            for part in block.modules()
+            for name, call in _HOOKS_THAT_BREAK.items()
+            if name in getattr(getattr(part, "_diffusers_hook", None), "hooks", {})
+        }
+        fix = "do without it, or take Compile(fullgraph=False)"
+        return [
+            f"{call} attaches hooks that torch.compile cannot trace in a full graph: {fix}" for call in sorted(found)
+        ]
 
     def _leaves_to_kernels(self, pipe: Pipeline, context: Context) -> bool:
         return "transformer" in self.components and context.planned(pipe).blocks is Blocks.KERNELS
@@ -104,6 +127,8 @@ class Compile(Transform):
                 if name not in compiled:
                     undo.restore_attribute(block, "_compiled_call_impl")  # what nn.Module.compile fills in
                     compile_module(block, self.cache, fullgraph=self.fullgraph, dynamic=self.dynamic, mode=self.mode)
+            if self.fullgraph and len(blocks) > len(compiled):
+                _refuse_hooks(pipe, self.components, undo)
         return Applied(
             tuple(name for name in blocks if name not in compiled),
             undo=undo,
@@ -118,6 +143,30 @@ class Compile(Transform):
             for path, part in module.named_modules():
                 if type(part).__name__ in names:
                     yield f"{component}.{path}", part
+
+
+#: Hooks of diffusers within blocks that ``torch.compile(fullgraph=True)`` cannot trace, and what attaches them.
+_HOOKS_THAT_BREAK = {
+    "group_offloading": "enable_group_offload()",
+    "lazy_prefetch_group_offloading": "enable_group_offload()",
+    "layer_execution_tracker": "enable_group_offload()",
+    "layerwise_casting": "enable_layerwise_casting()",
+}
+
+
+def _refuse_hooks(pipe: Pipeline, components: tuple[str, ...], undo: Undo) -> None:
+    """Make what attaches such hooks raise, on the pipe and on these components, in place."""
+    for owner in (pipe, *modules_of(pipe, components).values()):
+        for name in ("enable_group_offload", "enable_layerwise_casting"):
+            if callable(getattr(owner, name, None)):
+                undo.setattr(owner, name, Bound(partial(_refuse, name), owner))
+
+
+def _refuse(name: str, self: object, *_: object, **__: object) -> None:
+    raise ErnieAccelError(
+        f"{type(self).__name__}.{name}(): its blocks are compiled as full graphs, and torch.compile cannot trace the "
+        "hooks that this attaches. Call ernie_accel.restore(pipe), then this, then take Compile(fullgraph=False)"
+    )
 
 
 def _is_compiled(block: torch.nn.Module) -> bool:
