@@ -124,11 +124,11 @@ def test_every_preset_runs_on_every_family_that_has_its_mode(name, family):
     nothing = {
         type(step.transform).__name__: step.preview.note for step in plan.steps if step.verdict == "nothing to do"
     }
-    if family in ("lumina2", "newbie") and "RewriteBlocks" in {type(step.transform).__name__ for step in plan.steps}:
+    if family == "newbie" and "RewriteBlocks" in {type(step.transform).__name__ for step in plan.steps}:
         assert "no rewritten blocks yet" in nothing["RewriteBlocks"]
 
 
-@pytest.mark.parametrize("family", ["newbie", "lumina2"])
+@pytest.mark.parametrize("family", ["newbie"])
 @pytest.mark.parametrize("name", ["quality-bf16", "turbo-bf16", "turbo-fp32", "exact"])
 def test_on_a_family_without_rewritten_blocks_a_preset_really_runs_and_is_undone(name, family):
     from tests.pipelines import picture

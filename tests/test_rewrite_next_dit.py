@@ -15,10 +15,10 @@ from ernie_accel.models.graphed_forward import GraphedForward
 from ernie_accel.models.next_dit.blocks import rotate
 from ernie_accel.models.next_dit.positions import real
 from ernie_accel.models.rewritten import block_paths, rewritten_blocks
-from tests.pipelines import picture, randomize, tiny_z_image
+from tests.pipelines import picture, randomize, tiny_lumina2, tiny_z_image
 from tests.test_graphs import Recorder
 
-FAMILIES = {"z_image": tiny_z_image}
+FAMILIES = {"z_image": tiny_z_image, "lumina2": tiny_lumina2}
 LORA_TARGETS = ["to_q", "to_v", "to_out.0"]
 H200 = Context("cuda", "NVIDIA H200", (9, 0))
 LONG = "a red circle on a blue square on " * 5  # more than 32 tokens
@@ -180,17 +180,19 @@ def test_a_change_of_the_prompt_is_noticed_by_graphs(name: str) -> None:
 
 
 @every_family
-def test_one_graph_serves_all_prompt_lengths(name: str) -> None:
+def test_few_graphs_serve_all_prompt_lengths(name: str) -> None:
     torch._dynamo.reset()
     counted: list[Any] = []
     pipe = rewritten(made(name))
     pipe.transformer.compile_repeated_blocks(
         fullgraph=True, dynamic=True, backend=lambda graph, _: counted.append(graph) or graph.forward
     )
+    numbers = []
     for prompt in ("a", LONG, "a red circle"):
         picture(pipe, output_type="latent", steps=1, guidance_scale=0.0, prompt=prompt)
+        numbers.append(len(counted))
     torch._dynamo.reset()
-    assert len(counted) == 2  # blocks with modulation, and those without
+    assert numbers[1] == numbers[2] <= 4  # blocks with modulation and without, prompts with padding and without
 
 
 def test_what_it_needs_is_said() -> None:
@@ -219,6 +221,15 @@ def test_real_tables_draw_the_same_but_for_rounding(monkeypatch: pytest.MonkeyPa
             patched.setattr(f"ernie_accel.models.{'z_image' if name == 'z_image' else 'lumina'}.blocks.table", real)
             got = latents(rewritten(made(name)))
         assert (got - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_prompts_of_lumina_2_that_begin_with_padding_are_refused() -> None:
+    pipe = rewritten(tiny_lumina2())
+    mask = torch.tensor([[0, 0, 1, 1]])
+    with pytest.raises(
+        ernie_accel.ErnieAccelError, match=r"a prompt of 2 tokens begins with padding .*Pad on the right"
+    ):
+        pipe.transformer(torch.randn(1, 4, 8, 8), torch.full((1,), 0.3), torch.randn(1, 4, 32), mask)
 
 
 # ---- Z-Image alone ---------------------------------------------------------------------------------------------------

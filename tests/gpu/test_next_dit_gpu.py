@@ -13,7 +13,7 @@ import torch
 import ernie_accel
 from ernie_accel import CaptureGraphs, FuseKernels, RewriteBlocks
 from ernie_accel.core.transform import ROUNDING_REL
-from tests.pipelines import randomize, tiny_z_image
+from tests.pipelines import randomize, tiny_lumina2, tiny_z_image
 
 
 def z_image() -> Any:
@@ -31,7 +31,23 @@ def placed(pipe: Any, transformer: Any) -> Any:
     return pipe
 
 
-FAMILIES = {"z_image": z_image}
+def lumina2() -> Any:
+    """NewBie-image's sizes."""
+    from diffusers import Lumina2Transformer2DModel
+
+    transformer = Lumina2Transformer2DModel(
+        hidden_size=2304,
+        num_layers=3,
+        num_refiner_layers=1,
+        num_attention_heads=24,
+        num_kv_heads=8,
+        in_channels=16,
+        cap_feat_dim=32,
+    )
+    return placed(tiny_lumina2(), transformer)
+
+
+FAMILIES = {"z_image": z_image, "lumina2": lumina2}
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -46,7 +62,11 @@ def predict(pipe: Any, name: str, tokens: tuple[int, ...] = (77,), side: int = 6
     noise = rand(rows, config.in_channels, side, side, seed=step)
     captions = [rand(count, config.cap_feat_dim, seed=count) for count in tokens]
     with torch.no_grad():
-        assert name == "z_image"
+        if name == "lumina2":
+            text = torch.nn.utils.rnn.pad_sequence(captions, batch_first=True)
+            text = torch.nn.functional.pad(text, (0, 0, 0, 256 - text.shape[1]))  # as the pipeline does
+            mask = (torch.arange(256) < torch.tensor(tokens)[:, None]).long().cuda()
+            return pipe.transformer(noise, time, text, mask, return_dict=False)[0].float()  # type: ignore[no-any-return]
         out = pipe.transformer(list(noise.unsqueeze(2)), time, captions, return_dict=False)[0]
         return torch.stack(list(out)).squeeze(2).float()
 

@@ -19,6 +19,7 @@ NEWBIE = Family(
     keep_precise=MappingProxyType(
         {
             "transformer": (
+                r"context_refiner\b",  # refines the prompt, which takes no time
                 r"x_embedder\b",
                 r"time_caption_embed\b",
                 r"norm_out\b",
@@ -33,6 +34,8 @@ NEWBIE = Family(
             ),
         }
     ),
+    rewritten="ernie_accel.models.lumina.blocks",
+    kernels="ernie_accel.models.lumina.kernels",
     repeated_blocks=("Lumina2TransformerBlock",),
     dispatched=MappingProxyType({"Lumina2AttnProcessor2_0": "ernie_accel.models.lumina.attention:DispatchedProcessor"}),
     forward_inputs="ernie_accel.models.lumina.inputs:forward_inputs",

@@ -104,7 +104,11 @@ class RewrittenNextBlock(RewrittenBlock):
     @property
     def norms(self) -> tuple[nn.Module, ...]:
         """The four norms, in the order of `Names.norms`."""
-        return tuple(self.get_submodule(name) for name in self.names.norms)
+        return (self.first_norm(), *(self.get_submodule(name) for name in self.names.norms[1:]))
+
+    def first_norm(self) -> nn.Module:
+        """Return the norm before the attention."""
+        return self.get_submodule(self.names.norms[0])
 
     def modulated(self, mod_b4h: Tensor) -> Modulation:
         """Return scales and gates of what the modulation layer gives [B, 4 * H]."""
