@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import sqlite3
 import time
 from dataclasses import replace
+from multiprocessing import forkserver
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from PIL import Image
 from ernie_accel.batch import BatchOutputError, produce
 from ernie_accel.batch.engines import EngineLostError, LocalEngine, Request, WorkerLostError
 from ernie_accel.batch.engines.process import ProcessEngine
+from tests.child_paths import PYTHONPATH
 from tests.full_disk import disk_full_when
 from tests.pipelines import tiny_ernie
 from tests.stub_engine import StubEngine, make_rows, picture_of
@@ -210,7 +213,18 @@ def test_an_engine_lost_while_it_prepares_is_no_waiting_rows_fault(tmp_path):
     assert states(tmp_path) == ["done"] * 3 + ["pending"] * 2
 
 
-def test_a_process_engine_survives_hangs_crashes_and_errors(tmp_path):
+@pytest.fixture
+def quick_children(monkeypatch):
+    """Fork children from a process that has imported torch, which takes each of them longer than all its work."""
+    forkserver.set_forkserver_preload(["tests.stub_pipes"])
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", PYTHONPATH)
+        forkserver.ensure_running()
+    context = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
+
+
+def test_a_process_engine_survives_hangs_crashes_and_errors(tmp_path, quick_children):
     engine = ProcessEngine(functools.partial(StepPipe, str(tmp_path)))
     try:
         rows = prompts("a", "hang", "crash", "fail", "crash once", "b")

@@ -98,7 +98,7 @@ TOY = Recipe(
     dit_batch=4,
     pe_steps=3,
     pe_batch=4,
-    eval_prompts=5,
+    eval_prompts=2,
     eval_requests=2,
     workers=0,
 )
