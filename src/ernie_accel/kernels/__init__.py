@@ -5,6 +5,7 @@
     group_norm.py  the Triton kernels of the VAE's decoder
     decode.py      the Triton kernels of the prompt enhancer
     cudnn_attention.py  attention by cuDNN, in bf16 and fp8; wide_attention.py  attention of heads too wide for flash
+    kept_plans.py  the last plans of a library that plans for each shape
     linear.py      the layer with an fp8 weight
     sizes.py       arithmetic of grids and tiles
     ops.py         twin and kernel behind one torch operator each, which torch.compile keeps as one node

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.kernels.kept_plans import KeptPlans
 
+#: Plans that are kept beside those that captured graphs read; each is for one number of tokens and one batch size.
+_KEEP = 64
 #: Scale of the probabilities, which are at most 1: a power of two below float8_e4m3fn's 448.
 _PROBABILITY_SCALE = 256.0
 
@@ -28,6 +31,9 @@ class _Plan:
     names: dict[str, object]
     constants: dict[object, Tensor]
     workspace_bytes: int
+
+
+_PLANS: KeptPlans[_Plan] = KeptPlans(_KEEP, torch.cuda.synchronize)
 
 
 def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor | None) -> Tensor:
@@ -63,7 +69,8 @@ def attention_fp8(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor,
 def _run(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor | None) -> Tensor:
     import cudnn
 
-    plan = _plan(q_bsnd.shape, k_bsnd.shape[2], v_bsnd.stride(), q_bsnd.dtype, q_bsnd.device, lengths_b is not None)
+    of = (q_bsnd.shape, k_bsnd.shape[2], v_bsnd.stride(), q_bsnd.dtype, q_bsnd.device, lengths_b is not None)
+    plan = _PLANS.get(of, lambda: _build(*of))
     out_bsnd = torch.empty_like(q_bsnd)
     tensors = {"q": q_bsnd, "k": k_bsnd, "v": v_bsnd, "out": out_bsnd}
     pack = {plan.names[name]: tensor.transpose(1, 2) for name, tensor in tensors.items()} | plan.constants
@@ -83,8 +90,7 @@ def _handle(device: torch.device) -> object:
     return cudnn.create_handle()
 
 
-@functools.cache  # never evicted: captured graphs of whole forwards read what a plan holds
-def _plan(
+def _build(
     shape_bsnd: torch.Size,
     kv_heads: int,
     v_strides: tuple[int, ...],

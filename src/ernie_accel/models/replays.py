@@ -13,6 +13,8 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+from ernie_accel.kernels.kept_plans import collected_plans
+
 #: What the work reads, and what it returns.
 Inputs = TypeVar("Inputs")
 Result = TypeVar("Result")
@@ -45,8 +47,8 @@ class _Entry(Generic[Inputs, Result]):
 class Replays(Generic[Inputs, Result]):
     """Graphs of pieces of work, by name. They share their memory, so a result is good until other work is done."""
 
-    def __init__(self, keep: int | None = None, capture: Capture | None = None) -> None:
-        """Keep graphs of the last `keep` names, or of all; make them with `capture`, or as CUDA graphs."""
+    def __init__(self, keep: int, capture: Capture | None = None) -> None:
+        """Keep graphs of the last `keep` names; make them with `capture`, or as CUDA graphs."""
         self._keep = keep
         self._capture: Capture = capture or capture_cuda
         self._entries: OrderedDict[Hashable, _Entry[Inputs, Result]] = OrderedDict()
@@ -97,9 +99,23 @@ class Replays(Generic[Inputs, Result]):
     def _entry(self, name: Hashable) -> _Entry[Inputs, Result]:
         entry = self._entries.setdefault(name, _Entry[Inputs, Result]())
         self._entries.move_to_end(name)
-        while self._keep is not None and len(self._entries) > self._keep:
+        while len(self._entries) > self._keep:
             self._entries.popitem(last=False)
         return entry
+
+
+@dataclass(frozen=True)
+class _WithPlans:
+    """A graph, and the plans of attention that it reads."""
+
+    graph: torch.cuda.CUDAGraph
+    plans: list[object]
+
+    def pool(self) -> object:
+        return self.graph.pool()
+
+    def replay(self) -> None:
+        self.graph.replay()
 
 
 def capture_cuda(work: Callable[[], Result], pool: Any, /) -> tuple[Replayable, Result]:
@@ -107,6 +123,6 @@ def capture_cuda(work: Callable[[], Result], pool: Any, /) -> tuple[Replayable, 
     graph = torch.cuda.CUDAGraph()
     # "thread_local": what other threads do on the device meanwhile does not break the capture. In a batch they wait for
     # events of the pictures before, which a global capture forbids.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with collected_plans() as plans, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = work()
-    return graph, result
+    return _WithPlans(graph, plans), result

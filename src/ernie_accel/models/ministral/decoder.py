@@ -37,6 +37,7 @@ _MAX_ROWS = 16  # rows decoded together; the kernels read each weight once for a
 _ROOM = 256  # tokens beyond the longest prompt that the cache has room for; it doubles when they are used up
 _LOOK_EVERY = 4  # tokens between looks at whether all rows have ended, on devices where looking means waiting
 _READ_TOGETHER = 64  # tokens: prompts are read in multiples of this, where a read is a graph
+_KEPT_GRAPHS = 48  # of one cache: one for each way to sample, and one for each number of tokens that are read together
 _KEPT = 2  # caches kept with their graphs
 _KEPT_SHARE = 32  # between two calls they take at most this part of the device's memory: one of 32
 
@@ -46,7 +47,7 @@ class _Workplace:
 
     def __init__(self, state: DecodeState, *, captures: bool) -> None:
         self.state, self.captures = state, captures
-        self._replays: Replays[None, object] = Replays()
+        self._replays: Replays[None, object] = Replays(keep=_KEPT_GRAPHS)
 
     def run(self, name: object, work: Callable[[], object]) -> None:
         """Do `work`, from the second time on in one launch; it may read the state and the weights (see `Replays`)."""
