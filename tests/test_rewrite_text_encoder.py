@@ -11,8 +11,8 @@ import ernie_accel
 from ernie_accel import Autocast, BatchPromptEncoding, Context, FreeAfterUse, Offload, Quantize, RewriteTextEncoder
 from ernie_accel.batch.engines.prompts import PromptStage
 from ernie_accel.core.plan import after
-from ernie_accel.models.ministral.layers import pass_on
-from ernie_accel.models.ministral.text_encoder import RewrittenForward
+from ernie_accel.models.language.layers import pass_on
+from ernie_accel.models.language.text_encoder import RewrittenForward
 from tests.pipelines import picture, randomize, tiny_ernie
 
 CPU, H200 = torch.device("cpu"), Context("cuda", "NVIDIA H200", (9, 0))
@@ -167,7 +167,7 @@ def test_embeddings_of_the_pipe_are_those_of_stock_also_where_prompts_are_padded
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0]] * 2)},
+        {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1]] * 2)},
         {"position_ids": torch.arange(3, 10)[None]},
         {"use_cache": True},
         {"output_attentions": True},
@@ -609,7 +609,7 @@ def test_work_that_failed_counts_as_not_done(monkeypatch):
     rewritten(model, capture=recorder)
     for expected in ((0, 0), (1, 1)):
         with monkeypatch.context() as broken:
-            broken.setattr("ernie_accel.models.ministral.text_encoder.signed", None)
+            broken.setattr("ernie_accel.models.language.text_encoder.signed", None)
             with pytest.raises(TypeError, match="not callable"):
                 encode(model)
         assert is_stock(model, encode(model))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import ernie_accel
 from ernie_accel.core.transform import ROUNDING_REL
-from ernie_accel.models.ministral.text_encoder import RewrittenForward
+from ernie_accel.models.language.text_encoder import RewrittenForward
 
 
 def language_model(dtype: torch.dtype = torch.bfloat16, **settings: Any) -> Any:

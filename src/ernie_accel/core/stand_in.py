@@ -35,7 +35,7 @@ class StandInForward(ABC):
         """Stand in for the forward that `module` has now; `install` puts it there."""
         self.module: Any = module
         #: The forward underneath, if it is not the class's own method: another stand-in, a hook of accelerate.
-        self.below: Callable[..., Any] | None = _but_for_own(module, vars(module).get("forward"))
+        self.below: Callable[..., Any] | None = but_for_own(module, vars(module).get("forward"))
         self.forget()
 
     @abstractmethod
@@ -209,7 +209,7 @@ def _chain(forward: object) -> Iterator[StandInForward]:
             return
 
 
-def _but_for_own(module: nn.Module, forward: _F) -> _F | None:
+def but_for_own(module: nn.Module, forward: _F) -> _F | None:
     """Return `forward`, or None if it is the class's own method, which accelerate leaves behind where it was removed.
 
     A bound method could not be pickled: pickle would look it up by its name and find the stand-in.

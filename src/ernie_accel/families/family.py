@@ -42,17 +42,44 @@ class AlwaysMasks:
 
 @dataclass(frozen=True)
 class PromptEncoding:
-    """How a pipeline that encodes its prompts one by one uses its text encoder.
+    """How a pipeline uses its text encoder.
 
     Attributes:
-        layers: Attribute path of the encoder's layers; the last one's result is not used.
+        layers: Attribute path of the encoder's layers, or several, of which the first that it has counts; the last
+            layer's result is not used.
         hidden_state: Which of ``hidden_states`` conditions the picture.
         unused: Attribute paths of parts that encoding a prompt never runs.
+        methods: Methods that encode a list of texts, their first argument; the first that the pipeline has counts.
+            Empty for a pipeline whose ``encode_prompt`` encodes prompts one by one.
+        encoders: Components that take part.
+        guided_above: Negative prompts are encoded, too, if the guidance scale is above this.
     """
 
-    layers: str
+    layers: str | tuple[str, ...]
     hidden_state: int
     unused: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
+    encoders: tuple[str, ...] = ("text_encoder",)
+    guided_above: float = 1.0
+
+    def layers_of(self, text_encoder: object) -> str:
+        """Return the path of the layers in `text_encoder`.
+
+        Raises:
+            LookupError: It has none of the known paths.
+        """
+        paths = (self.layers,) if isinstance(self.layers, str) else self.layers
+        for path in paths:
+            part: object = text_encoder
+            for name in path.split("."):
+                part = getattr(part, name, None)
+            if part is not None:
+                return path
+        raise LookupError(f"a {type(text_encoder).__name__} has no {' and no '.join(paths)}")
+
+    def method_of(self, pipe: object) -> str | None:
+        """Return the method that encodes a list of texts, or None where prompts are encoded one by one."""
+        return next((name for name in self.methods if callable(getattr(type(pipe), name, None))), None)
 
 
 @dataclass(frozen=True)
@@ -127,7 +154,7 @@ class Family:
             pictures cannot be edited.
         text_argument: Argument of the transformer's forward that holds the encoded prompts, [B, T, H] or a
             list of [T, H].
-        prompt_encoding: Set where stock diffusers encodes the prompts of a call one by one.
+        prompt_encoding: How its pipelines encode prompts; None where nothing is to be gained, or nothing is known.
         prompt_enhancement: Set where the pipeline can have a language model rewrite prompts.
         always_masks: Set where stock diffusers builds a mask also for batches in which nothing is padded.
         reads_timesteps: Whether the pipeline reads every timestep on the host, and so waits for the device.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from ernie_accel.families.family import CallSettings, Family, Shape
+from ernie_accel.families.family import CallSettings, Family, PromptEncoding, Shape
 
 NEWBIE = Family(
     name="NewBie-image",
@@ -41,4 +41,13 @@ NEWBIE = Family(
     forward_inputs="ernie_accel.models.lumina.inputs:forward_inputs",
     encode_pictures="ernie_accel.models.latents:encode_as_prompts",
     text_argument="encoder_hidden_states",
+    # Lumina 2's pipeline has the first method. The second is of the authors' own, where Gemma 3 may come with a vision
+    # tower and Jina CLIP (`clip_model`) adds a pooled embedding of each text.
+    prompt_encoding=PromptEncoding(
+        layers=("layers", "language_model.layers"),
+        hidden_state=-2,
+        unused=("vision_tower", "multi_modal_projector"),
+        methods=("_get_gemma_prompt_embeds", "_encode_prompt"),
+        encoders=("text_encoder", "clip_model"),
+    ),
 )

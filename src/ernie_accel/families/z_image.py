@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from ernie_accel.families.family import CallSettings, Family
+from ernie_accel.families.family import CallSettings, Family, PromptEncoding
 
 Z_IMAGE = Family(
     name="Z-Image",
@@ -36,4 +36,5 @@ Z_IMAGE = Family(
     forward_inputs="ernie_accel.models.z_image.inputs:forward_inputs",
     encode_pictures="ernie_accel.models.latents:encode_in_float32",
     text_argument="cap_feats",
+    prompt_encoding=PromptEncoding(layers="layers", hidden_state=-2, methods=("_encode_prompt",), guided_above=0.0),
 )

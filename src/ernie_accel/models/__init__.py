@@ -2,7 +2,9 @@
 
 ernie_image/    the transformer's blocks rewritten, and on fused kernels
 lumina/         an attention processor that goes through diffusers' dispatcher
-ministral/      the prompt enhancer's language model, whose layers the text encoder runs on, too
+language/       language models that encode prompts: Ministral, Qwen and Gemma from the same layers
+ministral/      the prompt enhancer, which decodes with those layers
+prompt_cache.py embeddings of prompts that are kept between calls
 vae_decoder.py  the VAE's decoder on fused kernels
 replays.py      work captured into CUDA graphs
 masks.py        which mask reaches the blocks; processors.py: which kernel computes their attention

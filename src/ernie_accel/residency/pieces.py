@@ -22,7 +22,7 @@ from ernie_accel.core.components import (
 )
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.families import family_of
-from ernie_accel.models.ministral.layers import pass_on
+from ernie_accel.models.language.layers import pass_on
 from ernie_accel.residency.layout import ComponentSize, PieceSize, aligned
 
 
@@ -146,7 +146,8 @@ def _component(pipe: Pipeline, name: str, module: nn.Module, seen: set[int]) -> 
     pieces = [_piece(name, (*_tensors_of(rest), *shared), seen)]  # what several blocks read is there for all of them
     pieces += [_piece(path, tensors, seen) for path, tensors in zip(blocks, inside, strict=True)]
     # ERNIE-Image's text encoder and enhancer are rewritten as graphs, which read weights without calling the blocks.
-    streams = bool(blocks) and (name in DENOISERS or family_of(pipe).prompt_encoding is None)
+    encoding = family_of(pipe).prompt_encoding
+    streams = bool(blocks) and (name in DENOISERS or encoding is None or bool(encoding.methods))
     return Component(name, module, blocks, tuple(pieces), moves, streams, unused)
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ernie_accel.core.captured import Fingerprint
-from ernie_accel.models.ministral.architecture import CausalLanguageModel
-from ernie_accel.models.ministral.layers import Rotary, call, linears_of, run_layer, signed
+from ernie_accel.models.language.architecture import CausalLanguageModel
+from ernie_accel.models.language.layers import Rotary, call, linears_of, run_layer, signed
 from ernie_accel.models.ministral.sampling import Sampling, choose
 from ernie_accel.models.ministral.state import DecodeState
 from ernie_accel.models.replays import Replays

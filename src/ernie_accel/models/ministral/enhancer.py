@@ -11,9 +11,9 @@ from torch import nn
 from ernie_accel.core.components import Tokenizer
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.library_hooks import library_hooks
-from ernie_accel.models.ministral.architecture import CausalLanguageModel
+from ernie_accel.models.language.architecture import CausalLanguageModel
+from ernie_accel.models.language.layers import unsupported_config_reasons
 from ernie_accel.models.ministral.decoder import Decoder
-from ernie_accel.models.ministral.layers import unsupported_config_reasons
 from ernie_accel.models.ministral.sampling import Sampling, draws_for
 
 #: What the pipeline samples with, in its ``_enhance_prompt_with_pe``.

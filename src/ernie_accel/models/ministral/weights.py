@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ernie_accel.kernels import decode
 from ernie_accel.kernels.decode import DecodeWeight
-from ernie_accel.models.ministral.architecture import CausalLanguageModel, Norm
+from ernie_accel.models.language.architecture import CausalLanguageModel, Norm
 from ernie_accel.models.ministral.state import DecodeState
 
 #: Dtype of the hidden states: products run on tensor cores and round as cuBLAS does.

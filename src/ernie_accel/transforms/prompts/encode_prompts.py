@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ernie_accel.common.atomic import write_atomically
-from ernie_accel.core.captured import Watch, adapters_of, plain_tensors
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
+from ernie_accel.core.stand_in import StandInMethod
 from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import Arguments, Call, wrap_call
 from ernie_accel.families import family_of
 from ernie_accel.families.family import PromptEncoding
-from ernie_accel.models.ministral.layers import pass_on
+from ernie_accel.models.language.layers import pass_on
+from ernie_accel.models.prompt_cache import Embedded, PromptFiles, PromptMemory, each_tensor
 
 #: A prompt as token ids.
 Ids: TypeAlias = tuple[int, ...]
@@ -35,10 +32,14 @@ class BatchPromptEncoding(Transform):
     """Encode prompts and negative prompts of a call in one right-padded forward of the text encoder, each text once.
 
     Stock ERNIE-Image encodes prompts one by one, duplicates included. On two hosts with an H200, 8 prompts took 122 and
-    280 ms; batched they took 17 and 32 ms, and 13 with `RewriteTextEncoder`. The text encoder's last layer is skipped,
-    because nothing uses its output; so its ``last_hidden_state`` differs while this transform is applied. Embeddings
-    equal those of the loop within 5e-7 in float32. Kept embeddings are dropped when the text encoder is replaced, or
-    its weights, adapters or their scales change.
+    280 ms; batched they took 17 and 32 ms, and 13 with `RewriteTextEncoder`. Z-Image, Lumina 2 and NewBie-image encode
+    prompts in one batch, duplicates included, and negative prompts in a second one. Their own method still writes the
+    chat and counts the tokens; it is asked for each text once.
+
+    The text encoder's last layer is skipped, because nothing uses its output; so its ``last_hidden_state`` differs
+    while this transform is applied. Embeddings equal stock's within 5e-7 in float32. The empty negative prompt is
+    encoded once per process. Kept embeddings are dropped when a text encoder is replaced, or its weights, adapters or
+    their scales change.
 
     Pays:
         With several prompts per call, or with guidance. The cache pays if prompts or negative prompts repeat.
@@ -66,31 +67,38 @@ class BatchPromptEncoding(Transform):
             raise ValueError(f"folder={self.folder!r} with cache=0 keeps nothing: pass cache=1000, for example")
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
-        if family_of(pipe).prompt_encoding is None:
+        if _encoding_or_none(pipe) is None:
             return []  # nothing to do
         if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "tokenizer", None) is None:
             return [f"{type(pipe).__name__} was loaded without text encoder or tokenizer"]
         return []
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
-        if family_of(pipe).prompt_encoding is None:
+        if _encoding_or_none(pipe) is None:
             return Preview((), note=f"{type(pipe).__name__} encodes the prompts of a call together already")
         return Preview(self._changes(pipe), note=self._note())
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         changes, how = self._changes(pipe), _encoding_of(pipe)
-        memory = _Files(self.cache, Path(self.folder)) if self.folder else _Memory(self.cache)
-        encoder = _Encoder(pipe, how, memory, self.max_batch)
+        memory = PromptFiles(self.cache, Path(self.folder)) if self.folder else PromptMemory(self.cache)
+        method = how.method_of(pipe)
+        encoder: _Encoder | _OnceEach
         with Undo() as undo:
-            undo.setattr(_last_layer(pipe, how), "forward", pass_on)
-            undo.setattr(pipe, "encode_prompt", encoder.encode_prompt)
+            undo.setattr(attrgetter(_last_layer(pipe, how))(pipe), "forward", pass_on)
+            if method is None:
+                encoder = _Encoder(pipe, how, memory, self.max_batch)
+                undo.setattr(pipe, "encode_prompt", encoder.encode_prompt)
+            else:
+                encoder = _OnceEach(pipe, method, how, memory, self.max_batch)
+                undo.setattr(pipe, method, encoder)
             wrap_call(pipe, "prompts", encoder.around, undo)
         return Applied(changes, undo=undo, note=self._note())
 
     def _changes(self, pipe: Pipeline) -> tuple[str, ...]:
         how = _encoding_of(pipe)
-        last = len(attrgetter(how.layers)(pipe.text_encoder)) - 1
-        return ("encode_prompt one by one -> batched", f"text_encoder.{how.layers}.{last} run -> skipped")
+        method = how.method_of(pipe)
+        encoding = "encode_prompt one by one -> batched" if method is None else f"{method} all texts -> each once"
+        return (encoding, f"{_last_layer(pipe, how)} run -> skipped")
 
     def _note(self) -> str:
         where = f"in {self.folder}" if self.folder else "in memory"
@@ -98,10 +106,11 @@ class BatchPromptEncoding(Transform):
 
 
 class _Encoder:
-    """The replacement of a pipeline's ``encode_prompt``."""
+    """The replacement of the ``encode_prompt`` of a pipeline that encodes one by one."""
 
-    def __init__(self, pipe: Pipeline, how: PromptEncoding, memory: _Memory | _Files, max_batch: int) -> None:
-        self._pipe, self._how, self._memory, self._max_batch = pipe, how, memory, max_batch
+    def __init__(self, pipe: Pipeline, how: PromptEncoding, memory: PromptMemory | PromptFiles, max_batch: int) -> None:
+        self._pipe, self._how, self._max_batch = pipe, how, max_batch
+        self._memory = memory
         self._upcoming: list[str] = []
         self._of_this_call: dict[Ids, Tensor] | None = None  # None outside of a call of the pipe
 
@@ -119,7 +128,7 @@ class _Encoder:
     @contextmanager
     def leaving_no_trace(self) -> Iterator[None]:
         """Encode prompts without reading or filling the cache."""
-        memory, self._memory = self._memory, _Memory(0)
+        memory, self._memory = self._memory, PromptMemory(0)
         try:
             yield
         finally:
@@ -134,12 +143,13 @@ class _Encoder:
         upcoming, self._upcoming = [self._ids(text) for text in self._upcoming], []
         found = {} if self._of_this_call is None else self._of_this_call
         missing: list[Ids] = []
-        encoder = self._pipe.text_encoder
-        self._memory.look_at(encoder)
-        for ids in dict.fromkeys([*prompts, *upcoming]):
+        empty, wanted = self._ids(""), list(dict.fromkeys([*prompts, *upcoming]))
+        encoders, pins = [self._pipe.text_encoder], empty in wanted
+        self._memory.look_at(encoders, pins)
+        for ids in wanted:
             if ids not in found:
                 known = self._memory.get(ids, device)
-                if known is None:
+                if not isinstance(known, Tensor):
                     missing.append(ids)
                 else:
                     found[ids] = known
@@ -147,9 +157,9 @@ class _Encoder:
         for start in range(0, len(missing), self._max_batch):
             found |= self._forward(missing[start : start + self._max_batch], device)
         if missing:
-            self._memory.look_at(encoder)  # what freed or offloaded weights are is known only now
+            self._memory.look_at(encoders, pins)  # what freed or offloaded weights are is known only now
         for ids in missing:
-            self._memory.put(ids, found[ids])
+            self._memory.put(ids, found[ids], pin=ids == empty)
         return [found[ids] for ids in prompts for _ in range(num_images_per_prompt)]
 
     def _ids(self, text: str) -> Ids:
@@ -170,105 +180,163 @@ class _Encoder:
         return {ids: hidden_bth[i, : len(ids)].clone() for i, ids in enumerate(prompts)}
 
 
-class _Memory:
-    """The embeddings of the last `size` prompts."""
+@dataclass(frozen=True)
+class _Text:
+    """One text to encode.
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._kept: OrderedDict[Ids, Tensor] = OrderedDict()
-        self._watch = Watch()
-
-    def look_at(self, text_encoder: torch.nn.Module) -> None:
-        """Forget all, unless `text_encoder` encodes as it did."""
-        if self._size and self._watch.has_changed(text_encoder):
-            self._kept.clear()
-
-    def get(self, ids: Ids, device: torch.device) -> Tensor | None:
-        if ids not in self._kept:
-            return None
-        self._kept.move_to_end(ids)
-        return self._kept[ids].to(device)
-
-    def put(self, ids: Ids, hidden_th: Tensor) -> None:
-        self._kept[ids] = hidden_th
-        while len(self._kept) > self._size:
-            self._kept.popitem(last=False)
-
-
-class _Files:
-    """The embeddings of the last `size` prompts, one safetensors file each; when a file was last used is its mtime."""
-
-    def __init__(self, size: int, folder: Path) -> None:
-        self._size, self._folder = size, folder
-        self._watch = Watch()
-        self._model: str | None = None  # identifies checkpoint and adapters; None while weights are elsewhere
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def look_at(self, text_encoder: torch.nn.Module) -> None:
-        """Find out which files belong to `text_encoder` in its present state."""
-        if self._watch.has_changed(text_encoder):
-            self._model = None
-        if self._model is None and self._watch.is_whole:
-            self._model = _fingerprint(text_encoder)
-
-    def get(self, ids: Ids, device: torch.device) -> Tensor | None:
-        from safetensors import SafetensorError, safe_open
-
-        if self._model is None:
-            return None
-        file = self._file(ids)
-        try:
-            with safe_open(file, framework="pt") as opened:
-                hidden_th: Tensor = opened.get_tensor("hidden").to(device)
-        except (FileNotFoundError, SafetensorError):  # missing or truncated: encode it again
-            return None
-        os.utime(file)
-        return hidden_th
-
-    def put(self, ids: Ids, hidden_th: Tensor) -> None:
-        from safetensors.torch import save
-
-        if self._model is None:
-            return
-        write_atomically(self._file(ids), save({"hidden": hidden_th.cpu().contiguous()}))
-        files = sorted(self._folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
-        for file in files[: max(0, len(files) - self._size)]:
-            file.unlink(missing_ok=True)
-
-    def _file(self, ids: Ids) -> Path:
-        digest = hashlib.sha256(f"{self._model} {ids}".encode()).hexdigest()
-        return self._folder / f"{digest}.safetensors"
-
-
-#: Integers of a tensor's item size: their sums are exact, so they are the same on every device.
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _fingerprint(module: torch.nn.Module) -> str:
-    """Return a digest of a model's weights: shapes, dtypes, the sum of the bits in each row, and which adapters count.
-
-    It reads all weights, because a script may have changed one row of them.
+    Attributes:
+        text: What the pipeline's method is given.
+        beside: Arguments of the method that have a value for each text, by name.
+        key: Identifies it, with the tokens that it has and all other arguments.
     """
-    digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        for tensor in plain_tensors(parameter.detach()):
-            bits = tensor.view(_INTEGERS[tensor.element_size()])
-            rows = bits.flatten(1).sum(1, dtype=torch.int64) if bits.ndim > 1 else bits
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-            digest.update(rows.cpu().contiguous().numpy().tobytes())
-    for name, part in module.named_modules():
-        adapters = list(adapters_of(part))
-        if adapters:
-            digest.update(f"{name} {adapters}".encode())
-    return digest.hexdigest()
+
+    text: str
+    beside: Mapping[str, Any]
+    key: tuple[object, ...]
+
+
+class _OnceEach(StandInMethod):
+    """A pipeline's own method for encoding a list of texts, asked for each text once; same arguments, same result."""
+
+    def __init__(
+        self, pipe: Pipeline, name: str, how: PromptEncoding, memory: PromptMemory | PromptFiles, max_batch: int
+    ) -> None:
+        super().__init__(pipe, name)
+        self._how, self._memory, self._max_batch = how, memory, max_batch
+        self._upcoming: list[str] = []
+        self._of_this_call: dict[object, Embedded] | None = None  # None outside of a call of the pipe
+
+    def around(self, call: Call, arguments: Arguments) -> object:
+        """Call the pipe, knowing which negative prompts it will ask for after the prompts."""
+        guidance, negative = arguments.get("guidance_scale"), arguments.get("negative_prompt") or ""
+        needed = guidance is not None and guidance > self._how.guided_above
+        given = arguments.get("negative_prompt_embeds") is not None or arguments.get("prompt_embeds") is not None
+        self._upcoming = [] if given or not needed else [negative] if isinstance(negative, str) else list(negative)
+        self._of_this_call = {}
+        try:
+            return call(arguments)
+        finally:
+            self._upcoming, self._of_this_call = [], None
+
+    @contextmanager
+    def leaving_no_trace(self) -> Iterator[None]:
+        """Encode prompts without reading or filling the cache."""
+        memory, self._memory = self._memory, PromptMemory(0)
+        try:
+            yield
+        finally:
+            self._memory = memory
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self.__signature__.bind(*args, **kwargs)
+        bound.apply_defaults()
+        (name, texts), *rest = bound.arguments.items()
+        is_given = any(isinstance(value, Tensor) for _, value in rest) or bool(dict(rest).get("prompt_embeds"))
+        if texts is None or is_given or self._wants_gradients():
+            return self.call_below(*args, **kwargs)
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        of_each = {key: value for key, value in rest if isinstance(value, (list, tuple)) and len(value) == len(texts)}
+        of_all = {key: value for key, value in rest if key not in of_each}
+        texts = [
+            self._text(text, {key: value[i] for key, value in of_each.items()}, of_all) for i, text in enumerate(texts)
+        ]
+        # Where each text has something beside it, what the negative ones will have is not known.
+        upcoming = [] if of_each else [self._text(text, {}, of_all) for text in self._upcoming]
+        self._upcoming = []
+        with torch.no_grad():
+            found = self._found(name, [*texts, *upcoming], of_all)
+        return _joined([found[text.key] for text in texts])
+
+    def _encoders(self) -> list[torch.nn.Module]:
+        found = (getattr(self.owner, name, None) for name in self._how.encoders)
+        return [encoder for encoder in found if encoder is not None]
+
+    def _wants_gradients(self) -> bool:
+        """Return whether the embeddings would have gradients: outside of a call, the method records them."""
+        return torch.is_grad_enabled() and any(p.requires_grad for each in self._encoders() for p in each.parameters())
+
+    def _text(self, text: str, beside: Mapping[str, Any], of_all: Mapping[str, Any]) -> _Text:
+        ids = self.owner.tokenizer(text, truncation=False, verbose=False)["input_ids"]  # type: ignore[attr-defined]
+        settings = [(key, repr(value)) for key, value in sorted({**beside, **of_all}.items()) if key != "device"]
+        template = getattr(self.owner.tokenizer, "chat_template", None)  # type: ignore[attr-defined]
+        return _Text(text, beside, (text, tuple(ids), tuple(settings), template))
+
+    def _found(self, name: str, wanted: Sequence[_Text], of_all: Mapping[str, Any]) -> dict[object, Embedded]:
+        """Return what each text is encoded to, by its key; those that are not known are encoded now."""
+        pipe: Any = self.owner
+        device = torch.device(of_all.get("device") or pipe._execution_device)
+        found = {} if self._of_this_call is None else self._of_this_call
+        encoders = self._encoders()
+        pins = any(text.text == "" for text in wanted)
+        self._memory.look_at(encoders, pins)
+        missing: dict[object, _Text] = {}
+        for text in wanted:
+            if text.key not in found:
+                known = self._memory.get(text.key, device)
+                if known is None:
+                    missing[text.key] = text
+                else:
+                    found[text.key] = known
+        in_order = sorted(missing.values(), key=lambda text: len(str(text.text)))  # so that little is padded
+        for start in range(0, len(in_order), self._max_batch):
+            some = in_order[start : start + self._max_batch]
+            beside = {key: [text.beside[key] for text in some] for key in some[0].beside}
+            result = self.call_below(**{name: [text.text for text in some], **beside, **of_all})
+            for text, embedded in zip(some, _split(result, len(some), self.name), strict=True):
+                found[text.key] = embedded
+        if missing:
+            self._memory.look_at(encoders, pins)  # what freed or offloaded weights are is known only now
+        for text in in_order:
+            self._memory.put(text.key, found[text.key], pin=text.text == "")
+        return found
+
+
+def _split(result: Any, texts: int, method: str) -> list[Embedded]:
+    """Return the part of each text: a tuple holds several results, a list and a tensor have one entry a text.
+
+    Copies: a view of one text would keep the whole batch alive in the cache.
+    """
+    if result is None:
+        return [None] * texts
+    if isinstance(result, tuple):
+        return list(zip(*(_split(part, texts, method) for part in result), strict=True))
+    if isinstance(result, (list, Tensor)) and len(result) == texts:
+        copies = [each_tensor(each, Tensor.clone) for each in result]
+        return [[each] for each in copies] if isinstance(result, list) else copies
+    found = f"{len(result)} entries" if isinstance(result, (list, Tensor)) else f"a {type(result).__name__}"
+    raise TypeError(f"{method} returned {found} for {texts} texts; a list or a tensor with one entry each was expected")
+
+
+def _joined(rows: Sequence[Any]) -> Any:
+    """Return the rows of `_split` as one result; tensors of unequal lengths are padded with zeros at the end."""
+    if isinstance(rows[0], tuple):
+        return tuple(_joined(parts) for parts in zip(*rows, strict=True))
+    if isinstance(rows[0], list):
+        return [row[0] for row in rows]
+    if rows[0] is None:
+        return None
+    longest = max(len(row) if row.ndim else 0 for row in rows)
+    padded = [row if not row.ndim or len(row) == longest else _padded(row, longest) for row in rows]
+    return torch.stack(padded)
+
+
+def _padded(row: Tensor, length: int) -> Tensor:
+    return torch.cat((row, row.new_zeros(length - len(row), *row.shape[1:])))
+
+
+def _encoding_or_none(pipe: Pipeline) -> PromptEncoding | None:
+    """Return how prompts are encoded, or None where nothing could be saved: its method is none that is known."""
+    how = family_of(pipe).prompt_encoding
+    return None if how is None or (how.methods and how.method_of(pipe) is None) else how
 
 
 def _encoding_of(pipe: Pipeline) -> PromptEncoding:
-    how = family_of(pipe).prompt_encoding
+    how = _encoding_or_none(pipe)
     if how is None:
         raise LookupError(f"{type(pipe).__name__} has no prompt encoding that could be batched")
     return how
 
 
-def _last_layer(pipe: Pipeline, how: PromptEncoding) -> object:
-    return attrgetter(how.layers)(pipe.text_encoder)[-1]
+def _last_layer(pipe: Pipeline, how: PromptEncoding) -> str:
+    path = how.layers_of(pipe.text_encoder)
+    return f"text_encoder.{path}.{len(attrgetter(path)(pipe.text_encoder)) - 1}"

@@ -15,22 +15,26 @@ from ernie_accel.core.stand_in import standing_in
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
-from ernie_accel.models.ministral.architecture import LanguageModel
-from ernie_accel.models.ministral.text_encoder import RewrittenForward, unsupported_reasons
+from ernie_accel.models.language.architecture import LanguageModel
+from ernie_accel.models.language.text_encoder import RewrittenForward, unsupported_reasons
 
 
 @dataclass(frozen=True, repr=False)
 class RewriteTextEncoder(Transform):
     """Replace the forward of the text encoder's language model by one of fewer kernels, replayed as a CUDA graph.
 
-    It supports ``Ministral3Model``, the language model of ERNIE-Image's text encoder. Stock launches almost 50 kernels
-    per layer, which takes the host longer than the GPU needs to run them. Here a layer is 19 kernels, and a graph needs
+    It supports the language models of the text encoders of ERNIE-Image (``Ministral3Model``), Z-Image (``Qwen3Model``),
+    Lumina 2 (``Gemma2Model``) and NewBie-image (``Gemma3TextModel``). Stock launches almost 50 kernels per layer of
+    Ministral, which takes the host longer than the GPU needs to run them. Here a layer is 19 kernels, and a graph needs
     one launch for all layers. The first forward of a shape runs uncaptured, the second is captured, and the others are
     replays. Only the last few shapes are kept, and changes of the model are noticed.
 
+    Z-Image and Lumina 2 pad every prompt to 512 or 256 tokens. Only as many as the longest prompt has are computed here;
+    the hidden states of padding, which the pipeline's mask hides, are zero.
+
     Linear layers of other classes (adapters, some quantizers) are called unchanged, without graphs. The stock forward
-    runs for layers that someone has changed, and for calls that want anything but hidden states of whole texts (masks,
-    caches, attentions, gradients, autocast). A key/value cache is returned only with ``use_cache=True``.
+    runs for layers that someone has changed, and for calls that want anything but hidden states of whole texts (padding
+    on the left, caches, attentions, gradients, autocast). A key/value cache is returned only with ``use_cache=True``.
 
     In bfloat16, the distance of the hidden states from float32 is 0.85 to 0.97 of stock's (random weights, on a CPU),
     because a norm rounds once instead of twice.
@@ -87,7 +91,7 @@ def _path(pipe: Pipeline) -> str | None:
     how = family_of(pipe).prompt_encoding
     if how is None or getattr(pipe, "text_encoder", None) is None:
         return None
-    return f"text_encoder.{how.layers.rpartition('.')[0]}"
+    return f"text_encoder.{how.layers_of(pipe.text_encoder)}".rpartition(".")[0]
 
 
 def _language_model(pipe: Pipeline) -> LanguageModel | None:
