@@ -29,7 +29,7 @@ class RewriteTextEncoder(Transform):
     one launch for all layers. The first forward of a shape runs uncaptured, the second is captured, and the others are
     replays. Only the last few shapes are kept, and changes of the model are noticed.
 
-    Z-Image and Lumina 2 pad every prompt to 512 or 256 tokens. Only as many as the longest prompt has are computed here;
+    Z-Image and Lumina 2 pad every prompt, to 512 or 256 tokens. Only as many as the longest prompt has are computed;
     the hidden states of padding, which the pipeline's mask hides, are zero.
 
     Linear layers of other classes (adapters, some quantizers) are called unchanged, without graphs. The stock forward
