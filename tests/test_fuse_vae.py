@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from accelerate import cpu_offload
-from diffusers import AutoencoderDC
+from diffusers import AutoencoderDC, AutoencoderKL, ZImageTransformer2DModel
 from diffusers.models.autoencoders.vae import Decoder
 from torch import nn
 
 import ernie_accel
 from ernie_accel import CompileVae, Context, FuseVae
+from ernie_accel.families.published import CHECKPOINTS
+from ernie_accel.memory.call import Call
+from ernie_accel.memory.stages import activations_of
 from ernie_accel.models.vae_decoder import FusedDecoder, _twice_as_large, unsupported_reason
-from tests.pipelines import picture, tiny_ernie, tiny_flux
+from tests.pipelines import picture, randomize, tiny_ernie, tiny_flux, tiny_lumina2, tiny_z_image
 
 GPU = Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6"})
 
@@ -51,8 +55,22 @@ def pipe_of_seamless_pictures() -> Any:
     return pipe
 
 
+def z_image_with_the_vae_of_flux(**settings: Any) -> Any:
+    """The published configuration, an eighth as wide: 16 channels, attention in the middle, no convolution before."""
+    vae = next(each for each in CHECKPOINTS if each.pipeline_class == "ZImagePipeline").models["vae"]
+    assert vae.model_class == "AutoencoderKL"
+    narrow = {"block_out_channels": (16, 32, 64, 64), "norm_num_groups": 8, "layers_per_block": 1}
+    pipe = tiny_z_image()
+    torch.manual_seed(0)
+    pipe.vae = AutoencoderKL(**{**vae.config, **narrow, **settings}).eval().requires_grad_(False)
+    pipe.transformer = ZImageTransformer2DModel.from_config({**pipe.transformer.config, "in_channels": 16}).eval()
+    randomize(pipe.transformer.requires_grad_(False))
+    return pipe
+
+
 MAKERS = [
     tiny_ernie,
+    z_image_with_the_vae_of_flux,
     tiny_flux,
     pipe_with_attention,
     partial(pipe_with_attention, heads=4),
@@ -84,6 +102,53 @@ def test_it_only_rounds_and_goes_back(make: Any, batch: int) -> None:
     assert "forward" not in vars(decoder)
     assert [p.stride() for p in decoder.parameters()] == strides
     assert torch.equal(decode(decoder, *shape), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pictures_of_z_image_on_the_vae_of_flux_stay_within_rounding(dtype: torch.dtype) -> None:
+    pipe = z_image_with_the_vae_of_flux().to(dtype)
+    expected, vae = picture(pipe, steps=1), pipe.vae
+    latents = torch.randn(2, 16, 8, 12, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        exact = copy.deepcopy(vae).float().decode(latents.to(dtype).float()).sample
+        stock = vae.decode(latents.to(dtype)).sample.float()
+        got = fused(pipe).vae.decode(latents.to(dtype)).sample.float()
+    assert isinstance(vae.decoder.forward, FusedDecoder)
+    if dtype is torch.float32:
+        assert (picture(pipe, steps=1) - expected).norm() < 1e-5 * expected.norm()
+    assert (got - exact).norm() < 1.1 * (stock - exact).norm() + 1e-5 * exact.norm()
+    ernie_accel.restore(pipe)
+    assert torch.equal(picture(pipe, steps=1), expected)
+
+
+@pytest.mark.parametrize("make", [z_image_with_the_vae_of_flux, tiny_lumina2])
+def test_slices_and_tiles_go_through_the_fused_decoder(make: Any) -> None:
+    """Both call the decoder for a part of the picture; the first convolution, where there is one, is before it."""
+    pipe = make()
+    latents = torch.randn(2, pipe.vae.config.latent_channels, 40, 40, generator=torch.Generator().manual_seed(0))
+    pipe.vae.enable_slicing()
+    pipe.vae.enable_tiling()
+    pipe.vae.tile_latent_min_size = 32
+    with torch.no_grad():
+        expected = pipe.vae.decode(latents).sample
+        got = fused(pipe).vae.decode(latents).sample
+    assert (got - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_a_vae_with_a_convolution_before_its_decoder_is_decoded_too() -> None:
+    pipe = z_image_with_the_vae_of_flux(use_post_quant_conv=True, use_quant_conv=True)
+    expected = picture(pipe, steps=1)
+    assert (picture(fused(pipe), steps=1) - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_the_memory_of_the_decoder_of_flux_is_predicted_fused_and_stock() -> None:
+    """The planner runs it on shapes alone; fused, the norms need no copy in float32."""
+    pipe, call = z_image_with_the_vae_of_flux().to(torch.bfloat16), Call(256, 256, pictures=2)
+    stock, mine = (activations_of(pipe, parts, GPU, call)["decode"] for parts in ((), (FuseVae(),)))
+    widest = 2 * 256 * 256 * 32 * 2  # the largest activation in bytes: two pictures, 32 channels, bfloat16
+    assert stock is not None and mine is not None
+    assert 2 * widest <= mine < stock <= 8 * widest
+    assert not isinstance(vars(pipe.vae.decoder).get("forward"), FusedDecoder)
 
 
 def test_upsampling_takes_a_single_pixel() -> None:
