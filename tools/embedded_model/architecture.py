@@ -9,7 +9,7 @@ widths shrink. Every width is a multiple of 32, as 4-bit formats with groups of 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ernie_accel.embedded.captions import caption, random_request
@@ -53,14 +53,14 @@ def corpus(seed: int, lines: int) -> Iterator[str]:
             yield f'{{"prompt": "{request.text}", "width": {rng.randrange(4, 64) * 16}, "height": 128}}'
 
 
-def build_tokenizer(sentences: Iterable[str]) -> PreTrainedTokenizerFast:
+def build_tokenizer(sentences: Iterable[str], more_special: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer: any text encodes and decodes without loss, an empty one is one
-    `<s>`.
+    `<s>`. What is in `more_special` is one token each.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    special = [PAD, BOS, EOS, USER, OUTPUT]
+    special = [PAD, BOS, EOS, USER, OUTPUT, *more_special]
     bpe = Tokenizer(models.BPE())
     each_hanzi = pre_tokenizers.Split(Regex("[\u4e00-\u9fff]"), "isolated")  # merges must not straddle words
     bpe.pre_tokenizer = pre_tokenizers.Sequence([each_hanzi, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -80,7 +80,7 @@ def build_tokenizer(sentences: Iterable[str]) -> PreTrainedTokenizerFast:
         pad_token=PAD,
         bos_token=BOS,
         eos_token=EOS,
-        additional_special_tokens=[USER, OUTPUT],
+        additional_special_tokens=special[3:],
         clean_up_tokenization_spaces=False,
         model_max_length=MAX_PROMPT_TOKENS,
     )

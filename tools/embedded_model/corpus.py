@@ -20,10 +20,12 @@ from ernie_accel.embedded.captions import LANGUAGES, caption, full_caption, lang
 from ernie_accel.embedded.scenes import CANVASES, Scene, SceneBatch, random_scene, to_batch
 from tools.embedded_model.architecture import MAX_ENHANCED_TOKENS
 from tools.embedded_model.evaluate import chat_text
+from tools.embedded_model.miniatures import Frame
 
 TEXT_TOKENS = 88
 """No training caption is longer; one that would be is written again."""
 DIALOGUE_TOKENS = 192
+PLAIN = Frame()
 _CHUNK = 4000
 _SHORT_PROMPT_SHARE = 0.2
 _COPY_SHARE = 0.3
@@ -59,13 +61,13 @@ class Dialogues:
 
 
 def captioned_scenes(
-    tokenizer: Any, canvas: tuple[int, int], count: int, captions: int, workers: int
+    tokenizer: Any, canvas: tuple[int, int], count: int, captions: int, workers: int, frame: Frame = PLAIN
 ) -> CaptionedScenes:
     """Draw `count` scenes of one canvas from the training split, each with several captions in both
-    languages.
+    languages, within what the pipeline writes around them.
     """
     seed = f"captions-{canvas}"
-    jobs = [(_caption_chunk, tokenizer, seed, (canvas, captions), n, i) for i, n in enumerate(_chunks(count))]
+    jobs = [(_caption_chunk, tokenizer, seed, (canvas, captions, frame), n, i) for i, n in enumerate(_chunks(count))]
     scenes, tokens, lengths = zip(*_run(jobs, workers), strict=True)
     batch = SceneBatch(
         torch.cat([s.objects for s in scenes]),
@@ -106,7 +108,7 @@ def _pad(rows: Sequence[Sequence[int]], width: int) -> torch.Tensor:
 
 
 def _caption_chunk(
-    tokenizer: Any, rng: random.Random, count: int, canvas: tuple[int, int], captions: int
+    tokenizer: Any, rng: random.Random, count: int, canvas: tuple[int, int], captions: int, frame: Frame
 ) -> tuple[SceneBatch, torch.Tensor, torch.Tensor]:
     fast: Tokenizer = tokenizer.backend_tokenizer
     scenes, rows = [], []
@@ -116,17 +118,17 @@ def _caption_chunk(
             request, answer = random_request(rng, held_out=False)
             short, scene = request.text, replace(answer, height=canvas[0], width=canvas[1])
         scenes.append(scene)
-        texts = [_caption_ids(fast, scene, rng, LANGUAGES[i % 2]) for i in range(captions)]
+        texts = [_caption_ids(fast, scene, rng, LANGUAGES[i % 2], frame) for i in range(captions)]
         if short is not None:
-            texts[rng.randrange(captions)] = fast.encode(short).ids
+            texts[rng.randrange(captions)] = fast.encode(frame.around(short)).ids
         rows += texts
     lengths = torch.tensor([len(ids) for ids in rows]).view(count, captions)
     return to_batch(scenes), _pad(rows, TEXT_TOKENS).view(count, captions, TEXT_TOKENS), lengths
 
 
-def _caption_ids(fast: Tokenizer, scene: Scene, rng: random.Random, language: str) -> list[int]:
+def _caption_ids(fast: Tokenizer, scene: Scene, rng: random.Random, language: str, frame: Frame) -> list[int]:
     while True:
-        ids: list[int] = fast.encode(caption(scene, rng, language)).ids
+        ids: list[int] = fast.encode(frame.around(caption(scene, rng, language))).ids
         if len(ids) <= TEXT_TOKENS:
             return ids
 

@@ -1,12 +1,13 @@
-"""Trains the embedded model from nothing: `python -m tools.embedded_model.train --out FOLDER`.
+"""Trains a miniature from nothing: `python -m tools.embedded_model.train --out FOLDER [--architecture z-image]`.
 
 Stages, each with its own seed and its own weights in FOLDER/stages, which `--resume` takes up again:
 
 1. tokenizer: byte-level BPE on captions; and the captions themselves;
 2. vae: reconstruct drawings, with a little noise on the latents; then the patchified latents' statistics;
+Z-Image and Lumina 2 take that of the embedded model;
 3. transformer: encode a pool of drawings once, then flow matching from the pool, together with the text
-encoder; 4. enhancer: next-token prediction on short prompts answered by full captions;
-5. save the pipeline in float16, load it again, and measure that.
+encoder, which can go on where an interrupted run has saved it last; 4. enhancer, of ERNIE-Image alone: next-token
+prediction on short prompts answered by full captions; 5. save the pipeline in float16, load it again, and measure that.
 
 Numbers of steps are fixed, not wall-clock budgets. On one NVIDIA H200 the full recipe takes about a quarter
 of an hour; `--toy` runs every stage on a CPU in half a minute, and draws nothing recognisable.
@@ -16,13 +17,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import json
 import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,19 +35,19 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import AutoTokenizer
 
-from ernie_accel.demo.judge import unseen_prompts
+from ernie_accel.common.atomic import write_atomically
+from ernie_accel.demo.judge import adherence, unseen_prompts
 from ernie_accel.embedded.scenes import CANVASES, SceneBatch, render_batch
 from ernie_accel.storage.embedded import load_folder
-from tools.embedded_model import architecture
+from tools.embedded_model import architecture, miniatures
 from tools.embedded_model.corpus import TEXT_TOKENS, CaptionedScenes, Dialogues, captioned_scenes, dialogues
 from tools.embedded_model.evaluate import describe, evaluate, summary
+from tools.embedded_model.miniatures import MINIATURES, PROMPT_START, Miniature, patchify
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLFlux2, ErnieImagePipeline, ErnieImageTransformer2DModel
-    from transformers import Ministral3ForCausalLM, Mistral3Model
+    from diffusers import AutoencoderKLFlux2
+    from transformers import Ministral3ForCausalLM
 
-_BN_EPS = 1e-5
-"""The pipeline's own, not the VAE config's."""
 _TEXT_BUCKETS = (24, 48, TEXT_TOKENS)
 """Captions are padded to the first of these that holds them."""
 
@@ -60,6 +63,7 @@ class Recipe:
         vae_steps: Optimizer steps, likewise `dit_steps` and `pe_steps`.
         vae_batch: Pictures a step, likewise `dit_batch`; dialogues for `pe_batch`.
         vae_lr: Peak learning rate, likewise `dit_lr` and `pe_lr`; linear warm-up, then cosine to a hundredth.
+        keep_every: Optimizer steps between checkpoints of the transformer stage, which `--resume` goes on from.
         empty_share: Captions replaced by the empty prompt, for guidance.
         ema: Decay of the averaged transformer and text encoder, which are what is saved.
         eval_prompts: Unseen prompts of the final measurement, at each number of steps.
@@ -77,6 +81,7 @@ class Recipe:
     dit_steps: int = 20_000
     dit_batch: int = 512
     dit_lr: float = 1e-3
+    keep_every: int = 500
     empty_share: float = 0.1
     ema: float = 0.999
     pe_steps: int = 20_000
@@ -87,6 +92,9 @@ class Recipe:
     workers: int = 14
     seed: int = 0
 
+
+_IN_COMMAND = ("scenes", "vae_steps", "dit_steps", "dit_batch", "pe_steps", "eval_prompts", "workers")
+"""Numbers of a recipe that the command line can change."""
 
 TOY = Recipe(
     scenes=8,
@@ -104,7 +112,9 @@ TOY = Recipe(
 )
 
 
-def train(out: Path, recipe: Recipe, device: str, *, resume: bool = False) -> ErnieImagePipeline:
+def train(
+    out: Path, recipe: Recipe, device: str, *, resume: bool = False, miniature: Miniature = MINIATURES["ernie-image"]
+) -> Any:
     """Run every stage; leave the pipeline in out/model, figures in out/figures.json, pictures in
     out/sheet.png.
 
@@ -117,30 +127,44 @@ def train(out: Path, recipe: Recipe, device: str, *, resume: bool = False) -> Er
     stages.mkdir(parents=True, exist_ok=True)
 
     with clock("tokenizer"):
-        tokenizer = _tokenizer(stages / "tokenizer", recipe, resume)
-        enhancer_tokenizer = _enhancer_tokenizer(tokenizer)
+        tokenizer = _tokenizer(stages / "tokenizer", recipe, resume, miniature)
     with clock("captions"):
-        data = [captioned_scenes(tokenizer, c, recipe.scenes, recipe.captions, recipe.workers) for c in CANVASES]
+        how_many = recipe.scenes, recipe.captions, recipe.workers
+        data = [captioned_scenes(tokenizer, canvas, *how_many, miniature.frame) for canvas in CANVASES]
         lengths = torch.cat([d.lengths.flatten() for d in data]).float()
         _log(f"caption tokens: mean {lengths.mean():.0f}, from {lengths.min():.0f} to {lengths.max():.0f}")
     with (
         clock("vae"),
-        _stage(stages / "vae.safetensors", architecture.build_vae, recipe.seed, device, resume) as (
-            vae,
-            is_new,
-        ),
+        _stage(stages / "vae.safetensors", miniature.build_vae, recipe.seed, device, resume) as (vae, is_new),
     ):
-        if is_new:
+        if is_new and miniature.trains_vae:
             train_vae(vae, data[0].scenes.to(device), recipe)
     with (
         clock("transformer"),
-        _stage(stages / "transformer.safetensors", _Denoiser, recipe.seed + 1, device, resume) as (
+        _stage(stages / "transformer.safetensors", partial(_Denoiser, miniature), recipe.seed + 1, device, resume) as (
             denoiser,
             is_new,
         ),
     ):
         if is_new:
-            train_denoiser(denoiser, LatentPool(vae, data, recipe, device), recipe)
+            empty = tokenizer(miniature.frame.empty)["input_ids"]
+            pool = LatentPool(vae, data, recipe, device, miniature, empty)
+            train_denoiser(denoiser, pool, recipe, stages / "unfinished.pt", resume)
+    if not miniature.has_enhancer:
+        miniatures.save(out / "model", denoiser.transformer, denoiser.text_encoder, tokenizer)
+        with clock("evaluation"):
+            pipe = miniatures.load(out / "model", miniature.name).to(device)
+            pipe.set_progress_bar_config(disable=True)
+            figures = {
+                f"adherence_{n}_steps": asdict(
+                    adherence(pipe, recipe.eval_prompts, n, guidance_scale=miniature.guidance_scale, batch_size=64)
+                )
+                for n in (9, 20)
+            }
+            save_sheet(pipe, out / "sheet.png", miniature.guidance_scale, columns=2 if recipe.workers == 0 else 8)
+        _write_figures(out, pipe, figures, recipe, clock.seconds)
+        return pipe
+    enhancer_tokenizer = _enhancer_tokenizer(tokenizer)
     with (
         clock("enhancer"),
         _stage(
@@ -158,7 +182,7 @@ def train(out: Path, recipe: Recipe, device: str, *, resume: bool = False) -> Er
     with clock("evaluation"):
         pipe = _reload(out / "model", device)
         figures = evaluate(pipe, recipe.eval_prompts, recipe.eval_requests, batch_size=64)
-        save_sheet(pipe, out / "sheet.png", columns=2 if recipe.workers == 0 else 8)
+        save_sheet(pipe, out / "sheet.png", miniature.guidance_scale, columns=2 if recipe.workers == 0 else 8)
     _write_figures(out, pipe, figures, recipe, clock.seconds)
     return pipe
 
@@ -266,16 +290,14 @@ def train_vae(vae: AutoencoderKLFlux2, scenes: SceneBatch, recipe: Recipe) -> No
         progress(step, loss)
     vae.eval()
     rows = torch.randint(len(scenes), (min(4096, 4 * len(scenes)),), device=device, generator=generator)
-    latents = encode(vae, scenes.take(rows), generator)
+    latents = patchify(encode(vae, scenes.take(rows), generator))
     vae.bn.running_mean.copy_(latents.mean((0, 2, 3)))
     vae.bn.running_var.copy_(latents.var((0, 2, 3)))
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKLFlux2, scenes: SceneBatch, generator: torch.Generator, batch: int = 256) -> torch.Tensor:
-    """Draw scenes and return their patchified latents before normalization: float32 [N, 4C, H / 16, W /
-    16].
-    """
+    """Draw scenes and return their latents before normalization: float32 [N, C, H / 8, W / 8]."""
     device = vae.device
     latents = []
     for start in range(0, len(scenes), batch):
@@ -283,19 +305,13 @@ def encode(vae: AutoencoderKLFlux2, scenes: SceneBatch, generator: torch.Generat
         pictures = render_batch(scenes.take(rows), generator) * 2 - 1
         with torch.autocast(device.type, torch.bfloat16):
             mean = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist.mean
-        latents.append(_patchify(mean.float()))
+        latents.append(mean.float())
     return torch.cat(latents)
-
-
-def _patchify(latents: torch.Tensor) -> torch.Tensor:
-    """Fold 2 x 2 latents into channels, in the pipeline's order: [B, C, H, W] to [B, 4C, H / 2, W / 2]."""
-    b, c, h, w = latents.shape
-    return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
 
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """`latents` [B, 4C, h, w] normalized, `tokens` int64 [B, T] padded at the right, `lengths` int64 [B]."""
+    """`latents` as the transformer sees them, `tokens` int64 [B, T] padded at the right, `lengths` int64 [B]."""
 
     latents: torch.Tensor
     tokens: torch.Tensor
@@ -307,11 +323,30 @@ class LatentPool:
     length.
     """
 
-    def __init__(self, vae: AutoencoderKLFlux2, data: Sequence[CaptionedScenes], recipe: Recipe, device: str) -> None:
+    def __init__(
+        self,
+        vae: Any,
+        data: Sequence[CaptionedScenes],
+        recipe: Recipe,
+        device: str,
+        miniature: Miniature,
+        empty: Sequence[int],
+    ) -> None:
+        """Encode all scenes.
+
+        Args:
+            vae: Encodes them.
+            data: The scenes.
+            recipe: How many are drawn.
+            device: Where they are kept.
+            miniature: Normalizes them.
+            empty: The tokens of an empty prompt.
+        """
         generator = torch.Generator(device).manual_seed(recipe.seed + 10)
-        mean = vae.bn.running_mean.view(1, -1, 1, 1)
-        std = (vae.bn.running_var.view(1, -1, 1, 1) + _BN_EPS).sqrt()
-        self._latents = [((encode(vae, d.scenes.to(device), generator) - mean) / std).bfloat16() for d in data]
+        self._empty = torch.tensor(empty, device=device)
+        self._latents = [
+            miniature.normalized(vae, encode(vae, d.scenes.to(device), generator)).bfloat16() for d in data
+        ]
         self._tokens = [d.tokens.flatten(0, 1).to(device) for d in data]
         self._lengths = [d.lengths.flatten().to(device) for d in data]
         self._captions, self._recipe, self._generator = recipe.captions, recipe, generator
@@ -323,6 +358,11 @@ class LatentPool:
                 if len(rows):
                     self._buckets.append((canvas, longest, rows))
 
+    def skip(self, batches: int) -> None:
+        """Draw others from now on than the first so many."""
+        self._rng.seed(f"{self._recipe.seed} after {batches}")
+        self._generator.manual_seed(self._recipe.seed + 11 + batches)
+
     def draw(self) -> TrainingBatch:
         """Draw a batch; buckets come up as often as they are large."""
         sizes = [len(rows) for _, _, rows in self._buckets]
@@ -331,51 +371,68 @@ class LatentPool:
         rows = rows[torch.randint(len(rows), (n,), device=device, generator=self._generator)]
         tokens, lengths = self._tokens[canvas][rows, :longest].long(), self._lengths[canvas][rows]
         empty = torch.rand(n, device=device, generator=self._generator) < self._recipe.empty_share
-        lengths = lengths.masked_fill(empty, 1)  # the first token is <s>, which is all of an empty prompt
+        tokens[:, : len(self._empty)] = torch.where(empty[:, None], self._empty, tokens[:, : len(self._empty)])
+        lengths = lengths.masked_fill(empty, len(self._empty))
         return TrainingBatch(self._latents[canvas][rows // self._captions].float(), tokens, lengths)
 
 
 class _Denoiser(nn.Module):
     """The transformer and its text encoder, which are trained together."""
 
-    def __init__(self) -> None:
+    def __init__(self, miniature: Miniature) -> None:
         super().__init__()
-        self.transformer: ErnieImageTransformer2DModel = architecture.build_transformer()
-        self.text_encoder: Mistral3Model = architecture.build_text_encoder()
+        self.miniature = miniature
+        self.transformer: Any = miniature.build_transformer()
+        self.text_encoder: Any = miniature.build_text_encoder()
 
     def forward(self, noisy: torch.Tensor, sigma: torch.Tensor, batch: TrainingBatch) -> torch.Tensor:
         """Predict the velocity, from text encoded as the pipeline does.
 
         The text encoder is causal and padding is at the right, so no embedding depends on the padding.
         """
-        language_model = self.text_encoder.language_model
+        language_model = self.miniature.language_model(self.text_encoder)
         states = language_model(input_ids=batch.tokens, output_hidden_states=True, use_cache=False)
-        velocity: torch.Tensor = self.transformer(
-            hidden_states=noisy,
-            timestep=sigma * 1000,
-            text_bth=states.hidden_states[-2],
-            text_lens=batch.lengths,
-            return_dict=False,
-        )[0]
-        return velocity
+        return self.miniature.velocity(self.transformer, noisy, sigma, states.hidden_states[-2], batch.lengths)
 
 
-def train_denoiser(denoiser: _Denoiser, pool: LatentPool, recipe: Recipe) -> None:
-    """Fit transformer and text encoder by flow matching, and leave their running average, in place."""
-    parameters = [*denoiser.transformer.parameters(), *denoiser.text_encoder.language_model.parameters()]
+def train_denoiser(
+    denoiser: _Denoiser, pool: LatentPool, recipe: Recipe, unfinished: Path | None = None, resume: bool = False
+) -> None:
+    """Fit transformer and text encoder by flow matching, and leave their running average, in place.
+
+    Args:
+        denoiser: The two.
+        pool: Draws batches.
+        recipe: How long, and how fast.
+        unfinished: File that keeps the state of the training every so many steps; it is removed at the end.
+        resume: Go on from that file, if there is one; the batches that follow are new ones.
+    """
+    language_model = denoiser.miniature.language_model(denoiser.text_encoder)
+    parameters = [*denoiser.transformer.parameters(), *language_model.parameters()]
     device = parameters[0].device.type
     denoiser.train()
     if device == "cuda":
-        denoiser.transformer.compile_repeated_blocks(dynamic=True)
-        for layer in denoiser.text_encoder.language_model.layers:
+        if denoiser.miniature.has_enhancer:  # the blocks of the others are compiled where their classes name them
+            denoiser.transformer.compile_repeated_blocks(dynamic=True)
+        for layer in language_model.layers:
             layer.compile(dynamic=True)
     generator = torch.Generator(device).manual_seed(recipe.seed + 20)
     optimizer = torch.optim.AdamW(
         parameters, recipe.dit_lr, betas=(0.9, 0.98), weight_decay=0.01, fused=device == "cuda"
     )
     average = [p.detach().clone() for p in parameters]
-    progress = _Progress("transformer", recipe.dit_steps)
-    for step in range(recipe.dit_steps):
+    progress, first = _Progress("transformer", recipe.dit_steps), 0
+    if resume and unfinished is not None and unfinished.exists():
+        kept = torch.load(unfinished, map_location=device, weights_only=True)
+        first = kept["step"]
+        optimizer.load_state_dict(kept["optimizer"])
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, kept["parameters"])
+            torch._foreach_copy_(average, kept["average"])
+        pool.skip(first)
+        generator.manual_seed(recipe.seed + 20 + first)
+        _log(f"going on after step {first}")
+    for step in range(first, recipe.dit_steps):
         _cosine_lr(optimizer, recipe.dit_lr, step, recipe.dit_steps)
         batch = pool.draw()
         sigma = _random_sigmas(recipe.dit_batch, generator)
@@ -389,9 +446,21 @@ def train_denoiser(denoiser: _Denoiser, pool: LatentPool, recipe: Recipe) -> Non
         with torch.no_grad():
             torch._foreach_lerp_(average, parameters, 1 - decay)
         progress(step, loss)
+        if unfinished is not None and (step + 1) % recipe.keep_every == 0:
+            state = {"step": step + 1, "optimizer": optimizer.state_dict(), "average": average}
+            write_atomically(unfinished, _as_bytes(state | {"parameters": [p.detach() for p in parameters]}))
+    if unfinished is not None:
+        unfinished.unlink(missing_ok=True)
     with torch.no_grad():
         for parameter, value in zip(parameters, average, strict=True):
             parameter.copy_(value)
+
+
+def _as_bytes(state: object) -> bytes:
+    """Return what ``torch.load(weights_only=True)`` reads."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
 
 
 def _random_sigmas(n: int, generator: torch.Generator) -> torch.Tensor:
@@ -427,11 +496,12 @@ def train_enhancer(enhancer: Ministral3ForCausalLM, lessons: Dialogues, recipe: 
         progress(step, loss)
 
 
-def _tokenizer(folder: Path, recipe: Recipe, resume: bool) -> Any:
+def _tokenizer(folder: Path, recipe: Recipe, resume: bool, miniature: Miniature) -> Any:
     """Train the tokenizer, or take an earlier run's: weights know tokens by number."""
     if resume and folder.exists():
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    tokenizer = architecture.build_tokenizer(architecture.corpus(recipe.seed, 20_000))
+    more = () if miniature.has_enhancer else (PROMPT_START,)
+    tokenizer = architecture.build_tokenizer(architecture.corpus(recipe.seed, 20_000), more)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -474,7 +544,7 @@ def _name_rope_as_all_releases_do(config_file: Path) -> None:
     config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _reload(folder: Path, device: str) -> ErnieImagePipeline:
+def _reload(folder: Path, device: str) -> Any:
     """Load the stored files as users do, for strict float32 on `device`."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     pipe = load_folder(folder)
@@ -482,7 +552,7 @@ def _reload(folder: Path, device: str) -> ErnieImagePipeline:
     return pipe.to(device)
 
 
-def save_sheet(pipe: ErnieImagePipeline, file: Path, columns: int = 8, rows: int = 4) -> None:
+def save_sheet(pipe: Any, file: Path, guidance_scale: float = 1.0, columns: int = 8, rows: int = 4) -> None:
     """Draw unseen prompts at 8 steps and save the pictures side by side, prompts in a text file beside it."""
     from PIL import Image
 
@@ -493,9 +563,9 @@ def save_sheet(pipe: ErnieImagePipeline, file: Path, columns: int = 8, rows: int
         height=128,
         width=128,
         num_inference_steps=8,
-        guidance_scale=1.0,
+        guidance_scale=guidance_scale,
         generator=noise,
-        use_pe=False,
+        **({"use_pe": False} if hasattr(pipe, "pe") else {}),
     ).images
     sheet = Image.new("RGB", (columns * 132, rows * 132), "white")
     for i, picture in enumerate(pictures):
@@ -504,9 +574,7 @@ def save_sheet(pipe: ErnieImagePipeline, file: Path, columns: int = 8, rows: int
     file.with_suffix(".txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
 
 
-def _write_figures(
-    out: Path, pipe: ErnieImagePipeline, figures: dict[str, Any], recipe: Recipe, seconds: dict[str, float]
-) -> None:
+def _write_figures(out: Path, pipe: Any, figures: dict[str, Any], recipe: Recipe, seconds: dict[str, float]) -> None:
     record = {
         "recipe": vars(recipe),
         "stage_seconds": seconds,
@@ -523,16 +591,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the model, its figures and the stages")
     parser.add_argument("--toy", action="store_true", help="a few steps of each stage, on the CPU")
     parser.add_argument("--resume", action="store_true", help="take up stages that an earlier run has finished")
-    for name in ("vae_steps", "dit_steps", "pe_steps", "workers"):
+    parser.add_argument("--architecture", choices=MINIATURES, default="ernie-image", help="ernie-image by default")
+    for name in _IN_COMMAND:
         parser.add_argument("--" + name.replace("_", "-"), type=int, help="instead of the recipe's")
     options = parser.parse_args(arguments)
-    given = {
-        name: value
-        for name, value in vars(options).items()
-        if name in ("vae_steps", "dit_steps", "pe_steps", "workers") and value is not None
-    }
+    given = {name: value for name, value in vars(options).items() if name in _IN_COMMAND and value is not None}
     device = "cuda" if torch.cuda.is_available() and not options.toy else "cpu"
-    train(options.out, replace(TOY if options.toy else Recipe(), **given), device, resume=options.resume)
+    recipe = replace(TOY if options.toy else Recipe(), **given)
+    train(options.out, recipe, device, resume=options.resume, miniature=MINIATURES[options.architecture])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ over union, without hidden parts), and the rest of the picture with every backgr
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,8 +38,9 @@ from ernie_accel.embedded.scenes import (
 )
 
 if TYPE_CHECKING:
-    from diffusers import ErnieImagePipeline
     from PIL.Image import Image
+
+    from ernie_accel.core.components import CallablePipeline
 
 NOTHING = "nothing"
 """What the judge reads where no object colour fills the requested place."""
@@ -375,7 +377,7 @@ def unseen_prompts(n: int, seed: int = 0) -> list[tuple[str, Scene]]:
 
 
 def adherence(
-    pipe: ErnieImagePipeline,
+    pipe: CallablePipeline,
     n: int = 200,
     steps: int = 8,
     seed: int = 0,
@@ -389,11 +391,12 @@ def adherence(
     beyond rounding. The prompt enhancer is off: the captions are full ones.
 
     Args:
-        pipe: The embedded pipeline, or what a transform made of it. Called as it is, on its own device.
+        pipe: The embedded pipeline or another miniature, or what a transform made of it. Called as it is, on its own
+            device.
         n: Number of prompts, of one to four objects each, spread over all canvases and both languages.
         steps: Denoising steps.
         seed: Chooses prompts and noise.
-        guidance_scale: 1.0 means no guidance.
+        guidance_scale: 1.0 means no guidance; 0.0 for Z-Image.
         batch_size: Prompts per call.
     """
     prompts = unseen_prompts(n, seed)
@@ -410,7 +413,7 @@ def adherence(
                 guidance_scale=guidance_scale,
                 generator=[torch.Generator().manual_seed(seed * 1_000_003 + i) for i in batch],
                 output_type="pt",
-                use_pe=False,
+                **({"use_pe": False} if "use_pe" in inspect.signature(type(pipe).__call__).parameters else {}),
             )
             for i, picture in zip(batch, images_of(output).float().cpu(), strict=True):
                 pictures[i] = picture
