@@ -452,5 +452,10 @@ def test_a_method_that_returns_something_else_is_an_error_that_says_so():
 def test_a_pipe_with_another_way_of_encoding_is_left_alone():
     pipe = own_newbie()
     type(pipe)._encode_prompt = None
-    (step,) = ernie_accel.plan(pipe, BatchPromptEncoding()).steps
-    assert step.verdict == "nothing to do"
+    other = deep(tiny_lumina2)
+    other.text_encoder = torch.nn.Linear(1, 1)
+    for each in (pipe, other):
+        plan = ernie_accel.plan(each, BatchPromptEncoding())
+        assert plan.steps[0].verdict == "nothing to do"
+        assert "is not known here" in plan.steps[0].preview.note
+    assert "is a Linear, not a Ministral3Model, Qwen3Model," in str(ernie_accel.plan(other, RewriteTextEncoder()))

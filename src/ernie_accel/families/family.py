@@ -62,20 +62,15 @@ class PromptEncoding:
     encoders: tuple[str, ...] = ("text_encoder",)
     guided_above: float = 1.0
 
-    def layers_of(self, text_encoder: object) -> str:
-        """Return the path of the layers in `text_encoder`.
-
-        Raises:
-            LookupError: It has none of the known paths.
-        """
-        paths = (self.layers,) if isinstance(self.layers, str) else self.layers
-        for path in paths:
+    def layers_of(self, text_encoder: object) -> str | None:
+        """Return the path of the layers in `text_encoder`, or None if it has none of the known ones."""
+        for path in (self.layers,) if isinstance(self.layers, str) else self.layers:
             part: object = text_encoder
             for name in path.split("."):
                 part = getattr(part, name, None)
             if part is not None:
                 return path
-        raise LookupError(f"a {type(text_encoder).__name__} has no {' and no '.join(paths)}")
+        return None
 
     def method_of(self, pipe: object) -> str | None:
         """Return the method that encodes a list of texts, or None where prompts are encoded one by one."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ernie_accel.core.captured import Fingerprint, only_listens
+from ernie_accel.core.library_hooks import NO_HOOKS, library_hooks
 from ernie_accel.core.stand_in import StandInForward, but_for_own
 from ernie_accel.core.undo import Undo
 from ernie_accel.models.language.architecture import (
@@ -58,7 +59,7 @@ def unsupported_reasons(model: LanguageModel) -> list[str]:
         known = f"{', '.join(others)} or {last}"
         return [f"its text encoder's language model is a {type(model).__name__}, not a {known}"]
     forward = vars(model).get("forward")
-    if forward is not None and "_hf_hook" not in vars(model) and not isinstance(forward, StandInForward):
+    if forward is not None and library_hooks(model).accelerate is None and not isinstance(forward, StandInForward):
         return ["the forward of its text encoder's language model was replaced already"]
     return _unsupported_reasons(model, architecture)
 
@@ -103,7 +104,7 @@ class RewrittenForward(ReplayedForward[Tensor, list[Tensor]]):
 
     def install(self, undo: Undo) -> None:
         """Replace the module's forward by this, beneath a hook of accelerate, which moves weights and inputs first."""
-        if "_hf_hook" not in vars(self.module):
+        if library_hooks(self.module).accelerate is None:
             super().install(undo)
             return
         self.below = but_for_own(self.module, vars(self.module)["_old_forward"])
@@ -292,7 +293,7 @@ def _is_as_made(module: nn.Module, *, but_for_its_forward: bool = False) -> bool
     state = vars(module)
     if "forward" in state and not but_for_its_forward:
         return False
-    if state["_forward_pre_hooks"] or "_hf_hook" in state or "_diffusers_hook" in state:
+    if state["_forward_pre_hooks"] or library_hooks(module) is not NO_HOOKS:
         return False
     if state.get("_compiled_call_impl") is not None:
         return False

@@ -74,8 +74,13 @@ class BatchPromptEncoding(Transform):
         return []
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
-        if _encoding_or_none(pipe) is None:
+        if family_of(pipe).prompt_encoding is None:
             return Preview((), note=f"{type(pipe).__name__} encodes the prompts of a call together already")
+        if _encoding_or_none(pipe) is None:
+            encoder = type(pipe.text_encoder).__name__
+            return Preview(
+                (), note=f"how this {type(pipe).__name__} encodes prompts with a {encoder} is not known here"
+            )
         return Preview(self._changes(pipe), note=self._note())
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
@@ -325,9 +330,11 @@ def _padded(row: Tensor, length: int) -> Tensor:
 
 
 def _encoding_or_none(pipe: Pipeline) -> PromptEncoding | None:
-    """Return how prompts are encoded, or None where nothing could be saved: its method is none that is known."""
-    how = family_of(pipe).prompt_encoding
-    return None if how is None or (how.methods and how.method_of(pipe) is None) else how
+    """Return how prompts are encoded, or None where that is not known: by another method, or by another encoder."""
+    how, encoder = family_of(pipe).prompt_encoding, getattr(pipe, "text_encoder", None)
+    if how is None or (how.methods and how.method_of(pipe) is None):
+        return None
+    return how if encoder is None or how.layers_of(encoder) is not None else None
 
 
 def _encoding_of(pipe: Pipeline) -> PromptEncoding:
@@ -338,5 +345,5 @@ def _encoding_of(pipe: Pipeline) -> PromptEncoding:
 
 
 def _last_layer(pipe: Pipeline, how: PromptEncoding) -> str:
-    path = how.layers_of(pipe.text_encoder)
+    path = str(how.layers_of(pipe.text_encoder))
     return f"text_encoder.{path}.{len(attrgetter(path)(pipe.text_encoder)) - 1}"

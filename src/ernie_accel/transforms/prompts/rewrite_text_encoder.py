@@ -91,7 +91,8 @@ def _path(pipe: Pipeline) -> str | None:
     how = family_of(pipe).prompt_encoding
     if how is None or getattr(pipe, "text_encoder", None) is None:
         return None
-    return f"text_encoder.{how.layers_of(pipe.text_encoder)}".rpartition(".")[0]
+    layers = how.layers_of(pipe.text_encoder) or (how.layers if isinstance(how.layers, str) else how.layers[0])
+    return f"text_encoder.{layers}".rpartition(".")[0]
 
 
 def _language_model(pipe: Pipeline) -> LanguageModel | None:
