@@ -215,6 +215,17 @@ def test_tiles_need_less_to_decode(turbo):
     assert tiled.stages[-1].activations < 0.6 * whole.stages[-1].activations
 
 
+def test_pictures_are_decoded_in_tiles_only_where_nothing_else_fits(turbo):
+    large = Call(1792, 1792)
+    roomy, tight = planned(turbo, "h200", call=large), planned(turbo, "rtx4060", call=large)
+    assert not any(isinstance(each, TileVae) for each in roomy.transforms)
+    assert tight.fits
+    assert TileVae() in tight.transforms
+    assert "decoded in tiles" in str(tight)
+    placed = planned(turbo, "rtx4060", "turbo-fp8", Offload("stages"), call=large)
+    assert placed.transforms == ()
+
+
 def test_a_pipe_that_cannot_fit_is_refused_with_what_would(turbo):
     found = planned(turbo, "rtx4060", memory="3GiB")
     assert not found.fits

@@ -25,6 +25,7 @@ from ernie_accel.memory.stages import BETWEEN, POOLS, ROUNDING, UNKNOWN, Stage, 
 from ernie_accel.transforms.calls.call_defaults import CallDefaults
 from ernie_accel.transforms.calls.explain_out_of_memory import ExplainOutOfMemory
 from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
+from ernie_accel.transforms.vae.slices_and_tiles import TileVae
 from ernie_accel.transforms.weights.move_to import MoveTo
 from ernie_accel.transforms.weights.quantize import Quantize
 from ernie_accel.transforms.weights.residency import Residency, least_weights
@@ -179,24 +180,58 @@ def plan_memory(
         budget = free
     wanted = compose(own, preset, family_of(pipe))
     call = replace(call, guidance=_is_guided(pipe, wanted)) if call.guidance is None else call
-    activations = activations_of(pipe, wanted, context, call)
     best: MemoryPlan | None = None
+    for tiles, why in _tilings(pipe, wanted, context):
+        if tiles and (best is None or max(best.stages, key=lambda stage: stage.total).name != "decode"):
+            continue
+        with_tiles = compose((*own, *tiles), preset, family_of(pipe))
+        activations = activations_of(pipe, with_tiles, context, call)
+        for found in _placings(pipe, own, tiles, preset, context, call, device, budget, activations):
+            found = replace(found, why=(*shared, *why, *found.why))
+            if found.fits:
+                return found
+            if best is None or found.needed < best.needed:
+                best = found
+    if best is None:
+        raise ErnieAccelError("no way to place the weights can run here; see plan(pipe, ...) for the reasons")
+    return best
+
+
+def _tilings(
+    pipe: Pipeline, wanted: tuple[Transform, ...], context: Context
+) -> Iterator[tuple[tuple[Transform, ...], tuple[str, ...]]]:
+    """Yield how pictures may be decoded, and why: whole, then in smaller and smaller tiles."""
+    yield (), ()
+    if any(map(places, wanted)) or any(isinstance(each, TileVae) for each in wanted):
+        return
+    for tiles in (TileVae(), TileVae(tile_px=512)):
+        if not tiles.unsupported(pipe, context) and tiles.preview(pipe, context).changes:
+            size = f" of {tiles.tile_px} pixels" if tiles.tile_px else ""
+            yield (tiles,), (f"pictures decoded in tiles{size}, as nothing else fits: their seams may show",)
+
+
+def _placings(
+    pipe: Pipeline,
+    own: tuple[Transform, ...],
+    tiles: tuple[Transform, ...],
+    preset: Preset | None,
+    context: Context,
+    call: Call,
+    device: str | None,
+    budget: int | None,
+    activations: dict[str, int | None],
+) -> Iterator[MemoryPlan]:
+    """Yield the plans of all ways to place the weights that can run here, from the fastest down."""
+    wanted = compose((*own, *tiles), preset, family_of(pipe))
     for chosen, why in _candidates(pipe, wanted, context, device or context.torch_device, budget, activations):
+        chosen = (*tiles, *chosen)
         the_plan = plan_request(pipe, compose((*own, *chosen), preset, family_of(pipe)), preset, context)
         if any(isinstance(each, Residency) for each in chosen) and (lean := tuple(_without_originals(the_plan, own))):
             chosen, why = (*chosen, *lean), (*why, _NOT_KEPT)
             the_plan = plan_request(pipe, compose((*own, *chosen), preset, family_of(pipe)), preset, context)
         found = _judge(pipe, the_plan, chosen, why, context, call, budget, activations)
-        if found is None:
-            continue
-        found = replace(found, why=(*shared, *found.why))
-        if found.fits:
-            return found
-        if best is None or found.needed < best.needed:
-            best = found
-    if best is None:
-        raise ErnieAccelError("no way to place the weights can run here; see plan(pipe, ...) for the reasons")
-    return best
+        if found is not None:
+            yield found
 
 
 def _is_guided(pipe: Pipeline, transforms: Iterable[Transform]) -> bool:
