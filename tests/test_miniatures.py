@@ -1,0 +1,133 @@
+"""Miniatures of other architectures: trained on what their pipelines feed, small, and put together from a folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tools.embedded_model import architecture, miniatures
+from tools.embedded_model.corpus import captioned_scenes
+from tools.embedded_model.miniatures import MINIATURES, PROMPT_START, Miniature, patchify
+from tools.embedded_model.train import TOY, TrainingBatch, _Denoiser, train_denoiser
+
+from ernie_accel.demo import load
+from ernie_accel.demo.judge import adherence
+from tests.pipelines import randomize
+
+OTHERS = [miniature for miniature in MINIATURES.values() if not miniature.has_enhancer]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return architecture.build_tokenizer(architecture.corpus(0, 300), (PROMPT_START,))
+
+
+@pytest.fixture(scope="module", params=OTHERS, ids=lambda miniature: miniature.name)
+def saved(request: pytest.FixtureRequest, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A miniature with random weights, and the folder that it was saved to."""
+    miniature, folder = request.param, tmp_path_factory.mktemp(request.param.name)
+    parts = miniature.build_transformer(), miniature.build_text_encoder()
+    for part in parts:
+        randomize(part)
+    miniatures.save(folder, *parts, tokenizer)
+    return miniature, folder
+
+
+def test_it_is_small_and_its_widths_suit_formats_of_four_bits(saved: tuple[Miniature, Path]) -> None:
+    _, folder = saved
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 6_000_000
+    assert not (folder / "vae").exists()
+    for linear in miniatures.load(*reversed_arguments(saved)).transformer.modules():
+        if isinstance(linear, torch.nn.Linear):
+            assert linear.in_features % 32 == 0, linear
+
+
+def reversed_arguments(saved: tuple[Miniature, Path]) -> tuple[Path, str]:
+    return saved[1], saved[0].name
+
+
+def test_the_trainer_computes_what_the_pipeline_does(saved: tuple[Miniature, Path]) -> None:
+    """One step from noise to a picture is noise - velocity: of the same tokens, times and latents."""
+    miniature, prompt = saved[0], "a red circle"
+    pipe = miniatures.load(*reversed_arguments(saved))
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    arguments = {"num_inference_steps": 1, "guidance_scale": miniature.guidance_scale, "output_type": "latent"}
+    got = pipe(prompt, height=128, width=128, latents=noise.clone(), **arguments).images
+    tokens = torch.tensor([pipe.tokenizer(miniature.frame.around(prompt))["input_ids"]])
+    with torch.no_grad():
+        states = pipe.text_encoder(input_ids=tokens, output_hidden_states=True).hidden_states[-2]
+        lengths = torch.tensor([tokens.shape[1]])
+        velocity = miniature.velocity(pipe.transformer, noise, torch.ones(1), states, lengths)
+    assert velocity.shape == noise.shape
+    assert (got - (noise - velocity)).norm() < 1e-5 * noise.norm()
+    encoded = pipe.encode_prompt("", do_classifier_free_guidance=True, negative_prompt=[""])
+    negative = encoded[1][0] if isinstance(encoded[1], list) else encoded[2][0][encoded[3][0].bool()]
+    assert len(negative) == len(pipe.tokenizer(miniature.frame.empty)["input_ids"])
+
+
+def test_captions_stand_within_what_the_pipeline_writes(tokenizer: Any) -> None:
+    for miniature in OTHERS:
+        data = captioned_scenes(tokenizer, (128, 128), 3, 2, 0, miniature.frame)
+        for row, length in zip(data.tokens.flatten(0, 1), data.lengths.flatten(), strict=True):
+            text = tokenizer.decode(row[1:length])
+            assert text.startswith(miniature.frame.before), text
+            assert text.endswith(miniature.frame.after), text
+
+
+@torch.no_grad()
+def test_its_vae_is_the_embedded_one_with_the_statistics_inside() -> None:
+    vae, embedded = MINIATURES["z-image"].build_vae().eval(), load(prompt_enhancer=False)
+    pictures = embedded("red circle", height=128, width=128, num_inference_steps=2, output_type="pt", use_pe=False)
+    pixels = pictures.images.to("cpu") * 2 - 1
+    raw, mine = (each.encode(pixels).latent_dist for each in (embedded.vae, vae))
+    assert (vae.decode(mine.mean).sample - embedded.vae.decode(raw.mean).sample).norm() < 1e-5 * pixels.norm()
+    for_ernie = MINIATURES["ernie-image"].normalized(embedded.vae, raw.mean)
+    assert torch.equal(MINIATURES["z-image"].normalized(vae, mine.mean), mine.mean)
+    assert (patchify(mine.mean) - for_ernie).norm() < 0.2 * for_ernie.norm()
+    ratio = (mine.logvar - raw.logvar)[0].flatten(1)
+    assert (ratio - ratio[:, :1]).abs().max() < 1e-4  # the spread is scaled, too
+
+
+class Pool:
+    """Draws the same batch, and can be interrupted."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.drawn, self.skipped, self.stop_at = 0, 0, stop_at
+        torch.manual_seed(0)
+        self.batch = TrainingBatch(torch.randn(2, 8, 8, 8), torch.randint(5, 300, (2, 6)), torch.tensor([6, 4]))
+
+    def draw(self) -> TrainingBatch:
+        if self.drawn == self.stop_at:
+            raise KeyboardInterrupt
+        self.drawn += 1
+        return self.batch
+
+    def skip(self, batches: int) -> None:
+        self.skipped = batches
+
+
+@pytest.mark.parametrize("miniature", OTHERS, ids=lambda miniature: miniature.name)
+def test_training_goes_on_where_it_was_interrupted(miniature: Miniature, tmp_path: Path) -> None:
+    recipe, file = replace(TOY, dit_steps=4, dit_batch=2, keep_every=2, ema=0.0), tmp_path / "unfinished.pt"
+    torch.manual_seed(0)
+    denoiser = _Denoiser(miniature)
+    with pytest.raises(KeyboardInterrupt):
+        train_denoiser(denoiser, Pool(stop_at=3), recipe, file)
+    kept = torch.load(file, weights_only=True)
+    assert kept["step"] == 2
+    again, pool = _Denoiser(miniature), Pool()
+    train_denoiser(again, pool, recipe, file, resume=True)
+    assert (pool.skipped, pool.drawn, file.exists()) == (2, 2, False)
+    moved = [(a - b).abs().max() for a, b in zip(again.transformer.parameters(), kept["parameters"], strict=False)]
+    assert 0 < max(moved) < 0.1  # two steps from what was kept, not from other random weights
+
+
+def test_the_judge_reads_pictures_of_every_miniature(saved: tuple[Miniature, Path]) -> None:
+    pipe = miniatures.load(*reversed_arguments(saved))
+    pipe.set_progress_bar_config(disable=True)
+    found = adherence(pipe, 1, steps=1, guidance_scale=saved[0].guidance_scale)
+    assert found.pictures == 1
