@@ -4,6 +4,7 @@
     python benchmarks/ladder.py --sweep      # batches 1 to 8 and sizes of pictures
     python benchmarks/ladder.py --peers      # other libraries, where they are installed
     python benchmarks/ladder.py --parts      # the parts beside the denoiser, each alone
+    python benchmarks/ladder.py --family z-image   # or newbie: stock, compiled, fp8 by torchao, the presets
     python benchmarks/ladder.py --fits       # on cards of 24, 16, 12 and 8 GB: this one, with its memory capped
     python benchmarks/ladder.py --only stock,turbo-fp8 --save benchmarks/results/ladder_h200_202611
     python benchmarks/ladder.py --tables benchmarks/results/ladder_h200_202611.json
@@ -27,12 +28,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from ladder_families import MEASURED, make_family_reference, measure_family
+from ladder_families import PIXELS as FAMILY_PIXELS
 from ladder_fits import FITTED, fit_rung
 from ladder_measures import CUDA, PIXELS, Job, make_reference
 from ladder_parts import PARTS, measure_part
@@ -54,11 +58,15 @@ class Section:
         names: What it measures where nothing is chosen.
         measure: Measures one of them in a process of its own.
         needs_reference: Compare to float32 and to the ceilings of the card, which takes a process before the first.
+        reference: What that process does; it returns the ceilings.
+        pixels: Squares that it measures, by size.
     """
 
     names: tuple[str, ...]
     measure: Callable[[str, Job], dict[str, Any]]
     needs_reference: bool = True
+    reference: Callable[[Job], dict[str, float]] = make_reference
+    pixels: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: PIXELS)
 
 
 SECTIONS = {
@@ -67,6 +75,15 @@ SECTIONS = {
     "peers": Section(tuple(PEERS), measure_peer),
     "fits": Section(tuple(FITTED), fit_rung, needs_reference=False),
     "parts": Section(tuple(PARTS), measure_part, needs_reference=False),
+    **{
+        name: Section(
+            tuple(family.rungs),
+            partial(measure_family, name),
+            reference=partial(make_family_reference, name),
+            pixels=FAMILY_PIXELS,
+        )
+        for name, family in MEASURED.items()
+    },
 }
 
 
@@ -81,7 +98,8 @@ def main() -> None:
         return
     names = chosen(arguments)
     options = {"--size": arguments.size, "--only": ",".join(names), "--seconds": f"{arguments.seconds:.0f}"}
-    switches = [f"--{arguments.section}"] * (arguments.section != "ladder") + ["--profile"] * arguments.profile
+    switch = ["--family", arguments.section] if arguments.section in MEASURED else [f"--{arguments.section}"]
+    switches = switch * (arguments.section != "ladder") + ["--profile"] * arguments.profile
     words = [word for option in options.items() for word in option]
     result: dict[str, Any] = {
         "section": arguments.section,
@@ -89,7 +107,7 @@ def main() -> None:
         "command": shlex.join(["python", "benchmarks/ladder.py", *switches, *words]),
         "commit": arguments.commit or os.environ.get("COMMIT") or commit(),
         "versions": versions(),
-        "pixels": PIXELS[arguments.size],
+        "pixels": SECTIONS[arguments.section].pixels[arguments.size],
         "ceilings": {},
         "rungs": [],
     }
@@ -102,7 +120,9 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group()
-    for name in [name for name in SECTIONS if name != "ladder"]:
+    others = tuple(MEASURED)
+    which.add_argument("--family", dest="section", choices=others, default="ladder", help="another than ERNIE-Image")
+    for name in [name for name in SECTIONS if name != "ladder" and name not in MEASURED]:
         which.add_argument(f"--{name}", dest="section", action="store_const", const=name, default="ladder")
     which.add_argument("--tables", type=Path, nargs="+", metavar="JSON", help="print the tables of earlier results")
     parser.add_argument("--size", choices=tuple(PIXELS), default="full" if CUDA else "tiny")
@@ -133,7 +153,7 @@ def work(arguments: argparse.Namespace) -> dict[str, Any]:
     job = Job(arguments.size, Path(arguments.folder), Path(arguments.cache), arguments.profile)
     try:
         if arguments.worker == REFERENCE:
-            return make_reference(job)
+            return dict(SECTIONS[arguments.section].reference(job))
         return SECTIONS[arguments.section].measure(arguments.worker, job)
     except Exception as error:  # a recipe that fails is a result, too
         import traceback

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ladder_families import MEASURED, verdicts
+
 from ernie_accel.core.hardware import hardware_called
 
 Result = dict[str, Any]
@@ -36,9 +38,9 @@ def _share(value: float, peak: float | None) -> str:
 
 def tables(result: Result) -> str:
     """Return the tables of a result of any section, then what failed."""
-    made = {"ladder": _ladder, "sweep": _sweep, "peers": _peers, "parts": _parts, "fits": _fits}[result["section"]](
-        result
-    )
+    made = {"ladder": _ladder, "sweep": _sweep, "peers": _peers, "parts": _parts, "fits": _fits}.get(
+        result["section"], _family
+    )(result)
     failed = [f"- {row['rung']}: {row['error']}" for row in result["rungs"] if "error" in row]
     failed += [f"- {row['rung']}, eager: {row['not_compiled']}" for row in result["rungs"] if "not_compiled" in row]
     return made + ("\n\nNot measured:\n\n" + "\n".join(failed) if failed else "")
@@ -56,6 +58,32 @@ def _ladder(result: Result) -> str:
         cells += [f"{row['picture_ms']:.0f}", _number(row.get("other_lengths_ms"), 0), f"{row['first_picture_s']:.1f}"]
         lines.append([*cells, f"{row['weight_gb']:.2f}", _number(row.get("peak_gb"), 1), f"{row['sqnr_db']:.1f}"])
     return _table([*head, "weights GB", "peak GB", "SQNR dB"], lines)
+
+
+def _family(result: Result) -> str:
+    rows = {row["rung"]: row for row in _measured(result)}
+    stock: Row = rows.get("stock", {})
+    large, small = result["pixels"]
+    head = ["rung", "what", f"ms/step {large} px", f"{small} px", "x stock", f"x stock {small} px", "picture ms"]
+    head += ["of a new length", "first picture s", "weights GB", "peak GB", "SQNR dB"]
+    lines = [
+        [
+            *(name, row["what"], f"{row['ms_1024']:.1f}", f"{row['ms_512']:.1f}"),
+            *(_ratio(stock.get("ms_1024"), row["ms_1024"]), _ratio(stock.get("ms_512"), row["ms_512"])),
+            *(f"{row['picture_ms']:.0f}", f"{row['new_length_ms']:.0f}", f"{row['first_picture_s']:.1f}"),
+            *(f"{row['weight_gb']:.2f}", _number(row["peak_gb"], 1), f"{row['sqnr_db']:.1f}"),
+        ]
+        for name, row in rows.items()
+    ]
+    judged = [
+        [
+            f"{each['rung']}, {each['column']}, of {each['of']}, {each['base']}",
+            *(f"{each['reached']:.3f}", f"<= {each['target']}", "yes" if each["reached"] <= each["target"] else "no"),
+        ]
+        for each in verdicts(result["section"], rows)
+    ]
+    targets = _table(["target", "reached", "wanted", "met"], judged)
+    return _table(head, lines) + ("\n\n" + targets if judged else "")
 
 
 def _peers(result: Result) -> str:
@@ -157,7 +185,8 @@ def plot(result: Result) -> Any:
         _bars(axes, [row["rung"] for row in rows], [row["on_s"] for row in rows], "s a picture, enhancer on")
         axes.set_title(result["device"])
         return figure
-    key = f"ms_{result['pixels'][0]}" if result["section"] == "ladder" else "ms"
+    by_pixels = {"ladder": result["pixels"][0]} | dict.fromkeys(MEASURED, 1024)
+    key = f"ms_{by_pixels[result['section']]}" if result["section"] in by_pixels else "ms"
     times = [row.get(key) or row["picture_step_ms"] for row in rows]
     names = [row["rung"] + (" (on average)" if row.get("approximate") else "") for row in rows]
     _bars(axes, names, times, f"ms/step, {result['pixels'][0]} px, {result['device']}")

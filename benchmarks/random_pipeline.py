@@ -1,4 +1,4 @@
-"""ERNIE-Image pipelines with random weights: full size for a GPU, tiny for a CPU. Nothing is downloaded."""
+"""Pipelines with random weights: full size for a GPU, tiny for a CPU. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from ernie_accel.families.published import CHECKPOINTS
+from ernie_accel.families.published import CHECKPOINTS, published
 
 _TURBO = CHECKPOINTS[0].models
 #: Settings of the language model that those who build one give themselves.
@@ -96,6 +96,96 @@ def random_pipeline(size: str, device: str, dtype: torch.dtype, *, denoiser_only
         text_encoder=encoder,
         tokenizer=_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+#: Transformer and VAE of the other families by size; "full" is the published configuration.
+_TINY_VAE = {
+    "block_out_channels": (16, 16, 32, 32),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 8,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+    "shift_factor": 0.1,
+    "scaling_factor": 1.0,
+    "mid_block_add_attention": False,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "z-image": {
+        "checkpoint": "Tongyi-MAI/Z-Image-Turbo",
+        "tiny": {
+            "in_channels": 4,
+            "dim": 96,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": 3,
+            "n_kv_heads": 3,
+            "cap_feat_dim": 32,
+            "axes_dims": [8, 12, 12],
+            "axes_lens": [512, 64, 64],
+        },
+    },
+    "newbie": {
+        "checkpoint": "NewBie-AI/NewBie-image-Exp0.1",
+        "tiny": {
+            "sample_size": 8,
+            "in_channels": 4,
+            "hidden_size": 64,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 2,
+            "num_kv_heads": 1,
+            "multiple_of": 32,
+            "axes_dim_rope": (8, 12, 12),
+            "axes_lens": (300, 64, 64),
+            "cap_feat_dim": 32,
+        },
+    },
+}
+
+
+def random_family_pipeline(family: str, size: str, device: str, dtype: torch.dtype) -> Any:
+    """Return a pipeline of another family without text encoder: call it with ``prompt_embeds``.
+
+    Args:
+        family: A key of `FAMILIES`.
+        size: "full" or "tiny".
+        device: Where the weights are made.
+        dtype: Of all weights.
+    """
+    import diffusers
+
+    checkpoint = published(FAMILIES[family]["checkpoint"])
+    if checkpoint is None:
+        raise LookupError(f"the configuration of {FAMILIES[family]['checkpoint']} is not known")
+    models_of = checkpoint.models
+    config = models_of["transformer"].config if size == "full" else FAMILIES[family]["tiny"]
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            transformer = getattr(diffusers, models_of["transformer"].model_class)(**config)
+            vae = diffusers.AutoencoderKL(**(models_of["vae"].config if size == "full" else _TINY_VAE))
+    finally:
+        torch.set_default_dtype(before)
+    generator = torch.Generator(device).manual_seed(1)
+    for parameter in transformer.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=0.02, generator=generator)
+    for part in (transformer, vae):
+        part.to(device, dtype).eval().requires_grad_(False)
+    pipe = getattr(diffusers, checkpoint.pipeline_class)(
+        transformer=transformer,
+        vae=vae,
+        text_encoder=None,
+        tokenizer=None,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -68,6 +68,24 @@ def without_processes(script, monkeypatch):
     monkeypatch.setattr(script, "run", run)
 
 
+@pytest.mark.parametrize(("family", "preset"), [("z-image", "turbo-fp8"), ("newbie", "quality-fp8")])
+def test_other_families_are_measured_against_what_they_must_reach(
+    tmp_path, here, without_processes, script, family, preset
+):
+    stem = tmp_path / family
+    code, *printed = here("--family", family, "--size", "tiny", "--only", "stock", "--save", stem)
+    assert code == 0
+    result, rows = saved(stem, *printed)
+    assert result["command"].startswith(f"python benchmarks/ladder.py --family {family} ")
+    assert rows["stock"]["sqnr_db"] > 30
+    assert rows["stock"]["ms_512"] > 0
+    assert len(rows["stock"]["new_lengths_ms"]) == 5
+    assert preset in script.MEASURED[family].rungs
+    ladder_families = importlib.import_module("ladder_families")
+    reached = ladder_families.verdicts(family, {preset: {"new_length_ms": 3.0, "picture_ms": 2.0}})
+    assert [(each["rung"], each["reached"], each["target"]) for each in reached] == [(preset, 1.5, 1.15)]
+
+
 def test_the_ladder_measures_and_saves(tmp_path, here, without_processes):
     stem = tmp_path / "ladder"
     code, *printed = here("--size", "tiny", "--only", "stock,rewrite", "--commit", "abc1234", "--save", stem)
