@@ -11,11 +11,14 @@ import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ernie_accel.core.undo import Undo
+from ernie_accel.models.rewritten import rewritten_blocks
 from tools.embedded_model import architecture
 
 _BN_EPS = 1e-5
@@ -86,6 +89,9 @@ class Miniature(ABC):
         """Return the part of the text encoder that is trained."""
         return text_encoder
 
+    def made_faster(self, transformer: Any, undo: Undo) -> None:  # noqa: B027  ERNIE-Image takes batches as they are
+        """Make training steps of `transformer` faster, in place, for the same gradients."""
+
     def prepared(self, tokenizer: Any) -> Any:
         """Return the tokenizer as the pipeline wants it."""
         return tokenizer
@@ -155,6 +161,11 @@ class _WithEmbeddedVae(Miniature):
             before.bias[:channels] = (before.bias[:channels] - mean) / std
             before.bias[channels:] -= 2 * std.log()
         return vae
+
+    def made_faster(self, transformer: Any, undo: Undo) -> None:
+        # Stock cuts and pads row by row, which takes longer than all else; a batch stays one here.
+        pipe: Any = SimpleNamespace(transformer=transformer, components={"transformer": transformer}, config={})
+        rewritten_blocks(pipe).rewrite(pipe, undo, fuse=False)
 
     def normalized(self, vae: Any, latents: Tensor) -> Tensor:
         return (latents - vae.config.shift_factor) * vae.config.scaling_factor
