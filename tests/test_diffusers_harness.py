@@ -127,6 +127,11 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="pytest ended with -9"):
         command.main(arguments)
     assert not (work / "counts.json").exists()
+    (work / "exact.jsonl").write_text(json.dumps(STOCK[0]) + "\n")
+    assert command.main([*arguments, "--so-far", "--page", str(tmp_path / "page.md")]) == 0
+    assert json.loads((work / "counts.json").read_text())["rows"][0]["passed_on_both"] == 1
+    assert "1 of the tests that pass on stock were not reached" in (tmp_path / "page.md").read_text()
+    (work / "exact.jsonl").unlink()
     assert command.main(arguments) == 0
     assert pytest_run.ran == [every, every[2:], every]  # the rest on stock, then all of them with preset exact
     assert json.loads((work / "counts.json").read_text())["rows"][-1]["passed_on_stock"] == 4

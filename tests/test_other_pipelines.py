@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import Autocast, CallDefaults, ExpandAttentionMask, TileVae, Warmup
+from ernie_accel import Autocast, CallDefaults, Context, ExpandAttentionMask, TileVae, Warmup
 from tests import pipelines
-from tests.pipelines import tiny_flux, tiny_z_image
+from tests.examples import ELSEWHERE, EXAMPLES
+from tests.pipelines import tiny_flux, tiny_sd, tiny_z_image
 
 
 @pytest.mark.parametrize(
@@ -106,3 +107,12 @@ def test_the_other_guidance_scale_is_a_default_too():
     assert not torch.equal(pipelines.picture(pipe, true_cfg_scale=1.0, **negative), want)
     plan = ernie_accel.plan(tiny_z_image(), CallDefaults(true_cfg_scale=3.0))
     assert "ZImagePipeline takes no argument 'true_cfg_scale'" in str(plan)
+
+
+@pytest.mark.parametrize("machine", [Context.named("cpu"), Context("cuda", "NVIDIA H200", (9, 0))], ids=str)
+def test_every_transform_plans_for_a_pipe_without_a_transformer(machine):
+    pipe = tiny_sd()
+    for transform in (*EXAMPLES, *ELSEWHERE):
+        assert ernie_accel.plan(pipe, transform, context=machine, memory=None).steps
+    for preset in ernie_accel.presets:
+        assert ernie_accel.plan(pipe, preset=preset, context=machine, memory=None).steps

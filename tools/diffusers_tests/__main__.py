@@ -54,13 +54,15 @@ def main(arguments: list[str] | None = None) -> int:
         environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(work / "hub")}
     paths = [str(_HERE.parent), str(_ROOT / "src"), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    run = _Runner(checkout, work, environment, options.numprocesses)
+    run = _Runner(checkout, work, environment, "" if options.so_far else options.numprocesses)
     stock = run("stock", None, files)
     passed = [each["test"] for each in stock if each["outcome"] == "passed"]
     sampled = [each for each in passed if any(part in each.split("::")[0] for part in SAMPLE)]
     wanted = {request: sampled if documented and request in SAMPLE_REQUESTS else passed for request in requests}
     results = {request: run(_slug(request), request, files, tests) for request, tests in wanted.items()}
-    counts = counts_of(stock, results, wanted, _source(checkout))
+    if options.so_far:
+        wanted = {request: [each["test"] for each in records] for request, records in results.items()}
+    counts = counts_of(stock, results, wanted, _source(checkout)) | {"not_reached": _not_reached(passed, wanted)}
     written = options.json or (_HERE if documented else work) / "counts.json"
     written.parent.mkdir(parents=True, exist_ok=True)
     written.write_text(json.dumps(counts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -68,8 +70,14 @@ def main(arguments: list[str] | None = None) -> int:
     page = options.page or (_ROOT / "docs" / "lifecycle.md" if documented else None)
     if page is not None:
         write_into(page, counts)
-    (work / _FINISHED).touch()
+    if not options.so_far:
+        (work / _FINISHED).touch()
     return int(any(row["lost"] for row in counts["rows"]))
+
+
+def _not_reached(passed: list[str], wanted: dict[str, list[str]]) -> int:
+    """Return how many tests that pass on stock `exact`, or whatever was asked first, has not reached."""
+    return len(passed) - len(next(iter(wanted.values()), ()))
 
 
 def _source(checkout: Path) -> str:
@@ -111,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-n", "--numprocesses", default="2", help="how many processes of tests (default: 2)")
     parser.add_argument("--work", type=Path, default=Path("build/diffusers_tests"), help="folder for raw results")
     parser.add_argument("--fresh", action="store_true", help="start anew, even if a run before was stopped")
+    parser.add_argument("--so-far", action="store_true", help="run nothing; count what a stopped run has reached")
     parser.add_argument("--json", type=Path, help="the counts (default: in this tool, or in --work for part of them)")
     parser.add_argument("--page", type=Path, help="the page whose table is written, below its marker")
     parser.add_argument("--download", action="store_true", help="take tiny models from the hub, not their stand-ins")
@@ -138,7 +147,10 @@ class _Runner:
     def __call__(
         self, name: str, request: str | None, files: list[str], only: list[str] | None = None
     ) -> list[dict[str, Any]]:
-        """Run the tests of `files`, or only those named, that have no record yet; return all records."""
+        """Run the tests of `files`, or only those named, that have no record yet; return all records.
+
+        Without processes (""), nothing runs.
+        """
         results, skipped = self._work / f"{name}.jsonl", self._work / f"{name}.skip.txt"
         before = _records(results)
         done = {each["test"] for each in before}
@@ -157,7 +169,7 @@ class _Runner:
             command += ["--skip", str(skipped)]
         files = [file for file in files if file not in done]  # a file that cannot be imported is its own record
         print(f"{name}: {len(files)} files, {len(done)} tests done before", flush=True)
-        if files:
+        if files and self._processes:
             with (self._work / f"{name}.log").open("w") as log:
                 ended = subprocess.run(
                     [*command, *files], cwd=self._checkout, env=self._environment, stdout=log, stderr=subprocess.STDOUT

@@ -118,6 +118,8 @@ def section(counts: dict[str, Any]) -> str:
         f"The tests are of {counts['tests_of']}, {len(counts['stock'])} files of them." if counts["tests_of"] else ""
     )
     prose = f"{source} On stock pipelines: {stock} ({shown})."
+    if counts.get("not_reached"):
+        prose += f" The run was stopped: {counts['not_reached']} of the tests that pass on stock were not reached."
     return (
         "\n\n".join((_HEADING, _EXPLANATION, textwrap.fill(prose, 120, break_on_hyphens=False), as_table(counts)))
         + "\n"

@@ -45,9 +45,10 @@ class RewriteBlocks(Transform):
         return family_of(pipe).unknown_reasons(pipe, "blocks are rewritten family by family")
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
-        blocks, transformer = rewritten_model(pipe), pipe.transformer
+        blocks = rewritten_model(pipe)
         if blocks is None:
             return self.family_reasons(pipe)
+        transformer = pipe.transformer  # a pipe of no known family may have none
         if blocks.is_rewritten(transformer):
             return []
         reasons: list[str] = blocks.unsupported_reasons(transformer)
