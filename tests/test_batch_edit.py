@@ -10,10 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ernie_accel import image_to_image, inpaint
-from ernie_accel.batch import BatchInputError, produce, read_rows, read_table
+import ernie_accel
+from ernie_accel import ErnieAccelError, image_to_image, inpaint
+from ernie_accel.batch import BatchInputError, Sift, produce, read_rows, read_table
 from ernie_accel.batch.engines import LocalEngine
 from ernie_accel.batch.errors import BatchChangedError
+from ernie_accel.batch.output.report import write_report
 from tests.pipelines import tiny_ernie, tiny_flux
 from tests.stub_engine import StubEngine, make_rows
 
@@ -225,3 +227,79 @@ def test_the_command_draws_from_pictures(folder, monkeypatch, capsys):
     assert ended.value.code == 0
     assert "left out: image 'in/none.png' cannot be read" in capsys.readouterr().err
     assert pixels(folder / "out" / "00000.png").shape == (48, 64, 3)
+
+
+class GridEngine(StubEngine):
+    """Draws a picture with a grid; once more from that, `left` of the grid is there."""
+
+    edits = True
+
+    def __init__(self, left):
+        super().__init__()
+        self._left = left
+
+    def render(self, requests, timeout_s=None):
+        self.batches.append(tuple(requests))
+        wave = np.sin(2 * np.pi * np.arange(128) / 16)
+        grid = (wave[:, None] + wave[None])[..., None]
+        return [self._picture(request, grid) for request in requests]
+
+    def _picture(self, request, grid):
+        if request.image is not None:
+            assert request.image.read().size == (128, 128)
+        strength = 0 if request.prompt == "clean" else 6 if request.image is None else self._left
+        noise = np.random.default_rng(request.seed).normal(0, 8, (128, 128, 3))
+        return Image.fromarray((128 + noise + strength * grid).clip(0, 255).round().astype("uint8"))
+
+
+def gridded_rows():
+    return read_rows(["clean", "a", "b"])
+
+
+def test_a_picture_with_a_grid_is_drawn_once_more_from_itself(tmp_path):
+    engine, sift = GridEngine(0), Sift(grid_score=0.5, refine=True)
+    results = list(produce(engine, gridded_rows(), tmp_path, sift=sift))
+    assert sorted(result.row.prompt for result in results if result.error is None) == ["a", "b", "clean"]
+    second = [request for batch in engine.batches for request in batch if request.image is not None]
+    assert {(request.strength, request.steps, request.width) for request in second} == {(0.3, 20, 128)}
+    texts = [Image.open(tmp_path / f"0000{i}.png").text for i in range(3)]
+    assert "grid_score_before" not in texts[0]
+    for text in texts[1:]:
+        assert float(text["grid_score"]) < 0.5 < 3 < float(text["grid_score_before"])
+    assert (tmp_path / "rejected" / "00001.png").exists()  # what it was before
+    write_report(tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert "| drawn once more for a grid | 2 pictures: median score of the grid " in report
+    assert "before, 0.00 after" in report
+    assert list(produce(GridEngine(0), gridded_rows(), tmp_path, sift=sift)) == []
+
+
+def test_a_grid_that_stays_is_rejected_with_both_scores(tmp_path):
+    results = produce(GridEngine(5), gridded_rows(), tmp_path, sift=Sift(grid_score=0.5, refine=True, reroll=1))
+    errors = [result.error for result in results if result.rejected]
+    assert len(errors) == 2
+    assert all("faint grid: its score is " in error and " after a second pass, and " in error for error in errors)
+
+
+def test_a_grid_is_only_refined_if_that_is_asked_for_and_can_be_done(tmp_path):
+    engine = GridEngine(0)
+    results = list(produce(engine, gridded_rows(), tmp_path / "a", sift=Sift(grid_score=0.5)))
+    assert [result.rejected for result in sorted(results, key=by_row)] == [False, True, True]
+    sift = Sift(grid_score=0.5, refine=True)
+    with pytest.raises(BatchInputError, match="refine draws pictures from themselves: StubEngine does not"):
+        produce(StubEngine(), gridded_rows(), tmp_path / "b", sift=sift)
+    with pytest.raises(BatchInputError, match=r"refine draws pictures from themselves: .*FluxPipeline"):
+        produce(tiny_flux(), gridded_rows(), tmp_path / "b", sift=sift)
+    with pytest.raises(ErnieAccelError, match="refine has no effect without grid_score"):
+        Sift(refine=True)
+    assert str(Sift()) == "blank_std=2, grid_ratio=3, reroll=0"  # as in ledgers of earlier releases
+
+
+def test_the_embedded_model_refines_its_own_pictures(tmp_path):
+    pipe = ernie_accel.demo.load(prompt_enhancer=False)
+    pipe.set_progress_bar_config(disable=True)
+    # Its checked backgrounds repeat every 16 px, and are asked for: a second pass keeps them, and says so.
+    prompt = "a large red circle in the center on a checked pink background"
+    rows = read_rows([{"prompt": prompt, "width": 128, "height": 128, "steps": 4, "guidance_scale": 1.0}])
+    (result,) = produce(pipe, rows, tmp_path, sift=Sift(grid_ratio=None, grid_score=0.5, refine=True))
+    assert "after a second pass" in result.error

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import skimage.data
 import torch
-from benchmarks.grid_score import add_grid, auc, flat, tile, visible
+from benchmarks.grid_score import add_grid, auc, flat, table, tile, visible
 from PIL import Image
 
 import ernie_accel
@@ -74,6 +76,15 @@ def test_the_benchmarks_auc_is_that_of_ranks():
     assert auc([0, 0, 1], [2, 3]) == 1
     assert auc([1, 2], [1, 2]) == 0.5
     assert auc([2, 3], [0]) == 0
+
+
+def test_the_page_shows_what_was_measured():
+    root = Path(__file__).parents[1]
+    measured = json.loads((root / "benchmarks/results/grid_score_cpu_202611.json").read_text("utf-8"))
+    assert table(measured) in (root / "docs/editing.md").read_text("utf-8")
+    assert measured["threshold"] == VISIBLE
+    assert measured["false alarms"] <= 0.01
+    assert measured["all"]["1"]["auc"] >= 0.98
 
 
 def test_what_cannot_be_scored_is_refused():

@@ -75,9 +75,15 @@ class Job(Options):
     def sifting(self) -> Sift | None:
         """Return what is sifted out; None: nothing was asked for."""
         asked_for = (self.blur, self.grid, self.duplicates)
-        if not (self.sift or self.reroll or any(each is not None for each in asked_for)):
+        if not (self.sift or self.refine or self.reroll or any(each is not None for each in asked_for)):
             return None
-        return Sift(blur_variance=self.blur, grid_score=self.grid, duplicate_bits=self.duplicates, reroll=self.reroll)
+        return Sift(
+            blur_variance=self.blur,
+            grid_score=self.grid,
+            refine=self.refine,
+            duplicate_bits=self.duplicates,
+            reroll=self.reroll,
+        )
 
 
 _OF_A_PIPELINE = (
@@ -263,6 +269,10 @@ def _useless_options(job: Job) -> list[Problem]:
         clashes.append(("enhancer_api_key_env", "has no effect without enhancer; name that server, or leave it out"))
     if job.ray_actors and job.free_encoders:
         clashes.append(("free_encoders", "has no effect with ray_actors: they encode each batch; leave it out"))
+    if job.refine and job.grid is None:
+        clashes.append(("refine", "has no effect without grid; give its threshold, such as 0.5"))
+    if job.refine and job.endpoint:
+        clashes.append(("refine", "has no effect with endpoint: image servers do not draw from pictures; leave it out"))
     if job.metrics_port is None and "metrics_host" in given:
         clashes.append(("metrics_host", "has no effect without metrics_port; name the port"))
     if not job.report:

@@ -219,6 +219,11 @@ class Options(BaseModel):
         Field(description="Also those with a faint grid, of a score above this; 0.5 is visible.", ge=0, le=255),
         Names(python=("Sift.grid_score",)),
     ] = None
+    refine: Annotated[
+        bool,
+        Field(description="Draw those with a faint grid once more from themselves."),
+        Names(python=("Sift.refine",)),
+    ] = False
     duplicates: Annotated[
         int | None,
         Field(description="Also near-duplicates, up to so many bits of 64.", ge=0, le=64),

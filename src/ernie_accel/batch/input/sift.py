@@ -27,6 +27,8 @@ class Sift:
             which it shows a grid (broken tiling, a corrupt patch embedding).
         grid_score: The `fidelity.grid_score` above which a picture shows the faint grid of distilled checkpoints; 0.5
             is visible. Off unless given: a checked cloth has such a pattern too. Below 96 px nothing is looked for.
+        refine: Whether a picture with such a grid is drawn once more from itself (strength 0.3, 20 steps) before it
+            counts as rejected; for engines that draw from pictures.
         duplicate_bits: Differing bits of 64, up to which two pictures' difference hashes make them near-duplicates.
             Off unless given: product pictures on one background are alike.
         reroll: How often a row whose picture is sifted out is tried with another seed.
@@ -36,11 +38,14 @@ class Sift:
     blur_variance: float | None = None
     grid_ratio: float | None = 3.0
     grid_score: float | None = None
+    refine: bool = False
     duplicate_bits: int | None = None
     reroll: int = 0
 
     def __post_init__(self) -> None:
         check_arguments("Sift", vars(self))
+        if self.refine and self.grid_score is None:
+            raise ErnieAccelError("refine has no effect without grid_score; give its threshold, such as 0.5")
         for name, low, high in (("blank_std", 0, 255), ("grid_ratio", 1, 1e6)):
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -49,12 +54,22 @@ class Sift:
     def __str__(self) -> str:
         """Return the thresholds in use, as the ledger keeps them."""
         given = ((field.name, getattr(self, field.name)) for field in fields(self))
-        return ", ".join(f"{name}={value:g}" for name, value in given if value is not None)
+        # What is off is not named, or jobs from before it was there would count as changed.
+        return ", ".join(f"{name}={value:g}" for name, value in given if value is not None and value is not False)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What looking at a picture found: its hash as 16 hexadecimal digits, and why it is rejected (None: it is not)."""
+    """What looking at a picture found.
+
+    Attributes:
+        hash: 16 hexadecimal digits; None where near-duplicates are not looked for.
+        reason: Why it is rejected; None: it is not.
+        grid_score: Its `fidelity.grid_score`; None where that was not asked for, or something else is wrong with it.
+        gridded: Whether it is rejected for that.
+    """
 
     hash: str | None = None
     reason: str | None = None
+    grid_score: float | None = None
+    gridded: bool = False

@@ -7,12 +7,15 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from ernie_accel.batch.engines.base import Engine, Request
+from ernie_accel.batch.engines.base import Engine, PictureFile, Request
 from ernie_accel.batch.errors import Problem
 from ernie_accel.batch.input.row import MAX_SEED, Row
 
 #: Settings that ledgers have always held, given or not; others are left out, so that older jobs go on.
 _ALWAYS = frozenset({"prompt", "seed", "negative_prompt", "width", "height", "steps", "guidance_scale"})
+SECOND_PASS_STRENGTH, SECOND_PASS_STEPS = 0.3, 20
+"""How a picture with a grid is drawn once more; guidance stays the row's, because the same model draws it."""
+
 _REROLL_STRIDE = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio, odd: rerolled seeds do not meet other rows'
 
 
@@ -26,6 +29,8 @@ class Task:
         attempts: How often rendering it has failed.
         lost: How often a worker died while it was rendered.
         rerolls: How often it was given another seed because its picture was sifted out.
+        first_pass: Its picture with a grid, from which it is drawn once more; None: it is not.
+        first_score: The grid's score there.
         alone: Whether it must be rendered in a batch of its own, so that a failure is surely its own.
     """
 
@@ -34,14 +39,28 @@ class Task:
     attempts: int = 0
     lost: int = 0
     rerolls: int = 0
+    first_pass: PictureFile | None = None
+    first_score: float | None = None
     alone: bool = False
 
     def current(self) -> Request:
-        """Return the request with the seed of the present reroll."""
-        if not self.rerolls:
-            return self.request
-        seed = (self.request.seed + self.rerolls * _REROLL_STRIDE) & MAX_SEED
-        return replace(self.request, seed=seed)
+        """Return the request with the seed of the present reroll, and of a second pass what that begins at."""
+        request = self.request
+        if self.rerolls:
+            request = replace(request, seed=(request.seed + self.rerolls * _REROLL_STRIDE) & MAX_SEED)
+        if self.first_pass is not None:
+            first = self.first_pass
+            # A mask is of the row's own picture, which may have another size; the grid is everywhere.
+            request = replace(
+                request,
+                image=first,
+                mask=None,
+                width=first.width,
+                height=first.height,
+                strength=SECOND_PASS_STRENGTH,
+                steps=SECOND_PASS_STEPS,
+            )
+        return request
 
     def fingerprint(self) -> str:
         """Return a short digest of all that the row's picture is made from."""
@@ -84,8 +103,14 @@ def tasks_of(rows: Iterable[Row], seed: int, default_size: tuple[int | None, int
     ]
 
 
-def edit_problems(engine: Engine, tasks: Iterable[Task]) -> list[Problem]:
-    """Return which rows name a picture to begin at, if an engine would not look at it."""
+def edit_problems(engine: Engine, tasks: Iterable[Task], *, refines: bool = False) -> list[Problem]:
+    """Return which rows name a picture to begin at, if an engine would not look at it; of second passes likewise."""
+    if refines:
+        anything = PictureFile("its own picture", "", "", 16, 16)
+        reasons = [reason for _, reason in engine.problems([(0, Request(prompt="", seed=0, image=anything))])]
+        if not engine.edits or reasons:
+            why = reasons[0] if reasons else f"{type(engine).__name__} does not draw from pictures"
+            return [(None, f"refine draws pictures from themselves: {why}; leave it out, or use reroll")]
     if engine.edits:
         return []
     reason = f"names a picture to begin at, and {type(engine).__name__} does not draw from pictures"

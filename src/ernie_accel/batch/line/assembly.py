@@ -41,7 +41,7 @@ def assemble(
     writer = Writer(folder, dict(facts or {}) | {"version": VERSION}, threads=writers, ahead=ahead, sieve=sieve)
     schedule = Schedule(
         lambda task: engine.bucket(task.current()),
-        similar_key_of=lambda task: task.request.shape(),
+        similar_key_of=lambda task: task.current().shape(),
         limit=limit,
         start=1 if batch_size is None else limit,
         probe=batch_size is None,
@@ -55,5 +55,6 @@ def assemble(
         folder,
         retries=retries,
         rerolls=sift.reroll if sift is not None else 0,
+        refines=sift is not None and sift.refine,
         timeout_s=timeout_s,
     )

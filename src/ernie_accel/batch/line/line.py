@@ -103,6 +103,7 @@ class Line:
         *,
         retries: int = 0,
         rerolls: int = 0,
+        refines: bool = False,
         timeout_s: float | None = None,
     ) -> None:
         """Connect the parts; nothing begins before `advance`.
@@ -116,11 +117,13 @@ class Line:
             folder: The output folder.
             retries: Further attempts for a row that fails.
             rerolls: Further seeds for a row whose picture is sifted out.
+            refines: Whether a picture that is sifted out for a grid is drawn once more from itself.
             timeout_s: Seconds for a batch; None: no limit.
         """
         self._engine, self._ledger, self._writer, self._schedule = engine, ledger, writer, schedule
         self._telemetry, self._folder = telemetry, folder
         self._retries, self._rerolls, self._timeout_s = retries, rerolls, timeout_s
+        self._refines = refines and engine.edits
         # A single slot renders in the caller's thread: Ctrl-C then reaches a hung pipe, and CUDA has one thread.
         self._pool = ThreadPoolExecutor(engine.slots, "ernie-accel-slot") if engine.slots > 1 else None
         self._unprepared: deque[Task] = deque()
@@ -401,11 +404,17 @@ class Line:
         if finding is None or finding.reason is None:
             digest = finding.hash if finding else None
             return [self._settle(task, "done", picture.seconds, picture.batch_size, size=picture.bytes, digest=digest)]
-        if task.rerolls < self._rerolls:
-            task.rerolls += 1
+        if self._refines and finding.gridded and task.first_pass is None:
+            task.first_pass, task.first_score = picture.gridded, finding.grid_score
             self._schedule.add([task], first=True)
             return []
-        error = f"{REJECTED}{finding.reason}; see {rejected_path(task)}"
+        before = "" if task.first_score is None else f" after a second pass, and {task.first_score:.2f} before it"
+        if task.rerolls < self._rerolls:
+            task.rerolls += 1
+            task.first_pass = task.first_score = None
+            self._schedule.add([task], first=True)
+            return []
+        error = f"{REJECTED}{finding.reason}{before}; see {rejected_path(task)}"
         return [self._settle(task, "rejected", picture.seconds, picture.batch_size, error=error)]
 
     def _release(self, tasks: Iterable[Task]) -> None:

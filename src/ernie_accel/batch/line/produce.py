@@ -105,11 +105,9 @@ def produce(
     rows, out = as_rows(rows), Path(out)
     engine = pipe if isinstance(pipe, Engine) else LocalEngine(pipe, max_batch=batch_size, free_encoders=free_encoders)
     tasks = tasks_of(rows, seed, engine.default_size)
-    if problems := [
-        *_row_problems(tasks),
-        *edit_problems(engine, tasks),
-        *engine.problems([(task.row.line, task.request) for task in tasks]),
-    ]:
+    lines = [(task.row.line, task.request) for task in tasks]
+    edits = edit_problems(engine, tasks, refines=sift is not None and sift.refine)
+    if problems := [*_row_problems(tasks), *edits, *engine.problems(lines)]:
         raise BatchInputError(None, problems)
     log_json, prometheus = (None if path is None else Path(path) for path in (log_json, prometheus))
     facts = {**(facts or {}), **engine.identity()}

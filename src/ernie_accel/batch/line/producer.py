@@ -69,6 +69,8 @@ class Producer:
         if links := self._folder.link_problems(self._folder.folders_inside(REJECTED_FOLDER)):
             raise BatchOutputError(self._folder.path, links)
         self._engine = pipe if isinstance(pipe, Engine) else LocalEngine(pipe, max_batch=batch_size)
+        if sift is not None and sift.refine and (problems := edit_problems(self._engine, (), refines=True)):
+            raise BatchInputError(None, problems)
         self._owns_engine = self._engine is not pipe
         self._seed, self._overwrite = seed, overwrite
         self._telemetry = Telemetry(0)

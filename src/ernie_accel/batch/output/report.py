@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,7 @@ def write_report(
     out = Path(out)
     with open_job(out) as (folder, ledger):  # to the end: nobody else may begin to write meanwhile
         facts = _Facts(ledger)
+        facts.add(_refined(out, ledger))
         facts.add(_costs(facts, gpu_price, power_price, watts))
         facts.add([*facts.settings.items(), *read_runs(out).items()])
         folder.remove_leftovers([""])
@@ -216,6 +218,31 @@ def _worked(spans: list[tuple[float, float]]) -> tuple[float, list[float]]:
             passed += 1
         worked += last - first
     return worked, moments
+
+
+def _refined(out: Path, ledger: Ledger) -> list[tuple[str, str]]:
+    """Return how many pictures had a grid and were drawn once more, and what that did to it."""
+    if "refine" not in ledger.settings().get("sift", ""):
+        return []
+    from PIL import Image
+
+    from ernie_accel.batch.output.writer import GRID_SCORE, GRID_SCORE_BEFORE
+
+    pairs = []
+    for entry in ledger.entries():
+        if entry.state != "done":
+            continue
+        try:
+            with Image.open(out / entry.path, formats=("PNG",)) as picture:
+                texts = {name: picture.info.get(name) for name in (GRID_SCORE, GRID_SCORE_BEFORE)}
+            pairs += [] if None in texts.values() else [tuple(float(str(text)) for text in texts.values())]
+        except (OSError, ValueError):  # moved or changed since; the gallery says so
+            continue
+    if not pairs:
+        return [("drawn once more for a grid", "none")]
+    after, before = (statistics.median(values) for values in zip(*pairs, strict=True))
+    scores = f"median score of the grid {before:.2f} before, {after:.2f} after"
+    return [("drawn once more for a grid", f"{len(pairs):,} pictures: {scores}")]
 
 
 def _costs(

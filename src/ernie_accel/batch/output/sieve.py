@@ -35,14 +35,19 @@ class Sieve:
         grey = np.asarray(picture.convert("L"), dtype=np.float32)
         if reason := self._flaw(grey):
             return Finding(None, reason)
+        score, limit = None, self._sift.grid_score
+        if limit is not None and min(grey.shape) >= LEAST_SIDE:
+            score = grid_of(grey)
+            if score > limit:
+                return Finding(None, f"faint grid: its score is {score:.2f}, more than {limit:g}", score, gridded=True)
         if self._sift.duplicate_bits is None:
-            return Finding()
+            return Finding(grid_score=score)
         digest = difference_hash(picture)
         with self._lock:
             reason = self._duplicate(digest, path)
             if reason is None:
                 self._remember(digest, path)
-        return Finding(f"{digest:016x}", reason)
+        return Finding(f"{digest:016x}", reason, score)
 
     def _flaw(self, grey: npt.NDArray[np.float32]) -> str | None:
         sift = self._sift
@@ -55,8 +60,6 @@ class Sieve:
             if ratio > sift.grid_ratio:
                 limit = f"more than {sift.grid_ratio:g}"
                 return f"grid: edges every {period} px are {ratio:.1f} times as strong as others, {limit}"
-        if sift.grid_score is not None and min(grey.shape) >= LEAST_SIDE and (score := grid_of(grey)) > sift.grid_score:
-            return f"faint grid: its score is {score:.2f}, more than {sift.grid_score:g}"
         return None
 
     def _remember(self, digest: int, path: str) -> None:

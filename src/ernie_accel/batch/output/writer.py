@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import hashlib
 import io
 import json
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ernie_accel.batch.engines.base import ENHANCED_PROMPT, Request
+from ernie_accel.batch.engines.base import ENHANCED_PROMPT, PictureFile, Request
 from ernie_accel.batch.input.naming import OLDER_FOLDER, REJECTED_FOLDER, REROLL_FOLDER
 from ernie_accel.batch.input.sift import Finding
 from ernie_accel.batch.input.task import Task
@@ -22,6 +23,10 @@ from ernie_accel.batch.output.folder import OutputFolder
 
 if TYPE_CHECKING:
     from ernie_accel.batch.output.sieve import Sieve
+
+
+GRID_SCORE, GRID_SCORE_BEFORE = "grid_score", "grid_score_before"
+"""Where a PNG holds its `fidelity.grid_score`, and the one before its second pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +40,7 @@ class Written:
         rendered_s: From the start of its batch to the picture, where that was waited for.
         bytes: Of the file.
         finding: What looking at the picture found; None if that itself failed.
+        gridded: The file of a picture that was rejected for a grid.
         error: Why there is no file: an `OSError` is the folder's fault, anything else the row's.
         unrendered: Why there is no picture: it was still being rendered when it was submitted, and that failed.
     """
@@ -45,6 +51,7 @@ class Written:
     rendered_s: float
     bytes: int | None = None
     finding: Finding | None = None
+    gridded: PictureFile | None = None
     error: Exception | None = None
     unrendered: Exception | None = None
 
@@ -140,11 +147,12 @@ class Writer:
         rendered_s = time.perf_counter() - start
         finding: Finding | None = None
         size: int | None = None
+        gridded: PictureFile | None = None
         error: Exception | None = None
         try:
             finding = self._sieve.look(picture, task.row.path) if self._sieve else Finding()
             request = task.current()
-            png = encode_png(picture, texts_of(request, picture, self._facts))
+            png = encode_png(picture, texts_of(request, picture, self._facts) | _scores(task, finding))
         # Broad on purpose: whatever a picture does to the encoder is that row's failure and no other's.
         except Exception as failure:
             error = RuntimeError(f"{type(failure).__name__}: {failure}")
@@ -152,6 +160,10 @@ class Writer:
             try:
                 self._place(task, png, rejected=finding.reason is not None)
                 size = len(png)
+                if finding.gridded:
+                    path = rejected_path(task)
+                    digest, place = hashlib.sha256(png).hexdigest(), str(self._folder.absolute(path))
+                    gridded = PictureFile(path, place, digest, picture.width, picture.height)
             except OSError as failure:
                 error = failure
         return Written(
@@ -161,6 +173,7 @@ class Writer:
             rendered_s=rendered_s,
             bytes=size,
             finding=finding,
+            gridded=gridded,
             error=error,
         )
 
@@ -169,6 +182,12 @@ class Writer:
         if rejected:
             # What an earlier run with other settings made would be mistaken for this row's picture.
             self._folder.remove(task.row.path)
+
+
+def _scores(task: Task, finding: Finding) -> dict[str, str]:
+    """Return what a PNG says of its grid, and of the one that it had before a second pass."""
+    scores = {GRID_SCORE: finding.grid_score, GRID_SCORE_BEFORE: task.first_score}
+    return {name: f"{score:.2f}" for name, score in scores.items() if score is not None}
 
 
 def rejected_path(task: Task) -> str:
