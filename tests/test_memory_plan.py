@@ -20,6 +20,7 @@ from ernie_accel import (
     RewriteBlocks,
     TileVae,
 )
+from ernie_accel.common.text import human_gib
 from ernie_accel.core.components import pipe_bytes
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.hardware import GIB
@@ -229,6 +230,7 @@ def test_pictures_are_decoded_in_tiles_only_where_nothing_else_fits(turbo):
 def test_a_pipe_that_cannot_fit_is_refused_with_what_would(turbo):
     found = planned(turbo, "rtx4060", memory="3GiB")
     assert not found.fits
+    assert f"weights within {human_gib(found.stages[0].weights)}, the rest fetched" in str(found)
     with pytest.raises(ErnieAccelError, match=r"(?s)does not fit: .* are needed at least.*denoise"):
         check_fits(found)
 

@@ -333,7 +333,7 @@ def _candidates(
     most = max((UNKNOWN if need is None else need for need in activations.values()), default=0)
     room = budget - most - BETWEEN - _spare(wanted)
     keep: tuple[Transform, ...] = (Residency(room, device=device),) if room > 0 else ()
-    fetched = f"weights within {human_gib(max(room, 0))}, the rest fetched from the host in turn"
+    fetched = _fetched(room)
     ways: list[tuple[tuple[Transform, ...], tuple[str, ...]]] = []
     if eight:
         ways.append(((*eight, *move), (less, stays)))
@@ -386,6 +386,7 @@ def _judge(
     keeps = [step.transform for step in the_plan.steps if isinstance(step.transform, Residency)]
     kept = keeps[0].weights if keeps else None
     if kept is not None and kept < (least := least_weights(pipe, planned)):
+        why = tuple(_fetched(least) if reason == _fetched(kept) else reason for reason in why)
         kept, mine = least, set()
     if mine:
         return None
@@ -410,6 +411,10 @@ def _judge(
     if chosen:
         found = replace(found, transforms=(*chosen, ExplainOutOfMemory(predicted=found.needed)))
     return replace(found, fits=budget is None or found.needed <= budget)
+
+
+def _fetched(weights: int) -> str:
+    return f"weights within {human_gib(weights)}, the rest fetched from the host in turn"
 
 
 def _turns(pipe: Pipeline, planned: PlannedPipe) -> list[tuple[str, int]]:
