@@ -83,9 +83,9 @@ def measure(folder: Path, size: str, device: str, kind: str, began: float) -> di
 
         pipe = DiffusionPipeline.from_pretrained(folder / "original", torch_dtype=torch.bfloat16).to(device)
         note("loaded")
-        scheme = "int8-weight-only" if device == "cpu" else "fp8"
+        quantize = ernie_accel.Quantize("int8-weight-only" if device == "cpu" else "fp8", keep_originals=False)
         encoder = [each for each in _transforms(device) if "text_encoder" in each.components]
-        ernie_accel.optimize(pipe, ernie_accel.Quantize(scheme), *encoder, ernie_accel.Compile(), memory=None)
+        ernie_accel.optimize(pipe, quantize, *encoder, ernie_accel.Compile(), memory=None)
         note("optimized")
     elif kind == "preset":
         pipe = ernie_accel.load(
@@ -120,8 +120,8 @@ def _transforms(device: str) -> tuple[Any, ...]:
 
     encoder = ("text_encoder",)
     if device == "cpu":
-        return (Quantize("int8-weight-only"), Quantize("int8-weight-only", components=encoder))
-    return (Quantize("fp8-weight-only", components=encoder),)
+        return (Quantize("int8-weight-only"), Quantize("int8-weight-only", components=encoder, keep_originals=False))
+    return (Quantize("fp8-weight-only", components=encoder, keep_originals=False),)
 
 
 def _preset(device: str) -> str | None:

@@ -28,7 +28,7 @@ from ernie_accel.kernels.linear import Fp8Linear
 from ernie_accel.quantization.choose import BACKENDS
 from ernie_accel.quantization.layers import RECEIPT
 from ernie_accel.storage.manifest import WEIGHTS
-from tests.pipelines import picture, tiny_ernie
+from tests.pipelines import picture, tiny_ernie, tiny_lumina2, tiny_z_image
 from tests.saved_folders import change
 from tests.test_saving import assert_same_bits, bits
 
@@ -90,6 +90,18 @@ def test_fused_kernels_come_back_bit_equal_and_nothing_is_computed_anew(transfor
     assert after == before
     with pytest.raises(ernie_accel.RestoreError, match="the folder does not hold the originals"):
         ernie_accel.restore(again)
+
+
+@pytest.mark.parametrize("make", [tiny_z_image, tiny_lumina2])
+def test_other_families_come_back_on_their_kernels_too(make, on_h200, tmp_path):
+    pipe = make()
+    for part in (pipe.transformer, pipe.vae, pipe.text_encoder):
+        part.to(torch.bfloat16)
+    ernie_accel.optimize(pipe, RewriteBlocks(), FuseKernels("fp8"), context=H200)
+    again = loaded(ernie_accel.save(pipe, tmp_path / "saved"))
+    assert any(isinstance(layer, Fp8Linear) for layer in again.transformer.modules())
+    assert_same_bits(bits(pipe), bits(again))
+    assert torch.equal(picture(again, steps=1), picture(pipe, steps=1))
 
 
 class _Written(TorchDispatchMode):

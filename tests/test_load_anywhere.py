@@ -308,6 +308,18 @@ def test_what_save_wrote_is_placed_within_a_budget_too(card, tmp_path):
         ernie_accel.load(folder, memory=1000, call=SMALL)
 
 
+def test_what_was_loaded_can_be_asked_for_again(plain, tmp_path):
+    """What a request would keep of the originals makes no difference: they are in files."""
+    pipe = ernie_accel.load(plain, preset=FAST, device="cpu")
+    folder, before = ernie_accel.save(pipe, tmp_path / "ours"), picture(pipe)
+    for again in (pipe, ernie_accel.load(folder)):
+        assert all(step.in_place for step in ernie_accel.plan(again, preset=FAST).steps)
+        ernie_accel.optimize(again, CallDefaults("turbo"), preset=FAST)
+        assert [type(each) for each in applied(again)] == [RewriteBlocks, Quantize, CallDefaults]
+        # Files of others are mapped at any offset, and the weights of a layer round accordingly.
+        torch.testing.assert_close(picture(again), before, rtol=0, atol=2e-3)
+
+
 def test_a_folder_that_was_placed_before_is_placed_anew(card, tmp_path):
     pipe = tiny_ernie(layers=6)
     budget = tight(pipe, preset=PRECISE)

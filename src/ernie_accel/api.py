@@ -420,7 +420,22 @@ def _request(
     if preset == "auto":
         preset = recommend(context or _device_for(pipe, transforms), pipe).preset
     named = find_preset(preset) if preset is not None else None
-    return named, compose(transforms, named, family_of(pipe))
+    return named, tuple(_as_loaded(pipe, compose(transforms, named, family_of(pipe))))
+
+
+def _as_loaded(pipe: Pipeline, wanted: tuple[Transform, ...]) -> Iterator[Transform]:
+    """Yield the transforms of a request; of a loaded pipe, those that it was loaded with where they make the same.
+
+    Their originals are in files, so that it makes no difference whether a request would keep them.
+    """
+    loaded = {
+        entry.step.transform.occupies: entry.step.transform
+        for entry in report_of(pipe).entries
+        if entry.applied is not None and entry.applied.undo is None
+    }
+    for transform in wanted:
+        there = loaded.get(transform.occupies)
+        yield transform if there is None or forgetful(there) != forgetful(transform) else there
 
 
 @contextlib.contextmanager

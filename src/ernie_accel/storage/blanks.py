@@ -54,13 +54,18 @@ class Blanks:
         is_made_of_them = len(places) == len(live) and places.keys() <= set(map(_place, plain))
         if not is_made_of_them or not all(map(_is_plain, plain)) or _acts_by_itself(blank):
             return _copied_in(backend, self._make(receipt, saved["bias"].dtype if "bias" in saved else None), saved)
-        layer = copy.deepcopy(blank, {id(tensor): tensor for tensor in held})
+        layer = _twin(blank, held)
         for name, parameter in layer._parameters.items():
             if parameter is not None:
                 layer._parameters[name] = nn.Parameter(_rebuilt(parameter, places), requires_grad=False)
         for name, buffer in layer._buffers.items():
             if buffer is not None:
                 layer._buffers[name] = _rebuilt(buffer, places)
+        made = content_of(backend, layer)
+        if any(made[name].data_ptr() != tensor.data_ptr() for name, tensor in saved.items() if tensor.numel()):
+            raise RuntimeError(
+                f"a layer of {backend.name} was not made of the tensors that were saved ({receipt.scheme})"
+            )
         return layer
 
     def _blank(self, receipt: LayerReceipt, bias: torch.dtype | None) -> nn.Module:
@@ -90,6 +95,15 @@ def _place(tensor: Tensor) -> _Place:
 
 def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter)
+
+
+def _twin(layer: nn.Module, held: list[Tensor]) -> nn.Module:
+    """Return a copy of a layer that shares its tensors, whatever its class does when it is copied."""
+    twin: nn.Module = object.__new__(type(layer))
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in held}
+    memo[id(layer)] = twin
+    twin.__dict__.update(copy.deepcopy(layer.__dict__, memo))
+    return twin
 
 
 def _acts_by_itself(layer: nn.Module) -> bool:
