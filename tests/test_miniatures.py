@@ -11,6 +11,15 @@ import torch
 from tools.embedded_model import architecture, miniatures
 from tools.embedded_model.corpus import captioned_scenes
 from tools.embedded_model.miniatures import MINIATURES, PROMPT_START, Miniature, patchify
+from tools.embedded_model.sensitivity import (
+    by_kind,
+    in_fp8,
+    kept_precise,
+    layer_errors_db,
+    linears_of,
+    rounded,
+    wilson,
+)
 from tools.embedded_model.train import TOY, TrainingBatch, _Denoiser, train_denoiser
 
 from ernie_accel.core.undo import Undo
@@ -143,6 +152,38 @@ def test_training_goes_on_where_it_was_interrupted(miniature: Miniature, tmp_pat
     assert (pool.skipped, pool.drawn, file.exists()) == (2, 2, False)
     moved = [(a - b).abs().max() for a, b in zip(again.transformer.parameters(), kept["parameters"], strict=False)]
     assert 0 < max(moved) < 0.1  # two steps from what was kept, not from other random weights
+
+
+def test_wilsons_interval_is_that_of_the_textbook() -> None:
+    assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson(1.0, 100)[0] == pytest.approx(0.9630, abs=1e-4)
+
+
+def test_layers_are_rounded_as_fp8_does_and_given_back() -> None:
+    linear, x = torch.nn.Linear(32, 8).requires_grad_(False), torch.randn(2, 3, 32)
+    before, want = linear.weight.clone(), linear(x)
+    with in_fp8([linear]):
+        assert torch.equal(linear.weight, rounded(before))
+        assert torch.equal(linear(x), torch.nn.functional.linear(rounded(x), rounded(before), linear.bias))
+        assert 0.005 < (linear(x) - want).norm() / want.norm() < 0.1
+    assert torch.equal(linear.weight, before)
+    assert torch.equal(linear(x), want)
+    assert rounded(torch.zeros(1, 4)).eq(0).all()
+    assert (rounded(x) - x).abs().max() <= x.abs().max() / 16  # three bits of mantissa
+
+
+def test_every_layer_has_an_error_and_the_kinds_are_sorted(saved: tuple[Miniature, Path]) -> None:
+    pipe = miniatures.load(*reversed_arguments(saved))
+    pipe.set_progress_bar_config(disable=True)
+    weights = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+    errors = layer_errors_db(pipe, 1, saved[0].guidance_scale, prompts=1)
+    assert errors.keys() == linears_of(pipe).keys()
+    assert all(-200 < error < 0 for error in errors.values())
+    worst = [error for error, _ in by_kind(errors).values()]
+    assert worst == sorted(worst, reverse=True)
+    assert worst[0] == max(errors.values())
+    assert set() < kept_precise(pipe) < errors.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in pipe.transformer.state_dict().items())
 
 
 def test_the_judge_reads_pictures_of_every_miniature(saved: tuple[Miniature, Path]) -> None:
