@@ -223,6 +223,24 @@ def test_real_tables_draw_the_same_but_for_rounding(monkeypatch: pytest.MonkeyPa
         assert (got - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("lengths", [(0,), (0, 3)])
+def test_a_prompt_of_no_tokens_is_one(lengths: tuple[int, ...]) -> None:
+    """In Lumina 2; attention over nothing gives no number, which must not spread."""
+    from ernie_accel.core.undo import Undo
+    from ernie_accel.models.rewritten import kernels_of
+
+    pipe, generator = tiny_lumina2(), torch.Generator().manual_seed(0)
+    mask = (torch.arange(4) < torch.tensor(lengths)[:, None]).long()
+    rows = len(lengths)
+    noise, text = (torch.randn(rows, *shape, generator=generator) for shape in ((4, 8, 8), (4, 32)))
+    arguments = (noise, torch.full((rows,), 0.3), text, mask)
+    expected = pipe.transformer(*arguments).sample
+    assert torch.isfinite(expected).all()
+    assert torch.equal(rewritten(pipe).transformer(*arguments).sample, expected)
+    kernels_of(pipe).install(pipe.transformer, Undo(), "bf16")
+    torch.testing.assert_close(pipe.transformer(*arguments).sample, expected, atol=1e-4, rtol=0)
+
+
 def test_prompts_of_lumina_2_that_begin_with_padding_are_refused() -> None:
     pipe = rewritten(tiny_lumina2())
     mask = torch.tensor([[0, 0, 1, 1]])

@@ -140,6 +140,8 @@ def forward(
     x_bsh = model.x_embedder(patches.reshape(batch, rows * columns, -1))
     for block in model.context_refiner:
         text_bth = block(text_bth, at.text_mask, at.rope_text, lengths_b=at.text_lengths)
+    if at.text_pads is not None:
+        text_bth = text_bth.masked_fill(at.text_pads[:, :, None], 0.0)
     for block in model.noise_refiner:
         x_bsh = block(x_bsh, None, at.rope_image, time_be)
 
@@ -188,7 +190,7 @@ def _prepared(module: nn.Module, arguments: Mapping[str, Any], *, for_graph: boo
     grid, lengths = _grid(module, arguments), prompt_lengths(arguments["encoder_attention_mask"], _lengths)
     rule, image_tokens = layout.padding_rule(), grid[0] * grid[1]
     stock_order = rule.padding_input == "mask"
-    tokens = text_btc.shape[1] if stock_order else max(lengths)
+    tokens = text_btc.shape[1] if stock_order else max(1, *lengths)
     rows = Rows.of(grid, image_tokens, lengths, tokens, rule, for_graph=for_graph)
     if rows.tokens != text_btc.shape[1]:
         text_btc = F.pad(text_btc, (0, 0, 0, rows.tokens - text_btc.shape[1]))  # or cuts off what is padding
@@ -206,9 +208,11 @@ def _position(embed: Any, rows: Rows, stock_order: bool, device: torch.device) -
     ids[:, :image, 0] = lengths_b[:, None].int()
     # What is beyond a prompt is padding: any position within the tables will do.
     text = torch.arange(rows.tokens, device=device)
-    ids[:, image:, 0] = torch.minimum(text, lengths_b[:, None] - 1).int()
+    ids[:, image:, 0] = torch.minimum(text, (lengths_b[:, None] - 1).clamp_min(0)).int()
     freqs_bsp = embed._get_freqs_cis(ids)
     found = padding(rows, device)
+    if min(rows.lengths) == 0:  # attention over nothing is not a number
+        found["text_pads"] = text >= lengths_b[:, None]
     rope_image, rope_text = freqs_bsp[:, :image].contiguous(), freqs_bsp[:, image:].contiguous()
     if not stock_order:
         return Position(table(rope_image), table(rope_text), table(freqs_bsp), **found)
