@@ -142,6 +142,23 @@ def test_graphs_of_padded_prompts_draw_what_is_drawn_without(name: str) -> None:
 
 
 @every_family
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_blocks_in_a_chain_compute_what_each_alone_does(name: str, precision: str) -> None:
+    """A hook on one of them, which does nothing, breaks the chain."""
+    pipe = fused(made(name, torch.bfloat16), precision)
+    with torch.no_grad():
+        chained = forward(pipe, name, (40, 3))
+        hooks = [block.register_forward_hook(lambda *given: None) for block in pipe.transformer.layers]
+        assert torch.equal(forward(pipe, name, (40, 3)), chained)
+        for hook in hooks:
+            hook.remove()
+        seen: list[int] = []
+        pipe.transformer.layers[1].register_forward_hook(lambda *given: seen.append(1))
+        forward(pipe, name, (40, 3))
+    assert seen == [1]
+
+
+@every_family
 def test_a_lora_is_refused_with_the_way_out(name: str) -> None:
     from peft import LoraConfig
 

@@ -27,7 +27,7 @@ from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.undo import Undo
 from ernie_accel.models import rewriting
 from ernie_accel.models.lumina.attention import DispatchedProcessor
-from ernie_accel.models.next_dit.blocks import Names, RewrittenFeedForward, RewrittenNextBlock
+from ernie_accel.models.next_dit.blocks import Modulation, Names, RewrittenFeedForward, RewrittenNextBlock, run_blocks
 from ernie_accel.models.next_dit.positions import Position, Rows, padding, table
 from ernie_accel.models.rewriting import RewrittenForward
 from ernie_accel.models.token_layout import LAYOUT, prompt_lengths
@@ -82,10 +82,14 @@ class RewrittenLuminaBlock(RewrittenNextBlock):
             temb: Embedded time [B, E].
             lengths_b: Real tokens of each row, for blocks that need no mask (not for these).
         """
-        first, modulation = self.get_submodule("norm1"), None
-        if "linear" in first._modules:
-            modulation = self.modulated(first.get_submodule("linear")(F.silu(cast(Tensor, temb))))
-        return self.compute(hidden_states, image_rotary_emb, modulation, attention_mask, lengths_b)
+        return self.compute(hidden_states, image_rotary_emb, self.modulation_of(temb), attention_mask, lengths_b)
+
+    def modulation_of(self, condition: Tensor | None) -> Modulation | None:
+        """Return the modulation by the embedded time [B, E]; None for a block without."""
+        layer = self.get_submodule("norm1")
+        if condition is None or "linear" not in layer._modules:
+            return None
+        return self.modulated(layer.get_submodule("linear")(F.silu(condition)))
 
 
 #: Attributes of the transformer with the blocks.
@@ -138,18 +142,15 @@ def forward(
     time_be, text_bth = model.time_caption_embed(hidden_states, timestep, encoder_hidden_states)
     patches = hidden_states.view(batch, channels, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
     x_bsh = model.x_embedder(patches.reshape(batch, rows * columns, -1))
-    for block in model.context_refiner:
-        text_bth = block(text_bth, at.text_mask, at.rope_text, lengths_b=at.text_lengths)
+    text_bth = run_blocks(model.context_refiner, text_bth, at.text_mask, at.rope_text, lengths_b=at.text_lengths)
     if at.text_pads is not None:
         text_bth = text_bth.masked_fill(at.text_pads[:, :, None], 0.0)
-    for block in model.noise_refiner:
-        x_bsh = block(x_bsh, None, at.rope_image, time_be)
+    x_bsh = run_blocks(model.noise_refiner, x_bsh, None, at.rope_image, time_be)
 
     x_bsh = torch.cat([x_bsh, text_bth], 1)
     if at.order is not None:
         x_bsh = _picked(x_bsh, at.order)
-    for block in model.layers:
-        x_bsh = block(x_bsh, at.mask, at.rope, time_be, lengths_b=at.lengths)
+    x_bsh = run_blocks(model.layers, x_bsh, at.mask, at.rope, time_be, at.lengths)
 
     x_bsh = x_bsh[:, : rows * columns] if at.image_at is None else _picked(x_bsh, at.image_at)
     sample: Tensor = (

@@ -10,7 +10,7 @@ h hidden size, n heads, d head size, f hidden size of the feed-forward.
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -102,13 +102,33 @@ class RewrittenNextBlock(RewrittenBlock):
                 self.add_module(name, child)
 
     @property
-    def norms(self) -> tuple[nn.Module, ...]:
-        """The four norms, in the order of `Names.norms`."""
+    def norms(self) -> tuple[Any, ...]:
+        """The four norms, in the order of `Names.norms`: diffusers' ``RMSNorm``, or what stands in for one."""
         return (self.first_norm(), *(self.get_submodule(name) for name in self.names.norms[1:]))
 
     def first_norm(self) -> nn.Module:
         """Return the norm before the attention."""
         return self.get_submodule(self.names.norms[0])
+
+    def modulation_of(self, condition: Tensor | None) -> Modulation | None:
+        """Return the modulation by what the family's blocks take, the embedded time; None for a block without."""
+        raise NotImplementedError
+
+    def chains(self, blocks: nn.ModuleList) -> bool:
+        """Return whether `run_chain` can run these blocks, of which this is the first."""
+        return False
+
+    def run_chain(
+        self,
+        blocks: nn.ModuleList,
+        x_bsh: Tensor,
+        mask: Tensor | None,
+        rope: Tensor,
+        condition: Tensor | None,
+        lengths_b: Tensor | None,
+    ) -> Tensor:
+        """Return what `run_blocks` does; the end of each block and the start of the next are one launch."""
+        raise NotImplementedError
 
     def modulated(self, mod_b4h: Tensor) -> Modulation:
         """Return scales and gates of what the modulation layer gives [B, 4 * H]."""
@@ -142,6 +162,32 @@ class RewrittenNextBlock(RewrittenBlock):
         scale_sa, gate_sa, scale_mlp, gate_mlp = modulation
         x_bsh = x_bsh + gate_sa * norm_after_sa(attention(norm_sa(x_bsh) * scale_sa, rope, mask))
         return x_bsh + gate_mlp * norm_after_mlp(feed_forward(norm_mlp(x_bsh) * scale_mlp))  # type: ignore[no-any-return]
+
+
+def run_blocks(
+    blocks: nn.ModuleList,
+    x_bsh: Tensor,
+    mask: Tensor | None,
+    rope: Tensor,
+    condition: Tensor | None = None,
+    lengths_b: Tensor | None = None,
+) -> Tensor:
+    """Return the hidden states after all of `blocks`.
+
+    Args:
+        blocks: Rewritten blocks of one family, or what stands in for them.
+        x_bsh: Hidden states [B, S, H].
+        mask: See `RewrittenNextBlock.compute`, as for the others.
+        rope: RoPE table.
+        condition: The embedded time; None for blocks without modulation.
+        lengths_b: Real tokens of each row.
+    """
+    first = blocks[0] if len(blocks) else None
+    if isinstance(first, RewrittenNextBlock) and first.chains(blocks):
+        return first.run_chain(blocks, x_bsh, mask, rope, condition, lengths_b)
+    for block in blocks:
+        x_bsh = block(x_bsh, mask, rope, condition, lengths_b=lengths_b)
+    return x_bsh
 
 
 def rotate(x_bsnd: Tensor, rope: Tensor) -> Tensor:

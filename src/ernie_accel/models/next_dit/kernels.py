@@ -1,11 +1,13 @@
-"""The block of Z-Image and Lumina 2 on the fused kernels: seven launches beside the products and the attention.
+"""The block of Z-Image and Lumina 2 on the fused kernels: six launches beside the products and the attention.
 
 What each launch computes is in ``kernels/reference.py``.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import cast
+
+from torch import Tensor, nn
 
 from ernie_accel.kernels import ops
 from ernie_accel.kernels.linear import Fp8Linear, Fp8Rows
@@ -40,17 +42,81 @@ class KernelNextBlock(KernelBlock, RewrittenNextBlock):
             rope = real(rope)
         if mask is not None and mask.ndim == 2:
             mask = mask.bool()[:, None, None]
-        scale_sa, gate_sa, scale_mlp, gate_mlp = (None,) * 4 if modulation is None else modulation
-        norm_sa, after_sa, norm_mlp, after_mlp = self.norms
+        rows = self._start(x_bsh, modulation)
+        x_bsh, branch_bsh = self._body(x_bsh, rows, rope, modulation, mask, lengths_b)
+        after_mlp, gate_mlp = self.norms[3], None if modulation is None else modulation.gate_mlp
+        out_bsh: Tensor = ops.add_normed(x_bsh, branch_bsh, after_mlp.weight, gate_mlp, after_mlp.eps)
+        return out_bsh
+
+    def chains(self, blocks: nn.ModuleList) -> bool:
+        """Return whether nothing has to happen between these blocks: all are alike, and none has hooks."""
+        return all(type(block) is type(self) and _is_bare(block) for block in blocks)
+
+    def run_chain(
+        self,
+        blocks: nn.ModuleList,
+        x_bsh: Tensor,
+        mask: Tensor | None,
+        rope: Tensor,
+        condition: Tensor | None,
+        lengths_b: Tensor | None,
+    ) -> Tensor:
+        """Return what `run_blocks` does; the end of each block and the start of the next are one launch."""
+        if rope.is_complex():
+            rope = real(rope)
+        chain = [cast(KernelNextBlock, block) for block in blocks]
+        modulations = [block.modulation_of(condition) for block in chain]
+        rows = self._start(x_bsh, modulations[0])
+        for i, block in enumerate(chain):
+            modulation = modulations[i]
+            x_bsh, branch_bsh = block._body(x_bsh, rows, rope, modulation, mask, lengths_b)
+            after, gate = block.norms[3], None if modulation is None else modulation.gate_mlp
+            if i + 1 < len(chain):
+                x_bsh, rows = chain[i + 1]._start_after(x_bsh, branch_bsh, after.weight, gate, modulations[i + 1])
+            else:
+                x_bsh = ops.add_normed(x_bsh, branch_bsh, after.weight, gate, after.eps)
+        return x_bsh
+
+    def _start(self, x_bsh: Tensor, modulation: Modulation | None) -> Tensor | Fp8Rows:
+        """Return what the first product reads."""
+        norm, scale = self.norms[0], None if modulation is None else modulation.scale_sa
+        if self._attends_from_fp8:
+            return Fp8Rows(*ops.norm_scale_fp8(x_bsh, norm.weight, scale, norm.eps))
+        plain: Tensor = ops.norm_scale(x_bsh, norm.weight, scale, norm.eps)
+        return plain
+
+    def _start_after(
+        self, x_bsh: Tensor, branch_bsh: Tensor, weight_h: Tensor, gate: Tensor | None, modulation: Modulation | None
+    ) -> tuple[Tensor, Tensor | Fp8Rows]:
+        """Return the hidden states after the branch of the block before, and what the first product reads."""
+        norm, scale = self.norms[0], None if modulation is None else modulation.scale_sa
+        add = (x_bsh, branch_bsh, weight_h, gate, norm.weight, scale, norm.eps)
+        if self._attends_from_fp8:
+            x_bsh, *rows = ops.add_norm_scale_fp8(*add)
+            return x_bsh, Fp8Rows(*rows)
+        plain: tuple[Tensor, Tensor] = ops.add_norm_scale(*add)
+        return plain
+
+    @property
+    def _attends_from_fp8(self) -> bool:
+        return isinstance(self.attention_part.fused, Fp8Linear)
+
+    def _body(
+        self,
+        x_bsh: Tensor,
+        rows: Tensor | Fp8Rows,
+        rope: Tensor,
+        modulation: Modulation | None,
+        mask: Tensor | None,
+        lengths_b: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the hidden states after the attention, and the branch of the feed-forward, not normed yet."""
+        gate_sa, scale_mlp = (None, None) if modulation is None else (modulation.gate_sa, modulation.scale_mlp)
+        _, after_sa, norm_mlp, _ = self.norms
         attention, feed_forward = self.attention_part, self.parts[self.names.feed_forward]
         to_qkv, to_out = attention.get_submodule(attention.fused_name), attention.to_out[0]
         gate_up, down = (feed_forward.get_submodule(name) for name in (feed_forward.fused_name, feed_forward.taken[1]))
 
-        rows: Tensor | Fp8Rows
-        if isinstance(to_qkv, Fp8Linear):
-            rows = Fp8Rows(*ops.norm_scale_fp8(x_bsh, norm_sa.weight, scale_sa, norm_sa.eps))
-        else:
-            rows = ops.norm_scale(x_bsh, norm_sa.weight, scale_sa, norm_sa.eps)
         qkv_bsm = to_qkv(rows)
         norm_q, norm_k, heads = attention.norm_q, attention.norm_k, attention.heads
         qk = (qkv_bsm, norm_q.weight, norm_k.weight, rope, heads, norm_q.eps)
@@ -68,11 +134,17 @@ class KernelNextBlock(KernelBlock, RewrittenNextBlock):
 
         add = (x_bsh, branch_bsh, after_sa.weight, gate_sa, norm_mlp.weight, scale_mlp, norm_mlp.eps)
         if isinstance(gate_up, Fp8Linear):
-            x_bsh, values, scale = ops.add_norm_scale_fp8(*add)
-            rows = Fp8Rows(values, scale)
+            x_bsh, *quantized = ops.add_norm_scale_fp8(*add)
+            rows = Fp8Rows(*quantized)
         else:
             x_bsh, rows = ops.add_norm_scale(*add)
         gate_up_bs2f = gate_up(rows)
         rows = Fp8Rows(*ops.silu_mul_fp8(gate_up_bs2f)) if isinstance(down, Fp8Linear) else ops.silu_mul(gate_up_bs2f)
-        out_bsh: Tensor = ops.add_normed(x_bsh, down(rows), after_mlp.weight, gate_mlp, after_mlp.eps)
-        return out_bsh
+        return x_bsh, down(rows)
+
+
+def _is_bare(block: nn.Module) -> bool:
+    """Return whether calling `block` is nothing more than its class's forward: no hooks, nothing compiled."""
+    state = vars(block)
+    hooked = block._forward_pre_hooks or block._forward_hooks or "_hf_hook" in state or "_diffusers_hook" in state
+    return not hooked and "forward" not in state and block._compiled_call_impl is None

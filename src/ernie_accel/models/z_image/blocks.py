@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.undo import Undo
 from ernie_accel.models import rewriting
-from ernie_accel.models.next_dit.blocks import Modulation, Names, RewrittenFeedForward, RewrittenNextBlock
+from ernie_accel.models.next_dit.blocks import Modulation, Names, RewrittenFeedForward, RewrittenNextBlock, run_blocks
 from ernie_accel.models.next_dit.positions import Position, Rows, padding, table
 from ernie_accel.models.rewriting import RewrittenForward
 from ernie_accel.models.token_layout import LAYOUT
@@ -95,16 +95,21 @@ class RewrittenZImageBlock(RewrittenNextBlock):
             adaln_clean: Embedded time of clean ones.
             lengths_b: Real tokens of each row, for blocks that need no mask (not for these).
         """
-        modulation, layer = None, self._modules.get("adaLN_modulation")
-        if layer is not None and noise_mask is None:
-            modulation = self.modulated(layer(adaln_input))
-        elif layer is not None and noise_mask is not None:
-            noisy, clean = (self.modulated(layer(each)) for each in (adaln_noisy, adaln_clean))
+        if noise_mask is None:
+            return self.compute(x, freqs_cis, self.modulation_of(adaln_input), attn_mask, lengths_b)
+        noisy, clean = self.modulation_of(adaln_noisy), self.modulation_of(adaln_clean)
+        modulation = None
+        if noisy is not None and clean is not None:
             pairs = zip(noisy, clean, strict=True)
             modulation = Modulation(
                 *(select_per_token(a.squeeze(1), b.squeeze(1), noise_mask, x.shape[1]) for a, b in pairs)
             )
         return self.compute(x, freqs_cis, modulation, attn_mask, lengths_b)
+
+    def modulation_of(self, condition: Tensor | None) -> Modulation | None:
+        """Return the modulation by the embedded time [B, E]; None for a block without."""
+        layer = self._modules.get("adaLN_modulation")
+        return None if layer is None else self.modulated(layer(condition))
 
 
 #: Attributes of the transformer with the blocks.
@@ -191,17 +196,17 @@ def _predict(
     x_bsh = self.all_x_embedder[key](x_bsh)
     if at.image_pads is not None:
         x_bsh = torch.where(at.image_pads[:, None], self.x_pad_token, x_bsh)
-    for block in self.noise_refiner:
-        x_bsh = block(x_bsh, None, at.rope_image, time_be)
+    x_bsh = run_blocks(self.noise_refiner, x_bsh, None, at.rope_image, time_be)
 
     text_bth = self.cap_embedder(text_btc)
     if at.text_pads is not None:
         text_bth = torch.where(at.text_pads[:, :, None], self.cap_pad_token, text_bth)
-    for block in self.context_refiner:
-        text_bth = block(text_bth, at.text_mask, at.rope_text, lengths_b=at.text_lengths)
+    text_bth = run_blocks(self.context_refiner, text_bth, at.text_mask, at.rope_text, lengths_b=at.text_lengths)
 
     x_bsh = torch.cat([x_bsh, text_bth], 1)
-    for i, block in enumerate(self.layers):
+    if controls is None:
+        x_bsh = run_blocks(self.layers, x_bsh, at.mask, at.rope, time_be, at.lengths)
+    for i, block in enumerate(self.layers if controls is not None else ()):
         x_bsh = block(x_bsh, at.mask, at.rope, time_be, lengths_b=at.lengths)
         if controls is not None and i in controls:
             x_bsh = x_bsh + F.pad(controls[i], (0, 0, 0, x_bsh.shape[1] - controls[i].shape[1]))
