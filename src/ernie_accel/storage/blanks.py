@@ -33,9 +33,15 @@ Content = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 @dataclass
 class Blanks:
-    """Blank layers on one device, one of each kind that was asked for."""
+    """Blank layers, one of each kind that was asked for.
+
+    Attributes:
+        device: Where blanks are made: where their scheme can run.
+        place: Where the layers will be.
+    """
 
     device: str
+    place: str
     _made: dict[_Kind, nn.Module] = field(default_factory=dict)
 
     def content(self, receipt: LayerReceipt, bias: torch.dtype | None) -> Content:
@@ -53,7 +59,8 @@ class Blanks:
         plain = [inner for tensor in held for inner in plain_tensors(tensor)]
         is_made_of_them = len(places) == len(live) and places.keys() <= set(map(_place, plain))
         if not is_made_of_them or not all(map(_is_plain, plain)) or _acts_by_itself(blank):
-            return _copied_in(backend, self._make(receipt, saved["bias"].dtype if "bias" in saved else None), saved)
+            bias = saved["bias"].dtype if "bias" in saved else None
+            return _copied_in(backend, self._make(receipt, bias, self.place), saved)
         layer = _twin(blank, held)
         for name, parameter in layer._parameters.items():
             if parameter is not None:
@@ -71,16 +78,16 @@ class Blanks:
     def _blank(self, receipt: LayerReceipt, bias: torch.dtype | None) -> nn.Module:
         kind = (receipt.backend, receipt.scheme, receipt.shape, receipt.dtype, bias)
         if kind not in self._made:
-            self._made[kind] = self._make(receipt, bias)
+            self._made[kind] = self._make(receipt, bias, self.device)
         return self._made[kind]
 
-    def _make(self, receipt: LayerReceipt, bias: torch.dtype | None) -> nn.Module:
+    def _make(self, receipt: LayerReceipt, bias: torch.dtype | None, device: str) -> nn.Module:
         rows, columns = receipt.shape
         dtype = getattr(torch, receipt.dtype)
         linear = nn.Linear(columns, rows, bias=False, device="meta").eval()
-        linear.weight = nn.Parameter(torch.zeros(rows, columns, dtype=dtype, device=self.device), requires_grad=False)
+        linear.weight = nn.Parameter(torch.zeros(rows, columns, dtype=dtype, device=device), requires_grad=False)
         if bias is not None:
-            linear.bias = nn.Parameter(torch.zeros(rows, dtype=bias, device=self.device), requires_grad=False)
+            linear.bias = nn.Parameter(torch.zeros(rows, dtype=bias, device=device), requires_grad=False)
         return BACKENDS[receipt.backend].blank(receipt.scheme, linear)
 
 

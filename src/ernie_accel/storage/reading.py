@@ -135,7 +135,7 @@ def read(
             files.verify(f"{name}/{WEIGHTS}")
             with reading(source, f"{name}/{WEIGHTS}"):
                 weights = SavedWeights(source, name, manifest.components[name].aliases, receipts[name])
-                weights.fill(getattr(pipe, name), device)
+                weights.fill(getattr(pipe, name), device, machine.torch_device)
     if device is not None:
         pipe.to(device)
     quantized = [name for name, of in receipts.items() if of]

@@ -28,12 +28,13 @@ class SavedWeights:
     aliases: Mapping[str, str]
     receipts: Mapping[str, LayerReceipt]
 
-    def fill(self, module: torch.nn.Module, device: str | None) -> None:
+    def fill(self, module: torch.nn.Module, device: str | None, runs_on: str) -> None:
         """Put the saved bits into an empty model in place, quantized layers included.
 
         Args:
             module: The model.
             device: Where to; None for tensors that are mapped from the file.
+            runs_on: Where the model will run, in the end.
 
         Raises:
             SavedPipelineError: File and model do not have the same tensors.
@@ -42,7 +43,7 @@ class SavedWeights:
 
         from ernie_accel.storage.blanks import Blanks
 
-        blanks = Blanks(device or "cpu")
+        blanks = Blanks(device or runs_on, device or "cpu")
         within = tuple(f"{path}." for path in self.receipts)
         try:
             with safe_open(self.folder / self.name / WEIGHTS, framework="pt") as file:
