@@ -104,12 +104,22 @@ def test_it_compiles_to_one_graph_for_all_prompt_lengths_but_the_precise_first_b
     assert len(graphs) == 2
 
 
-def test_a_lora_is_refused_with_the_way_out() -> None:
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_a_lora_is_refused_with_the_way_out_and_nothing_is_changed(precision: Any) -> None:
     from peft import LoraConfig
 
-    pipe = fused(tiny_ernie(dtype=torch.bfloat16))
-    with pytest.raises(ernie_accel.ErnieAccelError, match=r"Cannot load a LoRA: .*restore"):
-        pipe.transformer.add_adapter(LoraConfig(target_modules=["to_q"]))
+    pipe = tiny_ernie(dtype=torch.bfloat16)
+    ernie_accel.optimize(pipe, ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels(precision), context=H200)
+    before, name = snapshot(pipe), "transformer.layers.1.self_attention.to_q"
+    loaded = {f"{name}.lora_A.weight": torch.ones(4, 128), f"{name}.lora_B.weight": torch.ones(128, 4)}
+    for load in (
+        lambda: pipe.transformer.add_adapter(LoraConfig(target_modules=["to_q"])),
+        lambda: pipe.load_lora_weights(dict(loaded), adapter_name="a"),
+    ):
+        with pytest.raises(ernie_accel.ErnieAccelError, match=r"Cannot load a LoRA: .*restore"):
+            load()
+    assert differences(before, snapshot(pipe)) == []
+    ernie_accel.restore(pipe).load_lora_weights(loaded, adapter_name="a")
 
 
 def test_what_is_missing_is_said() -> None:

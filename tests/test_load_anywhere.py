@@ -422,3 +422,18 @@ def test_a_model_in_the_hubs_cache_is_planned_without_its_weights(plain, monkeyp
         file.unlink()
     monkeypatch.setattr(skeleton, "cached", lambda model: plain)
     assert is_skeleton(_to_plan("somebody/something", "auto", Context.named("h100")))
+
+
+def test_asking_a_loaded_pipe_for_what_it_is_loaded_with_changes_nothing(plain):
+    request = (CastDtype("bfloat16"), Quantize("int8-weight-only"))
+    loaded = ernie_accel.load(plain, *request, device="cpu")
+    layer, before = loaded.transformer.layers[1].mlp.up_proj, ernie_accel.report(loaded)
+    assert not before.entries[1].step.transform.keep_originals
+    the_plan = ernie_accel.plan(loaded, *request)
+    assert the_plan.ok
+    assert the_plan.undoes == ()
+    ernie_accel.optimize(loaded, *request)
+    assert loaded.transformer.layers[1].mlp.up_proj is layer
+    with pytest.raises(ernie_accel.RestoreError, match="Load the pipeline again"):
+        ernie_accel.optimize(loaded, CastDtype("bfloat16"), Quantize("fp8-weight-only"))
+    assert loaded.transformer.layers[1].mlp.up_proj is layer

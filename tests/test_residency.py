@@ -117,6 +117,11 @@ def test_a_graph_of_your_own_cannot_have_weights_that_come_and_go(movers, monkey
         picture(pipe)
 
 
+def loras(value: float) -> dict[str, torch.Tensor]:
+    name = "transformer.layers.2.self_attention.to_q.lora"
+    return {f"{name}_A.weight": torch.full((4, 64), value), f"{name}_B.weight": torch.full((64, 4), value)}
+
+
 @pytest.fixture
 def movers(monkeypatch: pytest.MonkeyPatch) -> list[LateMover]:
     made: list[LateMover] = []
@@ -275,6 +280,9 @@ def test_graphs_are_not_used_where_blocks_are_streamed_and_are_where_all_fit(mov
         lambda pipe: pipe.transformer.to(1),
         lambda pipe: pipe.transformer.compile(),
         lambda pipe: pipe.transformer.compile_repeated_blocks(),
+        lambda pipe: pipe.transformer.layers[2].compile(),
+        lambda pipe: pipe.transformer.load_lora_adapter({}, prefix="transformer", hotswap=True),
+        lambda pipe: pipe.load_lora_weights(loras(2.0), adapter_name="a", hotswap=True),
         lambda pipe: pipe.enable_model_cpu_offload(device="cuda"),
         lambda pipe: pipe.enable_sequential_cpu_offload(device="cuda"),
         lambda pipe: copy.deepcopy(pipe),

@@ -11,6 +11,7 @@ import torch
 
 import ernie_accel
 from ernie_accel import (
+    CacheSteps,
     CaptureGraphs,
     Context,
     ElideMask,
@@ -89,6 +90,12 @@ def test_what_only_the_familys_transformer_can_have_says_that_the_other_stays():
         assert not any(change.startswith("transformer_2") for change in preview.changes)
     one = ernie_accel.plan(pipelines.tiny_ernie(dtype=torch.bfloat16), *request, context=H100)
     assert "stays as it is" not in str(one)
+
+
+def test_the_plan_says_which_denoiser_caches_no_steps():
+    said = "transformer_2 computes all of its steps"
+    assert said in str(ernie_accel.plan(tiny_pair(), CacheSteps()))
+    assert said not in str(ernie_accel.plan(pipelines.tiny_ernie(), CacheSteps()))
 
 
 def test_the_second_one_is_not_touched():

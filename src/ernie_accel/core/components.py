@@ -131,8 +131,17 @@ def staying_denoisers_note(pipe: Pipeline, components: Iterable[str]) -> str:
 
 def other_denoisers_note(pipe: Pipeline) -> str:
     """Return that denoisers beside "transformer" stay as they are, for the note of a plan; "" where there are none."""
+    return _beside_transformer(pipe, "stays as it is: a family's own blocks are those of its transformer")
+
+
+def uncached_denoisers_note(pipe: Pipeline) -> str:
+    """Return that denoisers beside "transformer" compute all of their steps, for the note of a plan."""
+    return _beside_transformer(pipe, "computes all of its steps: those of the transformer alone are cached")
+
+
+def _beside_transformer(pipe: Pipeline, says: str) -> str:
     left = [name for name in denoisers_of(pipe) if name != "transformer"]
-    return f"{' and '.join(left)} stays as it is: a family's own blocks are those of its transformer" if left else ""
+    return f"{' and '.join(left)} {says}" if left else ""
 
 
 def emptied_components(pipe: Pipeline, names: Iterable[str] | None) -> list[str]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ernie_accel.core.components import Pipeline, modules_of
 from ernie_accel.core.errors import ErnieAccelError
-from ernie_accel.core.stand_in import Bound
+from ernie_accel.core.stand_in import Bound, StandInMethod
 from ernie_accel.core.undo import Undo
 
 #: Methods of a component that write to its weights, or read them all.
@@ -50,6 +50,30 @@ def refuse_moves(pipe: Pipeline, modules: Iterable[nn.Module], device: torch.dev
             if callable(getattr(module, name, None)):
                 undo.setattr(module, name, Bound(partial(_refuse_to_compile, name), module))
         undo.setattr(module, "cuda", Bound(partial(_to, str(device)), module))
+        if callable(getattr(module, "load_lora_adapter", None)):
+            undo.setattr(module, "load_lora_adapter", _LoadLora(module, "load_lora_adapter"))
+
+
+def refuse_to_compile(blocks: Iterable[nn.Module], undo: Undo) -> None:
+    """Make blocks that wait for their weights refuse ``block.compile()``, which would take that wait's place."""
+    for block in blocks:
+        undo.setattr(block, "compile", Bound(partial(_refuse_to_compile, "compile"), block))
+
+
+class _LoadLora(StandInMethod):
+    """`load_lora_adapter`, but for one that writes into another's weights: where these wait on the host, it is lost."""
+
+    def __call__(
+        self, weights: object, prefix: str | None = "transformer", hotswap: bool = False, **kwargs: Any
+    ) -> Any:
+        """Load a LoRA beside those that are there.
+
+        Raises:
+            ErnieAccelError: It is to be swapped in the place of another one (``hotswap=True``).
+        """
+        if hotswap:
+            raise _refusal(self.owner, "load_lora_adapter(hotswap=True)")
+        return self.call_below(weights, prefix=prefix, hotswap=False, **kwargs)
 
 
 def _to(device: str, self: Any, *args: object, **kwargs: object) -> object:

@@ -20,7 +20,7 @@ from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
-from ernie_accel.residency.guard import refuse_moves
+from ernie_accel.residency.guard import refuse_moves, refuse_to_compile
 from ernie_accel.residency.keeper import Keeper
 from ernie_accel.residency.layout import Layout, lay_out, least_bytes
 from ernie_accel.residency.movers import MOVERS
@@ -118,6 +118,8 @@ class Residency(Transform):
                     part.to("cpu")  # no plan has room for it
             Keeper(moving, layout, mover).take(undo)
             refuse_moves(pipe, [component.module for component in moving], device, undo)
+            for component in moving:
+                refuse_to_compile(component.blocks.values() if component.streams else (), undo)
         changes = tuple(_describe(layout)) or (f"all weights stay on {device.type}",)
         return Applied(changes, undo=undo, note=f"{human_bytes(layout.nbytes)} of weights on the device at a time")
 

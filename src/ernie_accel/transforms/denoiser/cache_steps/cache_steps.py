@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ernie_accel.core.captured import Fingerprint
-from ernie_accel.core.components import DENOISERS, Pipeline
+from ernie_accel.core.components import DENOISERS, Pipeline, uncached_denoisers_note
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.stand_in import StandInForward, shadow, standing_in
@@ -159,7 +159,7 @@ class CacheSteps(Transform):
 
     def _note(self, pipe: Pipeline, context: Context) -> str:
         steps = context.planned(pipe).num_inference_steps
-        note = BACKENDS[self.backend].note(self, steps)
+        note = "; ".join(filter(None, (BACKENDS[self.backend].note(self, steps), uncached_denoisers_note(pipe))))
         if "strength" in inspect.signature(type(pipe).__call__).parameters:
             return f"{note}; calls that run fewer than {LEAST_STEPS} steps, at a strength below 1 too, compute all"
         return note if steps is None else f"{note}; calls of fewer than {LEAST_STEPS} steps compute all"
