@@ -85,6 +85,12 @@ def switch(transformer: Any) -> None:
     transformer.set_adapters(["b"])
 
 
+def hot_swap(transformer: Any) -> None:
+    loras = {name: tensor for name, tensor in transformer.state_dict().items() if ".lora_" in name}
+    other = {f"transformer.{name.replace('.a.', '.')}": tensor * 2 for name, tensor in loras.items()}
+    transformer.load_lora_adapter(other, prefix="transformer", adapter_name="a", hotswap=True)
+
+
 def scale_in_place(transformer: Any) -> None:
     with torch.no_grad():
         transformer.layers[0].adaLN_sa_ln.weight.mul_(3.0)
@@ -109,6 +115,7 @@ def load_assigned(transformer: Any) -> None:
 CHANGES = {
     "scaled": set_scale,
     "switched": switch,
+    "swapped in place": hot_swap,
     "disabled": lambda transformer: transformer.disable_lora(),
     "fused": lambda transformer: transformer.fuse_lora(lora_scale=0.5),
     "unloaded": lambda transformer: transformer.unload_lora(),

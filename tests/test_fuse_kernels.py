@@ -19,6 +19,7 @@ from ernie_accel.core.undo import Undo
 from ernie_accel.kernels import cudnn_attention, ops
 from ernie_accel.models.ernie_image import kernels
 from ernie_accel.models.ernie_image.blocks import RewrittenAttention
+from tests.examples import differences, snapshot
 from tests.pipelines import picture, tiny_ernie, tiny_flux
 
 H200 = ernie_accel.Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6"})

@@ -330,3 +330,20 @@ def test_it_takes_the_place_of_compile_vae() -> None:
     assert FuseVae().preview(pipe, GPU).note == "the decoder is compiled already"
     pipe.vae = None
     assert FuseVae().unsupported(pipe, GPU) == ["ErnieImagePipeline has no vae.decoder"]
+
+
+def test_a_lora_on_a_pipe_with_a_fused_decoder_draws_as_it_does_without() -> None:
+    name = "transformer.layers.1.self_attention.to_q"
+    drawn = []
+    for fuse in (False, True):
+        pipe = tiny_ernie()
+        if fuse:
+            fused(pipe)
+        loaded = {f"{name}.lora_A.weight": torch.ones(4, 128) * 0.1, f"{name}.lora_B.weight": torch.ones(128, 4)}
+        plain = picture(pipe, output_type="latent")
+        pipe.load_lora_weights(loaded, adapter_name="a")
+        drawn.append(picture(pipe, output_type="latent"))
+        assert not torch.equal(drawn[-1], plain)
+    assert torch.equal(*drawn)
+    ernie_accel.restore(pipe)
+    assert torch.equal(picture(pipe, output_type="latent"), drawn[0])

@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from ernie_accel.common.atomic import write_atomically
 from tests.lifecycle.actions import ACTIONS
 from tests.lifecycle.cells import FAULT, Cell, cell, is_known, not_applicable
 from tests.lifecycle.page import PAGE, kept_text, page
@@ -56,7 +57,7 @@ def main() -> int:
                 if FAULT in (each.verdict, each.restored) and not is_known(each):
                     print(f"FAULT {each}", flush=True)
             if options.keep is not None:
-                options.keep.write_text(json.dumps([dataclasses.asdict(each) for each in done]))
+                write_atomically(options.keep, json.dumps([dataclasses.asdict(each) for each in done]).encode())
     faults = sum(FAULT in (each.verdict, each.restored) and not is_known(each) for each in done)
     print(f"{len(done)} cells, {faults} faults that are not known, {time.perf_counter() - start:.0f} s")
     if faults or options.rows:
