@@ -112,6 +112,7 @@ def _run_job(job: Job) -> int:
         defaults=job.defaults(),
         skipped=skipped if job.skip_bad else None,
         image_root=job.image_root,
+        lora_root=job.lora_root,
     )
     for line, problem in skipped:
         typer.echo(f"{job.input_file}:{line}: left out: {problem}", err=True)

@@ -67,6 +67,35 @@ class PictureFile:
         return read_picture(io.BytesIO(data), self.name)
 
 
+@dataclass(frozen=True)
+class AdapterFile:
+    """A LoRA in a safetensors file that a row names, as it was when the row was checked.
+
+    Attributes:
+        name: As the row has it.
+        path: Where it is.
+        digest: SHA-256 of the file, hexadecimal.
+    """
+
+    name: str
+    path: str
+    digest: str
+
+    def read(self) -> bytes:
+        """Return what the file holds.
+
+        Raises:
+            ValueError: It is not there any more, or holds something else by now.
+        """
+        try:
+            data = Path(self.path).read_bytes()
+        except OSError as error:
+            raise ValueError(f"it cannot be read any more ({error.strerror or error})") from error
+        if hashlib.sha256(data).hexdigest() != self.digest:
+            raise ValueError("it was changed after the table was checked; run again")
+        return data
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One picture, as an engine is asked for it. What is None is left to the model's own defaults.
@@ -82,6 +111,8 @@ class Request:
         image: What to begin at; None: noise alone.
         mask: What of it is drawn anew; None: all of it.
         strength: How far to go from it, 0 to 1.
+        lora: The adapter to draw with; None: none.
+        lora_scale: How strongly; None: 1.
     """
 
     prompt: str
@@ -94,6 +125,8 @@ class Request:
     image: PictureFile | None = None
     mask: PictureFile | None = None
     strength: float | None = None
+    lora: AdapterFile | None = None
+    lora_scale: float | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Return what is given, prompt included, by the names that diffusers pipelines use."""
@@ -109,7 +142,15 @@ class Request:
 
     def shape(self) -> Hashable:
         """Return what must be equal for two requests to go through a pipeline in one call."""
-        drawn = (self.width, self.height, self.steps, self.guidance_scale, self.negative_prompt is None)
+        drawn: tuple[object, ...] = (
+            self.width,
+            self.height,
+            self.steps,
+            self.guidance_scale,
+            self.negative_prompt is None,
+        )
+        if self.lora is not None:
+            drawn = (*drawn, self.lora.digest, self.lora_scale)
         if self.image is None:
             return drawn
         # Pictures go together if they have one size, before and after they are resized.
@@ -129,6 +170,7 @@ class Engine(ABC):
         prepares_aside: Whether `prepare` returns at once and `bucket` waits for what it began, so that the next rows
             are best handed to it before those at hand are rendered.
         edits: Whether it draws from pictures; rows that name one are refused otherwise.
+        adapts: Whether it draws with LoRAs; rows that name one are refused otherwise.
         default_size: Width and height in pixels for rows that leave theirs open; None: what renders has its own.
     """
 
@@ -138,6 +180,7 @@ class Engine(ABC):
     in_rounds: bool = False
     prepares_aside: bool = False
     edits: bool = False
+    adapts: bool = False
     default_size: tuple[int | None, int | None] = (None, None)
 
     @abstractmethod

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar, cast
 
 from PIL import Image
 
+from ernie_accel.batch.engines.adapters import AdapterError, Adapters, adapter_problem
 from ernie_accel.batch.engines.base import (
     ROUND,
     BatchTimeoutError,
@@ -64,12 +65,14 @@ class CallSignature:
         parameters: The names of the call's arguments.
         takes_any: Whether it takes any keyword.
         edit_problem: Why it cannot draw from pictures; None if it can.
+        lora_problem: Why it cannot draw with LoRAs; None if it can.
     """
 
     name: str
     parameters: tuple[str, ...]
     takes_any: bool
     edit_problem: str | None = None
+    lora_problem: str | None = None
 
     @classmethod
     def of(cls, pipe: Pipe) -> CallSignature:
@@ -78,18 +81,23 @@ class CallSignature:
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         name = type(pipe).__name__
         problem: str | None = f"{name} is no diffusers pipeline"
+        lora_problem = problem
         if isinstance(getattr(pipe, "components", None), Mapping):
             from ernie_accel.editing.edit import refusal  # here, because it loads torch
 
-            problem = refusal(cast("Loadable", pipe))
-        return cls(name, tuple(parameters), takes_any, problem)
+            problem, lora_problem = refusal(cast("Loadable", pipe)), adapter_problem(pipe)
+        return cls(name, tuple(parameters), takes_any, problem, lora_problem)
 
     def problems(self, requests: Sequence[tuple[int, Request]]) -> list[Problem]:
         """Return what the requests, each with its input line, ask for that the call has no argument for."""
-        if self.edit_problem is not None:
-            edits = [line for line, request in requests if request.image is not None]
-            if edits:
-                return [(line, f"names a picture to begin at, and {self.edit_problem}") for line in edits]
+        unable: list[Problem] = []
+        for line, request in requests:
+            if self.edit_problem is not None and request.image is not None:
+                unable.append((line, f"names a picture to begin at, and {self.edit_problem}"))
+            if self.lora_problem is not None and request.lora is not None:
+                unable.append((line, f"names a LoRA, and {self.lora_problem}"))
+        if unable:
+            return unable
         if self.takes_any:
             return []
         takes = f"it takes: {', '.join(self.parameters)}"
@@ -114,7 +122,7 @@ class LocalEngine(Engine):
     the same pipe take turns, a call each: a pipe's scheduler holds the state of one.
     """
 
-    edits = True
+    edits = adapts = True
 
     def __init__(
         self, pipe: Pipe, *, max_batch: int | None = None, free_encoders: bool = False, grace_s: float = 10.0
@@ -132,6 +140,7 @@ class LocalEngine(Engine):
         self._grace_s = grace_s
         self.signature = CallSignature.of(pipe)
         self._turn = _Turn.of(pipe)
+        self._adapters = Adapters(pipe)
         is_pipeline = isinstance(getattr(pipe, "components", None), Mapping)
         if is_pipeline:
             from ernie_accel.core.outputs import require_pictures
@@ -204,9 +213,10 @@ class LocalEngine(Engine):
         return {"pipeline": type(self._pipe).__name__}
 
     def close(self) -> None:
-        """Put text encoder and prompt enhancer back where they were."""
-        if self._prompts is not None:
-            with nullcontext() if self._turn.lost else self._turn:  # after a hang nobody else can use the pipe, either
+        """Put text encoder and prompt enhancer back where they were, and remove the rows' LoRAs."""
+        with nullcontext() if self._turn.lost else self._turn:  # after a hang nobody else can use the pipe, either
+            self._adapters.close()
+            if self._prompts is not None:
                 self._prompts.close()
 
     def _within(self, timeout_s: float | None, what: str, work: Callable[[threading.Event | None], _T]) -> _T:
@@ -260,6 +270,10 @@ class LocalEngine(Engine):
             arguments["callback_on_step_end"] = _stop_when(expired)
         generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
         generator = generators[0] if len(requests) == 1 else generators
+        try:
+            self._adapters.use(requests[0].lora, requests[0].lora_scale)
+        except AdapterError as error:
+            return [error for _ in requests]
         if requests[0].image is not None:
             return self._edit(requests, arguments | {"generator": generator})
         if (latents := latents_for(cast("CallablePipeline", self._pipe), requests)) is not None:

@@ -42,7 +42,7 @@ class ProcessEngine(Engine):
     has as many of torch's threads as this process: sums are split among them, so that their number shows in last bits.
     """
 
-    edits = True
+    edits = adapts = True
 
     def __init__(
         self,

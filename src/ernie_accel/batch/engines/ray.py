@@ -61,7 +61,7 @@ class RayEngine(Engine):
     lost with an actor or its machine is encoded again with its batch.
     """
 
-    edits = True
+    edits = adapts = True
 
     prepares_aside = True
 

@@ -7,6 +7,6 @@ formats    CSV, JSON, JSON lines and Parquet, made into records
 given      prompts, dicts and data frames of a Python program
 table      records, made into rows; `check` looks at each, `near_miss` at names of columns, `newbie` at prompts
 naming     names of pictures and folders, safe on every system
-pictures   pictures that rows name, below one folder
+pictures   pictures and LoRAs that rows name, below one folder
 row        one picture to make; `task` ties it to what an engine is asked for
 """

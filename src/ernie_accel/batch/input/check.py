@@ -7,15 +7,16 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ernie_accel.batch.engines.base import PictureFile
+from ernie_accel.batch.engines.base import AdapterFile, PictureFile
 from ernie_accel.batch.errors import shown
 from ernie_accel.batch.input.gate import text_problem
 from ernie_accel.batch.input.naming import TakenNames, fill_pattern, folder_problem, name_problem
 from ernie_accel.batch.input.newbie import structure_problems
-from ernie_accel.batch.input.pictures import PictureFolder
+from ernie_accel.batch.input.pictures import AdapterFolder, PictureFolder
 from ernie_accel.batch.input.row import (
     DEFAULTS,
     MAX_GUIDANCE,
+    MAX_LORA_SCALE,
     MAX_SEED,
     MAX_SIDE,
     MAX_STEPS,
@@ -37,6 +38,7 @@ class RowCheck:
         size_multiple: Width and height must be divisible by this, in pixels.
         defaults: Settings for rows that leave them open, by column.
         pictures: Where rows' pictures are; None: in the working folder.
+        adapters: Where their LoRAs are; likewise.
         own: Columns that are not settings, although they are named like one.
     """
 
@@ -46,6 +48,7 @@ class RowCheck:
     size_multiple: int = 16
     defaults: Mapping[str, float] = field(default_factory=dict)
     pictures: PictureFolder | None = None
+    adapters: AdapterFolder | None = None
     own: Collection[str] = ()
     _taken: TakenNames = field(default_factory=TakenNames)
 
@@ -62,6 +65,7 @@ class RowCheck:
         settings.messages += structure_problems(prompt or "")
         seed = settings.whole("seed", 0, MAX_SEED, "write digits, e.g. 42, or leave it empty")
         image, mask, strength = self._pictures(settings)
+        lora, lora_scale = self._adapter(settings)
         # A picture has its own size, unless the row itself gives another one.
         width, height = settings.size(self.size_multiple, with_defaults=not settings.text("image"))
         steps = settings.whole("steps", 1, MAX_STEPS, "write digits, e.g. 8, or leave it empty")
@@ -100,6 +104,8 @@ class RowCheck:
                 image=image,
                 mask=mask,
                 strength=strength,
+                lora=lora,
+                lora_scale=lora_scale,
                 variant=variant,
                 folder=folder,
                 columns=columns,
@@ -136,6 +142,20 @@ class RowCheck:
                 f"{image.width}x{image.height}; a mask has the size of its picture"
             )
         return image, mask, strength
+
+    def _adapter(self, settings: Settings) -> tuple[AdapterFile | None, float | None]:
+        """Return the LoRA of a row, and how strong it is."""
+        if self.adapters is None:
+            self.adapters = AdapterFolder(Path())
+        text = settings.text("lora")
+        found = None if text is None else self.adapters.find(text.strip())
+        scale = settings.number("lora_scale", MAX_LORA_SCALE, "write e.g. 0.8, or leave it empty")
+        if isinstance(found, str):
+            settings.messages.append(f"lora {found}")
+            return None, scale
+        if text is None and settings.text("lora_scale") is not None:
+            settings.messages.append("lora_scale has no effect without lora; name the file, or leave it empty")
+        return found, scale
 
     def _names(self, line: int, index: int, columns: Columns, variants: int) -> list[str]:
         """Return a file name per variant; those of several are told apart by a number, counted from 1."""

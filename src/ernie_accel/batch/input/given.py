@@ -30,6 +30,7 @@ def read_rows(
     skipped: list[Problem] | None = None,
     defaults: Mapping[str, float] | None = None,
     image_root: str | Path | None = None,
+    lora_root: str | Path | None = None,
 ) -> list[Row]:
     """Check rows that a Python program holds, all of them, as `read_table` checks those of a file.
 
@@ -44,6 +45,7 @@ def read_rows(
         skipped: A list to which the problems of single rows are added; such rows are left out.
         defaults: Settings for rows that leave them open.
         image_root: The folder below which the columns `image` and `mask` may name pictures; None: the working folder.
+        lora_root: The folder below which the column `lora` may name adapters; None: the working folder.
 
     Returns:
         At least one row per picture, in the given order.
@@ -72,6 +74,7 @@ def read_rows(
         extra_columns=extra_columns,
         skipped=skipped,
         image_root=Path() if image_root is None else Path(image_root),
+        lora_root=Path() if lora_root is None else Path(lora_root),
     )
 
 

@@ -44,6 +44,10 @@ _ALIASES = {
     "input_image": "image",
     "source_image": "image",
     "mask_image": "mask",
+    "lora_path": "lora",
+    "lora_file": "lora",
+    "lora_weight": "lora_scale",
+    "lora_strength": "lora_scale",
     "denoise": "strength",
     "denoising_strength": "strength",
 }

@@ -120,6 +120,12 @@ class Options(BaseModel):
         Field(description="Folder below which the table may name pictures; default: the table's."),
         Names(python=("read_table.image_root", "read_rows.image_root")),
     ] = None
+    lora_root: Annotated[
+        Path | None,
+        BeforeValidator(_resolved),
+        Field(description="Folder below which the table may name LoRAs; default: the table's."),
+        Names(python=("read_table.lora_root", "read_rows.lora_root")),
+    ] = None
     skip_bad: Annotated[bool, Field(description="Leave out rows with mistakes.")] = False
     seed: Annotated[
         int,

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from ernie_accel.batch.engines.base import PictureFile
+from ernie_accel.batch.engines.base import AdapterFile, PictureFile
 from ernie_accel.batch.errors import shown
 from ernie_accel.batch.input.gate import fields_problem
 from ernie_accel.batch.input.naming import folder_problem, name_problem
 
-OF_PICTURES = ("image", "mask", "strength")
+OF_FILES = ("image", "mask", "strength", "lora", "lora_scale")
 """Settings that a table may have as columns of its own, if they are said to be."""
 
 SETTINGS = (
-    "prompt", "negative_prompt", "seed", "width", "height", "steps", "guidance_scale", "variants", *OF_PICTURES
+    "prompt", "negative_prompt", "seed", "width", "height", "steps", "guidance_scale", "variants", *OF_FILES
 )  # fmt: skip
 """The columns that say how a picture is made; every other column is the user's own."""
 
@@ -24,6 +24,7 @@ MAX_SIDE = 8192  # pixels; beyond it a typing mistake is far likelier than a rea
 MAX_STEPS = 1000  # the training timesteps of every supported scheduler
 MAX_GUIDANCE = 100.0
 MAX_VARIANTS = 1000
+MAX_LORA_SCALE = 10.0
 
 DEFAULTS: Mapping[str, tuple[float, float]] = {
     "width": (MIN_SIDE, MAX_SIDE),
@@ -74,6 +75,8 @@ class Row:
         image: What to begin at; None: noise alone.
         mask: What of it is drawn anew; None: all of it.
         strength: How far to go from it, 0 to 1.
+        lora: The adapter to draw with; None: none.
+        lora_scale: How strongly; None: 1.
         variant: 0-based number among the pictures of one input row; its seed is that much larger.
         folder: Name of the sub-folder of the output folder; empty: the output folder itself.
         columns: Every named column of the file, unparsed.
@@ -96,6 +99,8 @@ class Row:
     image: PictureFile | None = None
     mask: PictureFile | None = None
     strength: float | None = None
+    lora: AdapterFile | None = None
+    lora_scale: float | None = None
     variant: int = 0
     folder: str = ""
     columns: Mapping[str, str] = field(default_factory=lambda: Columns({}), hash=False)

@@ -12,8 +12,8 @@ from ernie_accel.batch.input.formats import MAX_ROWS, Records, read_records, sep
 from ernie_accel.batch.input.gate import text_problem
 from ernie_accel.batch.input.naming import default_pattern, pattern_problems, template_problems
 from ernie_accel.batch.input.near_miss import ignored_column
-from ernie_accel.batch.input.pictures import PictureFolder
-from ernie_accel.batch.input.row import OF_PICTURES, SETTINGS, Row
+from ernie_accel.batch.input.pictures import AdapterFolder, PictureFolder
+from ernie_accel.batch.input.row import OF_FILES, SETTINGS, Row
 
 
 def read_table(
@@ -28,6 +28,7 @@ def read_table(
     skipped: list[Problem] | None = None,
     defaults: Mapping[str, float] | None = None,
     image_root: str | Path | None = None,
+    lora_root: str | Path | None = None,
 ) -> list[Row]:
     """Read a table with a `prompt` column, and check all of it.
 
@@ -50,6 +51,7 @@ def read_table(
         defaults: Settings for rows that leave them open: any of `width`, `height` (which go before `default_size`),
             `steps`, `guidance_scale` and `variants`.
         image_root: The folder below which the columns `image` and `mask` may name pictures; None: the table's own.
+        lora_root: The folder below which the column `lora` may name adapters; None: the table's own.
 
     Returns:
         At least one row per picture, in the file's order, with file names that are distinct on every file system.
@@ -71,6 +73,7 @@ def read_table(
         extra_columns=extra_columns,
         skipped=skipped,
         image_root=path.parent if image_root is None else Path(image_root),
+        lora_root=path.parent if lora_root is None else Path(lora_root),
     )
 
 
@@ -86,6 +89,7 @@ def rows_of(
     extra_columns: Collection[str] = (),
     skipped: list[Problem] | None = None,
     image_root: Path | None = None,
+    lora_root: Path | None = None,
 ) -> list[Row]:
     """Check what a table holds, wherever it was read from, and return its rows; the arguments are `read_table`'s.
 
@@ -121,7 +125,8 @@ def rows_of(
         size_multiple=size_multiple,
         defaults=defaults,
         pictures=None if image_root is None else PictureFolder(image_root),
-        own=[name for name in extra_columns if name in OF_PICTURES],
+        adapters=None if lora_root is None else AdapterFolder(lora_root),
+        own=[name for name in extra_columns if name in OF_FILES],
     )
     rows: list[Row] = []
     row_problems = list(records.row_problems)
@@ -166,7 +171,7 @@ def _name_problems(records: Records, has_template: bool, extra: Collection[str])
             theirs = "or, if it is a column of your own, name it in extra_columns (--extra-columns)"
             messages.append(f"column {shown(name)} would be ignored; {fix}, {theirs}")
     for name in dict.fromkeys(extra):
-        if name in SETTINGS and name not in OF_PICTURES:
+        if name in SETTINGS and name not in OF_FILES:
             messages.append(f"extra_columns names {shown(name)}, which is a setting; leave it out there")
         elif name not in header:
             found = listed(each for each in header if each)

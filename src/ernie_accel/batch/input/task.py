@@ -69,10 +69,10 @@ class Task:
     def described(self) -> str:
         """Return the request as JSON, as the ledger keeps it to name what changed."""
         values = {name: value for name, value in vars(self.request).items() if value is not None or name in _ALWAYS}
-        for name in ("image", "mask"):
-            picture = getattr(self.request, name)
-            if picture is not None:
-                values |= {name: picture.name, f"{name}_sha256": picture.digest}
+        for name in ("image", "mask", "lora"):
+            file = getattr(self.request, name)
+            if file is not None:
+                values |= {name: file.name, f"{name}_sha256": file.digest}
         return json.dumps(values, ensure_ascii=False, sort_keys=True)
 
 
@@ -97,6 +97,8 @@ def tasks_of(rows: Iterable[Row], seed: int, default_size: tuple[int | None, int
                 image=row.image,
                 mask=row.mask,
                 strength=row.strength,
+                lora=row.lora,
+                lora_scale=row.lora_scale,
             ),
         )
         for row in rows
@@ -104,14 +106,19 @@ def tasks_of(rows: Iterable[Row], seed: int, default_size: tuple[int | None, int
 
 
 def edit_problems(engine: Engine, tasks: Iterable[Task], *, refines: bool = False) -> list[Problem]:
-    """Return which rows name a picture to begin at, if an engine would not look at it; of second passes likewise."""
+    """Return which rows name a picture or a LoRA that an engine would not look at; of second passes likewise."""
     if refines:
         anything = PictureFile("its own picture", "", "", 16, 16)
         reasons = [reason for _, reason in engine.problems([(0, Request(prompt="", seed=0, image=anything))])]
         if not engine.edits or reasons:
             why = reasons[0] if reasons else f"{type(engine).__name__} does not draw from pictures"
             return [(None, f"refine draws pictures from themselves: {why}; leave it out, or use reroll")]
-    if engine.edits:
-        return []
-    reason = f"names a picture to begin at, and {type(engine).__name__} does not draw from pictures"
-    return [(task.row.line, reason) for task in tasks if task.request.image is not None]
+    found: list[Problem] = []
+    for task in tasks:
+        for able, wanted, what in (
+            (engine.edits, task.request.image, "names a picture to begin at, and {} does not draw from pictures"),
+            (engine.adapts, task.request.lora, "names a LoRA, and {} does not draw with LoRAs"),
+        ):
+            if wanted is not None and not able:
+                found.append((task.row.line, what.format(type(engine).__name__)))
+    return found

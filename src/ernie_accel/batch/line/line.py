@@ -135,11 +135,15 @@ class Line:
         self._fatal: Exception | None = None
 
     def add(self, tasks: Iterable[Task]) -> None:
-        """Queue rows; those alike come together, otherwise they keep their order."""
+        """Queue rows; those alike come together, and those of one LoRA; otherwise they keep their order."""
         shapes: dict[Hashable, list[Task]] = {}
         for task in tasks:
             shapes.setdefault(task.request.shape(), []).append(task)
+        by_adapter: dict[str | None, list[Task]] = {}
         for group in shapes.values():
+            lora = group[0].request.lora
+            by_adapter.setdefault(None if lora is None else lora.digest, []).extend(group)
+        for group in by_adapter.values():
             self._unprepared.extend(group)
 
     @property

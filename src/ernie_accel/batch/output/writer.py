@@ -209,6 +209,9 @@ def texts_of(request: Request, picture: Image.Image, facts: Mapping[str, str]) -
         files = {"image": request.image, "mask": request.mask}
         settings |= {f"{name}_sha256": file.digest for name, file in files.items() if file is not None}
         settings |= {} if request.strength is None else {"strength": request.strength}
+    if request.lora is not None:
+        scale = 1.0 if request.lora_scale is None else request.lora_scale
+        settings |= {"lora_sha256": request.lora.digest, "lora_scale": scale}
     settings |= {"width": picture.width, "height": picture.height}
     texts = {"prompt": request.prompt, "seed": str(request.seed), "settings": json.dumps(settings, sort_keys=True)}
     if request.negative_prompt is not None:

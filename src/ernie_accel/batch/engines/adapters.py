@@ -1,0 +1,90 @@
+"""Switch a pipeline between the LoRAs that rows name; each is read once, and the last few stay loaded."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from ernie_accel.batch.engines.base import AdapterFile, is_out_of_memory
+from ernie_accel.core.errors import ErnieAccelError
+
+KEPT = 8
+"""Adapters that stay loaded."""
+
+
+class AdapterError(ErnieAccelError):
+    """A LoRA that cannot be used with this pipeline."""
+
+
+class Adapters:
+    """The LoRAs of one pipe that belong to a batch, and which of them is at work."""
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = pipe
+        self._loaded: OrderedDict[str, str] = OrderedDict()  # digest -> name of the adapter
+        self._active: tuple[str, float] | None = None
+
+    def use(self, lora: AdapterFile | None, scale: float | None) -> None:
+        """Let the pipe draw with a LoRA, or with none; nothing happens if it does already.
+
+        Raises:
+            AdapterError: It cannot be read any more, has changed, or does not fit the pipe.
+        """
+        wanted = None if lora is None else (lora.digest, 1.0 if scale is None else scale)
+        if wanted == self._active:
+            return
+        if lora is None or wanted is None:
+            self._active = None
+            self._pipe.disable_lora()
+            return
+        self._active = None
+        if lora.digest not in self._loaded:
+            self._load(lora)
+        self._loaded.move_to_end(lora.digest)
+        self._pipe.set_adapters([self._loaded[lora.digest]], [wanted[1]])
+        self._pipe.enable_lora()
+        self._active = wanted
+
+    def close(self) -> None:
+        """Remove the LoRAs; the pipe is as it was."""
+        if self._loaded:
+            self._loaded.clear()
+            self._active = None
+            self._pipe.unload_lora_weights()
+
+    def _load(self, lora: AdapterFile) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        name = f"batch_{lora.digest[:16]}"
+        try:
+            weights = load(lora.read())
+            self._pipe.load_lora_weights(weights, adapter_name=name)
+        except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+            self._remove(name)
+            if is_out_of_memory(error):
+                raise  # for the batch to try again, smaller
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise AdapterError(f"{lora.name} does not fit {type(self._pipe).__name__}: {reason}") from error
+        if not self._has(name):
+            raise AdapterError(f"{lora.name} does not fit {type(self._pipe).__name__}: none of its layers is there")
+        self._loaded[lora.digest] = name
+        while len(self._loaded) > KEPT:
+            self._remove(self._loaded.popitem(last=False)[1])
+
+    def _has(self, name: str) -> bool:
+        return any(name in names for names in self._pipe.get_list_adapters().values())
+
+    def _remove(self, name: str) -> None:
+        if self._has(name):
+            self._pipe.delete_adapters(name)
+
+
+def adapter_problem(pipe: Any) -> str | None:
+    """Return why rows cannot name LoRAs for a pipe; None if they can."""
+    name = type(pipe).__name__
+    if not hasattr(pipe, "load_lora_weights") or not hasattr(pipe, "disable_lora"):
+        return f"{name} loads no LoRAs"
+    if any(pipe.get_list_adapters().values()):
+        return f"{name} has adapters of its own: call its unload_lora_weights() first, or fuse them"
+    return None
