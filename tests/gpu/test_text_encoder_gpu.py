@@ -157,3 +157,43 @@ def test_after_a_warm_up_no_prompt_is_captured(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: pytest.fail("captured after the warm-up"))
     for prompt in ("a red circle", "two blue squares"):
         pipe(prompt, height=64, width=64, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+
+
+def other_model(kind: str, dtype: torch.dtype) -> Any:
+    """Return a text encoder of Z-Image, Lumina 2 or NewBie-image, with windows shorter than the texts."""
+    import transformers
+
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        **({} if kind == "Qwen3" else {"sliding_window": 16}),
+    }
+    config = getattr(transformers, f"{kind}TextConfig" if kind == "Gemma3" else f"{kind}Config")(**sizes)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}TextModel" if kind == "Gemma3" else f"{kind}Model")(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model.to("cuda", dtype).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", ["Qwen3", "Gemma2", "Gemma3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_other_architectures_replay_padded_batches_as_stock_encodes_them(kind: str, dtype: torch.dtype) -> None:
+    model = other_model(kind, dtype)
+    forward = rewritten(model)
+    lengths = torch.tensor([[30], [7], [19]], device="cuda")
+    mask = torch.arange(48, device="cuda") < lengths
+    for seed in range(4):
+        given = {"input_ids": ids(3, 48, seed=seed), "attention_mask": mask, "output_hidden_states": True}
+        stock, mine = model(**given).hidden_states, forward(**given).hidden_states
+        limit = 1e-5 if dtype is torch.float32 else ROUNDING_REL["bfloat16"]
+        assert error([state[mask] for state in mine], [state[mask] for state in stock]) < limit
+        assert all(state[~mask].abs().max() == 0 for state in mine)
+        assert graphs(forward) == (seed > 0)
