@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 from types import SimpleNamespace
@@ -17,6 +18,9 @@ from torch.utils import cpp_extension
 import ernie_accel
 from ernie_accel.core.outputs import images_of
 from tests.pipelines import tiny_ernie, tiny_flux
+
+#: Looked for as often as Python does by default, garbage takes a tenth of all time: these packages import a lot.
+gc.set_threshold(20_000, 20, 50)
 
 
 @pytest.fixture(autouse=True)

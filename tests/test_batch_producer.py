@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
-from ernie_accel.batch import BatchInputError, BatchOutputError, Producer, aproduce
+from ernie_accel.batch import BatchInputError, BatchOutputError, Producer, aproduce, produce
 from ernie_accel.batch.engines import EngineLostError, LocalEngine
 from ernie_accel.core.errors import ErnieAccelError
 from tests.full_disk import disk_full_when
@@ -166,3 +169,80 @@ def test_cancelling_aproduce_finishes_the_batch_and_stops(tmp_path):
     asyncio.run(main())
     made = len(list(tmp_path.glob("*.png")))
     assert 0 < made == len(engine.batches) < 200
+
+
+@pytest.fixture
+def closed(monkeypatch):
+    """Return the list of engines that are closed."""
+    found = []
+    for cls in (LocalEngine, StubEngine):
+        close = cls.close
+        monkeypatch.setattr(cls, "close", lambda self, close=close: (found.append(self), close(self))[1])
+    return found
+
+
+def test_an_engine_is_closed_by_whoever_made_it(tmp_path, closed):
+    engine, (row,) = StubEngine(), make_rows(1)
+    with Producer(engine, tmp_path / "given") as producer:
+        producer.submit(row)
+    assert len(list(produce(engine, [row], tmp_path / "given too", progress=False))) == 1
+    assert closed == []
+    with Producer(StepPipe(), tmp_path / "own") as producer:
+        producer.submit(row)
+    assert [type(each) for each in closed] == [LocalEngine]
+    assert len(list(produce(StepPipe(), [row], tmp_path / "own too", progress=False))) == 1
+    assert [type(each) for each in closed] == [LocalEngine] * 2
+
+
+def test_a_row_that_is_cancelled_before_its_turn_is_not_made_and_its_name_is_free(tmp_path):
+    hold, begun = threading.Event(), threading.Event()
+    engine = StubEngine(lambda requests, call: (begun.set(), hold.wait(30)))
+    with Producer(engine, tmp_path, batch_size=1) as producer:
+        first, second = make_rows(2)
+        made = producer.submit(first)
+        assert begun.wait(30)
+        dropped = producer.submit(second)
+        assert dropped.cancel()
+        hold.set()
+        assert made.result(30).error is None
+        while producer._futures:
+            time.sleep(0.001)
+        assert producer.submit(second).result(30).error is None
+    assert dropped.cancelled()
+    assert producer.snapshot().total == len(engine.batches) == 2
+
+
+def test_rows_that_give_no_seed_get_those_of_the_producer(tmp_path):
+    engine = StubEngine()
+    with Producer(engine, tmp_path, seed=100) as producer:
+        for row in make_rows(3):
+            producer.submit(row)
+    assert sorted(request.seed for batch in engine.batches for request in batch) == [100, 101, 102]
+
+
+def test_what_a_closed_producer_still_holds_is_answered(tmp_path):
+    """A picture is rendered while `close` waits; what came before it is made, and nothing is left open."""
+    engine = StubEngine(seconds=0.01)
+    producer = Producer(engine, tmp_path)
+    futures = [producer.submit(row) for row in make_rows(12)]
+    producer.close()
+    producer.close()
+    assert [future.done() and future.result().error for future in futures] == [None] * 12
+
+
+def test_a_metrics_server_shows_a_producer(tmp_path):
+    shown = []
+    with Producer(StubEngine(), tmp_path, metrics=SimpleNamespace(show=shown.append)) as producer:
+        producer.submit(make_rows(1)[0]).result(30)
+    (snapshot,) = shown
+    assert snapshot().done == 1
+
+
+def test_pictures_of_a_producer_say_which_engine_made_them(tmp_path):
+    with Producer(StubEngine(), tmp_path, facts={"preset": "turbo-fp8", "pipeline": "of a caller"}) as producer:
+        path = producer.submit(make_rows(1)[0]).result(30).path
+    with Image.open(path) as picture:
+        settings = " ".join(map(str, picture.info.values()))
+    assert "turbo-fp8" in settings
+    assert "StubEngine" in settings
+    assert "of a caller" not in settings

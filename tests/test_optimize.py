@@ -14,7 +14,18 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import CallDefaults, CastDtype, Compile, MakeContiguous, Quantize, SliceVae, SwapScheduler, TileVae
+from ernie_accel import (
+    CallDefaults,
+    CastDtype,
+    Compile,
+    ElideMask,
+    ExpandAttentionMask,
+    MakeContiguous,
+    Quantize,
+    SliceVae,
+    SwapScheduler,
+    TileVae,
+)
 from tests.examples import differences, make_awkward, snapshot
 from tests.pipelines import picture
 
@@ -492,3 +503,18 @@ def test_offloaded_weights_and_casting_hooks_are_refused_before_they_break(ernie
     assert "text_encoder is offloaded" in str(ernie_accel.plan(ernie, CastDtype("bf16")))
     flux.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     assert "layerwise casting" in str(ernie_accel.plan(flux, CastDtype("bf16")))
+
+
+def test_a_plan_names_what_it_would_undo_and_nothing_that_was_left_out(ernie):
+    ernie_accel.optimize(ernie, Quantize("nvfp4"), SwapScheduler("unipc"), SliceVae(), on_unsupported="skip")
+    assert ernie_accel.plan(ernie, TileVae()).undoes == (SwapScheduler("unipc"), SliceVae())
+
+
+def test_what_a_later_transform_covers_is_still_in_place_and_what_a_script_took_back_is_not(ernie):
+    wanted = ElideMask(), ExpandAttentionMask(), SliceVae()  # the second covers what the first put there
+    first = ernie_accel.report(ernie_accel.optimize(ernie, *wanted)).entries
+    again = ernie_accel.report(ernie_accel.optimize(ernie, *wanted)).entries
+    assert [one.applied is other.applied for one, other in zip(first, again, strict=True)] == [True] * 3
+    assert [step.verdict for step in ernie_accel.plan(ernie, *wanted).steps] == ["in place"] * 3
+    ernie.vae.disable_slicing()
+    assert [step.verdict for step in ernie_accel.plan(ernie, *wanted).steps] == ["in place", "in place", "apply"]
