@@ -27,8 +27,8 @@ def z_image() -> Any:
 def placed(pipe: Any, transformer: Any) -> Any:
     """Return `pipe` with `transformer` in bfloat16 on the GPU, with weights of the size that training leaves."""
     randomize(transformer, std=0.02)
-    pipe.register_modules(transformer=transformer.to("cuda", torch.bfloat16).eval().requires_grad_(False))
-    return pipe
+    pipe.register_modules(transformer=transformer.to(torch.bfloat16).eval().requires_grad_(False))
+    return pipe.to("cuda")
 
 
 def lumina2() -> Any:

@@ -35,7 +35,7 @@ NEWBIE = Family(
         }
     ),
     rewritten="ernie_accel.models.lumina.blocks",
-    kernels="ernie_accel.models.lumina.kernels",
+    kernels="ernie_accel.models.lumina.kernels:KERNELS",
     repeated_blocks=("Lumina2TransformerBlock",),
     dispatched=MappingProxyType({"Lumina2AttnProcessor2_0": "ernie_accel.models.lumina.attention:DispatchedProcessor"}),
     forward_inputs="ernie_accel.models.lumina.inputs:forward_inputs",

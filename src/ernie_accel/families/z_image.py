@@ -32,7 +32,7 @@ Z_IMAGE = Family(
         }
     ),
     rewritten="ernie_accel.models.z_image.blocks",
-    kernels="ernie_accel.models.z_image.kernels",
+    kernels="ernie_accel.models.z_image.kernels:KERNELS",
     forward_inputs="ernie_accel.models.z_image.inputs:forward_inputs",
     encode_pictures="ernie_accel.models.latents:encode_in_float32",
     text_argument="cap_feats",

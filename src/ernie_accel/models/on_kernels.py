@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -123,6 +124,44 @@ def install(
     for method in ("load_lora_adapter", "add_adapter"):
         undo.setattr(model, method, Bound(_refuse_lora, transformer))
     return skipped
+
+
+@dataclass(frozen=True)
+class KernelFamily:
+    """A family's blocks on the kernels, as a `KernelModel`.
+
+    Attributes:
+        lists: Attributes of the transformer with its blocks.
+        attention: Path of the attention within a block.
+        rewritten: Class of the rewritten blocks.
+        blocks: Class of those on the kernels.
+    """
+
+    lists: tuple[str, ...]
+    attention: str
+    rewritten: type[RewrittenBlock]
+    blocks: type[KernelBlock]
+
+    @property
+    def TOKENS_MULTIPLE_OF(self) -> int:
+        """What the tokens of a row are padded to a multiple of where attention takes lengths."""
+        return TOKENS_MULTIPLE_OF
+
+    def is_left_open(self, transformer: nn.Module) -> bool:
+        """Return whether nobody has chosen an attention backend for any block, stock or not, or by defaults."""
+        return is_left_open(transformer, self.lists, self.attention)
+
+    def calls_cudnn(self, transformer: nn.Module) -> bool:
+        """Return whether all blocks call cuDNN's attention themselves now."""
+        return calls_cudnn(transformer, self.lists)
+
+    def is_installed(self, transformer: nn.Module) -> bool:
+        """Return whether `install` has been here."""
+        return is_installed(transformer, self.lists)
+
+    def install(self, transformer: nn.Module, undo: Undo, attention: str | None = None) -> dict[str, str]:
+        """Put the rewritten blocks on the kernels in place; return what could not be: path -> reason."""
+        return install(transformer, self.lists, self.rewritten, self.blocks, undo, attention)
 
 
 def _refuse_lora(self: object, *args: object, **kwargs: object) -> None:
