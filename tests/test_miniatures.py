@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tools.embedded_model import architecture, miniatures
+from tools.embedded_model import architecture, miniatures, sensitivity
 from tools.embedded_model.corpus import captioned_scenes
 from tools.embedded_model.miniatures import MINIATURES, PROMPT_START, Miniature, patchify
 from tools.embedded_model.sensitivity import (
@@ -172,17 +173,25 @@ def test_layers_are_rounded_as_fp8_does_and_given_back() -> None:
     assert (rounded(x) - x).abs().max() <= x.abs().max() / 16  # three bits of mantissa
 
 
-def test_every_layer_has_an_error_and_the_kinds_are_sorted(saved: tuple[Miniature, Path]) -> None:
+def test_every_layer_has_an_error_and_the_kinds_are_sorted(
+    saved: tuple[Miniature, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = ("layers.0.*.to_q", "layers.1.*.to_q", "layers.1.*.to_v", "cap_embedder.1", "*caption_embedder.1")
+
+    def few(pipe: Any) -> dict[str, Any]:
+        return {path: each for path, each in linears_of(pipe).items() if any(fnmatch(path, one) for one in wanted)}
+
+    monkeypatch.setattr(sensitivity, "linears_of", few)
     pipe = miniatures.load(*reversed_arguments(saved))
     pipe.set_progress_bar_config(disable=True)
     weights = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
     errors = layer_errors_db(pipe, 1, saved[0].guidance_scale, prompts=1)
-    assert errors.keys() == linears_of(pipe).keys()
+    assert len(errors) == len(by_kind(errors)) + 1 == 4
     assert all(-200 < error < 0 for error in errors.values())
     worst = [error for error, _ in by_kind(errors).values()]
     assert worst == sorted(worst, reverse=True)
     assert worst[0] == max(errors.values())
-    assert set() < kept_precise(pipe) < errors.keys()
+    assert len(kept_precise(pipe)) == 1
     assert all(torch.equal(value, weights[name]) for name, value in pipe.transformer.state_dict().items())
 
 

@@ -176,6 +176,9 @@ def main() -> None:
         print(f"| {name} | {shares} |", flush=True)
     if options.out is not None:
         record = {
+            "command": f"python -m tools.embedded_model.sensitivity --prompts {options.prompts}",
+            "device": options.device,
+            "torch": torch.__version__,
             "architecture": options.architecture,
             "layer_errors_db": errors,
             "adherence": {
