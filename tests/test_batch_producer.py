@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -227,6 +228,8 @@ def test_what_a_closed_producer_still_holds_is_answered(tmp_path):
     futures = [producer.submit(row) for row in make_rows(12)]
     producer.close()
     producer.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(producer._folder._descriptor)
     assert [future.done() and future.result().error for future in futures] == [None] * 12
 
 

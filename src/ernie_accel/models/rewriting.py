@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ernie_accel.core.components import alignment_of, with_alignment
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.library_hooks import library_hooks
 from ernie_accel.core.stand_in import StandInForward, StandInMethod
 from ernie_accel.core.undo import Undo
 from ernie_accel.models.processors import processor_for
@@ -165,9 +166,7 @@ class Part(nn.Module):
 
 def _cast_layerwise_as(fused: nn.Module, part: nn.Module) -> None:
     """Have `part` cast before it runs if diffusers' layerwise casting was enabled on `fused`: its weight is float8."""
-    registry = getattr(fused, "_diffusers_hook", None)
-    hook = None if registry is None else registry.get_hook("layerwise_casting")
-    if hook is not None:
+    for hook in library_hooks(fused).named("layerwise_casting"):
         apply_layerwise_casting_hook(part, hook.storage_dtype, hook.compute_dtype, hook.non_blocking)
 
 

@@ -9,6 +9,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from ernie_accel.core.library_hooks import library_hooks
 from ernie_accel.kernels import ops
 from ernie_accel.kernels.linear import Fp8Linear, Fp8Rows
 from ernie_accel.models.next_dit.blocks import Modulation, RewrittenNextBlock
@@ -145,6 +146,5 @@ class KernelNextBlock(KernelBlock, RewrittenNextBlock):
 
 def _is_bare(block: nn.Module) -> bool:
     """Return whether calling `block` is nothing more than its class's forward: no hooks, nothing compiled."""
-    state = vars(block)
-    hooked = block._forward_pre_hooks or block._forward_hooks or "_hf_hook" in state or "_diffusers_hook" in state
-    return not hooked and "forward" not in state and block._compiled_call_impl is None
+    hooked = block._forward_pre_hooks or block._forward_hooks or library_hooks(block)
+    return not hooked and "forward" not in vars(block) and block._compiled_call_impl is None

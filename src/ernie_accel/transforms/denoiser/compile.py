@@ -12,6 +12,7 @@ import torch
 from ernie_accel.core.components import Pipeline, absent_components, modules_of, staying_denoisers_note
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
+from ernie_accel.core.library_hooks import library_hooks
 from ernie_accel.core.planned import Blocks, PlannedPipe
 from ernie_accel.core.stand_in import Bound
 from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
@@ -97,7 +98,7 @@ class Compile(Transform):
             for _, block in self._blocks(pipe, context)
             for part in block.modules()
             for name, call in _HOOKS_THAT_BREAK.items()
-            if name in getattr(getattr(part, "_diffusers_hook", None), "hooks", {})
+            if library_hooks(part).named(name)
         }
         fix = "do without it, or take Compile(fullgraph=False)"
         return [
