@@ -71,6 +71,7 @@ class Action:
         rounds: Whether what it brings takes the dtype that the pipe has by then, so that `restore` cannot give back
             the bits of stock: a LoRA, other weights, a cast.
         casts: Whether it casts components to the dtype that the denoiser has.
+        calls_stock: Whether it makes a pipe of another class, whose default steps nothing has changed.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Action:
     restores: bool = True
     rounds: bool = False
     casts: bool = False
+    calls_stock: bool = False
 
 
 GROUPS = {
@@ -340,7 +342,7 @@ def _draw_from_image(pipe: Any, case: Case) -> list[torch.Tensor]:
     return [case.draw(pipe, image=image, strength=0.6, **steps)]
 
 
-@_does("`from_pipe` to image to image", "copies", draw=_draw_from_image, rounds=True, casts=True)
+@_does("`from_pipe` to image to image", "copies", draw=_draw_from_image, rounds=True, casts=True, calls_stock=True)
 def _image_to_image(pipe: Any, case: Case) -> Any:
     import diffusers
 

@@ -62,13 +62,13 @@ def main() -> int:
     print(f"{len(done)} cells, {faults} faults that are not known, {time.perf_counter() - start:.0f} s")
     if faults or options.rows:
         return int(faults > 0)
-    return write(done)
+    return write(done, sum(len(cells) for number in range(len(PIPES)) for _, cells in singles(number)))
 
 
-def write(done: list[Cell]) -> int:
-    """Write the page, and keep what others have written there."""
+def write(done: list[Cell], total: int) -> int:
+    """Write the page, which names the `total` of cells, and keep what others have written there."""
     before = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-    PAGE.write_text(page(done, kept_text(before)), encoding="utf-8")
+    PAGE.write_text(page(done, kept_text(before), total), encoding="utf-8")
     return 0
 
 

@@ -41,19 +41,20 @@ whose floor was earned on trained weights: the pipe draws what it would draw if 
 All of this runs on tiny pipelines with random weights on a CPU: {families}. CUDA graphs are recorded by a stand-in, and
 compiled blocks run eagerly ({traced} are traced). The table cannot show what only a GPU does.
 
-{count} cells have run so far. A mark stands for the actions of its column that did: most of them once, on one of the
-pipelines after another, and not each of them on all.
+{count} of {total} cells have run: every action on every row, on one of its pipelines after another, and the more of
+them the longer it ran. A mark stands for the actions of its column.
 
 `python -m tests.lifecycle` runs the matrix and writes this page; `nox -s lifecycle` does so in its own environment.
 """
 
 
-def page(cells: Iterable[Cell], kept: str = "") -> str:
-    """Return the whole page."""
+def page(cells: Iterable[Cell], kept: str = "", total: int = 0) -> str:
+    """Return the whole page; `total` is how many cells there are, without the pairs."""
     every, notes = list(cells), _Notes()
     found, pairs = ([each for each in every if len(each.actions) == number] for number in (1, 2))
     traced = ", ".join(f"`{row.name}`" for row in ROWS.values() if row.traced)
-    text = INTRODUCTION.format(families=", ".join(TITLES[family] for family in PIPES), traced=traced, count=len(every))
+    families = ", ".join(TITLES[family] for family in PIPES)
+    text = INTRODUCTION.format(families=families, traced=traced, count=len(found), total=total)
     lines = [text, "## Transforms and presets", "", *_table(found, notes), "", *notes.lines(), ""]
     lines += ["## The actions", "", "| column | what is done |", "|---|---|"]
     lines += [f"| {title} | {_in_group(group)} |" for group, title in GROUPS.items()]
