@@ -120,6 +120,14 @@ def test_a_lora_that_the_pipe_would_fit_to_weights_it_cannot_find_is_refused(tra
     ernie_accel.restore(pipe).load_lora_weights(loaded)
 
 
+def test_layerwise_casting_of_quantos_layers_is_refused_before_any_is_cast():
+    pipe = ernie_accel.optimize(tiny_flux(), QUANTIZED[1])
+    before = snapshot(pipe)
+    with pytest.raises(ErnieAccelError, match="enable_layerwise_casting: some of its layers are quanto's"):
+        pipe.transformer.enable_layerwise_casting(compute_dtype=torch.float32)
+    assert differences(before, snapshot(pipe)) == []
+
+
 @pytest.mark.parametrize("scheme", ["int8-weight-only", "int4"])
 def test_quantos_layers_can_be_copied(scheme):
     layer = BACKENDS["quanto"].quantize(scheme, torch.nn.Linear(64, 64))

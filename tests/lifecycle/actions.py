@@ -71,7 +71,7 @@ class Action:
         rounds: Whether what it brings takes the dtype that the pipe has by then, so that `restore` cannot give back
             the bits of stock: a LoRA, other weights, a cast.
         casts: Whether it casts components to the dtype that the denoiser has.
-        calls_stock: Whether it makes a pipe of another class, whose default steps nothing has changed.
+        calls_stock: Whether it makes another pipe, whose default steps nothing has changed.
     """
 
     name: str
@@ -499,7 +499,7 @@ def _second(pipe: Any) -> Any:
     return made
 
 
-_action("a second pipe over the same components", "sharing", do=lambda pipe, case: _second(pipe))
+_action("a second pipe over the same components", "sharing", do=lambda pipe, case: _second(pipe), calls_stock=True)
 
 
 def _draw_in_threads(pipes: list[Any], case: Case) -> list[torch.Tensor]:

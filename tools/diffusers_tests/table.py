@@ -73,6 +73,7 @@ def counts_of(
         "tests_of": source,
         "versions": versions(),
         "stock": {file: dict(counter) for file, counter in sorted(files.items())},
+        "requests": list(results),
         "rows": rows,
     }
 
@@ -120,6 +121,8 @@ def section(counts: dict[str, Any]) -> str:
     prose = f"{source} On stock pipelines: {stock} ({shown})."
     if counts.get("not_reached"):
         prose += f" The run was stopped: {counts['not_reached']} of the tests that pass on stock were not reached."
+        idle = [f"`{name}`" for name in counts["requests"] if all(row["request"] != name for row in counts["rows"])]
+        prose += f" Not begun: {', '.join(idle)}." if idle else ""
     return (
         "\n\n".join((_HEADING, _EXPLANATION, textwrap.fill(prose, 120, break_on_hyphens=False), as_table(counts)))
         + "\n"

@@ -44,6 +44,9 @@ def refuse_other_weights(pipe: Pipeline, components: Iterable[str], undo: Undo) 
     """Make ``load_state_dict`` of these components refuse weights that its quantized layers cannot hold, in place."""
     for module in modules_of(pipe, components).values():
         undo.setattr(module, "load_state_dict", _LoadStateDict(module, "load_state_dict"))
+        backends = {holder for part in module.modules() if (holder := holder_of(part)) is not None}
+        if not all(backend.keeps_names for backend in backends) and hasattr(module, "enable_layerwise_casting"):
+            undo.setattr(module, "enable_layerwise_casting", Bound(_refuse_layerwise, module))
 
 
 class _LoadStateDict(StandInMethod):
@@ -93,6 +96,13 @@ def _refuse_saving(self: object, *args: object, **kwargs: object) -> None:
         f"{type(self).__name__}.save_pretrained: its weights are quantized, and what that writes cannot be loaded, or "
         "loads as noise. Save the pipe with ernie_accel.save(pipe, folder), which ernie_accel.load reads; for a stock "
         "checkpoint, ernie_accel.restore(pipe) first."
+    )
+
+
+def _refuse_layerwise(self: object, *args: object, **kwargs: object) -> None:
+    raise ErnieAccelError(
+        f"{type(self).__name__}.enable_layerwise_casting: some of its layers are quanto's, which cannot be cast. Call "
+        "ernie_accel.restore(pipe) first, or quantize with torchao"
     )
 
 
