@@ -518,3 +518,11 @@ def test_what_a_later_transform_covers_is_still_in_place_and_what_a_script_took_
     assert [step.verdict for step in ernie_accel.plan(ernie, *wanted).steps] == ["in place"] * 3
     ernie.vae.disable_slicing()
     assert [step.verdict for step in ernie_accel.plan(ernie, *wanted).steps] == ["in place", "in place", "apply"]
+
+
+def test_beside_a_preset_only_the_presets_own_transforms_are_optional(flux):
+    """On a pipe of no known family they are left out; what was asked for by name is a problem."""
+    mine = CallDefaults("quality")
+    plan = ernie_accel.plan(flux, mine, preset="turbo-fp32", memory=None)
+    assert [step.verdict for step in plan.steps if step.transform == mine] == ["unsupported"]
+    assert set(plan.problems) == {mine}
