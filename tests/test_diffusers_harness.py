@@ -135,6 +135,8 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
     assert command.main(arguments) == 0
     assert pytest_run.ran == [every, every[2:], every]  # the rest on stock, then all of them with preset exact
     assert json.loads((work / "counts.json").read_text())["rows"][-1]["passed_on_stock"] == 4
+    assert command.main([*arguments, "--so-far"]) == 0  # an ended run can be counted again
+    assert json.loads((work / "counts.json").read_text())["rows"][-1]["passed_on_both"] == 4
     command.main(arguments)
     assert pytest_run.ran[3:] == [every, every]  # the run before ended, so that this is a new one
 

@@ -47,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit(f"no file in {checkout / _PIPELINES} has one of {options.only or FILES} in its path")
     work: Path = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    _go_on(work, fresh=options.fresh)
+    if not options.so_far:
+        _go_on(work, fresh=options.fresh)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if not options.download:
         write_cache(work / "hub")
