@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
@@ -67,6 +69,7 @@ class PromptFiles:
 
     def __init__(self, size: int, folder: Path) -> None:
         self._size, self._folder = size, folder
+        self._latest = 0
         self._watches: list[Watch] = []
         self._model: str | None = None  # identifies checkpoint and adapters; None while weights are elsewhere
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +94,8 @@ class PromptFiles:
                 embedded = _from_form(form, lambda name: opened.get_tensor(name).to(device))
         except (FileNotFoundError, SafetensorError):  # missing or truncated: encode it again
             return None
-        os.utime(file)
+        with contextlib.suppress(FileNotFoundError):  # another process may have dropped it meanwhile
+            self._was_used(file)
         return embedded
 
     def put(self, key: Hashable, embedded: Embedded, pin: bool = False) -> None:
@@ -103,13 +107,27 @@ class PromptFiles:
         tensors: dict[str, Tensor] = {}
         form = json.dumps(_to_form(embedded, tensors))
         write_atomically(self._file(key), save(tensors, {"form": form}))
-        files = sorted(self._folder.glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
+        with contextlib.suppress(FileNotFoundError):
+            self._was_used(self._file(key))
+        files = sorted(self._folder.glob("*.safetensors"), key=_used_at)
         for file in files[: max(0, len(files) - self._size)]:
             file.unlink(missing_ok=True)
+
+    def _was_used(self, file: Path) -> None:
+        # By a clock of nanoseconds: what the kernel writes by itself moves on every few milliseconds only.
+        self._latest = max(time.time_ns(), self._latest + 1)
+        os.utime(file, ns=(self._latest, self._latest))
 
     def _file(self, key: Hashable) -> Path:
         digest = hashlib.sha256(f"{self._model} {key}".encode()).hexdigest()
         return self._folder / f"{digest}.safetensors"
+
+
+def _used_at(file: Path) -> int:
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:  # another process has dropped it
+        return 0
 
 
 def _have_changed(watches: list[Watch], encoders: Sequence[nn.Module]) -> bool:
