@@ -322,15 +322,15 @@ _OWN = (
         "rtx4060", "NVIDIA GeForce RTX 4060", (8, 9), (8, 7.6), (4, 8),
         rates=_geforce(_ADA, 0.272, 30.2, fp8=60.5, int8=121),
         preset="turbo-fp8",
-        why="multiplies in fp8, and fetches blocks that do not fit while it computes, which takes longer; nothing is "
-        "published for this card",
+        why="multiplies in fp8, and fetches blocks that do not fit while it computes, which takes longer by the "
+        "published rates; nothing is published for this card",
     ),
     _cuda(
         "rtx4060ti", "NVIDIA GeForce RTX 4060 Ti", (8, 9), (8, 7.6), (4, 8),
         rates=_geforce(_ADA, 0.288, 44.1, fp8=88.3, int8=176.5),
         preset="turbo-fp8",
-        why="multiplies in fp8, and fetches blocks that do not fit while it computes, which takes longer; nothing is "
-        "published for this card",
+        why="multiplies in fp8, and fetches blocks that do not fit while it computes, which takes longer by the "
+        "published rates; nothing is published for this card",
     ),
     _cuda(
         "rtx4060ti16gb", "NVIDIA GeForce RTX 4060 Ti", (8, 9), (16, 15.51), (4, 8),

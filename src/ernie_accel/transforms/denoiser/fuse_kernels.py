@@ -31,9 +31,9 @@ _CUDNN_CAPABILITY = (9, 0)
 class FuseKernels(Transform):
     """Run rewritten blocks on fused kernels, and store and multiply their linear layers in fp8.
 
-    Norm, modulation, residual, RoPE, GELU and the fp8 conversion of activations (one scale per row) take six launches
-    per block; the products run on the fp8 tensor cores. Nothing is compiled by ``torch.compile``, so the first picture
-    takes only seconds. It replaces ``Quantize("fp8")``, and needs `RewriteBlocks`.
+    Norm, modulation, residual, RoPE, GELU or SiLU and the fp8 conversion of activations (one scale per row) take six or
+    seven launches per block; the products run on the fp8 tensor cores. Nothing is compiled by ``torch.compile``, so the
+    first picture takes only seconds. It replaces ``Quantize("fp8")``, and needs `RewriteBlocks`.
 
     With the extra "cudnn" and capability 9.0, attention is called from cuDNN directly. It skips padding without a mask,
     and one plan serves 64 prompt lengths, where torch makes a plan for each. In bfloat16, cuDNN has a faster kernel for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -110,21 +111,20 @@ class BatchPromptEncoding(Transform):
         return f"keeps the embeddings of {self.cache} prompts {where}" if self.cache else ""
 
 
-class _Encoder:
-    """The replacement of the ``encode_prompt`` of a pipeline that encodes one by one."""
+class _KnowsTheCall(ABC):
+    """What is encoded knows which call of the pipe it is for, and may leave nothing behind."""
 
-    def __init__(self, pipe: Pipeline, how: PromptEncoding, memory: PromptMemory | PromptFiles, max_batch: int) -> None:
-        self._pipe, self._how, self._max_batch = pipe, how, max_batch
-        self._memory = memory
-        self._upcoming: list[str] = []
-        self._of_this_call: dict[Ids, Tensor] | None = None  # None outside of a call of the pipe
+    _memory: PromptMemory | PromptFiles
+    _upcoming: list[str]
+    _of_this_call: dict[Any, Any] | None
+
+    @abstractmethod
+    def _negatives(self, arguments: Arguments) -> list[str]:
+        """Return the negative prompts that the pipe will ask for after the prompts."""
 
     def around(self, call: Call, arguments: Arguments) -> object:
-        """Call the pipe, knowing which negative prompts it will ask for after the prompts."""
-        negative = arguments["negative_prompt"] or ""
-        needed = arguments["guidance_scale"] > 1.0 and arguments["negative_prompt_embeds"] is None
-        self._upcoming = [] if not needed else [negative] if isinstance(negative, str) else list(negative)
-        self._of_this_call = {}
+        """Call the pipe, knowing which negative prompts it will ask for."""
+        self._upcoming, self._of_this_call = self._negatives(arguments), {}
         try:
             return call(arguments)
         finally:
@@ -138,6 +138,21 @@ class _Encoder:
             yield
         finally:
             self._memory = memory
+
+
+class _Encoder(_KnowsTheCall):
+    """The replacement of the ``encode_prompt`` of a pipeline that encodes one by one."""
+
+    def __init__(self, pipe: Pipeline, how: PromptEncoding, memory: PromptMemory | PromptFiles, max_batch: int) -> None:
+        self._pipe, self._how, self._max_batch = pipe, how, max_batch
+        self._memory = memory
+        self._upcoming: list[str] = []
+        self._of_this_call: dict[Ids, Tensor] | None = None  # None outside of a call of the pipe
+
+    def _negatives(self, arguments: Arguments) -> list[str]:
+        negative = arguments["negative_prompt"] or ""
+        needed = arguments["guidance_scale"] > 1.0 and arguments["negative_prompt_embeds"] is None
+        return [] if not needed else [negative] if isinstance(negative, str) else list(negative)
 
     @torch.no_grad()
     def encode_prompt(
@@ -200,7 +215,7 @@ class _Text:
     key: tuple[object, ...]
 
 
-class _OnceEach(StandInMethod):
+class _OnceEach(_KnowsTheCall, StandInMethod):
     """A pipeline's own method for encoding a list of texts, asked for each text once; same arguments, same result."""
 
     def __init__(
@@ -211,26 +226,11 @@ class _OnceEach(StandInMethod):
         self._upcoming: list[str] = []
         self._of_this_call: dict[object, Embedded] | None = None  # None outside of a call of the pipe
 
-    def around(self, call: Call, arguments: Arguments) -> object:
-        """Call the pipe, knowing which negative prompts it will ask for after the prompts."""
+    def _negatives(self, arguments: Arguments) -> list[str]:
         guidance, negative = arguments.get("guidance_scale"), arguments.get("negative_prompt") or ""
         needed = guidance is not None and guidance > self._how.guided_above
         given = arguments.get("negative_prompt_embeds") is not None or arguments.get("prompt_embeds") is not None
-        self._upcoming = [] if given or not needed else [negative] if isinstance(negative, str) else list(negative)
-        self._of_this_call = {}
-        try:
-            return call(arguments)
-        finally:
-            self._upcoming, self._of_this_call = [], None
-
-    @contextmanager
-    def leaving_no_trace(self) -> Iterator[None]:
-        """Encode prompts without reading or filling the cache."""
-        memory, self._memory = self._memory, PromptMemory(0)
-        try:
-            yield
-        finally:
-            self._memory = memory
+        return [] if given or not needed else [negative] if isinstance(negative, str) else list(negative)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         bound = self.__signature__.bind(*args, **kwargs)
