@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import Context, FreeAfterUse, MakeContiguous, Offload, SliceVae, TileVae
+from ernie_accel import Context, FreeAfterUse, MakeContiguous, Offload, RewriteBlocks, SliceVae, TileVae
 from ernie_accel.core.components import module_bytes
 from ernie_accel.core.outputs import images_of
 from tests.pipelines import picture
@@ -166,6 +166,27 @@ def test_a_pipe_on_the_host_is_offloaded_from_the_accelerator_that_is_here(mode,
         (step,) = (step for step in plan.steps if isinstance(step.transform, Offload))
         assert (step.verdict, step.planned.device) == ("apply", "cuda")
     assert ernie_accel.plan(ernie, SliceVae()).context.device == "cpu"
+
+
+FP8 = (ernie_accel.CastDtype("bf16"), RewriteBlocks(), ernie_accel.FuseKernels("fp8"))
+
+
+def test_a_pipe_on_the_host_is_brought_to_the_accelerator_for_what_only_runs_there(with_card, ernie):
+    plan = ernie_accel.plan(ernie, *FP8)
+    assert (plan.context, plan.problems) == (with_card, {})
+    assert [str(step.transform) for step in plan.steps if step.transform.moves_to == "cuda"], "nothing brings it there"
+    with pytest.raises(ernie_accel.UnsupportedError, match="there is no 'cuda' here"):  # only the plan has the card
+        ernie_accel.optimize(ernie, *FP8)
+    with pytest.raises(ernie_accel.UnsupportedError) as refused:
+        ernie_accel.optimize(ernie, *FP8, memory=None)  # it is to stay
+    assert "no CUDA (cpu)" in str(refused.value)
+    assert "MoveTo" not in str(refused.value)
+
+
+def test_a_pipe_on_the_host_stays_there_for_what_runs_anywhere_or_nowhere(with_card, ernie):
+    assert ernie_accel.plan(ernie, RewriteBlocks()).context.device == "cpu"
+    nowhere = ernie_accel.plan(ernie, FP8[-1])  # its blocks are not rewritten
+    assert (nowhere.context.device, nowhere.ok) == ("cpu", False)
 
 
 @pytest.mark.parametrize("mode", ["model", "sequential", "group", "stages"])

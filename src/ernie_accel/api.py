@@ -83,7 +83,7 @@ def plan(
         if placing is not None:
             together = compose((*transforms, *placing.chosen), named, family_of(checked))
             return plan_request(checked, together, named, machine_for(checked, together))
-        if memory is None and not (named is not None and context is None and _waits_on_host(checked)):
+        if memory is None and not _is_brought_over(checked, wanted, named, context):
             return plan_request(checked, wanted, named, context or machine_for(checked, wanted))
         _refuse_kept(checked)
         machine = context or _device_for(checked, wanted)
@@ -119,11 +119,11 @@ def optimize(
         family: What is known of its architecture, where the library does not find that out; see `register_family`. It
             is remembered until `restore`.
         context: The machine's facts; default: looked up.
-        memory: Where the weights live. "auto": a pipe on the host, optimized by a preset on a machine with an
-            accelerator, is brought there in the fastest way that fits; any other pipe stays where it is. "12GiB" or
-            bytes: within that much of the device's memory; "-2GiB": all but that. None: the pipe stays where it was
-            loaded, also on the host of such a machine. Once chosen, it stays as long as you do not ask for another.
-            What a transform of yours says about it (`MoveTo`, `Offload`, ...) wins.
+        memory: Where the weights live. "auto": on a machine with an accelerator, a pipe on the host is brought there
+            in the fastest way that fits if a preset is named, or if what you ask for runs only there; any other pipe
+            stays where it is. "12GiB" or bytes: within that much of the device's memory; "-2GiB": all but that. None:
+            the pipe stays where it was loaded, also on the host of such a machine. Once chosen, it stays as long as you
+            do not ask for another. What a transform of yours says about it (`MoveTo`, `Offload`, ...) wins.
         call: What will be asked of the pipe, for `memory`; default: one picture of 1024x1024.
 
     Returns:
@@ -371,7 +371,7 @@ def _placed(
     before = _kept_placing(pipe, own, memory, call) if memory is not None else None
     if before is not None:
         return before
-    by_itself = device is not None or (preset is not None and context is None and _waits_on_host(pipe))
+    by_itself = device is not None or _is_brought_over(pipe, wanted, preset, context)
     if memory is None or (memory == "auto" and not by_itself):
         return nothing
     machine = context or (_device_for(pipe, wanted) if device is None else Context.detect(device=device))
@@ -399,6 +399,18 @@ def _refuse_kept(pipe: Pipeline) -> None:
             "memory is planned for a pipe whose weights are in one place, and Residency keeps those of this one: "
             "call ernie_accel.restore(pipe) first"
         )
+
+
+def _is_brought_over(
+    pipe: Pipeline, wanted: tuple[Transform, ...], preset: Preset | None, context: Context | None
+) -> bool:
+    """Return whether a pipe goes from the host to the accelerator by itself: for a preset, or what only runs there."""
+    if context is not None or not _waits_on_host(pipe):
+        return False
+    if preset is not None:
+        return True
+    here = plan_request(pipe, wanted, None, machine_for(pipe, wanted))
+    return not here.ok and plan_request(pipe, wanted, None, _device_for(pipe, wanted)).ok
 
 
 def _waits_on_host(pipe: Pipeline) -> bool:

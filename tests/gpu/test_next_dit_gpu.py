@@ -5,6 +5,9 @@ Blocks have the width, the heads and the feed-forward of the published models, a
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -13,38 +16,52 @@ import torch
 import ernie_accel
 from ernie_accel import CaptureGraphs, FuseKernels, RewriteBlocks
 from ernie_accel.core.transform import ROUNDING_REL
-from tests.pipelines import randomize, tiny_lumina2, tiny_z_image
+from tests.pipelines import tiny_lumina2, tiny_z_image
 
 
+@cache
 def z_image() -> Any:
+    """Z-Image-Turbo's sizes."""
     from diffusers import ZImageTransformer2DModel
 
-    pipe = tiny_z_image()
-    transformer = ZImageTransformer2DModel(n_layers=3, n_refiner_layers=1, cap_feat_dim=32)
-    return placed(pipe, transformer)
+    return placed(lambda: ZImageTransformer2DModel(n_layers=3, n_refiner_layers=1, cap_feat_dim=32))
 
 
-def placed(pipe: Any, transformer: Any) -> Any:
-    """Return `pipe` with `transformer` in bfloat16 on the GPU, with weights of the size that training leaves."""
-    randomize(transformer, std=0.02)
-    pipe.register_modules(transformer=transformer.to(torch.bfloat16).eval().requires_grad_(False))
-    return pipe.to("cuda")
-
-
+@cache
 def lumina2() -> Any:
     """NewBie-image's sizes."""
     from diffusers import Lumina2Transformer2DModel
 
-    transformer = Lumina2Transformer2DModel(
-        hidden_size=2304,
-        num_layers=3,
-        num_refiner_layers=1,
-        num_attention_heads=24,
-        num_kv_heads=8,
-        in_channels=16,
-        cap_feat_dim=32,
+    return placed(
+        lambda: Lumina2Transformer2DModel(
+            hidden_size=2304,
+            num_layers=3,
+            num_refiner_layers=1,
+            num_attention_heads=24,
+            num_kv_heads=8,
+            in_channels=16,
+            cap_feat_dim=32,
+        )
     )
-    return placed(tiny_lumina2(), transformer)
+
+
+def placed(make: Callable[[], Any]) -> Any:
+    """Return a transformer in bfloat16, made on the GPU with weights of the size that training leaves."""
+    with torch.device("cuda"):
+        transformer = make()
+    generator = torch.Generator("cuda").manual_seed(0)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.02, generator=generator)
+    return transformer.to(torch.bfloat16).eval().requires_grad_(False)
+
+
+def pipe_of(name: str) -> Any:
+    """Return a new pipe on the GPU with a copy of the family's transformer."""
+    pipe = {"z_image": tiny_z_image, "lumina2": tiny_lumina2}[name]()
+    pipe.register_modules(transformer=copy.deepcopy(FAMILIES[name]()))
+    return pipe.to("cuda")
 
 
 FAMILIES = {"z_image": z_image, "lumina2": lumina2}
@@ -86,7 +103,7 @@ batches = pytest.mark.parametrize("tokens", BATCHES.values(), ids=BATCHES)
 @every_family
 @batches
 def test_rewritten_blocks_only_round(name: str, tokens: tuple[int, ...]) -> None:
-    pipe = FAMILIES[name]()
+    pipe = pipe_of(name)
     expected = predict(pipe, name, tokens)
     ernie_accel.optimize(pipe, RewriteBlocks())
     assert error(predict(pipe, name, tokens), expected, f"{name} rewritten {tokens}") < ROUNDING_REL["bfloat16"]
@@ -98,7 +115,7 @@ def test_rewritten_blocks_only_round(name: str, tokens: tuple[int, ...]) -> None
 @batches
 @pytest.mark.parametrize(("precision", "attention"), [("bf16", "auto"), ("fp8", "bf16"), ("fp8", "auto")])
 def test_kernels_keep_their_floor(name: str, tokens: tuple[int, ...], precision: str, attention: str) -> None:
-    pipe = FAMILIES[name]()
+    pipe = pipe_of(name)
     expected = predict(pipe, name, tokens)
     fuse = FuseKernels(precision, attention=attention)
     ernie_accel.optimize(pipe, RewriteBlocks(), fuse)
@@ -109,7 +126,7 @@ def test_kernels_keep_their_floor(name: str, tokens: tuple[int, ...], precision:
 @every_family
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_replays_are_bitwise_the_same_for_many_prompt_lengths(name: str, precision: str) -> None:
-    pipe = FAMILIES[name]()
+    pipe = pipe_of(name)
     ernie_accel.optimize(pipe, RewriteBlocks(), FuseKernels(precision), CaptureGraphs())
     graphed = pipe.transformer.forward
     for tokens in ((20,), (31,), (77,), (20, 31)):
@@ -126,7 +143,7 @@ def test_replays_are_bitwise_the_same_for_many_prompt_lengths(name: str, precisi
 
 @every_family
 def test_compiled_rewritten_blocks_only_round(name: str) -> None:
-    pipe = FAMILIES[name]()
+    pipe = pipe_of(name)
     expected = predict(pipe, name)
     ernie_accel.optimize(pipe, RewriteBlocks(), ernie_accel.Compile())
     assert error(predict(pipe, name), expected, f"{name} compiled") < ROUNDING_REL["bfloat16"]

@@ -28,8 +28,7 @@ def test_a_pipe_on_the_host_draws_the_same_bits_with_any_share_of_its_weights_on
     expected = picture(resident, latents=latents.clone())
 
     pipe = pipe_on("cpu")
-    ernie_accel.optimize(pipe, RewriteBlocks(), FP8, ENCODER)
-    least, most = least_weights(pipe, PlannedPipe.of(pipe)), pipe_bytes(pipe)
+    least, most = least_weights(resident, PlannedPipe.of(resident)), pipe_bytes(resident)
     held = Residency(int(least + share * (most - least)), device="cuda")
     ernie_accel.optimize(pipe, RewriteBlocks(), FP8, ENCODER, held)
     for _ in range(3):
