@@ -90,6 +90,33 @@ def test_batch_makes_a_picture_per_row(capsys, tmp_path, table):
     assert sizes == {"mug.png": (128, 128), "cup.png": (160, 128)}
 
 
+@pytest.fixture
+def saved(tmp_path):
+    """A folder that `save` wrote of a pipe with prompt enhancer, in 8 bits."""
+    pipe = ernie_accel.optimize(tiny_ernie(enhancer=True), ernie_accel.Quantize("int8-weight-only"))
+    ernie_accel.save(pipe, tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_batch_draws_with_what_save_wrote_as_it_was_saved(capsys, tmp_path, table, saved):
+    table.write_text("prompt,width,height\na red circle,64,64\n")
+    call = ["batch", table, "--out", tmp_path / "out", "--model", saved, "--sampler", "unipc", "--no-enhancer"]
+    code, out, err = run(capsys, *call)
+    assert code == 0, err
+    assert "Quantize('int8-weight-only')" in out
+    assert "SwapScheduler('unipc')" in out
+    (picture,) = (tmp_path / "out").glob("*.png")
+    assert Image.open(picture).text["preset"].startswith("as saved (")
+    code, out, _ = run(capsys, *call)
+    assert "Nothing to do" in out
+
+    other = ernie_accel.optimize(tiny_ernie(enhancer=True), ernie_accel.Quantize("int8-weight-only", exclude=(".*mlp",)))
+    ernie_accel.save(other, saved)
+    code, _, err = run(capsys, *call)  # other weights would make other pictures
+    assert code != 0
+    assert "as saved (" in err
+
+
 def test_a_row_that_fails_is_told_and_the_exit_code_is_three(capsys, tmp_path, table, monkeypatch):
     enhance = PromptEnhancer.enhance
 

@@ -40,7 +40,7 @@ from ernie_accel.memory.planner import available_on_host, budget_of, check_fits,
 from ernie_accel.plugins import load_plugins
 from ernie_accel.recipes.presets import find_preset
 from ernie_accel.recipes.recommend import fitting_preset, recommend
-from ernie_accel.storage.loading import load_pipeline, was_saved_here
+from ernie_accel.storage.loading import drop_enhancer, load_pipeline, was_saved_here
 from ernie_accel.storage.reading import forgetful
 from ernie_accel.storage.reading import read as read_saved
 from ernie_accel.transforms.weights.quantize import Quantize
@@ -192,6 +192,7 @@ def load(
     memory: str | int | None = "auto",
     device: str | None = None,
     dtype: str = "auto",
+    prompt_enhancer: bool = True,
     on_unsupported: Literal["error", "skip"] = "error",
     known: Iterable[type] = (),
     call: Call | None = None,
@@ -215,6 +216,7 @@ def load(
             `preset`, `memory` or `call` is given.
         dtype: Of the weights as they are read: "bfloat16", ...; "auto" is bfloat16 for an accelerator and float32 for
             the CPU.
+        prompt_enhancer: Keep its prompt enhancer, if it has one; without it there is more memory for the rest.
         on_unsupported: What to do with a transform that cannot run here; as in ``optimize``.
         known: Classes that a folder that `save` wrote may name beside those that pipelines use.
         call: As in `optimize`.
@@ -243,8 +245,10 @@ def load(
             raise ErnieAccelError(
                 f"{os.fspath(model)} was written by ernie_accel.save and keeps its dtypes; found dtype={dtype!r}"
             )
-        return _load_saved(model, transforms, preset, memory, device, on_unsupported, tuple(known), call)
-    pipe = load_pipeline(os.fspath(model), dtype, machine.torch_device, on_host=True)
+        return _load_saved(
+            model, transforms, preset, memory, device, prompt_enhancer, on_unsupported, tuple(known), call
+        )
+    pipe = load_pipeline(os.fspath(model), dtype, machine.torch_device, prompt_enhancer=prompt_enhancer, on_host=True)
     named, wanted = _request(check_pipeline(pipe), transforms, preset, machine)
     asked = tuple(map(forgetful, wanted))
     if machine.device == "cpu" or memory is None:
@@ -261,6 +265,7 @@ def _load_saved(
     preset: Preset | str | None,
     memory: str | int | None,
     device: str | None,
+    prompt_enhancer: bool,
     on_unsupported: Literal["error", "skip"],
     known: tuple[type, ...],
     call: Call | None,
@@ -274,6 +279,8 @@ def _load_saved(
     named = find_preset(preset) if preset is not None and preset != "auto" else None
     place = None if mapped else device or (machine.torch_device if asked and memory is not None else "cpu")
     pipe, wanted = read_saved(model, transforms, machine, place, preset=named, known=known, elsewhere=plans)
+    if not prompt_enhancer:
+        drop_enhancer(pipe)
     if plans:
         where = device or machine.torch_device
         _optimize(pipe, wanted, named, on_unsupported, None, None, memory, call, where)

@@ -324,29 +324,45 @@ def _engine(job: Job, facts: Mapping[str, str]) -> Engine:
 
 
 def _preset_name(job: Job) -> str:
-    """Return the preset to use; one that does not exist is refused before anything is loaded."""
+    """Return the preset to use; one that does not exist is refused before anything is loaded.
+
+    What `save` wrote has its transforms already, and gets no other preset unless one is named.
+    """
     from ernie_accel.core.context import Context
     from ernie_accel.recipes.presets import find_preset
     from ernie_accel.recipes.recommend import fitting_preset
+    from ernie_accel.storage.loading import saved_name, was_saved_here
 
-    return (find_preset(job.preset) if job.preset else fitting_preset(Context.detect())).name
+    if job.preset:
+        return find_preset(job.preset).name
+    if job.model is not None and was_saved_here(job.model):
+        return saved_name(job.model)
+    return fitting_preset(Context.detect()).name
 
 
 def _load(job: Job, preset: str) -> Any:
     """Load and optimize a pipeline as the job says, here or in another process."""
-    from ernie_accel.api import optimize, plan
+    from ernie_accel.api import load, optimize, plan
     from ernie_accel.core.errors import UnsupportedError
     from ernie_accel.recipes.presets import find_preset
-    from ernie_accel.storage.loading import load_pipeline
+    from ernie_accel.storage.loading import check_makes_pictures, load_pipeline, was_saved_here
     from ernie_accel.transforms.scheduler.swap_scheduler import SwapScheduler
 
+    swaps = () if job.sampler is None else (SwapScheduler(job.sampler),)
+    if job.model is not None and was_saved_here(job.model):
+        check_makes_pictures(job.model)
+        saved = load(
+            job.model, *swaps, preset=job.preset or "auto", prompt_enhancer=not job.no_enhancer, dtype=job.dtype,
+            on_unsupported="skip" if job.skip_unsupported else "error",
+        )  # fmt: skip
+        saved.set_progress_bar_config(disable=True)
+        return saved
     if job.model is None:  # it loads in a second; a large one keeps its loading bar
         import diffusers
 
         diffusers.utils.logging.disable_progress_bar()
     pipe = load_pipeline(job.model, job.dtype, prompt_enhancer=not job.no_enhancer, pictures=True, on_host=True)
     pipe.set_progress_bar_config(disable=True)
-    swaps = () if job.sampler is None else (SwapScheduler(job.sampler),)
     if swaps and not (the_plan := plan(pipe, *swaps)).ok:
         raise UnsupportedError(the_plan)  # even where a preset's parts may be left out, a sampler asked for may not
     chosen = find_preset(preset)

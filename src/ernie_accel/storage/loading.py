@@ -18,7 +18,7 @@ from ernie_accel.core.outputs import require_pictures
 from ernie_accel.families import family_of
 from ernie_accel.storage.assembly import assemble
 from ernie_accel.storage.folders import current
-from ernie_accel.storage.manifest import INDEX, MANIFEST, WEIGHTS
+from ernie_accel.storage.manifest import INDEX, MANIFEST, WEIGHTS, open_manifest
 from ernie_accel.storage.reading import load
 from ernie_accel.storage.vetting import vet, vet_index
 
@@ -76,12 +76,12 @@ def load_pipeline(
                 f"{model} was written by ernie_accel.save and keeps its dtypes; found dtype={dtype!r}"
             )
         if pictures:
-            require_pictures(vet_index(current(Path(model))).pipeline_class)
+            check_makes_pictures(model)
         saved = load(model, device=device)
-        return saved if prompt_enhancer else _without_enhancer(saved)
+        return saved if prompt_enhancer else drop_enhancer(saved)
     name = dtype_name(dtype) if dtype != "auto" else "float32" if device == "cpu" else "bfloat16"
     pipe = _from_anywhere(model, DTYPES[name], pictures)
-    pipe = pipe if prompt_enhancer else _without_enhancer(pipe)
+    pipe = pipe if prompt_enhancer else drop_enhancer(pipe)
     # What `optimize` brings nowhere, as to an AMD GPU, goes there now.
     return pipe if on_host and torch.version.hip is None else pipe.to(device)
 
@@ -91,8 +91,27 @@ def was_saved_here(model: str | os.PathLike[str]) -> bool:
     return (current(Path(model)) / MANIFEST).is_file()
 
 
-def _without_enhancer(pipe: CallablePipeline) -> CallablePipeline:
-    """Drop the prompt enhancer of a pipeline that has one, and return the pipeline."""
+def check_makes_pictures(model: str | os.PathLike[str]) -> None:
+    """Refuse a folder that `save` wrote of a pipeline that makes something else than pictures; nothing is loaded.
+
+    Raises:
+        ErnieAccelError: It does.
+        SavedPipelineError: The folder is damaged.
+    """
+    require_pictures(vet_index(current(Path(model))).pipeline_class)
+
+
+def saved_name(model: str | os.PathLike[str]) -> str:
+    """Return a name for what `save` wrote into a folder, which changes when something else is saved there.
+
+    Raises:
+        SavedPipelineError: Its manifest cannot be read.
+    """
+    return f"as saved ({open_manifest(current(Path(model))).digest[:12]})"
+
+
+def drop_enhancer(pipe: CallablePipeline) -> CallablePipeline:
+    """Take the prompt enhancer from a pipeline that has one, and return the pipeline."""
     how = family_of(pipe).prompt_enhancement
     if how is not None:
         pipe.register_modules(**{how.model: None, how.tokenizer: None})

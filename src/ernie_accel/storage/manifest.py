@@ -140,10 +140,15 @@ class Manifest(_Schema):
             raise ValueError(f"files lacks {', '.join(missing)}")
         return self
 
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of all it says, weights by their checksums, in hexadecimal."""
+        return _checksum(self.model_dump(mode="json", by_alias=True))
+
     def write(self, folder: Path) -> None:
         """Write it into `folder`, with a checksum of its own."""
         data = self.model_dump(mode="json", by_alias=True)
-        text = json.dumps(data | {"sha256": _checksum(data)}, indent=1, ensure_ascii=False)
+        text = json.dumps(data | {"sha256": self.digest}, indent=1, ensure_ascii=False)
         (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
