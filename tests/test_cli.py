@@ -110,7 +110,9 @@ def test_batch_draws_with_what_save_wrote_as_it_was_saved(capsys, tmp_path, tabl
     code, out, _ = run(capsys, *call)
     assert "Nothing to do" in out
 
-    other = ernie_accel.optimize(tiny_ernie(enhancer=True), ernie_accel.Quantize("int8-weight-only", exclude=(".*mlp",)))
+    other = ernie_accel.optimize(
+        tiny_ernie(enhancer=True), ernie_accel.Quantize("int8-weight-only", exclude=(".*mlp",))
+    )
     ernie_accel.save(other, saved)
     code, _, err = run(capsys, *call)  # other weights would make other pictures
     assert code != 0

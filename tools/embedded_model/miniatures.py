@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ernie_accel.core.undo import Undo
 from ernie_accel.models.rewritten import rewritten_blocks
+from ernie_accel.models.z_image.blocks import is_rewritten, positioned
 from tools.embedded_model import architecture
 
 _BN_EPS = 1e-5
@@ -165,7 +167,11 @@ class _WithEmbeddedVae(Miniature):
     def made_faster(self, transformer: Any, undo: Undo) -> None:
         # Stock cuts and pads row by row, which takes longer than all else; a batch stays one here.
         pipe: Any = SimpleNamespace(transformer=transformer, components={"transformer": transformer}, config={})
-        rewritten_blocks(pipe).rewrite(pipe, undo, fuse=False)
+        blocks = rewritten_blocks(pipe)
+        blocks.rewrite(pipe, undo, fuse=False)
+        if transformer.device.type == "cuda":  # a toy run on a CPU ends before a compiler would have started
+            for block in chain.from_iterable(getattr(transformer, name) for name in blocks.BLOCKS):
+                block.compile(dynamic=True)
 
     def normalized(self, vae: Any, latents: Tensor) -> Tensor:
         return (latents - vae.config.shift_factor) * vae.config.scaling_factor
@@ -200,9 +206,17 @@ class ZImageMiniature(_WithEmbeddedVae):
         return Qwen3Model(Qwen3Config(**language_config()))
 
     def velocity(self, transformer: Any, noisy: Tensor, sigma: Tensor, states: Tensor, lengths: Tensor) -> Tensor:
-        captions = [state[:length] for state, length in zip(states, lengths.tolist(), strict=True)]
-        pictures = list(noisy.unsqueeze(2))
-        return -torch.stack(transformer(pictures, 1 - sigma, captions, return_dict=False)[0]).squeeze(2)
+        counts, pictures = tuple(lengths.tolist()), list(noisy.unsqueeze(2))
+        if not is_rewritten(transformer):
+            captions = [state[:length] for state, length in zip(states, counts, strict=True)]
+            return -torch.stack(transformer(pictures, 1 - sigma, captions, return_dict=False)[0]).squeeze(2)
+        # The same of a batch that stays one: cut and padded row by row, 512 captions take longer than all else.
+        grid = (1, noisy.shape[2] // 2, noisy.shape[3] // 2)
+        tokens, at = positioned(transformer, grid, counts, noisy.device, for_graph=False)
+        real = torch.arange(states.shape[1], device=states.device) < lengths[:, None]
+        text = nn.functional.pad(states * real[:, :, None], (0, 0, 0, tokens - states.shape[1]))
+        out: Tensor = transformer(pictures, 1 - sigma, text, at=at)[0]
+        return -out.squeeze(2)
 
     def prepared(self, tokenizer: Any) -> Any:
         twin = copy.deepcopy(tokenizer)

@@ -242,27 +242,40 @@ def _prepared(module: nn.Module, arguments: Mapping[str, Any], *, for_graph: boo
     Every prompt is filled up to a multiple of 32 tokens, which count; what is beyond is padding.
     """
     captions: Sequence[Tensor] = arguments["cap_feats"]
-    layout, grid = LAYOUT.required(module), _grid(arguments)
-    image_tokens, lengths = grid[0] * grid[1] * grid[2], tuple(len(caption) for caption in captions)
+    lengths, device = tuple(len(caption) for caption in captions), arguments["x"][0].device
+    tokens, at = positioned(module, _grid(arguments), lengths, device, for_graph=for_graph)
+    return torch.stack([F.pad(caption, (0, 0, 0, tokens - len(caption))) for caption in captions]), at
+
+
+def positioned(
+    module: nn.Module, grid: tuple[int, int, int], lengths: tuple[int, ...], device: torch.device, *, for_graph: bool
+) -> tuple[int, Position]:
+    """Return the tokens that captions of such lengths are to be padded to, and positions.
+
+    Args:
+        module: The rewritten transformer.
+        grid: Of the pictures, in tokens: frames, height and width.
+        lengths: Tokens of each caption.
+        device: Of the positions.
+        for_graph: Give blocks that use lengths these even if nothing is padded.
+    """
+    layout, image_tokens = LAYOUT.required(module), grid[0] * grid[1] * grid[2]
     filled = tuple(map(_filled, lengths))
     rule = layout.padding_rule()
     rows = Rows.of(grid, _filled(image_tokens), filled, max(filled), rule, for_graph=for_graph)
-    text_btc = torch.stack([F.pad(caption, (0, 0, 0, rows.tokens - len(caption))) for caption in captions])
-    device, embed = arguments["x"][0].device, cast(ZImageTransformer, module).rope_embedder
+    embed = cast(ZImageTransformer, module).rope_embedder
     at = layout.positions.get((rows, lengths, device), lambda: _position(embed, rows, lengths, image_tokens, device))
-    return text_btc, at
+    return rows.tokens, at
 
 
 def _position(embed: Any, rows: Rows, lengths: tuple[int, ...], image_tokens: int, device: torch.device) -> Position:
-    batch = len(lengths)
     axes = (torch.arange(size, dtype=torch.int32, device=device) for size in rows.grid)
-    grid_ids = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(image_tokens, 3)
-    ids = torch.zeros(batch, rows.image_tokens + rows.tokens, 3, dtype=torch.int32, device=device)
-    for i, filled in enumerate(rows.lengths):  # pad tokens of an image are at the origin
-        ids[i, :image_tokens] = grid_ids
-        ids[i, :image_tokens, 0] += filled + 1
-        text = torch.arange(1, filled + 1, dtype=torch.int32, device=device)
-        ids[i, rows.image_tokens : rows.image_tokens + filled, 0] = text
+    ids = torch.zeros(len(lengths), rows.image_tokens + rows.tokens, 3, dtype=torch.int32, device=device)
+    ids[:, :image_tokens] = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(image_tokens, 3)
+    filled_b = torch.tensor(rows.lengths, dtype=torch.int32, device=device)[:, None]
+    ids[:, :image_tokens, 0] += filled_b + 1  # pad tokens of an image are at the origin, as are those of a prompt
+    text = torch.arange(1, rows.tokens + 1, dtype=torch.int32, device=device)
+    ids[:, rows.image_tokens :, 0] = torch.where(text <= filled_b, text, 0)
     freqs_bsp = embed(ids.flatten(0, 1)).unflatten(0, ids.shape[:2])
     image_pads = text_pads = None
     if rows.image_tokens > image_tokens:
