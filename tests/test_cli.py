@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 
 import ernie_accel
 from ernie_accel import cli, demo
+from ernie_accel.cli.app import NOISY_WHEN_IMPORTED
 from ernie_accel.core.timing import Race
 from ernie_accel.demo import show
+from ernie_accel.families.published import CHECKPOINTS
 from ernie_accel.models.ministral.enhancer import PromptEnhancer
 from tests.pipelines import tiny_ernie
 
@@ -193,15 +198,35 @@ def test_a_saved_pipeline_can_be_named(capsys, tmp_path):
     assert "ERNIE-Image" in out
 
 
-def test_info_says_what_is_installed_and_what_can_run_here(capsys):
+def test_info_says_what_is_installed_and_what_can_run_here(capsys, nothing_is_loaded):
     code, out, _ = run(capsys, "info")
     assert code == 0
+    assert re.search(r"^Presets for baidu/ERNIE-Image-Turbo:$", out, flags=re.MULTILINE)
+    for checkpoint in CHECKPOINTS:
+        assert f"\n  {checkpoint.names[0]}\n" in out
     assert f"ernie-accel {ernie_accel.__version__}" in out
     for name in ernie_accel.presets:
         assert re.search(rf"^  {name} +can(not)? run here: ", out, flags=re.MULTILINE)
     assert re.search(r"turbo-fp8 +cannot run here", out)
     assert "fp8 needs CUDA compute capability >= 8.9" in out
     assert re.search(r"torch_npu +- torch_npu is not installed: pip install 'ernie-accel\[npu\]'", out)
+
+
+def test_recommend_speaks_of_the_model_that_is_named(capsys, nothing_is_loaded):
+    code, out, _ = run(capsys, "recommend", "--device", "h200", "--model", "NewBie-AI/NewBie-image-Exp0.1")
+    assert (code, out.splitlines()[0]) == (0, "For NewBie-AI/NewBie-image-Exp0.1:")
+    assert "preset 'quality-fp8'" in out
+
+
+def test_the_warnings_that_packages_give_when_imported_are_not_printed(capsys):
+    run(capsys, "--version")
+    assert not any(logging.getLogger(name).isEnabledFor(logging.WARNING) for name in NOISY_WHEN_IMPORTED)
+
+
+@pytest.mark.slow
+def test_a_plan_prints_nothing_but_the_plan():
+    done = subprocess.run([sys.executable, "-m", "ernie_accel", "plan", "--device", "rtx3060"], capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_demo_measures_and_never_flatters(capsys, tmp_path):

@@ -152,7 +152,8 @@ def test_recommend_needs_no_model(capsys, monkeypatch):
     monkeypatch.setattr(loading, "load_pipeline", lambda *_, **__: pytest.fail("a model was loaded"))
     code, out, _ = run(capsys, "recommend", "--device", "RTX 3060")
     assert code == 0
-    assert out.startswith("Recommended on cuda (NVIDIA GeForce RTX 3060")
+    assert out.startswith("For baidu/ERNIE-Image-Turbo:\nRecommended on cuda (NVIDIA GeForce RTX 3060")
+    assert "Memory for a picture of 1024x1024" in out
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp16", "fp32"])

@@ -241,6 +241,9 @@ def test_memory_that_is_too_small_is_warned_of(ernie):
     assert ernie_accel.recommend(device("rtx4060"), ernie).warnings == ()  # this pipe is a tiny one
     (warning,) = ernie_accel.recommend(device("rtx4060", memory_bytes=GIB // 1024), ernie).warnings
     assert "do not fit into 1.0 MB" in warning
+    (warning,) = ernie_accel.recommend(device("cpu", memory_bytes=16 * GIB)).warnings
+    assert "prompt_enhancer=False" in warning
+    assert "leave the pipe on the CPU" not in warning  # it is there, and stays there
 
 
 def test_quality_recommends_quality():

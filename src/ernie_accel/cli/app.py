@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import statistics
 from collections.abc import Sequence
@@ -31,6 +32,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+#: Loggers that warn, while their packages are imported, of kernels that this machine has no use for.
+NOISY_WHEN_IMPORTED = ("torchao", "bitsandbytes.backends.cpu.ops", "torch.utils._pytree")
 
 Model = Annotated[str | None, typer.Option(help="Pipeline folder or hub id; without it the embedded model.")]
 PlannedModel = Annotated[
@@ -192,43 +196,47 @@ app.command("evaluate")(evaluate_command)
 @app.command("recommend")
 def recommend_command(
     device: Device = None,
-    model: Annotated[str | None, typer.Option(help="Recommend for this pipeline, not for the machine alone.")] = None,
+    model: PlannedModel = None,
     mode: Annotated[str | None, typer.Option(help="turbo (distilled) or quality (base).")] = None,
 ) -> None:
-    """Name the preset that pays most, here or on a named device, and why none of the others does."""
+    """Name the preset that pays most, here or on a named device, and why none of the others does. Needs no weights."""
     from ernie_accel.api import plan
+    from ernie_accel.batch.input.options import REAL_MODEL
     from ernie_accel.core.context import Context
     from ernie_accel.recipes.recommend import check_mode, recommend
 
     context = Context.named(device) if device else Context.detect()
     check_mode(mode)
-    pipe = _to_plan(model, "auto", context) if model is not None else None
+    pipe = _to_plan(model, "auto", context)
     found = recommend(context, pipe, mode=mode)
-    typer.echo(str(found))
+    typer.echo(f"For {model or REAL_MODEL}:\n{found}")
     if context.torch_device in ("cuda", "npu"):
-        planned = plan(pipe or _to_plan(None, "auto", context), preset=found.preset, context=context, memory="auto")
-        typer.echo(f"\n{'' if model else 'For the published ERNIE-Image-Turbo: '}{planned.memory}")
+        planned = plan(pipe, preset=found.preset, context=context, memory="auto")
+        typer.echo(f"\n{planned.memory}")
 
 
 @app.command("info")
-def info_command() -> None:
-    """Say what is installed, which presets can run here, and why others cannot."""
+def info_command(model: PlannedModel = None) -> None:
+    """Say what is installed, which presets can run here, and why others cannot. Needs no weights."""
     from ernie_accel.api import plan
+    from ernie_accel.batch.input.options import REAL_MODEL
     from ernie_accel.core.context import OPTIONAL_PACKAGES, Context
-    from ernie_accel.demo import load
     from ernie_accel.exports import VERSION
+    from ernie_accel.families.published import CHECKPOINTS
     from ernie_accel.recipes.presets import presets
 
     context = Context.detect()
+    pipe = _to_plan(model, "auto", context)
     typer.echo(f"ernie-accel {VERSION} on {context}")
     for package, version in context.versions.items():
         typer.echo(f"  {package:18} {version}")
     for package in OPTIONAL_PACKAGES:
         for reason in context.missing(package):
             typer.echo(f"  {package:18} - {reason}")
-    _load_quietly(None)
-    pipe = load()
-    typer.echo("Presets:")
+    typer.echo("Models that can be planned for without a download:")
+    for checkpoint in CHECKPOINTS:
+        typer.echo(f"  {checkpoint.names[0]}")
+    typer.echo(f"Presets for {model or REAL_MODEL}:")
     for preset in presets.values():
         the_plan = plan(pipe, preset=preset, context=context)
         typer.echo(f"  {preset.name:18} {'can run here' if the_plan.ok else 'cannot run here'}: {preset.summary}")
@@ -287,6 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for logger in NOISY_WHEN_IMPORTED:
+        logging.getLogger(logger).setLevel(logging.ERROR)
     try:
         app(arguments)
     except ErnieAccelError as error:

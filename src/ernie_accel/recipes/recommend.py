@@ -228,9 +228,12 @@ def _memory_warnings(pipe: Pipeline | None, preset: Preset, machine: Context) ->
     weights = _weight_bytes(pipe, preset, machine)
     if weights < machine.memory_bytes:
         return ()
+    too_much = f"about {human_bytes(weights)} of weights do not fit into {human_bytes(machine.memory_bytes)}"
+    if machine.device == "cpu":
+        return (f"{too_much}: in bfloat16 they take half; load(..., prompt_enhancer=False) leaves the enhancer out",)
     return (
-        f"about {human_bytes(weights)} of weights do not fit into {human_bytes(machine.memory_bytes)}: leave the pipe "
-        "on the CPU; optimize(pipe, preset=..., memory='auto') brings it to the device in the fastest way that fits",
+        f"{too_much}: leave the pipe on the CPU; optimize(pipe, preset=..., memory='auto') brings it to the device in "
+        "the fastest way that fits",
     )
 
 
