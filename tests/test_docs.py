@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 import ernie_accel
 from ernie_accel.batch.output import ledger
@@ -19,7 +20,7 @@ from ernie_accel.storage import manifest
 from ernie_accel.transforms import TRANSFORMS, transform_class
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 #: An example that cannot run everywhere stands behind this comment, with the reason.
 NOT_RUN = re.compile(r"<!-- not run: .+ -->\s*$")
 
@@ -115,6 +116,26 @@ def test_the_readme_has_examples_that_run():
 def test_links_within_the_repository_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def pages_in(nav: Any) -> list[str]:
+    """Return the pages of a part of the site's navigation."""
+    if isinstance(nav, str):
+        return [nav]
+    return [page for part in (nav.values() if isinstance(nav, dict) else nav) for page in pages_in(part)]
+
+
+def test_every_page_is_in_the_navigation_once():
+    nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    assert sorted(pages_in(nav)) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:])
+
+
+def test_every_public_name_is_in_the_reference_once():
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md")]
+    found = sorted(name for page in pages for name in re.findall(r"^::: ernie_accel\.(\S+)$", page, flags=re.MULTILINE))
+    own = [f"batch.{name}" for name in ernie_accel.batch.__all__ if name not in ernie_accel.__all__]
+    public = [name for name in ernie_accel.__all__ if name not in ("batch", "demo", "fidelity")]
+    assert found == sorted([*public, *own, "fidelity.grid_score", "demo.load"])
 
 
 def documented_keys(document: str) -> set[str]:
