@@ -8,7 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 from examples.plugin import register
-from examples.plugin.backend import ROWS, PlainRows
+from examples.plugin.backend import ROWS, PlainRows, RowsLinear
 from examples.plugin.family import FLUX
 from examples.plugin.transform import HideProgress
 
@@ -191,9 +191,25 @@ def test_the_contract_of_a_backend_catches_wrong_bytes_and_products():
         def dequantize(self, layer):
             return super().dequantize(layer) * 2
 
+    class Blind(PlainRows):
+        def holds(self, layer):
+            return type(layer) is RowsLinear
+
+    class Own(PlainRows):
+        def quantize(self, scheme, linear):
+            layer = super().quantize(scheme, linear)
+            layer._call_impl = layer.forward  # a call that bypasses the forward of its class
+            return layer
+
+    caught = (
+        (Fat, "bytes are what was planned"),
+        (Wrong, "promises 36 dB"),
+        (Blind, "knows its layers once they are corrected"),
+        (Own, "add a correction, or takes_correction is False"),
+    )
     backends.add_scheme(ROWS)
     try:
-        for cls, words in ((Fat, "bytes are what was planned"), (Wrong, "promises 36 dB")):
+        for cls, words in caught:
             with pytest.raises(testing.ContractError, match=words):
                 testing.check_backend(cls())
     finally:

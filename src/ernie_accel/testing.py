@@ -32,6 +32,7 @@ from ernie_accel.core.wrap_call import class_without
 from ernie_accel.families import Family, families, family_of
 from ernie_accel.models.rewritten import block_paths, rewritten_model
 from ernie_accel.quantization.backend import SCHEMES, LinearSpec, QuantizationBackend
+from ernie_accel.quantization.correction import dequantized, quantize_corrected
 from ernie_accel.quantization.layers import sqnr_db
 from ernie_accel.transforms import transform_from_json
 from ernie_accel.transforms.denoiser.rewrite_blocks import RewriteBlocks
@@ -209,6 +210,12 @@ def check_backend(backend: QuantizationBackend, *, context: Context | None = Non
             tensor.copy_(backend.tensors(layer)[name])
         same = torch.equal(backend.dequantize(blank), backend.dequantize(layer))
         _same(bool(same), True, f"{what}: its tensors are all of a weight")
+        if backend.takes_correction:
+            corrected = quantize_corrected(backend, scheme, linear, 8)
+            _same(backend.holds(corrected), True, f"{what}: it knows its layers once they are corrected")
+            expected = torch.nn.functional.linear(x, dequantized(backend, corrected).to(x.dtype), bias)
+            distance = _distance(corrected(x), expected)
+            _same(distance < 0.1, True, f"{what}: its layers add a correction, or takes_correction is False")
 
 
 def snapshot(pipe: Pipeline) -> dict[str, object]:

@@ -90,6 +90,8 @@ class LayerReceipt:
         bytes_before: Bytes of the layer before, bias included.
         bytes_after: Bytes afterwards, scales and bias included.
         sqnr_db: Signal-to-quantization-noise ratio of the weight in dB, to 0.001; infinite if no bit was lost.
+        correction_rank: Rank of the correction that is added to the stored weight; 0: none.
+        uncorrected_db: What `sqnr_db` is without that correction; None where there is none.
     """
 
     name: str
@@ -100,10 +102,12 @@ class LayerReceipt:
     bytes_before: int
     bytes_after: int
     sqnr_db: float
+    correction_rank: int = 0
+    uncorrected_db: float | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return plain data; an infinite SQNR becomes None, because JSON has no infinity."""
-        return asdict(self) | {"sqnr_db": self.sqnr_db if math.isfinite(self.sqnr_db) else None}
+        return {name: None if value == math.inf else value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,9 @@ class QuantizationBackend(ABC):
         devices: torch device types it runs on.
         takes_loras: Whether PEFT can add a LoRA to its layers once they are made; where not, loading one is refused.
         keeps_names: Whether a layer's weight is under "weight" in a state dict, with the shape of the plain one.
+        takes_correction: Whether its layers can be made instances of a subclass, which adds a low-rank product
+            (``Quantize(correction_rank=...)``); `holds` must know those, too. Not where something replaces the layer's
+            forward, or casts its tensors.
     """
 
     name: ClassVar[str]
@@ -115,6 +118,7 @@ class QuantizationBackend(ABC):
     devices: ClassVar[tuple[str, ...]] = ("cuda", "cpu")
     takes_loras: ClassVar[bool] = False
     keeps_names: ClassVar[bool] = True
+    takes_correction: ClassVar[bool] = True
 
     def unsupported(self, scheme: str, context: Context) -> list[str]:
         """Return every reason why `scheme` cannot run on this machine; empty if it can."""

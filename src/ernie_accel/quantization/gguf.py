@@ -53,7 +53,7 @@ class Gguf(QuantizationBackend):
         return {"blocks": layer.weight.as_tensor()}  # type: ignore[operator, union-attr]
 
     def holds(self, layer: torch.nn.Module) -> bool:
-        return type(layer).__name__ == "GGUFLinear" and defined_in(layer, "diffusers")
+        return any(cls.__name__ == "GGUFLinear" for cls in type(layer).__mro__) and defined_in(layer, "diffusers")
 
 
 def _code(scheme: str) -> object:

@@ -150,9 +150,15 @@ def quantized_as(layer: torch.nn.Module) -> str | None:
     """Return "scheme by backend" for a layer that anyone has quantized, else None."""
     receipt = RECEIPT.of(layer)
     if receipt is not None:
-        return f"{receipt.scheme} by {receipt.backend}"
+        return stored_name(receipt.scheme, receipt.backend, receipt.correction_rank)
     backend = holder_of(layer)
     return f"another scheme by {backend.name}" if backend is not None else None
+
+
+def stored_name(scheme: str, backend: str, correction_rank: int | None) -> str:
+    """Return how plans and errors call what a layer is stored as."""
+    corrected = f" with a correction of rank {correction_rank}" if correction_rank else ""
+    return f"{scheme} by {backend}{corrected}"
 
 
 def holder_of(layer: torch.nn.Module) -> QuantizationBackend | None:

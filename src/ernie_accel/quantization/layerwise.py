@@ -26,6 +26,7 @@ class Layerwise(QuantizationBackend):
     package: ClassVar[str | None] = None
     schemes: ClassVar[Mapping[str, tuple[int, int]]] = MappingProxyType({"fp8-weight-only": (0, 0)})
     devices: ClassVar[tuple[str, ...]] = ("cuda", "cpu", "npu", "mps", "xpu")
+    takes_correction: ClassVar[bool] = False
 
     def layer_problem(self, scheme: str, spec: LinearSpec) -> str | None:
         return None

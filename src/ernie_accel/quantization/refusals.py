@@ -5,6 +5,7 @@ Each would fail halfway with the pipe changed, or write a checkpoint that reload
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from ernie_accel.core.components import Pipeline, modules_of
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.stand_in import Bound, StandInMethod
 from ernie_accel.core.undo import Undo
+from ernie_accel.quantization.correction import is_corrected
 from ernie_accel.quantization.layers import holder_of, quantized_as
 
 
@@ -45,8 +47,11 @@ def refuse_other_weights(pipe: Pipeline, components: Iterable[str], undo: Undo) 
     for module in modules_of(pipe, components).values():
         undo.setattr(module, "load_state_dict", _LoadStateDict(module, "load_state_dict"))
         backends = {holder for part in module.modules() if (holder := holder_of(part)) is not None}
-        if not all(backend.keeps_names for backend in backends) and hasattr(module, "enable_layerwise_casting"):
-            undo.setattr(module, "enable_layerwise_casting", Bound(_refuse_layerwise, module))
+        corrected = any(map(is_corrected, module.modules()))
+        cannot_be_cast = corrected or not all(backend.keeps_names for backend in backends)
+        if cannot_be_cast and hasattr(module, "enable_layerwise_casting"):
+            why = "have a correction" if corrected else "are quanto's"
+            undo.setattr(module, "enable_layerwise_casting", Bound(functools.partial(_refuse_layerwise, why), module))
 
 
 class _LoadStateDict(StandInMethod):
@@ -99,10 +104,11 @@ def _refuse_saving(self: object, *args: object, **kwargs: object) -> None:
     )
 
 
-def _refuse_layerwise(self: object, *args: object, **kwargs: object) -> None:
+def _refuse_layerwise(why: str, self: object, *args: object, **kwargs: object) -> None:
+    fix = "" if why == "have a correction" else ", or quantize with torchao"
     raise ErnieAccelError(
-        f"{type(self).__name__}.enable_layerwise_casting: some of its layers are quanto's, which cannot be cast. Call "
-        "ernie_accel.restore(pipe) first, or quantize with torchao"
+        f"{type(self).__name__}.enable_layerwise_casting: some of its layers {why}, which cannot be cast. Call "
+        f"ernie_accel.restore(pipe) first{fix}"
     )
 
 

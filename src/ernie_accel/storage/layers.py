@@ -27,9 +27,11 @@ def receipt_of(layer: torch.nn.Module) -> LayerReceipt:
 
 
 def content_of(backend: QuantizationBackend, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return all that a quantized layer consists of, live: the backend's tensors and the bias."""
+    """Return all that a quantized layer consists of, live: the backend's tensors, the bias and the correction."""
+    from ernie_accel.quantization.correction import correction_of
+
     bias = getattr(layer, "bias", None)
-    return backend.tensors(layer) | ({} if bias is None else {"bias": bias.data})
+    return backend.tensors(layer) | ({} if bias is None else {"bias": bias.data}) | correction_of(layer)
 
 
 def repeats_rewriting(transform: Transform) -> bool:

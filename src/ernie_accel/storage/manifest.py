@@ -7,7 +7,6 @@ import json
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Literal
@@ -75,6 +74,8 @@ class SavedReceipt(_Schema):
     bytes_before: Count
     bytes_after: Count
     sqnr_db: float | None
+    correction_rank: Count = 0
+    uncorrected_db: float | None = None
 
     def receipt(self) -> LayerReceipt:
         """Return what it was made from."""
@@ -154,7 +155,7 @@ class Manifest(_Schema):
 
 def saved_receipt(receipt: LayerReceipt) -> SavedReceipt:
     """Return a receipt as it is saved."""
-    return SavedReceipt(**asdict(receipt) | {"sqnr_db": receipt.to_json()["sqnr_db"]})
+    return SavedReceipt.model_validate(receipt.to_json())
 
 
 def files_of(folder: Path) -> dict[str, SavedFile]:

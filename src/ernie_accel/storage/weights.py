@@ -86,14 +86,19 @@ class SavedWeights:
 
     def _layer(self, blanks: Blanks, receipt: LayerReceipt, saved: dict[str, torch.Tensor]) -> torch.nn.Module:
         """Make a quantized layer of the saved bits."""
+        from ernie_accel.quantization.correction import correct, correction_shapes
         from ernie_accel.quantization.layers import RECEIPT
         from ernie_accel.storage.blanks import described
 
+        correction = correction_shapes(receipt.shape, receipt.correction_rank)
         have, want = described(saved), blanks.content(receipt, saved["bias"].dtype if "bias" in saved else None)
+        want |= {name: (shape, getattr(torch, receipt.dtype)) for name, shape in correction.items()}
         if have != want:
             why = f"is stored as {have}, and the {receipt.backend} installed here stores it as {want}"
             raise SavedPipelineError(self.folder, f"{receipt.name} {why}")
-        layer = blanks.layer(receipt, saved)
+        layer = blanks.layer(receipt, {name: tensor for name, tensor in saved.items() if name not in correction})
+        if correction:
+            correct(layer, *(saved[name] for name in correction))
         RECEIPT.put(layer, receipt)
         return layer
 
