@@ -15,6 +15,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from ernie_accel.common.notes import Note
@@ -40,7 +41,7 @@ from ernie_accel.memory.planner import available_on_host, budget_of, check_fits,
 from ernie_accel.plugins import load_plugins
 from ernie_accel.recipes.presets import find_preset
 from ernie_accel.recipes.recommend import fitting_preset, recommend
-from ernie_accel.storage.loading import drop_enhancer, load_pipeline, was_saved_here
+from ernie_accel.storage.loading import drop_enhancer, load_pipeline, refuse_transformer, was_saved_here
 from ernie_accel.storage.reading import forgetful
 from ernie_accel.storage.reading import read as read_saved
 from ernie_accel.transforms.weights.quantize import Quantize
@@ -196,6 +197,7 @@ def load(
     on_unsupported: Literal["error", "skip"] = "error",
     known: Iterable[type] = (),
     call: Call | None = None,
+    transformer: str | os.PathLike[str] | None = None,
 ) -> CallablePipeline:
     """Read a pipeline and optimize it on its way to the device. Nothing that comes with it is run.
 
@@ -220,6 +222,9 @@ def load(
         on_unsupported: What to do with a transform that cannot run here; as in ``optimize``.
         known: Classes that a folder that `save` wrote may name beside those that pipelines use.
         call: As in `optimize`.
+        transformer: A single file with the transformer's weights, safetensors or GGUF, as ComfyUI keeps them; `model`,
+            of the same architecture and size, gives everything else. What is quantized in it (fp8, int8, GGUF) is
+            decoded to `dtype` on the host; `Quantize` makes it small again on its way to the device.
 
     Returns:
         The pipe. What was quantized on the way cannot be undone by ``restore``: the originals are in the files.
@@ -241,6 +246,7 @@ def load(
     if preset is not None and preset != "auto":
         find_preset(preset)
     if was_saved_here(model):
+        refuse_transformer(model, None if transformer is None else Path(transformer))
         if dtype != "auto":
             raise ErnieAccelError(
                 f"{os.fspath(model)} was written by ernie_accel.save and keeps its dtypes; found dtype={dtype!r}"
@@ -248,7 +254,14 @@ def load(
         return _load_saved(
             model, transforms, preset, memory, device, prompt_enhancer, on_unsupported, tuple(known), call
         )
-    pipe = load_pipeline(os.fspath(model), dtype, machine.torch_device, prompt_enhancer=prompt_enhancer, on_host=True)
+    pipe = load_pipeline(
+        os.fspath(model),
+        dtype,
+        machine.torch_device,
+        prompt_enhancer=prompt_enhancer,
+        on_host=True,
+        transformer=transformer,
+    )
     named, wanted = _request(check_pipeline(pipe), transforms, preset, machine)
     asked = tuple(map(forgetful, wanted))
     if machine.device == "cpu" or memory is None:

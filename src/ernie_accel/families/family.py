@@ -95,6 +95,21 @@ class PromptEnhancement:
 
 
 @dataclass(frozen=True)
+class SingleFileNames:
+    """How single files of a denoiser, as ComfyUI keeps them, name what diffusers names otherwise.
+
+    Attributes:
+        renamed: Pairs of a regular expression and what takes its place (``re.sub``), applied in this order.
+        fused: A layer of the file, by its path within a block -> the layers that its rows belong to, in their order.
+        unused: Tensors of the file that the denoiser never uses.
+    """
+
+    renamed: tuple[tuple[str, str], ...] = ()
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Shape:
     """What a denoiser looks like from outside, for duck typing, because forks and remote code rename the class.
 
@@ -152,6 +167,8 @@ class Family:
         prompt_encoding: How its pipelines encode prompts; None where nothing is to be gained, or nothing is known.
         prompt_enhancement: Set where the pipeline can have a language model rewrite prompts.
         always_masks: Set where stock diffusers builds a mask also for batches in which nothing is padded.
+        single_file: What single files of the denoiser name otherwise than diffusers, for ``load(transformer=)``; None:
+            nothing.
         reads_timesteps: Whether the pipeline reads every timestep on the host, and so waits for the device.
     """
 
@@ -175,6 +192,7 @@ class Family:
     always_masks: AlwaysMasks | None = None
     prompt_encoding: PromptEncoding | None = None
     prompt_enhancement: PromptEnhancement | None = None
+    single_file: SingleFileNames | None = None
     reads_timesteps: bool = False
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from ernie_accel.families.family import CallSettings, Family, PromptEncoding, Shape
+from ernie_accel.families.family import CallSettings, Family, PromptEncoding, Shape, SingleFileNames
 
 NEWBIE = Family(
     name="NewBie-image",
@@ -49,5 +49,25 @@ NEWBIE = Family(
         unused=("vision_tower", "multi_modal_projector"),
         methods=("_get_gemma_prompt_embeds", "_encode_prompt"),
         encoders=("text_encoder", "clip_model"),
+    ),
+    single_file=SingleFileNames(
+        renamed=(
+            (r"^cap_embedder\.", "time_caption_embed.caption_embedder."),
+            (r"^t_embedder\.mlp\.0\.", "time_caption_embed.timestep_embedder.linear_1."),
+            (r"^t_embedder\.mlp\.2\.", "time_caption_embed.timestep_embedder.linear_2."),
+            (r"^final_layer\.adaLN_modulation\.1\.", "norm_out.linear_1."),
+            (r"^final_layer\.linear\.", "norm_out.linear_2."),
+            # Blocks of the context refiner are not modulated, and have a plain norm.
+            (r"^(context_refiner\.\d+\.)attention_norm1\.", r"\1norm1."),
+            (r"\.attention_norm1\.", ".norm1.norm."),
+            (r"\.attention_norm2\.", ".norm2."),
+            (r"\.adaLN_modulation\.1\.", ".norm1.linear."),
+            (r"\.attention\.([qk])_norm\.", r".attn.norm_\1."),
+            (r"\.attention\.out\.", ".attn.to_out.0."),
+            (r"\.attention\.", ".attn."),
+            (r"\.feed_forward\.w(\d)\.", r".feed_forward.linear_\1."),
+        ),
+        fused=MappingProxyType({"attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v")}),
+        unused=("norm_final.weight",),
     ),
 )

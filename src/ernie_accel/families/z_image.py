@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from ernie_accel.families.family import CallSettings, Family, PromptEncoding
+from ernie_accel.families.family import CallSettings, Family, PromptEncoding, SingleFileNames
 
 Z_IMAGE = Family(
     name="Z-Image",
@@ -37,4 +37,14 @@ Z_IMAGE = Family(
     encode_pictures="ernie_accel.models.latents:encode_in_float32",
     text_argument="cap_feats",
     prompt_encoding=PromptEncoding(layers="layers", hidden_state=-2, methods=("_encode_prompt",), guided_above=0.0),
+    single_file=SingleFileNames(
+        renamed=(
+            (r"^final_layer\.", "all_final_layer.2-1."),
+            (r"^x_embedder\.", "all_x_embedder.2-1."),
+            (r"\.attention\.([qk])_norm\.", r".attention.norm_\1."),
+            (r"\.attention\.out\.", ".attention.to_out.0."),
+        ),
+        fused=MappingProxyType({"attention.qkv": ("attention.to_q", "attention.to_k", "attention.to_v")}),
+        unused=("norm_final.weight",),
+    ),
 )
