@@ -317,7 +317,7 @@ def _candidates(
 ) -> Iterator[tuple[tuple[Transform, ...], tuple[str, ...]]]:
     """Yield what might be chosen, and why, from the fastest down."""
     if any(map(places, wanted)):
-        yield (), ("where the weights live was chosen by you",)
+        yield (), ("the request says where the weights live",)
         return
     move = (MoveTo(device),)
     stays = "everything stays on the device"
