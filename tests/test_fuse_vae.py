@@ -1,4 +1,4 @@
-"""`FuseVae`: the same pictures from a decoder on fused kernels (here on their twins), what it knows, and back."""
+"""`FuseVae`: the same pictures and latents on fused kernels (here on their twins), what it knows, and back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ernie_accel import CompileVae, Context, FuseVae
 from ernie_accel.families.published import CHECKPOINTS
 from ernie_accel.memory.call import Call
 from ernie_accel.memory.stages import activations_of
-from ernie_accel.models.vae_decoder import FusedDecoder, _twice_as_large, unsupported_reason
+from ernie_accel.models.autoencoder import FusedDecoder, FusedEncoder, _twice_as_large, unsupported_reason
 from tests.pipelines import picture, randomize, tiny_ernie, tiny_flux, tiny_lumina2, tiny_z_image
 
 GPU = Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6"})
@@ -89,18 +89,24 @@ def decode(decoder: Any, *shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("make", MAKERS)
 def test_it_only_rounds_and_goes_back(make: Any, batch: int) -> None:
     pipe = make()
-    decoder = pipe.vae.decoder
-    strides = [p.stride() for p in decoder.parameters()]
+    decoder, encoder = pipe.vae.decoder, pipe.vae.encoder
+    strides = [p.stride() for p in pipe.vae.parameters()]
+    pictures = (2, 3, 48, 72)
+    encoded = decode(encoder, *pictures)
     shape = (batch, decoder.conv_in.in_channels, 6, 10)
     expected = decode(decoder, *shape)
     fused(pipe)
-    assert ernie_accel.report(pipe).entries[0].applied.changed == ("vae.decoder",)
+    assert ernie_accel.report(pipe).entries[0].applied.changed == ("vae.decoder", "vae.encoder")
     assert decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert isinstance(encoder.forward, FusedEncoder)
+    assert (decode(encoder, *pictures) - encoded).norm() < 1e-5 * encoded.norm()
     got = decode(decoder, *shape)
     assert (got - expected).norm() < 1e-5 * expected.norm()
     ernie_accel.restore(pipe)
-    assert "forward" not in vars(decoder)
-    assert [p.stride() for p in decoder.parameters()] == strides
+    assert not {"forward"} & (vars(decoder).keys() | vars(encoder).keys())
+    assert [p.stride() for p in pipe.vae.parameters()] == strides
+    assert torch.equal(decode(encoder, *pictures), encoded)
     assert torch.equal(decode(decoder, *shape), expected)
 
 
@@ -290,8 +296,49 @@ def test_a_decoder_it_does_not_know_is_left_alone_with_the_reason(
     setattr(pipe.vae.decoder.get_submodule(path), name, value)
     assert reason in (unsupported_reason(pipe.vae.decoder) or "")
     preview = FuseVae().preview(pipe, GPU)
-    assert preview.changes == ()
+    assert preview.changes == ("vae.encoder",)
     assert reason in preview.note
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "value", "reason"),
+    [
+        ("down_blocks.0.downsamplers.0", "norm", nn.Identity(), "does not only convolve"),
+        ("down_blocks.0.downsamplers.0", "use_conv", False, "does not only convolve"),
+        ("down_blocks.0.downsamplers.0", "conv", nn.AvgPool2d(2), "has no convolution, or a quantized or adapted one"),
+        ("down_blocks.0.resnets", "0", nn.Identity(), "down_blocks.0.resnets.0 is a torch.nn.modules.linear.Identity"),
+        ("down_blocks", "0", nn.Identity(), "down_blocks.0 is a torch.nn.modules.linear.Identity"),
+        ("", "conv_act", nn.GELU(), "it ends with a GELU for an activation"),
+    ],
+)
+def test_an_encoder_it_does_not_know_is_left_alone_with_the_reason(
+    path: str, name: str, value: object, reason: str
+) -> None:
+    pipe = tiny_ernie()
+    setattr(pipe.vae.encoder.get_submodule(path), name, value)
+    preview = FuseVae().preview(pipe, GPU)
+    assert preview.changes == ("vae.decoder",)
+    assert preview.note.startswith("not this encoder: ")
+    assert reason in preview.note
+
+
+def test_a_vae_without_encoder_has_only_its_decoder_fused() -> None:
+    pipe = tiny_ernie()
+    pipe.vae.encoder = None
+    assert FuseVae().preview(pipe, GPU) == ernie_accel.Preview(("vae.decoder",))
+    expected = picture(pipe, steps=1)
+    assert (picture(fused(pipe), steps=1) - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_an_encoder_that_others_hooked_or_that_learns_runs_as_before() -> None:
+    pipe, stock = fused(tiny_ernie()), tiny_ernie()
+    for each in (pipe, stock):
+        each.vae.encoder.down_blocks[0].register_forward_hook(lambda module, inputs, out: 2 * out)
+    got, expected = (decode(each.vae.encoder, 1, 3, 32, 32) for each in (pipe, stock))
+    assert (got - expected).norm() < 1e-5 * expected.norm()
+    pictures = torch.randn(1, 3, 32, 32, requires_grad=True)
+    (gradient,) = torch.autograd.grad(pipe.vae.encoder(pictures).square().sum(), pictures)
+    assert gradient.any()
 
 
 def test_decoders_of_other_autoencoders_are_left_alone() -> None:
@@ -300,6 +347,7 @@ def test_decoders_of_other_autoencoders_are_left_alone() -> None:
     with torch.device("meta"):
         pipe.vae = AutoencoderDC()
     assert unsupported_reason(pipe.vae.decoder) == "it is a diffusers.models.autoencoders.autoencoder_dc.Decoder"
+    assert unsupported_reason(pipe.vae.encoder) == "it is a diffusers.models.autoencoders.autoencoder_dc.Encoder"
     assert FuseVae().preview(pipe, GPU).changes == ()
 
 
@@ -324,7 +372,9 @@ def test_it_takes_the_place_of_compile_vae() -> None:
     with pytest.raises(ernie_accel.ErnieAccelError, match="vae-compile"):
         ernie_accel.plan(tiny_ernie(), CompileVae(), FuseVae(), context=GPU)
     pipe = fused(tiny_ernie())
-    assert FuseVae().preview(pipe, GPU).note == "the decoder runs on the kernels already"
+    assert FuseVae().preview(pipe, GPU).note == (
+        "the decoder runs on the kernels already; the encoder runs on the kernels already"
+    )
     pipe = tiny_ernie()
     pipe.vae.decoder.compile()
     assert FuseVae().preview(pipe, GPU).note == "the decoder is compiled already"

@@ -6,7 +6,7 @@ rewriting.py    what all rewritten models share; on_kernels.py: on fused kernels
 language/       language models that encode prompts: Ministral, Qwen and Gemma from the same layers
 ministral/      the prompt enhancer, which decodes with those layers
 prompt_cache.py embeddings of prompts that are kept between calls
-vae_decoder.py  the VAE's decoder on fused kernels
+autoencoder.py  the VAE on fused kernels
 replays.py      work captured into CUDA graphs
 masks.py        which mask reaches the blocks; processors.py: which kernel computes their attention
 """

@@ -1,4 +1,4 @@
-"""Run the VAE's decoder in channels-last layout: convolutions without transposes, norms and activations fused."""
+"""Run the VAE in channels-last layout: convolutions without transposes, norms and activations fused."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.stand_in import standing_in
 from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
+from ernie_accel.models.autoencoder import FusedDecoder, FusedEncoder, unsupported_reason
 from ernie_accel.models.compile_cache import as_folder, compile_module, unsupported_cache_reasons
-from ernie_accel.models.vae_decoder import FusedDecoder, unsupported_reason
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,12 +70,12 @@ class CompileVae(Transform):
 
 @dataclass(frozen=True, repr=False)
 class FuseVae(Transform):
-    """Run the VAE's decoder channels-last, with its norms, activations, biases and residuals in fused kernels.
+    """Run the VAE channels-last, with its norms, activations, biases and residuals in fused kernels.
 
-    It replaces `CompileVae`, and compiles only eight small kernels, which serve all picture sizes. It supports the
-    decoders of ``AutoencoderKL`` and ``AutoencoderKLFlux2``: those of ERNIE-Image, Z-Image, FLUX and Stable Diffusion.
-    It rounds at other places than stock. With random weights in bfloat16, on a CPU, the relative L2 distance from
-    float32 is 0.024 for its pictures and 0.026 for stock's, and the two are 0.030 apart.
+    It replaces `CompileVae`, and compiles only eight small kernels, which serve decoder and encoder and all picture
+    sizes. It supports ``AutoencoderKL`` and ``AutoencoderKLFlux2``: those of ERNIE-Image, Z-Image, FLUX and Stable
+    Diffusion. It rounds at other places than stock. With random weights in bfloat16, on a CPU, the relative L2 distance
+    from float32 is 0.024 for its pictures and 0.026 for stock's, and the two are 0.030 apart.
 
     Pays:
         Always where it can run. On an H200 a decode takes 21 ms (stock 86, `CompileVae` 34). The first decode takes
@@ -96,30 +96,44 @@ class FuseVae(Transform):
         return []  # where it cannot work it does nothing, and the pipe computes the same
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
-        decoder = _decoder(pipe)
         reasons = context.missing_triton("FuseVae", (8, 0))
         if reasons:
             return Preview((), note="the kernels cannot run here: " + "; ".join(reasons))
-        if _is_fused(decoder):
-            return Preview((), note="the decoder runs on the kernels already")
-        if decoder._compiled_call_impl is not None:
-            return Preview((), note="the decoder is compiled already")
-        reason = unsupported_reason(decoder)
-        return Preview(("vae.decoder",)) if reason is None else Preview((), note=f"not this decoder: {reason}")
+        found = {half: _left_out(module, half) for half, module in _halves(pipe).items()}
+        notes = [reason for reason in found.values() if reason is not None]
+        changes = tuple(f"vae.{half}" for half, reason in found.items() if reason is None)
+        return Preview(changes, note="; ".join(notes))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         return context.planned(pipe).compiling(self.slot)  # Triton compiles each kernel when it is first launched
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
-        decoder = _decoder(pipe)
+        preview = self.preview(pipe, context)
         with Undo() as undo:
-            _lay_out(decoder, undo)
-            FusedDecoder(decoder).install(undo)
-        return Applied(("vae.decoder",), undo=undo)
+            for half, module in _halves(pipe).items():
+                if f"vae.{half}" in preview.changes:
+                    _lay_out(module, undo)
+                    _FUSED[half](module).install(undo)
+        return Applied(preview.changes, undo=undo, note=preview.note)
 
 
-def _is_fused(decoder: torch.nn.Module) -> bool:
-    return standing_in(decoder, FusedDecoder) is not None
+_FUSED: dict[str, type[FusedDecoder] | type[FusedEncoder]] = {"decoder": FusedDecoder, "encoder": FusedEncoder}
+
+
+def _halves(pipe: Pipeline) -> dict[str, torch.nn.Module]:
+    """Return the decoder and, if there is one, the encoder."""
+    parts = {half: getattr(pipe.vae, half, None) for half in _FUSED}
+    return {half: part for half, part in parts.items() if isinstance(part, torch.nn.Module)}
+
+
+def _left_out(module: torch.nn.Module, half: str) -> str | None:
+    """Return why a decoder or encoder is left as it is; None if it is not."""
+    if standing_in(module, _FUSED[half]) is not None:
+        return f"the {half} runs on the kernels already"
+    if module._compiled_call_impl is not None:
+        return f"the {half} is compiled already"
+    reason = unsupported_reason(module)
+    return None if reason is None else f"not this {half}: {reason}"
 
 
 def _lay_out(decoder: torch.nn.Module, undo: Undo) -> None:

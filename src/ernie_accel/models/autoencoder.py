@@ -1,4 +1,4 @@
-"""The decoder of diffusers' KL autoencoders with its norms, activations, biases and residuals in fused kernels.
+"""Decoder and encoder of diffusers' KL autoencoders with their norms, activations, biases and residuals fused.
 
 Between two convolutions lie a bias, perhaps a residual, a group norm and a SiLU: four or five passes over the picture
 in torch, two here. The convolutions are cuDNN's, in the channels-last layout that its fastest ones want, so nothing is
@@ -21,9 +21,9 @@ from ernie_accel.kernels import ops, wide_attention
 
 _COPIED = torch.complex128  # the widest dtype there is: what is copied is bytes, whatever they mean
 
-#: A part of the decoder takes the hidden states, the scale and shift of the norm it begins with, and the norm that the
-#: next part begins with; it returns the hidden states and the scale and shift of that one. An upsampler has no norm.
-_Run: TypeAlias = Callable[[Any, Tensor, Tensor | None, "nn.GroupNorm | None"], tuple[Tensor, Tensor | None]]
+#: A part takes the hidden states, the scale and shift of the norm it begins with, and the norm that the next part
+#: begins with; it returns the hidden states and the scale and shift of that one. Up- and downsamplers have no norm.
+_Part: TypeAlias = Callable[[Any, Tensor, Tensor | None, "nn.GroupNorm | None"], tuple[Tensor, Tensor | None]]
 
 
 # Diffusers' classes as a type checker sees them: they come without types, and these are never made.
@@ -67,6 +67,13 @@ class _Upsampler(nn.Module):
     name: str
 
 
+class _Downsampler(nn.Module):
+    norm: nn.Module | None
+    conv: nn.Conv2d
+    padding: int
+    use_conv: bool
+
+
 class _MidBlock(nn.Module):
     resnets: Sequence[_Resnet]
     attentions: Sequence[_Attention | None]
@@ -77,13 +84,25 @@ class _UpBlock(nn.Module):
     upsamplers: Sequence[_Upsampler] | None
 
 
-class _Decoder(nn.Module):
+class _DownBlock(nn.Module):
+    resnets: Sequence[_Resnet]
+    downsamplers: Sequence[_Downsampler] | None
+
+
+class _Half(nn.Module):
     conv_in: nn.Conv2d
     mid_block: _MidBlock
-    up_blocks: Sequence[_UpBlock]
     conv_norm_out: nn.GroupNorm
     conv_act: nn.Module
     conv_out: nn.Conv2d
+
+
+class _Decoder(_Half):
+    up_blocks: Sequence[_UpBlock]
+
+
+class _Encoder(_Half):
+    down_blocks: Sequence[_DownBlock]
 
 
 class FusedDecoder(StandInForward):
@@ -104,31 +123,51 @@ class FusedDecoder(StandInForward):
         if torch.is_grad_enabled() or latent_embeds is not None or _has_altered_layers(decoder):
             out = self.forward_below(sample, latent_embeds)
             return out
-        x_bchw = decoder.conv_in(sample)
-        parts = [(part, _KINDS[_path_of(part)]) for part in _parts(decoder)]
-        norms = [None if kind.first_norm is None else kind.first_norm(part) for part, kind in parts]
-        affine_b2c = ops.group_norm_affine(x_bchw, None, *_norm(decoder.mid_block.resnets[0].norm1))
-        for (part, kind), following in zip(parts, [*norms[1:], decoder.conv_norm_out], strict=True):
-            x_bchw, affine_b2c = kind.run(part, x_bchw, affine_b2c, following)
-        out = decoder.conv_out(ops.affine(x_bchw, affine_b2c, True))
-        return out
+        return _run(decoder, sample)
 
 
-def unsupported_reason(decoder: _Decoder) -> str | None:
-    """Return what in a decoder `FusedDecoder` would compute differently, or None."""
-    if "forward" in vars(decoder):
+class FusedEncoder(StandInForward):
+    """The forward of an encoder, as `FusedDecoder` is that of a decoder."""
+
+    def __call__(self, sample: Tensor) -> Tensor:
+        """Return the moments [B, 2 * C, H / 8, W / 8] of pictures [B, 3, H, W]."""
+        encoder = self.module
+        if torch.is_grad_enabled() or _has_altered_layers(encoder):
+            out: Tensor = self.forward_below(sample)
+            return out
+        return _run(encoder, sample)
+
+
+def _run(half: _Half, sample: Tensor) -> Tensor:
+    x_bchw = half.conv_in(sample)
+    parts = [(part, _KINDS[_path_of(part)]) for part in _parts(half)]
+    norms = [None if kind.first_norm is None else kind.first_norm(part) for part, kind in parts]
+    affine_b2c = ops.group_norm_affine(x_bchw, None, *_norm(cast(nn.GroupNorm, norms[0])))  # both begin with a resnet
+    for (part, kind), following in zip(parts, [*norms[1:], half.conv_norm_out], strict=True):
+        x_bchw, affine_b2c = kind.run(part, x_bchw, affine_b2c, following)
+    out: Tensor = half.conv_out(ops.affine(x_bchw, affine_b2c, True))
+    return out
+
+
+def unsupported_reason(half: nn.Module) -> str | None:
+    """Return what in a decoder or an encoder the fused one would compute differently, or None."""
+    if "forward" in vars(half):
         return "its forward was replaced (by offloading, for instance)"
-    if _path_of(decoder) != "diffusers.models.autoencoders.vae.Decoder":
-        return f"it is a {_path_of(decoder)}"
-    blocks: dict[str, tuple[nn.Module, str]] = {"mid_block": (decoder.mid_block, "UNetMidBlock2D")}
-    blocks |= {f"up_blocks.{i}": (block, "UpDecoderBlock2D") for i, block in enumerate(decoder.up_blocks)}
-    for path, (block, known) in blocks.items():
-        if _path_of(block) != f"diffusers.models.unets.unet_2d_blocks.{known}":
+    kinds = {"diffusers.models.autoencoders.vae.Decoder": "up_blocks"}
+    kinds["diffusers.models.autoencoders.vae.Encoder"] = "down_blocks"
+    stages = kinds.get(_path_of(half))
+    if stages is None:
+        return f"it is a {_path_of(half)}"
+    known = "UpDecoderBlock2D" if stages == "up_blocks" else "DownEncoderBlock2D"
+    blocks: dict[str, tuple[nn.Module, str]] = {"mid_block": (half.get_submodule("mid_block"), "UNetMidBlock2D")}
+    blocks |= {f"{stages}.{i}": (block, known) for i, block in enumerate(half.get_submodule(stages).children())}
+    for path, (block, expected) in blocks.items():
+        if _path_of(block) != f"diffusers.models.unets.unet_2d_blocks.{expected}":
             return f"{path} is a {_path_of(block)}"
-    if reason := _unsupported_norm_reason(decoder.conv_norm_out, decoder.conv_act):
+    if reason := _unsupported_norm_reason(half.conv_norm_out, half.conv_act):
         return f"it ends with {reason}"
-    paths = {part: path for path, part in decoder.named_modules()}
-    for part in _parts(decoder):
+    paths = {part: path for path, part in half.named_modules()}
+    for part in _parts(cast(_Half, half)):
         kind = _KINDS.get(_path_of(part))
         reason = f"is a {_path_of(part)}" if kind is None else kind.unsupported_reason(part)
         if reason is not None:
@@ -136,15 +175,18 @@ def unsupported_reason(decoder: _Decoder) -> str | None:
     return None
 
 
-def _parts(decoder: _Decoder) -> list[nn.Module]:
-    """Return the resnets, attentions and upsamplers in the order in which they run."""
-    middle = decoder.mid_block
+def _parts(half: _Half) -> list[nn.Module]:
+    """Return the resnets, attentions, upsamplers and downsamplers in the order in which they run."""
+    middle = half.mid_block
     parts: list[nn.Module] = [middle.resnets[0]]
     for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
         parts += [resnet] if attention is None else [attention, resnet]
-    for block in decoder.up_blocks:
-        parts += [*block.resnets, *(block.upsamplers or ())]
-    return parts
+    before: list[nn.Module] = []
+    for down in cast(Sequence[_DownBlock], getattr(half, "down_blocks", ())):
+        before += [*down.resnets, *(down.downsamplers or ())]
+    for up in cast(Sequence[_UpBlock], getattr(half, "up_blocks", ())):
+        parts += [*up.resnets, *(up.upsamplers or ())]
+    return before + parts
 
 
 def _unsupported_resnet_reason(block: _Resnet) -> str | None:
@@ -192,6 +234,12 @@ def _unsupported_upsampler_reason(block: _Upsampler) -> str | None:
     return None if type(block.conv) is nn.Conv2d else "has no convolution, or a quantized or adapted one"
 
 
+def _unsupported_downsampler_reason(block: _Downsampler) -> str | None:
+    if block.norm is not None or not block.use_conv:
+        return "does not only convolve"
+    return None if type(block.conv) is nn.Conv2d else "has no convolution, or a quantized or adapted one"
+
+
 def _run_resnet(
     block: _Resnet, x_bchw: Tensor, affine_b2c: Tensor | None, following: nn.GroupNorm | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -225,6 +273,13 @@ def _run_upsampler(
     return _finish(_convolve(block.conv, _twice_as_large(x_bchw)), None, block.conv.bias, following)
 
 
+def _run_downsampler(
+    block: _Downsampler, x_bchw: Tensor, affine_b2c: Tensor | None, following: nn.GroupNorm | None
+) -> tuple[Tensor, Tensor | None]:
+    x_bchw = F.pad(x_bchw, (0, 1, 0, 1)) if block.padding == 0 else x_bchw
+    return _finish(_convolve(block.conv, x_bchw), None, block.conv.bias, following)
+
+
 def _twice_as_large(x_bchw: Tensor) -> Tensor:
     """Return every pixel four times, as nearest-neighbour interpolation does, channels-last.
 
@@ -241,7 +296,7 @@ def _twice_as_large(x_bchw: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Kind:
-    run: _Run
+    run: _Part
     unsupported_reason: Callable[[Any], str | None]
     first_norm: Callable[[Any], nn.GroupNorm] | None
 
@@ -252,6 +307,7 @@ _KINDS = {
         _run_attention, _unsupported_attention_reason, attrgetter("group_norm")
     ),
     "diffusers.models.upsampling.Upsample2D": _Kind(_run_upsampler, _unsupported_upsampler_reason, None),
+    "diffusers.models.downsampling.Downsample2D": _Kind(_run_downsampler, _unsupported_downsampler_reason, None),
 }
 
 
@@ -280,6 +336,6 @@ def _path_of(part: object) -> str:
     return f"{type(part).__module__}.{type(part).__qualname__}"
 
 
-def _has_altered_layers(decoder: nn.Module) -> bool:
-    parts = (part for part in decoder.modules() if part is not decoder)
+def _has_altered_layers(half: nn.Module) -> bool:
+    parts = (part for part in half.modules() if part is not half)
     return any("forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks for part in parts)
