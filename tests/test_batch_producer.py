@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import functools
 import os
 import threading
 import time
@@ -17,7 +19,7 @@ from ernie_accel.batch import BatchInputError, BatchOutputError, Producer, aprod
 from ernie_accel.batch.engines import EngineLostError, LocalEngine
 from ernie_accel.core.errors import ErnieAccelError
 from tests.full_disk import disk_full_when
-from tests.stub_engine import StubEngine, make_rows
+from tests.stub_engine import StubEngine, make_rows, picture_of
 from tests.stub_pipes import StepPipe
 
 
@@ -126,6 +128,47 @@ def test_a_lost_engine_answers_everybody_and_closes(tmp_path):
     outcomes = [future.exception(30) or future.result().error for future in futures]
     assert "the pipe hangs" in {str(outcome) for outcome in outcomes}
     producer.close()
+
+
+class LostEngine(StubEngine):
+    """Begins a batch once it may go on, whose pictures are at work until it is lost with the second batch."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error, self.begun, self.go_on, self.lost = error, *(threading.Event() for _ in range(3))
+
+    def begin(self, requests, timeout_s=None):
+        if self.begun.is_set():
+            self.lost.set()
+            raise self.error
+        self.begun.set()
+        assert self.go_on.wait(30)
+        return [functools.partial(self._finish, request) for request in requests]
+
+    def _finish(self, request):
+        assert self.lost.wait(30)
+        return picture_of(request)
+
+
+@pytest.mark.parametrize("error", [EngineLostError("the pipe hangs"), SystemExit("the service ends")])
+def test_rows_are_answered_with_what_ended_the_producer_and_what_was_at_work_is_finished(tmp_path, error):
+    engine, rows = LostEngine(error), make_rows(6)
+    producer = Producer(engine, tmp_path, batch_size=2)
+    made = producer.submit(rows[0])
+    assert engine.begun.wait(30)
+    dropped, *lost = [producer.submit(row) for row in rows[1:4]]
+    producer._arrivals.put(None)  # as if closed meanwhile
+    dropped_too, late = [producer.submit(row) for row in rows[4:]]
+    assert dropped.cancel()
+    assert dropped_too.cancel()
+    engine.go_on.set()
+    assert late.exception(30) is error
+    with pytest.raises(ErnieAccelError, match="the producer is closed"):
+        producer.submit(rows[0])
+    producer.close()
+    assert made.result(30).error is None
+    assert [future.exception(30) for future in (*lost, late)] == [error] * 3
+    assert concurrent.futures.wait([dropped, dropped_too], 30).not_done == set()
 
 
 def test_aproduce_returns_all_results_and_passes_each_on(tmp_path):

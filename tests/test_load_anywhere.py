@@ -272,9 +272,9 @@ def test_the_preset_of_auto_is_the_same_when_it_is_asked_for_again(card):
 def test_a_part_that_cannot_run_is_named_before_a_budget_that_is_too_small(card):
     fp8 = Preset("fp8", "for tests", (Quantize("fp8"),))
     with pytest.raises(UnsupportedError, match=r"capability >= 8\.9"):
-        ernie_accel.optimize(tiny_ernie(), preset=fp8, memory="1MiB")
+        ernie_accel.optimize(tiny_ernie(), preset=fp8, memory="1MiB", call=SMALL)
     with pytest.raises(ErnieAccelError, match="does not fit"):
-        ernie_accel.optimize(tiny_ernie(), preset=fp8, memory="1MiB", on_unsupported="skip")
+        ernie_accel.optimize(tiny_ernie(), preset=fp8, memory="1MiB", call=SMALL, on_unsupported="skip")
 
 
 def test_a_copy_of_a_pipe_on_the_device_knows_where_it_was_put(card):

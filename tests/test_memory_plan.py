@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from ernie_accel import (
     CastDtype,
@@ -27,11 +28,11 @@ from ernie_accel.core.hardware import GIB
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.families import family_of
 from ernie_accel.families.published import CHECKPOINTS, published
-from ernie_accel.memory import planner
+from ernie_accel.memory import planner, stages
 from ernie_accel.memory.activations import _Counter, peak_of
 from ernie_accel.memory.call import Call
 from ernie_accel.memory.planner import budget_of, check_fits, free_on_device, plan_memory
-from ernie_accel.memory.stages import activations_of
+from ernie_accel.memory.stages import _TRACED, activations_of
 from ernie_accel.recipes.presets import find_preset
 from ernie_accel.storage.loading import load_pipeline
 from ernie_accel.storage.skeleton import skeleton
@@ -41,7 +42,7 @@ TURBO = "baidu/ERNIE-Image-Turbo"
 
 
 @pytest.fixture(scope="module")
-def turbo() -> Any:
+def turbo(counted) -> Any:
     return skeleton(TURBO)
 
 
@@ -119,14 +120,73 @@ def test_full_size_stages_are_what_an_h200_measured():
     }
     context = Context("cuda", "NVIDIA H200", (9, 0), 141 * GIB, {"triton": "3.6", "cudnn": "1.32"})
     fast = find_preset("turbo-fp8").transforms
-    for (pixels, pictures, on_kernels), stages in measured.items():
+    for (pixels, pictures, on_kernels), needs in measured.items():
         call = Call(pixels, pixels, pictures, prompt_tokens=128)
         found = activations_of(pipe, fast if on_kernels else (), context, call)
-        for stage, mib in stages.items():
+        for stage, mib in needs.items():
             assert (found[stage] or 0) / 2**20 == pytest.approx(mib, rel=0.03), (pixels, pictures, on_kernels, stage)
 
 
-@functools.cache  # counting a pipe of the full size takes more than a second
+def shorter(encoder: Any) -> None:
+    encoder.language_model.layers = encoder.language_model.layers[:1]
+
+
+def doubled(encoder: Any) -> None:
+    encoder.language_model.norm.register_forward_hook(lambda module, args, output: torch.cat([output] * 40))
+
+
+def replaced(encoder: Any) -> None:
+    encoder.language_model.norm.forward = lambda x: torch.cat([x] * 40)
+
+
+CHANGES = [
+    *(shorter, doubled, replaced),
+    lambda encoder: encoder.to(torch.bfloat16),
+    lambda encoder: encoder.set_attn_implementation("eager"),
+    lambda encoder: encoder.config.text_config.update({"hidden_act": "relu"}),
+]
+
+
+def test_a_language_model_is_counted_once_and_again_where_it_or_its_work_is_another(monkeypatch):
+    counted, context = [], Context.named("rtx3060")
+    monkeypatch.setattr(stages, "_language_models", {})
+    monkeypatch.setattr(stages, "peak_of", lambda part, *rest: counted.append(part) or peak_of(part, *rest))
+
+    def need(pipe: Any, **call: int) -> tuple[int | None, int]:
+        counted.clear()
+        found = activations_of(pipe, (), context, Call(64, 64, **call))["encode"]
+        return found, sum(isinstance(part, PreTrainedModel) for part in counted)
+
+    stock, times = need(tiny_ernie())
+    assert times == 1
+    assert need(tiny_ernie()) == (stock, 0)
+    assert need(tiny_ernie(), prompt_tokens=300)[1] == 1
+    assert need(tiny_ernie(), pictures=2)[1] == 1
+    for change in CHANGES:
+        pipe = tiny_ernie()
+        change(pipe.text_encoder)
+        assert need(pipe)[1] == 1
+    assert need(tiny_ernie()) == (stock, 0)
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """Count what a stage of the full-size pipe needs once for all budgets: it takes a second."""
+    known: dict[Any, dict[str, int | None]] = {}
+
+    def count(pipe: Any, transforms: Any, context: Context, call: Call, *rest: Any) -> dict[str, int | None]:
+        traced = tuple(each for each in transforms if isinstance(each, _TRACED))
+        key = pipe, traced, context.device_name, call
+        if key not in known:
+            known[key] = activations_of(pipe, traced, context, call, *rest)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner, "activations_of", count)
+        yield
+
+
+@functools.cache
 def planned(pipe: Any, card: str, preset: str = "turbo-fp8", *transforms: Any, **kwargs: Any) -> Any:
     return plan_memory(pipe, transforms, find_preset(preset), Context.named(card), **kwargs)
 
@@ -212,13 +272,16 @@ def test_guidance_is_what_the_preset_calls_with(turbo):
 
 
 def test_tiles_need_less_to_decode(turbo):
-    whole, tiled = planned(turbo, "h200"), planned(turbo, "h200", "turbo-fp8", TileVae(tile_px=512))
+    call = Call(768, 768)
+    whole = planned(turbo, "h200", call=call)
+    tiled = planned(turbo, "h200", "turbo-fp8", TileVae(tile_px=512), call=call)
     assert tiled.stages[-1].activations < 0.6 * whole.stages[-1].activations
 
 
 def test_pictures_are_decoded_in_tiles_only_where_nothing_else_fits(turbo):
-    large = Call(1792, 1792)
-    roomy, tight = planned(turbo, "h200", call=large), planned(turbo, "rtx4060", call=large)
+    large = Call(1152, 1024)
+    roomy, tight = (planned(turbo, "rtx4060", call=large, memory=memory) for memory in ("7GiB", "6GiB"))
+    assert roomy.fits
     assert not any(isinstance(each, TileVae) for each in roomy.transforms)
     assert tight.fits
     assert TileVae() in tight.transforms
@@ -228,7 +291,7 @@ def test_pictures_are_decoded_in_tiles_only_where_nothing_else_fits(turbo):
 
 
 def test_a_pipe_that_cannot_fit_is_refused_with_what_would(turbo):
-    found = planned(turbo, "rtx4060", memory="3GiB")
+    found = planned(turbo, "rtx4060", memory="3GiB", call=Call(512, 512))
     assert not found.fits
     assert f"weights within {human_gib(found.stages[0].weights)}, the rest fetched" in str(found)
     with pytest.raises(ErnieAccelError, match=r"(?s)does not fit: .* are needed at least.*denoise"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import pytest
@@ -150,6 +150,44 @@ class Halve(Transform):
 def test_a_cast_that_no_transform_knows_is_visible_to_all():
     assert check(tiny_ernie(layers=3), (Halve(), RewriteBlocks(), FuseKernels("fp8")), H200)
     assert check(tiny_ernie(), (Halve(), CastDtype("bf16"), Quantize("int8-weight-only")), CPU)
+
+
+@dataclass(frozen=True, repr=False)
+class Notes(Transform):
+    """Notes what it is told of the pipe while it is planned and applied, and plans that masks are elided."""
+
+    phase: ClassVar[Phase] = Phase.CALL
+    slot: ClassVar[str] = "notes"
+    effect: ClassVar[Effect] = Effect.EXACT
+    seen: list[tuple[str, object, str | None]] = field(default_factory=list, compare=False)
+
+    def unsupported(self, pipe, context):
+        return []
+
+    def preview(self, pipe, context):
+        return Preview(("something",))
+
+    def planned(self, pipe, context):
+        self._note("planned", pipe, context)
+        return replace(context.planned(pipe), elides_mask="by notes")
+
+    def apply(self, pipe, context):
+        self._note("applied", pipe, context)
+        return ernie_accel.Applied(("something",), undo=ernie_accel.Undo())
+
+    def _note(self, when, pipe, context):
+        planned = context.planned(pipe)
+        self.seen.append((when, planned.dtype_of("transformer"), planned.elides_mask))
+
+
+def test_a_transform_is_applied_in_the_state_that_it_was_planned_in():
+    """Not in its own, which the pipe's report has while it runs, so that an interrupt finds it there."""
+    notes = Notes()
+    ernie_accel.optimize(tiny_ernie(), CastDtype("bfloat16"), notes)
+    assert set(notes.seen) == {
+        ("planned", torch.bfloat16, None),
+        ("applied", torch.bfloat16, None),
+    }
 
 
 def test_a_planned_pipe_knows_its_components_by_their_whole_names_and_most_bytes():

@@ -16,8 +16,8 @@ from ernie_accel import (
     CallDefaults,
     CastDtype,
     CheckFinite,
-    FuseKernels,
     MakeContiguous,
+    Phase,
     Quantize,
     RestoreError,
     RestoreWarning,
@@ -27,6 +27,7 @@ from ernie_accel import (
     UnsupportedError,
 )
 from ernie_accel.core import owners
+from ernie_accel.core.apply import suspended
 from ernie_accel.quantization.layers import holder_of
 from tests.pipelines import picture, tiny_ernie, tiny_z_image
 
@@ -260,7 +261,21 @@ def test_an_interrupted_or_failed_request_claims_nothing(monkeypatch):
         with pytest.raises(ernie_accel.ApplyError):
             ernie_accel.optimize(pipe, CastDtype("bfloat16"), RewriteBlocks())
     assert ernie_accel.plan(other, CastDtype("bfloat16")).ok
-    assert not isinstance(FuseKernels("bf16"), RewriteBlocks)
+
+
+def test_what_was_away_for_a_while_is_not_put_back_over_what_another_pipe_changed_meanwhile():
+    """As `save` takes changes away while another thread optimizes a pipe over the same components."""
+    stock = picture(tiny_ernie())
+    pipe, other = sharing(tiny_ernie)
+    ernie_accel.optimize(pipe, MakeContiguous(channels_last=("vae",)))
+    with (
+        pytest.raises(ernie_accel.ApplyError, match="vae is shared with another pipe"),
+        suspended(pipe, Phase.QUANTIZE),
+    ):
+        ernie_accel.optimize(other, CastDtype("bfloat16", components=("vae",)))
+    assert ernie_accel.report(pipe).entries == ()
+    ernie_accel.restore(other)
+    assert torch.equal(picture(pipe), stock)
 
 
 # ---- casts of a quantized pipe ---------------------------------------------------------------------------------------

@@ -181,11 +181,16 @@ def plan_memory(
     wanted = compose(own, preset, family_of(pipe))
     call = replace(call, guidance=_is_guided(pipe, wanted)) if call.guidance is None else call
     best: MemoryPlan | None = None
+    activations: dict[str, int | None] = {}
     for tiles, why in _tilings(pipe, wanted, context):
         if tiles and (best is None or max(best.stages, key=lambda stage: stage.total).name != "decode"):
             continue
         with_tiles = compose((*own, *tiles), preset, family_of(pipe))
-        activations = activations_of(pipe, with_tiles, context, call)
+        before = activations.get("decode")
+        known = {name: need for name, need in activations.items() if name != "decode"}  # all that tiles change
+        activations = activations_of(pipe, with_tiles, context, call, known)
+        if before is not None and (activations["decode"] or 0) >= before:
+            continue  # the picture is no larger than a tile
         for found in _placings(pipe, own, tiles, preset, context, call, device, budget, activations):
             found = replace(found, why=(*shared, *why, *found.why))
             if found.fits:

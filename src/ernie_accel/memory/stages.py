@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,11 @@ class Stage:
 
 
 def activations_of(
-    pipe: Pipeline, transforms: Iterable[Transform], context: Context, call: Call
+    pipe: Pipeline,
+    transforms: Iterable[Transform],
+    context: Context,
+    call: Call,
+    known: Mapping[str, int | None] | None = None,
 ) -> dict[str, int | None]:
     """Return what each stage needs beside weights, in the order of the stages; nothing is computed and `pipe` stays.
 
@@ -77,7 +81,9 @@ def activations_of(
         transforms: What will be applied to it.
         context: The machine.
         call: What will be asked of it.
+        known: What some stages need, by name, where that was worked out before.
     """
+    known = known or {}
     twin = without_weights(pipe)
     traced = tuple(forgetful(each) for each in transforms if isinstance(each, _TRACED))
     if traced:
@@ -88,7 +94,12 @@ def activations_of(
     found: dict[str, int | None] = {}
     with quiet():
         for name, part, run in _runs(twin, call):
-            found[name] = None if run is None else peak_of(part, run, call.prompt_tokens)
+            if name in known:
+                found[name] = known[name]
+            elif isinstance(run, _LanguageModel):
+                found[name] = run.peak_of(part)
+            else:
+                found[name] = None if run is None else peak_of(part, run, call.prompt_tokens)
     return found
 
 
@@ -109,11 +120,11 @@ def without_weights(pipe: Pipeline) -> Pipeline:
 def _runs(pipe: Pipeline, call: Call) -> Iterator[tuple[str, nn.Module, Callable[[Any], object] | None]]:
     modules, family = modules_of(pipe), family_of(pipe)
     if "pe" in modules:
-        yield "enhance", modules["pe"], _language_model(1, call.new_tokens)
+        yield "enhance", modules["pe"], _LanguageModel(1, call.new_tokens)
     if any(name in modules for name in PROMPT_COMPONENTS if name != "pe"):
         name = next(name for name in PROMPT_COMPONENTS if name in modules and name != "pe")
         known = family.is_known and hasattr(modules[name], "get_input_embeddings")  # others may take other arguments
-        yield "encode", modules[name], _language_model(call.rows, call.prompt_tokens) if known else None
+        yield "encode", modules[name], _LanguageModel(call.rows, call.prompt_tokens) if known else None
     for denoiser in list(denoisers_of(pipe).values())[:1]:
         yield "denoise", denoiser, _step(named_object(family.forward_inputs), call)
     if "vae" in modules:
@@ -126,8 +137,54 @@ def _step(inputs: Any, call: Call) -> Callable[[Any], object] | None:
     return lambda model: model(**inputs(model, call.rows, call.width, call.height, call.prompt_tokens))
 
 
-def _language_model(rows: int, tokens: int) -> Callable[[Any], object]:
-    return lambda model: model(input_ids=torch.zeros(rows, tokens, dtype=torch.long), output_hidden_states=True)
+@dataclass(frozen=True)
+class _LanguageModel:
+    """The work of a language model, which has many layers, and is mostly as its library made it.
+
+    What such a model needs is therefore worked out once in a process: it takes half the time of a plan.
+    """
+
+    rows: int
+    tokens: int
+
+    def __call__(self, model: Any) -> object:
+        ids = torch.zeros(self.rows, self.tokens, dtype=torch.long)
+        return model(input_ids=ids, output_hidden_states=True)
+
+    def peak_of(self, model: nn.Module) -> int:
+        """Return the bytes that it needs at most beside weights."""
+        key = (_as_made(model), self)
+        if key[0] is None:
+            return peak_of(model, self, self.tokens)
+        if key not in _language_models:
+            if len(_language_models) >= _MAX_KNOWN:
+                _language_models.clear()
+            _language_models[key] = peak_of(model, self, self.tokens)
+        return _language_models[key]
+
+
+#: What was worked out, by model and work.
+_language_models: dict[Hashable, int] = {}
+_MAX_KNOWN = 64
+#: Whose layers do what their settings say.
+_LIBRARIES = ("torch", "transformers")
+
+
+def _as_made(model: Any) -> Hashable:
+    """Return all that the activations of a language model depend on; None for one that was changed from outside."""
+    layers = dict(model.named_modules())
+    for layer in layers.values():
+        changed = "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks
+        if changed or type(layer).__module__.partition(".")[0] not in _LIBRARIES:
+            return None
+    attention = (getattr(getattr(layer, "config", None), "_attn_implementation", None) for layer in layers.values())
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return (
+        model.config.to_json_string(use_diff=False),
+        tuple((name, type(layer)) for name, layer in layers.items()),
+        tuple(attention),
+        tuple((name, type(tensor), tensor.shape, tensor.dtype) for name, tensor in tensors),
+    )
 
 
 def _decode(vae: Any, call: Call) -> Callable[[Any], object] | None:

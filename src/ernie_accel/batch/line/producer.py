@@ -132,9 +132,8 @@ class Producer:
     def close(self) -> None:
         """Make what was submitted, then stop; from here on nothing can be submitted."""
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._arrivals.put(None)
+            self._closed = True
+            self._arrivals.put(None)
         self._thread.join()
 
     def __enter__(self) -> Producer:
@@ -168,7 +167,8 @@ class Producer:
             self._closed = True
             left, self._futures = self._futures, {}
         for future in left.values():
-            if not future.cancelled():
+            # A caller may cancel one at any moment, until it is marked as running.
+            if future.running() or future.set_running_or_notify_cancel():
                 future.set_exception(failures[0])
 
     def _take(self) -> bool:
