@@ -19,7 +19,6 @@ from ernie_accel.core.undo import Undo
 from ernie_accel.kernels import cudnn_attention, ops
 from ernie_accel.models.ernie_image import kernels
 from ernie_accel.models.ernie_image.blocks import RewrittenAttention
-from tests.examples import differences, snapshot
 from tests.pipelines import picture, tiny_ernie, tiny_flux
 
 H200 = ernie_accel.Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6"})
@@ -103,24 +102,6 @@ def test_it_compiles_to_one_graph_for_all_prompt_lengths_but_the_precise_first_b
             )
     torch._dynamo.reset()
     assert len(graphs) == 2
-
-
-@pytest.mark.parametrize("precision", ["fp8", "bf16"])
-def test_a_lora_is_refused_with_the_way_out_and_nothing_is_changed(precision: Any) -> None:
-    from peft import LoraConfig
-
-    pipe = tiny_ernie(dtype=torch.bfloat16)
-    ernie_accel.optimize(pipe, ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels(precision), context=H200)
-    before, name = snapshot(pipe), "transformer.layers.1.self_attention.to_q"
-    loaded = {f"{name}.lora_A.weight": torch.ones(4, 128), f"{name}.lora_B.weight": torch.ones(128, 4)}
-    for load in (
-        lambda: pipe.transformer.add_adapter(LoraConfig(target_modules=["to_q"])),
-        lambda: pipe.load_lora_weights(dict(loaded), adapter_name="a"),
-    ):
-        with pytest.raises(ernie_accel.ErnieAccelError, match=r"Cannot load a LoRA: .*restore"):
-            load()
-    assert differences(before, snapshot(pipe)) == []
-    ernie_accel.restore(pipe).load_lora_weights(loaded, adapter_name="a")
 
 
 def test_what_is_missing_is_said() -> None:
@@ -386,16 +367,6 @@ def test_the_choice_of_attention_is_said() -> None:
     assert "cudnn" in ernie_accel.FuseKernels("fp8", attention="fp8").unsupported(pipe, rewritten)[0]
     with pytest.raises(ernie_accel.UnknownNameError):
         ernie_accel.FuseKernels("fp8", attention="int8")
-
-
-def test_a_pipe_with_a_lora_is_refused_and_the_bf16_kernels_leave_it_alone() -> None:
-    from peft import LoraConfig
-
-    pipe = tiny_ernie(dtype=torch.bfloat16)
-    pipe.transformer.add_adapter(LoraConfig(target_modules=["to_q"]))
-    rewritten = after(H200, pipe, ernie_accel.RewriteBlocks())
-    assert ["a LoRA is loaded" in r for r in ernie_accel.FuseKernels("fp8").unsupported(pipe, rewritten)] == [True]
-    assert "a LoRA is loaded" in ernie_accel.FuseKernels("bf16").preview(pipe, rewritten).note
 
 
 def test_asking_again_for_what_keeps_no_originals_changes_nothing_and_more_can_be_added() -> None:

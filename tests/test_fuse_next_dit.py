@@ -158,15 +158,6 @@ def test_blocks_in_a_chain_compute_what_each_alone_does(name: str, precision: st
     assert seen == [1]
 
 
-@every_family
-def test_a_lora_is_refused_with_the_way_out(name: str) -> None:
-    from peft import LoraConfig
-
-    pipe = fused(made(name, torch.bfloat16))
-    with pytest.raises(ernie_accel.ErnieAccelError, match=r"Cannot load a LoRA: .*restore"):
-        pipe.transformer.add_adapter(LoraConfig(target_modules=["to_q"]))
-
-
 def test_pictures_of_several_sizes_and_a_controlnet_run_on_the_kernels_too() -> None:
     pipe = made("z_image")
     mixed, control = step((8, 4), (5, 40)), {1: torch.randn(1, 64, 96, generator=torch.Generator().manual_seed(2))}

@@ -19,7 +19,7 @@ from ernie_accel.kernels import decode, gpu, group_norm
 
 EPS = 1e-6
 WIDTH, HEADS, HIDDEN = 4096, 32, 12288  # ERNIE-Image's transformer
-FP8_ONLY = {"_gated_quantize_kernel", "_quantize_rows_kernel", "_quantize_values_kernel"}
+FP8_ONLY = {"_gated_quantize_kernel", "_low_rank_kernel", "_quantize_rows_kernel", "_quantize_values_kernel"}
 #: Compute capability -> bytes of shared memory that a block can have (CUDA C++ Programming Guide, technical limits).
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 
@@ -86,7 +86,9 @@ def test_the_blocks(compiled: dict[str, list[Any]], has_fp8: bool) -> None:
     gpu.gated_add(x, x, gate)
     gpu.qk_norm_rope(qkv, head, head, cos, cos, HEADS, EPS)
     if has_fp8:
-        gpu.quantize_rows(x)
+        values, row_scale = gpu.quantize_rows(x)
+        for ranks in (16, 48, 192):
+            gpu.low_rank_fp8(values, row_scale, rows(ranks, WIDTH))
         gpu.qkv_fp8(qkv, head, head, cos, cos, HEADS, EPS)
     assert names(gpu) - set(compiled) == {"_scales_and_gates_kernel"} | (set() if has_fp8 else FP8_ONLY)
 
@@ -112,7 +114,7 @@ def test_the_blocks_of_next_dit(
     if has_fp8:
         gpu.quantize_rows(x)
         gpu.qkv_fp8(qkv, head, head, table, table, heads, EPS, True)
-    assert names(gpu) - set(compiled) == (set() if has_fp8 else FP8_ONLY)
+    assert names(gpu) - set(compiled) == {"_low_rank_kernel"} | (set() if has_fp8 else FP8_ONLY)
 
 
 def test_the_vae_decoder(compiled: dict[str, list[Any]]) -> None:

@@ -68,6 +68,7 @@ def _cases() -> list[tuple[str, tuple[Any, ...]]]:
             for kv in (2, 4)
         ),
         ("linear_fp8", (rows, scale, weight, weight_scale.view(1, -1))),
+        ("low_rank_fp8", (rows, scale, rand(3, 32))),
     ]
     for picture in pictures.values():
         cases += [("group_norm_affine", (picture, add, *norm)) for add in (None, c)]
@@ -107,7 +108,7 @@ def test_without_lengths_all_keys_count() -> None:
 def test_every_operator_has_a_case() -> None:
     names = {name for name, value in vars(ops).items() if callable(value) and not name.startswith("_")}
     assert {name for name, _ in CASES} == names & set(dir(torch.ops.ernie_accel))
-    assert len({name for name, _ in CASES}) == 26
+    assert len({name for name, _ in CASES}) == 27
 
 
 @pytest.mark.parametrize(("name", "arguments"), CASES, ids=lambda value: value if isinstance(value, str) else "")

@@ -94,6 +94,14 @@ def test_quantize_rows(gpu, b: int, s: int, h: int) -> None:
     close_fp8(gpu.quantize_rows(strided), strided)
 
 
+@pytest.mark.parametrize(("b", "s", "h"), SIZES)
+@pytest.mark.parametrize("ranks", [3, 16, 96])
+def test_low_rank_fp8(gpu, b: int, s: int, h: int, ranks: int) -> None:
+    values, scale = reference.quantize_rows(rand(b, s, h))
+    down = rand(ranks, h, seed=5)
+    close(gpu.low_rank_fp8(values, scale, down), reference.low_rank_fp8(values, scale, down))
+
+
 @pytest.mark.parametrize(("b", "s", "f"), [*SIZES, (1, 3, 12288), (1, 2, 5000)])
 def test_gelu_mul(gpu, b: int, s: int, f: int) -> None:
     gate_up = rand(b, s, 2 * f)

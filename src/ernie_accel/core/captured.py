@@ -27,6 +27,8 @@ from ernie_accel.core.library_hooks import NO_HOOKS, library_hooks
 _ADAPTER_STATE = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
 #: Attributes of a module that change what it does, beside its children, tensors and hooks.
 _BEHAVIOUR = frozenset({"forward", "processor", "_compiled_call_impl", "_disable_adapters"})
+#: What a class says of its modules if PEFT's layers around them do not run: what they hold is taken over elsewhere.
+ADAPTED_ELSEWHERE = "_ernie_accel_adapted_elsewhere"
 #: Bytes at the start of each weight by which `Contents` knows its values.
 _SAMPLE_BYTES = 16
 
@@ -68,6 +70,9 @@ class Fingerprint:
     accelerate and diffusers, too), replaced forwards, compiled calls, train and eval mode, and attention backends. A
     graph reads the weights by their addresses, so values that were changed in place need no noticing.
 
+    Where a product takes adapters from PEFT's layers into memory of its own (`ADAPTED_ELSEWHERE`), that memory is what
+    a graph reads: adapters that were scaled or switched are written there before the next call.
+
     It looks at every module once, on the host, while the device computes: a LoRA, which adds modules, adds to that.
 
     Attributes:
@@ -84,7 +89,7 @@ class Fingerprint:
         """Return the fingerprint of `module` and all modules within; without `places`, not of where weights lie."""
         facts: list[object] = []
         hooked = False
-        for part in _parts(module):
+        for part in _parts(module, with_adapters=not places):
             state = part.__dict__
             facts += (id(part), part.__class__, state["training"])
             for tensors in (state["_parameters"], state["_buffers"]):
@@ -185,13 +190,21 @@ def adapters_of(part: nn.Module) -> Iterator[object]:
             yield _frozen(state.get(name))
 
 
-def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield `module` and all within, parents first; four times as fast as ``modules()``, which keeps a set."""
+def _parts(module: nn.Module, *, with_adapters: bool = True) -> Iterator[nn.Module]:
+    """Yield `module` and all within, parents first; four times as fast as ``modules()``, which keeps a set.
+
+    Without `with_adapters`, not PEFT's layers around what is adapted elsewhere.
+    """
     stack = [module]
     while stack:
         part = stack.pop()
-        yield part
         children = part.__dict__["_modules"]
+        if not with_adapters and "base_layer" in children:
+            base = children["base_layer"]
+            if getattr(base.__class__, ADAPTED_ELSEWHERE, False):
+                stack.append(base)
+                continue
+        yield part
         if children:
             stack += [child for child in children.values() if child is not None]
 

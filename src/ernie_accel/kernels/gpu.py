@@ -20,6 +20,8 @@ _ROWS = 2
 _LOOPS = {True: 8, False: 1}
 _MANY_ROWS = 2048  # with fewer, a program loops once, or there would be fewer programs than multiprocessors
 _NORM_WARPS = {True: 4, False: 8}
+#: Rows that a program of the low-rank kernel multiplies: 4224 keep all 132 multiprocessors of a Hopper card busy.
+_LOW_RANK_ROWS = 32
 
 
 @triton.jit
@@ -267,6 +269,28 @@ def _quantize_values_kernel(QKV, V_AMAX, V, SCALE, row_width, width, BLOCK: tl.c
     tl.store(SCALE + row, fp8_scale)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _low_rank_kernel(
+    X, X_SCALE, DOWN, OUT, rows, width, ranks, ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+    OPERANDS: tl.constexpr,
+):  # fmt: skip
+    """Float8 rows times a few bfloat16 rows; the scale of each row comes last."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rank = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
+    column = tl.arange(0, BLOCK)
+    x_at = X + row.to(tl.int64)[:, None] * width + column[None, :]
+    down_at = DOWN + rank[None, :] * width + column[:, None]
+    here, there = (row < rows)[:, None], (rank < ranks)[None, :]
+    total = tl.zeros((ROWS, RANKS), dtype=tl.float32)
+    for k in range(0, width, BLOCK):
+        inside = column < width - k
+        x = tl.load(x_at + k, mask=here & inside[None, :], other=0.0).to(tl.float32).to(OPERANDS)
+        down = tl.load(down_at + k, mask=there & inside[:, None], other=0.0)
+        total += tl.dot(x, down.to(OPERANDS))
+    total *= tl.load(X_SCALE + row, mask=row < rows, other=0.0)[:, None]
+    tl.store(OUT + row.to(tl.int64)[:, None] * ranks + rank[None, :], total.to(OUT.dtype.element_ty), mask=here & there)
+
+
 def norm_modulate(
     x_bsh: Tensor,
     branch_bsh: Tensor | None,
@@ -363,6 +387,20 @@ def quantize_rows(x_bsk: Tensor) -> tuple[Tensor, Tensor]:
     y, scale = torch.empty_like(x_bsk, dtype=torch.float8_e4m3fn), x_bsk.new_empty(rows, 1, dtype=torch.float32)
     _quantize_rows_kernel[(rows,)](x_bsk, y, scale, width, BLOCK=next_power_of_2(width), num_warps=_warps(width))
     return y, scale
+
+
+def low_rank_fp8(x_bsk: Tensor, x_scale: Tensor, down_rk: Tensor) -> Tensor:
+    """Return the product [B * S, R] of float8 rows and bfloat16 ones, in the dtype of the latter."""
+    x_bsk, down_rk, width = x_bsk.contiguous(), down_rk.contiguous(), x_bsk.shape[-1]
+    rows, ranks = x_bsk.numel() // width, len(down_rk)
+    out, block = down_rk.new_empty(rows, ranks), min(64, max(16, next_power_of_2(ranks)))
+    # Triton's interpreter would multiply bfloat16 as if it were integers.
+    operands = tl.bfloat16 if isinstance(_low_rank_kernel, triton.JITFunction) else tl.float32
+    _low_rank_kernel[(ceil_div(rows, _LOW_RANK_ROWS), ceil_div(ranks, block))](
+        x_bsk, x_scale, down_rk, out, rows, width, ranks, ROWS=_LOW_RANK_ROWS, RANKS=block, BLOCK=128,
+        OPERANDS=operands, num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return out
 
 
 def gelu_mul(gate_up_bs2f: Tensor, quantize: bool) -> tuple[Tensor, Tensor | None]:

@@ -441,3 +441,12 @@ def linear_fp8(x_bsk: Tensor, x_scale: Tensor, weight_nk: Tensor, weight_scale: 
     """
     x_2d, rows = x_bsk.float().flatten(0, -2) * x_scale, weight_nk.float() * weight_scale.view(-1, 1)
     return (x_2d @ rows.t()).to(torch.bfloat16).view(*x_bsk.shape[:-1], -1)
+
+
+@_operator(
+    cuda=lambda *arguments: _gpu().low_rank_fp8(*arguments),
+    fake=lambda x, x_scale, down: x.new_empty(x_scale.shape[0], down.shape[0], dtype=down.dtype),
+)
+def low_rank_fp8(x_bsk: Tensor, x_scale: Tensor, down_rk: Tensor) -> Tensor:
+    """Return `reference.low_rank_fp8`."""
+    return reference.low_rank_fp8(x_bsk, x_scale, down_rk)

@@ -171,6 +171,17 @@ def silu_mul(gate_up_bs2f: Tensor) -> Tensor:
     return F.silu(gate.contiguous()) * up
 
 
+def low_rank_fp8(x_bsk: Tensor, x_scale: Tensor, down_rk: Tensor) -> Tensor:
+    """Return ``x @ down.T`` [B * S, R] of quantized rows, in the dtype of `down_rk`; float8 is exact in it.
+
+    Args:
+        x_bsk: float8 rows, with `x_scale` [B * S, 1].
+        x_scale: float32 scale of each row.
+        down_rk: bfloat16.
+    """
+    return (x_bsk.flatten(0, -2).float() @ down_rk.float().t() * x_scale).to(down_rk.dtype)
+
+
 def group_norm_affine(
     x_bchw: Tensor, add_c: Tensor | None, weight_c: Tensor, bias_c: Tensor, groups: int, eps: float
 ) -> Tensor:

@@ -9,10 +9,8 @@ from typing import Any, cast
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import nn
 
-from ernie_accel.core.errors import ErnieAccelError
-from ernie_accel.core.stand_in import Bound
 from ernie_accel.core.undo import Undo
-from ernie_accel.kernels.linear import Fp8Linear
+from ernie_accel.kernels.low_rank import takes_fp8
 from ernie_accel.models.rewriting import RewrittenBlock, blocks_of
 from ernie_accel.models.token_layout import LAYOUT, PaddingRule
 
@@ -24,7 +22,7 @@ TOKENS_MULTIPLE_OF = 64
 class KernelBlock(RewrittenBlock):
     """A rewritten block with fused layers, computed by fused kernels; its children are that block's own.
 
-    Each product may be bfloat16 or fp8 (`Fp8Linear`); the kernel before it writes what it reads. A family's class
+    Each product may be bfloat16 or fp8 (`takes_fp8`); the kernel before it writes what it reads. A family's class
     derives from this one first, then from its rewritten block.
 
     Attributes:
@@ -45,7 +43,7 @@ class KernelBlock(RewrittenBlock):
     @property
     def has_fp8_attention(self) -> bool:
         """Whether cuDNN attends in fp8, whichever backends are chosen."""
-        return self.attends_in == "fp8" and isinstance(self.attention_part.to_out[0], Fp8Linear)
+        return self.attends_in == "fp8" and takes_fp8(self.attention_part.to_out[0])
 
 
 def is_unnamed(attention: nn.Module) -> bool:
@@ -115,14 +113,14 @@ def install(
             skipped[f"transformer.{path}"] = "; ".join(str(part.unfusible_reason()) for part in apart)
             continue
         undo.push(partial(blocks.__setitem__, i, block))
+        for part in block.parts.values():
+            undo.setattr(part, "on_kernels", True)
         blocks[i] = cls(block, attention)
     if attention is not None:
         # These, not those in the lists at the time: caches put others in their place while a forward lasts.
         now = tuple(block for *_, block in blocks_of(transformer, lists))
         undo.setattr(LAYOUT.required(model), "padding_rule", partial(padding_rule, now))
     undo.setattr(model, "_repeated_blocks", [*model._repeated_blocks, cls.__name__])
-    for method in ("load_lora_adapter", "add_adapter"):
-        undo.setattr(model, method, Bound(_refuse_lora, transformer))
     return skipped
 
 
@@ -162,10 +160,3 @@ class KernelFamily:
     def install(self, transformer: nn.Module, undo: Undo, attention: str | None = None) -> dict[str, str]:
         """Put the rewritten blocks on the kernels in place; return what could not be: path -> reason."""
         return install(transformer, self.lists, self.rewritten, self.blocks, undo, attention)
-
-
-def _refuse_lora(self: object, *args: object, **kwargs: object) -> None:
-    raise ErnieAccelError(
-        "Cannot load a LoRA: the blocks run on fused kernels, which have no layers for it. Call "
-        "ernie_accel.restore(pipe), load the LoRA, then optimize with Quantize('fp8') in place of FuseKernels()."
-    )

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ernie_accel.core.components import alignment_of, with_alignment
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.library_hooks import library_hooks
-from ernie_accel.core.stand_in import StandInForward, StandInMethod
+from ernie_accel.core.stand_in import StandInForward
 from ernie_accel.core.undo import Undo
+from ernie_accel.models.adapters import Adaptable, take_adapters
 from ernie_accel.models.processors import processor_for
 from ernie_accel.models.token_layout import LAYOUT, TokenLayout
 
@@ -89,12 +90,10 @@ class FusedLinear(nn.Linear):
             destination[f"{owner}{name}.weight"] = rows
 
 
-class Part(nn.Module):
+class Part(Adaptable):
     """A module that takes over the children of a stock module and can fuse some of them into one product."""
 
     taken: tuple[str, ...] = ()
-    fusible: tuple[str, ...] = ()
-    fused_name: str = ""
 
     def __init__(self, stock: nn.Module) -> None:
         super().__init__()
@@ -107,10 +106,12 @@ class Part(nn.Module):
         """The fused layer (or what quantization put in its place), or None while the linear layers stand alone."""
         return self._modules.get(self.fused_name)
 
-    def unfusible_reason(self) -> str | None:
-        """Return why the linear layers cannot be fused, or None."""
+    def unfusible_reason(self, *, beneath_loras: bool = False) -> str | None:
+        """Return why the linear layers cannot be fused, or None; or those beneath PEFT's layers."""
         for name in self.fusible:
             layer = getattr(self, name)
+            if beneath_loras:
+                layer = layer._modules.get("base_layer", layer)
             if type(layer) is not nn.Linear:
                 return (
                     f"{name} is a {type(layer).__name__} (a LoRA, for instance), which has to stay a layer of its own"
@@ -121,7 +122,9 @@ class Part(nn.Module):
 
     def fuse(self) -> None:
         """Replace the fusible layers by one, in place."""
-        fused = FusedLinear({name: getattr(self, name) for name in self.fusible})
+        layers = {name: getattr(self, name) for name in self.fusible}
+        self.fused_sizes = tuple(layer.out_features for layer in layers.values())
+        fused = FusedLinear(layers)
         others = {name: layer for name, layer in self._modules.items() if name not in self.fusible}
         self._set_children({**others, self.fused_name: fused})
         fused.take_over()
@@ -286,13 +289,17 @@ def unsupported_reasons(
 
 
 def to_be_fused(
-    transformer: nn.Module, lists: tuple[str, ...], cls: type[RewrittenBlock]
+    transformer: nn.Module, lists: tuple[str, ...], cls: type[RewrittenBlock], *, beneath_loras: bool = False
 ) -> dict[str, tuple[str, ...]]:
-    """Return which layers of stock blocks `rewrite` would make one: path of the one -> paths of its parts."""
+    """Return which layers of stock blocks `rewrite` would make one: path of the one -> paths of its parts.
+
+    With `beneath_loras`, also those that `FuseKernels` would: beneath PEFT's layers, and of rewritten blocks.
+    """
     found = {}
-    for path, _, _, stock in blocks_of(transformer, lists):
-        for name, part in cls(stock).parts.items():
-            if part.unfusible_reason() is None:
+    for path, _, _, block in blocks_of(transformer, lists):
+        parts = block.parts if isinstance(block, RewrittenBlock) else cls(block).parts
+        for name, part in parts.items():
+            if part.fused is None and part.unfusible_reason(beneath_loras=beneath_loras) is None:
                 at = f"{path}.{name}"
                 found[f"{at}.{part.fused_name}"] = tuple(f"{at}.{child}" for child in part.fusible)
     return found
@@ -322,8 +329,7 @@ def rewrite(
     undo.setattr(model, "_repeated_blocks", [*declared, cls.__name__])
     undo.attach(LAYOUT, transformer, TokenLayout())
     forward(transformer).install(undo)
-    for method in ("load_lora_adapter", "add_adapter"):
-        undo.setattr(model, method, _AfterSplitting(transformer, method))
+    take_adapters(transformer, undo)
     return skipped
 
 
@@ -343,19 +349,3 @@ class RewrittenForward(StandInForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> object:
         return type(self).function(self.module, *args, **kwargs)
-
-
-class _AfterSplitting(StandInMethod):
-    """A method of a transformer that splits the fused layers first: a LoRA looks for them by name.
-
-    If one cannot be split, none is.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        blocks = [block for block in cast(nn.Module, self.owner).modules() if isinstance(block, RewrittenBlock)]
-        parts = [part for block in blocks for part in block.parts.values()]
-        for part in parts:
-            part.splittable()
-        for part in parts:
-            part.split()
-        return self.call_below(*args, **kwargs)

@@ -61,8 +61,11 @@ class RewrittenModel(Protocol):
     def unsupported_reasons(self, transformer: nn.Module) -> list[str]:
         """Return every reason why this stock transformer cannot be rewritten; empty if it can."""
 
-    def to_be_fused(self, transformer: nn.Module) -> Mapping[str, tuple[str, ...]]:
-        """Return which linear layers `rewrite` would make one: path of the new one -> paths of its parts."""
+    def to_be_fused(self, transformer: nn.Module, *, beneath_loras: bool = False) -> Mapping[str, tuple[str, ...]]:
+        """Return which linear layers `rewrite` would make one: path of the new one -> paths of its parts.
+
+        With `beneath_loras`, also those that `FuseKernels` would: beneath a LoRA's layers, and of rewritten blocks.
+        """
 
     def rewrite(self, pipe: Pipeline, undo: Undo, fuse: bool) -> dict[str, str]:
         """Rewrite the transformer of `pipe` in place; return what could not be fused: path -> reason."""

@@ -259,9 +259,12 @@ def unsupported_reasons(transformer: nn.Module) -> list[str]:
     return reasons + rewriting.unsupported_reasons(transformer, BLOCKS, "self_attention", processors)
 
 
-def to_be_fused(transformer: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return which layers of a stock transformer `rewrite` would make one: path of the one -> paths of its parts."""
-    return rewriting.to_be_fused(transformer, BLOCKS, RewrittenErnieBlock)
+def to_be_fused(transformer: nn.Module, *, beneath_loras: bool = False) -> dict[str, tuple[str, ...]]:
+    """Return which layers `rewrite` would make one: path of the one -> paths of its parts.
+
+    With `beneath_loras`, also those that `FuseKernels` would.
+    """
+    return rewriting.to_be_fused(transformer, BLOCKS, RewrittenErnieBlock, beneath_loras=beneath_loras)
 
 
 class RewrittenErnieForward(RewrittenForward):

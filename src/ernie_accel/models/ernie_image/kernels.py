@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ernie_accel.core.undo import Undo
 from ernie_accel.kernels import ops
-from ernie_accel.kernels.linear import Fp8Linear, Fp8Rows
+from ernie_accel.kernels.linear import Fp8Rows
+from ernie_accel.kernels.low_rank import product_of, takes_fp8
 from ernie_accel.models import on_kernels
 from ernie_accel.models.ernie_image.blocks import BLOCKS, Modulation, RewrittenErnieBlock
 from ernie_accel.models.on_kernels import TOKENS_MULTIPLE_OF, KernelBlock
@@ -36,11 +37,11 @@ class KernelErnieBlock(KernelBlock, RewrittenErnieBlock):
         """
         shift_sa, scale_sa, gate_sa, shift_mlp, scale_mlp, gate_mlp = modulation
         attention, mlp, norm_sa, norm_mlp = self.self_attention, self.mlp, self.adaLN_sa_ln, self.adaLN_mlp_ln
-        to_qkv, to_out = attention.get_submodule(attention.fused_name), attention.to_out[0]
-        gate_up, down = mlp.get_submodule(mlp.fused_name), mlp.linear_fc2
+        to_qkv, to_out = attention.get_submodule(attention.fused_name), product_of(attention.to_out[0])
+        gate_up, down = mlp.get_submodule(mlp.fused_name), product_of(mlp.linear_fc2)
 
         rows: Tensor | Fp8Rows
-        if isinstance(to_qkv, Fp8Linear):
+        if takes_fp8(to_qkv):
             rows = Fp8Rows(*ops.norm_modulate_fp8(x_bsh, norm_sa.weight, scale_sa, shift_sa, norm_sa.eps))
         else:
             rows = ops.norm_modulate(x_bsh, norm_sa.weight, scale_sa, shift_sa, norm_sa.eps)
@@ -60,13 +61,13 @@ class KernelErnieBlock(KernelBlock, RewrittenErnieBlock):
                 branch_bsh = to_out(attention.attend(q_bsnd, k_bsnd, v_bsnd, mask_b11s))
 
         add = (x_bsh, branch_bsh, gate_sa, norm_mlp.weight, scale_mlp, shift_mlp, norm_mlp.eps)
-        if isinstance(gate_up, Fp8Linear):
+        if takes_fp8(gate_up):
             x_bsh, values, scale = ops.add_norm_modulate_fp8(*add)
             rows = Fp8Rows(values, scale)
         else:
             x_bsh, rows = ops.add_norm_modulate(*add)
         gate_up_bs2f = gate_up(rows)
-        rows = Fp8Rows(*ops.gelu_mul_fp8(gate_up_bs2f)) if isinstance(down, Fp8Linear) else ops.gelu_mul(gate_up_bs2f)
+        rows = Fp8Rows(*ops.gelu_mul_fp8(gate_up_bs2f)) if takes_fp8(down) else ops.gelu_mul(gate_up_bs2f)
         out_bsh: Tensor = ops.gated_add(x_bsh, down(rows), gate_mlp)
         return out_bsh
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ernie_accel.core.library_hooks import library_hooks
 from ernie_accel.kernels import ops
-from ernie_accel.kernels.linear import Fp8Linear, Fp8Rows
+from ernie_accel.kernels.linear import Fp8Rows
+from ernie_accel.kernels.low_rank import product_of, takes_fp8
 from ernie_accel.models.next_dit.blocks import Modulation, RewrittenNextBlock
 from ernie_accel.models.next_dit.positions import real
 from ernie_accel.models.on_kernels import KernelBlock
@@ -100,7 +101,7 @@ class KernelNextBlock(KernelBlock, RewrittenNextBlock):
 
     @property
     def _attends_from_fp8(self) -> bool:
-        return isinstance(self.attention_part.fused, Fp8Linear)
+        return takes_fp8(self.attention_part.fused)
 
     def _body(
         self,
@@ -115,8 +116,9 @@ class KernelNextBlock(KernelBlock, RewrittenNextBlock):
         gate_sa, scale_mlp = (None, None) if modulation is None else (modulation.gate_sa, modulation.scale_mlp)
         _, after_sa, norm_mlp, _ = self.norms
         attention, feed_forward = self.attention_part, self.parts[self.names.feed_forward]
-        to_qkv, to_out = attention.get_submodule(attention.fused_name), attention.to_out[0]
-        gate_up, down = (feed_forward.get_submodule(name) for name in (feed_forward.fused_name, feed_forward.taken[1]))
+        to_qkv, to_out = attention.get_submodule(attention.fused_name), product_of(attention.to_out[0])
+        gate_up = feed_forward.get_submodule(feed_forward.fused_name)
+        down = product_of(feed_forward.get_submodule(feed_forward.taken[1]))
 
         qkv_bsm = to_qkv(rows)
         norm_q, norm_k, heads = attention.norm_q, attention.norm_k, attention.heads
@@ -134,13 +136,13 @@ class KernelNextBlock(KernelBlock, RewrittenNextBlock):
                 branch_bsh = to_out(attention.attend(q_bsnd, k_bsnd, v_bsnd, mask))
 
         add = (x_bsh, branch_bsh, after_sa.weight, gate_sa, norm_mlp.weight, scale_mlp, norm_mlp.eps)
-        if isinstance(gate_up, Fp8Linear):
+        if takes_fp8(gate_up):
             x_bsh, *quantized = ops.add_norm_scale_fp8(*add)
             rows = Fp8Rows(*quantized)
         else:
             x_bsh, rows = ops.add_norm_scale(*add)
         gate_up_bs2f = gate_up(rows)
-        rows = Fp8Rows(*ops.silu_mul_fp8(gate_up_bs2f)) if isinstance(down, Fp8Linear) else ops.silu_mul(gate_up_bs2f)
+        rows = Fp8Rows(*ops.silu_mul_fp8(gate_up_bs2f)) if takes_fp8(down) else ops.silu_mul(gate_up_bs2f)
         return x_bsh, down(rows)
 
 

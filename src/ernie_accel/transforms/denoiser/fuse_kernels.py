@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,8 +16,19 @@ from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.planned import Blocks, PlannedPipe, PlannedWeight
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
-from ernie_accel.core.undo import Undo
+from ernie_accel.core.undo import Undo, place_of
 from ernie_accel.families import family_of
+from ernie_accel.kernels.linear import Fp8Linear, Kept
+from ernie_accel.models.adapters import (
+    Lifted,
+    adaptables,
+    adapter_problems,
+    bind_layers,
+    close_sites,
+    lift,
+    open_sites,
+    put_back,
+)
 from ernie_accel.models.rewritten import block_paths, kernel_model, kernels_of, rewritten_blocks, whose
 from ernie_accel.quantization.guard import refuse_casts
 from ernie_accel.quantization.layers import idle_patterns
@@ -25,6 +37,8 @@ from ernie_accel.quantization.refusals import refuse_saving
 PRECISIONS = ("fp8", "bf16")
 ATTENTIONS = ("auto", "fp8", "bf16")
 _CUDNN_CAPABILITY = (9, 0)
+#: What a LoRA adds to the path of the layer that it is around.
+_BENEATH = re.compile(r"\.base_layer(\.product)*|(?<=\w)\.product\b")
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,6 +54,9 @@ class FuseKernels(Transform):
     batches in which nothing is padded, which `CaptureGraphs` cannot use. If attention is in bfloat16 and you choose a
     backend by name ("native" is torch's own), that backend is used instead.
 
+    LoRAs are loaded, switched, scaled, merged and unloaded by diffusers' own calls, before and after: each is a
+    low-rank part in bfloat16 beside the product (``docs/lora.md``).
+
     Pays:
         "fp8" on Hopper and Ada cards: a step takes 77 ms (75 with attention in fp8), where compiled torchao fp8 takes
         95 and stock 198, and nothing has to be compiled. "bf16": a step takes 122.5 ms, where compiled blocks take 125.
@@ -50,7 +67,8 @@ class FuseKernels(Transform):
             for fp8 where that is possible; the plan says which one it is.
         exclude: Regular expressions of layers to leave in bfloat16, matched from the start of the path within the
             transformer; None takes the family's list.
-        keep_originals: Keep the unquantized weights in host memory, so that ``restore`` is exact.
+        keep_originals: Keep the unquantized weights in host memory, so that ``restore`` is exact, and LoRAs can be
+            merged.
     """
 
     phase: ClassVar[Phase] = Phase.QUANTIZE
@@ -92,7 +110,7 @@ class FuseKernels(Transform):
         return Preview(self._on_kernels(pipe, context), note)
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
-        planned, new = context.planned(pipe), {}
+        planned, new = _beneath_loras(pipe, context), {}
         gone = set()
         for path in self._layers(pipe, context)[0]:
             name = f"transformer.{path}.weight"
@@ -112,12 +130,13 @@ class FuseKernels(Transform):
         )
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
-        from ernie_accel.kernels.linear import Fp8Linear
-
         transformer, kept_bytes = pipe.transformer, 0
         where = quantizing_device(transformer, context.torch_device)
         on_kernels, (to_quantize, left_out) = self._on_kernels(pipe, context), self._layers(pipe, context)
         with Undo() as undo:
+            lifted: list[Lifted] = []
+            undo.push(partial(_settle, transformer, lifted))
+            lift(transformer, lifted)
             skipped = left_out | kernels_of(pipe).install(transformer, undo, self._attention(context))
             for path in to_quantize:
                 linear: Any = transformer.get_submodule(path)
@@ -125,6 +144,10 @@ class FuseKernels(Transform):
                 owner, _, name = path.rpartition(".")
                 new = Fp8Linear(linear.weight.to(where)).to(linear.weight.device)
                 _swap(transformer.get_submodule(owner), name, new, undo, self.keep_originals)
+            if lifted:
+                open_sites(transformer, [part for part in adaptables(transformer) if part.on_kernels])
+                put_back(lifted)
+                bind_layers(transformer)
             if kept_bytes:
                 refuse_casts(pipe, ("transformer",), undo)
                 refuse_saving(pipe, ("transformer",), undo)
@@ -142,17 +165,12 @@ class FuseKernels(Transform):
             return [*reasons, f"there are no fused kernels for {family.name_for(pipe)} {whose(pipe)}{instead}"]
         if self.attention == "fp8":
             reasons += self._no_fp8_attention_reasons(context)
-        planned = context.planned(pipe)
-        has_lora = getattr(pipe.transformer, "_hf_peft_config_loaded", False)
+        planned = _beneath_loras(pipe, context)
         if planned.blocks < Blocks.REWRITTEN and not rewritten_blocks(pipe).is_rewritten(pipe.transformer):
             reasons.append("it builds on the rewritten blocks: add RewriteBlocks()")
-        elif not has_lora and not self._on_kernels(pipe, context):
+        elif not self._on_kernels(pipe, context):
             reasons.append("the linear layers of the rewritten blocks stand apart: use RewriteBlocks(), with fuse=True")
-        if has_lora:
-            reasons.append(
-                "a LoRA is loaded, and the kernels have no layers for it: merge it (pipe.fuse_lora(), then "
-                "pipe.unload_lora_weights())"
-            )
+        reasons += adapter_problems(pipe.transformer, rewritten_blocks(pipe).BLOCKS)
         paths = [name.removeprefix("transformer.").removesuffix(".weight") for name in planned.weights]
         reasons += idle_patterns(self.exclude, paths)
         dtype = planned.dtype_of("transformer")
@@ -183,13 +201,16 @@ class FuseKernels(Transform):
 
     def _on_kernels(self, pipe: Pipeline, context: Context) -> tuple[str, ...]:
         """Return the blocks that can run on the kernels: those whose linear layers are concatenated by then."""
-        planned, fused = context.planned(pipe).weights, rewritten_blocks(pipe).FUSED_LAYERS
+        planned, fused = _beneath_loras(pipe, context).weights, rewritten_blocks(pipe).FUSED_LAYERS
         return tuple(block for block in block_paths(pipe) if all(f"{block}.{name}.weight" in planned for name in fused))
 
     def _layers(self, pipe: Pipeline, context: Context) -> tuple[list[str], dict[str, str]]:
         """Return the paths within the transformer of the linear layers that become fp8, and why others do not."""
         exclude = family_of(pipe).keep_precise.get("transformer", ()) if self.exclude is None else self.exclude
-        planned, blocks = context.planned(pipe).weights, tuple(f"{path}." for path in self._on_kernels(pipe, context))
+        planned, blocks = (
+            _beneath_loras(pipe, context).weights,
+            tuple(f"{path}." for path in self._on_kernels(pipe, context)),
+        )
         todo, left_out = [], {}
         for name, weight in planned.items():
             path = name.removeprefix("transformer.").removesuffix(".weight")
@@ -202,6 +223,24 @@ class FuseKernels(Transform):
             else:
                 left_out[f"transformer.{path}"] = why
         return todo, left_out
+
+
+def _beneath_loras(pipe: Pipeline, context: Context) -> PlannedPipe:
+    """Return the pipe as planned, with the layers beneath a LoRA's under their own names, fused as they will be."""
+    planned = context.planned(pipe)
+    blocks = tuple(f"{path}." for path in block_paths(pipe))
+    names = {name: _BENEATH.sub("", name) for name in planned.weights if name.startswith(blocks)}
+    new = {plain: planned.weights[name] for name, plain in names.items() if plain != name}
+    if not new:
+        return planned
+    planned = planned.with_weights(new, frozenset(name for name, plain in names.items() if plain != name))
+    for path, parts in rewritten_blocks(pipe).to_be_fused(pipe.transformer, beneath_loras=True).items():
+        layers = tuple(f"transformer.{part}" for part in parts)
+        weights = [f"{layer}.weight" for layer in layers]
+        if f"transformer.{path}.weight" not in planned.weights and all(each in planned.weights for each in weights):
+            whole = {f"transformer.{path}.weight": planned.concatenated(layers)}
+            planned = planned.with_weights(whole, frozenset(weights))
+    return planned
 
 
 def _no_cudnn_reasons(context: Context) -> list[str]:
@@ -225,17 +264,23 @@ def _not_fp8_reason(weight: PlannedWeight, *, has_bias: bool) -> str | None:
     return None
 
 
-def _swap(owner: torch.nn.Module, name: str, new: torch.nn.Module, undo: Undo, keep: bool) -> None:
+def _settle(transformer: torch.nn.Module, lifted: list[Lifted]) -> None:
+    """Give the layers that a LoRA adapts back to it, as layers of their own."""
+    close_sites(transformer)
+    put_back(lifted)
+
+
+def _swap(owner: torch.nn.Module, name: str, new: Fp8Linear, undo: Undo, keep: bool) -> None:
     """Replace a linear layer by `new`; its weight waits on the host, or is dropped, until the undo."""
     linear: torch.nn.Linear = getattr(owner, name)
     if keep:
-        original = linear.weight.data.cpu()
+        new.kept = Kept(linear.weight.data.cpu())
 
         def put_back() -> None:
-            here = getattr(owner, name)
-            if here is not linear:
-                linear.weight.data = original.to(next(here.buffers()).device)  # the pipe may have moved since
-                setattr(owner, name, linear)
+            place = place_of(new, owner, name)  # a LoRA may have been put around it
+            if place is not None and new.kept is not None:
+                linear.weight.data = new.kept.weight.to(next(new.buffers()).device)  # the pipe may have moved since
+                place[0]._modules[place[1]] = linear
 
         undo.push(put_back)
     else:

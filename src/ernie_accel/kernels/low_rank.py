@@ -1,0 +1,319 @@
+"""A product with a low-rank part beside it: what a LoRA adds to a layer that the kernels compute."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ernie_accel.core.captured import version_of
+from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.stand_in import StandInMethod
+from ernie_accel.kernels import ops
+from ernie_accel.kernels.linear import Fp8Linear, Fp8Rows
+
+#: Ranks are padded with zeros to a multiple of this, as products want them.
+RANK_MULTIPLE_OF = 16
+_UPDATING = threading.Lock()
+
+
+class Term(NamedTuple):
+    """What one adapter adds to some output features: ``scale * x @ down.T @ up.T``.
+
+    Attributes:
+        down: [rank, K].
+        up: [features, rank].
+        scale: Of the adapter now.
+        start: First of the output features.
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    start: int
+
+
+class Place(NamedTuple):
+    """Where PEFT puts the adapters of a layer that is part of a product.
+
+    Attributes:
+        owner: The module that has the layer as a child.
+        name: Its name there.
+        start: First output feature of the layer within the product.
+        features: Their number.
+    """
+
+    owner: nn.Module
+    name: str
+    start: int
+    features: int
+
+    @property
+    def adapted(self) -> nn.Module | None:
+        """PEFT's layer, if there is one now."""
+        layer = self.owner._modules.get(self.name)
+        return layer if layer is not None and "base_layer" in layer._modules else None
+
+
+class LowRankProduct(nn.Module):
+    """``product(x) + x @ down.T @ up.T``, with the adapters that PEFT has at some places stacked into one pair.
+
+    All that read the same input share one ``down``; each has its rows of ``up``, which is zero elsewhere. Both are
+    bfloat16 (or what the product gives), and are brought up to date before each call. A change that keeps the sum of
+    the ranks is written into the same memory, so that captured graphs go on with it. Without active adapters it is
+    the product alone, bit for bit.
+    """
+
+    down: Tensor | None
+    up: Tensor | None
+
+    def __init__(self, product: nn.Module, places: tuple[Place, ...]) -> None:
+        super().__init__()
+        self.product = product
+        self.places = places  # a tuple: torch must not see their owners
+        self.register_buffer("down", None, persistent=False)
+        self.register_buffer("up", None, persistent=False)
+        self._seen: tuple[object, ...] = ()
+
+    @property
+    def weight(self) -> Tensor:
+        """The product's."""
+        weight: Tensor = self.product.weight  # type: ignore[assignment]
+        return weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its results."""
+        return torch.bfloat16 if isinstance(self.product, Fp8Linear) else self.weight.dtype
+
+    def forward(self, x: Tensor | Fp8Rows) -> Tensor:
+        """Return the product [..., N] with what the adapters add."""
+        if not torch.compiler.is_compiling():
+            self.update()
+        out: Tensor = self.product(x)
+        down, up = self.down, self.up
+        if down is None or up is None:
+            return out
+        if isinstance(x, Fp8Rows):
+            low: Tensor = ops.low_rank_fp8(x.values, x.scale, down)
+        else:
+            low = x.flatten(0, -2) @ down.t()
+        out.view(-1, out.shape[-1]).addmm_(low, up.t())
+        return out
+
+    def update(self) -> None:
+        """Take over what PEFT's layers have now, if that changed."""
+        self._unmerge_disabled()
+        terms = tuple(terms_of(self.places))
+        device = self.weight.device
+        seen = (device, *(fact for term in terms for fact in _facts(term)))
+        if seen == self._seen:
+            return
+        # Not of inference mode, or nobody could write into them later.
+        with _UPDATING, torch.inference_mode(False), torch.no_grad():
+            self._stack(terms, device)
+            self._seen = seen
+
+    def forget(self) -> None:
+        """Take over everything at the next update: values were written where torch does not count."""
+        self._seen = ()
+
+    @property
+    def unmergeable_reason(self) -> str | None:
+        """Why no adapter can be merged into the weight; None if it can."""
+        if isinstance(self.product, Fp8Linear):
+            return "its weight is float8, and the original is gone" if self.product.kept is None else None
+        plain = isinstance(self.product, nn.Linear) and type(self.product.weight) is nn.Parameter
+        return None if plain else "its weight is quantized"
+
+    def merge(self, place: Place, change: Callable[[], object]) -> None:
+        """Let PEFT merge adapters into the weight at `place`, or take them out again, in place.
+
+        A float8 weight is made anew from the original, which is kept merged.
+
+        Args:
+            place: One of `places`.
+            change: Has PEFT's layer merge into its base layer, for which it gets the true weight, or unmerge.
+
+        Raises:
+            ErnieAccelError: Nothing can be merged into the weight; it was not changed.
+        """
+        layer: Any = place.adapted
+        site, product, rows = (
+            layer._modules["base_layer"],
+            self.product,
+            slice(place.start, place.start + place.features),
+        )
+        if self.unmergeable_reason is not None:
+            raise ErnieAccelError(
+                f"{place.name}: cannot change the weight, with which a LoRA is or would be merged: "
+                f"{self.unmergeable_reason}. Optimize with FuseKernels(..., keep_originals=True)"
+            )
+        base: Any = nn.Linear(site.in_features, site.out_features, bias=False, device="meta")
+        with torch.no_grad(), torch.inference_mode(False):
+            if isinstance(product, Fp8Linear) and product.kept is not None:
+                weight = product.kept.weight[rows].to(product.weight.device)
+            else:
+                weight = self.weight[rows].detach().clone()
+            base.weight = nn.Parameter(weight, requires_grad=False)
+            try:
+                layer._modules["base_layer"] = base
+                change()
+            finally:
+                layer._modules["base_layer"] = site
+            if isinstance(product, Fp8Linear):
+                product.requantize(place.start, base.weight.detach())
+            else:
+                self.weight[rows].copy_(base.weight)
+
+    def _unmerge_disabled(self) -> None:
+        """Take merged adapters out where all are disabled, as PEFT's layers do when they are called."""
+        for place in self.places:
+            layer: Any = place.adapted
+            if layer is not None and vars(layer)["_disable_adapters"] and vars(layer)["merged_adapters"]:
+                layer.unmerge()
+
+    def _stack(self, terms: tuple[Term, ...], device: torch.device) -> None:
+        ranks = sum(len(term.down) for term in terms)
+        if not ranks:
+            self.down = self.up = None
+            return
+        padded = -(-ranks // RANK_MULTIPLE_OF) * RANK_MULTIPLE_OF
+        columns, rows = terms[0].down.shape[1], max(place.start + place.features for place in self.places)
+        down, up = self.down, self.up
+        if down is None or up is None or len(down) != padded or down.device != device or down.dtype != self.dtype:
+            down = torch.zeros(padded, columns, device=device, dtype=self.dtype)
+            up = torch.zeros(rows, padded, device=device, dtype=self.dtype)
+            self.down, self.up = down, up
+        else:
+            down[ranks:].zero_()
+            up.zero_()
+        at = 0
+        for term in terms:
+            rank = len(term.down)
+            down[at : at + rank].copy_(term.down)
+            up[term.start : term.start + len(term.up), at : at + rank].copy_(term.up.float() * term.scale)
+            at += rank
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_seen": ()}  # it knows tensors by their identity
+
+    def extra_repr(self) -> str:
+        return f"rank={0 if self.down is None else len(self.down)}"
+
+
+def terms_of(places: tuple[Place, ...]) -> Iterator[Term]:
+    """Yield what the active adapters at these places add, as PEFT's own layers would; merged ones are not active."""
+    for place in places:
+        layer: Any = place.adapted
+        if layer is None:
+            continue
+        state = vars(layer)
+        if state["_disable_adapters"] or state["merged_adapters"]:
+            continue
+        active, downs, ups = state["_active_adapter"], layer._modules["lora_A"], layer._modules["lora_B"]
+        for name in (active,) if isinstance(active, str) else active:
+            if name in downs._modules:
+                down, up = downs._modules[name].weight, ups._modules[name].weight
+                yield Term(down, up, float(state["scaling"][name]), place.start)
+
+
+def _facts(term: Term) -> Iterator[object]:
+    for tensor in (term.down, term.up):
+        yield from (id(tensor), tensor.data_ptr(), version_of(tensor), tensor.shape)
+    yield term.scale
+
+
+class Merge(StandInMethod):
+    """`merge` or `unmerge` of PEFT's layer around a site, which has no weight."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        site = site_of(cast(nn.Module, self.owner))
+        if site is None:
+            self.call_below(*args, **kwargs)
+        else:
+            site.low_rank.merge(site.place, partial(self.call_below, *args, **kwargs))
+
+
+_MERGING = ("merge", "unmerge")
+
+
+def bind(layer: nn.Module) -> None:
+    """Let PEFT's layer around a site merge into the product, in place."""
+    for name in _MERGING:
+        if not isinstance(vars(layer).get(name), Merge):
+            setattr(layer, name, Merge(layer, name))
+
+
+def unbind(layer: nn.Module) -> None:
+    """Undo `bind`, in place."""
+    for name in _MERGING:
+        if isinstance(vars(layer).get(name), Merge):
+            delattr(layer, name)
+
+
+class Site(nn.Linear):
+    """A layer that is part of a product, as PEFT sees it: its shape, dtype and device, and no weight of its own."""
+
+    _ernie_accel_adapted_elsewhere = True  # `captured.ADAPTED_ELSEWHERE`
+
+    def __init__(self, product: LowRankProduct, place: Place, columns: int, *, whole: bool) -> None:
+        """Stand for the features of `place`; if they are the `whole` product, it is kept in here."""
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = columns, place.features
+        self.register_parameter("bias", None)
+        self.place = place
+        self._of = (product,)
+        if whole:
+            self.product = product
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of the product."""
+        return "product" in self._modules
+
+    @property
+    def low_rank(self) -> LowRankProduct:
+        """The product that it is a part of."""
+        return self._of[0]
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """A weight of the layer's shape that takes no memory, with no meaningful values."""
+        of = self.low_rank
+        return torch.empty(1, 1, dtype=of.dtype, device=of.weight.device).expand(self.out_features, self.in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the layer gives without adapters; PEFT's layer around it calls this.
+
+        Raises:
+            RuntimeError: It is one of several layers of a product, which is computed as a whole.
+        """
+        if not self.is_whole:
+            raise RuntimeError("the layers of a fused product are computed together")
+        out: Tensor = self.low_rank.product(x)
+        return out
+
+
+def site_of(layer: nn.Module) -> Site | None:
+    """Return the site that `layer` is, or that PEFT's layer is around; None if there is none."""
+    base = layer._modules.get("base_layer", layer)
+    return base if isinstance(base, Site) else None
+
+
+def product_of(layer: nn.Module) -> nn.Module:
+    """Return what the kernels call for `layer`: the product with its low-rank part, if PEFT's layer is around it."""
+    site = site_of(layer)
+    return layer if site is None else site.low_rank
+
+
+def takes_fp8(layer: nn.Module | None) -> bool:
+    """Return whether the product of `layer`, or of what PEFT has put around it, takes `Fp8Rows`."""
+    if layer is None:
+        return False
+    found = product_of(layer)
+    return isinstance(found.product if isinstance(found, LowRankProduct) else found, Fp8Linear)

@@ -1,0 +1,461 @@
+"""LoRAs on layers that are computed as a part of a product: where PEFT finds them, and who brings them up to date.
+
+PEFT puts its layers around the linear layers of a model, by name. Rewritten blocks make one product of several of them,
+and fused kernels may have quantized it. When a LoRA comes, such a block shows PEFT a `Site` for each layer, and its
+products take what PEFT's layers have beside their own weights (`LowRankProduct`). When the last one goes, the block is
+as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ernie_accel.common.notes import Note
+from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.stand_in import StandInMethod
+from ernie_accel.core.undo import Undo
+from ernie_accel.kernels.linear import Fp8Linear
+from ernie_accel.kernels.low_rank import LowRankProduct, Place, Site, bind, site_of, unbind
+
+#: Products of a transformer with sites.
+PRODUCTS = Note("low_rank_products", list, "transformer", "its products that take LoRAs beside their weights")
+#: What names a tensor of an adapter, after the path of its layer.
+_OF_ADAPTERS = (".lora_", ".lokr_", ".lora.", ".loha_", ".hada_", ".alpha", ".dora_scale", ".diff", ".oft_")
+
+
+#: Arguments of ``load_lora_adapter`` that say where the weights are.
+_FETCHING = (
+    "weight_name",
+    "use_safetensors",
+    "local_files_only",
+    "cache_dir",
+    "force_download",
+    "proxies",
+    "token",
+    "revision",
+    "subfolder",
+    "metadata",
+)
+
+
+class Adaptable(nn.Module):
+    """A module that may compute several of its layers as one product, on kernels or quantized."""
+
+    fusible: tuple[str, ...] = ()
+    fused_name: str = ""
+    #: Output features of each fusible layer, once they are fused.
+    fused_sizes: tuple[int, ...] = ()
+    #: Whether its products are on fused kernels, so that its layers must not be split for a LoRA.
+    on_kernels = False
+
+    @property
+    def products(self) -> list[LowRankProduct]:
+        """Its products that take LoRAs."""
+        others = (site_of(cast(nn.Module, owner._modules[name])) for owner, name in self._others())
+        found = [self._modules.get(self.fused_name), *others]
+        given = [each.low_rank if isinstance(each, Site) else each for each in found]
+        return [each for each in given if isinstance(each, LowRankProduct)]
+
+    def open_sites(self) -> None:
+        """Show PEFT a site for each linear layer, in place; those that it has wrapped already stay wrapped."""
+        fused = self._modules.get(self.fused_name)
+        if fused is not None and not isinstance(fused, LowRankProduct):
+            columns, at, places = int(cast(Any, fused).in_features), 0, []
+            for name, size in zip(self.fusible, self.fused_sizes, strict=True):
+                places.append(Place(self, name, at, size))
+                at += size
+            product = LowRankProduct(fused, tuple(places))
+            self._modules[self.fused_name] = product
+            for place in places:
+                self._modules[place.name] = Site(product, place, columns, whole=False)
+        for owner, name in self._others():
+            layer = owner._modules[name]
+            base: Any = layer if layer is None else layer._modules.get("base_layer", layer)
+            if type(base) in (nn.Linear, Fp8Linear):
+                place = Place(owner, name, 0, base.out_features)
+                site = Site(LowRankProduct(base, (place,)), place, base.in_features, whole=True)
+                _put_base(owner, name, site)
+
+    def close_sites(self, *, only_if_unused: bool = False) -> None:
+        """Put the products back in place of sites; a layer that PEFT has wrapped keeps its wrapper.
+
+        Layers of a fused product that PEFT has wrapped must stand alone then: they are split.
+
+        Args:
+            only_if_unused: Leave sites that PEFT has wrapped.
+        """
+        for owner, name in self._others():
+            site = site_of(cast(nn.Module, owner._modules[name]))
+            if site is not None and not (only_if_unused and owner._modules[name] is not site):
+                _put_base(owner, name, site.low_rank.product)
+        product = self._modules.get(self.fused_name)
+        if not isinstance(product, LowRankProduct):
+            return
+        wrapped = {place.name: place.adapted for place in product.places if place.adapted is not None}
+        if wrapped and only_if_unused:
+            return
+        children = {name: child for name, child in self._modules.items() if name not in self.fusible}
+        children[self.fused_name] = product.product
+        vars(self)["_modules"] = type(self._modules)(children)
+        if wrapped:
+            self.split()
+            for name, layer in wrapped.items():
+                base = self._modules[name]
+                self._modules[name] = layer
+                _put_base(self, name, cast(nn.Module, base))
+
+    def unfusible_reason(self) -> str | None:
+        """Return why the linear layers cannot be fused, or None."""
+        raise NotImplementedError
+
+    def fuse(self) -> None:
+        """Replace the fusible layers by one, in place."""
+        raise NotImplementedError
+
+    def split(self) -> None:
+        """Replace the fused layer by the layers it is made of, in place."""
+        raise NotImplementedError
+
+    def wrapped(self) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+        """Yield (owner, name, PEFT's layer) of all linear layers that PEFT has wrapped."""
+        names = [(cast(nn.Module, self), name) for name in self.fusible if name in self._modules]
+        for owner, name in [*names, *self._others()]:
+            layer = owner._modules[name]
+            if layer is not None and "base_layer" in layer._modules:
+                yield owner, name, layer
+
+    def _others(self) -> list[tuple[nn.Module, str]]:
+        """Return the places of linear layers that are a product of their own, wrapped or not."""
+        owners = [cast(nn.Module, self), *(child for child in self._modules.values() if type(child) is nn.ModuleList)]
+        found = []
+        for owner in owners:
+            for name, child in owner._modules.items():
+                is_other = child is not None and name != self.fused_name and name not in self.fusible
+                if is_other and isinstance(cast(nn.Module, child)._modules.get("base_layer", child), _LAYERS):
+                    found.append((owner, name))
+        return found
+
+
+_LAYERS = (nn.Linear, Fp8Linear)
+
+
+def _put_base(owner: nn.Module, name: str, base: nn.Module) -> None:
+    """Put a layer where `owner` has one of this name, or beneath PEFT's layer that is around it."""
+    layer = owner._modules[name]
+    if layer is not None and "base_layer" in layer._modules:
+        layer._modules["base_layer"] = base
+        if not isinstance(base, Site):
+            unbind(layer)
+    else:
+        owner._modules[name] = base
+
+
+def adaptables(transformer: nn.Module) -> list[Adaptable]:
+    """Return the modules of `transformer` that may compute layers as one product."""
+    return [part for part in transformer.modules() if isinstance(part, Adaptable)]
+
+
+class Lifted(NamedTuple):
+    """A layer of PEFT's that was taken away from around a linear layer, and its place."""
+
+    owner: nn.Module
+    name: str
+    layer: nn.Module
+
+
+def lift(transformer: nn.Module, lifted: list[Lifted]) -> None:
+    """Take PEFT's layers away from around the linear layers of rewritten blocks, and fuse what they kept apart.
+
+    In place; what is taken away is added to `lifted`.
+    """
+    for part in adaptables(transformer):
+        for owner, name, layer in list(part.wrapped()):
+            lifted.append(Lifted(owner, name, layer))
+            owner._modules[name] = layer._modules["base_layer"]
+        is_lifted = any(each.owner is part for each in lifted)
+        if is_lifted and part.fused_name not in part._modules and part.unfusible_reason() is None:
+            part.fuse()
+
+
+def put_back(lifted: list[Lifted]) -> None:
+    """Put lifted layers of PEFT's around what is in their place now, in place; `lifted` is empty then.
+
+    Fused layers without sites are split for it.
+    """
+    while lifted:
+        owner, name, layer = lifted[-1]
+        if name not in owner._modules:
+            cast(Adaptable, owner).split()
+        if owner._modules.get(name) is not layer:
+            layer._modules["base_layer"] = owner._modules[name]
+            owner._modules[name] = layer
+        lifted.pop()
+
+
+def open_sites(transformer: nn.Module, parts: Iterable[Adaptable]) -> None:
+    """Let these parts of `transformer` show PEFT a site for each linear layer, in place."""
+    for part in parts:
+        part.open_sites()
+    PRODUCTS.put(transformer, [product for part in adaptables(transformer) for product in part.products])
+
+
+def bind_layers(transformer: nn.Module) -> None:
+    """Let PEFT's layers around sites merge into the products, and take over all that they have, in place."""
+    for product in PRODUCTS.of(transformer) or ():
+        for place in product.places:
+            layer = place.adapted
+            if layer is not None:
+                bind(layer)
+        product.forget()  # a hot swap writes where torch does not count
+
+
+def close_sites(transformer: nn.Module, *, only_if_unused: bool = False) -> None:
+    """Undo `open_sites`, in place; see `Adaptable.close_sites`."""
+    for part in adaptables(transformer):
+        part.close_sites(only_if_unused=only_if_unused)
+    left = [product for part in adaptables(transformer) for product in part.products]
+    if left:
+        PRODUCTS.put(transformer, left)
+    else:
+        PRODUCTS.drop(transformer)
+
+
+def update_products(transformer: nn.Module, *_: object) -> None:
+    """Bring the low-rank parts of all products up to date: a pre-hook, for what replays or compiles the forward."""
+    products = PRODUCTS.of(transformer)
+    if products:
+        _update(products)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _update(products: list[LowRankProduct]) -> None:
+    for product in products:
+        product.update()
+
+
+class TakesAdapters(StandInMethod):
+    """A method of a transformer that adds adapters by the names of the stock layers.
+
+    Fused layers are split for it, or, on kernels and where they are quantized, shown as sites. What cannot be done is
+    refused before anything is changed.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = cast(nn.Module, self.owner)
+        to_open = [part for part in adaptables(model) if part.on_kernels]
+        to_split = [part for part in adaptables(model) if not part.on_kernels]
+        for part in to_split:
+            cast(Any, part).splittable()
+        known = set(vars(model).get("peft_config") or {})
+        if to_open:
+            open_sites(model, to_open)
+        try:
+            if to_open:
+                args, kwargs = self._checked(model, args, kwargs)
+            for part in to_split:
+                part.split()
+            result = self.call_below(*args, **kwargs)
+            problems = problems_of(model)
+            if problems:
+                added = [name for name in cast(Any, model).peft_config if name not in known]
+                cast(Any, model).delete_adapters(added)
+                raise _refusal(self.name, problems)
+        finally:
+            if to_open:
+                if not known and not vars(model).get("peft_config"):
+                    _unwrap_empty(model)
+                close_sites(model, only_if_unused=True)
+        bind_layers(model)
+        return result
+
+    def _checked(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments, with weights in place of a path to them.
+
+        Raises:
+            ErnieAccelError: An adapter that the kernels cannot take.
+        """
+        if self.name == "add_adapter":
+            config = args[0] if args else kwargs.get("adapter_config")
+            problems = config_problems(config)
+        else:
+            source = args[0] if args else kwargs.pop("pretrained_model_name_or_path_or_dict")
+            args = args[1:]
+            weights, kwargs = _fetched(source, kwargs)
+            prefix = args[0] if args else kwargs.get("prefix", "transformer")
+            problems = weight_problems(model, weights, prefix)
+            args = (weights, *args)
+        if problems:
+            raise _refusal(self.name, problems)
+        return args, kwargs
+
+
+def _fetched(source: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the weights of an adapter, and the arguments that are left for who loads them."""
+    if isinstance(source, dict):
+        return source, kwargs
+    from diffusers.loaders.lora_base import _fetch_state_dict
+
+    given = {name: kwargs.get(name) for name in _FETCHING}
+    agent = {"file_type": "attn_procs_weights", "framework": "pytorch"}
+    weights, metadata = _fetch_state_dict(
+        pretrained_model_name_or_path_or_dict=source, user_agent=agent, allow_pickle=False, **given
+    )
+    return weights, {**{k: v for k, v in kwargs.items() if k not in _FETCHING}, "metadata": metadata}
+
+
+def weight_problems(model: nn.Module, weights: Mapping[str, Tensor], prefix: str | None) -> list[str]:
+    """Return why `model`, with sites, cannot take the weights of an adapter; empty if it can."""
+    start = "" if prefix is None else f"{prefix}."
+    ours = {name.removeprefix(start): tensor for name, tensor in weights.items() if name.startswith(start)}
+    unmatched, problems, modules = [], [], dict(model.named_modules())
+    for name, tensor in ours.items():
+        path, kind = _split(name)
+        layer = modules.get(path)
+        if layer is None:
+            unmatched.append(name)
+            continue
+        site = site_of(layer)
+        if site is None:
+            if isinstance(layer, LowRankProduct):
+                unmatched.append(name)
+            continue
+        problem = _tensor_problem(path, kind, tensor, site)
+        if problem is not None and problem not in problems:
+            problems.append(problem)
+    if unmatched:
+        shown = ", ".join(unmatched[:3]) + (", ..." if len(unmatched) > 3 else "")
+        problems.insert(
+            0, f"{len(unmatched)} of its {len(ours)} tensors match no layer of {type(model).__name__}: {shown}"
+        )
+    if len(problems) > 5:
+        problems = [*problems[:4], f"and {len(problems) - 4} more"]
+    return problems
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Return the path of the layer that a tensor of an adapter belongs to, and the rest of its name."""
+    found = [at for each in _OF_ADAPTERS if (at := name.find(each)) > 0]
+    at = min(found, default=len(name))
+    return name[:at], name[at + 1 :]
+
+
+def _tensor_problem(path: str, kind: str, tensor: Tensor, site: Site) -> str | None:
+    if kind.startswith("lokr_"):
+        return f"{path} gets a LoKr, and the kernels add LoRAs only"
+    if kind.startswith("lora_magnitude_vector") or kind == "dora_scale":
+        return f"{path} gets a DoRA, which scales by the norm of the weight that the kernels have not"
+    if kind.endswith(".bias"):
+        return f"{path} gets a LoRA with a bias, which the kernels do not add"
+    is_down, is_up = kind.startswith(("lora_A", "lora.down")), kind.startswith(("lora_B", "lora.up"))
+    if is_down and (tensor.ndim != 2 or tensor.shape[1] != site.in_features):
+        return f"{path} has {site.in_features} inputs, and its LoRA {tuple(tensor.shape)[-1]}"
+    if is_up and (tensor.ndim != 2 or tensor.shape[0] != site.out_features):
+        return f"{path} has {site.out_features} outputs, and its LoRA {tensor.shape[0]}"
+    return None if is_down or is_up or kind == "alpha" else f"{path} gets {kind}, which the kernels do not know"
+
+
+def config_problems(config: Any) -> list[str]:
+    """Return why the kernels cannot take an adapter of this configuration; empty if they can."""
+    kind = type(config).__name__
+    if kind != "LoraConfig":
+        return [f"it is a {kind}, and the kernels add LoRAs only"]
+    problems = []
+    if getattr(config, "use_dora", False):
+        problems.append("it is a DoRA, which scales by the norm of the weight that the kernels have not")
+    if getattr(config, "lora_bias", False) or getattr(config, "bias", "none") != "none":
+        problems.append("it has a bias, which the kernels do not add")
+    start = getattr(config, "init_lora_weights", True)
+    if start not in (True, False, "gaussian"):
+        problems.append(f"it starts from the weights ({start!r}), which the kernels do not have")
+    return problems
+
+
+def problems_of(model: nn.Module) -> list[str]:
+    """Return what the adapters of a transformer have that its products would leave out; empty if nothing."""
+    problems = []
+    for part in adaptables(model):
+        for _, name, layer in part.wrapped():
+            if site_of(layer) is not None and (problem := layer_problem(layer)) is not None:
+                problems.append(f"{name}: {problem}")
+    return sorted(set(problems))
+
+
+def adapter_problems(transformer: nn.Module, lists: tuple[str, ...]) -> list[str]:
+    """Return why the adapters that are on the blocks in these lists cannot go on kernels; empty if they can."""
+    problems: dict[str, str] = {}
+    for name in lists:
+        for path, layer in transformer.get_submodule(name).named_modules():
+            if "base_layer" in layer._modules and (problem := layer_problem(layer)) is not None:
+                problems.setdefault(problem, f"{name}.{path}")
+    return [f"an adapter is loaded that the kernels cannot take: {path}: {why}" for why, path in problems.items()]
+
+
+def layer_problem(layer: Any) -> str | None:
+    """Return what a layer of PEFT's has that a `LowRankProduct` would leave out, or None."""
+    if type(layer).__module__ != "peft.tuners.lora.layer":
+        return f"it has a {type(layer).__name__} of {type(layer).__module__}, and the kernels add LoRAs only"
+    if vars(layer).get("lora_variant"):
+        return "it has a variant of LoRA, such as DoRA, and the kernels add plain ones only"
+    if any(up.bias is not None for up in layer._modules["lora_B"]._modules.values()):
+        return "it has a LoRA with a bias, which the kernels do not add"
+    return None
+
+
+def _unwrap_empty(model: nn.Module) -> None:
+    """Remove layers of PEFT's that a failed loading has left, in place."""
+    for part in adaptables(model):
+        for owner, name, layer in list(part.wrapped()):
+            if not cast(nn.Module, layer._modules["lora_A"])._modules:
+                owner._modules[name] = layer._modules["base_layer"]
+
+
+def _refusal(name: str, problems: list[str]) -> ErnieAccelError:
+    text = "\n".join(f"  - {problem}" for problem in problems)
+    return ErnieAccelError(f"{name}: cannot load this adapter; nothing was changed.\n{text}")
+
+
+class ThenTidy(StandInMethod):
+    """A method of a transformer that removes adapters; sites that nobody uses go with them."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.call_below(*args, **kwargs)
+        close_sites(cast(nn.Module, self.owner), only_if_unused=True)
+        return result
+
+
+class Merges(StandInMethod):
+    """`fuse_lora` of a transformer, which asks all layers before it changes one."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Merge the active adapters into the weights.
+
+        Raises:
+            ErnieAccelError: The weight of a layer cannot be merged into; none was.
+        """
+        products = PRODUCTS.of(self.owner) or ()
+        adapted = [product for product in products if any(place.adapted is not None for place in product.places)]
+        reasons = {reason for product in adapted if (reason := product.unmergeable_reason) is not None}
+        if reasons:
+            raise ErnieAccelError(
+                f"{self.name}: cannot merge a LoRA into the weights of {type(self.owner).__name__}; nothing was "
+                f"changed ({'; '.join(sorted(reasons))}). Unmerged, it works. To merge it, use "
+                "FuseKernels(..., keep_originals=True), or merge it before optimizing."
+            )
+        return self.call_below(*args, **kwargs)
+
+
+def take_adapters(transformer: nn.Module, undo: Undo) -> None:
+    """Make a rewritten transformer load and unload LoRAs, in place."""
+    for name in ("load_lora_adapter", "add_adapter"):
+        undo.setattr(transformer, name, TakesAdapters(transformer, name))
+    if hasattr(transformer, "unload_lora"):
+        undo.setattr(transformer, "unload_lora", ThenTidy(transformer, "unload_lora"))
+    if hasattr(transformer, "fuse_lora"):
+        undo.setattr(transformer, "fuse_lora", Merges(transformer, "fuse_lora"))
+    undo.hook_before_forward(transformer, update_products)

@@ -1,0 +1,335 @@
+"""LoRAs on fused kernels: each of diffusers' calls does what it does on a stock pipe, before and after `optimize`."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+
+import ernie_accel
+from ernie_accel import Context, ErnieAccelError, FuseKernels, RewriteBlocks
+from ernie_accel.kernels import reference
+from ernie_accel.kernels.linear import Fp8Linear, Fp8Rows
+from ernie_accel.kernels.low_rank import LowRankProduct, Place, Site
+from ernie_accel.models.graphed_forward import GraphedForward
+from ernie_accel.models.rewritten import rewritten_blocks
+from tests.examples import differences, snapshot
+from tests.pipelines import picture, tiny_ernie, tiny_lumina2, tiny_z_image
+from tests.test_fuse_kernels import sqnr_db
+from tests.test_graphs import Recorder
+
+H200 = Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6", "cudnn": "1.32"})
+FAMILIES: dict[str, Callable[[], Any]] = {"ernie": tiny_ernie, "z_image": tiny_z_image, "lumina2": tiny_lumina2}
+
+
+def made(family: str) -> Any:
+    pipe = FAMILIES[family]()
+    for part in (pipe.transformer, pipe.text_encoder, pipe.vae):
+        part.to(torch.bfloat16)
+    return pipe
+
+
+def fused(pipe: Any, precision: str = "fp8", **kwargs: Any) -> Any:
+    return ernie_accel.optimize(pipe, RewriteBlocks(), FuseKernels(precision, **kwargs), context=H200)
+
+
+def latents(pipe: Any) -> torch.Tensor:
+    return picture(pipe, output_type="latent", steps=2)
+
+
+def adapter(family: str, seed: int = 1, rank: int = 4, only: str = "") -> dict[str, torch.Tensor]:
+    """Return a LoRA for all linear layers of the blocks, or for those with `only` in their path."""
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    transformer = FAMILIES[family]().transformer
+    for path, layer in transformer.named_modules():
+        in_block = path.split(".")[0] in ("layers", "noise_refiner", "context_refiner")
+        if isinstance(layer, nn.Linear) and in_block and only in path:
+            down = torch.randn(rank, layer.in_features, generator=generator) * 0.3
+            up = torch.randn(layer.out_features, rank, generator=generator) * 0.05
+            tensors |= {f"transformer.{path}.lora_A.weight": down, f"transformer.{path}.lora_B.weight": up}
+    return tensors
+
+
+def load(pipe: Any, family: str, name: str = "a", **kwargs: Any) -> None:
+    pipe.load_lora_weights(adapter(family, **kwargs), adapter_name=name)
+
+
+def load_second(pipe: Any, family: str) -> None:
+    load(pipe, family, "b", seed=2, rank=6, only="to_")
+    pipe.set_adapters(["a", "b"], [0.5, 0.7])
+
+
+def unload_and_load(pipe: Any, family: str) -> None:
+    pipe.unload_lora_weights()
+    load(pipe, family, seed=3)
+
+
+#: What a script does with LoRAs, one after the other.
+CALLS: dict[str, Callable[[Any, str], None]] = {
+    "scale": lambda pipe, family: pipe.set_adapters(["a"], [0.3]),
+    "two at once": load_second,
+    "switch": lambda pipe, family: pipe.set_adapters(["b"]),
+    "disable": lambda pipe, family: pipe.disable_lora(),
+    "enable": lambda pipe, family: pipe.enable_lora(),
+    "delete": lambda pipe, family: (pipe.delete_adapters("b"), pipe.set_adapters(["a"])),  # type: ignore[func-returns-value]
+    "fuse": lambda pipe, family: pipe.fuse_lora(lora_scale=0.8),
+    "unfuse": lambda pipe, family: pipe.unfuse_lora(),
+    "unload and load": unload_and_load,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "precision", "loaded"),
+    [
+        ("ernie", "fp8", "before"),
+        ("ernie", "fp8", "after"),
+        ("ernie", "bf16", "before"),
+        ("z_image", "fp8", "after"),
+        ("z_image", "bf16", "before"),
+        ("lumina2", "fp8", "before"),
+        ("lumina2", "bf16", "after"),
+    ],
+)
+def test_every_call_does_what_it_does_on_a_stock_pipe(family: str, precision: str, loaded: str) -> None:
+    pipe, stock = made(family), made(family)
+    plain = latents(stock)
+    load(stock, family)
+    with_lora = latents(stock)
+    if loaded == "before":
+        load(pipe, family)
+        fused(pipe, precision)
+    else:
+        fused(pipe, precision)
+        load(pipe, family)
+    assert sqnr_db(latents(pipe), with_lora) > max(FuseKernels(precision).floor_db, sqnr_db(plain, with_lora) + 6)
+    for name, call in CALLS.items():
+        for each in (pipe, stock):
+            call(each, family)
+        got, expected = latents(pipe), latents(stock)
+        assert sqnr_db(got, expected) > FuseKernels(precision).floor_db, name
+        assert sqnr_db(plain, expected) < sqnr_db(got, expected) - 6 or name == "disable", name
+    ernie_accel.restore(pipe)
+    if precision == "bf16":  # merged and taken out again in place
+        assert sqnr_db(latents(pipe), latents(stock)) > 35
+    else:
+        assert torch.equal(latents(pipe), latents(stock))
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_without_adapters_everything_is_as_before_bit_for_bit(precision: str) -> None:
+    stock = made("ernie")
+    plain = latents(stock)
+    pipe = fused(made("ernie"), precision)
+    before, modules = latents(pipe), dict(pipe.transformer.named_modules())
+    load(pipe, "ernie")
+    first = latents(pipe)
+    pipe.disable_lora()
+    assert torch.equal(latents(pipe), before)
+    pipe.enable_lora()
+    assert torch.equal(latents(pipe), first)
+    pipe.unload_lora_weights()
+    assert torch.equal(latents(pipe), before)
+    assert dict(pipe.transformer.named_modules()) == modules
+    load(pipe, "ernie")
+    assert torch.equal(latents(pipe), first)
+    pipe.delete_adapters("a")
+    assert torch.equal(latents(pipe), before)
+    pipe.unload_lora_weights()
+    assert torch.equal(latents(ernie_accel.restore(pipe)), plain)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_loaded_before_or_after_is_the_same_and_restore_gives_back_a_stock_pipe_with_it(precision: str) -> None:
+    stock = made("ernie")
+    plain = latents(stock)
+    load(stock, "ernie")
+    expected = latents(stock)
+    before, after = made("ernie"), fused(made("ernie"), precision)
+    load(before, "ernie")
+    fused(before, precision)
+    load(after, "ernie")
+    assert torch.equal(latents(before), latents(after))
+    for pipe in (before, after):
+        ernie_accel.restore(pipe)
+        assert torch.equal(latents(pipe), expected)
+        assert pipe.get_active_adapters() == ["a"]
+        pipe.unload_lora_weights()
+        assert torch.equal(latents(pipe), plain)
+
+
+def graphed(pipe: Any) -> Recorder:
+    recorder = Recorder()
+    GraphedForward(pipe.transformer, rewritten_blocks(pipe), 1 << 20, 2, recorder).install(ernie_accel.Undo())
+    return recorder
+
+
+@pytest.mark.parametrize("family", ["ernie", "z_image"])
+def test_graphs_go_on_with_other_adapters_of_the_same_ranks_and_are_made_anew_for_others(family: str) -> None:
+    pipe, eager = fused(made(family)), fused(made(family))
+    recorder = graphed(pipe)
+    for each in (pipe, eager):
+        load(each, family, only="to_")  # a LoRA of what modulates is PEFT's own
+        load(each, family, "b", seed=2, only="to_")
+        load(each, family, "wide", seed=3, rank=20, only="to_")
+
+    def draws(adapters: list[str], weights: list[float]) -> int:
+        for each in (pipe, eager):
+            each.set_adapters(adapters, weights)
+        assert torch.equal(latents(pipe), latents(eager))
+        return recorder.captures
+
+    assert draws(["a"], [1.0]) == 1
+    assert draws(["b"], [1.0]) == 1
+    assert draws(["b"], [0.4]) == 1
+    assert draws(["wide"], [1.0]) == 2
+    for each in (pipe, eager):
+        each.disable_lora()
+    assert torch.equal(latents(pipe), latents(eager))
+    assert recorder.captures == 3
+
+
+def test_a_swap_is_written_into_the_same_memory() -> None:
+    pipe = fused(made("ernie"))
+    load(pipe, "ernie")
+    load(pipe, "ernie", "b", seed=2)
+
+    def places() -> list[int]:
+        latents(pipe)
+        products = [part for part in pipe.transformer.modules() if isinstance(part, LowRankProduct)]
+        return [each.data_ptr() for part in products for each in (part.down, part.up) if each is not None]
+
+    pipe.set_adapters(["a"])
+    first = places()
+    assert len(first) == 2 * 4 * 2  # two products of the attention and two of the MLP, in each of two blocks
+    pipe.set_adapters(["b"], [0.5])
+    assert places() == first
+
+
+def test_a_hot_swap_counts() -> None:
+    pipe, stock = fused(made("ernie")), made("ernie")
+    for each in (pipe, stock):
+        load(each, "ernie")
+        latents(each)
+        each.load_lora_weights(adapter("ernie", seed=2), adapter_name="a", hotswap=True)
+    expected = fused(made("ernie"))
+    load(expected, "ernie", seed=2)
+    assert torch.equal(latents(pipe), latents(expected))
+    assert sqnr_db(latents(pipe), latents(stock)) > 25
+
+
+@pytest.mark.parametrize(
+    ("precision", "copied"), [("fp8", copy.deepcopy), ("bf16", lambda pipe: pickle.loads(pickle.dumps(pipe)))]
+)
+def test_copies_have_adapters_of_their_own(precision: str, copied: Any) -> None:
+    pipe = fused(made("ernie"), precision)
+    load(pipe, "ernie")
+    other = copied(pipe)
+    expected = latents(pipe)
+    assert torch.equal(latents(other), expected)
+    other.set_adapters(["a"], [0.2])
+    assert not torch.equal(latents(other), expected)
+    assert torch.equal(latents(pipe), expected)
+
+
+TO_Q = "layers.1.self_attention.to_q"
+REFUSED = {
+    "DoRA": ({f"transformer.{TO_Q}.lora_magnitude_vector.weight": torch.ones(128)}, rf"{TO_Q} gets a DoRA"),
+    "bias": ({f"transformer.{TO_Q}.lora_B.bias": torch.ones(128)}, rf"{TO_Q} gets a LoRA with a bias"),
+    "width": ({f"transformer.{TO_Q}.lora_A.weight": torch.ones(4, 96)}, rf"{TO_Q} has 128 inputs, and its LoRA 96"),
+    "another model": (
+        {f"transformer.blocks.{i}.attn.to_q.lora_{half}.weight": torch.ones(4, 4) for i in range(3) for half in "AB"},
+        r"6 of its 22 tensors match no layer of ErnieImageTransformer2DModel: blocks\.0\.attn\.to_q\.lora_A\.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_the_kernels_cannot_add_is_refused_by_name_and_nothing_is_changed(what: str) -> None:
+    tensors, message = REFUSED[what]
+    pipe = fused(made("ernie"))
+    before = snapshot(pipe)
+    weights = adapter("ernie", only="to_") | tensors
+    with pytest.raises(ErnieAccelError, match=message):
+        pipe.load_lora_weights(weights, adapter_name="a")
+    assert differences(before, snapshot(pipe)) == []
+    load(pipe, "ernie")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "it is a DoRA"),
+        ({"lora_bias": True}, "has a bias"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+    ],
+)
+def test_a_configuration_that_the_kernels_cannot_add_is_refused(settings: dict[str, Any], message: str) -> None:
+    pipe = fused(made("ernie"))
+    before = snapshot(pipe)
+    with pytest.raises(ErnieAccelError, match=message):
+        pipe.transformer.add_adapter(LoraConfig(target_modules=["to_q"], **settings))
+    assert differences(before, snapshot(pipe)) == []
+
+
+def test_an_adapter_that_is_there_and_cannot_go_on_kernels_is_in_the_plan() -> None:
+    pipe = made("ernie")
+    pipe.transformer.add_adapter(LoraConfig(target_modules=["to_q"], use_dora=True))
+    plan = ernie_accel.plan(pipe, RewriteBlocks(), FuseKernels("fp8"), context=H200)
+    (problem,) = plan.problems[FuseKernels("fp8")]
+    assert problem.startswith(
+        "an adapter is loaded that the kernels cannot take: layers.0.self_attention.to_q: it has a "
+    )
+
+
+def test_without_originals_nothing_is_merged_and_unmerged_it_works() -> None:
+    pipe, other = fused(made("ernie"), keep_originals=False), fused(made("ernie"))
+    for each in (pipe, other):
+        load(each, "ernie")
+    expected = latents(pipe)
+    assert torch.equal(expected, latents(other))
+    with pytest.raises(ErnieAccelError, match=r"fuse_lora: cannot merge .* nothing was changed .*keep_originals=True"):
+        pipe.fuse_lora()
+    assert torch.equal(latents(pipe), expected)
+
+
+def test_a_merged_lora_stays_in_the_weights_when_it_is_unloaded_and_restored() -> None:
+    pipe, stock = fused(made("ernie")), made("ernie")
+    for each in (pipe, stock):
+        load(each, "ernie")
+        each.fuse_lora()
+        each.unload_lora_weights()
+    assert sqnr_db(latents(pipe), latents(stock)) > 25
+    assert torch.equal(latents(ernie_accel.restore(pipe)), latents(stock))
+
+
+def test_the_product_is_that_of_its_definition() -> None:
+    torch.manual_seed(0)
+    owner, weight, x = nn.Module(), torch.randn(48, 32), torch.randn(2, 5, 32).bfloat16()
+    places = (Place(owner, "a", 0, 16), Place(owner, "b", 16, 32))
+    product = LowRankProduct(Fp8Linear(weight.bfloat16()), places)
+    from peft.tuners.lora import Linear
+
+    deltas = torch.zeros(48, 32)
+    for place, rank in zip(places, (3, 5), strict=True):
+        site = Site(product, place, 32, whole=False)
+        assert site.weight.shape == (place.features, 32)
+        layer = Linear(
+            site, "x", LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights=False), r=rank, lora_alpha=2 * rank
+        )
+        setattr(owner, place.name, layer)
+        delta = layer.lora_B["x"].weight.float() @ layer.lora_A["x"].weight.float()
+        deltas[place.start : place.start + place.features] = 2 * delta
+    rows = Fp8Rows(*reference.quantize_rows(x))
+    plain = product.product(rows).float()
+    dequantized = (rows.values.float() * rows.scale.view(2, 5, 1)) @ deltas.t()
+    with torch.no_grad():
+        assert sqnr_db(product(rows).float() - plain, dequantized) > 30
+        assert sqnr_db(product(x).float() - plain, x.float() @ deltas.t()) > 30
+    assert product.down is not None
+    assert product.down.shape == (16, 32)
