@@ -15,10 +15,20 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from ernie_accel.batch import BatchInputError, BatchOutputError, Producer, aproduce, produce
+from ernie_accel.batch import (
+    BatchInputError,
+    BatchOutputError,
+    Producer,
+    Progress,
+    QueueFullError,
+    WaitedTooLongError,
+    aproduce,
+    produce,
+)
 from ernie_accel.batch.engines import EngineLostError, LocalEngine
 from ernie_accel.core.errors import ErnieAccelError
 from tests.full_disk import disk_full_when
+from tests.pipelines import tiny_ernie
 from tests.stub_engine import StubEngine, make_rows, picture_of
 from tests.stub_pipes import StepPipe
 
@@ -102,7 +112,7 @@ def test_a_producer_remembers_no_name_longer_than_its_picture_takes(tmp_path):
     with Producer(StubEngine(), tmp_path) as producer:
         for row in make_rows(5):
             producer.submit(row).result(30)
-        assert producer._futures == {}
+        assert len(producer._orders) == 0
 
 
 def test_a_picture_that_cannot_be_written_answers_its_row_while_the_producer_is_open(tmp_path):
@@ -249,7 +259,7 @@ def test_a_row_that_is_cancelled_before_its_turn_is_not_made_and_its_name_is_fre
         assert dropped.cancel()
         hold.set()
         assert made.result(30).error is None
-        while producer._futures:
+        while producer._orders:
             time.sleep(0.001)
         assert producer.submit(second).result(30).error is None
     assert dropped.cancelled()
@@ -292,3 +302,131 @@ def test_pictures_of_a_producer_say_which_engine_made_them(tmp_path):
     assert "turbo-fp8" in settings
     assert "StubEngine" in settings
     assert "of a caller" not in settings
+
+
+class Held:
+    """An engine that stands still in its first batch until `release` is set."""
+
+    def __init__(self, **options):
+        self.begun, self.release = threading.Event(), threading.Event()
+        self.engine = StubEngine(lambda requests, call: (self.begun.set(), self.release.wait(30)), **options)
+
+    def seeds(self):
+        return [[request.seed for request in batch] for batch in self.engine.batches]
+
+
+def test_rows_are_made_in_the_order_of_the_oldest_and_those_alike_come_along(tmp_path):
+    held = Held(max_batch=2)
+    large = {"width": 64, "height": 64}
+    with Producer(held.engine, tmp_path, batch_size=2) as producer:
+        first, *rows = make_rows(7)
+        producer.submit(first)
+        assert held.begun.wait(30)
+        for number, row in enumerate(rows, 1):
+            producer.submit(replace(row, **(large if number in (2, 6) else {})))
+        held.release.set()
+    assert held.seeds() == [[0], [1, 3], [2, 6], [4, 5]]
+
+
+def test_a_row_can_be_cancelled_until_its_batch_begins_also_after_it_was_looked_at(tmp_path):
+    prepared = []
+    hold = {1: threading.Event(), 2: threading.Event()}
+    begun = {1: threading.Event(), 2: threading.Event()}
+    engine = StubEngine(lambda requests, call: call in hold and (begun[call].set(), hold[call].wait(30)))
+    engine.prepare = lambda requests, timeout_s: prepared.extend(request.seed for request in requests)
+    with Producer(engine, tmp_path, batch_size=1) as producer:
+        first, second, third, fourth = make_rows(4)
+        made = [producer.submit(first)]
+        assert begun[1].wait(30)
+        made.append(producer.submit(second))
+        late, early = producer.submit(third), producer.submit(fourth)
+        assert early.cancel()  # before it was looked at
+        hold[1].set()
+        assert begun[2].wait(30)
+        assert not made[1].cancel()
+        assert late.cancel()  # its prompt is encoded by now
+        hold[2].set()
+    assert [future.result().error for future in made] == [None, None]
+    assert prepared == [0, 1, 2]
+    assert [[request.seed for request in batch] for batch in engine.batches] == [[0], [1]]
+    assert (producer.snapshot().total, producer.snapshot().done) == (2, 2)
+    assert len(producer._orders) == 0
+
+
+def test_no_more_than_max_queue_rows_wait_and_a_cancelled_one_makes_room_at_once(tmp_path):
+    held = Held()
+    with Producer(held.engine, tmp_path, batch_size=1, max_queue=2) as producer:
+        rows = make_rows(6)
+        producer.submit(rows[0])
+        assert held.begun.wait(30)
+        waiting = [producer.submit(row) for row in rows[1:3]]
+        with pytest.raises(QueueFullError, match="2 rows wait, and max_queue is 2; submit it again later") as caught:
+            producer.submit(rows[3])
+        assert (caught.value.waiting, caught.value.max_queue, producer.waiting) == (2, 2, 2)
+        assert waiting[0].cancel()
+        assert producer.waiting == 1
+        again = producer.submit(rows[3])
+        held.release.set()
+        assert again.result(30).error is None
+        assert producer.submit(rows[1]).result(30).error is None
+    assert held.seeds() == [[0], [2], [3], [1]]
+
+
+@pytest.mark.parametrize(("option", "value"), [("max_queue", 0), ("max_queue", True), ("max_queue", "9")])
+def test_a_queue_of_another_size_is_refused(tmp_path, option, value):
+    with pytest.raises(ErnieAccelError, match=f"{option} is {value!r}; expected 1 or more"):
+        Producer(StubEngine(), tmp_path, **{option: value})
+
+
+def test_a_row_that_has_waited_too_long_is_not_made(tmp_path):
+    held = Held()
+    with Producer(held.engine, tmp_path, batch_size=1) as producer:
+        first, second, third = make_rows(3)
+        made = producer.submit(first, wait_s=0.2)  # begun at once: what comes after takes as long as it takes
+        assert held.begun.wait(30)
+        late, patient = producer.submit(second, wait_s=0.01), producer.submit(third, wait_s=30)
+        time.sleep(0.25)
+        held.release.set()
+        with pytest.raises(WaitedTooLongError, match=r"not begun within 0.01 s \(wait_s\)"):
+            late.result(30)
+        assert (made.result(30).error, patient.result(30).error) == (None, None)
+        assert producer.submit(second).result(30).error is None  # its name is free
+        with pytest.raises(ErnieAccelError, match="wait_s is -1; expected seconds, 0 or more"):
+            producer.submit(first, wait_s=-1)
+    assert held.seeds() == [[0], [2], [1]]
+
+
+@pytest.mark.parametrize("timeout_s", [None, 30.0])
+def test_whoever_waits_can_see_the_steps(tmp_path, timeout_s):
+    seen = []
+    with Producer(LocalEngine(StepPipe()), tmp_path, timeout_s=timeout_s) as producer:
+        first, second = make_rows(2)
+        producer.submit(first, on_progress=seen.append).result(30)
+        producer.submit(second).result(30)
+    assert seen == [Progress(step, None, 1) for step in (0, 1, 2)]
+
+
+def test_the_steps_of_a_pipeline_are_known_and_the_picture_is_the_same(tmp_path):
+    seen = []
+    rows = make_rows(2, width=64, height=64, steps=3, seed=5)
+    with Producer(tiny_ernie(), tmp_path) as producer:
+        watched = producer.submit(rows[0], on_progress=seen.append).result(60)
+        plain = producer.submit(replace(rows[1], prompt=rows[0].prompt)).result(60)
+    assert seen == [Progress(0, None, 1), *(Progress(step, 3, 1) for step in (1, 2, 3))]
+    with Image.open(watched.path) as one, Image.open(plain.path) as other:
+        assert one.tobytes() == other.tobytes()
+
+
+def test_what_a_watcher_raises_fails_its_own_row(tmp_path):
+    held = Held()
+
+    def refuse(progress):
+        raise LookupError("nobody there")
+
+    with Producer(held.engine, tmp_path, batch_size=2) as producer:
+        rows = make_rows(3)
+        producer.submit(rows[0])
+        assert held.begun.wait(30)
+        futures = [producer.submit(rows[1], on_progress=refuse), producer.submit(rows[2])]
+        held.release.set()
+        assert [future.result(30).error for future in futures] == ["LookupError: nobody there", None]

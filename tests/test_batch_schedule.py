@@ -153,6 +153,42 @@ def test_one_bucket_is_emptied_before_the_next():
     assert len(waiting) == 0
 
 
+def test_in_a_service_the_bucket_with_the_oldest_row_is_next():
+    waiting = schedule(oldest_first=True)
+    waiting.add([*tasks(1, 8), *tasks(1, 20, start=1), *tasks(4, 8, start=2)])
+    batches = []
+    for more in (tasks(2, 8, start=6), tasks(1, 30, start=8), tasks(2, 8, start=9), []):  # rows never stop coming
+        waiting.add(more)
+        batches.append(numbers(waiting.next_batch(only_full=True)))
+    assert batches == [[0, 2], [1], [3, 4], [5, 6]]
+    assert [numbers(waiting.next_batch()) for _ in range(4)] == [[7, 9], [8], [10], []]
+
+
+def test_rows_put_back_keep_their_place_among_the_oldest():
+    waiting = schedule(oldest_first=True)
+    waiting.add([*tasks(2, 8), *tasks(2, 20, start=2)])
+    first = waiting.next_batch()
+    waiting.add(first, first=True)
+    assert [numbers(waiting.next_batch()) for _ in range(2)] == [[0, 1], [2, 3]]
+
+
+def test_rows_that_shall_not_be_made_leave_their_places_in_the_batch_to_others():
+    waiting = schedule(oldest_first=True, begin=lambda task: task.row.index not in (0, 3, 5, 6))
+    waiting.add([*tasks(5, 8), *tasks(1, 20, start=5), *tasks(2, 30, start=6, alone=True)])
+    assert [numbers(waiting.next_batch()) for _ in range(4)] == [[7], [1, 2], [4], []]
+    assert len(waiting) == 0
+
+
+def test_what_is_known_of_buckets_is_bounded(monkeypatch):
+    monkeypatch.setattr("ernie_accel.batch.line.schedule._MOST_REMEMBERED", 3)
+    waiting = schedule(similar_key_of=lambda task: task.request.steps)
+    for steps in (1, 2, 1, 3, 4):
+        waiting.add(tasks(1, steps))
+        assert len(waiting.next_batch()) == 1
+    assert list(waiting._sizers) == [1, 3, 4]
+    assert [len(each) for each in (waiting._sizers, waiting._similar_keys, waiting._latest)] == [3, 3, 3]
+
+
 def test_rows_put_back_come_first_and_in_their_order():
     waiting = schedule()
     waiting.add(tasks(2, start=2))

@@ -13,14 +13,20 @@ line     move rows from the input through an engine into the output
 from __future__ import annotations
 
 # Imported eagerly: all of these are light.
-from ernie_accel.batch.errors import BatchChangedError, BatchInputError, BatchOutputError
+from ernie_accel.batch.errors import (
+    BatchChangedError,
+    BatchInputError,
+    BatchOutputError,
+    QueueFullError,
+    WaitedTooLongError,
+)
 from ernie_accel.batch.input.given import read_rows
 from ernie_accel.batch.input.row import Row
 from ernie_accel.batch.input.sift import Sift
 from ernie_accel.batch.input.table import read_table
 from ernie_accel.batch.line.line import Result
 from ernie_accel.batch.line.produce import aproduce, produce
-from ernie_accel.batch.line.producer import Producer
+from ernie_accel.batch.line.producer import Producer, Progress
 from ernie_accel.batch.watch.metrics import MetricsServer
 
 __all__ = [
@@ -29,9 +35,12 @@ __all__ = [
     "BatchOutputError",
     "MetricsServer",
     "Producer",
+    "Progress",
+    "QueueFullError",
     "Result",
     "Row",
     "Sift",
+    "WaitedTooLongError",
     "aproduce",
     "produce",
     "read_rows",

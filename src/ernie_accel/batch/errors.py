@@ -110,6 +110,41 @@ class BatchChangedError(ErnieAccelError):
         return _listing(f"Cannot resume the job in '{tidy(str(self.path))}': it has changed", self.problems, fix)
 
 
+class QueueFullError(ErnieAccelError):
+    """As many rows wait as a producer lets wait; what was submitted before is made.
+
+    Attributes:
+        waiting: Rows that wait for their batch.
+        max_queue: How many may.
+    """
+
+    def __init__(self, waiting: int, max_queue: int) -> None:
+        self.waiting, self.max_queue = waiting, max_queue
+        super().__init__(waiting, max_queue)
+
+    def __str__(self) -> str:
+        """Return how many wait, and the ways out."""
+        rows = "row waits" if self.waiting == 1 else "rows wait"
+        return f"the queue is full: {self.waiting} {rows}, and max_queue is {self.max_queue}; submit it again later"
+
+
+class WaitedTooLongError(ErnieAccelError, TimeoutError):
+    """A row's batch was not begun in the time that the row was to wait at most; nothing was rendered.
+
+    Attributes:
+        wait_s: The seconds it was to wait.
+    """
+
+    def __init__(self, wait_s: float) -> None:
+        self.wait_s = wait_s
+        super().__init__(wait_s)
+
+    def __str__(self) -> str:
+        """Return what was exceeded, and the ways out."""
+        waited = f"not begun within {self.wait_s:g} s (wait_s), and not made any more"
+        return f"{waited}; submit it again, or let it wait longer"
+
+
 class MetricsServerError(ErnieAccelError):
     """The metrics cannot be served at the address that was asked for.
 

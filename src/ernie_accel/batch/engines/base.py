@@ -7,6 +7,7 @@ import io
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,6 +29,16 @@ PREPARE_BATCH = 16
 
 ROUND = 4096
 """Rows prepared at once where the encoders leave the device: at 128 tokens some 3 GB of embeddings in host memory."""
+
+
+OnStep: TypeAlias = Callable[[int, int | None], None]
+"""Called from any thread as steps of a batch are done: with how many are, and of how many (None: not known)."""
+
+ON_STEP: ContextVar[OnStep | None] = ContextVar("ernie_accel_on_step", default=None)
+"""What an engine's `render` and `begin` call, if they can tell and it is not None: the same for a whole batch.
+
+Of the calling thread, and no attribute of the engine, which others may be using at the same time.
+"""
 
 
 ENHANCED_PROMPT = "enhanced_prompt"

@@ -18,6 +18,7 @@ from PIL import Image
 
 from ernie_accel.batch.engines.adapters import AdapterError, Adapters, adapter_problem
 from ernie_accel.batch.engines.base import (
+    ON_STEP,
     ROUND,
     BatchTimeoutError,
     Begun,
@@ -25,6 +26,7 @@ from ernie_accel.batch.engines.base import (
     EngineLostError,
     Expired,
     NotFiniteError,
+    OnStep,
     Outcome,
     Request,
     finished,
@@ -156,14 +158,15 @@ class LocalEngine(Engine):
 
     def render(self, requests: Sequence[Request], timeout_s: float | None = None) -> Sequence[Outcome]:
         """Call the pipe once for all requests; see `Engine.render`."""
-        what = "a batch was not finished"
-        return self._within(timeout_s, what, lambda expired: finished(self._begin(requests, expired)))
+        what, on_step = "a batch was not finished", ON_STEP.get()
+        return self._within(timeout_s, what, lambda expired: finished(self._begin(requests, expired, on_step)))
 
     def begin(self, requests: Sequence[Request], timeout_s: float | None = None) -> Sequence[Begun]:
         """Call the pipe and leave CUDA at work; under a timeout wait for it, or nothing would notice that it hangs."""
         if timeout_s is not None:
             return self.render(requests, timeout_s)
-        return self._within(None, "a batch was not begun", lambda expired: self._begin(requests, expired))
+        on_step = ON_STEP.get()
+        return self._within(None, "a batch was not begun", lambda expired: self._begin(requests, expired, on_step))
 
     def prepare(self, requests: Sequence[Request], timeout_s: float | None = None) -> None:
         """Enhance and encode the prompts, in batches, each within the timeout; see `Engine.prepare`."""
@@ -259,15 +262,17 @@ class LocalEngine(Engine):
         concurrent.futures.wait([future], self._grace_s)
         self._turn.lost = not future.done()
 
-    def _begin(self, requests: Sequence[Request], expired: threading.Event | None) -> Sequence[Begun]:
+    def _begin(
+        self, requests: Sequence[Request], expired: threading.Event | None, on_step: OnStep | None
+    ) -> Sequence[Begun]:
         import torch  # here, so that checking a table does not wait for it
 
         from ernie_accel.batch.engines.noise import latents_for
         from ernie_accel.core.outputs import images_of
 
         arguments = self._arguments(requests, expired)
-        if expired is not None and self._takes("callback_on_step_end"):
-            arguments["callback_on_step_end"] = _stop_when(expired)
+        if (expired is not None or on_step is not None) and self._takes("callback_on_step_end"):
+            arguments["callback_on_step_end"] = _after_each_step(expired, on_step)
         generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
         generator = generators[0] if len(requests) == 1 else generators
         try:
@@ -386,9 +391,15 @@ def _fulfil(future: Future[_T], work: Callable[[threading.Event], _T], expired: 
         future.set_result(result)
 
 
-def _stop_when(expired: threading.Event) -> Callable[[object, int, object, dict[str, Tensor]], dict[str, Tensor]]:
+def _after_each_step(
+    expired: threading.Event | None, on_step: OnStep | None
+) -> Callable[[object, int, object, dict[str, Tensor]], dict[str, Tensor]]:
     def callback(pipe: object, step: int, timestep: object, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         stop_if(expired)
+        if on_step is not None:
+            # of the scheduler, whose solver may take more steps than were asked for
+            timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+            on_step(step + 1, None if timesteps is None else len(timesteps))
         return tensors
 
     return callback

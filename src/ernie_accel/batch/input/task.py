@@ -32,6 +32,7 @@ class Task:
         first_pass: Its picture with a grid, from which it is drawn once more; None: it is not.
         first_score: The grid's score there.
         alone: Whether it must be rendered in a batch of its own, so that a failure is surely its own.
+        arrival: Its number in the order in which the schedule got rows; None: it has not been there.
     """
 
     row: Row
@@ -42,6 +43,7 @@ class Task:
     first_pass: PictureFile | None = None
     first_score: float | None = None
     alone: bool = False
+    arrival: int | None = None
 
     def current(self) -> Request:
         """Return the request with the seed of the present reroll, and of a second pass what that begins at."""

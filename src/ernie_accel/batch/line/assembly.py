@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ernie_accel.batch.engines.base import Engine
 from ernie_accel.batch.input.sift import Sift
-from ernie_accel.batch.line.line import Line
+from ernie_accel.batch.line.line import Line, Orders
 from ernie_accel.batch.line.schedule import Schedule
 from ernie_accel.batch.output.folder import OutputFolder
 from ernie_accel.batch.output.ledger import Ledger
@@ -26,8 +26,12 @@ def assemble(
     sift: Sift | None = None,
     facts: Mapping[str, str] | None = None,
     writers: int = 2,
+    orders: Orders | None = None,
 ) -> Line:
-    """Return a line without rows; the arguments are those of `produce`."""
+    """Return a line without rows; the arguments are those of `produce`.
+
+    `orders` are those of a service, whose rows never stop coming: the row that has waited longest is next.
+    """
     from ernie_accel.exports import VERSION
 
     sieve = None
@@ -45,6 +49,8 @@ def assemble(
         limit=limit,
         start=1 if batch_size is None else limit,
         probe=batch_size is None,
+        oldest_first=orders is not None,
+        begin=None if orders is None else orders.begin,
     )
     return Line(
         engine,
@@ -57,4 +63,5 @@ def assemble(
         rerolls=sift.reroll if sift is not None else 0,
         refines=sift is not None and sift.refine,
         timeout_s=timeout_s,
+        orders=orders,
     )

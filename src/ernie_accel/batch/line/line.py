@@ -18,12 +18,14 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ernie_accel.batch.engines.base import (
+    ON_STEP,
     Begun,
     Engine,
     EngineLostError,
+    OnStep,
     WorkerLostError,
     is_out_of_memory,
 )
@@ -89,6 +91,19 @@ class _Batch:
     rendered_s: float = 0.0
 
 
+class Orders(Protocol):
+    """Who waits for the rows of a service: they may not want them any more, and may want to see how they get on."""
+
+    def begin(self, task: Task) -> bool:
+        """Return whether a row whose turn it is shall be made; asked by the schedule."""
+
+    def dropped(self, task: Task) -> bool:
+        """Return whether nobody wants a row any more; but it may still be wanted when its turn comes."""
+
+    def watched(self, tasks: Sequence[Task]) -> OnStep | None:
+        """Return what to call as steps of a batch are done; None: nobody looks."""
+
+
 class Line:
     """Moves rows from the schedule through the engine and the writer into the ledger; not thread-safe."""
 
@@ -105,6 +120,7 @@ class Line:
         rerolls: int = 0,
         refines: bool = False,
         timeout_s: float | None = None,
+        orders: Orders | None = None,
     ) -> None:
         """Connect the parts; nothing begins before `advance`.
 
@@ -119,11 +135,13 @@ class Line:
             rerolls: Further seeds for a row whose picture is sifted out.
             refines: Whether a picture that is sifted out for a grid is drawn once more from itself.
             timeout_s: Seconds for a batch; None: no limit.
+            orders: Of a service; None: every row is made.
         """
         self._engine, self._ledger, self._writer, self._schedule = engine, ledger, writer, schedule
         self._telemetry, self._folder = telemetry, folder
         self._retries, self._rerolls, self._timeout_s = retries, rerolls, timeout_s
         self._refines = refines and engine.edits
+        self._orders = orders
         # A single slot renders in the caller's thread: Ctrl-C then reaches a hung pipe, and CUDA has one thread.
         self._pool = ThreadPoolExecutor(engine.slots, "ernie-accel-slot") if engine.slots > 1 else None
         self._unprepared: deque[Task] = deque()
@@ -218,7 +236,9 @@ class Line:
             self._rendering[future] = batch  # before the ledger is written: an interrupt must find the rows
             self._ledger.running(tasks)
             requests = [task.current() for task in tasks]
-            render = functools.partial(method, requests, self._timeout_s)
+            render: Callable[[], Sequence[Begun]] = functools.partial(method, requests, self._timeout_s)
+            if self._orders is not None and (on_step := self._orders.watched(tasks)) is not None:
+                render = functools.partial(_watched, render, on_step)
             if self._pool is None:
                 _render_now(future, render)
                 return
@@ -241,16 +261,17 @@ class Line:
     def _prepare_some(self) -> list[Task]:
         """Have the engine prepare the next rows, and return them; none if it cannot go on."""
         some = [self._unprepared.popleft() for _ in range(min(self._engine.ahead, len(self._unprepared)))]
-        if not some:
-            return []
+        wanted = some if self._orders is None else [task for task in some if not self._orders.dropped(task)]
+        if not wanted:
+            return some
         try:
-            self._engine.prepare([task.current() for task in some], self._timeout_s)
+            self._engine.prepare([task.current() for task in wanted], self._timeout_s)
         except EngineLostError as error:
             self._fatal = error
             return []
         # Broad on purpose, as around rendering: a prompt that cannot be encoded will fail its own row there.
         except Exception:
-            _log.debug("preparing %d rows failed", len(some), exc_info=True)
+            _log.debug("preparing %d rows failed", len(wanted), exc_info=True)
         return some
 
     def _collect_rendered(self) -> list[Result]:
@@ -479,6 +500,16 @@ def _render_now(future: Future[Sequence[Begun]], render: Callable[[], Sequence[B
     # batch must not cost the others.
     except Exception as error:
         future.set_exception(error)
+
+
+def _watched(render: Callable[[], Sequence[Begun]], on_step: OnStep) -> Sequence[Begun]:
+    """Render with an eye on the steps, in whichever thread this is."""
+    before = ON_STEP.set(on_step)
+    try:
+        on_step(0, None)
+        return render()
+    finally:
+        ON_STEP.reset(before)
 
 
 def _described(error: Exception) -> str:

@@ -6,10 +6,14 @@ import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from ernie_accel.batch.input.task import Task
 
+_V = TypeVar("_V")
+
 _WORTH = 0.97  # a doubled batch must take no more than this part of the time per picture to be kept
+_MOST_REMEMBERED = 4096  # buckets whose batch size is known
 _GROW_AFTER = 8  # batches without trouble, after which a size that ran out of memory is tried again; then 16, 32, ...
 
 
@@ -77,8 +81,22 @@ class BatchSizer:
             self._settled = True
 
 
+class _Recent(OrderedDict[Hashable, _V]):
+    """What was set last, by key: a service sees new sizes and settings for years, and must not keep all of them."""
+
+    def __setitem__(self, key: Hashable, value: _V) -> None:
+        super().__setitem__(key, value)
+        self.move_to_end(key)
+        if len(self) > _MOST_REMEMBERED:
+            self.popitem(last=False)
+
+
 class Schedule:
-    """The rows that wait, in buckets; one bucket is emptied before the next, so that nothing recompiles in turn."""
+    """The rows that wait, in buckets.
+
+    One bucket is emptied before the next, so that nothing recompiles in turn; in a service, where rows never stop
+    coming, that would leave rows of another bucket waiting forever, and the bucket with the oldest row is next.
+    """
 
     def __init__(
         self,
@@ -88,6 +106,8 @@ class Schedule:
         start: int = 1,
         probe: bool = True,
         similar_key_of: Callable[[Task], Hashable] | None = None,
+        oldest_first: bool = False,
+        begin: Callable[[Task], bool] | None = None,
     ) -> None:
         """Start empty.
 
@@ -98,16 +118,20 @@ class Schedule:
             probe: Whether to look for a better size; otherwise `start` is kept while memory allows.
             similar_key_of: A key shared by buckets that suit about the same batch size: a new bucket begins with the
                 size found for the one before it. None: every bucket begins with `start`.
+            oldest_first: Whether the bucket with the oldest row is next, full or not; otherwise one is emptied first.
+            begin: Asked of each row as it is taken whether to make it; False: it is forgotten. None: all are made.
         """
+        self._begin = begin
+        self._oldest_first, self._arrivals = oldest_first, itertools.count()
         self._similar_key_of = similar_key_of
-        self._similar_keys: dict[Hashable, Hashable] = {}  # of each bucket
-        self._latest: dict[Hashable, BatchSizer] = {}  # of each similar key, the one that made the last batch
+        self._similar_keys = _Recent[Hashable]()  # of each bucket
+        self._latest = _Recent[BatchSizer]()  # of each similar key, the one that made the last batch
         self._bucket_of = bucket_of
         self._limit, self._start, self._probe = limit, min(start, limit), probe
         # Ordered dicts: taking the first of a dict whose first ones were deleted looks at all of those again.
         self._buckets: OrderedDict[Hashable, deque[Task]] = OrderedDict()  # none is empty
         self._maybe_full: OrderedDict[Hashable, None] = OrderedDict()  # buckets that got rows since they were looked at
-        self._sizers: dict[Hashable, BatchSizer] = {}
+        self._sizers = _Recent[BatchSizer]()
         self._alone: deque[Task] = deque()
         self._waiting = 0
 
@@ -119,6 +143,8 @@ class Schedule:
         """Add tasks, behind the others of their bucket or in front of them."""
         for task in reversed(list(tasks)) if first else tasks:
             self._waiting += 1
+            if task.arrival is None:
+                task.arrival = next(self._arrivals)
             queue = self._alone if task.alone else self._bucket(task)
             if first:
                 queue.appendleft(task)
@@ -127,9 +153,13 @@ class Schedule:
 
     def next_batch(self, *, only_full: bool = False) -> list[Task]:
         """Remove and return the next batch; empty if nothing waits, or only part of one and `only_full`."""
-        if self._alone:
-            self._waiting -= 1
-            return [self._alone.popleft()]
+        if alone := self._taken(self._alone, 1):
+            return alone
+        if self._oldest_first:
+            tasks: list[Task] = []
+            while self._buckets and not tasks:
+                tasks = self._take(min(self._buckets, key=self._age))
+            return tasks
         # Each bucket is looked at once after it got rows, not at every batch: a job may have thousands of sizes.
         candidates = self._maybe_full if only_full else self._buckets
         while candidates:
@@ -155,15 +185,26 @@ class Schedule:
         self._maybe_full[key] = None
         return self._buckets.setdefault(key, deque())
 
+    def _age(self, key: Hashable) -> int:
+        return self._buckets[key][0].arrival or 0
+
     def _take(self, key: Hashable) -> list[Task]:
         queue = self._buckets[key]
-        tasks = [queue.popleft() for _ in range(min(self._size(key), len(queue)))]
+        tasks = self._taken(queue, self._size(key))
         if key in self._similar_keys:
             self._latest[self._similar_keys[key]] = self.sizer(key)
-        self._waiting -= len(tasks)
         if not queue:
             del self._buckets[key]
             self._maybe_full.pop(key, None)
+        return tasks
+
+    def _taken(self, queue: deque[Task], most: int) -> list[Task]:
+        tasks: list[Task] = []
+        while queue and len(tasks) < most:
+            task = queue.popleft()
+            self._waiting -= 1
+            if self._begin is None or self._begin(task):
+                tasks.append(task)
         return tasks
 
     def _size(self, key: Hashable) -> int:
@@ -175,10 +216,12 @@ class Schedule:
 
     def sizer(self, key: Hashable) -> BatchSizer:
         """Return the batch sizer of a bucket."""
-        if key not in self._sizers:
+        known = self._sizers.get(key)
+        if known is None:
             limit = self._limit if self._probe else self._start
-            self._sizers[key] = BatchSizer(limit=limit, size=self._start)
-        return self._sizers[key]
+            known = BatchSizer(limit=limit, size=self._start)
+        self._sizers[key] = known  # the latest now
+        return known
 
     def sizer_of(self, task: Task) -> BatchSizer:
         """Return the batch sizer of a task's bucket."""
