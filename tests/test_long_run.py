@@ -59,7 +59,9 @@ def test_all_sizes_and_batches_come_early_and_prompts_differ():
 
 
 #: Functions that are cached without bound, and of what there are only a few.
-FEW = {"_handle": "devices", "_by_mask_class": "classes", "_prepared_class": "classes", "_checker": "options"}
+FEW = {"_handle": "devices", "_checker": "options"} | dict.fromkeys(
+    ("_by_mask_class", "_corrected_class", "_prepared_class"), "classes"
+)
 
 
 def test_every_cache_has_a_bound():
