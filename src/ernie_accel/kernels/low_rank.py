@@ -77,7 +77,7 @@ class LowRankProduct(nn.Module):
         self.places = places  # a tuple: torch must not see their owners
         self.register_buffer("down", None, persistent=False)
         self.register_buffer("up", None, persistent=False)
-        self._seen: tuple[object, ...] = ()
+        self._seen: list[object] = []
 
     @property
     def weight(self) -> Tensor:
@@ -107,20 +107,43 @@ class LowRankProduct(nn.Module):
 
     def update(self) -> None:
         """Take over what PEFT's layers have now, if that changed."""
-        self._unmerge_disabled()
-        terms = tuple(terms_of(self.places))
-        device = self.weight.device
-        seen = (device, *(fact for term in terms for fact in _facts(term)))
+        seen = self._look()
         if seen == self._seen:
             return
         # Not of inference mode, or nobody could write into them later.
         with _UPDATING, torch.inference_mode(False), torch.no_grad():
-            self._stack(terms, device)
-            self._seen = seen
+            self._unmerge_disabled()
+            self._stack(tuple(terms_of(self.places)), self.weight.device)
+            self._seen = self._look()
+
+    def _look(self) -> list[object]:
+        """Return all that the low-rank part depends on, as plain data; it is asked for before each product."""
+        seen: list[object] = [self.weight.device]
+        for owner, name, *_ in self.places:
+            layer = owner._modules.get(name)
+            if layer is None or "base_layer" not in layer._modules:
+                continue
+            state = layer.__dict__
+            active, scaling = state["_active_adapter"], state["scaling"]
+            seen += (id(layer), state["_disable_adapters"], tuple(state["merged_adapters"]))
+            modules = state["_modules"]
+            downs, ups = modules["lora_A"]._modules, modules["lora_B"]._modules
+            for adapter in (active,) if isinstance(active, str) else active:
+                if adapter in downs:
+                    down, up = downs[adapter]._parameters["weight"], ups[adapter]._parameters["weight"]
+                    seen += (
+                        adapter,
+                        scaling[adapter],
+                        down.data_ptr(),
+                        version_of(down),
+                        up.data_ptr(),
+                        version_of(up),
+                    )
+        return seen
 
     def forget(self) -> None:
         """Take over everything at the next update: values were written where torch does not count."""
-        self._seen = ()
+        self._seen = []
 
     @property
     def unmergeable_reason(self) -> str | None:
@@ -200,7 +223,7 @@ class LowRankProduct(nn.Module):
             at += rank
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_seen": ()}  # it knows tensors by their identity
+        return {**vars(self), "_seen": []}  # it knows tensors by their addresses
 
     def extra_repr(self) -> str:
         return f"rank={0 if self.down is None else len(self.down)}"
@@ -222,10 +245,9 @@ def terms_of(places: tuple[Place, ...]) -> Iterator[Term]:
                 yield Term(down, up, float(state["scaling"][name]), place.start)
 
 
-def _facts(term: Term) -> Iterator[object]:
-    for tensor in (term.down, term.up):
-        yield from (id(tensor), tensor.data_ptr(), version_of(tensor), tensor.shape)
-    yield term.scale
+def _fact(tensor: Tensor) -> tuple[int, int | None]:
+    """Return what tells that a tensor is another or was changed."""
+    return tensor.data_ptr(), version_of(tensor)
 
 
 class Merge(StandInMethod):

@@ -215,6 +215,7 @@ class FuseKernels(Transform):
         for name, weight in planned.items():
             path = name.removeprefix("transformer.").removesuffix(".weight")
             is_linear = name.startswith(blocks) and name.endswith(".weight") and len(weight.shape) == 2
+            is_linear = is_linear and ".lora_" not in name
             if self.precision != "fp8" or not is_linear or any(re.match(pattern, path) for pattern in exclude):
                 continue
             why = _not_fp8_reason(weight, has_bias=f"transformer.{path}.bias" in planned)

@@ -1,0 +1,145 @@
+"""LoRAs on fused kernels on a GPU: floors, swaps under captured graphs, and the same bits without one."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ernie_accel
+from ernie_accel import CaptureGraphs, FuseKernels, RewriteBlocks
+from ernie_accel.core.stand_in import standing_in
+from ernie_accel.kernels import ops, reference
+from ernie_accel.models.adapters import update_products
+from ernie_accel.models.graphed_forward import GraphedForward
+from tests.gpu.test_fast_gpu import latents, sqnr_db
+
+
+@pytest.fixture
+def pipe() -> Any:
+    pipe = ernie_accel.demo.load(dtype=torch.bfloat16).to("cuda")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def adapter(pipe: Any, seed: int = 1, rank: int = 16) -> dict[str, torch.Tensor]:
+    """Return a LoRA for all linear layers of the blocks of a stock pipe; a twentieth of each weight's norm."""
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    for path, layer in pipe.transformer.named_modules():
+        if isinstance(layer, nn.Linear) and path.startswith("layers."):
+            down = torch.randn(rank, layer.in_features, generator=generator)
+            up = torch.randn(layer.out_features, rank, generator=generator)
+            scale = 0.05 * layer.weight.float().norm().cpu() / (up @ down).norm()
+            tensors |= {f"transformer.{path}.lora_A.weight": down, f"transformer.{path}.lora_B.weight": up * scale}
+    return tensors
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("loaded", ["before", "after"])
+def test_every_call_keeps_the_floor(pipe: Any, precision: str, loaded: str) -> None:
+    one, other = adapter(pipe), adapter(pipe, seed=2, rank=8)
+    stock = ernie_accel.demo.load(dtype=torch.bfloat16).to("cuda")
+    stock.set_progress_bar_config(disable=True)
+    transforms = (RewriteBlocks(), FuseKernels(precision))
+    if loaded == "after":
+        ernie_accel.optimize(pipe, *transforms)
+        plain = latents(pipe)
+    for each in (pipe, stock):
+        each.load_lora_weights(dict(one), adapter_name="a")
+    if loaded == "before":
+        ernie_accel.optimize(pipe, *transforms)
+    floor = FuseKernels(precision).floor_db
+
+    def same() -> None:
+        assert sqnr_db(latents(pipe), latents(stock)) > floor
+
+    same()
+    for each in (pipe, stock):
+        each.load_lora_weights(dict(other), adapter_name="b")
+        each.set_adapters(["a", "b"], [0.5, 0.7])
+    same()
+    for each in (pipe, stock):
+        each.set_adapters(["b"])
+        each.fuse_lora()
+    same()
+    for each in (pipe, stock):
+        each.unfuse_lora()
+        each.disable_lora()
+    same()
+    pipe.unload_lora_weights()
+    if loaded == "after" and precision == "fp8":
+        assert sqnr_db(latents(pipe), plain) > 25  # a merge rounds the originals twice
+
+
+def test_the_same_bits_without_one_and_one_capture_for_the_same_ranks(pipe: Any) -> None:
+    one, other = adapter(pipe), adapter(pipe, seed=2)
+    transforms = (RewriteBlocks(), FuseKernels("fp8"))
+    ernie_accel.optimize(pipe, *transforms)
+    plain = latents(pipe)
+    expected = []
+    for weights in (one, other):
+        pipe.load_lora_weights(dict(weights), adapter_name="a")
+        expected.append(latents(pipe))
+        pipe.unload_lora_weights()
+    assert torch.equal(latents(pipe), plain)
+    ernie_accel.optimize(pipe, *transforms, CaptureGraphs())
+    assert torch.equal(latents(pipe), plain)
+    pipe.load_lora_weights(dict(one), adapter_name="a")
+    pipe.load_lora_weights(dict(other), adapter_name="b")
+    made: list[int] = []
+    for name, want in (("a", expected[0]), ("b", expected[1]), ("a", expected[0])):
+        start = time.perf_counter()
+        pipe.set_adapters([name])
+        update_products(pipe.transformer)
+        torch.cuda.synchronize()
+        assert time.perf_counter() - start < 0.05
+        assert torch.equal(latents(pipe), want)
+        now = graphs(pipe)
+        assert now
+        assert made in ([], now)
+        made = now
+    pipe.disable_lora()
+    assert torch.equal(latents(pipe), plain)
+
+
+def graphs(pipe: Any) -> list[int]:
+    """Return the identities of the graphs that are kept."""
+    forward = standing_in(pipe.transformer, GraphedForward)
+    assert forward is not None
+    return [id(entry.made) for entry in forward._graphs._entries.values() if entry.made is not None]
+
+
+def prediction(pipe: Any) -> torch.Tensor:
+    """Return what the transformer predicts in one step: over all steps the pictures of a LoRA go ways of their own."""
+    config, generator = pipe.transformer.config, torch.Generator().manual_seed(3)
+    noise = torch.randn(4, config.in_channels, 8, 8, generator=generator).to(pipe.device, torch.bfloat16)
+    text = torch.randn(4, 9, config.text_in_dim, generator=generator).to(pipe.device, torch.bfloat16)
+    lengths, times = torch.full((4,), 9, device=pipe.device), torch.tensor([900.0, 700.0, 500.0, 300.0])
+    with torch.no_grad():
+        out = pipe.transformer(noise, times.to(pipe.device, torch.bfloat16), text, lengths, return_dict=False)[0]
+    return out.float()  # type: ignore[no-any-return]
+
+
+def test_fidelity_is_that_of_fp8_without_one(pipe: Any) -> None:
+    stock = prediction(pipe)
+    weights = adapter(pipe)
+    pipe.load_lora_weights(dict(weights), adapter_name="a")
+    with_lora = prediction(pipe)
+    pipe.unload_lora_weights()
+    ernie_accel.optimize(pipe, RewriteBlocks(), FuseKernels("fp8"))
+    plain_db = sqnr_db(prediction(pipe), stock)
+    pipe.load_lora_weights(dict(weights), adapter_name="a")
+    assert sqnr_db(prediction(pipe), with_lora) > plain_db - 0.5
+
+
+@pytest.mark.parametrize("ranks", [16, 48, 192, 384])
+def test_the_low_rank_kernel_at_full_size(ranks: int) -> None:
+    torch.manual_seed(0)
+    for width in (4096, 12288):
+        values, scale = ops.quantize_rows(torch.randn(1, 4224, width, device="cuda", dtype=torch.bfloat16))
+        down = torch.randn(ranks, width, device="cuda", dtype=torch.bfloat16)
+        got, expected = ops.low_rank_fp8(values, scale, down), reference.low_rank_fp8(values, scale, down)
+        assert sqnr_db(got.float(), expected.float()) > 45
