@@ -1,4 +1,4 @@
-"""Every Python example of the README and the docs runs, in order, as a reader would paste it."""
+"""The README and the docs: their examples run, their commands exist, their figures are those of the files they name."""
 
 from __future__ import annotations
 
@@ -10,41 +10,51 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 import ernie_accel
 from ernie_accel.batch.output import ledger
+from ernie_accel.cli.app import app
 from ernie_accel.core import context
 from ernie_accel.families import registry
 from ernie_accel.storage import manifest
 from ernie_accel.transforms import TRANSFORMS, transform_class
+from tests.page_blocks import blocks, embedded_instead, run_commands
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-#: An example that cannot run everywhere stands behind this comment, with the reason.
-NOT_RUN = re.compile(r"<!-- not run: .+ -->\s*$")
 
 
-def examples(page: Path) -> list[tuple[int, str]]:
-    """Return (line, code) of the page's Python examples that are to be run."""
-    text = page.read_text(encoding="utf-8")
-    found = []
-    for match in re.finditer(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
-        if not NOT_RUN.search(text[: match.start()]):
-            found.append((text[: match.start()].count("\n") + 2, match.group(1)))
-    return found
-
-
-@pytest.mark.parametrize("page", [p for p in PAGES if examples(p)], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if any(b.is_run for b in blocks(p))], ids=lambda p: p.stem)
 def test_examples_run(page, tmp_path, monkeypatch):
+    """In order, as a reader would paste them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(registry, "_registered", [])  # a page registers a family, and another a package
     monkeypatch.setattr("ernie_accel.core.context._REGISTERED", {})
+    embedded_instead(monkeypatch)
     (tmp_path / "prompts.csv").write_text("sku,prompt\nmug,a large red circle in the center on a grey background\n")
     namespace: dict = {}
-    for line, code in examples(page):
-        exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)  # so that a failure names the line
-    assert namespace
+    for block in blocks(page):
+        if block.is_run and block.kind == "python":  # so that a failure names the line
+            exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), namespace)
+        elif block.is_run:
+            run_commands(block)
+
+
+COMMANDS = [
+    pytest.param(command, id=f"{page.name}:{block.line} {command[0] if command else ''}")
+    for page in PAGES
+    for block in blocks(page)
+    for command in block.commands()
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_in_the_pages_are_ones_that_exist(command):
+    """Their options too; nothing is run."""
+    name, *arguments = command
+    typer.main.get_command(app).commands[name].make_context(name, arguments)
 
 
 def script(name: str) -> Any:
@@ -81,6 +91,41 @@ def test_the_plans_in_the_docs_are_what_the_command_prints(command, shown, besid
     assert everywhere[0] == everywhere[1], "run: python docs/generate_plans.py"
 
 
+CARDS, CHARTS = script("generate_cards"), script("generate_charts")
+
+
+@pytest.mark.parametrize(
+    ("folder", "files", "command"),
+    [
+        (CARDS.FOLDER, CARDS.files, "python -m docs.generate_cards"),
+        (CHARTS.IMAGES, CHARTS.charts, "python -m docs.generate_charts"),
+    ],
+    ids=["cards", "charts"],
+)
+def test_generated_pages_and_charts_are_what_the_figures_say(folder, files, command):
+    stale = [name for name, text in files().items() if (folder / name).read_text(encoding="utf-8") != text]
+    assert stale == [], f"run: {command}"
+
+
+@pytest.mark.parametrize("card", ["rtx3060", "rtx4060"])
+def test_the_pages_of_cards_predict_what_the_page_of_memory_shows(card):
+    """The plans on that page are compared with what the command prints, so these figures are too."""
+    found = json.loads(CARDS.FIGURES.read_text(encoding="utf-8"))[CARDS.ERNIE][card]
+    (shown,) = (shown for _, command, shown in SHOWN if command.endswith(f"--device {card}"))
+    memory = f"{CARDS.needed(found) / CARDS.GIB:.1f} GiB of {found['budget'] / CARDS.GIB:.1f} GiB it may use: fits"
+    assert memory in shown, "run: python -m docs.generate_cards --plan"
+    assert f"Host memory for what is not on the device: {found['host'] / CARDS.GIB:.1f} GiB" in shown
+    assert all(f"  + {why}" in shown for why in found["why"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "card"), list(zip(CARDS.MODELS, ("rtx3090", "t4", "ascend910b"), strict=True)))
+def test_the_pages_of_cards_are_what_plans_predict(model, card):
+    kept = json.loads(CARDS.FIGURES.read_text(encoding="utf-8"))
+    now = {card: CARDS.planned(model, card), "cpu": CARDS.weights(model)}
+    assert {key: kept[model][key] for key in now} == now, "run: python -m docs.generate_cards --plan"
+
+
 def test_every_plan_in_the_docs_is_compared():
     found = [page for page in PAGES if PLANS.SHOWN.search(page.read_text("utf-8"))]
     assert found == list(PLANS.PAGES)
@@ -109,7 +154,7 @@ def test_the_figures_in_the_readme_are_those_of_the_benchmark(row, rung):
 
 
 def test_the_readme_has_examples_that_run():
-    assert examples(ROOT / "README.md")
+    assert any(block.is_run for block in blocks(ROOT / "README.md"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
