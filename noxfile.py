@@ -113,6 +113,13 @@ def diffusers(session: nox.Session) -> None:
 
 
 @nox.session
+def comfyui(session: nox.Session) -> None:
+    """Run the example workflows through ComfyUI's own executor: ``nox -s comfyui -- PATH`` (a checkout of ComfyUI)."""
+    session.install(".[all]", *TEST, "-r", f"{session.posargs[0]}/requirements.txt")
+    session.run("python", "-m", "tools.comfyui.run", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
 def lifecycle(session: nox.Session) -> None:
     """Do to optimized pipes all that scripts do, on every family, and write docs/lifecycle.md (about ten minutes)."""
     session.install(".[all]", *TEST)

@@ -60,7 +60,7 @@ class Adapters:
         try:
             weights = load(lora.read())
             self._pipe.load_lora_weights(weights, adapter_name=name)
-        except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        except (SafetensorError, ValueError, LookupError, RuntimeError) as error:
             self._remove(name)
             if is_out_of_memory(error):
                 raise  # for the batch to try again, smaller

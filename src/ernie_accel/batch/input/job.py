@@ -108,6 +108,26 @@ def plan_job(table: Path, given: Mapping[str, object]) -> Job:
     described = _read_job(table, problems)
     options: dict[str, Any] = {"input_file": table} if described is None else described
     options |= _options(given, Path(), problems)
+    return _planned(table, options, problems)
+
+
+def plan_text(text: str) -> Job:
+    """Return the job that a text describes as JSON job files do; its paths are as they stand there.
+
+    Raises:
+        BatchInputError: With every mistake.
+    """
+    problems = _Problems()
+    content = _parse_json(None, text)
+    return _planned(None, _described(None, content, Path(), problems), problems)
+
+
+def _planned(table: Path | None, options: dict[str, Any], problems: _Problems) -> Job:
+    """Return the job of checked options.
+
+    Raises:
+        BatchInputError: With what is wrong with them, alone and together.
+    """
     if problems.wrong:
         raise BatchInputError(table, problems.wrong)
     if "output_dir" not in options:
@@ -138,20 +158,25 @@ def _read_job(path: Path, problems: _Problems) -> dict[str, object] | None:
     if path.stat().st_size > MAX_JOB_BYTES:
         raise BatchInputError(path, [(None, f"has more than {MAX_JOB_BYTES:,} bytes; expected a job of a few lines")])
     content = _parse_json(path, text) if suffix == ".json" else parse_yaml(path, read_text(path, MAX_JOB_BYTES))
+    return _described(path, content, path.parent, problems)
+
+
+def _described(path: Path | None, content: object, folder: Path, problems: _Problems) -> dict[str, object]:
+    """Return the options in the content of a job file; relative paths start at `folder`."""
     if not isinstance(content, dict):
         found = "is empty" if content is None else "is not a job"
         raise BatchInputError(path, [(None, f"{found}; expected keys such as input_file and output_dir")])
     if isinstance(content, Repeated):
         problems.wrong += [(None, f"names {shown(name)} twice; keep one") for name in content.names]
     mode = content.pop("batch_mode", None)
-    options = _options(content, path.parent, problems)
+    options = _options(content, folder, problems)
     if content.get("input_file") is None:
         problems.wrong.append((None, "has no input_file; name the table"))
     problems.wrong += _mode_problems(mode, options.get("input_file"))
     return options
 
 
-def _parse_json(path: Path, text: str) -> object:
+def _parse_json(path: Path | None, text: str) -> object:
     try:
         return decode_json(text)
     except NotJsonError as error:
