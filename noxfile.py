@@ -121,7 +121,7 @@ def comfyui(session: nox.Session) -> None:
 
 @nox.session
 def lifecycle(session: nox.Session) -> None:
-    """Do to optimized pipes all that scripts do, on every family, and write docs/lifecycle.md (about ten minutes)."""
+    """Do to optimized pipes all that scripts do, on every family, and write docs/lifecycle.md (half an hour)."""
     session.install(".[all]", *TEST)
     session.run("python", "-m", "tests.lifecycle", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 

@@ -116,7 +116,9 @@ class Row:
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch("ernie_accel.models.replays.capture_cuda", Frozen()))
             stack.enter_context(mock.patch("torch.compile", eager))
-            if not self.traced:
+            if self.traced:  # a script that goes on for long compiles its blocks for more inputs than by default
+                stack.enter_context(torch._dynamo.config.patch(recompile_limit=512, accumulated_recompile_limit=4096))
+            else:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(mock.patch("ernie_accel.core.context.installed_versions", _versions))
             if self.has("CallDefaults"):
@@ -127,8 +129,6 @@ class Row:
                 yield
             finally:
                 backends._active_backend = backend  # diffusers' set_attention_backend sets that of the process, too
-                if self.traced:
-                    torch._dynamo.reset()
 
 
 _versions = functools.cache(context.installed_versions)
