@@ -127,7 +127,7 @@ def parse() -> argparse.Namespace:
     which.add_argument("--tables", type=Path, nargs="+", metavar="JSON", help="print the tables of earlier results")
     parser.add_argument("--size", choices=tuple(PIXELS), default="full" if CUDA else "tiny")
     parser.add_argument("--only", help="comma-separated names of the section")
-    parser.add_argument("--save", type=Path, help="path without suffix for .json, .md and .png")
+    parser.add_argument("--save", type=Path, help="path without suffix for .json, .md and .svg")
     parser.add_argument("--seconds", type=float, default=240, help="start nothing more after this time")
     parser.add_argument("--profile", action="store_true", help="add the kernels that take longest")
     parser.add_argument("--commit", help="the commit that is measured; default: $COMMIT, else asked of git")
@@ -222,11 +222,14 @@ def save(result: dict[str, Any], stem: Path, *, draw: bool = False) -> None:
     if not draw or all("error" in row for row in result["rungs"]):
         return
     try:
+        from matplotlib import rc_context
+
         figure = plot(result)
     except ImportError:
         print("no plot: matplotlib is not installed", file=sys.stderr)
         return
-    figure.savefig(stem.with_suffix(".png"), dpi=120)
+    with rc_context({"svg.hashsalt": "ladder", "svg.fonttype": "none"}):  # the same figures give the same bytes
+        figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None})
 
 
 def commit() -> str:

@@ -42,6 +42,14 @@ def test_examples_run(page, tmp_path, monkeypatch):
             run_commands(block)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_block_is_of_a_kind_that_is_checked_or_is_text(page):
+    for block in blocks(page):
+        assert block.kind in ("python", "sh", "json", "toml", "text"), f"{page.name}:{block.line} is {block.kind!r}"
+        if block.kind == "json":
+            json.loads(block.code)
+
+
 COMMANDS = [
     pytest.param(command, id=f"{page.name}:{block.line} {command[0] if command else ''}")
     for page in PAGES

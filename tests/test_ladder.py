@@ -30,7 +30,7 @@ def saved(stem: Path, out: str, err: str) -> tuple[dict[str, Any], dict[str, dic
     """Return the saved result, and its rows by name."""
     result = json.loads(stem.with_suffix(".json").read_text())
     assert out.strip() in stem.with_suffix(".md").read_text()
-    assert stem.with_suffix(".png").exists() or "no plot: matplotlib is not installed" in err
+    assert stem.with_suffix(".svg").exists() or "no plot: matplotlib is not installed" in err
     return result, {row["rung"]: row for row in result["rungs"]}
 
 
