@@ -8,6 +8,7 @@ import torch
 
 from ernie_accel import (
     Autocast,
+    BatchGuidance,
     BatchPromptEncoding,
     CacheSteps,
     CallDefaults,
@@ -80,6 +81,7 @@ EXAMPLES: tuple[Transform, ...] = (
 
 #: Transforms that have nothing to do to a plain pipe on the CPU, or need an accelerator; tests/gpu runs the latter.
 ELSEWHERE: tuple[Transform, ...] = (
+    BatchGuidance(),
     CaptureGraphs(),
     FuseKernels("fp8"),
     FuseVae(),

@@ -60,6 +60,7 @@ from ernie_accel.transforms.calls.call_defaults import CallDefaults as CallDefau
 from ernie_accel.transforms.calls.explain_out_of_memory import ExplainOutOfMemory as ExplainOutOfMemory
 from ernie_accel.transforms.calls.check_finite import CheckFinite as CheckFinite
 from ernie_accel.transforms.calls.warm_up import Warmup as Warmup
+from ernie_accel.transforms.denoiser.batch_guidance import BatchGuidance as BatchGuidance
 from ernie_accel.transforms.denoiser.cache_steps.cache_steps import CacheSteps as CacheSteps
 from ernie_accel.transforms.denoiser.capture_graphs import CaptureGraphs as CaptureGraphs
 from ernie_accel.transforms.denoiser.compile import Compile as Compile

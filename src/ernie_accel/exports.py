@@ -70,6 +70,7 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "transforms.calls.explain_out_of_memory": ("ExplainOutOfMemory",),
         "transforms.calls.check_finite": ("CheckFinite",),
         "transforms.calls.warm_up": ("Warmup",),
+        "transforms.denoiser.batch_guidance": ("BatchGuidance",),
         "transforms.denoiser.cache_steps.cache_steps": ("CacheSteps",),
         "transforms.denoiser.capture_graphs": ("CaptureGraphs",),
         "transforms.denoiser.compile": ("Compile",),

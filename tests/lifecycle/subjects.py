@@ -17,6 +17,7 @@ import torch
 
 import ernie_accel
 from ernie_accel import (
+    BatchGuidance,
     CallDefaults,
     CaptureGraphs,
     CastDtype,
@@ -146,18 +147,18 @@ def _row(*transforms: Transform, **kwargs: Any) -> Row:
 
 
 def _presets() -> Iterator[Row]:
-    """Yield a row for each preset; for all presets that differ in their steps and guidance alone, one.
+    """Yield a row for each preset; for all presets that differ in their steps and guidance alone, one: the last.
 
     Their calls have three steps, for time's sake.
     """
     rows: dict[tuple[Transform, ...], Row] = {}
     for name, preset in ernie_accel.presets.items():
         steps = any(type(transform).__name__ == "CallDefaults" for transform in preset.transforms)
-        same = tuple(each for each in preset.transforms if type(each).__name__ != "CallDefaults")
+        same = tuple(each for each in preset.transforms if type(each).__name__ not in ("CallDefaults", "BatchGuidance"))
         given = (ernie_accel.CallDefaults(num_inference_steps=3),) if steps else ()
         machine = H200 if preset.mode == "exact" else None  # on the CPU it has nothing to do
         title = f"{rows[same].name}, {name}" if same in rows else f"preset {name}"
-        rows[same] = Row(title, given, preset=rows[same].preset if same in rows else name, context=machine)
+        rows[same] = Row(title, given, preset=name, context=machine)
     yield from rows.values()
 
 
@@ -174,13 +175,14 @@ _VARIANTS = (
 
 def rows() -> tuple[Row, ...]:
     """Return all rows: every example of a transform, some that belong together, and every preset."""
-    simulated = {"CaptureGraphs", "KeepTimestepsOnHost", "Warmup"}
+    simulated = {"BatchGuidance", "CaptureGraphs", "KeepTimestepsOnHost", "Warmup"}
     return (
         *(_row(transform) for transform in EXAMPLES if transform not in _VARIANTS),
         _row(Quantize("int8-weight-only", backend="quanto")),
         _row(Quantize("nf4")),
         _row(RewriteBlocks(), Quantize("int8-weight-only")),
         _row(RewriteBlocks(), CaptureGraphs(), context=H200),
+        _row(RewriteBlocks(), BatchGuidance()),
         _row(KeepTimestepsOnHost(), context=H200),
         _row(Compile(), Warmup(sizes=((32, 32),))),
         *_presets(),

@@ -85,6 +85,7 @@ class PlannedPipe:
         attention: Name of the attention backend that was chosen; None where none was.
         takes_lengths: Whether all blocks take the lengths of prompts in place of a mask.
         tokens_multiple_of: What the tokens of a row are padded to a multiple of.
+        batches_guidance: Whether both halves of guidance are one batch where the pipeline calls its denoiser for each.
         autocast: Dtype that calls are cast to; None: none.
         offload: How weights wait in host memory ("model", "group", ...); None: not.
         freed_to: Where the weights of the prompt encoders go after use ("disk", "nowhere"); None: they stay.
@@ -107,6 +108,7 @@ class PlannedPipe:
     attention: str | None = None
     takes_lengths: bool = False
     tokens_multiple_of: int = 1
+    batches_guidance: bool = False
     autocast: str | None = None
     offload: str | None = None
     freed_to: str | None = None

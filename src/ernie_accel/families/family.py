@@ -110,6 +110,20 @@ class SingleFileNames:
 
 
 @dataclass(frozen=True)
+class GuidanceCalls:
+    """How a pipeline guides that calls its transformer twice a step, with the prompt and with the negative one.
+
+    Attributes:
+        prompt: Arguments of the transformer's forward that hold an encoded prompt, tensors [B, T, ...] each; all others
+            are the same in both calls.
+        method: Method of the pipeline that returns these for the prompt, and then for the negative one.
+    """
+
+    prompt: tuple[str, ...]
+    method: str
+
+
+@dataclass(frozen=True)
 class Shape:
     """What a denoiser looks like from outside, for duck typing, because forks and remote code rename the class.
 
@@ -164,6 +178,7 @@ class Family:
             pictures cannot be edited.
         text_argument: Argument of the transformer's forward that holds the encoded prompts, [B, T, H] or a
             list of [T, H].
+        guidance_calls: Set where the pipeline calls the transformer once for each half of guidance.
         prompt_encoding: How its pipelines encode prompts; None where nothing is to be gained, or nothing is known.
         prompt_enhancement: Set where the pipeline can have a language model rewrite prompts.
         always_masks: Set where stock diffusers builds a mask also for batches in which nothing is padded.
@@ -190,6 +205,7 @@ class Family:
     encode_pictures: object | None = None
     text_argument: str | None = None
     always_masks: AlwaysMasks | None = None
+    guidance_calls: GuidanceCalls | None = None
     prompt_encoding: PromptEncoding | None = None
     prompt_enhancement: PromptEnhancement | None = None
     single_file: SingleFileNames | None = None

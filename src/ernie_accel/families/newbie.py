@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from ernie_accel.families.family import CallSettings, Family, PromptEncoding, Shape, SingleFileNames
+from ernie_accel.families.family import (
+    CallSettings,
+    Family,
+    GuidanceCalls,
+    PromptEncoding,
+    Shape,
+    SingleFileNames,
+)
 
 NEWBIE = Family(
     name="NewBie-image",
@@ -41,6 +48,7 @@ NEWBIE = Family(
     forward_inputs="ernie_accel.models.lumina.inputs:forward_inputs",
     encode_pictures="ernie_accel.models.latents:encode_as_prompts",
     text_argument="encoder_hidden_states",
+    guidance_calls=GuidanceCalls(("encoder_hidden_states", "encoder_attention_mask"), "encode_prompt"),
     # Lumina 2's pipeline has the first method. The second is of the authors' own, where Gemma 3 may come with a vision
     # tower and Jina CLIP (`clip_model`) adds a pooled embedding of each text.
     prompt_encoding=PromptEncoding(

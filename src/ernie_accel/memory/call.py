@@ -32,7 +32,7 @@ class Call:
 
     @property
     def rows(self) -> int:
-        """Rows of the denoiser's batch."""
+        """Rows that are encoded, and denoised at each step."""
         return self.pictures * (2 if self.guidance else 1)
 
     def __str__(self) -> str:

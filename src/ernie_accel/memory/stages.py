@@ -22,12 +22,16 @@ from ernie_accel.core.components import (
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.planned import PlannedPipe
+from ernie_accel.core.stand_in import standing_in
 from ernie_accel.core.transform import Transform
 from ernie_accel.families import family_of
+from ernie_accel.families.family import Family
 from ernie_accel.memory.activations import peak_of, quiet
 from ernie_accel.memory.call import Call
+from ernie_accel.models.guided_forward import GuidedForward
 from ernie_accel.models.rewritten import named_object
 from ernie_accel.storage.reading import forgetful
+from ernie_accel.transforms.denoiser.batch_guidance import BatchGuidance
 from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
 from ernie_accel.transforms.denoiser.rewrite_blocks import RewriteBlocks
 from ernie_accel.transforms.vae.decoder import FuseVae
@@ -44,7 +48,7 @@ POOLS = 800 * 2**20
 #: The same where nothing is captured: blocks of other sizes than those asked for.
 ROUNDING = 400 * 2**20
 #: Transforms that change what a stage needs beside weights, and can be applied to tensors without data.
-_TRACED = (CastDtype, RewriteBlocks, FuseKernels, FuseVae, TileVae, SliceVae)
+_TRACED = (CastDtype, RewriteBlocks, FuseKernels, BatchGuidance, FuseVae, TileVae, SliceVae)
 
 
 @dataclass(frozen=True)
@@ -126,15 +130,21 @@ def _runs(pipe: Pipeline, call: Call) -> Iterator[tuple[str, nn.Module, Callable
         known = family.is_known and hasattr(modules[name], "get_input_embeddings")  # others may take other arguments
         yield "encode", modules[name], _LanguageModel(call.rows, call.prompt_tokens) if known else None
     for denoiser in list(denoisers_of(pipe).values())[:1]:
-        yield "denoise", denoiser, _step(named_object(family.forward_inputs), call)
+        yield "denoise", denoiser, _step(named_object(family.forward_inputs), call, _rows(denoiser, family, call))
     if "vae" in modules:
         yield "decode", modules["vae"], _decode(modules["vae"], call)
 
 
-def _step(inputs: Any, call: Call) -> Callable[[Any], object] | None:
+def _rows(denoiser: nn.Module, family: Family, call: Call) -> int:
+    """Return the rows of the denoiser's largest batch."""
+    one_by_one = family.guidance_calls is not None and standing_in(denoiser, GuidedForward) is None
+    return call.pictures if one_by_one else call.rows
+
+
+def _step(inputs: Any, call: Call, rows: int) -> Callable[[Any], object] | None:
     if inputs is None:
         return None
-    return lambda model: model(**inputs(model, call.rows, call.width, call.height, call.prompt_tokens))
+    return lambda model: model(**inputs(model, rows, call.width, call.height, call.prompt_tokens))
 
 
 @dataclass(frozen=True)

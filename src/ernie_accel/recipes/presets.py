@@ -10,6 +10,7 @@ from ernie_accel.core.hardware import HARDWARE, Hardware, add_row
 from ernie_accel.core.preset import Preset
 from ernie_accel.plugins import load_plugins
 from ernie_accel.transforms.calls.call_defaults import CallDefaults
+from ernie_accel.transforms.denoiser.batch_guidance import BatchGuidance
 from ernie_accel.transforms.denoiser.capture_graphs import CaptureGraphs
 from ernie_accel.transforms.denoiser.compile import Compile
 from ernie_accel.transforms.denoiser.elide_mask import ElideMask
@@ -141,13 +142,13 @@ presets = PresetTable(
         "quality",
         "bf16",
         "The family's full steps and guidance in bfloat16, compiled: for a base (undistilled) checkpoint.",
-        (*_FAST_BF16, MakeContiguous(), CallDefaults("quality"), *_FAST_PARTS),
+        (*_FAST_BF16, MakeContiguous(), CallDefaults("quality"), *_FAST_PARTS, BatchGuidance()),
     ),
     Preset.of(
         "quality",
         "fp8",
         "The family's full steps and guidance with fp8 linears on fused kernels: for a base checkpoint.",
-        (*_FAST_FP8, MakeContiguous(), CallDefaults("quality"), *_FAST_PARTS),
+        (*_FAST_FP8, MakeContiguous(), CallDefaults("quality"), *_FAST_PARTS, BatchGuidance()),
         _FP8_ELSEWHERE,
     ),
     Preset.of(
