@@ -61,6 +61,7 @@ class Measured:
 
 _FP8 = optimized(lambda a, _: [a.Quantize("fp8", keep_originals=False), a.Compile()])
 _COMPILED = optimized(lambda a, _: [a.Compile()])
+_TWO_CALLS = optimized(lambda a, _: [each for each in a.presets["quality-fp8"].transforms if each.slot != "guidance"])
 _ONLY_FP8 = partial(optimized, lambda a, _: [a.FuseKernels("fp8", keep_originals=False)])
 _REWRITTEN = (
     "RewriteBlocks + Compile",
@@ -96,6 +97,7 @@ MEASURED = {
             "compiled-fp8": ("torchao fp8 + stock blocks compiled, which was quality-fp8", _FP8),
             "quality-bf16": ("the preset", optimized(lambda a, _: [], "quality-bf16")),
             "quality-fp8": ("the preset", _ONLY_FP8("quality-fp8")),
+            "quality-fp8, two calls": ("the preset without BatchGuidance", _TWO_CALLS),
             "rewrite+compile": _REWRITTEN,
         },
         (

@@ -303,6 +303,7 @@ def _as_drawn(row: Row) -> tuple[Transform, ...]:
     """Return what of a row changes how a stock pipe is made and drawn with."""
     found: list[Transform] = [ernie_accel.MakeContiguous()] if row.awkward else []
     found += [ernie_accel.CacheSteps()] if row.has("CacheSteps") else []
+    found += [ernie_accel.BatchGuidance()] if row.has("BatchGuidance") else []
     found += [ernie_accel.Warmup()] if row.has("Warmup") else []
     found += [ernie_accel.RewriteEnhancer()] if row.enhances else []
     return (*found, ernie_accel.CallDefaults("turbo")) if row.has("CallDefaults") else tuple(found)

@@ -267,7 +267,7 @@ def draw(pipe: Any, row: Row | None = None, *, seed: int = 0, **kwargs: Any) -> 
         "output_type": "pt",
         "height": 32,
         "width": 32,
-        "guidance_scale": 1.0,
+        "guidance_scale": 3.0 if row is not None and row.has("BatchGuidance") else 1.0,
     }
     if name.startswith(("Flux", "StableDiffusion", "Wan")):
         dtype = next(m for m in (getattr(pipe, n, None) for n in ("unet", "transformer", "transformer_2")) if m).dtype
