@@ -266,8 +266,10 @@ def test_what_it_needs_is_said(pipe: Any, transforms: Any, context: Context | No
 
 def test_the_memory_of_both_halves_is_planned_for_where_they_are_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
+    sizes_only = mock.MagicMock(dtype=torch.float32)
     monkeypatch.setattr("ernie_accel.models.lumina.inputs.forward_inputs", lambda _, n, *size: rows.append(n) or {})
-    monkeypatch.setattr("ernie_accel.memory.stages.peak_of", lambda part, run, tokens: run(mock.MagicMock()))
+    monkeypatch.setattr("ernie_accel.memory.stages.peak_of", lambda part, run, tokens: run(sizes_only))
+    monkeypatch.setattr("ernie_accel.memory.stages._language_models", {})
     both = (RewriteBlocks(), BatchGuidance())
     cases = [(made("lumina2"), both[:1]), (made("lumina2"), both), (rewritten(BatchGuidance()), ())]
     for (pipe, transforms), guidance in itertools.product(cases, (True, False)):
