@@ -11,7 +11,7 @@ import torch
 import ernie_accel
 from ernie_accel import BatchPromptEncoding, CallDefaults, Context, TruncatePrompts
 from ernie_accel.core.outputs import images_of
-from tests.pipelines import picture
+from tests.pipelines import picture, tiny_ernie, tiny_lumina2, tiny_z_image
 
 PROMPTS = ["a red circle", "a big blue square on red", "a red circle", "circle"]
 CPU = torch.device("cpu")
@@ -226,3 +226,14 @@ def test_limits_that_make_no_sense_are_refused(ernie, flux):
         TruncatePrompts(0)
     with pytest.raises(ernie_accel.UnknownNameError, match="end of a prompt"):
         TruncatePrompts(5, keep="middle")
+
+
+@pytest.mark.parametrize("make", [tiny_ernie, tiny_z_image, tiny_lumina2])
+def test_a_pipe_that_gets_its_prompts_encoded_has_nothing_to_encode_them_with(make):
+    """Services encode elsewhere, and load no text encoder: presets must not refuse that."""
+    pipe = make()
+    pipe.text_encoder = pipe.tokenizer = None
+    (step,) = ernie_accel.plan(pipe, BatchPromptEncoding()).steps
+    assert (step.verdict, step.preview.changes) == ("nothing to do", ())
+    assert "nothing to encode" in step.preview.note
+    ernie_accel.optimize(pipe, BatchPromptEncoding())

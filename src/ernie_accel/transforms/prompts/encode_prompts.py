@@ -68,13 +68,11 @@ class BatchPromptEncoding(Transform):
             raise ValueError(f"folder={self.folder!r} with cache=0 keeps nothing: pass cache=1000, for example")
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
-        if _encoding_or_none(pipe) is None:
-            return []  # nothing to do
-        if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "tokenizer", None) is None:
-            return [f"{type(pipe).__name__} was loaded without text encoder or tokenizer"]
-        return []
+        return []  # where it cannot work it does nothing, and the pipe encodes the same
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "tokenizer", None) is None:
+            return Preview((), note=f"this {type(pipe).__name__} has no text encoder or no tokenizer: nothing to encode")
         if family_of(pipe).prompt_encoding is None:
             return Preview((), note=f"{type(pipe).__name__} encodes the prompts of a call together already")
         if _encoding_or_none(pipe) is None:
