@@ -71,10 +71,12 @@ class BatchPromptEncoding(Transform):
         return []  # where it cannot work it does nothing, and the pipe encodes the same
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
-        if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "tokenizer", None) is None:
-            return Preview((), note=f"this {type(pipe).__name__} has no text encoder or no tokenizer: nothing to encode")
         if family_of(pipe).prompt_encoding is None:
             return Preview((), note=f"{type(pipe).__name__} encodes the prompts of a call together already")
+        if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "tokenizer", None) is None:
+            return Preview(
+                (), note=f"this {type(pipe).__name__} has no text encoder or no tokenizer: nothing to encode"
+            )
         if _encoding_or_none(pipe) is None:
             encoder = type(pipe.text_encoder).__name__
             return Preview(
