@@ -13,7 +13,7 @@ from peft import LoraConfig
 from torch import nn
 
 import ernie_accel
-from ernie_accel import Context, ErnieAccelError, FuseKernels, RewriteBlocks
+from ernie_accel import Context, ErnieAccelError, FuseKernels, Quantize, RewriteBlocks
 from ernie_accel.kernels import reference
 from ernie_accel.kernels.linear import Fp8Linear, Fp8Rows
 from ernie_accel.kernels.low_rank import LowRankProduct, Place, Site
@@ -88,11 +88,11 @@ CALLS: dict[str, Callable[[Any, str], None]] = {
     ("family", "precision", "loaded"),
     [
         ("ernie", "fp8", "before"),
-        ("ernie", "fp8", "after"),
-        ("ernie", "bf16", "before"),
-        ("z_image", "fp8", "after"),
+        pytest.param("ernie", "fp8", "after", marks=pytest.mark.slow),
+        pytest.param("ernie", "bf16", "before", marks=pytest.mark.slow),
+        pytest.param("z_image", "fp8", "after", marks=pytest.mark.slow),
         ("z_image", "bf16", "before"),
-        ("lumina2", "fp8", "before"),
+        pytest.param("lumina2", "fp8", "before", marks=pytest.mark.slow),
         ("lumina2", "bf16", "after"),
     ],
 )
@@ -301,12 +301,14 @@ def test_without_originals_nothing_is_merged_and_unmerged_it_works() -> None:
     assert torch.equal(latents(pipe), expected)
 
 
-def test_a_merged_lora_stays_in_the_weights_when_it_is_unloaded_and_restored() -> None:
+def test_a_merged_lora_stays_in_the_weights_when_it_is_unloaded_and_restored(caplog: pytest.LogCaptureFixture) -> None:
     pipe, stock = fused(made("ernie")), made("ernie")
+    caplog.set_level("INFO", "ernie_accel")
     for each in (pipe, stock):
         load(each, "ernie")
         each.fuse_lora()
         each.unload_lora_weights()
+    assert [r.getMessage() for r in caplog.records if "fuse_lora: 5 float8 weights were made anew" in r.getMessage()]
     assert sqnr_db(latents(pipe), latents(stock)) > 25
     assert torch.equal(latents(ernie_accel.restore(pipe)), latents(stock))
 
@@ -336,3 +338,90 @@ def test_the_product_is_that_of_its_definition() -> None:
         assert sqnr_db(product(x).float() - plain, x.float() @ deltas.t()) > 30
     assert product.down is not None
     assert product.down.shape == (16, 32)
+
+
+def comfy(path: str, half: str) -> str:
+    return f"diffusion_model.{path}.lora_{'down' if half == 'A' else 'up'}.weight"
+
+
+def kohya(path: str, half: str) -> str:
+    return f"lora_unet_{path.replace('.', '_')}.lora_{'down' if half == 'A' else 'up'}.weight"
+
+
+FORMATS: dict[str, Callable[[str, str], str]] = {
+    "diffusers": lambda path, half: f"transformer.{path}.lora_{half}.weight",
+    "PEFT": lambda path, half: f"base_model.model.{path}.lora_{half}.weight",
+    "ComfyUI": lambda path, half: f"diffusion_model.{path}.lora_{half}.weight",
+    "ComfyUI, down and up": comfy,
+    "kohya": kohya,
+}
+
+
+@pytest.mark.parametrize(
+    ("named", "on_kernels"),
+    [("kohya", True), ("ComfyUI, down and up", False)]
+    + [pytest.param(name, on, marks=pytest.mark.slow) for name in FORMATS for on in (True, False)],
+)
+def test_a_lora_is_the_same_by_every_trainers_names(named: str, on_kernels: bool) -> None:
+    def prepared() -> Any:
+        return fused(made("ernie")) if on_kernels else ernie_accel.optimize(made("ernie"), RewriteBlocks())
+
+    expected, pipe = prepared(), prepared()
+    weights = adapter("ernie")
+    load(expected, "ernie")
+    has_alpha = named in ("kohya", "ComfyUI, down and up")
+    renamed = {}
+    for key, tensor in weights.items():
+        path, half = key.removeprefix("transformer.").removesuffix(".weight").rsplit(".lora_", 1)
+        renamed[FORMATS[named](path, half)] = tensor * 2 if has_alpha and half == "B" else tensor
+        if has_alpha:
+            renamed[FORMATS[named](path, "A").replace("lora_down.weight", "alpha")] = torch.tensor(2.0)  # of rank 4
+    pipe.load_lora_weights(renamed, adapter_name="a")
+    assert torch.equal(latents(pipe), latents(expected))
+    assert type(ernie_accel.restore(pipe)).lora_state_dict == pipe.lora_state_dict
+
+
+def test_a_lora_of_which_diffusers_would_load_nothing_is_refused() -> None:
+    pipe = fused(made("ernie"))
+    with pytest.raises(
+        ErnieAccelError, match=r"none of its 2 tensors begins with 'transformer\.': it has unet\.x\.lora_A"
+    ):
+        pipe.load_lora_weights({f"unet.x.lora_{half}.weight": torch.ones(2, 2) for half in "AB"})
+
+
+def test_a_dora_of_comfyui_is_refused_before_half_of_it_is_loaded() -> None:
+    pipe = ernie_accel.optimize(made("ernie"), RewriteBlocks())
+    weights = adapter("ernie") | {f"diffusion_model.{TO_Q}.dora_scale": torch.ones(128)}
+    before = snapshot(pipe)
+    with pytest.raises(ErnieAccelError, match=r"this is a DoRA \(1 tensors such as diffusion_model"):
+        pipe.load_lora_weights(weights, adapter_name="a")
+    assert differences(before, snapshot(pipe)) == []
+
+
+def test_rewritten_blocks_refuse_a_lora_of_another_model_before_they_are_split() -> None:
+    pipe = ernie_accel.optimize(made("ernie"), RewriteBlocks())
+    before = snapshot(pipe)
+    with pytest.raises(ErnieAccelError, match=r"8 of its 8 tensors match no layer of ErnieImageTransformer2DModel"):
+        pipe.load_lora_weights(adapter("lumina2", only="attn.to_q"), adapter_name="a")
+    assert differences(before, snapshot(pipe)) == []
+
+
+def test_a_lora_loaded_after_quantizing_counts_beside_fused_layers_and_stays_when_the_quantization_goes() -> None:
+    stock, pipe = made("ernie"), made("ernie")
+    plain = latents(stock)
+    ernie_accel.optimize(pipe, RewriteBlocks(), Quantize("int8-weight-only"))
+    quantized = latents(pipe)
+    for each in (pipe, stock):
+        load(each, "ernie")
+    expected = latents(stock)
+    assert sqnr_db(latents(pipe), expected) > max(25, sqnr_db(plain, expected) + 6)
+    pipe.disable_lora()
+    assert torch.equal(latents(pipe), quantized)
+    pipe.enable_lora()
+    before = snapshot(pipe)
+    with pytest.raises(ErnieAccelError, match="cannot merge a LoRA into quantized weights"):
+        pipe.fuse_lora()
+    assert differences(before, snapshot(pipe)) == []
+    assert torch.equal(latents(ernie_accel.restore(pipe)), expected)
+    pipe.unload_lora_weights()
+    assert torch.equal(latents(pipe), plain)

@@ -12,7 +12,6 @@ import ernie_accel
 from ernie_accel.core.components import pipe_bytes
 from ernie_accel.core.outputs import images_of
 from ernie_accel.models.token_layout import prompt_lengths, remember_lengths
-from tests.examples import differences, snapshot
 from tests.pipelines import picture, tiny_ernie, tiny_flux
 
 LORA_TARGETS = ["to_q", "to_v", "gate_proj", "linear_fc2", "to_out.0"]
@@ -116,14 +115,6 @@ def test_a_lora_file_loads_through_the_pipeline(tmp_path: Path) -> None:
     pipe = rewritten(tiny_ernie())
     pipe.transformer.load_lora_adapter(str(tmp_path), weight_name="pytorch_lora_weights.safetensors", prefix=None)
     assert torch.equal(picture(pipe), expected)
-
-
-def test_a_lora_after_quantizing_says_what_to_do() -> None:
-    pipe = ernie_accel.optimize(tiny_ernie(), ernie_accel.RewriteBlocks(), ernie_accel.Quantize("int8-weight-only"))
-    before = snapshot(pipe)
-    with pytest.raises(ernie_accel.ErnieAccelError, match=r"Cannot split .* quantized.*restore"):
-        lora(pipe)
-    assert differences(before, snapshot(pipe)) == []  # the first block is not quantized, and was not split either
 
 
 def test_layerwise_casting_stays_on_the_layers_that_were_fused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -78,6 +79,8 @@ class LowRankProduct(nn.Module):
         self.register_buffer("down", None, persistent=False)
         self.register_buffer("up", None, persistent=False)
         self._seen: list[object] = []
+        #: SQNR in dB of the float8 weight of the last merge, against the merged one; None: there was none.
+        self.merged_db: float | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -190,6 +193,9 @@ class LowRankProduct(nn.Module):
                 layer._modules["base_layer"] = site
             if isinstance(product, Fp8Linear):
                 product.requantize(place.start, base.weight.detach())
+                made = product.weight[rows].float() * product.weight_scale[0, rows, None]
+                error = (made - base.weight.float()).norm()
+                self.merged_db = 20 * math.log10(float(base.weight.float().norm() / error)) if error else None
             else:
                 self.weight[rows].copy_(base.weight)
 

@@ -8,6 +8,8 @@ as it was.
 
 from __future__ import annotations
 
+import logging
+import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -21,6 +23,7 @@ from ernie_accel.core.undo import Undo
 from ernie_accel.kernels.linear import Fp8Linear
 from ernie_accel.kernels.low_rank import LowRankProduct, Place, Site, bind, site_of, unbind
 
+_log = logging.getLogger(__name__)
 #: Products of a transformer with sites.
 PRODUCTS = Note("low_rank_products", list, "transformer", "its products that take LoRAs beside their weights")
 #: What names a tensor of an adapter, after the path of its layer.
@@ -116,6 +119,11 @@ class Adaptable(nn.Module):
         """Replace the fusible layers by one, in place."""
         raise NotImplementedError
 
+    @property
+    def can_be_split(self) -> bool:
+        """Whether `split` can do its work: nothing is fused, or its weight is not quantized."""
+        raise NotImplementedError
+
     def split(self) -> None:
         """Replace the fused layer by the layers it is made of, in place."""
         raise NotImplementedError
@@ -157,6 +165,16 @@ def _put_base(owner: nn.Module, name: str, base: nn.Module) -> None:
 def adaptables(transformer: nn.Module) -> list[Adaptable]:
     """Return the modules of `transformer` that may compute layers as one product."""
     return [part for part in transformer.modules() if isinstance(part, Adaptable)]
+
+
+def layer_paths(transformer: nn.Module) -> list[str]:
+    """Return the paths of all modules of a transformer, those of layers that are fused into one among them."""
+    paths = []
+    for path, module in transformer.named_modules():
+        paths.append(path.replace(".base_layer", ""))
+        if isinstance(module, Adaptable):
+            paths += [f"{path}.{name}" for name in module.fusible if name not in module._modules]
+    return paths
 
 
 class Lifted(NamedTuple):
@@ -246,16 +264,14 @@ class TakesAdapters(StandInMethod):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = cast(nn.Module, self.owner)
-        to_open = [part for part in adaptables(model) if part.on_kernels]
-        to_split = [part for part in adaptables(model) if not part.on_kernels]
-        for part in to_split:
-            cast(Any, part).splittable()
+        parts = adaptables(model)
+        to_open = [part for part in parts if part.on_kernels or not part.can_be_split]
+        to_split = [part for part in parts if part not in to_open]
         known = set(vars(model).get("peft_config") or {})
         if to_open:
             open_sites(model, to_open)
         try:
-            if to_open:
-                args, kwargs = self._checked(model, args, kwargs)
+            args, kwargs = self._checked(model, args, kwargs, on_kernels=bool(to_open))
             for part in to_split:
                 part.split()
             result = self.call_below(*args, **kwargs)
@@ -273,29 +289,31 @@ class TakesAdapters(StandInMethod):
         return result
 
     def _checked(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, on_kernels: bool
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments, with weights in place of a path to them.
 
         Raises:
-            ErnieAccelError: An adapter that the kernels cannot take.
+            ErnieAccelError: An adapter that the kernels cannot take, or for another model.
         """
         if self.name == "add_adapter":
             config = args[0] if args else kwargs.get("adapter_config")
-            problems = config_problems(config)
+            problems = config_problems(config) if on_kernels else []
         else:
             source = args[0] if args else kwargs.pop("pretrained_model_name_or_path_or_dict")
             args = args[1:]
-            weights, kwargs = _fetched(source, kwargs)
+            weights, kwargs = fetched(source, kwargs)
             prefix = args[0] if args else kwargs.get("prefix", "transformer")
-            problems = weight_problems(model, weights, prefix)
+            problems = weight_problems(model, weights, prefix, on_kernels=on_kernels)
             args = (weights, *args)
         if problems:
             raise _refusal(self.name, problems)
         return args, kwargs
 
 
-def _fetched(source: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def fetched(
+    source: Any, kwargs: dict[str, Any], *, allow_pickle: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the weights of an adapter, and the arguments that are left for who loads them."""
     if isinstance(source, dict):
         return source, kwargs
@@ -304,20 +322,31 @@ def _fetched(source: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], di
     given = {name: kwargs.get(name) for name in _FETCHING}
     agent = {"file_type": "attn_procs_weights", "framework": "pytorch"}
     weights, metadata = _fetch_state_dict(
-        pretrained_model_name_or_path_or_dict=source, user_agent=agent, allow_pickle=False, **given
+        pretrained_model_name_or_path_or_dict=source, user_agent=agent, allow_pickle=allow_pickle, **given
     )
     return weights, {**{k: v for k, v in kwargs.items() if k not in _FETCHING}, "metadata": metadata}
 
 
-def weight_problems(model: nn.Module, weights: Mapping[str, Tensor], prefix: str | None) -> list[str]:
-    """Return why `model`, with sites, cannot take the weights of an adapter; empty if it can."""
+def weight_problems(
+    model: nn.Module, weights: Mapping[str, Tensor], prefix: str | None, *, on_kernels: bool
+) -> list[str]:
+    """Return why `model` cannot take the weights of an adapter; empty if it can.
+
+    Without kernels diffusers knows more names, so only an adapter of which it has no layer at all is a problem.
+    """
     start = "" if prefix is None else f"{prefix}."
     ours = {name.removeprefix(start): tensor for name, tensor in weights.items() if name.startswith(start)}
-    unmatched, problems, modules = [], [], dict(model.named_modules())
+    if weights and not ours:
+        return [f"none of its {len(weights)} tensors begins with {start!r}: it has {next(iter(weights))}, for example"]
+    unmatched, problems, modules, paths = [], [], dict(model.named_modules()), set(layer_paths(model))
     for name, tensor in ours.items():
         path, kind = _split(name)
         layer = modules.get(path)
-        if layer is None:
+        if layer is None or not on_kernels:
+            if path in paths and not on_kernels:
+                return []
+            if path in paths:
+                continue  # fused, and split once all is known to fit
             unmatched.append(name)
             continue
         site = site_of(layer)
@@ -447,7 +476,18 @@ class Merges(StandInMethod):
                 f"changed ({'; '.join(sorted(reasons))}). Unmerged, it works. To merge it, use "
                 "FuseKernels(..., keep_originals=True), or merge it before optimizing."
             )
-        return self.call_below(*args, **kwargs)
+        result = self.call_below(*args, **kwargs)
+        found = [product.merged_db for product in adapted if product.merged_db is not None]
+        if found:
+            worst, middle = min(found), statistics.median(found)
+            _log.info(
+                "%s: %d float8 weights were made anew, with an SQNR of %.1f dB, %.1f at least, against the merged ones",
+                self.name,
+                len(found),
+                middle,
+                worst,
+            )
+        return result
 
 
 def take_adapters(transformer: nn.Module, undo: Undo) -> None:

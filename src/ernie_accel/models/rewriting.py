@@ -149,12 +149,17 @@ class Part(Adaptable):
         Raises:
             ErnieAccelError: The fused weight is quantized.
         """
-        if self.fused is None or (isinstance(self.fused, FusedLinear) and self.fused.is_plain):
+        if self.fused is None or (isinstance(self.fused, FusedLinear) and self.can_be_split):
             return self.fused
         raise ErnieAccelError(
             f"Cannot split {self.fused_name} into {', '.join(self.fusible)}: its weight is quantized. Undo the "
-            "quantization first (ernie_accel.restore(pipe)); to use a LoRA, load it before optimizing."
+            "quantization first (ernie_accel.restore(pipe))."
         )
+
+    @property
+    def can_be_split(self) -> bool:
+        """Whether `split` can do its work: nothing is fused, or its weight is not quantized."""
+        return self.fused is None or (isinstance(self.fused, FusedLinear) and self.fused.is_plain)
 
     def _set_children(self, children: Mapping[str, nn.Module | None]) -> None:
         """Replace all children in one step, so that an interrupt finds the old ones or the new, in the stock order."""
@@ -162,6 +167,7 @@ class Part(Adaptable):
 
     def give_back(self, stock: nn.Module) -> None:
         """Hand all children to the stock module, whatever has become of them meanwhile (a LoRA, a new device)."""
+        self.close_sites()
         self.split()
         for name in self.taken:
             setattr(stock, name, getattr(self, name))
