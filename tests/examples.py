@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ernie_accel import (
     ElideMask,
     ExpandAttentionMask,
     ExplainOutOfMemory,
+    FewSteps,
     FreeAfterUse,
     FuseKernels,
     FuseVae,
@@ -44,6 +46,9 @@ from ernie_accel.testing import differences, snapshot
 
 __all__ = ["ELSEWHERE", "EXAMPLES", "differences", "make_awkward", "snapshot"]
 
+#: Of two layers of `tiny_ernie`, rank 1.
+TINY_LORA = Path(__file__).parent / "data" / "tiny_lora.safetensors"
+
 EXAMPLES: tuple[Transform, ...] = (
     Autocast("bfloat16"),
     BatchPromptEncoding(cache=4),
@@ -60,6 +65,7 @@ EXAMPLES: tuple[Transform, ...] = (
     ElideMask(),
     ExpandAttentionMask(),
     ExplainOutOfMemory(predicted=10**9),
+    FewSteps(str(TINY_LORA), steps=2),
     FreeAfterUse(),
     MakeContiguous(),
     MakeContiguous(channels_last=("vae",)),

@@ -57,6 +57,7 @@ from ernie_accel.storage.saving import save as save
 from ernie_accel.transforms import transform_from_json as transform_from_json
 from ernie_accel.transforms.calls.autocast import Autocast as Autocast
 from ernie_accel.transforms.calls.call_defaults import CallDefaults as CallDefaults
+from ernie_accel.transforms.calls.few_steps import FewSteps as FewSteps
 from ernie_accel.transforms.calls.explain_out_of_memory import ExplainOutOfMemory as ExplainOutOfMemory
 from ernie_accel.transforms.calls.check_finite import CheckFinite as CheckFinite
 from ernie_accel.transforms.calls.warm_up import Warmup as Warmup

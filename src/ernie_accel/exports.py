@@ -67,6 +67,7 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "transforms": ("transform_from_json",),
         "transforms.calls.autocast": ("Autocast",),
         "transforms.calls.call_defaults": ("CallDefaults",),
+        "transforms.calls.few_steps": ("FewSteps",),
         "transforms.calls.explain_out_of_memory": ("ExplainOutOfMemory",),
         "transforms.calls.check_finite": ("CheckFinite",),
         "transforms.calls.warm_up": ("Warmup",),

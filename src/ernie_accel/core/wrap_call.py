@@ -134,6 +134,37 @@ def _new(stock: type, layers: tuple[CallLayer, ...]) -> object:
 
 
 @dataclass(frozen=True, eq=False)
+class Defaults(CallLayer):
+    """Other default values of a call's arguments."""
+
+    values: dict[str, object]
+
+    def signature(self, below: inspect.Signature) -> inspect.Signature:
+        """Return the same parameters with these defaults."""
+        parameters = [
+            parameter.replace(default=self.values[name]) if name in self.values else parameter
+            for name, parameter in below.parameters.items()
+        ]
+        return below.replace(parameters=parameters)
+
+    def call(
+        self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: Any, **kwargs: Any
+    ) -> Any:
+        given = signature.bind_partial(pipe, *args, **kwargs).arguments
+        return below(pipe, *args, **{name: v for name, v in self.values.items() if name not in given}, **kwargs)
+
+
+def new_defaults(pipe: Pipeline, wanted: dict[str, Any]) -> tuple[str, ...]:
+    """Return what `Defaults` would change, as "name old -> new"; arguments have to be those of the call."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    return tuple(
+        f"{name} {parameters[name].default} -> {value}"
+        for name, value in wanted.items()
+        if parameters[name].default != value
+    )
+
+
+@dataclass(frozen=True, eq=False)
 class _Around(CallLayer):
     """What `wrap_call` adds: it finds what goes around the call on the pipe, so that a copy has its own."""
 

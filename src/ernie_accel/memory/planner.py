@@ -24,6 +24,7 @@ from ernie_accel.memory.call import Call
 from ernie_accel.memory.stages import BETWEEN, POOLS, ROUNDING, UNKNOWN, Stage, activations_of, weights_by_stage
 from ernie_accel.transforms.calls.call_defaults import CallDefaults
 from ernie_accel.transforms.calls.explain_out_of_memory import ExplainOutOfMemory
+from ernie_accel.transforms.calls.few_steps import FewSteps
 from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
 from ernie_accel.transforms.vae.slices_and_tiles import TileVae
 from ernie_accel.transforms.weights.move_to import MoveTo
@@ -247,6 +248,8 @@ def _is_guided(pipe: Pipeline, transforms: Iterable[Transform]) -> bool:
             scale = transform.guidance_scale
             scale = mode.guidance_scale if scale is None and mode is not None else scale
             return scale is not None and scale > 1
+        if isinstance(transform, FewSteps):
+            return bool(transform.wanted(pipe)["guidance_scale"] > 1)
     return False
 
 

@@ -62,6 +62,7 @@ def save(pipe: AnyPipeline, folder: str | os.PathLike[str]) -> Path:
 
     def write(place: Path) -> None:
         with suspended(checked, after=Phase.QUANTIZE):
+            _check_no_lora(checked, target)
             _write(checked, place, target, entries)
 
     replace_folder(target, write)
@@ -90,9 +91,6 @@ def _check_can_be_saved(pipe: Pipeline, folder: Path) -> None:
             raise SavedPipelineError(folder, f"cannot save {name}, a {type(module).__name__} of {library}")
         quantized = dict(quantized_layers(module))
         for path, layer in module.named_modules():
-            if type(layer).__module__.split(".")[0] == "peft":
-                fix = "pipe.fuse_lora() and pipe.unload_lora_weights() first"
-                raise SavedPipelineError(folder, f"cannot save {name}.{path}, a LoRA layer: {fix}")
             holder = holder_of(layer)
             if holder is not None and path not in quantized:
                 why = f"quantized by {holder.name} without ernie_accel: save it with save_pretrained"
@@ -100,6 +98,15 @@ def _check_can_be_saved(pipe: Pipeline, folder: Path) -> None:
         for path, tensor in module.named_parameters():
             if tensor.device.type == "meta":
                 raise SavedPipelineError(folder, f"cannot save {name}.{path}: it is offloaded (meta device)")
+
+
+def _check_no_lora(pipe: Pipeline, folder: Path) -> None:
+    """Refuse LoRA layers, once those are gone that `optimize` loaded after quantizing (`FewSteps`)."""
+    for name, module in modules_of(pipe).items():
+        for path, layer in module.named_modules():
+            if type(layer).__module__.split(".")[0] == "peft":
+                fix = "pipe.fuse_lora() and pipe.unload_lora_weights() first"
+                raise SavedPipelineError(folder, f"cannot save {name}.{path}, a LoRA layer: {fix}")
 
 
 def _write(pipe: Pipeline, folder: Path, target: Path, entries: list[Entry]) -> None:

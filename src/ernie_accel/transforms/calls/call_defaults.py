@@ -14,7 +14,7 @@ from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
-from ernie_accel.core.wrap_call import CallLayer, add_layer
+from ernie_accel.core.wrap_call import Defaults, add_layer, new_defaults
 
 MODES = ("turbo", "quality")
 
@@ -132,12 +132,7 @@ class CallDefaults(Transform):
         return _grid_warning(self.guidance_scale, highest)
 
     def _changes(self, pipe: Pipeline) -> tuple[str, ...]:
-        parameters = inspect.signature(type(pipe).__call__).parameters
-        return tuple(
-            f"{name} {parameters[name].default} -> {value}"
-            for name, value in self.wanted(pipe).items()
-            if parameters[name].default != value
-        )
+        return new_defaults(pipe, self.wanted(pipe))
 
 
 def _grid_warning(guidance: float, highest: float) -> str:
@@ -148,19 +143,10 @@ def _grid_warning(guidance: float, highest: float) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class _Defaults(CallLayer):
-    """Other default values of a call's arguments; a warning where a guidance is too high for a distilled checkpoint."""
+class _Defaults(Defaults):
+    """A warning beside other defaults, where a guidance is too high for a distilled checkpoint."""
 
-    values: dict[str, object]
     highest_guidance: float | None = None
-
-    def signature(self, below: inspect.Signature) -> inspect.Signature:
-        """Return the same parameters with these defaults."""
-        parameters = [
-            parameter.replace(default=self.values[name]) if name in self.values else parameter
-            for name, parameter in below.parameters.items()
-        ]
-        return below.replace(parameters=parameters)
 
     def call(
         self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: Any, **kwargs: Any
@@ -170,4 +156,4 @@ class _Defaults(CallLayer):
         highest = self.highest_guidance
         if highest is not None and isinstance(guidance, (int, float)) and guidance > highest:
             warnings.warn(_grid_warning(guidance, highest), UserWarning, stacklevel=2)
-        return below(pipe, *args, **{name: v for name, v in self.values.items() if name not in given}, **kwargs)
+        return super().call(below, signature, pipe, *args, **kwargs)

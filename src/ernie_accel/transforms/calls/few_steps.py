@@ -1,0 +1,253 @@
+"""Draw in a few steps with a LoRA that was distilled for it: the adapter, and the steps and guidance it is made for."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+
+from ernie_accel.core.components import Pipeline, modules_of
+from ernie_accel.core.context import Context
+from ernie_accel.core.planned import PlannedPipe, PlannedWeight
+from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
+from ernie_accel.core.undo import Undo
+from ernie_accel.core.wrap_call import Defaults, add_layer, new_defaults
+from ernie_accel.quantization.choose import BACKENDS
+from ernie_accel.quantization.layers import excludable_paths
+
+#: A tensor of a LoRA, as pipelines of diffusers read each format: component, path of the layer, and which of the two.
+_TENSOR = re.compile(r"(\w+)\.(.+)\.lora_([AB])\.weight")
+
+
+@dataclass
+class _LoraLayer:
+    """What a LoRA holds for one layer: the shape of the weight it is for, as far as it is known, and its values."""
+
+    rows: int | None = None
+    columns: int | None = None
+    numel: int = 0
+
+
+#: By component and path.
+_Layers: TypeAlias = Mapping[tuple[str, str], _LoraLayer]
+
+
+@dataclass(frozen=True, repr=False)
+class FewSteps(Transform):
+    """Load a LoRA that lets a base checkpoint draw in a few steps; make its steps and guidance the defaults of calls.
+
+    The adapter has a name of its own beside those that your script loads, before or after. ``restore`` removes it and
+    the defaults, and leaves the others. Arguments that the caller passes always win. It takes the place of a preset's
+    `CallDefaults`. ``save`` leaves it out: give it to ``load`` again.
+
+    Pays:
+        As `CallDefaults("turbo")` does for a distilled checkpoint: 4 steps without guidance are 4 forwards of one
+        prompt, where a base checkpoint takes 50 forwards of two. The LoRA itself adds little to a step; merged into the
+        base before optimizing (``pipe.fuse_lora()``), nothing.
+
+    Attributes:
+        lora: A safetensors file, in any format that the pipeline's ``load_lora_weights`` reads.
+        steps: Denoising steps that it was distilled for, >= 1.
+        guidance_scale: Guidance that it was distilled for; None: that of the family's distilled checkpoint, or 1.0,
+            which is none.
+        lora_scale: How strongly the LoRA counts.
+        adapter_name: Name of the adapter.
+    """
+
+    phase: ClassVar[Phase] = Phase.CALL
+    slot: ClassVar[str] = "call-defaults"
+    effect: ClassVar[Effect] = Effect.RESAMPLES
+
+    lora: str = field(metadata=MACHINE_LOCAL)
+    steps: int = field(kw_only=True)
+    guidance_scale: float | None = field(default=None, kw_only=True)
+    lora_scale: float = field(default=1.0, kw_only=True)
+    adapter_name: str = field(default="few-steps", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be >= 1, got {self.steps}")
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.adapter_name):
+            # PEFT makes it the name of a module, which takes no dots
+            raise ValueError(f"adapter_name takes letters, digits, - and _, got {self.adapter_name!r}")
+
+    def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        accepted = inspect.signature(type(pipe).__call__).parameters
+        what = type(pipe).__name__
+        reasons = [f"{what} takes no argument {name!r}" for name in self.wanted(pipe) if name not in accepted]
+        if not hasattr(pipe, "load_lora_weights"):
+            return [*reasons, f"{what} loads no LoRAs"]
+        if importlib.util.find_spec("peft") is None:
+            return [*reasons, "peft is not installed: pip install peft"]
+        if any(self.adapter_name in adapters for adapters in _adapters_of(pipe).values()):
+            reasons.append(f"{what} has an adapter {self.adapter_name!r} already: choose another adapter_name")
+        found = self._layers(pipe)
+        if isinstance(found, str):
+            return [*reasons, found]
+        planned = context.planned(pipe)
+        if misfit := _misfit(found, planned):
+            reasons.append(f"lora={self.lora!r} is of another architecture: {misfit}")
+        unable = sorted({name for name in _backends(planned) if not BACKENDS[name].takes_loras})
+        if unable:
+            fix = "quantize with torchao, quanto or gguf, or load and fuse the LoRA first (pipe.fuse_lora())"
+            reasons.append(f"layers quantized by {' and '.join(unable)} take no LoRA: {fix}")
+        return reasons
+
+    def preview(self, pipe: Pipeline, context: Context) -> Preview:
+        layers = self._layers(pipe)
+        if isinstance(layers, str):
+            return Preview((), note=layers)
+        changes = (f"adapter {self.adapter_name} of {len(layers)} layers", *new_defaults(pipe, self.wanted(pipe)))
+        return Preview(changes, note="" if self.lora_scale == 1 else f"the LoRA counts {self.lora_scale:g} times")
+
+    def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
+        planned, layers = context.planned(pipe), self._layers(pipe)
+        new = {}
+        for (component, path), layer in ({} if isinstance(layers, str) else layers).items():
+            dtype = planned.dtype_of(component) or torch.float32
+            name = f"{component}.{path}.lora.{self.adapter_name}.weight"
+            new[name] = PlannedWeight((layer.numel,), dtype, layer.numel * dtype.itemsize, is_fresh=True)
+        return replace(planned.with_weights(new), num_inference_steps=self.steps)
+
+    def apply(self, pipe: Pipeline, context: Context) -> Applied:
+        changes, anything = self.preview(pipe, context).changes, _any(pipe)
+        with Undo() as undo:
+            undo.push(functools.partial(_remove, pipe, self.adapter_name, _without_adapters(pipe)))
+            active = {id(layer): list(layer.active_adapters) for layer in _lora_layers(pipe)}
+            anything.load_lora_weights(
+                self.lora, adapter_name=self.adapter_name, use_safetensors=True, local_files_only=True
+            )
+            for layer in _lora_layers(pipe):
+                if self.adapter_name in layer.scaling:
+                    layer.set_adapter([*active.get(id(layer), ()), self.adapter_name])
+                    layer.set_scale(self.adapter_name, self.lora_scale)
+                else:
+                    layer.set_adapter(active[id(layer)])
+            add_layer(pipe, Defaults(self.wanted(pipe)), undo)
+        return Applied(changes, undo=undo)
+
+    def wanted(self, pipe: Pipeline) -> dict[str, Any]:
+        """Return the new defaults of a call's arguments by name."""
+        from ernie_accel.families import family_of
+
+        turbo = family_of(pipe).modes.get("turbo")
+        of_family = 1.0 if turbo is None or turbo.guidance_scale is None else turbo.guidance_scale
+        guidance = of_family if self.guidance_scale is None else self.guidance_scale
+        return {"num_inference_steps": self.steps, "guidance_scale": guidance}
+
+    def _layers(self, pipe: Pipeline) -> _Layers | str:
+        """Return what the LoRA holds, or why it cannot be used."""
+        file = Path(self.lora)
+        if not file.is_file() or file.suffix != ".safetensors":
+            found = "is no safetensors file" if file.exists() else "does not exist"
+            hub = "one on the Hub is downloaded first, with huggingface_hub.hf_hub_download(repo, file)"
+            return f"lora={self.lora!r} {found}: give the path of a file; {hub}"
+        status = file.stat()
+        found_layers = _read(file.absolute(), status.st_mtime_ns, status.st_size, type(_any(pipe)).lora_state_dict)
+        if isinstance(found_layers, str):
+            return f"lora={self.lora!r} {found_layers}"
+        there = {(name, path) for name in modules_of(pipe) for path in _paths(pipe, name)}
+        missing = [f"{component}.{path}" for component, path in found_layers if (component, path) not in there]
+        if missing:
+            count = f"{len(missing)} of its {len(found_layers)} layers are not in this {type(pipe).__name__}"
+            return f"lora={self.lora!r} is of another architecture: {count} (the first is {missing[0]})"
+        return found_layers
+
+
+def _paths(pipe: Pipeline, component: str) -> Iterator[str]:
+    """Yield the paths at which a component takes LoRAs, those of layers included that are computed as one now."""
+    yield from excludable_paths(pipe, (component,))
+    for module in modules_of(pipe, (component,)).values():
+        for path, part in module.named_modules():
+            yield from (f"{path}.{name}" for name in getattr(part, "fusible", ()))
+
+
+@functools.lru_cache(maxsize=4)
+def _read(file: Path, modified_ns: int, size: int, reader: Any) -> _Layers | str:
+    """Return what `FewSteps._layers` does, of a file that has not changed since it was read last."""
+    from safetensors import SafetensorError
+
+    try:
+        tensors = reader(str(file), use_safetensors=True, local_files_only=True)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        return f"cannot be read: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    layers: dict[tuple[str, str], _LoraLayer] = {}
+    for key, tensor in tensors.items():
+        match = _TENSOR.fullmatch(key)
+        if match is None:
+            return f"holds {key}, which is no part of a LoRA that this pipeline loads"
+        layer = layers.setdefault((match[1], match[2]), _LoraLayer())
+        layer.numel += tensor.numel()
+        if match[3] == "A":
+            layer.columns = tensor.shape[-1]
+        else:
+            layer.rows = tensor.shape[0]
+    return layers or "holds no LoRA"
+
+
+def _misfit(layers: _Layers, planned: PlannedPipe) -> str:
+    """Say how many layers of a LoRA are for weights of other shapes than the pipe's; "" if none is."""
+    found = []
+    for (component, path), layer in layers.items():
+        names = (f"{component}.{path}.weight", f"{component}.{path}.base_layer.weight")
+        weight = next((planned.weights[name] for name in names if name in planned.weights), None)
+        if weight is None or weight.stored_as is not None or not weight.dtype.is_floating_point:
+            continue  # quantized weights have shapes of their own
+        if len(weight.shape) == 2 and weight.shape != (layer.rows, layer.columns):
+            rows, columns = weight.shape
+            found.append(f"{component}.{path} is {rows} x {columns}, and the LoRA for {layer.rows} x {layer.columns}")
+    return f"{len(found)} of its {len(layers)} layers have another shape (the first: {found[0]})" if found else ""
+
+
+def _any(pipe: Any) -> Any:
+    """Return the pipe as an object with methods that `Pipeline` does not name."""
+    return pipe
+
+
+def _adapters_of(pipe: Pipeline) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = _any(pipe).get_list_adapters()
+    return found
+
+
+def _backends(planned: PlannedPipe) -> Iterator[str]:
+    """Yield the backend of each quantized weight of the transformer."""
+    for name, weight in planned.weights.items():
+        words = (weight.stored_as or "").split()
+        if name.startswith("transformer.") and "by" in words and words[words.index("by") + 1] in BACKENDS:
+            yield words[words.index("by") + 1]
+
+
+def _lora_layers(pipe: Pipeline) -> Iterator[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in modules_of(pipe).values():
+        yield from (part for part in module.modules() if isinstance(part, BaseTunerLayer))
+
+
+def _without_adapters(pipe: Pipeline) -> tuple[str, ...]:
+    """Return the components that never had an adapter: loading one leaves an attribute on them."""
+    return tuple(name for name, module in modules_of(pipe).items() if "_hf_peft_config_loaded" not in vars(module))
+
+
+def _remove(pipe: Pipeline, name: str, untouched: tuple[str, ...]) -> None:
+    """Remove the adapter, and leave others as they are; a no-op where it is gone already."""
+    adapters = {each for names in _adapters_of(pipe).values() for each in names}
+    if adapters - {name}:
+        active = {id(layer): [each for each in layer.active_adapters if each != name] for layer in _lora_layers(pipe)}
+        if name in adapters:
+            _any(pipe).delete_adapters(name)
+        for layer in _lora_layers(pipe):
+            layer.set_adapter(active[id(layer)])
+    elif next(_lora_layers(pipe), None) is not None:  # a load that failed leaves layers without adapters
+        _any(pipe).unload_lora_weights()
+    for component in untouched:
+        module = modules_of(pipe).get(component)
+        if module is not None and not hasattr(module, "peft_config"):
+            vars(module).pop("_hf_peft_config_loaded", None)

@@ -1,0 +1,217 @@
+"""A few-step LoRA and the call it is made for come and go together, beside what else a pipe has."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+import ernie_accel
+from ernie_accel import CallDefaults, FewSteps, FuseKernels, Quantize, RewriteBlocks
+from ernie_accel.core.components import pipe_bytes
+from ernie_accel.memory.planner import _is_guided
+from ernie_accel.quantization.layers import sqnr_db
+from ernie_accel.testing import differences, snapshot
+from tests.examples import TINY_LORA
+from tests.pipelines import picture, tiny_ernie, tiny_flux
+from tests.test_call_defaults import call_of
+from tests.test_lora import H200
+
+LORA = FewSteps(str(TINY_LORA), steps=4)
+
+
+def reasons(pipe, transform):
+    return list(ernie_accel.plan(pipe, transform).steps[0].reasons)
+
+
+def written(folder, change):
+    """Write the LoRA with its tensors changed, and return the path."""
+    path = folder / "changed.safetensors"
+    save_file(change(load_file(TINY_LORA)), path)
+    return str(path)
+
+
+def test_a_call_that_says_nothing_takes_the_steps_and_guidance_of_the_lora(ernie, monkeypatch):
+    stock, before = picture(ernie, steps=1), snapshot(ernie)
+    step = ernie_accel.plan(ernie, LORA).steps[0]
+    assert step.preview.changes == (
+        "adapter few-steps of 2 layers",
+        "num_inference_steps 50 -> 4",
+        "guidance_scale 4.0 -> 1.0",
+    )
+    assert step.planned.num_inference_steps == 4
+    ernie_accel.optimize(ernie, LORA)
+    assert pipe_bytes(ernie) == step.planned.nbytes
+    assert call_of(ernie, monkeypatch, "a red circle") == (4, 1.0)
+    assert call_of(ernie, monkeypatch, "a red circle", num_inference_steps=2) == (2, 1.0)
+    assert not torch.equal(picture(ernie, steps=1), stock)
+    ernie.disable_lora()
+    assert torch.equal(picture(ernie, steps=1), stock)
+    ernie_accel.restore(ernie)
+    assert differences(before, snapshot(ernie)) == []
+    assert ernie.get_list_adapters() == {}
+
+
+def test_it_draws_what_the_documented_recipe_draws():
+    mine, recipe = tiny_ernie(), tiny_ernie()
+    ernie_accel.optimize(mine, FewSteps(str(TINY_LORA), steps=4, lora_scale=0.7))
+    recipe.load_lora_weights(str(TINY_LORA), adapter_name="few-steps")
+    recipe.set_adapters("few-steps", 0.7)
+    ernie_accel.optimize(recipe, CallDefaults(num_inference_steps=4, guidance_scale=1.0))
+    assert torch.equal(picture(mine, steps=1), picture(recipe, steps=1))
+    assert inspect.signature(mine.__call__) == inspect.signature(recipe.__call__)
+
+
+@pytest.mark.parametrize("loaded", ["before", "after"])
+def test_a_lora_of_the_script_counts_beside_it_and_stays(loaded, tmp_path):
+    style = written(tmp_path, lambda tensors: {name: tensor * 0.7 for name, tensor in tensors.items()})
+    pipe, stock = tiny_ernie(), tiny_ernie()
+    stock.load_lora_weights(style, adapter_name="style")
+    styled = picture(stock, steps=1)
+    stock.load_lora_weights(str(TINY_LORA), adapter_name="few-steps")
+    stock.set_adapters(["style", "few-steps"])
+    if loaded == "before":
+        pipe.load_lora_weights(style, adapter_name="style")
+    ernie_accel.optimize(pipe, LORA)
+    if loaded == "after":
+        pipe.load_lora_weights(style, adapter_name="style")
+        pipe.set_adapters(["style", "few-steps"])
+    torch.testing.assert_close(picture(pipe, steps=1), picture(stock, steps=1), rtol=0, atol=1e-5)
+    ernie_accel.restore(pipe)
+    assert pipe.get_list_adapters() == {"transformer": ["style"]}
+    assert pipe.get_active_adapters() == ["style"]
+    torch.testing.assert_close(picture(pipe, steps=1), styled, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [(RewriteBlocks(),), (Quantize("int8-weight-only"),), (Quantize("gguf-q8_0", correction_rank=2),)],
+    ids=["rewritten", "int8", "gguf"],
+)
+def test_it_comes_after_what_is_rewritten_and_quantized(request_, monkeypatch):
+    pipe = tiny_ernie()
+    original, before = picture(pipe, steps=1), snapshot(pipe)
+    ernie_accel.optimize(pipe, *request_)
+    without = picture(pipe, steps=1)
+    ernie_accel.optimize(pipe, *request_, LORA)
+    assert call_of(pipe, monkeypatch, "a red circle") == (4, 1.0)
+    assert not torch.allclose(picture(pipe, steps=1), without, atol=1e-4)
+    ernie_accel.restore(pipe)
+    assert differences(before, snapshot(pipe)) == []
+    assert torch.equal(picture(pipe, steps=1), original)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_it_works_on_fused_kernels(at_once):
+    on_kernels = RewriteBlocks(), FuseKernels("fp8")
+    pipe, stock = tiny_ernie(dtype=torch.bfloat16), tiny_ernie(dtype=torch.bfloat16)
+    plain = picture(stock, steps=1, output_type="latent")
+    ernie_accel.optimize(stock, LORA)
+    exact = picture(stock, steps=1, output_type="latent")
+    if not at_once:
+        ernie_accel.optimize(pipe, *on_kernels, context=H200)
+    ernie_accel.optimize(pipe, *on_kernels, LORA, context=H200)
+    drawn = picture(pipe, steps=1, output_type="latent")
+    assert sqnr_db(exact, drawn) > sqnr_db(exact, plain) + 6
+    ernie_accel.restore(pipe)
+    assert torch.equal(picture(pipe, steps=1, output_type="latent"), plain)
+
+
+def test_it_takes_the_place_of_the_call_defaults_of_a_preset(ernie):
+    steps = ernie_accel.plan(ernie, LORA, preset="quality-bf16").steps
+    assert [step.transform for step in steps if step.transform.slot == "call-defaults"] == [LORA]
+
+
+def test_memory_is_planned_for_its_guidance(ernie):
+    assert not _is_guided(ernie, [LORA])
+    assert _is_guided(ernie, [FewSteps(str(TINY_LORA), steps=4, guidance_scale=2.0)])
+
+
+def test_a_pipe_is_copied_with_it_and_saved_without_it(ernie, tmp_path, monkeypatch):
+    ernie_accel.optimize(ernie, Quantize("int8-weight-only"))
+    plain = picture(ernie, steps=1)
+    ernie_accel.optimize(ernie, Quantize("int8-weight-only"), LORA)
+    drawn = picture(ernie, steps=1)
+    assert torch.equal(picture(copy.deepcopy(ernie), steps=1), drawn)
+    ernie_accel.save(ernie, tmp_path / "saved")
+    assert torch.equal(picture(ernie, steps=1), drawn)
+    again = ernie_accel.load(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(picture(again, steps=1), plain)
+    again = ernie_accel.load(tmp_path / "saved", LORA)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(picture(again, steps=1), drawn)
+    ernie.load_lora_weights(str(TINY_LORA), adapter_name="mine")
+    with pytest.raises(ernie_accel.SavedPipelineError, match=r"a LoRA layer: pipe\.fuse_lora"):
+        ernie_accel.save(ernie, tmp_path / "saved")
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_steps_below_one_and_names_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="steps must be >= 1, got 0"):
+        FewSteps("a.safetensors", steps=0)
+    with pytest.raises(ValueError, match=r"adapter_name takes letters, digits, - and _, got 'a\.b'"):
+        FewSteps("a.safetensors", steps=4, adapter_name="a.b")
+
+
+def test_a_file_that_is_not_there_or_no_lora_is_refused_with_what_it_is(ernie, tmp_path):
+    (reason,) = reasons(ernie, FewSteps("someone/lora", steps=4))
+    assert reason.startswith(
+        "lora='someone/lora' does not exist: give the path of a file; one on the Hub is downloaded"
+    )
+    (reason,) = reasons(ernie, FewSteps(str(tmp_path), steps=4))
+    assert "is no safetensors file" in reason
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"no such thing")
+    (reason,) = reasons(ernie, FewSteps(str(broken), steps=4))
+    assert "cannot be read: " in reason
+    plain = written(tmp_path, lambda tensors: {"layers.0.mlp.up_proj.weight": torch.zeros(2)})
+    (reason,) = reasons(ernie, FewSteps(plain, steps=4))
+    assert "holds layers.0.mlp.up_proj.weight, which is no part of a LoRA" in reason
+
+
+def test_a_lora_for_another_architecture_is_refused_with_its_unmatched_layers_counted(ernie, tmp_path):
+    before = snapshot(ernie)
+    other = written(tmp_path, lambda ts: {n.replace("layers.1", "blocks.7"): t for n, t in ts.items()})
+    (reason,) = reasons(ernie, FewSteps(other, steps=4))
+    assert "is of another architecture: 1 of its 2 layers are not in this ErnieImagePipeline" in reason
+    assert "(the first is transformer.blocks.7.self_attention.to_q)" in reason
+    with pytest.raises(ernie_accel.UnsupportedError):
+        ernie_accel.optimize(ernie, FewSteps(other, steps=4))
+    assert differences(before, snapshot(ernie)) == []
+    assert "are not in this FluxPipeline" in reasons(tiny_flux(), LORA)[0]
+
+
+def test_a_lora_for_other_widths_is_refused_with_both(ernie, tmp_path):
+    wide = written(tmp_path, lambda ts: {n: torch.cat([t, t], -1) if "lora_A" in n else t for n, t in ts.items()})
+    (reason,) = reasons(ernie, FewSteps(wide, steps=4))
+    assert "2 of its 2 layers have another shape (the first: " in reason
+    assert "transformer.layers.0.mlp.linear_fc2 is 128 x 256, and the LoRA for 128 x 512" in reason
+
+
+@pytest.mark.parametrize("styled", [False, True], ids=["alone", "beside another"])
+def test_a_load_that_fails_half_way_leaves_the_pipe_as_it_was(ernie, tmp_path, styled):
+    if styled:
+        ernie.load_lora_weights(str(TINY_LORA), adapter_name="style")
+    drawn, before = picture(ernie, steps=1), snapshot(ernie)
+    uneven = written(tmp_path, lambda ts: {n: torch.cat([t, t]) if "lora_A" in n else t for n, t in ts.items()})
+    with pytest.raises(ernie_accel.ApplyError, match="size mismatch"):
+        ernie_accel.optimize(ernie, FewSteps(uneven, steps=4))
+    assert differences(before, snapshot(ernie)) == []
+    assert torch.equal(picture(ernie, steps=1), drawn)
+
+
+def test_layers_that_take_no_lora_and_names_that_are_taken_are_refused(ernie):
+    steps = ernie_accel.plan(ernie, Quantize("nf4"), LORA).steps
+    (reason,) = steps[1].reasons
+    assert reason.startswith("layers quantized by bitsandbytes take no LoRA: quantize with torchao, quanto or gguf, or")
+    ernie.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), adapter_name="few-steps")
+    assert reasons(ernie, LORA) == [
+        "ErnieImagePipeline has an adapter 'few-steps' already: choose another adapter_name"
+    ]
