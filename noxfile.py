@@ -113,6 +113,13 @@ def diffusers(session: nox.Session) -> None:
 
 
 @nox.session
+def onnx(session: nox.Session) -> None:
+    """Export the tiny model to ONNX, and hold it against ONNX Runtime."""
+    session.install(".[all,onnx]", *TEST)
+    session.run("python", "-m", "pytest", "tests/test_export_onnx.py", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
 def comfyui(session: nox.Session) -> None:
     """Run the example workflows through ComfyUI's own executor: ``nox -s comfyui -- PATH`` (a checkout of ComfyUI)."""
     session.install(".[all]", *TEST, "-r", f"{session.posargs[0]}/requirements.txt")

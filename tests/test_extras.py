@@ -19,11 +19,11 @@ def test_a_requested_backend_can_be_imported(package):
     assert importlib.import_module(package) is not None
 
 
-def test_every_extra_is_in_all_but_those_that_need_a_device():
+def test_every_extra_is_in_all_but_those_that_need_a_device_or_draw_nothing():
     extras = set(
         re.findall(r"^([\w-]+) = \[", PYPROJECT.split("[project.optional-dependencies]")[1].split("\n[")[0], re.M)
     )
-    assert extras - set(ALL) == {"all", "npu", "cudnn"}
+    assert extras - set(ALL) == {"all", "npu", "cudnn", "onnx"}
 
 
 def test_torch_npu_is_in_no_other_extra():

@@ -14,6 +14,7 @@ from ernie_accel.transforms import TRANSFORMS
 
 VERBS = {
     "evaluate",
+    "export_onnx",
     "load",
     "optimize",
     "plan",
@@ -45,6 +46,7 @@ CLASSES = {
     "Family",
     "Hardware",
     "LayerReceipt",
+    "OnnxModel",
     "Phase",
     "Pipeline",
     "Plan",

@@ -53,6 +53,8 @@ from ernie_accel.fidelity.compare import evaluate as evaluate
 from ernie_accel.memory.call import Call as Call
 from ernie_accel.fidelity.evaluation import Evaluation as Evaluation
 from ernie_accel.fidelity.evaluation import Thresholds as Thresholds
+from ernie_accel.storage.exporting import OnnxModel as OnnxModel
+from ernie_accel.storage.exporting import export_onnx as export_onnx
 from ernie_accel.storage.saving import save as save
 from ernie_accel.transforms import transform_from_json as transform_from_json
 from ernie_accel.transforms.calls.autocast import Autocast as Autocast

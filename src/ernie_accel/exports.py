@@ -63,6 +63,7 @@ HOMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "Evaluation",
             "Thresholds",
         ),
+        "storage.exporting": ("OnnxModel", "export_onnx"),
         "storage.saving": ("save",),
         "transforms": ("transform_from_json",),
         "transforms.calls.autocast": ("Autocast",),
