@@ -26,6 +26,28 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset
     return "\n".join("  ".join(pad(cell, i) for i, cell in enumerate(line)).rstrip() for line in lines)
 
 
+def html_table(header: Sequence[str], rows: Iterable[Sequence[str]], right: frozenset[int] = frozenset()) -> str:
+    """Return the same table as HTML, for notebooks; all text is shown as it stands."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        aligned = ("right" if i in right else "left" for i in range(len(cells)))
+        shown = (
+            f'<{tag} style="text-align:{side}">{html.escape(one_line(cell))}</{tag}>'
+            for side, cell in zip(aligned, cells, strict=True)
+        )
+        return f"<tr>{''.join(shown)}</tr>"
+
+    body = "".join(line(row, "td") for row in rows)
+    return f"<table><thead>{line(header, 'th')}</thead><tbody>{body}</tbody></table>"
+
+
+def html_lines(lines: Iterable[str], first: str = "") -> str:
+    """Return lines as HTML, one below the other, and before them `first` in bold."""
+    shown = [f"<b>{html.escape(one_line(first))}</b>"] if first else []
+    shown += [html.escape(one_line(line)) for line in lines]
+    return f"<p>{'<br>'.join(shown)}</p>" if shown else ""
+
+
 def human_bytes(count: int) -> str:
     """Return a number of bytes in decimal units, as file sizes of checkpoints are given."""
     size = float(count)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
-from ernie_accel.common.text import effect_text, human_bytes, summarise, table
+from ernie_accel.common.text import effect_text, html_lines, html_table, human_bytes, summarise, table
 from ernie_accel.core.carried import carried_report
 from ernie_accel.core.components import (
     AnyPipeline,
@@ -38,6 +38,12 @@ class MemoryForecast(Protocol):
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
+
+    def _repr_html_(self) -> str:
+        """Return what notebooks show."""
+
+
+_HEADER = ("#", "transform", "effect", "what would change", "weights")
 
 
 @dataclass(frozen=True)
@@ -98,19 +104,30 @@ class Plan:
                 yield f"    - {reason}"
 
     def __str__(self) -> str:
-        what = f"{self.pipe_class} ({self.family or 'of no known family'})"
-        lines = [f"Plan: {self.title} for {what} on {self.context}"]
-        lines += [f"  - {blocker}" for blocker in self.blockers]
-        if self.undoes:
-            undone = ", ".join(map(repr, self.undoes))
-            lines.append(f"First undoes {undone}. The rows describe the pipe as it is now, and are planned again then.")
-        lines.append(table(("#", "transform", "effect", "what would change", "weights"), self._rows(), frozenset({0})))
-        lines += list(self._footnotes())
+        lines = [self._heading(), *self._before(), table(_HEADER, self._rows(), frozenset({0})), *self._footnotes()]
         if self.memory is not None:
             lines.append(str(self.memory))
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Return what notebooks show."""
+        parts = [html_lines(self._before(), self._heading()), html_table(_HEADER, self._rows(), frozenset({0}))]
+        parts.append(html_lines(self._footnotes()))
+        if self.memory is not None:
+            parts.append(self.memory._repr_html_())
+        return "".join(parts)
+
+    def _heading(self) -> str:
+        what = f"{self.pipe_class} ({self.family or 'of no known family'})"
+        return f"Plan: {self.title} for {what} on {self.context}"
+
+    def _before(self) -> Iterator[str]:
+        yield from (f"  - {blocker}" for blocker in self.blockers)
+        if self.undoes:
+            undone = ", ".join(map(repr, self.undoes))
+            yield f"First undoes {undone}. The rows describe the pipe as it is now, and are planned again then."
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         before = self.bytes_before

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ernie_accel.common.text import effect_text, human_bytes, summarise, table
+from ernie_accel.common.text import effect_text, html_lines, html_table, human_bytes, summarise, table
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.step import Step
@@ -39,6 +39,9 @@ def planned_by(entries: Iterable[Entry]) -> PlannedPipe | None:
     return planned[-1] if planned else None
 
 
+_HEADER = ("#", "transform", "effect", "status", "what changed, or why not", "ms", "weights")
+
+
 @dataclass(frozen=True)
 class Report:
     """What was applied to a pipe, skipped and why. Printing it gives a table; `to_json` the same as data.
@@ -62,14 +65,18 @@ class Report:
         return max(effects, key=lambda effect: effect.severity, default=Effect.EXACT)
 
     def __str__(self) -> str:
-        versions = ", ".join(f"{name} {self.context.versions.get(name, '?')}" for name in ("torch", "diffusers"))
-        lines = [f"Report: {self.title} on {self.pipe_class}, {self.context}, {versions}"]
-        header = ("#", "transform", "effect", "status", "what changed, or why not", "ms", "weights")
-        lines.append(table(header, self._rows(), frozenset({0, 5})))
-        lines += self._footnotes()
-        return "\n".join(lines)
+        return "\n".join([self._heading(), table(_HEADER, self._rows(), frozenset({0, 5})), *self._footnotes()])
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Return what notebooks show."""
+        rows = html_table(_HEADER, self._rows(), frozenset({0, 5}))
+        return html_lines((), self._heading()) + rows + html_lines(self._footnotes())
+
+    def _heading(self) -> str:
+        versions = ", ".join(f"{name} {self.context.versions.get(name, '?')}" for name in ("torch", "diffusers"))
+        return f"Report: {self.title} on {self.pipe_class}, {self.context}, {versions}"
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for number, entry in enumerate(self.entries, start=1):

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ernie_accel.common.text import human_bytes
+from ernie_accel.common.text import html_lines, html_table, human_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.core.timing import Race
 from ernie_accel.fidelity.render import Rendering
+
+if TYPE_CHECKING:
+    import torch
+
+_HEADER = ("#", "prompt", "seed", "NMSE", "PSNR dB", "SSIM", "latent SQNR dB", "baseline ms", "candidate ms")
+#: A notebook shows as many pictures of each side, and no larger than that.
+_SHOWN, _THUMBNAIL_PX = 6, 160
 
 
 @dataclass(frozen=True)
@@ -233,17 +242,32 @@ class Evaluation:
         settings = ", ".join(f"{name} {value}" for name, value in self.settings.items())
         lines += [f"{self.context}, {versions}; {settings}", ""]
         lines += _markdown_table(("", "baseline", "candidate"), self._side_rows())
-        header = ("#", "prompt", "seed", "NMSE", "PSNR dB", "SSIM", "latent SQNR dB", "baseline ms", "candidate ms")
-        lines += ["", *_markdown_table(header, self._picture_rows()), ""]
-        lines.append(
+        lines += ["", *_markdown_table(_HEADER, self._picture_rows()), "", *self._how_measured()]
+        return "\n".join(lines) + "\n"
+
+    __str__ = __repr__ = to_markdown
+
+    def _repr_html_(self) -> str:
+        """Return what notebooks show: verdict, both sides, figures, and the first pictures side by side."""
+        versions = ", ".join(f"{name} {self.context.versions.get(name, '?')}" for name in ("torch", "diffusers"))
+        about = [*self.failures, f"Baseline: {_described(self.baseline)}", f"Candidate: {_described(self.candidate)}"]
+        about.append(f"{self.context}, {versions}")
+        parts = [html_lines(about, f"Evaluation: {'passed' if self.ok else 'FAILED'}")]
+        parts.append(html_table(("", "baseline", "candidate"), self._side_rows(), frozenset({1, 2})))
+        parts.append(html_table(_HEADER, self._picture_rows(), frozenset(range(2, len(_HEADER)))))
+        pairs = [(each.baseline.image, each.candidate.image) for each in self.pictures[:_SHOWN]]
+        for name, images in zip(("baseline", "candidate"), zip(*pairs, strict=True), strict=True):
+            parts.append(f"<p>{name}<br>{''.join(map(_thumbnail, images))}</p>")
+        parts.append(html_lines(self._how_measured()))
+        return "".join(parts)
+
+    def _how_measured(self) -> Iterator[str]:
+        yield (
             f"Times are medians of {self.repeats} x {len(self.pictures)} pictures, the baseline's before the "
             "candidate's; the warm-up picture of each side is in no time but its own row. A ratio of "
             f"{self.speedup:.2f}: {self._which_is_faster()}."
         )
-        lines += [f"Note: {note}." for note in self.notes]
-        return "\n".join(lines) + "\n"
-
-    __str__ = __repr__ = to_markdown
+        yield from (f"Note: {note}." for note in self.notes)
 
     def save(self, folder: str | Path) -> Path:
         """Write the page, the JSON, all pictures and a contact sheet into `folder`; see `artifacts.save`."""
@@ -270,7 +294,7 @@ class Evaluation:
     def _picture_rows(self) -> Iterator[tuple[str, ...]]:
         for number, p in enumerate(self.pictures, start=1):
             times = f"{p.baseline_ms:.0f}", f"{p.candidate_ms:.0f}"
-            yield str(number), p.prompt.replace("|", "\\|"), str(p.seed), *_shown(p.fidelity), *times
+            yield str(number), p.prompt, str(p.seed), *_shown(p.fidelity), *times
         medians = f"{self.baseline.picture_ms:.0f}", f"{self.candidate.picture_ms:.0f}"
         yield "", "all", "", *_shown(self.total), *medians
 
@@ -294,13 +318,23 @@ def _shown(fidelity: Fidelity) -> tuple[str, str, str, str]:
     return f"{fidelity.nmse:.2e}", f"{fidelity.psnr_db:.1f}", f"{fidelity.ssim:.4f}", f"{fidelity.sqnr_db:.1f}"
 
 
+def _thumbnail(image: torch.Tensor) -> str:
+    """Return a picture as HTML that holds it, small."""
+    from ernie_accel.fidelity.artifacts import as_picture
+
+    small, file = as_picture(image), io.BytesIO()
+    small.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
+    small.save(file, "PNG")
+    return f'<img style="margin:2px" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+
 def _seconds(value: float | None, otherwise: str) -> str:
     return otherwise if value is None else f"{value:.1f}"
 
 
 def _markdown_table(header: Sequence[str], rows: Iterator[tuple[str, ...]]) -> list[str]:
     lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
 def _plain(value: object) -> object:

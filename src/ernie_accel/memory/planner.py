@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ernie_accel.common.text import human_gib, table
+from ernie_accel.common.text import html_lines, html_table, human_gib, table
 from ernie_accel.core.components import PROMPT_COMPONENTS, Pipeline, device_of, modules_of, pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError
@@ -39,6 +39,9 @@ _NOT_KEPT = "no unquantized weights wait in host memory: restore() cannot bring 
 #: Slots that say where weights live: who fills one has chosen.
 _PLACING = ("offload", "device", "free-after-use")
 _UNITS = {"gib": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
+
+
+_HEADER, _FIGURES = ("stage", "weights", "computing", "in use"), frozenset({1, 2, 3})
 
 
 @dataclass(frozen=True)
@@ -92,25 +95,29 @@ class MemoryPlan:
         }
 
     def __str__(self) -> str:
-        budget = "" if self.budget is None else f" of {human_gib(self.budget)} it may use"
-        verdict = "fits" if self.fits else "does NOT fit"
-        lines = [f"Memory for {self.call}: {human_gib(self.needed)}{budget}: {verdict}"]
-        rows = [
-            (
-                stage.name,
-                human_gib(stage.weights),
-                "unknown" if stage.activations is None else human_gib(stage.activations + BETWEEN),
-                human_gib(stage.total),
-            )
-            for stage in self.stages
-        ]
-        lines.append(table(("stage", "weights", "computing", "in use"), rows, frozenset({1, 2, 3})))
-        lines.append(f"Peak in use {human_gib(self.peak)}, and {human_gib(self.spare)} for graphs and the allocator.")
-        if self.host:
-            lines.append(f"Host memory for what is not on the device: {human_gib(self.host)}.")
-        return "\n".join((*lines, *(f"  + {reason}" for reason in self.why)))
+        return "\n".join([self._heading(), table(_HEADER, self._rows(), _FIGURES), *self._about()])
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Return what notebooks show."""
+        rows = html_table(_HEADER, self._rows(), _FIGURES)
+        return html_lines((), self._heading()) + rows + html_lines(self._about())
+
+    def _heading(self) -> str:
+        budget = "" if self.budget is None else f" of {human_gib(self.budget)} it may use"
+        return f"Memory for {self.call}: {human_gib(self.needed)}{budget}: {'fits' if self.fits else 'does NOT fit'}"
+
+    def _rows(self) -> Iterator[tuple[str, ...]]:
+        for stage in self.stages:
+            computing = "unknown" if stage.activations is None else human_gib(stage.activations + BETWEEN)
+            yield stage.name, human_gib(stage.weights), computing, human_gib(stage.total)
+
+    def _about(self) -> Iterator[str]:
+        yield f"Peak in use {human_gib(self.peak)}, and {human_gib(self.spare)} for graphs and the allocator."
+        if self.host:
+            yield f"Host memory for what is not on the device: {human_gib(self.host)}."
+        yield from (f"  + {reason}" for reason in self.why)
 
 
 def budget_of(memory: str | int, context: Context) -> int | None:

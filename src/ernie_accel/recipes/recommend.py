@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from ernie_accel.common.text import human_bytes
+from ernie_accel.common.text import html_lines, html_table, human_bytes
 from ernie_accel.core.components import AnyPipeline, Pipeline
 from ernie_accel.core.context import OPTIONAL_PACKAGES, Context
 from ernie_accel.core.errors import UnknownNameError
@@ -96,9 +96,7 @@ class Recommendation:
     warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"Recommended on {self.context}: preset {self.preset.name!r}", f"  {self.preset.summary}"]
-        lines += [f"  + {reason}" for reason in self.why]
-        lines += [f"  ! {warning}" for warning in self.warnings]
+        lines = [self._heading(), *self._about()]
         if self.rejected:
             lines.append("Not:")
         for name, reasons in self.rejected.items():
@@ -106,6 +104,20 @@ class Recommendation:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """Return what notebooks show."""
+        rows = [(name, reason) for name, reasons in self.rejected.items() for reason in reasons]
+        table = html_table(("not", "because"), rows) if rows else ""
+        return html_lines(self._about(), self._heading()) + table
+
+    def _heading(self) -> str:
+        return f"Recommended on {self.context}: preset {self.preset.name!r}"
+
+    def _about(self) -> Iterator[str]:
+        yield f"  {self.preset.summary}"
+        yield from (f"  + {reason}" for reason in self.why)
+        yield from (f"  ! {warning}" for warning in self.warnings)
 
 
 def recommend(
