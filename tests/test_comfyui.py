@@ -167,6 +167,29 @@ def test_a_lora_is_in_the_picture(comfyui, files):
     torch.testing.assert_close(without, plain, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("named", ["kohya", "ComfyUI"])
+def test_a_lora_by_other_names_is_the_same(comfyui, files, named):
+    from safetensors.torch import load_file, save_file
+
+    _, executor, _ = comfyui
+    file = files / "models" / "loras" / "style.safetensors"
+    write_lora(file, 1)
+    expected = pictures(executor.run(graph("lora")))
+    halves = {"lora_A": "lora_down", "lora_B": "lora_up"}
+    renamed = {}
+    for name, tensor in load_file(file).items():
+        path, half = name.removeprefix("transformer.").removesuffix(".weight").rsplit(".", 1)
+        if named == "ComfyUI":
+            renamed[f"diffusion_model.{path}.{half}.weight"] = tensor
+        else:
+            renamed[f"lora_unet_{path.replace('.', '_')}.{halves[half]}.weight"] = tensor
+            renamed[f"lora_unet_{path.replace('.', '_')}.alpha"] = torch.tensor(4.0)  # its rank
+    save_file(renamed, file)
+    os.utime(file, (1, 1))
+    torch.testing.assert_close(pictures(executor.run(graph("lora"))), expected, atol=1e-4, rtol=0)
+    assert "2" in executor.ran
+
+
 def test_image_to_image_keeps_more_of_the_picture_the_less_strong(comfyui, files):
     _, executor, _ = comfyui
     original = OwnNodes["LoadImage"]().load("example.png")[0]

@@ -106,7 +106,14 @@ def _fuse(pipe: Any, lora: Lora, name: str) -> None:
     if not hasattr(pipe, "load_lora_weights"):
         raise ErnieAccelError(f"{type(pipe).__name__} takes no LoRAs in the diffusers installed here")
     try:
-        pipe.load_lora_weights(load_file(lora.path), adapter_name=name)
+        weights = load_file(lora.path)
+        magnitudes = sum("dora_scale" in key for key in weights)
+        if magnitudes:
+            raise ErnieAccelError(
+                f"{lora.path.name} is a DoRA ({magnitudes} tensors), of which diffusers would load only a part; merge "
+                "it into a LoRA with its trainer's tools"
+            )
+        pipe.load_lora_weights(_in_diffusers_names(weights, pipe.transformer), adapter_name=name)
     except (SafetensorError, ValueError, LookupError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ErnieAccelError(f"{lora.path.name} does not fit {type(pipe).__name__}: {reason}") from error
@@ -114,6 +121,19 @@ def _fuse(pipe: Any, lora: Lora, name: str) -> None:
         raise ErnieAccelError(f"{lora.path.name} does not fit {type(pipe).__name__}: none of its layers is there")
     pipe.fuse_lora(lora_scale=lora.scale, adapter_names=[name])
     pipe.unload_lora_weights()
+
+
+def _in_diffusers_names(weights: dict[str, torch.Tensor], transformer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return a LoRA's tensors by diffusers' names if all of them have one here; else as they are, for diffusers."""
+    from ernie_accel.models.adapters import layer_paths
+    from ernie_accel.models.lora_keys import as_diffusers
+
+    if all(key.startswith("transformer.") and ".lora_" in key for key in weights):
+        return weights
+    paths = layer_paths(transformer)
+    renamed = as_diffusers(weights, paths)
+    known = {f"transformer.{path}" for path in paths}
+    return renamed if all(key.rpartition(".lora_")[0] in known for key in renamed) else weights
 
 
 class HeldPipe:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ernie_accel.common.text import one_line
 from ernie_accel.core.components import weights_of
 from ernie_accel.families.family import SingleFileNames
 from ernie_accel.storage.single_file.tensor_files import DTYPES, SafetensorsFile, TensorFile
@@ -67,7 +68,7 @@ class _Problems:
         ):
             if names:
                 more = ", ..." if len(names) > _SHOWN else ""
-                yield f"{what}: {', '.join(names[:_SHOWN])}{more}"
+                yield f"{what}: {', '.join(one_line(name, 200) for name in names[:_SHOWN])}{more}"
 
 
 def sources_in(file: TensorFile, model: torch.nn.Module, names: SingleFileNames, what: str) -> dict[str, Source]:
