@@ -52,7 +52,8 @@ def test_the_engine_hands_it_over(monkeypatch):
         raise AssertionError("the pipeline drew noise by itself")
 
     monkeypatch.setattr(module, "randn_tensor", refuse)
-    LocalEngine(tiny_ernie()).render(requests(2, width=32, height=32, steps=1))
+    pictures = LocalEngine(tiny_ernie()).render(requests(2, width=32, height=32, steps=1))
+    assert [picture.size for picture in pictures] == [(32, 32)] * 2
 
 
 @pytest.mark.parametrize("make", [tiny_flux, tiny_z_image])

@@ -9,6 +9,7 @@ import re
 from contextlib import suppress
 from typing import get_args, get_type_hints
 
+import numpy
 import pytest
 
 from ernie_accel.batch import BatchInputError, MetricsServer, Producer, Sift, produce, read_rows, read_table
@@ -152,7 +153,6 @@ def test_the_api_refuses_the_same_before_anything_is_made(tmp_path, option, owne
 
 
 def test_the_api_names_every_argument_that_is_wrong_and_takes_numbers_of_numpy(tmp_path):
-    numpy = pytest.importorskip("numpy")
     with pytest.raises(ErnieAccelError) as caught:
         produce(StubEngine(), make_rows(1), tmp_path / "out", batch_size=0, retries="2", timeout_s=math.inf, seed=True)
     assert str(caught.value).splitlines() == [

@@ -102,6 +102,7 @@ def noting(cluster, tmp_path):
     engine.close()
 
 
+@pytest.mark.slow
 def test_prompts_are_enhanced_and_encoded_ahead_by_all_actors_once_and_used_by_any(noting, tmp_path, alone):
     """At the end, closing waits for none that is still being encoded."""
     engine, asked = noting, []

@@ -54,6 +54,7 @@ def test_restore_puts_weights_back_where_they_began(make, transform):
     pipe = as_loaded(make)
     stock, before = places(pipe), drawn(pipe)
     if not ernie_accel.plan(pipe, transform).ok:
+        assert transform == RewriteBlocks()
         pytest.skip("the family has no rewritten blocks")
     ernie_accel.optimize(pipe, transform)
     after = drawn(pipe)
@@ -76,8 +77,6 @@ def test_a_cast_that_loses_no_bits_comes_back_to_the_same_places():
 @pytest.mark.parametrize("transform", [t for t in EXAMPLES if t.effect is Effect.EXACT], ids=repr)
 def test_what_is_called_exact_is_so_with_weights_that_begin_anywhere(transform):
     pipe = as_loaded(lambda: tiny_ernie(enhancer=transform.slot == "enhancer"))
-    if not ernie_accel.plan(pipe, transform).ok:
-        pytest.skip("needs a device that is not here")
     before = drawn(pipe)
     ernie_accel.optimize(pipe, transform)
     assert torch.equal(drawn(pipe), before)

@@ -126,8 +126,6 @@ def test_what_changes_evenly_is_forecast_exactly(cls, strength):
 @pytest.mark.parametrize("backend", ["diffusers", "cache-dit"])
 @pytest.mark.parametrize("cls", [*BEGINS_LATE, *CONTROLLED])
 def test_caches_of_blocks_skip_too_or_are_refused(cls, backend, monkeypatch):
-    if backend == "cache-dit":
-        pytest.importorskip("cache_dit")
     pipe = make(cls)
     if cls in CONTROLLED:
         with pytest.raises(ernie_accel.ErnieAccelError, match="ControlNet adds to the output of single blocks"):

@@ -162,3 +162,4 @@ def test_a_caption_of_one_long_word_costs_no_time(tmp_path):
     word = "masterpiece,best_quality," * 1400
     with little_work(5):
         contact_sheet([Column(word, [Image.new("RGB", (8, 8))])], tmp_path / "sheet.png", rows=("",))
+    assert (tmp_path / "sheet.png").exists()

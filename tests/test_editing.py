@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -68,6 +68,23 @@ def test_strength_1_is_text_to_image_bit_for_bit_and_0_the_picture_through_the_v
     assert steps == []
     assert torch.equal(through, again)  # neither prompt nor noise matters
     assert not torch.equal(through, drawn)
+
+
+def test_strength_1_is_text_to_image_also_where_the_schedule_begins_below_the_highest_noise():
+    pipe = tiny_z_image()
+    call = settings(pipe, sigmas=[0.9, 0.5, 0.2], num_inference_steps=3)
+    drawn = pipe(PROMPT, height=64, width=64, **call).images
+    call |= settings(pipe, num_inference_steps=3)  # the generator anew
+    assert torch.equal(image_to_image(pipe, PICTURE, PROMPT, strength=1, **call).images, drawn)
+
+
+def test_the_progress_bar_counts_the_steps_that_run():
+    pipe, totals = tiny_ernie(), []
+    bar = pipe.progress_bar
+    pipe.progress_bar = lambda iterable=None, total=None: totals.append(total) or bar(iterable, total)
+    steps = traced(pipe)
+    image_to_image(pipe, PICTURE, PROMPT, strength=0.5, **settings(pipe, num_inference_steps=4))
+    assert totals == [len(steps)] == [2]
 
 
 @pytest.mark.parametrize(("steps", "strength"), [(4, 0.5), (8, 0.3), (3, 0.1)])
@@ -386,6 +403,28 @@ def test_a_second_pass_refines_what_the_first_one_drew():
         base, base, [PROMPT, "a"], num_images_per_prompt=2, first=settings(base) | {"height": 32, "width": 32}
     )
     assert len(four.images) == 4
+
+
+def test_a_prompt_that_the_first_pass_enhanced_is_not_enhanced_again():
+    turbo, base = tiny_ernie(enhancer=True), tiny_ernie(enhancer=True)
+    base.pe.generate = lambda *_, **__: pytest.fail("enhanced again")
+    size = {"height": 32, "width": 32, "num_inference_steps": 1}
+    assert len(refine(turbo, base, PROMPT, first=size, num_inference_steps=2).images) == 1
+
+
+def test_a_first_pass_that_overshoots_is_cut_to_colours():
+    class Bright:
+        components: ClassVar[dict[str, Any]] = {}
+
+        def __call__(self, prompt: str, **call: Any) -> Any:
+            return SimpleNamespace(images=torch.tensor([1.5, -0.5, 0.5]).view(1, 3, 1, 1).expand(1, 3, 32, 32))
+
+    base = tiny_z_image()
+    white = torch.tensor([1.0, 0.0, 0.5]).view(3, 1, 1).expand(3, 32, 32)
+    call = {"strength": 0.5, "num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "pt"}
+    twice = [torch.Generator().manual_seed(3) for _ in range(2)]
+    found = refine(Bright(), base, PROMPT, generator=twice[0], **call).images
+    assert torch.equal(found, image_to_image(base, white, PROMPT, generator=twice[1], **call).images)
 
 
 @pytest.fixture(scope="module")

@@ -78,4 +78,4 @@ assert quantized.weight._data.data_ptr() % 16 == 0
 for rows in (1, 2, 7, 33):
     assert quantized(torch.randn(rows, 512).to(torch.bfloat16)).isfinite().all()
 """
-    forked.lines(script)
+    assert forked.lines(f"{script}print('ran')")[-1] == "ran"

@@ -128,3 +128,24 @@ def test_what_is_measured_is_a_fresh_process_in_miniature(tmp_path, monkeypatch)
     facts = cold_start.measure(folder, "tiny", "cpu", "saved", cold_start.time.time())
     assert facts["finite"]
     assert 0 < facts["imported_s"] <= facts["loaded_s"] < facts["first_s"] < facts["second_s"]
+
+
+def test_graphs_share_the_memory_of_one_that_is_still_there():
+    pools = []
+
+    class Graph:
+        def __init__(self, pool):
+            pools.append(pool)
+            self._pool = len(pools) if pool is None else pool
+
+        def pool(self):
+            return self._pool
+
+        def replay(self):
+            pass
+
+    replays = Replays(2, lambda work, pool: (Graph(pool), work()))
+    for name in ("a", "b", "c"):
+        replays.run(name, lambda: None)
+        replays.run(name, lambda: None)
+    assert pools == [None, 1, 1]

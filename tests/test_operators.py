@@ -117,6 +117,7 @@ def test_schema_and_fakes_hold(name: str, arguments: tuple[Any, ...]) -> None:
     takes_float8 = any(isinstance(a, Tensor) and a.dtype == ops.FP8 for a in arguments)
     # The check of the schema multiplies the inputs, which float8 cannot on a CPU.
     checks = ("test_faketensor",) if takes_float8 else ("test_schema", "test_faketensor")
+    # Raises where one does not hold.
     torch.library.opcheck(getattr(torch.ops.ernie_accel, name).default, arguments, test_utils=checks)
 
 

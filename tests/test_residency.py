@@ -465,7 +465,6 @@ def test_no_two_pieces_of_one_component_share_an_address_unless_they_take_turns(
 
 
 def test_a_lora_loaded_later_is_drawn_and_outlives_the_restore(movers):
-    pytest.importorskip("peft")
     from tests.test_rewrite import lora as add_lora
 
     stock, pipe = tiny_ernie(layers=5), tiny_ernie(layers=5)

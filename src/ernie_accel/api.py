@@ -177,7 +177,7 @@ def _optimize(
             if placing.chosen:  # before it is done: an interrupt may come right after, and must not lose the note
                 PLACED.put(checked, placing)
             apply_request(checked, wanted, named, machine, skip_unsupported=skip)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: the note says what is true of the pipe as it is by then
             if before is None:
                 PLACED.drop(checked)
             else:

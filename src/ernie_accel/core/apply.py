@@ -123,7 +123,7 @@ def _apply(pipe: Pipeline, base: Report, steps: Iterable[Step]) -> None:
             current = step
             done = (*done, _apply_step(pipe, replace(base, entries=base.entries + done), step))
             carry(pipe, replace(base, entries=base.entries + done))
-    except BaseException as error:
+    except BaseException as error:  # Ctrl-C too: what was begun is undone, whatever ended it
         left = _rewind(pipe, report_of(pipe), keep=len(base.entries))
         if current is None or not isinstance(error, Exception):
             raise

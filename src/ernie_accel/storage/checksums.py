@@ -45,7 +45,7 @@ class Checking:
             for file, size in sizes.items():
                 starts = range(0, max(size, 1), PIECE_BYTES)
                 self._pieces[file] = [self._pool.submit(_digest, file, start) for start in starts]
-        except BaseException:
+        except BaseException:  # Ctrl-C too: or the threads would read on
             self.close()
             raise
 

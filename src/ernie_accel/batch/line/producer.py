@@ -288,7 +288,7 @@ class Producer:
                 if self._owns_engine:
                     closing.callback(self._engine.close)
                 self._answer(self._line.close())
-        except BaseException as error:
+        except BaseException as error:  # likewise
             failures.append(error)
         failures.append(ErnieAccelError("the producer was closed before the picture was made"))
         with self._lock:
