@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ernie_accel import (
+    CallDefaults,
     CastDtype,
     Context,
     ExplainOutOfMemory,
@@ -217,6 +218,21 @@ def test_unquantized_weights_wait_on_the_host_only_where_everything_stays_on_the
     own = planned(turbo, "h200", "turbo-fp8", FuseKernels("fp8"), memory="8GiB")
     assert not any(isinstance(each, FuseKernels) for each in own.transforms)
     assert own.host == on_8.host + on_all.host
+
+
+@pytest.mark.parametrize(
+    ("make", "transforms", "guided"),
+    [
+        (tiny_ernie, (), True),
+        (tiny_ernie, (CallDefaults("turbo"),), False),
+        (tiny_lumina2, (CallDefaults("quality"),), True),  # the mode leaves the pipe's own scale
+        (tiny_lumina2, (CallDefaults(guidance_scale=1.0),), False),
+        (tiny_flux, (), False),  # its scale is an input of the model
+    ],
+)
+def test_guidance_is_what_calls_have_by_default(monkeypatch, make, transforms, guided):
+    monkeypatch.setattr("ernie_accel.memory.planner.activations_of", lambda *args, **kwargs: {})
+    assert plan_memory(make(), transforms, None, Context.named("cpu")).call.guidance == guided
 
 
 def test_what_other_work_holds_on_the_card_is_not_counted_on(turbo):

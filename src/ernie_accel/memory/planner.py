@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -249,15 +250,18 @@ def _placings(
 
 def _is_guided(pipe: Pipeline, transforms: Iterable[Transform]) -> bool:
     """Return whether calls will denoise each picture twice, because classifier-free guidance is their default."""
+    scale = None
     for transform in transforms:
         if isinstance(transform, CallDefaults):
             mode = family_of(pipe).modes.get(transform.mode or "")
             scale = transform.guidance_scale
             scale = mode.guidance_scale if scale is None and mode is not None else scale
-            return scale is not None and scale > 1
         if isinstance(transform, FewSteps):
-            return bool(transform.wanted(pipe)["guidance_scale"] > 1)
-    return False
+            scale = transform.wanted(pipe)["guidance_scale"]
+    if scale is None and family_of(pipe).is_known:  # elsewhere the argument may mean something else, as FLUX's does
+        parameter = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+        scale = None if parameter is None else parameter.default
+    return isinstance(scale, (int, float)) and scale > 1
 
 
 def is_relative(memory: str | int) -> bool:
