@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -425,3 +426,52 @@ def test_a_lora_loaded_after_quantizing_counts_beside_fused_layers_and_stays_whe
     assert torch.equal(latents(ernie_accel.restore(pipe)), expected)
     pipe.unload_lora_weights()
     assert torch.equal(latents(pipe), plain)
+
+
+@pytest.mark.parametrize(
+    ("family", "argument"), [("z_image", "joint_attention_kwargs"), ("lumina2", "attention_kwargs")]
+)
+def test_the_scale_of_a_call_counts_for_that_call(family: str, argument: str) -> None:
+    pipe, stock = fused(made(family)), made(family)
+    for each in (pipe, stock):
+        load(each, family)
+    recorder = graphed(pipe)
+    whole = latents(pipe)
+    if argument not in inspect.signature(type(pipe).__call__).parameters:
+        argument = "cross_attention_kwargs"
+    call = {argument: {"scale": 0.3}}
+    got, expected = (picture(each, output_type="latent", steps=2, **call) for each in (pipe, stock))
+    assert sqnr_db(got, expected) > max(10, sqnr_db(latents(stock), expected) + 6)
+    assert torch.equal(latents(pipe), whole)
+    assert recorder.captures >= 1
+
+
+def test_compiled_blocks_are_one_graph_with_a_lora_and_see_swaps() -> None:
+    torch._dynamo.reset()
+    pipe, eager = fused(made("ernie")), fused(made("ernie"))
+    for each in (pipe, eager):
+        load(each, "ernie")
+        load(each, "ernie", "b", seed=2)
+        each.set_adapters(["a"])
+    pipe.transformer.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
+    assert torch.equal(latents(pipe), latents(eager))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for each in (pipe, eager):
+            each.set_adapters(["b"], [0.5])
+        assert torch.equal(latents(pipe), latents(eager))
+    torch._dynamo.reset()
+
+
+def test_a_lora_counts_under_autocast_and_where_weights_are_moved_and_with_cached_steps() -> None:
+    pipe = ernie_accel.optimize(tiny_ernie(), RewriteBlocks(), Quantize("int8-weight-only"))
+    load(pipe, "ernie")
+    expected = latents(pipe)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sqnr_db(latents(pipe), expected) > 25
+    moved = fused(made("ernie"))
+    load(moved, "ernie")
+    expected = latents(moved)
+    moved.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(latents(moved), expected)
+    moved.set_adapters(["a"], [0.1])
+    assert not torch.equal(latents(moved), expected)

@@ -477,6 +477,30 @@ def test_a_lora_loaded_later_is_drawn_and_outlives_the_restore(movers):
     assert torch.equal(picture(pipe), picture(stock))
 
 
+def test_a_lora_beside_fused_kernels_is_read_when_its_block_has_arrived(movers, monkeypatch):
+    """The pre-hook that looks for changed adapters runs before any block has: what it would read is another block's."""
+    from ernie_accel import Context, FuseKernels
+    from tests.test_lora import adapter
+
+    monkeypatch.setattr(FuseKernels, "_unsupported_reasons", lambda self, pipe, context: [])
+    context = Context("cpu", "a test", (9, 0), versions={"triton": "3.6"})
+    transforms = (RewriteBlocks(), FuseKernels("fp8"))
+    stock, pipe = (tiny_ernie(layers=5, dtype=torch.bfloat16) for _ in range(2))
+    weights = adapter("ernie") | {
+        key.replace("layers.1.", f"layers.{i}."): tensor for key, tensor in adapter("ernie").items() for i in (2, 3, 4)
+    }
+    for each in (stock, pipe):
+        each.load_lora_weights(dict(weights), adapter_name="a")
+    ernie_accel.optimize(stock, *transforms, context=context)
+    ernie_accel.optimize(pipe, *transforms, context=context)
+    picture(pipe)  # stacks the adapters before some of what holds them comes and goes
+    ernie_accel.optimize(pipe, *transforms, Residency(least(pipe)), context=context)
+    assert torch.equal(picture(pipe), picture(stock))
+    for each in (stock, pipe):
+        each.set_adapters(["a"], [0.4])
+    assert torch.equal(picture(pipe), picture(stock))
+
+
 def test_graphs_replay_weights_that_left_and_came_back(movers, monkeypatch):
     """Within a graph nothing waits for a copy, so all must have arrived before each replay."""
     pipe = ernie_accel.optimize(tiny_ernie(layers=5), RewriteBlocks())

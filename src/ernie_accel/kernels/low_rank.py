@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ernie_accel.core.captured import version_of
+from ernie_accel.core.captured import comes_and_goes, version_of
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.stand_in import StandInMethod
 from ernie_accel.kernels import ops
@@ -105,13 +105,19 @@ class LowRankProduct(nn.Module):
             low: Tensor = ops.low_rank_fp8(x.values, x.scale, down)
         else:
             low = x.flatten(0, -2) @ down.t()
-        out.view(-1, out.shape[-1]).addmm_(low, up.t())
+        out.view(-1, out.shape[-1]).addmm_(low.to(out.dtype), up.t().to(out.dtype))  # autocast may have chosen another
         return out
 
-    def update(self) -> None:
-        """Take over what PEFT's layers have now, if that changed."""
+    def update(self, *, early: bool = False) -> None:
+        """Take over what PEFT's layers have now, if that changed.
+
+        Args:
+            early: It is not this product's turn yet. Adapters whose values are elsewhere until then have to wait.
+        """
         seen = self._look()
         if seen == self._seen:
+            return
+        if early and any(comes_and_goes(each) for term in terms_of(self.places) for each in (term.down, term.up)):
             return
         # Not of inference mode, or nobody could write into them later.
         with _UPDATING, torch.inference_mode(False), torch.no_grad():
@@ -121,7 +127,7 @@ class LowRankProduct(nn.Module):
 
     def _look(self) -> list[object]:
         """Return all that the low-rank part depends on, as plain data; it is asked for before each product."""
-        seen: list[object] = [self.weight.device]
+        seen: list[object] = [self.weight.device, self.down is not None and comes_and_goes(self.down)]
         for owner, name, *_ in self.places:
             layer = owner._modules.get(name)
             if layer is None or "base_layer" not in layer._modules:
@@ -214,7 +220,13 @@ class LowRankProduct(nn.Module):
         padded = -(-ranks // RANK_MULTIPLE_OF) * RANK_MULTIPLE_OF
         columns, rows = terms[0].down.shape[1], max(place.start + place.features for place in self.places)
         down, up = self.down, self.up
-        if down is None or up is None or len(down) != padded or down.device != device or down.dtype != self.dtype:
+        kept = down is not None and up is not None and not comes_and_goes(down) and not comes_and_goes(up)
+        if (
+            not kept
+            or down is None
+            or up is None
+            or (len(down), down.device, down.dtype) != (padded, device, self.dtype)
+        ):
             down = torch.zeros(padded, columns, device=device, dtype=self.dtype)
             up = torch.zeros(rows, padded, device=device, dtype=self.dtype)
             self.down, self.up = down, up

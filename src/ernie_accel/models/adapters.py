@@ -252,7 +252,7 @@ def update_products(transformer: nn.Module, *_: object) -> None:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _update(products: list[LowRankProduct]) -> None:
     for product in products:
-        product.update()
+        product.update(early=True)
 
 
 class TakesAdapters(StandInMethod):
