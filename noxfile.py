@@ -18,6 +18,8 @@ TEST = (
     "scikit-image>=0.24",
     "peft>=0.17",
     "hypothesis>=6.100",
+    "httpx>=0.27",
+    "openai>=1.90",
     "triton>=3; sys_platform == 'linux'",
 )
 

@@ -253,6 +253,11 @@ class Producer:
         """How many rows wait for their batch."""
         return self._orders.waiting()
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more rows: it was closed, the engine is lost, or pictures cannot be written."""
+        return self._closed
+
     def snapshot(self) -> Snapshot:
         """Return counts, speed and latencies since the start."""
         return self._telemetry.snapshot()
