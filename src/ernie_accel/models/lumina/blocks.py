@@ -22,13 +22,11 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ernie_accel.core.components import Pipeline
 from ernie_accel.core.errors import ErnieAccelError
-from ernie_accel.core.undo import Undo
-from ernie_accel.models import rewriting
 from ernie_accel.models.lumina.attention import DispatchedProcessor
 from ernie_accel.models.next_dit.blocks import Modulation, Names, RewrittenFeedForward, RewrittenNextBlock, run_blocks
 from ernie_accel.models.next_dit.positions import Position, Rows, padding, table
+from ernie_accel.models.next_dit.rewriting import LISTS, NextRewriting
 from ernie_accel.models.rewriting import RewrittenForward
 from ernie_accel.models.token_layout import LAYOUT, prompt_lengths
 
@@ -92,10 +90,6 @@ class RewrittenLuminaBlock(RewrittenNextBlock):
         return self.modulated(layer.get_submodule("linear")(F.silu(condition)))
 
 
-#: Attributes of the transformer with the blocks.
-BLOCKS = ("noise_refiner", "context_refiner", "layers")
-#: The layers of a block that are one product where their parts are fused, by path within the block.
-FUSED_LAYERS = ("attn.to_qkv", f"feed_forward.{_FeedForward.fused_name}")
 # What `CaptureGraphs` asks of a rewritten family.
 FORWARD_ARGUMENTS = (
     "hidden_states",
@@ -262,36 +256,22 @@ def as_output(sample: Tensor, arguments: Mapping[str, object]) -> object:
     return Transformer2DModelOutput(sample=sample) if arguments.get("return_dict", True) else (sample,)
 
 
-def fits(transformer: nn.Module) -> bool:
-    """Return whether this is the implementation that is rewritten: its forward is diffusers' own."""
-    return type(transformer).forward is Lumina2Transformer2DModel.forward
-
-
-def is_rewritten(transformer: nn.Module) -> bool:
-    """Return whether `rewrite` has been here."""
-    return any(isinstance(block, RewrittenLuminaBlock) for block in cast(LuminaTransformer, transformer).layers)
-
-
-def unsupported_reasons(transformer: nn.Module) -> list[str]:
-    """Return every reason why this stock transformer cannot be rewritten."""
-    processors = (Lumina2AttnProcessor2_0, DispatchedProcessor)
-    return rewriting.unsupported_reasons(transformer, BLOCKS, "attn", processors)
-
-
-def to_be_fused(transformer: nn.Module, *, beneath_loras: bool = False) -> dict[str, tuple[str, ...]]:
-    """Return which layers `rewrite` would make one: path of the one -> paths of its parts.
-
-    With `beneath_loras`, also those that `FuseKernels` would.
-    """
-    return rewriting.to_be_fused(transformer, BLOCKS, RewrittenLuminaBlock, beneath_loras=beneath_loras)
-
-
 class RewrittenLuminaForward(RewrittenForward):
     """`forward` as that of one transformer."""
 
     function = forward
 
 
-def rewrite(pipe: Pipeline, undo: Undo, fuse: bool) -> dict[str, str]:
-    """Rewrite the transformer of `pipe` in place and return what could not be fused: path -> reason."""
-    return rewriting.rewrite(pipe.transformer, BLOCKS, RewrittenLuminaBlock, RewrittenLuminaForward, undo, fuse)
+_REWRITING = NextRewriting(
+    Lumina2Transformer2DModel,
+    RewrittenLuminaBlock,
+    RewrittenLuminaForward,
+    (Lumina2AttnProcessor2_0, DispatchedProcessor),
+)
+BLOCKS = LISTS
+FUSED_LAYERS = _REWRITING.fused_layers
+fits = _REWRITING.fits
+is_rewritten = _REWRITING.is_rewritten
+unsupported_reasons = _REWRITING.unsupported_reasons
+to_be_fused = _REWRITING.to_be_fused
+rewrite = _REWRITING.rewrite
