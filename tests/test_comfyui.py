@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from tools.comfyui.workflows import FOLDER, PROMPTS, as_prompt, as_workflow, for_small
 
+import ernie_accel
 from ernie_accel.batch import BatchInputError
 from ernie_accel.core.errors import ErnieAccelError
 from tests import single_files
@@ -188,6 +189,35 @@ def test_a_lora_by_other_names_is_the_same(comfyui, files, named):
     os.utime(file, (1, 1))
     torch.testing.assert_close(pictures(executor.run(graph("lora"))), expected, atol=1e-4, rtol=0)
     assert "2" in executor.ran
+
+
+def test_a_lora_is_fused_before_what_the_preset_does(comfyui, files, monkeypatch):
+    host, executor, _ = comfyui
+    write_lora(files / "models" / "loras" / "style.safetensors", 1)
+    seen = []
+
+    def optimize(pipe, *transforms, **settings):
+        assert not any(pipe.get_list_adapters().values())
+        seen.append((transforms, settings))
+        return pipe
+
+    monkeypatch.setattr(ernie_accel, "optimize", optimize)
+    executor.run(graph("lora", preset="turbo-int8", memory="12GiB"))
+    ((transforms, settings),) = seen
+    assert transforms == (
+        ernie_accel.CastDtype("bfloat16", keep_originals=False),
+        ernie_accel.Quantize("int8", keep_originals=False),
+    )
+    assert settings == {"preset": "turbo-int8", "memory": None}  # ComfyUI runs on the CPU here
+    monkeypatch.setattr(host.modules["comfy.model_management"], "get_torch_device", lambda: torch.device("meta"))
+    executor.forget()
+    monkeypatch.setattr(ernie_accel, "load", lambda *_, **__: tiny_ernie())
+    executor.run(graph("lora", preset="turbo-int8", memory="12GiB"))
+    executor.run(graph("lora", preset="none", memory="12GiB"))
+    assert [settings for _, settings in seen[1:]] == [
+        {"preset": "turbo-int8", "memory": "12GiB"},
+        {"memory": "12GiB"},
+    ]
 
 
 def test_image_to_image_keeps_more_of_the_picture_the_less_strong(comfyui, files):

@@ -73,25 +73,23 @@ class Recipe:
         pipe: Any = ernie_accel.load(place, memory=None, **settings)
         for number, lora in enumerate(self.loras):
             _fuse(pipe, lora, f"comfyui_{number}")
-        if preset is None and memory is None:
-            return pipe
-        with _kept(self, pipe) as transforms:
-            if preset is None and not transforms:
-                return pipe.to(host.device() or "cpu")
-            return ernie_accel.optimize(pipe, *transforms, preset=preset, memory=memory)
+        device = host.device() or "cpu"
+        memory = None if device == "cpu" else memory
+        if preset is not None:
+            return ernie_accel.optimize(pipe, *_forgetful(preset, pipe), preset=preset, memory=memory)
+        if memory in (None, "auto"):
+            return pipe if memory is None else pipe.to(device)
+        return ernie_accel.optimize(pipe, memory=memory)
 
 
-@contextlib.contextmanager
-def _kept(recipe: Recipe, pipe: Any) -> Iterator[tuple[Any, ...]]:
-    """Give the quantizations of a preset without their originals: what is fused is not wanted back."""
+def _forgetful(preset: str, pipe: Any) -> Iterator[Any]:
+    """Yield a preset's casts and quantizations without their originals: what is fused is not wanted back."""
     from ernie_accel.families import family_of
 
-    if recipe.preset == "none":
-        yield ()
-        return
-    preset = ernie_accel.recommend(pipe=pipe).preset if recipe.preset == "auto" else ernie_accel.presets[recipe.preset]
-    of_it = preset.transforms_for(family_of(pipe))
-    yield tuple(replace(each, keep_originals=False) for each in of_it if hasattr(each, "keep_originals"))
+    named = ernie_accel.recommend(pipe=pipe).preset if preset == "auto" else ernie_accel.presets[preset]
+    for transform in named.transforms_for(family_of(pipe)):
+        if hasattr(transform, "keep_originals"):
+            yield replace(transform, keep_originals=False)
 
 
 def _fuse(pipe: Any, lora: Lora, name: str) -> None:
