@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
 import subprocess
@@ -13,7 +15,7 @@ import torch
 
 import ernie_accel
 from ernie_accel import Compile, CompileVae, Context
-from ernie_accel.models.compile_cache import InductorIn
+from ernie_accel.models.compile_cache import InductorIn, compile_module
 from tests.pipelines import picture, tiny_ernie
 
 ROOT = Path(__file__).parents[1]
@@ -156,7 +158,7 @@ def test_a_folder_is_plain_data(transform, tmp_path):
 
 def test_both_transforms_compile_with_files_in_the_folder(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: given.append(how))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, recompile_limit=0, **how: given.append(how))
     ernie_accel.optimize(
         tiny_ernie(layers=1), Compile(cache=tmp_path, mode="max-autotune"), CompileVae(cache=tmp_path),
         context=Context("cuda", "a test", (9, 0)),
@@ -165,3 +167,26 @@ def test_both_transforms_compile_with_files_in_the_folder(tmp_path, monkeypatch)
         {"backend": InductorIn(str(tmp_path), "max-autotune", True), "fullgraph": True, "dynamic": True},
         {"backend": InductorIn(str(tmp_path), None, None), "fullgraph": True, "dynamic": None},
     ]
+
+
+class _Scaled(torch.nn.Module):
+    """Has one graph for each scale, as a block has one for each state of its LoRA."""
+
+    scale = "0"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * int(self.scale)
+
+
+@pytest.mark.parametrize("cache", [False, True], ids=["without folder", "folder"])
+def test_a_block_may_have_more_graphs_than_torch_allows_by_default(cache, tmp_path, monkeypatch):
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        pytest.skip("this torch knows a limit of the whole process only, which is not ours to change")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(InductorIn, "__call__", lambda self, graph, inputs: graph.forward)
+    torch._dynamo.reset()
+    block = _Scaled()
+    compile_module(block, str(tmp_path) if cache else None, fullgraph=True)
+    for scale in range(2 * torch._dynamo.config.recompile_limit):
+        block.scale = str(scale)
+        assert block(torch.ones(2)).tolist() == [scale, scale]

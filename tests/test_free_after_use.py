@@ -10,7 +10,7 @@ import torch
 from diffusers import ErnieImagePipeline
 
 import ernie_accel
-from ernie_accel import CastDtype, FreeAfterUse, MakeContiguous, Quantize
+from ernie_accel import CastDtype, ErnieAccelError, FreeAfterUse, MakeContiguous, Quantize, RestoreWarning
 from tests.examples import differences, snapshot
 from tests.pipelines import picture, tiny_ernie
 
@@ -65,6 +65,38 @@ def test_what_was_changed_between_two_pictures_is_not_forgotten(freed):
     assert is_empty(freed)
     ernie_accel.restore(freed)
     assert all(torch.equal(weight, whole[name]) for name, weight in freed.text_encoder.named_parameters())
+
+
+@pytest.mark.parametrize("twin", [False, True], ids=["itself", "copy"])
+def test_what_is_changed_in_place_while_they_are_empty_is_refused_and_not_lost_in_silence(freed, twin):
+    want = picture(tiny_ernie(), steps=1)
+    with torch.no_grad():
+        next(freed.text_encoder.parameters()).mul_(1.5)
+    pipe = copy.deepcopy(freed) if twin else freed
+    for _ in range(2):
+        with pytest.raises(ErnieAccelError, match=r"text_encoder: .* changed in place while FreeAfterUse"):
+            picture(pipe, steps=1)
+    with pytest.warns(RestoreWarning, match=r"text_encoder: .* the values from before"):
+        ernie_accel.restore(freed)
+    assert torch.equal(picture(freed, steps=1), want)
+
+
+def test_a_lora_on_the_text_encoder_comes_while_they_are_empty_and_the_weights_come_back(freed):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    def load(pipe):
+        torch.manual_seed(3)
+        inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), pipe.text_encoder)
+
+    other = tiny_ernie()
+    load(other)
+    want = picture(other, steps=1)
+    load(freed)
+    for _ in range(2):
+        assert torch.equal(picture(freed, steps=1), want)
+        assert is_empty(freed)
+    ernie_accel.restore(freed)
+    assert torch.equal(picture(freed, steps=1), want)
 
 
 @pytest.mark.parametrize("when", ["freed", "before"])

@@ -121,6 +121,36 @@ def test_a_second_pipe_that_does_not_wait_draws_with_its_own_masks(transforms):
         torch.testing.assert_close(image, expected[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("transforms", [(ElideMask(),), (ExpandAttentionMask(),), (RewriteBlocks(),)], ids=repr)
+def test_threads_keep_their_own_masks_in_a_transformer_compiled_whole_whose_graph_breaks(transforms):
+    """Both stop at a break between the graph that learns of the padding and the graph of the first block."""
+    torch._dynamo.reset()
+    pipe, stock = tiny_ernie(layers=1), tiny_ernie(layers=1)
+    other = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
+    other.set_progress_bar_config(disable=True)
+    expected = {name: picture(stock, prompt=prompts, steps=2) for name, prompts in LENGTHS.items()}
+    ernie_accel.optimize(pipe, *transforms)
+    waits = []
+
+    @torch._dynamo.disable
+    def stop(*_):
+        for barrier in waits:
+            barrier.wait(60)
+
+    pipe.transformer.layers[0].register_forward_pre_hook(stop, prepend=True)
+    pipe.transformer.compile(backend="eager")
+    pipes = {"one": pipe, "two": other}
+    for name, each in pipes.items():  # compiles for both
+        picture(each, prompt=LENGTHS[name], steps=2)
+    waits.append(threading.Barrier(2))
+    with ThreadPoolExecutor(2) as threads:
+        drawn = {name: threads.submit(picture, pipes[name], prompt=LENGTHS[name], steps=2) for name in pipes}
+        found = {name: future.result(120) for name, future in drawn.items()}
+    torch._dynamo.reset()
+    for name, image in found.items():
+        torch.testing.assert_close(image, expected[name], rtol=0, atol=1e-5)
+
+
 def test_positions_are_remembered_while_threads_draw_in_many_sizes():
     @dataclass(frozen=True)
     class Size(Prepared):

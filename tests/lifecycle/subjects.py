@@ -117,8 +117,8 @@ class Row:
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch("ernie_accel.models.replays.capture_cuda", Frozen()))
             stack.enter_context(mock.patch("torch.compile", eager))
-            if self.traced:  # a script that goes on for long compiles its blocks for more inputs than by default
-                stack.enter_context(torch._dynamo.config.patch(recompile_limit=512, accumulated_recompile_limit=4096))
+            if self.traced:  # cells may go on with the traces of those before
+                stack.enter_context(torch._dynamo.config.patch(accumulated_recompile_limit=4096))
             else:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(mock.patch("ernie_accel.core.context.installed_versions", _versions))

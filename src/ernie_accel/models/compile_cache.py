@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +14,11 @@ import torch
 
 #: What inductor and Triton read to find their files, and the part of the folder each gets.
 _VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+
+
+#: How many graphs one kind of block may have. Torch's 8 are too few where blocks stand in three places (refiners and
+#: layers, with and without modulation or a mask) and their LoRA is switched or fused: a full graph fails at the ninth.
+RECOMPILE_LIMIT = 64
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,14 @@ def compile_module(
     mode: str | None = None,
 ) -> None:
     """Compile a module in place; with a folder, what inductor makes is kept there (see `InductorIn`)."""
+    limit: dict[str, Any] = {}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch before it knows a global one alone
+        limit["recompile_limit"] = RECOMPILE_LIMIT
     if folder is None:
-        module.compile(fullgraph=fullgraph, dynamic=dynamic, mode=mode)
+        module.compile(fullgraph=fullgraph, dynamic=dynamic, mode=mode, **limit)
         return
     Path(folder).mkdir(parents=True, exist_ok=True)  # now: a folder that cannot be made must not fail the first picture
-    module.compile(backend=InductorIn(folder, mode, dynamic), fullgraph=fullgraph, dynamic=dynamic)
+    module.compile(backend=InductorIn(folder, mode, dynamic), fullgraph=fullgraph, dynamic=dynamic, **limit)
 
 
 def as_folder(cache: str | os.PathLike[str] | None) -> str | None:

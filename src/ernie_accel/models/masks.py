@@ -41,11 +41,22 @@ class Padding:
 PADDING = Note("padding", Padding, "tensor", "whether the batch that it belongs to pads anything")
 
 
-class _Running(threading.local):
-    """What is known of the forward that runs in this thread; torch.compile guards on it as on any attribute."""
+class _Forward:
+    """What is known of the forward that runs in one thread."""
 
     def __init__(self) -> None:
         self.padding: Padding | None = None  # no class attribute: torch.compile would guard on that one
+
+
+class _Running(threading.local):
+    """Holds one object for each thread; a new thread gets its own when it first looks.
+
+    The object never changes, only what is written on it. torch.compile loses what it writes to a local of a thread
+    itself as soon as its graph ends, but finds an object there again, in the thread that runs, and writes to it.
+    """
+
+    def __init__(self) -> None:
+        self.forward = _Forward()
 
     def __reduce__(self) -> Any:
         return _Running, ()  # a copy of the pipe runs nothing yet
@@ -59,9 +70,6 @@ class PaddingWatch:
 
     def __init__(self, how: AlwaysMasks, transformer: nn.Module) -> None:
         self._running = _Running()
-        # What a transformer that is compiled as a whole knows: written and read within one graph, so no other thread
-        # sees it. torch.compile would not read back there what it writes to a local of the thread.
-        self._traced: tuple[Padding | None] | None = None
         self._how = how
         names = list(inspect.signature(transformer.forward).parameters)
         self._lengths_at, self._text_at = names.index(how.lengths), names.index(how.text)
@@ -69,7 +77,7 @@ class PaddingWatch:
     @property
     def padding(self) -> Padding | None:
         """Of the forward that runs in this thread; None if it is not known on the host."""
-        return self._running.padding if self._traced is None else self._traced[0]
+        return self._running.forward.padding
 
     @property
     def elided(self) -> bool:
@@ -84,12 +92,11 @@ class PaddingWatch:
         padding = PADDING.of(text_bth)
         if padding is not PADDING.of(lengths_b):
             padding = None
-        if torch.compiler.is_compiling():
-            self._traced = (padding,)  # reading the lengths would break the graph: if nothing is known, the mask stays
-            return
-        if padding is None:  # not what the pipeline padded: look, once for this pair of tensors
+        if padding is None and not torch.compiler.is_compiling():
+            # Not what the pipeline padded: look, once for this pair of tensors. That would break a graph, so in a
+            # transformer that is compiled as a whole the mask stays.
             padding = mark(text_bth, lengths_b, lengths_b.tolist())
-        self._traced, self._running.padding = None, padding
+        self._running.forward.padding = padding
 
 
 def mark(text_bth: Tensor, lengths_b: Tensor, lengths: list[int]) -> Padding:

@@ -7,6 +7,7 @@ import inspect
 import shutil
 import tempfile
 import uuid
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ernie_accel.common.text import human_bytes
+from ernie_accel.core.captured import version_of
 from ernie_accel.core.components import (
     DENOISERS,
     PROMPT_COMPONENTS,
@@ -30,7 +32,7 @@ from ernie_accel.core.components import (
     with_alignment,
 )
 from ernie_accel.core.context import Context
-from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
+from ernie_accel.core.errors import ErnieAccelError, RestoreWarning, UnknownNameError
 from ernie_accel.core.library_hooks import library_hooks
 from ernie_accel.core.owners import FREES_WEIGHTS, FreedWeights, is_freed_by_another
 from ernie_accel.core.planned import PlannedPipe
@@ -153,6 +155,9 @@ class _ComponentWeights(FreedWeights):
         self._alignments: dict[str, int] = {}
         #: What the tensors were when the file was written or read; None: there is no file.
         self._written: list[tuple[object, ...]] | None = None
+        #: The emptied tensors by their names in the file, which a LoRA gives other names; and their versions then.
+        self._emptied: dict[str, Tensor] = {}
+        self._versions: dict[str, int | None] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> _ComponentWeights:
         """Return the weights of the copied component, with a file of their own: either pipe may be restored first."""
@@ -165,6 +170,9 @@ class _ComponentWeights(FreedWeights):
         if self._freed and self._file is not None and made._file is not None:
             shutil.copyfile(self._file, made._file)
             made._written = []
+            made._emptied = {name: copy.deepcopy(tensor, memo) for name, tensor in self._emptied.items()}
+            changed = self._changed()
+            made._versions = {n: -1 if n in changed else version_of(tensor) for n, tensor in made._emptied.items()}
         return made
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -173,9 +181,12 @@ class _ComponentWeights(FreedWeights):
     def _state(self) -> list[tuple[object, ...]]:
         """Return what tells whether anybody changed a weight since."""
         return [
-            (id(tensor), tensor.dtype, tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
-            for tensor in self._tensors().values()
+            (id(tensor), tensor.dtype, tensor.data_ptr(), version_of(tensor)) for tensor in self._tensors().values()
         ]
+
+    def _changed(self) -> list[str]:
+        """Return the names of emptied tensors that somebody computed with in place, which changed nothing."""
+        return [name for name, tensor in self._emptied.items() if version_of(tensor) != self._versions[name]]
 
     def free(self, *_: object) -> None:
         """Empty the tensors, written to the file first; nothing happens if they are empty."""
@@ -191,16 +202,26 @@ class _ComponentWeights(FreedWeights):
             old.unlink(missing_ok=True)
         forget_kept(self._module)
         self._alignments = {name: alignment_of(tensor) for name, tensor in self._tensors().items()}
+        self._emptied = self._tensors()
+        self._versions = {name: version_of(tensor) for name, tensor in self._emptied.items()}
         self._freed = True  # before the first is emptied: an interrupt must not leave empty ones to be written
-        for tensor in self._tensors().values():
+        for tensor in self._emptied.values():
             tensor.data = tensor.data.new_empty(0)  # keeps dtype and device, which pipelines ask for
 
     def ensure_loaded(self, *_: object) -> None:
         """Fill the tensors again, in the dtype that they were cast to since; nothing happens if they are full.
 
         Raises:
-            ErnieAccelError: They are gone.
+            ErnieAccelError: They are gone, or somebody changed them in place while they were empty.
         """
+        if self._freed and (changed := self._changed()):
+            raise ErnieAccelError(
+                f"{self._name}: {_and_more(changed)} changed in place while FreeAfterUse() had freed the weights, and "
+                "the change was lost. Call ernie_accel.restore(pipe), change the weights again, then optimize."
+            )
+        self._fill()
+
+    def _fill(self) -> None:
         if not self._freed:
             return
         if self._file is None:
@@ -212,15 +233,24 @@ class _ComponentWeights(FreedWeights):
         from safetensors import safe_open
 
         with safe_open(self._file, framework="pt") as file, torch.no_grad():
-            for name, tensor in self._tensors().items():
+            for name, tensor in self._emptied.items():
                 values = file.get_tensor(name).to(tensor.device, tensor.dtype)
                 tensor.data = with_alignment(values, self._alignments[name])
-        self._freed = False
-        self._written = self._state()
+        # With a LoRA that came meanwhile, there are tensors that the file does not have, under other names.
+        same = self._tensors().keys() == self._emptied.keys()
+        self._freed, self._emptied = False, {}
+        self._written = self._state() if same else []
 
     def discard(self) -> None:
-        """Fill the tensors again and remove the file."""
-        self.ensure_loaded()
+        """Fill the tensors again and remove the file; warn of changes that were lost."""
+        if self._freed and (changed := self._changed()):
+            warnings.warn(
+                f"{self._name}: {_and_more(changed)} changed in place while FreeAfterUse() had freed the weights, and "
+                "the change was lost. They have the values from before again.",
+                RestoreWarning,
+                stacklevel=2,
+            )
+        self._fill()
         if self._file is not None:
             self._file.unlink(missing_ok=True)
         self._written = None
@@ -237,6 +267,10 @@ class _LoadingFirst:
         """Call the method."""
         self._weights.ensure_loaded()
         return self._method(*args, **kwargs)
+
+
+def _and_more(names: list[str]) -> str:
+    return f"{names[0]} was" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more were"
 
 
 def _new_file(name: str, folder: tempfile.TemporaryDirectory[str] | str) -> Path:
