@@ -17,7 +17,7 @@ from ernie_accel.memory.planner import _is_guided
 from ernie_accel.quantization.layers import sqnr_db
 from ernie_accel.testing import differences, snapshot
 from tests.examples import TINY_LORA
-from tests.pipelines import picture, tiny_ernie, tiny_flux
+from tests.pipelines import picture, tiny_ernie, tiny_flux, tiny_sd
 from tests.test_call_defaults import call_of
 from tests.test_lora import H200
 
@@ -186,6 +186,11 @@ def test_a_lora_for_another_architecture_is_refused_with_its_unmatched_layers_co
         ernie_accel.optimize(ernie, FewSteps(other, steps=4))
     assert differences(before, snapshot(ernie)) == []
     assert "are not in this FluxPipeline" in reasons(tiny_flux(), LORA)[0]
+
+
+def test_a_pipeline_whose_reader_gives_alphas_beside_the_lora_refuses_it_like_any_other():
+    (step,) = ernie_accel.plan(tiny_sd(), LORA).steps
+    assert any("is of another architecture" in reason for reason in step.reasons)
 
 
 def test_a_lora_for_other_widths_is_refused_with_both(ernie, tmp_path):

@@ -185,7 +185,7 @@ def _cell(case: Case, names: tuple[str, ...], actions: list[Action], bound: Boun
     except Exception as error:
         return make(FAULT, f"{stage}: {_said(error)}")
 
-    verdict, reason = _judge(case, names, actions, got, (want[0], want[2]), bound, denoiser(last)[1].dtype)
+    verdict, reason = _judge(case, names, actions, got, want[0], bound, denoiser(last)[1].dtype)
     if not any(action.restores for action in actions):
         return make(verdict, reason)
     restored, why = _restored(case, actions, pipe, want, bound, proof)
@@ -199,11 +199,10 @@ def _judge(
     names: tuple[str, ...],
     actions: list[Action],
     got: list[torch.Tensor],
-    stock_drew: tuple[list[torch.Tensor], torch.Tensor],
+    want: list[torch.Tensor],
     allowed: Bound,
     dtype: torch.dtype,
 ) -> tuple[str, str]:
-    want, own = stock_drew
     found, effect, bound = _db(got, want), allowed.effect, allowed.db(dtype)
     if found == math.inf:
         return EQUAL, ""
@@ -212,27 +211,44 @@ def _judge(
     calls_stock = any(action.calls_stock for action in actions)
     if (effect is not Effect.RESAMPLES or calls_stock) and found >= bound:
         return WITHIN, ""
-    if calls_stock and found >= _floor_db(case, bound):
+    if calls_stock and found >= _floor_db(case, names, bound):
         return WITHIN, ""
     if effect is not Effect.RESAMPLES and bound == math.inf:
         return FAULT, f"{found:.0f} dB from stock, expected the same bits"
     other = _other_order(case, names)
     if isinstance(other, list):
         again = _db(got, other)
-        if again >= min(_floor_db(case, bound), 90.0):
+        if again >= min(_floor_db(case, names, bound), 90.0):
             return WITHIN, ""
         return FAULT, f"{found:.0f} dB from stock, {again:.0f} dB from the other order; bound {bound:.0f}"
-    usual = _usual_db(case)
-    if all(action.group == "memory" for action in actions):  # loses on stock, too: the 8 bits of layerwise casting
-        usual = min(usual, _db([own], want))
-    if isinstance(other, ErnieAccelError) and found >= usual - 6:
+    if isinstance(other, ErnieAccelError) and found >= _loosest_db(case, names) - 6:
         return WITHIN, ""
     return FAULT, f"{found:.0f} dB from stock; bound {bound:.0f}; the other order: {_said(other)}"
 
 
-def _floor_db(case: Case, bound: float) -> float:
+def _floor_db(case: Case, names: tuple[str, ...], bound: float) -> float:
     """Return `bound`, if it is of something lossy at most what is usual on random weights, with 6 dB to spare."""
-    return min(bound, _usual_db(case) - 6) if bound < 90 else bound
+    return min(bound, _loosest_db(case, names) - 6) if bound < 90 else bound
+
+
+def _loosest_db(case: Case, names: tuple[str, ...]) -> float:
+    """Return what the row loses on its own, or the actions on theirs: layerwise casting keeps 8 bits, on stock too."""
+    return min([_usual_db(case), *(_own_db(case, name) for name in names if ACTIONS[name].group == "memory")])
+
+
+@functools.cache
+def _own_db(case: Case, name: str) -> float:
+    pipes = _resampled(case), _resampled(case)
+    action = ACTIONS[name]
+    return _db([case.draw(action.do(action.prepare(pipes[0], case), case))], [case.draw(pipes[1])])
+
+
+def _resampled(case: Case) -> Any:
+    """Return a stock pipe with what of the row draws other pictures by design: fewer steps, another scheduler."""
+    pipe = stock(case.family, case.row)
+    steps = case.row.plan(pipe).steps
+    others = [each.transform for each in steps if each.verdict == "apply" and each.transform.effect is Effect.RESAMPLES]
+    return ernie_accel.optimize(pipe, *others, context=case.row.context) if others else pipe
 
 
 @functools.cache
@@ -242,13 +258,7 @@ def _usual_db(case: Case) -> float:
     Floors in dB are earned on trained weights; a few transforms are further from stock on random ones. What draws
     other pictures by design (fewer steps, another scheduler) is done on both sides.
     """
-    row = case.row
-    applied = [step.transform for step in row.plan(stock(case.family, row)).steps if step.verdict == "apply"]
-    others = [transform for transform in applied if transform.effect is Effect.RESAMPLES]
-    pipe, like = row.optimize(stock(case.family, row)), stock(case.family, row)
-    if others:
-        ernie_accel.optimize(like, *others, context=row.context)
-    return _db([case.draw(pipe)], [case.draw(like)])
+    return _db([case.draw(case.row.optimize(stock(case.family, case.row)))], [case.draw(_resampled(case))])
 
 
 def _other_order(case: Case, names: tuple[str, ...]) -> list[torch.Tensor] | Exception:
@@ -295,7 +305,7 @@ def _restored(
     rounds = any(action.rounds for action in actions)
     if rounds and _db([got], [own]) == math.inf:
         return EQUAL, "in the dtype that came in"
-    if rounds and distance >= _floor_db(case, bound.floor_db):
+    if rounds and distance >= _floor_db(case, tuple(action.name for action in actions), bound.floor_db):
         return WITHIN, "; ".join(left[:1])
     if left:
         return LEFT, left[0]

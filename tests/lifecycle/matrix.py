@@ -40,9 +40,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=20261128, help="which pairs those are")
     parser.add_argument("--rows", default="", help="only rows whose name has this in it; the page is not written")
     parser.add_argument("--keep", type=Path, help="keep finished cells in this file, and do not run them again")
+    parser.add_argument("--so-far", action="store_true", help="run nothing; write the page of the cells in --keep")
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--processes", type=int, default=min(available, 16), help="default: one for each core")
     options = parser.parse_args()
+    if options.so_far:
+        return write(read(options.keep), total())
 
     jobs = [job for number in range(options.rounds) for job in singles(number)] + pairs(options.pairs, options.seed)
     jobs = [(name, cells) for name, cells in jobs if options.rows in name]
@@ -63,13 +66,18 @@ def main() -> int:
     print(f"{len(done)} cells, {faults} faults that are not known, {time.perf_counter() - start:.0f} s")
     if faults or options.rows:
         return int(faults > 0)
-    return write(done, sum(len(cells) for number in range(len(PIPES)) for _, cells in singles(number)))
+    return write(done, total())
 
 
-def write(done: list[Cell], total: int) -> int:
-    """Write the page, which names the `total` of cells, and keep what others have written there."""
+def total() -> int:
+    """Return how many cells there are, without the pairs."""
+    return sum(len(cells) for number in range(len(PIPES)) for _, cells in singles(number))
+
+
+def write(done: list[Cell], of: int) -> int:
+    """Write the page, which says how many cells there are, and keep what others have written there."""
     before = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-    PAGE.write_text(page(done, kept_text(before), total), encoding="utf-8")
+    PAGE.write_text(page(done, kept_text(before), of), encoding="utf-8")
     return 0
 
 

@@ -7,6 +7,7 @@ import copy
 import functools
 import inspect
 import io
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from ernie_accel import (
 from ernie_accel.core import context
 from ernie_accel.core.outputs import images_of
 from tests import pipelines
-from tests.examples import ELSEWHERE, EXAMPLES, make_awkward
+from tests.examples import ELSEWHERE, EXAMPLES, TINY_LORA, make_awkward
 from tests.test_captured import Frozen
 
 #: Tiny pipelines by name: of every family, of an unknown one, with a UNet, and with two transformers.
@@ -143,7 +144,8 @@ def _short(call: Any) -> tuple[Any, ...]:
 
 
 def _row(*transforms: Transform, **kwargs: Any) -> Row:
-    return Row(", ".join(map(repr, transforms)), transforms, **kwargs)
+    name = ", ".join(map(repr, transforms))
+    return Row(name.replace(f"{TINY_LORA.parent}{os.sep}", ""), transforms, **kwargs)
 
 
 def _presets() -> Iterator[Row]:

@@ -178,6 +178,8 @@ def _read(file: Path, modified_ns: int, size: int, reader: Any) -> _Layers | str
         tensors = reader(str(file), use_safetensors=True, local_files_only=True)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         return f"cannot be read: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+    if isinstance(tensors, tuple):  # Stable Diffusion's gives the alphas beside them
+        tensors = tensors[0]
     layers: dict[tuple[str, str], _LoraLayer] = {}
     for key, tensor in tensors.items():
         match = _TENSOR.fullmatch(key)
