@@ -477,7 +477,8 @@ def test_a_lora_loaded_later_is_drawn_and_outlives_the_restore(movers):
     assert torch.equal(picture(pipe), picture(stock))
 
 
-def test_a_lora_beside_fused_kernels_is_read_when_its_block_has_arrived(movers, monkeypatch):
+@pytest.mark.parametrize("loaded", ["before", "after"])
+def test_a_lora_beside_fused_kernels_is_read_when_its_block_has_arrived(movers, monkeypatch, loaded):
     """The pre-hook that looks for changed adapters runs before any block has: what it would read is another block's."""
     from ernie_accel import Context, FuseKernels
     from tests.test_lora import adapter
@@ -489,12 +490,16 @@ def test_a_lora_beside_fused_kernels_is_read_when_its_block_has_arrived(movers, 
     weights = adapter("ernie") | {
         key.replace("layers.1.", f"layers.{i}."): tensor for key, tensor in adapter("ernie").items() for i in (2, 3, 4)
     }
-    for each in (stock, pipe):
+    for each in (stock, *([pipe] if loaded == "before" else [])):
         each.load_lora_weights(dict(weights), adapter_name="a")
     ernie_accel.optimize(stock, *transforms, context=context)
     ernie_accel.optimize(pipe, *transforms, context=context)
     picture(pipe)  # stacks the adapters before some of what holds them comes and goes
     ernie_accel.optimize(pipe, *transforms, Residency(least(pipe)), context=context)
+    if loaded == "after":
+        pipe.load_lora_weights(dict(weights), adapter_name="a")
+        with pytest.raises(ErnieAccelError, match="restore"):
+            pipe.transformer.state_dict()
     assert torch.equal(picture(pipe), picture(stock))
     for each in (stock, pipe):
         each.set_adapters(["a"], [0.4])

@@ -73,7 +73,13 @@ class _LoadLora(StandInMethod):
         """
         if hotswap:
             raise _refusal(self.owner, "load_lora_adapter(hotswap=True)")
-        return self.call_below(weights, prefix=prefix, hotswap=False, **kwargs)
+        # diffusers asks for the state dict, of which it reads nothing, and loads one with the adapter's weights alone.
+        state = vars(self.owner)
+        refused: dict[str, Any] = {n: state.pop(n) for n in ("state_dict", "load_state_dict") if n in state}
+        try:
+            return self.call_below(weights, prefix=prefix, hotswap=False, **kwargs)
+        finally:
+            state.update(refused)
 
 
 def _to(device: str, self: Any, *args: object, **kwargs: object) -> object:
