@@ -20,6 +20,7 @@ TEST = (
     "hypothesis>=6.100",
     "httpx>=0.27",
     "openai>=1.90",
+    "pandas>=2",  # of ray.data
     "triton>=3; sys_platform == 'linux'",
 )
 
