@@ -62,7 +62,10 @@ CAPS = (("stock, no cap", "fits_h200_202611", "stock"), *(
 
 def charts() -> dict[str, str]:
     """Return the text of every chart, by file name."""
-    return {f"{name}.svg": text for name, text in (*_by_rung(), ("fits", _fits()), ("batch", _batch()))}
+    return {
+        f"{name}.svg": text
+        for name, text in (*_by_rung(), ("fits", _fits()), ("batch", _batch()), ("schemes", _schemes()))
+    }
 
 
 def _by_rung() -> Iterator[tuple[str, str]]:
@@ -91,6 +94,19 @@ def _batch() -> str:
     ]
     title = "Pictures per minute on an H200, 512 px, 8 steps"
     return bar_chart(title, bars, note=SOURCE.format("batch_h200_202611"))
+
+
+def _schemes() -> str:
+    bars = [
+        Bar(
+            " by ".join(each for each in (row["scheme"], row["backend"]) if each != "-"),
+            (row["bytes"] / 1e6,),
+            f"{row['bytes'] / 1e6:.0f} MB, {row['compiled_ms']:.1f} ms",
+        )
+        for row in _read("quantization_h200_202611")["rows"]
+    ]
+    title = "A full-size block on an H200: bytes, and ms compiled"
+    return bar_chart(title, bars, note=SOURCE.format("quantization_h200_202611"))
 
 
 def _read(name: str) -> Any:
