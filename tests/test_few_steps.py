@@ -105,6 +105,23 @@ def test_it_comes_after_what_is_rewritten_and_quantized(request_, monkeypatch):
     assert torch.equal(picture(pipe, steps=1), original)
 
 
+@pytest.mark.parametrize("beneath", [(), (RewriteBlocks(),)], ids=["stock", "rewritten"])
+def test_the_names_of_other_trainers_are_read(beneath, tmp_path):
+    def of_kohya(tensors):
+        names = {"lora_A": "lora_down", "lora_B": "lora_up"}
+        found = {}
+        for key, tensor in tensors.items():
+            path, half = key.removeprefix("transformer.").removesuffix(".weight").rsplit(".", 1)
+            base = f"lora_unet_{path.replace('.', '_')}"
+            found |= {f"{base}.{names[half]}.weight": tensor, f"{base}.alpha": torch.tensor(0.5)}
+        return found
+
+    pipe, halved = tiny_ernie(), tiny_ernie()
+    ernie_accel.optimize(halved, *beneath, FewSteps(str(TINY_LORA), steps=4, lora_scale=0.5))
+    ernie_accel.optimize(pipe, *beneath, FewSteps(written(tmp_path, of_kohya), steps=4))
+    torch.testing.assert_close(picture(pipe, steps=1), picture(halved, steps=1), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("at_once", [True, False])
 def test_it_works_on_fused_kernels(at_once):
     on_kernels = RewriteBlocks(), FuseKernels("fp8")
@@ -174,6 +191,12 @@ def test_a_file_that_is_not_there_or_no_lora_is_refused_with_what_it_is(ernie, t
     plain = written(tmp_path, lambda tensors: {"layers.0.mlp.up_proj.weight": torch.zeros(2)})
     (reason,) = reasons(ernie, FewSteps(plain, steps=4))
     assert "holds layers.0.mlp.up_proj.weight, which is no part of a LoRA" in reason
+
+
+def test_a_dora_of_which_diffusers_loads_a_part_is_refused(ernie, tmp_path):
+    scaled = written(tmp_path, lambda ts: {**ts, "transformer.layers.0.mlp.linear_fc2.dora_scale": torch.ones(128)})
+    (reason,) = reasons(ernie, FewSteps(scaled, steps=4))
+    assert "is a DoRA (1 tensors of magnitudes), of which only a part would be loaded" in reason
 
 
 def test_a_lora_for_another_architecture_is_refused_with_its_unmatched_layers_counted(ernie, tmp_path):

@@ -19,6 +19,8 @@ from ernie_accel.core.planned import PlannedPipe, PlannedWeight
 from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import Defaults, add_layer, new_defaults
+from ernie_accel.models.adapters import layer_paths
+from ernie_accel.models.lora_keys import as_diffusers, is_foreign
 from ernie_accel.quantization.choose import BACKENDS
 from ernie_accel.quantization.layers import excludable_paths
 
@@ -121,9 +123,11 @@ class FewSteps(Transform):
         with Undo() as undo:
             undo.push(functools.partial(_remove, pipe, self.adapter_name, _without_adapters(pipe)))
             active = {id(layer): list(layer.active_adapters) for layer in _lora_layers(pipe)}
-            anything.load_lora_weights(
-                self.lora, adapter_name=self.adapter_name, use_safetensors=True, local_files_only=True
-            )
+            with torch.no_grad():
+                tensors, foreign = _converted(Path(self.lora), *_names_of(pipe))
+            # A file also has metadata, such as alphas; those of foreign names are in the converted tensors.
+            source, kwargs = (tensors, {}) if foreign else (self.lora, {"use_safetensors": True})
+            anything.load_lora_weights(source, adapter_name=self.adapter_name, local_files_only=True, **kwargs)
             for layer in _lora_layers(pipe):
                 if self.adapter_name in layer.scaling:
                     layer.set_adapter([*active.get(id(layer), ()), self.adapter_name])
@@ -150,7 +154,7 @@ class FewSteps(Transform):
             hub = "one on the Hub is downloaded first, with huggingface_hub.hf_hub_download(repo, file)"
             return f"lora={self.lora!r} {found}: give the path of a file; {hub}"
         status = file.stat()
-        found_layers = _read(file.absolute(), status.st_mtime_ns, status.st_size, type(_any(pipe)).lora_state_dict)
+        found_layers = _read(file.absolute(), status.st_mtime_ns, status.st_size, *_names_of(pipe))
         if isinstance(found_layers, str):
             return f"lora={self.lora!r} {found_layers}"
         there = {(name, path) for name in modules_of(pipe) for path in _paths(pipe, name)}
@@ -170,16 +174,16 @@ def _paths(pipe: Pipeline, component: str) -> Iterator[str]:
 
 
 @functools.lru_cache(maxsize=4)
-def _read(file: Path, modified_ns: int, size: int, reader: Any) -> _Layers | str:
+def _read(file: Path, modified_ns: int, size: int, reader: Any, paths: tuple[str, ...]) -> _Layers | str:
     """Return what `FewSteps._layers` does, of a file that has not changed since it was read last."""
     from safetensors import SafetensorError
 
     try:
-        tensors = reader(str(file), use_safetensors=True, local_files_only=True)
+        tensors, _ = _converted(file, reader, paths)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         return f"cannot be read: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-    if isinstance(tensors, tuple):  # Stable Diffusion's gives the alphas beside them
-        tensors = tensors[0]
+    if isinstance(tensors, str):
+        return tensors
     layers: dict[tuple[str, str], _LoraLayer] = {}
     for key, tensor in tensors.items():
         match = _TENSOR.fullmatch(key)
@@ -192,6 +196,30 @@ def _read(file: Path, modified_ns: int, size: int, reader: Any) -> _Layers | str
         else:
             layer.rows = tensor.shape[0]
     return layers or "holds no LoRA"
+
+
+def _names_of(pipe: Pipeline) -> tuple[Any, tuple[str, ...]]:
+    """Return what reads a LoRA's file for such pipes, and the paths of the transformer's layers."""
+    transformer = modules_of(pipe).get("transformer")
+    return type(_any(pipe)).lora_state_dict, () if transformer is None else tuple(layer_paths(transformer))
+
+
+def _converted(
+    file: Path, reader: Any, paths: tuple[str, ...]
+) -> tuple[dict[str, torch.Tensor], bool] | tuple[str, bool]:
+    """Return the tensors of a LoRA under diffusers' names, or why it is none, and whether diffusers lacks its names."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        names = opened.keys()
+    magnitudes = sum("dora_scale" in name or "lora_magnitude" in name for name in names)
+    if magnitudes:
+        return f"is a DoRA ({magnitudes} tensors of magnitudes), of which only a part would be loaded", False
+    tensors = reader(str(file), use_safetensors=True, local_files_only=True)
+    if isinstance(tensors, tuple):  # Stable Diffusion's gives the alphas beside them
+        tensors = tensors[0]
+    foreign = bool(paths) and is_foreign(tensors)
+    return (as_diffusers(tensors, list(paths)) if foreign else tensors), foreign
 
 
 def _misfit(layers: _Layers, planned: PlannedPipe) -> str:
