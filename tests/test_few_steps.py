@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 
 import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from tools.embedded_model import distill
 
 import ernie_accel
 from ernie_accel import CallDefaults, FewSteps, FuseKernels, Quantize, RewriteBlocks
 from ernie_accel.core.components import pipe_bytes
+from ernie_accel.demo.judge import judge, summarize, unseen_prompts
 from ernie_accel.memory.planner import _is_guided
 from ernie_accel.quantization.layers import sqnr_db
 from ernie_accel.testing import differences, snapshot
@@ -243,3 +246,47 @@ def test_layers_that_take_no_lora_and_names_that_are_taken_are_refused(ernie):
     assert reasons(ernie, LORA) == [
         "ErnieImagePipeline has an adapter 'few-steps' already: choose another adapter_name"
     ]
+
+
+# ---- a LoRA that was distilled --------------------------------------------------------------------------------------
+
+DISTILLED = TINY_LORA.with_name("embedded_4_steps.safetensors")
+TEACHER_STEPS = 20
+
+
+@pytest.mark.slow
+def test_the_distilled_lora_draws_in_four_steps_what_the_base_model_draws_in_twenty():
+    """Made by ``python -m tools.embedded_model.distill``. The objects alone say little: the base draws them, too."""
+    pipe = ernie_accel.demo.load(prompt_enhancer=False)
+    pipe.set_progress_bar_config(disable=True)
+    square = [(text, scene) for text, scene in unseen_prompts(48) if scene.height == scene.width == 128][:6]
+    texts, scenes = zip(*square, strict=True)
+
+    def drawn(**call):
+        return distill.draw(pipe, list(texts), (128, 128), range(6), **call)
+
+    teacher = drawn(steps=TEACHER_STEPS)
+    base = drawn(steps=4)
+    ernie_accel.optimize(pipe, FewSteps(str(DISTILLED), steps=4))
+    student = drawn(steps=4)
+    assert sqnr_db(teacher, student) > sqnr_db(teacher, base) + 1
+    noise = [torch.Generator().manual_seed(seed) for seed in range(6)]
+    pictures = pipe(list(texts), height=128, width=128, use_pe=False, generator=noise, output_type="pt").images
+    found = summarize(judge(list(pictures), scenes), scenes)
+    assert found.object_fraction >= 0.97
+
+
+def test_the_recorded_run_reaches_what_is_asked_of_few_steps():
+    """97 % of the adherence at full steps, on held-out captions."""
+    root = TINY_LORA.parents[2]
+    record = json.loads((root / "benchmarks/results/few_steps_cpu_202611.json").read_text("utf-8"))
+    assert record["student"]["right"] >= 0.97 * record["teacher"]["right"]
+    assert record["student"]["latents_db_of_teacher"] > record["base"]["latents_db_of_teacher"] + 1
+
+
+def test_the_distillation_runs(tmp_path, capsys):
+    distill.main(["--toy", "--out", str(tmp_path)])
+    record = json.loads((tmp_path / distill.FIGURES_FILE).read_text("utf-8"))
+    assert record["recipe"]["steps"] == 2 and record["student"]["objects"] == record["teacher"]["objects"]
+    pipe = ernie_accel.demo.load(prompt_enhancer=False)
+    assert ernie_accel.plan(pipe, FewSteps(str(tmp_path / distill.LORA_FILE), steps=2)).ok
