@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+import signal
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from ernie_accel import (
     RewriteBlocks,
     SwapScheduler,
 )
+from ernie_accel.core import turns
 from ernie_accel.models.token_layout import Positions, Prepared
 from tests.pipelines import picture, tiny_ernie, tiny_z_image
 
@@ -55,6 +59,57 @@ def test_threads_on_two_pipes_over_the_same_components_take_turns():
         )
     for one, two in zip(drawn, expected, strict=True):
         assert torch.equal(one, two)
+
+
+def test_threads_get_their_turns_in_the_order_in_which_they_asked():
+    """One that calls in a loop does not keep the others waiting: its next call comes after theirs."""
+    pipe = SimpleNamespace(components={"transformer": torch.nn.Identity()})
+    order, held = [], threading.Event()
+    lock_of = turns._locks
+
+    def waiting():
+        return sum(len(lock._waiting) for _, lock in lock_of.values())
+
+    def call(name, times):
+        for _ in range(times):
+            with turns.turn_of(pipe):
+                order.append(name)
+                held.wait(30)
+
+    before = waiting()
+    threads = []
+    for number, (name, times) in enumerate([("loop", 3), ("a", 1), ("b", 1), ("c", 1)]):
+        threads.append(threading.Thread(target=call, args=(name, times)))
+        threads[-1].start()
+        ends = time.monotonic() + 30
+        while not order or waiting() - before < number:
+            assert time.monotonic() < ends
+            time.sleep(0.001)
+    held.set()
+    for thread in threads:
+        thread.join(30)
+    assert order == ["loop", "a", "b", "c", "loop", "loop"]
+
+
+def test_ctrl_c_while_waiting_for_a_turn_leaves_it_to_the_others():
+    lock = turns._Lock()
+    other = threading.Thread(target=lambda: [lock.__enter__(), begun.set(), go_on.wait(30), lock.__exit__()])
+    begun, go_on = threading.Event(), threading.Event()
+    other.start()
+    assert begun.wait(30)
+    handler = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            lock.__enter__()
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    assert not lock._waiting
+    go_on.set()
+    other.join(30)
+    with lock, lock:
+        assert lock._depth == 2
+    assert (lock._depth, lock._owner) == (0, None)
 
 
 def test_a_call_within_a_call_does_not_wait_for_itself():

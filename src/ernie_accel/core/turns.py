@@ -10,6 +10,7 @@ import inspect
 import itertools
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,8 +23,53 @@ from ernie_accel.core.wrap_call import CallLayer, add_layer, has_layer, remove_l
 
 _guard = threading.Lock()
 _numbers = itertools.count()
+
+
+class _Lock:
+    """A lock that threads get in the order in which they asked; the one that has it may take it again.
+
+    Python's own goes to whoever is fastest: a thread that calls a pipe in a loop would keep all others from it.
+    """
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._owner: int | None = None
+        self._depth = 0
+        self._waiting: deque[tuple[int, threading.Lock]] = deque()
+
+    def __enter__(self) -> None:
+        me, gate = threading.get_ident(), threading.Lock()
+        with self._guard:
+            if self._owner in (None, me):
+                self._owner, self._depth = me, self._depth + 1
+                return
+            gate.acquire()
+            self._waiting.append((me, gate))
+        try:
+            gate.acquire()
+        except BaseException:  # Ctrl-C: leave the queue, or hand on what has just been handed over
+            with self._guard:
+                waits = (me, gate) in self._waiting
+                if waits:
+                    self._waiting.remove((me, gate))
+            if not waits:
+                self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        with self._guard:
+            self._depth -= 1
+            if self._depth:
+                return
+            self._owner = None
+            if self._waiting:
+                self._owner, gate = self._waiting.popleft()
+                self._depth = 1
+                gate.release()
+
+
 #: The lock of each component, and a number: all threads take their locks in the same order.
-_locks: weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, threading.RLock]] = weakref.WeakKeyDictionary()
+_locks: weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, _Lock]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +100,7 @@ def stop_taking_turns(pipe: Pipeline) -> None:
 def turn_of(pipe: Pipeline) -> Iterator[None]:
     """Wait, before the block, until no other thread is in a call of a pipe with one of these components."""
     with _guard:
-        locks = [_locks.setdefault(part, (next(_numbers), threading.RLock())) for part in modules_of(pipe).values()]
+        locks = [_locks.setdefault(part, (next(_numbers), _Lock())) for part in modules_of(pipe).values()]
     with contextlib.ExitStack() as held:
         for _, lock in sorted(locks, key=lambda numbered: numbered[0]):
             held.enter_context(lock)
