@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -27,7 +29,10 @@ from ernie_accel import (
     inpaint,
     refine,
 )
+from ernie_accel.core.turns import turn_of
 from ernie_accel.demo.judge import judge, summarize, unseen_prompts
+from ernie_accel.editing.edit import _multiple
+from ernie_accel.editing.pictures import finished
 from ernie_accel.samplers.solvers import SCHEDULERS
 from tests.pipelines import PIPELINES, tiny_ernie, tiny_flux, tiny_z_image
 
@@ -210,6 +215,39 @@ def test_callbacks_see_the_steps_that_run_and_may_change_them():
     out = image_to_image(pipe, PICTURE, PROMPT, strength=0.3, callback_on_step_end=callback, **call)
     assert [step for step, _ in seen] == [0, 1, 2]
     assert not out.images.any()
+
+
+def test_other_threads_wait_until_the_picture_is_drawn():
+    pipe, entered, seen = tiny_ernie(), threading.Event(), []
+
+    def other() -> None:
+        with turn_of(pipe):
+            entered.set()
+
+    def look(pipe: Any, step: int, timestep: object, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if not seen:
+            threads.submit(other)
+        seen.append(entered.wait(0.05))
+        return tensors
+
+    with ThreadPoolExecutor(1) as threads:
+        image_to_image(pipe, PICTURE, PROMPT, strength=0.5, callback_on_step_end=look, **settings(pipe))
+        assert entered.wait(30)
+    assert set(seen) == {False}
+
+
+def test_both_the_family_and_the_vae_say_what_divides_the_sides():
+    pipe = tiny_ernie()
+    pipe.vae_scale_factor = 24
+    assert _multiple(pipe) == 48
+
+
+def test_outside_a_mask_the_originals_stay_whatever_was_drawn():
+    images, originals = torch.full((1, 3, 2, 2), torch.nan), torch.rand(1, 3, 2, 2)
+    mask = torch.tensor([[[[0.0, 1.0], [0.0, 0.0]]]])
+    found = finished(images, originals, mask)
+    assert torch.equal(found.isnan(), (mask == 1).expand(1, 3, 2, 2))
+    assert torch.equal(found[mask.expand_as(found) == 0], originals[mask.expand_as(found) == 0])
 
 
 def test_nothing_is_left_behind_also_after_an_error():
