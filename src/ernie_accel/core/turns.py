@@ -79,7 +79,7 @@ class Turns(CallLayer):
     outermost: ClassVar[bool] = True
 
     def call(
-        self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: Any, **kwargs: Any
+        self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
     ) -> Any:
         with turn_of(pipe):
             return below(pipe, *args, **kwargs)

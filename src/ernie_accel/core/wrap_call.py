@@ -46,7 +46,7 @@ class CallLayer(ABC):
 
     @abstractmethod
     def call(
-        self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: Any, **kwargs: Any
+        self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
     ) -> Any:
         """Return what the pipe gives; ``below(pipe, *args, **kwargs)``, of that signature, is the call underneath."""
 
@@ -107,12 +107,12 @@ def _layered(cls: type, layer: CallLayer) -> type:
     signature = inspect.signature(below)
 
     @wraps(below)
-    def __call__(self: Pipeline, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: Pipeline, *args: object, **kwargs: object) -> Any:
         return layer.call(below, signature, self, *args, **kwargs)
 
     __call__.__signature__ = layer.signature(signature)  # type: ignore[attr-defined]
 
-    def __new__(cls: type, *args: Any, **kwargs: Any) -> object:
+    def __new__(cls: type, *args: object, **kwargs: object) -> object:
         # a script that says type(pipe)(**pipe.components) makes a pipe of its own, to which nothing was applied
         return _taken_apart(cls)[0](*args, **kwargs) if _LAYER in vars(cls) else object.__new__(cls)
 
@@ -148,7 +148,7 @@ class Defaults(CallLayer):
         return below.replace(parameters=parameters)
 
     def call(
-        self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: Any, **kwargs: Any
+        self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
     ) -> Any:
         given = signature.bind_partial(pipe, *args, **kwargs).arguments
         return below(pipe, *args, **{name: v for name, v in self.values.items() if name not in given}, **kwargs)
@@ -171,7 +171,7 @@ class _Around(CallLayer):
     attribute: str
 
     def call(
-        self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: Any, **kwargs: Any
+        self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
     ) -> Any:
         bound = signature.bind(pipe, *args, **kwargs)
         bound.apply_defaults()

@@ -43,7 +43,7 @@ def image_to_image(
     height: int | None = None,
     width: int | None = None,
     latents: torch.Tensor | None = None,
-    **call: Any,
+    **call: object,
 ) -> Any:
     """Draw `prompt`, beginning at a picture instead of at pure noise.
 
@@ -86,7 +86,7 @@ def inpaint(
     height: int | None = None,
     width: int | None = None,
     latents: torch.Tensor | None = None,
-    **call: Any,
+    **call: object,
 ) -> Any:
     """Draw `prompt` where a mask is white. Where it is black, the picture keeps its pixels, bit for bit.
 

@@ -69,7 +69,7 @@ class LateStart:
                 "a picture"
             )
 
-    def _set_timesteps(self, below: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    def _set_timesteps(self, below: Callable[..., None], *args: object, **kwargs: object) -> None:
         below(*args, **kwargs)
         scheduler = self._scheduler
         order = scheduler.order  # two evaluations a step, but in the last, with heun and dpmpp_sde
@@ -85,7 +85,7 @@ class LateStart:
         self.latents.copy_(self._noise if begin == 0 else self._noised(0))
         self._begun = True
 
-    def _step(self, below: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _step(self, below: Callable[..., Any], *args: object, **kwargs: object) -> Any:
         bound = inspect.signature(below).bind(*args, **kwargs).arguments
         if not self._stepped and bound["sample"].data_ptr() != self.latents.data_ptr():
             raise ErnieAccelError(
@@ -123,5 +123,5 @@ class _Instead:
         self._below, self._instead = below, instead
         self.__signature__ = inspect.signature(below)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         return self._instead(self._below, *args, **kwargs)

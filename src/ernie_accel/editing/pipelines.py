@@ -78,7 +78,7 @@ class ErnieImageImg2ImgPipeline(_FromPicture):
         height: int | None = None,
         width: int | None = None,
         latents: torch.Tensor | None = None,
-        **call: Any,
+        **call: object,
     ) -> Any:
         """Draw `prompt`, beginning at `image`; see `image_to_image`, and ErnieImagePipeline for the other arguments."""
         return self._draw(image, None, prompt, strength, height, width, latents, call)  # type: ignore[arg-type]
@@ -99,7 +99,7 @@ class ErnieImageInpaintPipeline(_FromPicture):
         height: int | None = None,
         width: int | None = None,
         latents: torch.Tensor | None = None,
-        **call: Any,
+        **call: object,
     ) -> Any:
         """Draw `prompt` where `mask_image` is white; see `inpaint`, and ErnieImagePipeline for the other arguments."""
         return self._draw(image, (mask_image,), prompt, strength, height, width, latents, call)  # type: ignore[arg-type]

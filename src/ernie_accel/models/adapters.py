@@ -262,7 +262,7 @@ class TakesAdapters(StandInMethod):
     refused before anything is changed.
     """
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         model = cast(nn.Module, self.owner)
         parts = adaptables(model)
         to_open = [part for part in parts if part.on_kernels or not part.can_be_split]
@@ -452,7 +452,7 @@ def _refusal(name: str, problems: list[str]) -> ErnieAccelError:
 class ThenTidy(StandInMethod):
     """A method of a transformer that removes adapters; sites that nobody uses go with them."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         result = self.call_below(*args, **kwargs)
         close_sites(cast(nn.Module, self.owner), only_if_unused=True)
         return result
@@ -461,7 +461,7 @@ class ThenTidy(StandInMethod):
 class Merges(StandInMethod):
     """`fuse_lora` of a transformer, which asks all layers before it changes one."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """Merge the active adapters into the weights.
 
         Raises:

@@ -141,7 +141,7 @@ class GuidedForward(StandInForward):
         finally:
             _picture.reset(before)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> object:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Return what the transformer computes."""
         picture = _picture.get()
         if picture is None or picture.of is not self or torch.compiler.is_compiling():
@@ -209,7 +209,7 @@ class EncodeBoth(StandInMethod):
         self._prompt = prompt
         super().__init__(pipe, name)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         found, picture, count = self.call_below(*args, **kwargs), _picture.get(), len(self._prompt)
         if picture is not None and isinstance(found, tuple) and [*map(_is_tensor, found)] == [True] * 2 * count:
             first, second = (dict(zip(self._prompt, some, strict=True)) for some in (found[:count], found[count:]))

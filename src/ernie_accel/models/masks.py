@@ -118,7 +118,7 @@ def watch_padding(pipe: Pipeline, how: AlwaysMasks, undo: Undo) -> PaddingWatch:
 class _MarkingPad(StandInMethod):
     """A pipeline's padding method, ([T, H] of each prompt) -> (text_bth, lengths_b), that marks its result."""
 
-    def __call__(self, text_hiddens: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, text_hiddens: list[Tensor], *args: object, **kwargs: object) -> Any:
         text_bth, lengths_b = self.call_below(text_hiddens, *args, **kwargs)
         mark(text_bth, lengths_b, [hidden.shape[0] for hidden in text_hiddens])
         return text_bth, lengths_b

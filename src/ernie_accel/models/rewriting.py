@@ -353,5 +353,5 @@ class RewrittenForward(StandInForward):
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(MethodType(type(self).function, self.module))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> object:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         return type(self).function(self.module, *args, **kwargs)

@@ -64,7 +64,7 @@ class _LoadLora(StandInMethod):
     """`load_lora_adapter`, but for one that writes into another's weights: where these wait on the host, it is lost."""
 
     def __call__(
-        self, weights: object, prefix: str | None = "transformer", hotswap: bool = False, **kwargs: Any
+        self, weights: object, prefix: str | None = "transformer", hotswap: bool = False, **kwargs: object
     ) -> Any:
         """Load a LoRA beside those that are there.
 

@@ -235,7 +235,7 @@ class Gate:
         self.keeper, self.name, self.block = keeper, name, block
         self.below: Callable[..., Any] | None = block._compiled_call_impl
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         self.keeper.need(self.name)
         below = self.below or self.block._call_impl
         result = below(*args, **kwargs)

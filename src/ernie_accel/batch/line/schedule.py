@@ -29,7 +29,7 @@ class BatchSizer:
     limit: int
     size: int = 1
     _settled: bool = False
-    _ceiling: int | None = None  # a size that ran out of memory
+    _ran_out: bool = False  # of memory, at a size above this one
     _since_trouble: int = 0
     _patience: int = _GROW_AFTER
     _seconds: dict[int, float] = field(default_factory=dict)  # the best time per picture of each size
@@ -38,13 +38,13 @@ class BatchSizer:
     @property
     def fresh(self) -> bool:
         """Whether nothing is known of this bucket."""
-        return not self._calls and self._ceiling is None
+        return not self._calls and not self._ran_out
 
     @property
     def settled(self) -> bool:
         """Whether `size` stays as it is for the time being, and so no batch needs to be measured."""
         nothing_to_compare = self.size == self.limit and self.size // 2 not in self._seconds
-        return self._settled or self._ceiling is not None or nothing_to_compare
+        return self._settled or self._ran_out or nothing_to_compare
 
     def succeeded(self, count: int, seconds: float | None) -> None:
         """Note that a batch of `count` pictures took `seconds`; None: nobody waited for it."""
@@ -55,9 +55,9 @@ class BatchSizer:
             each = seconds / count
             self._seconds[count] = min(each, self._seconds.get(count, each))
         self._since_trouble += 1
-        if self._ceiling is not None:
+        if self._ran_out:
             if self._since_trouble >= self._patience:
-                self._ceiling, self._settled, self._patience = None, False, 2 * self._patience
+                self._ran_out, self._settled, self._patience = False, False, 2 * self._patience
                 self.size = min(2 * self.size, self.limit)
             return
         first = self._calls[count] == 1  # it may compile or tune kernels
@@ -66,7 +66,7 @@ class BatchSizer:
 
     def out_of_memory(self, count: int) -> None:
         """Note that a batch of `count` pictures did not fit."""
-        self._ceiling = min(count, self._ceiling or count)
+        self._ran_out = True
         self.size = max(1, min(self.size, count // 2))
         self._since_trouble = 0
 

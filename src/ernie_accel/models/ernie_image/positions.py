@@ -74,7 +74,7 @@ def position(pos_embed: Callable[[Tensor], Tensor], rows: Rows, like: Tensor) ->
 class RememberingPad(StandInMethod):
     """A pipeline's ``_pad_text`` that also keeps the prompt lengths, which it knows, on the host."""
 
-    def __call__(self, text_hiddens: list[Tensor], *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, text_hiddens: list[Tensor], *args: object, **kwargs: object) -> Any:
         text_bth, text_lens = self.call_below(text_hiddens, *args, **kwargs)
         remember_lengths(
             text_lens,

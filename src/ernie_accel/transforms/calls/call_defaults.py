@@ -149,7 +149,7 @@ class _Defaults(Defaults):
     highest_guidance: float | None = None
 
     def call(
-        self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: Any, **kwargs: Any
+        self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
     ) -> Any:
         given = signature.bind_partial(pipe, *args, **kwargs).arguments
         guidance = given.get("guidance_scale", self.values.get("guidance_scale"))

@@ -347,7 +347,7 @@ def _by_mask_class(cls: Any) -> type:
     position = names.index("attention_mask") - 2 if "attention_mask" in names else None  # after self and attn
 
     @functools.wraps(stock)
-    def __call__(self: Any, attn: nn.Module, *args: Any, **kwargs: Any) -> object:
+    def __call__(self: Any, attn: nn.Module, *args: object, **kwargs: object) -> object:
         mask = args[position] if position is not None and len(args) > position else kwargs.get("attention_mask")
         return stock(processor_for(self, mask), attn, *args, **kwargs)
 

@@ -232,7 +232,7 @@ class _OnceEach(_KnowsTheCall, StandInMethod):
         given = arguments.get("negative_prompt_embeds") is not None or arguments.get("prompt_embeds") is not None
         return [] if given or not needed else [negative] if isinstance(negative, str) else list(negative)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         (name, texts), *rest = bound.arguments.items()

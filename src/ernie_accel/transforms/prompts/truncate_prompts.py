@@ -143,5 +143,5 @@ class _ShortPrompts(StandInMethod):
         super().__init__(pipe, "encode_prompt")
         self._limit = limit
 
-    def __call__(self, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, prompt: Any, *args: object, **kwargs: object) -> Any:
         return self.call_below(prompt if prompt is None else self._limit.shorten_all(prompt), *args, **kwargs)
