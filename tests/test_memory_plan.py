@@ -381,6 +381,20 @@ def test_a_pipe_may_lack_components(left):
     assert found.stages
 
 
+@pytest.mark.parametrize(("card", "scheme"), [("rtx3090", "int8-weight-only"), ("rtx4090", "fp8-weight-only")])
+def test_text_encoders_get_the_eight_bits_that_the_card_computes_with(card, scheme):
+    (eight,) = planner._eight_bits(tiny_ernie(), (), Context.named(card))
+    assert eight.scheme == scheme
+
+
+def test_what_is_offloaded_waits_on_the_host():
+    pipe = tiny_ernie()
+    assert plan_memory(pipe, (Offload("model"),), None, Context.named("rtx4090"), call=Call(64, 64)).host == pipe_bytes(
+        pipe
+    )
+    assert plan_memory(pipe, (), None, Context.named("rtx4090"), call=Call(64, 64)).host == 0
+
+
 def test_a_pipe_with_weights_is_left_as_it_is():
     pipe = tiny_ernie(layers=3)
     before = {name: id(part) for name, part in pipe.components.items()}
