@@ -97,7 +97,7 @@ MEASURED = {
             "compiled-fp8": ("torchao fp8 + stock blocks compiled, which was quality-fp8", _FP8),
             "quality-bf16": ("the preset", optimized(lambda a, _: [], "quality-bf16")),
             "quality-fp8": ("the preset", _ONLY_FP8("quality-fp8")),
-            "quality-fp8, two calls": ("the preset without BatchGuidance", _TWO_CALLS),
+            "quality-fp8-two-calls": ("the preset without BatchGuidance", _TWO_CALLS),
             "rewrite+compile": _REWRITTEN,
         },
         (

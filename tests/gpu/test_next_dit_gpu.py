@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import CaptureGraphs, FuseKernels, RewriteBlocks
+from ernie_accel import BatchGuidance, CaptureGraphs, FuseKernels, RewriteBlocks
 from ernie_accel.core.transform import ROUNDING_REL
-from tests.pipelines import tiny_lumina2, tiny_z_image
+from ernie_accel.models.guided_forward import GuidedForward
+from tests.pipelines import picture, tiny_lumina2, tiny_z_image
 
 
 @cache
@@ -147,3 +148,21 @@ def test_compiled_rewritten_blocks_only_round(name: str) -> None:
     expected = predict(pipe, name)
     ernie_accel.optimize(pipe, RewriteBlocks(), ernie_accel.Compile())
     assert error(predict(pipe, name), expected, f"{name} compiled") < ROUNDING_REL["bfloat16"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("side", [256, 1024])
+def test_guidance_as_one_batch_draws_what_two_calls_draw(
+    precision: str, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuse, batches, join = FuseKernels(precision), [], GuidedForward._joined
+    monkeypatch.setattr(GuidedForward, "_joined", lambda *given: batches.append(1) or join(*given))
+    drawn = []
+    for more in ((), (BatchGuidance(),)):
+        pipe = pipe_of("lumina2").to(torch.bfloat16)
+        ernie_accel.optimize(pipe, RewriteBlocks(), fuse, CaptureGraphs(), *more)
+        call = {"height": side, "width": side, "guidance_scale": 2.0, "negative_prompt": "a small square"}
+        drawn.append(picture(pipe, steps=4, output_type="latent", **call))
+    assert len(batches) == 4
+    found = error(drawn[1], drawn[0], f"{fuse} guided at {side}")
+    assert found < (ROUNDING_REL["bfloat16"] if precision == "bf16" else 10 ** (-fuse.floor_db / 20))
