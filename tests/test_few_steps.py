@@ -170,6 +170,18 @@ def test_a_pipe_is_copied_with_it_and_saved_without_it(ernie, tmp_path, monkeypa
         ernie_accel.save(ernie, tmp_path / "saved")
 
 
+def test_restore_takes_the_lora_out_of_a_transformer_that_was_wrapped_since(ernie):
+    want = picture(ernie, steps=1)
+    ernie_accel.optimize(ernie, LORA)
+    ernie.transformer = torch.compile(ernie.transformer, backend=lambda graph, _: graph.forward)
+    wrapper = ernie.transformer
+    ernie_accel.restore(ernie)
+    assert ernie.transformer is wrapper
+    assert not any("lora" in name for name, _ in wrapper.named_modules())
+    ernie.transformer = wrapper._orig_mod
+    assert torch.equal(picture(ernie, steps=1), want)
+
+
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +224,22 @@ def test_a_lora_for_another_architecture_is_refused_with_its_unmatched_layers_co
         ernie_accel.optimize(ernie, FewSteps(other, steps=4))
     assert differences(before, snapshot(ernie)) == []
     assert "are not in this FluxPipeline" in reasons(tiny_flux(), LORA)[0]
+
+
+def test_saving_and_loading_plain_weights_are_refused_before_anything_changes(ernie, tmp_path):
+    plain = tiny_ernie().transformer.state_dict()
+    ernie_accel.optimize(ernie, LORA)
+    before = snapshot(ernie)
+    for owner in (ernie, ernie.transformer):
+        with pytest.raises(ernie_accel.ErnieAccelError, match=r"save_pretrained: the LoRA of FewSteps"):
+            owner.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ernie_accel.ErnieAccelError, match=r"load_state_dict: these weights have no .*base_layer"):
+        ernie.transformer.load_state_dict(plain)
+    assert not (tmp_path / "saved").exists()
+    assert not differences(before, snapshot(ernie))
+    ernie.transformer.load_state_dict(ernie.transformer.state_dict())
+    ernie_accel.restore(ernie)
+    ernie.transformer.load_state_dict(plain)
 
 
 def test_a_pipeline_whose_reader_gives_alphas_beside_the_lora_refuses_it_like_any_other():

@@ -167,7 +167,7 @@ def wrapped_by_compile(pipe: Pipeline, components: Iterable[str]) -> list[str]:
         for name in components
         if name in modules
         for path, part in modules[name].named_modules()
-        if _is_wrapper(part)
+        if is_compiled_wrapper(part)
     )
     return [
         f"{path} is a wrapper that torch.compile(...) returned, and what is inside cannot be changed through it: use "
@@ -177,7 +177,8 @@ def wrapped_by_compile(pipe: Pipeline, components: Iterable[str]) -> list[str]:
     ]
 
 
-def _is_wrapper(module: object) -> bool:
+def is_compiled_wrapper(module: object) -> bool:
+    """Return whether a module is what ``torch.compile(module)`` returned around another."""
     # Recognised by what it holds, not by its class, which takes a second to import.
     return isinstance(module, torch.nn.Module) and "_orig_mod" in module._modules
 

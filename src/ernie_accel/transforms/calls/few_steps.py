@@ -13,9 +13,11 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 
-from ernie_accel.core.components import Pipeline, modules_of
+from ernie_accel.core.components import Pipeline, is_compiled_wrapper, modules_of
 from ernie_accel.core.context import Context
+from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.planned import PlannedPipe, PlannedWeight
+from ernie_accel.core.stand_in import Bound, StandInMethod
 from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import Defaults, add_layer, new_defaults
@@ -135,6 +137,12 @@ class FewSteps(Transform):
                 else:
                     layer.set_adapter(active[id(layer)])
             add_layer(pipe, Defaults(self.wanted(pipe)), undo)
+            layers = self._layers(pipe)
+            parts = modules_of(pipe, () if isinstance(layers, str) else dict.fromkeys(name for name, _ in layers))
+            for owner in (pipe, *parts.values()):
+                undo.setattr(owner, "save_pretrained", Bound(_refuse_saving, owner))
+            for part in parts.values():
+                undo.setattr(part, "load_state_dict", _LoadingPlainRefused(part, "load_state_dict"))
         return Applied(changes, undo=undo)
 
     def wanted(self, pipe: Pipeline) -> dict[str, Any]:
@@ -237,7 +245,7 @@ def _misfit(layers: _Layers, planned: PlannedPipe) -> str:
 
 
 def _any(pipe: Any) -> Any:
-    """Return the pipe as an object with methods that `Pipeline` does not name."""
+    """Return an object as one with methods that its type does not name."""
     return pipe
 
 
@@ -266,8 +274,43 @@ def _without_adapters(pipe: Pipeline) -> tuple[str, ...]:
     return tuple(name for name, module in modules_of(pipe).items() if "_hf_peft_config_loaded" not in vars(module))
 
 
+def _refuse_saving(self: object, *_: object, **__: object) -> None:
+    raise ErnieAccelError(
+        f"{type(self).__name__}.save_pretrained: the LoRA of FewSteps() is among its layers, and what that writes has "
+        "other names for their weights, which load as random numbers. Save the pipe with ernie_accel.save(pipe, "
+        "folder), or call ernie_accel.restore(pipe) first."
+    )
+
+
+class _LoadingPlainRefused(StandInMethod):
+    """A component's ``load_state_dict`` that refuses weights without the LoRA before it copies the first of them."""
+
+    def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """Load weights."""
+        if not strict:  # as PEFT loads another LoRA
+            return self.call_below(state_dict, strict, *args, **kwargs)
+        missing = [name for name in _any(self.owner).state_dict() if ".base_layer." in name and name not in state_dict]
+        if missing:
+            raise ErnieAccelError(
+                f"{type(self.owner).__name__}.load_state_dict: these weights have no {missing[0]}, as they are without "
+                "the LoRA of FewSteps(). Call ernie_accel.restore(pipe), load them, then optimize again."
+            )
+        return self.call_below(state_dict, strict, *args, **kwargs)
+
+
 def _remove(pipe: Pipeline, name: str, untouched: tuple[str, ...]) -> None:
     """Remove the adapter, and leave others as they are; a no-op where it is gone already."""
+    wrapped = {part: module for part, module in modules_of(pipe).items() if is_compiled_wrapper(module)}
+    try:
+        for part, module in wrapped.items():  # diffusers finds no adapters in what torch.compile(...) returned
+            setattr(pipe, part, module.get_submodule("_orig_mod"))
+        _remove_unwrapped(pipe, name, untouched)
+    finally:
+        for part, module in wrapped.items():
+            setattr(pipe, part, module)
+
+
+def _remove_unwrapped(pipe: Pipeline, name: str, untouched: tuple[str, ...]) -> None:
     adapters = {each for names in _adapters_of(pipe).values() for each in names}
     if adapters - {name}:
         active = {id(layer): [each for each in layer.active_adapters if each != name] for layer in _lora_layers(pipe)}
