@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import generate_latest
+from python_multipart.exceptions import FormParserError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
@@ -182,7 +183,11 @@ async def _form(request: Request) -> tuple[dict[str, object], bytes, bytes | Non
         raise ApiError(415, message, None, "unsupported_media_type")
     fields: dict[str, object] = {}
     files: dict[str, bytes] = {}
-    async with request.form(max_files=2, max_fields=40, max_part_size=2**18) as form:
+    try:
+        form = await request.form(max_files=2, max_fields=40, max_part_size=2**18)
+    except FormParserError:  # older releases of Starlette let it pass
+        raise ApiError(400, "The request is no form.", None, "invalid_form") from None
+    try:
         for name, value in form.multi_items():
             param = name.removesuffix("[]")
             if param in fields or param in files:
@@ -196,6 +201,8 @@ async def _form(request: Request) -> tuple[dict[str, object], bytes, bytes | Non
                 files[param] = await value.read()
             else:
                 fields[name] = _nested(value) if name == "extra_params" else value
+    finally:
+        await form.close()
     if "image" not in files:
         raise ApiError(400, "Missing required parameter: 'image'.", "image", "missing_required_parameter")
     return fields, files["image"], files.get("mask")
