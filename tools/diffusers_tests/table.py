@@ -15,7 +15,9 @@ _EXPLANATION = """\
 `nox -s diffusers -- PATH` runs the pipeline tests of diffusers from a checkout of it, each on a stock pipeline and on
 one that was passed through `optimize` when it was made. A test that passes on stock only is lost. "With a changed pipe"
 counts the tests in which the request changed a pipe; elsewhere it had nothing to do, or its plan refused. Tiny models
-that the tests download are replaced by stand-ins, random weights of the same classes, which `--download` turns off."""
+that the tests download are replaced by stand-ins, random weights of the same classes, which `--download` turns off.
+Their tokenizers count letters, so `TruncatePrompts(16)` cuts most prompts: what compares a cut prompt with whole
+embeddings, or expects a warning of the tokenizer, is lost by what the request means."""
 
 
 def versions() -> dict[str, str]:
