@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import itertools
 import pickle
+import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from ernie_accel.core.errors import ErnieAccelError, UnsupportedError
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.models.ernie_image import blocks as ernie_image_blocks
 from ernie_accel.models.graphed_forward import GraphedForward
+from ernie_accel.residency import movers as movers_module
 from ernie_accel.residency.layout import ComponentSize, PieceSize, lay_out, least_bytes
 from ernie_accel.residency.movers import MOVERS, Mover, StreamMover
 from ernie_accel.transforms.weights.residency import least_weights
@@ -61,6 +65,9 @@ class Streams:
         def wait_event(self, event: Any) -> None:
             self.waits_for.append(event)
 
+        def synchronize(self) -> None:
+            pass
+
     class Event:
         def record(self, stream: Any) -> None:
             self.stream = stream
@@ -77,8 +84,11 @@ class Streams:
     def stream(self, stream: Any) -> Any:
         return contextlib.nullcontext()
 
-    def synchronize(self, device: Any) -> None:
+    def set_device(self, device: Any) -> None:
         pass
+
+    def device(self, device: Any) -> Any:
+        return contextlib.nullcontext()
 
 
 def test_a_copy_waits_for_every_stream_that_may_still_read_its_place():
@@ -107,6 +117,46 @@ def test_a_graph_does_not_wait_for_what_is_outside_of_it():
 
 def test_a_device_without_a_number_is_the_one_that_is_current_then():
     assert StreamMover(torch.device("cpu"), Streams()).device == torch.device("cpu", 0)
+
+
+class Runtime:
+    """Notes which memory is pinned; memory that is freed meanwhile would be noticed."""
+
+    def __init__(self) -> None:
+        self.pinned: dict[int, Any] = {}
+
+    def cudaHostRegister(self, place: int, nbytes: int, flags: int) -> int:
+        self.pinned[place] = nbytes
+        return 0
+
+    def cudaHostUnregister(self, place: int) -> int:
+        del self.pinned[place]
+        return 0
+
+
+@pytest.mark.parametrize("way", ["closed", "dropped"])
+def test_memory_is_unpinned_before_it_is_freed(way, monkeypatch):
+    """The trap: copies from memory that is used again while a freed part of it is pinned fail, in other places."""
+    runtime, kind = Runtime(), Streams()
+    monkeypatch.setattr(movers_module, "_runtime", lambda: runtime)
+    mover = StreamMover(torch.device("cuda", 0), kind)
+    source = torch.zeros(64)
+    place, freed = source.data_ptr(), []
+    weakref.finalize(source, lambda: freed.append(place in runtime.pinned))
+    mover.pin([source])
+    mover._pins._thread.join()
+    assert runtime.pinned == {place: 256}
+    del source
+    gc.collect()
+    assert freed == []
+    if way == "closed":
+        mover.close()
+    del mover
+    gc.collect()
+    for thread in [each for each in threading.enumerate() if each.name == "ernie-accel-unpinning"]:
+        thread.join()
+    gc.collect()
+    assert (runtime.pinned, freed) == ({}, [False])
 
 
 def test_a_graph_of_your_own_cannot_have_weights_that_come_and_go(movers, monkeypatch):

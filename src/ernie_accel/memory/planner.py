@@ -350,7 +350,7 @@ def _candidates(
     if budget is None:
         return
     most = max((UNKNOWN if need is None else need for need in activations.values()), default=0)
-    room = budget - most - BETWEEN - _spare(wanted)
+    room = budget - most - BETWEEN - _spare(wanted, activations)
     keep: tuple[Transform, ...] = (Residency(room, device=device),) if room > 0 else ()
     fetched = _fetched(room)
     ways: list[tuple[tuple[Transform, ...], tuple[str, ...]]] = []
@@ -383,9 +383,11 @@ def _eight_bits(pipe: Pipeline, wanted: Iterable[Transform], context: Context) -
     return (Quantize(scheme, components=left, keep_originals=False),)
 
 
-def _spare(transforms: Iterable[Transform]) -> int:
-    captures = any(each.slot in ("graphs", "text-encoder", "enhancer") for each in transforms)
-    return POOLS if captures else ROUNDING
+def _spare(transforms: Iterable[Transform], activations: dict[str, int | None]) -> int:
+    slots = {each.slot for each in transforms}
+    if "graphs" in slots:  # they keep what a step computes for themselves, while others decode
+        return max(POOLS, activations.get("denoise") or 0)
+    return POOLS if slots & {"text-encoder", "enhancer"} else ROUNDING
 
 
 def _judge(
@@ -412,7 +414,7 @@ def _judge(
     by_stage = weights_by_stage(planned, activations, kept)
     stages = tuple(Stage(name, by_stage[name], need) for name, need in activations.items())
     transforms = [step.transform for step in the_plan.steps]
-    spare = _spare(transforms)
+    spare = _spare(transforms, activations)
     unknown = [name for name, need in activations.items() if need is None]
     if unknown:
         names = " and ".join(unknown)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -72,9 +73,10 @@ class StreamMover(Mover):
         super().__init__(device)
         self._stream = self._kind.Stream(device)
         self._readers: dict[Any, None] = {}  # streams that waited for a copy, and may still read what it brought
-        self._pinned: list[Tensor] = []
-        self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
+        self._pins = _Pins(self._kind, device, self._stream)
+        # Memory that is freed while it is pinned cannot be copied from when it is used again, so a pipe that is dropped
+        # unpins as one that is restored does. At exit the device may be gone already, and so is the memory.
+        weakref.finalize(self, self._pins.close_later).atexit = False
         self._expands = False
 
     def open(self) -> None:
@@ -111,35 +113,56 @@ class StreamMover(Mover):
     def pin(self, sources: Iterable[Tensor]) -> None:
         if self.device.type != "cuda":
             return
-        sources = list(sources)
-        limit = int(PINNED_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-        def work() -> None:
-            total = 0
-            self._kind.set_device(self.device)  # a thread begins on the first one, which may not be in use
-            for source in sources:
-                total += source.nbytes
-                if total > limit or self._stop.is_set():
-                    return
-                # Not pin_memory(): its allocator rounds up to powers of two, and copies.
-                if int(_runtime().cudaHostRegister(source.data_ptr(), source.nbytes, 0)) != 0:
-                    return
-                self._pinned.append(source)
-
-        self._thread = threading.Thread(target=work, name="ernie-accel-pinning", daemon=True)
-        self._thread.start()
+        self._pins.begin(list(sources))
 
     def close(self) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-        self._kind.synchronize(self.device)
-        while self._pinned:
-            with self._kind.device(self.device):
-                _runtime().cudaHostUnregister(self._pinned.pop().data_ptr())
+        self._pins.close()
         if self._expands:
             torch.cuda.memory._set_allocator_settings("expandable_segments:False")
             self._expands = False
+
+
+class _Pins:
+    """The host memory that a mover has pinned; it outlives the mover until it is unpinned."""
+
+    def __init__(self, kind: Any, device: torch.device, stream: Any) -> None:
+        self._kind, self._device, self._stream = kind, device, stream
+        self._pinned: list[Tensor] = []
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+
+    def begin(self, sources: list[Tensor]) -> None:
+        """Pin memory in the background, as far as the host's allows."""
+        self._thread = threading.Thread(target=self._pin, args=(sources,), name="ernie-accel-pinning", daemon=True)
+        self._thread.start()
+
+    def _pin(self, sources: list[Tensor]) -> None:
+        limit, total = int(PINNED_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), 0
+        self._kind.set_device(self._device)  # a thread begins on the first one, which may not be in use
+        for source in sources:
+            total += source.nbytes
+            if total > limit or self._stop.is_set():
+                return
+            # Not pin_memory(): its allocator rounds up to powers of two, and copies.
+            if int(_runtime().cudaHostRegister(source.data_ptr(), source.nbytes, 0)) != 0:
+                return
+            self._pinned.append(source)
+
+    def close(self) -> None:
+        """Unpin all of it, once nothing pins or copies from it any more, and let it go."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._stream.synchronize()
+        while self._pinned:
+            with self._kind.device(self._device):
+                _runtime().cudaHostUnregister(self._pinned[-1].data_ptr())
+            self._pinned.pop()
+
+    def close_later(self) -> None:
+        """Do so in a thread of its own: garbage is collected anywhere, also while a graph is captured."""
+        if self._thread is not None:
+            threading.Thread(target=self.close, name="ernie-accel-unpinning", daemon=True).start()
 
 
 def _runtime() -> Any:
