@@ -14,8 +14,10 @@ On the CPU: stock is Quantize("int8-weight-only") and Compile(), preset is the f
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
 import os
+import pstats
 import shutil
 import statistics
 import subprocess
@@ -63,9 +65,15 @@ def make(folder: Path, size: str, device: str) -> dict[str, Any]:
     return {"made_s": made, "saved_s": time.perf_counter() - start, "report": str(ernie_accel.report(pipe))}
 
 
-def measure(folder: Path, size: str, device: str, kind: str, began: float) -> dict[str, Any]:
-    """Draw the first pictures of a fresh process; seconds count from `began`, when it was started."""
+def measure(
+    folder: Path, size: str, device: str, kind: str, began: float, profile: Path | None = None
+) -> dict[str, Any]:
+    """Draw the first pictures of a fresh process; seconds count from `began`, when it was started.
+
+    With `profile`, write there which functions loading spends its time in (which takes longer then).
+    """
     facts: dict[str, Any] = {}
+    profiler = cProfile.Profile()
 
     def note(name: str) -> None:
         if device != "cpu":
@@ -78,6 +86,8 @@ def measure(folder: Path, size: str, device: str, kind: str, began: float) -> di
     import ernie_accel
 
     note("imported")
+    if profile is not None:
+        profiler.enable()
     if kind == "stock":
         from diffusers import DiffusionPipeline
 
@@ -95,6 +105,10 @@ def measure(folder: Path, size: str, device: str, kind: str, began: float) -> di
     else:
         pipe = ernie_accel.load(folder / "saved", device=device)
         note("loaded")
+    profiler.disable()
+    if profile is not None:
+        with profile.open("w", encoding="utf-8") as file:
+            pstats.Stats(profiler, stream=file).sort_stats("cumulative").print_stats(90)
     pipe.set_progress_bar_config(disable=True)
     for name in ("first", "second"):
         image = pipe(
@@ -144,6 +158,8 @@ def in_a_process(arguments: argparse.Namespace, what: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as code:
         environment = os.environ | {name: str(Path(code) / name) for name in _CODE} | {"HF_HUB_OFFLINE": "1"}
         command += ["--folder", str(arguments.folder), "--began", repr(time.time())]
+        if arguments.profile is not None and what == "saved":
+            command += ["--profile", str(arguments.profile)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{what} failed:\n{done.stderr[-4000:]}")
@@ -238,12 +254,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--cold", action="store_true", help="drop the files from the system's cache before each run")
     parser.add_argument("--save", type=Path, help="JSON file for the figures; default: in the folder")
+    parser.add_argument("--profile", type=Path, help="text file for what loading a saved folder spends its time in")
     parser.add_argument("--do", choices=("make", *KINDS), help=argparse.SUPPRESS)
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.do is not None:
         place = (arguments.folder, arguments.size, arguments.device)
-        done = make(*place) if arguments.do == "make" else measure(*place, arguments.do, arguments.began)
+        if arguments.do == "make":
+            done = make(*place)
+        else:
+            done = measure(*place, arguments.do, arguments.began, arguments.profile)
         print(json.dumps(done))
         return
     if arguments.device is None:
