@@ -46,7 +46,7 @@ def main() -> None:
     """Measure every rank, and write the table."""
     arguments = parse()
     device = "cpu" if arguments.tiny else "cuda"
-    context = Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6"}) if arguments.tiny else Context.detect()
+    context = Context.named("h200") if arguments.tiny else Context.detect()
     pipe = random_pipeline("tiny" if arguments.tiny else "full", device, torch.bfloat16, denoiser_only=True)
     inputs = step_inputs(pipe, 64 if arguments.tiny else 1024, 8 if arguments.tiny else 128)
     wanted = list(itertools.product(arguments.layers, arguments.ranks))

@@ -54,8 +54,8 @@ def test_restore_puts_weights_back_where_they_began(make, transform):
     pipe = as_loaded(make)
     stock, before = places(pipe), drawn(pipe)
     if not ernie_accel.plan(pipe, transform).ok:
-        assert transform == RewriteBlocks()
-        pytest.skip("the family has no rewritten blocks")
+        assert transform == RewriteBlocks() or make is tiny_flux
+        pytest.skip("the family has no rewritten blocks, or the pipe no text encoder to free")
     ernie_accel.optimize(pipe, transform)
     after = drawn(pipe)
     if transform.effect is Effect.EXACT:

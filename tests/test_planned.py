@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -56,10 +57,14 @@ MORE = (
 
 
 def sizes_by_module(weights) -> dict[str, int]:
-    """Return the bytes of each module: quantization backends name what they store for a weight as they like."""
+    """Return the bytes of each module: quantization backends name what they store for a weight as they like.
+
+    PEFT puts a layer beneath its own, as "base_layer", and both matrices of an adapter beside it.
+    """
     sizes: dict[str, int] = defaultdict(int)
     for name, weight in weights.items():
-        sizes[name.rpartition(".")[0]] += weight.nbytes
+        module = name.rpartition(".")[0].removesuffix(".base_layer").replace(".base_layer.", ".")
+        sizes[re.sub(r"\.lora_[AB]\.", ".lora.", module)] += weight.nbytes
     return {name: size for name, size in sizes.items() if size}
 
 
