@@ -82,6 +82,28 @@ def test_a_row_is_what_the_pipe_draws_with_its_lora(folder, transforms):
     assert len(settings["lora_sha256"]) == 64
 
 
+def test_an_alpha_that_a_file_tells_apart_from_the_rank_counts(tmp_path):
+    """Diffusers saves it in the file's metadata; without it, this LoRA would have a quarter of its strength."""
+    pipe = tiny_ernie()
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipe.transformer.add_adapter(config, adapter_name="x")
+    layers = get_peft_model_state_dict(pipe.transformer, adapter_name="x")
+    told = {**config.to_dict(), "target_modules": ["to_q", "to_v"]}
+    pipe.save_lora_weights(
+        tmp_path, transformer_lora_layers=layers, weight_name="a.safetensors", transformer_lora_adapter_metadata=told
+    )
+    out = drawn(list(produce(tiny_ernie(), rows_of(tmp_path, "red,1,a.safetensors,"), tmp_path / "out")))
+    expected = tiny_ernie()
+    expected.load_lora_weights(tmp_path, weight_name="a.safetensors")
+    call = {"num_inference_steps": 2, "guidance_scale": 1.0, "width": 32, "height": 32, "use_pe": False}
+    picture = np.asarray(expected("red", generator=torch.Generator().manual_seed(1), **call).images[0]).astype(int)
+    assert np.abs(out[0].astype(int) - picture).max() <= 1
+    expected.set_adapters(expected.get_active_adapters(), [0.25])
+    weaker = np.asarray(expected("red", generator=torch.Generator().manual_seed(1), **call).images[0]).astype(int)
+    assert np.abs(picture - weaker).max() > 1
+
+
 def test_rows_are_grouped_so_that_adapters_are_swapped_rarely(folder, monkeypatch):
     lines = [f"p{i},{i},{lora},{scale}" for i in range(4) for lora, scale in (("a.safetensors", ""), ("", ""),
              ("b.safetensors", ""))]  # fmt: skip

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 from ernie_accel.batch.engines.base import AdapterFile, is_out_of_memory
@@ -10,6 +13,8 @@ from ernie_accel.core.errors import ErnieAccelError
 
 KEPT = 8
 """Adapters that stay loaded."""
+_CONFIGURATIONS = frozenset({"lora_adapter_metadata"})
+"""Where a file has what an adapter was made with, its alpha among it."""
 
 
 class AdapterError(ErnieAccelError):
@@ -54,12 +59,10 @@ class Adapters:
 
     def _load(self, lora: AdapterFile) -> None:
         from safetensors import SafetensorError
-        from safetensors.torch import load
 
         name = f"batch_{lora.digest[:16]}"
         try:
-            weights = load(lora.read())
-            self._pipe.load_lora_weights(weights, adapter_name=name)
+            self._read(lora.read(), name)
         except (SafetensorError, ValueError, LookupError, RuntimeError) as error:
             self._remove(name)
             if is_out_of_memory(error):
@@ -71,6 +74,23 @@ class Adapters:
         self._loaded[lora.digest] = name
         while len(self._loaded) > KEPT:
             self._remove(self._loaded.popitem(last=False)[1])
+
+    def _read(self, content: bytes, name: str) -> None:
+        """Load an adapter from the bytes that were checked."""
+        from safetensors.torch import load
+
+        weights = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        if not header.get("__metadata__", {}).keys() & _CONFIGURATIONS:
+            self._pipe.load_lora_weights(weights, adapter_name=name)
+            return
+        # diffusers reads an adapter's configuration from files only; without it, the alpha would be the rank.
+        with tempfile.TemporaryDirectory(prefix="ernie-accel-lora-") as folder:
+            file = Path(folder) / "lora.safetensors"
+            file.write_bytes(content)
+            self._pipe.load_lora_weights(
+                folder, weight_name=file.name, adapter_name=name, local_files_only=True, use_safetensors=True
+            )
 
     def _has(self, name: str) -> bool:
         return any(name in names for names in self._pipe.get_list_adapters().values())
