@@ -168,6 +168,20 @@ def test_a_lora_is_in_the_picture(comfyui, files):
     torch.testing.assert_close(without, plain, atol=1e-4, rtol=0)
 
 
+def test_the_alpha_in_a_loras_metadata_counts(comfyui, files):
+    from safetensors.torch import load_file, save_file
+
+    _, executor, _ = comfyui
+    file = files / "models" / "loras" / "style.safetensors"
+    write_lora(file, 1)
+    plain = pictures(executor.run(graph("lora")))
+    told = {"transformer.r": 4, "transformer.lora_alpha": 2, "transformer.target_modules": ["to_q", "to_v"]}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(told)}
+    save_file(load_file(file), file, metadata=metadata)
+    weaker = pictures(executor.run(graph("lora")))
+    assert (weaker - plain).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("named", ["kohya", "ComfyUI"])
 def test_a_lora_by_other_names_is_the_same(comfyui, files, named):
     from safetensors.torch import load_file, save_file

@@ -111,7 +111,10 @@ def _fuse(pipe: Any, lora: Lora, name: str) -> None:
                 f"{lora.path.name} is a DoRA ({magnitudes} tensors), of which diffusers would load only a part; merge "
                 "it into a LoRA with its trainer's tools"
             )
-        pipe.load_lora_weights(_in_diffusers_names(weights, pipe.transformer), adapter_name=name)
+        named = _in_diffusers_names(weights, pipe.transformer)
+        # From the file itself where diffusers knows the names: its metadata has the adapter's alpha.
+        source, how = (str(lora.path), {"use_safetensors": True}) if named is weights else (named, {})
+        pipe.load_lora_weights(source, adapter_name=name, local_files_only=True, **how)
     except (SafetensorError, ValueError, LookupError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ErnieAccelError(f"{lora.path.name} does not fit {type(pipe).__name__}: {reason}") from error
