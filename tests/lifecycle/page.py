@@ -90,8 +90,12 @@ _CLASSES = re.compile(
 )
 
 
+#: Where the files of the tests lie on the machine that ran them.
+_PLACES = re.compile(r"(?<=')[^'\s]*/tests/data/")
+
+
 def _shared_text(reason: str) -> str:
-    text = _CLASSES.sub("…", reason)
+    text = _PLACES.sub("", _CLASSES.sub("…", reason))
     return re.sub(r"[|<>]", " ", re.sub(r"(?<=\bto\()torch\.\w+", "…", text)).strip()
 
 
