@@ -1,8 +1,8 @@
 """What a LoRA costs on fused kernels: ms a step and percent by rank, swapping, loading, and fidelity in dB.
 
 On a GPU: ``python benchmarks/lora.py --out benchmarks/results/lora_NAME`` (full-size ERNIE-Image with random weights,
-1024x1024 pixels, 128 text tokens; under two minutes on an H100). On a CPU ``--tiny`` runs the same code in seconds; its
-times say nothing. Writes OUT.json and OUT.md, by default into the folder that the environment variable OUT names.
+1024x1024 pixels, 128 text tokens; a minute and a half on an H200). On a CPU ``--tiny`` runs the same code in seconds;
+its times say nothing. Writes OUT.json and OUT.md, by default into the folder that the environment variable OUT names.
 
 Steps are timed back to back by CUDA events, so that the card is at its sustained clock; each rank is timed between two
 runs without a LoRA, and compared with their mean. Fidelity is that of the transformer's output: fp8 against bfloat16,
@@ -23,7 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ladder_measures
 import torch
+from ladder_measures import seconds
 from random_pipeline import random_pipeline
 from safetensors.torch import save_file
 
@@ -182,34 +184,11 @@ def measured(pipe: Any, inputs: dict[str, Any], one: Path, other: Path, steps: i
     }
 
 
-def sync() -> None:
-    """Wait for the device."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def seconds(do: Callable[[], object]) -> float:
-    """Return the wall time of one call."""
-    sync()
-    start = time.perf_counter()
-    do()
-    sync()
-    return time.perf_counter() - start
-
-
 def milliseconds(step: Callable[[], object], repeats: int) -> float:
     """Return the median time of steps that follow each other without a pause, after a few more."""
     for _ in range(4):
         step()
-    if not torch.cuda.is_available():
-        return statistics.median(seconds(step) for _ in range(repeats)) * 1e3
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        step()
-        mark.record()
-    sync()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+    return ladder_measures.milliseconds(step, repeats)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
