@@ -18,6 +18,7 @@ from ernie_accel.batch.engines.ray import RayEngine
 from ernie_accel.batch.input.job import plan_job
 from ernie_accel.batch.input.options import OPTION_OF, OPTIONS, check_arguments
 from ernie_accel.batch.input.row import DEFAULTS
+from ernie_accel.batch.line.produce import produce_job
 from ernie_accel.batch.output.report import write_report
 from ernie_accel.cli import main
 from ernie_accel.cli.batch import batch_command
@@ -175,3 +176,34 @@ def test_secrets_are_in_no_message_and_no_repr(tmp_path):
     assert "hunter2" not in str(caught.value)
     job = plan_job(tmp_path / "t.csv", {"output_dir": tmp_path, "endpoint": "http://user:hunter2@a"})
     assert "hunter2" not in repr(job)
+
+
+def test_a_jobs_production_has_every_option_that_is_about_it(tmp_path, monkeypatch):
+    """The command and ComfyUI's node both run `produce_job`, so that neither can leave one out."""
+    given = {}
+    monkeypatch.setattr(
+        "ernie_accel.batch.line.produce.produce", lambda pipe, rows, out, **options: given.update(options)
+    )
+    options = {"overwrite": True, "free_encoders": True, "retries": 2, "fail_fast": True, "batch_size": 3, "seed": 4}
+    options |= {"timeout": 5.0, "log_json": tmp_path / "log", "prometheus": tmp_path / "prom"}
+    of_produce = {option.name: argument for option, owner, argument in arguments() if owner == "produce"}
+    assert options.keys() == of_produce.keys()
+    job = plan_job(tmp_path / "t.csv", {"output_dir": tmp_path, **options, "grid": 0.5})
+    produce_job(job, StubEngine(), make_rows(1))
+    assert {name: given[argument] for name, argument in of_produce.items()} == options
+    assert given["sift"] == Sift(grid_score=0.5)
+
+
+def test_a_jobs_table_is_read_with_every_option_that_is_about_it(tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr("ernie_accel.batch.input.job.read_table", lambda path, **options: given.update(options))
+    options = {"naming_pattern": "{sku}.png", "template": "{prompt}", "folder_by": "a", "extra_columns": ("b",)}
+    options |= {"image_root": tmp_path / "i", "lora_root": tmp_path / "l"}
+    of_table = {option.name: argument for option, owner, argument in arguments() if owner == "read_table"}
+    assert options.keys() == of_table.keys()
+    plan_job(tmp_path / "t.csv", {"output_dir": tmp_path, **options, "steps": 7}).rows((64, 32))
+    assert {name: given[argument] for name, argument in of_table.items()} == options
+    assert (given["defaults"], given["default_size"], given["skipped"]) == ({"steps": 7}, (64, 32), None)
+    skipped = []
+    plan_job(tmp_path / "t.csv", {"output_dir": tmp_path, "skip_bad": True}).rows(skipped=skipped)
+    assert given["skipped"] is skipped

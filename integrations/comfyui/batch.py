@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ernie_accel.batch import produce, read_table
 from ernie_accel.batch.input.job import EMBEDDED_MODEL, Job, plan_text
+from ernie_accel.batch.line.produce import produce_job
 from ernie_accel.batch.output.report import write_report
 
 from . import host
@@ -46,18 +46,7 @@ def run_batch(held: HeldPipe, text: str) -> Made:
     """
     job = _placed(plan_text(text))
     recipe = held.recipe
-    rows = read_table(
-        job.input_file,
-        pattern=job.naming_pattern,
-        template=job.template,
-        folder_by=job.folder_by,
-        extra_columns=job.extra_columns,
-        default_size=held.default_size(),
-        defaults=job.defaults(),
-        skipped=[] if job.skip_bad else None,
-        image_root=job.image_root,
-        lora_root=job.lora_root,
-    )
+    rows = job.rows(held.default_size())
     facts = {"model": EMBEDDED_MODEL if recipe.is_embedded else recipe.model, "preset": recipe.preset}
     if recipe.transformer is not None:
         facts["transformer"] = recipe.transformer.name
@@ -67,22 +56,7 @@ def run_batch(held: HeldPipe, text: str) -> Made:
     done: dict[int, Path] = {}
     failed: list[str] = []
     with as_written():
-        results = produce(
-            held.pipe(),
-            rows,
-            job.output_dir,
-            seed=job.seed,
-            overwrite=job.overwrite,
-            batch_size=job.batch_size,
-            free_encoders=job.free_encoders,
-            retries=job.retries,
-            fail_fast=job.fail_fast,
-            timeout_s=job.timeout,
-            sift=job.sifting(),
-            facts=facts,
-            progress=False,
-            stop=host.is_interrupted,
-        )
+        results = produce_job(job, held.pipe(), rows, facts=facts, progress=False, stop=host.is_interrupted)
         for result in results:
             if result.path is not None and result.error is None:
                 done[result.row.index] = result.path

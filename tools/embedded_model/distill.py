@@ -217,8 +217,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.embedded_model.distill", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the LoRA and its figures")
     parser.add_argument("--toy", action="store_true", help="a few seconds, to see that it runs")
-    for name in ("steps", "captions", "epochs", "rank", "judged"):
-        parser.add_argument(f"--{name}", type=int, help="instead of the recipe's")
+    for name in ("steps", "teacher_steps", "captions", "epochs", "rank", "judged"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="instead of the recipe's")
     options = parser.parse_args(arguments)
     given = {name: value for name, value in vars(options).items() if name not in ("out", "toy") and value is not None}
     recipe = replace(TOY if options.toy else Distillation(), **given)

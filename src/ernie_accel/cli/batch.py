@@ -94,7 +94,6 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _run_job(job: Job) -> int:
-    from ernie_accel.batch import read_table
     from ernie_accel.batch.line.produce import check_folder, renew_manifest
 
     if job.uses_embedded:
@@ -102,18 +101,7 @@ def _run_job(job: Job) -> int:
     for note in job.notes():
         typer.echo(f"note: {note}", err=True)
     skipped: list[Problem] = []
-    rows = read_table(
-        job.input_file,
-        pattern=job.naming_pattern,
-        template=job.template,
-        folder_by=job.folder_by,
-        extra_columns=job.extra_columns,
-        default_size=SIZE_PX if job.uses_embedded else None,
-        defaults=job.defaults(),
-        skipped=skipped if job.skip_bad else None,
-        image_root=job.image_root,
-        lora_root=job.lora_root,
-    )
+    rows = job.rows(SIZE_PX if job.uses_embedded else None, skipped)
     for line, problem in skipped:
         typer.echo(f"{job.input_file}:{line}: left out: {problem}", err=True)
     for note in _unused(job, rows):
@@ -230,26 +218,17 @@ def _make(
     look: Callable[[], None],
 ) -> tuple[int, int, int]:
     """Make the pictures, name those that failed, and return how many were made, failed and were rejected."""
-    from ernie_accel.batch import produce
+    from ernie_accel.batch.line.produce import produce_job
 
     done = failed = rejected = 0
     try:
         _note_run(job)
-        results = produce(
+        results = produce_job(
+            job,
             engine,
             rows,
-            job.output_dir,
-            seed=job.seed,
-            overwrite=job.overwrite,
-            batch_size=job.batch_size,
-            retries=job.retries,
-            fail_fast=job.fail_fast,
-            timeout_s=job.timeout,
-            sift=job.sifting(),
             facts=facts,
             progress="demo model, shapes only" if job.uses_embedded else True,
-            log_json=job.log_json,
-            prometheus=job.prometheus,
             metrics=metrics,
             stop=stop,
         )

@@ -20,7 +20,9 @@ from ernie_accel.batch.errors import BatchInputError, Problem, shown
 from ernie_accel.batch.input.gate import MAX_JOB_BYTES, NotJsonError, Repeated, decode_json, read_text
 from ernie_accel.batch.input.options import OPTION_OF, OPTIONS, Option, Options, check_option
 from ernie_accel.batch.input.plain_yaml import parse_yaml
+from ernie_accel.batch.input.row import Row
 from ernie_accel.batch.input.sift import Sift
+from ernie_accel.batch.input.table import read_table
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 
 JOB_SUFFIXES = (".yaml", ".yml", ".json")
@@ -71,6 +73,29 @@ class Job(Options):
         """Return the settings for rows that leave them open, by column."""
         given = {name: getattr(self, option) for name, option in OPTION_OF.items()}
         return {name: value for name, value in given.items() if value is not None}
+
+    def rows(self, default_size: tuple[int, int] | None = None, skipped: list[Problem] | None = None) -> list[Row]:
+        """Read the job's table.
+
+        Args:
+            default_size: As for `read_table`.
+            skipped: Takes the rows that `skip_bad` leaves out.
+
+        Raises:
+            BatchInputError: As `read_table`.
+        """
+        return read_table(
+            self.input_file,
+            pattern=self.naming_pattern,
+            template=self.template,
+            folder_by=self.folder_by,
+            extra_columns=self.extra_columns,
+            default_size=default_size,
+            defaults=self.defaults(),
+            skipped=([] if skipped is None else skipped) if self.skip_bad else None,
+            image_root=self.image_root,
+            lora_root=self.lora_root,
+        )
 
     def sifting(self) -> Sift | None:
         """Return what is sifted out; None: nothing was asked for."""

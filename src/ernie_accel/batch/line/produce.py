@@ -13,6 +13,7 @@ from ernie_accel.batch.engines.base import Engine
 from ernie_accel.batch.engines.local import LocalEngine, Pipe
 from ernie_accel.batch.errors import BatchInputError, BatchOutputError, Problem, shown
 from ernie_accel.batch.input.given import Rows, as_rows
+from ernie_accel.batch.input.job import Job
 from ernie_accel.batch.input.naming import REJECTED_FOLDER, TakenNames
 from ernie_accel.batch.input.options import check_arguments
 from ernie_accel.batch.input.row import MAX_SEED, Row
@@ -26,7 +27,7 @@ from ernie_accel.batch.output.manifest import write_manifest
 from ernie_accel.batch.watch.metrics import MetricsServer
 from ernie_accel.batch.watch.telemetry import Telemetry, refuse_state_files
 
-__all__ = ["Result", "aproduce", "check_folder", "produce", "renew_manifest"]
+__all__ = ["Result", "aproduce", "check_folder", "produce", "produce_job", "renew_manifest"]
 
 
 def produce(
@@ -149,6 +150,45 @@ def produce(
             metrics.show(telemetry.snapshot)
         # The stack goes on to the iterator, which closes what is open in its turn.
         return _run(opened.pop_all(), line, ledger, folder, resume, fail_fast, stop)
+
+
+def produce_job(
+    job: Job,
+    pipe: Pipe | Engine,
+    rows: Sequence[Row],
+    *,
+    facts: Mapping[str, str] | None = None,
+    progress: bool | str = True,
+    metrics: MetricsServer | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Result]:
+    """Run `produce` as a job says.
+
+    Args:
+        job: Whatever it says of the production; where it says how to make an engine, `pipe` is made so already.
+        pipe: As for `produce`.
+        rows: The job's, see `Job.rows`.
+        facts: As for `produce`; so are the others.
+    """
+    return produce(
+        pipe,
+        rows,
+        job.output_dir,
+        seed=job.seed,
+        overwrite=job.overwrite,
+        batch_size=job.batch_size,
+        free_encoders=job.free_encoders,
+        retries=job.retries,
+        fail_fast=job.fail_fast,
+        timeout_s=job.timeout,
+        sift=job.sifting(),
+        facts=facts,
+        progress=progress,
+        log_json=job.log_json,
+        prometheus=job.prometheus,
+        metrics=metrics,
+        stop=stop,
+    )
 
 
 def check_folder(
