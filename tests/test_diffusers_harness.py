@@ -88,6 +88,14 @@ def test_the_page_keeps_what_stands_above_the_marker(tmp_path):
     assert (tmp_path / "new.md").read_text().startswith(MARKER)
 
 
+def test_the_page_names_what_was_lost(tmp_path):
+    write_into(tmp_path / "kept.md", counts_of(STOCK[:2], {"exact": STOCK[:2]}))
+    assert "lost:" not in (tmp_path / "kept.md").read_text()
+    ended = [STOCK[0], record("wan/test_wan.py::A::test_two", "failed", reason="KeyError: 'x'\n  and more")]
+    write_into(tmp_path / "lost.md", counts_of(STOCK[:2], {"exact": ended}))
+    assert (tmp_path / "lost.md").read_text().endswith("\n- `exact`: `wan/test_wan.py::A::test_two`: KeyError: 'x'\n")
+
+
 def test_a_request_of_part_of_the_tests_counts_only_these():
     one = "tests/pipelines/wan/test_wan.py::A::test_one"
     counts = counts_of(STOCK, {"exact": STOCK[:1]}, {"exact": [one]}, "diffusers 0.40.0")

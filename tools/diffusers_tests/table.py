@@ -17,7 +17,8 @@ one that was passed through `optimize` when it was made. A test that passes on s
 counts the tests in which the request changed a pipe; elsewhere it had nothing to do, or its plan refused. Tiny models
 that the tests download are replaced by stand-ins, random weights of the same classes, which `--download` turns off.
 Their tokenizers count letters, so `TruncatePrompts(16)` cuts most prompts: what compares a cut prompt with whole
-embeddings, or expects a warning of the tokenizer, is lost by what the request means."""
+embeddings, or expects the warning of a pipeline that cuts prompts itself, is lost by what the request means. With
+`TruncatePrompts(77)` such embeddings are equal."""
 
 
 def versions() -> dict[str, str]:
@@ -125,10 +126,18 @@ def section(counts: dict[str, Any]) -> str:
         prose += f" The run was stopped: {counts['not_reached']} of the tests that pass on stock were not reached."
         idle = [f"`{name}`" for name in counts["requests"] if all(row["request"] != name for row in counts["rows"])]
         prose += f" Not begun: {', '.join(idle)}." if idle else ""
-    return (
-        "\n\n".join((_HEADING, _EXPLANATION, textwrap.fill(prose, 120, break_on_hyphens=False), as_table(counts)))
-        + "\n"
-    )
+    prose = textwrap.fill(prose, 120, break_on_hyphens=False)
+    return "\n\n".join(filter(None, (_HEADING, _EXPLANATION, prose, as_table(counts), _lost(counts)))) + "\n"
+
+
+def _lost(counts: dict[str, Any]) -> str:
+    """Return each lost test with the first line of its error; "" if none was lost."""
+    lines = [
+        f"- `{row['request']}`: `{test.removeprefix('tests/pipelines/')}`: {str(reason).strip().partition(chr(10))[0]}"
+        for row in counts["rows"]
+        for test, reason in row["lost"].items()
+    ]
+    return "\n".join(("What was lost:", "", *lines)) if lines else ""
 
 
 def _file(record: dict[str, Any]) -> str:
