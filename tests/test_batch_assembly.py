@@ -65,7 +65,7 @@ def test_rows_are_sorted_by_the_seed_they_are_tried_with_now_and_are_alike_by_sh
     engine.bucket = lambda request: ("bucket of", request.seed)
     schedule = parts(engine)["Schedule"]
     first, again = (Request(prompt="a cup", seed=seed, width=64) for seed in (1, 2))
-    task = SimpleNamespace(request=first, current=lambda: again)
+    task = SimpleNamespace(second_pass=None, request=first, current=lambda: again)
     assert schedule.arguments[0](task) == ("bucket of", 2)
     assert schedule.similar_key_of(task) == first.shape()
 

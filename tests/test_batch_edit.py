@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,10 +15,12 @@ from PIL import Image
 
 import ernie_accel
 from ernie_accel import ErnieAccelError, image_to_image, inpaint
-from ernie_accel.batch import BatchInputError, Sift, produce, read_rows, read_table
-from ernie_accel.batch.engines import LocalEngine
+from ernie_accel.batch import BatchInputError, Producer, Sift, produce, read_rows, read_table
+from ernie_accel.batch.engines import LocalEngine, Request
+from ernie_accel.batch.engines.base import AdapterFile, EngineLostError
 from ernie_accel.batch.errors import BatchChangedError
 from ernie_accel.batch.output.report import write_report
+from ernie_accel.embedded import MODEL_FOLDER
 from tests.pipelines import tiny_ernie, tiny_flux
 from tests.stub_engine import StubEngine, make_rows
 
@@ -299,7 +304,168 @@ def test_the_embedded_model_refines_its_own_pictures(tmp_path):
     pipe = ernie_accel.demo.load(prompt_enhancer=False)
     pipe.set_progress_bar_config(disable=True)
     # Its checked backgrounds repeat every 16 px, and are asked for: a second pass keeps them, and says so.
-    prompt = "a large red circle in the center on a checked pink background"
+    prompt = "a large red circle in the center on a checked pale pink background"
     rows = read_rows([{"prompt": prompt, "width": 128, "height": 128, "steps": 4, "guidance_scale": 1.0}])
     (result,) = produce(pipe, rows, tmp_path, sift=Sift(grid_ratio=None, grid_score=0.5, refine=True))
     assert "after a second pass" in result.error
+
+
+class BaseEngine(GridEngine):
+    """Draws second passes, in its own way, and says who it is."""
+
+    def __init__(self, left=0, name="Base", **flags):
+        super().__init__(left)
+        self.name = name
+        vars(self).update(flags)
+
+    def identity(self):
+        return {"pipeline": self.name}
+
+
+def refined(out, engine, base, **options):
+    return list(produce(engine, gridded_rows(), out, sift=Sift(grid_score=0.5, refine=True), refiner=base, **options))
+
+
+def test_another_model_draws_the_second_passes_with_its_own_guidance(tmp_path):
+    engine, base = GridEngine(6), BaseEngine()
+    assert all(result.error is None for result in refined(tmp_path, engine, base))
+    assert all(request.image is None for batch in engine.batches for request in batch)
+    second = [request for batch in base.batches for request in batch]
+    assert sorted(request.prompt for request in second) == ["a", "b"]
+    assert {(each.strength, each.steps, each.guidance_scale) for each in second} == {(0.3, 20, 2.0)}
+    texts = [Image.open(tmp_path / f"0000{i}.png").text for i in range(3)]
+    assert [text.get("refiner pipeline") for text in texts] == [None, "Base", "Base"]  # who refined, where one did
+    assert {text["pipeline"] for text in texts} == {"StubEngine"}
+    assert refined(tmp_path, GridEngine(6), BaseEngine()) == []  # resumed: nothing is made twice
+    with pytest.raises(BatchChangedError, match="'refiner pipeline' was 'Base' and is now 'Other'"):
+        refined(tmp_path, GridEngine(6), BaseEngine(name="Other"))
+    with pytest.raises(BatchChangedError, match="'refiner pipeline' was 'Base' and is now None"):
+        refined(tmp_path, GridEngine(6), None)
+
+
+def test_a_job_that_ends_between_two_passes_makes_both_again(tmp_path):
+    base = BaseEngine()
+    base.render = broken = lambda requests, timeout_s=None: (_ for _ in ()).throw(EngineLostError("the card is gone"))
+    with pytest.raises(EngineLostError):
+        refined(tmp_path, GridEngine(6), base)
+    assert broken and not (tmp_path / "00001.png").exists()
+    engine, base = GridEngine(6), BaseEngine()
+    made = refined(tmp_path, engine, base)
+    assert sorted(result.row.prompt for result in made if result.error is None) == ["a", "b"]
+    first = {request.prompt for batch in engine.batches for request in batch}
+    assert first == {request.prompt for batch in base.batches for request in batch} == {"a", "b"}
+
+
+def test_a_second_pass_that_fails_costs_no_other_row(tmp_path):
+    base = BaseEngine()
+    render = base.render
+
+    def fails(requests, timeout_s=None):
+        if any(request.prompt == "a" for request in requests):
+            raise ValueError("a kernel failed")
+        return render(requests, timeout_s)
+
+    base.render = fails
+    errors = {result.row.prompt: result.error for result in refined(tmp_path, GridEngine(6), base)}
+    assert errors == {"clean": None, "a": "ValueError: a kernel failed", "b": None}
+
+
+def test_many_threads_draw_and_one_refines(tmp_path):
+    """Image servers render several batches at once; a pipe beside them one."""
+    inside, most = [], []
+
+    class OneAtATime(BaseEngine):
+        def render(self, requests, timeout_s=None):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.02)
+            inside.pop()
+            return super().render(requests, timeout_s)
+
+    engine = GridEngine(6)
+    engine.slots, engine.max_batch = 4, 1
+    rows = read_rows([f"row {i}" for i in range(6)])
+    sift = Sift(grid_score=0.5, refine=True)
+    results = list(produce(engine, rows, tmp_path, sift=sift, refiner=OneAtATime()))
+    assert [result.error for result in results] == [None] * 6
+    assert max(most) == 1
+
+
+def test_a_prompt_that_was_enhanced_is_refined_as_it_was_enhanced(tmp_path):
+    class Enhancing(GridEngine):
+        def _picture(self, request, grid):
+            picture = super()._picture(request, grid)
+            picture.info["enhanced_prompt"] = f"{request.prompt}, on a table"
+            return picture
+
+    base = BaseEngine()
+    refined(tmp_path, Enhancing(6), base)
+    second = [request for batch in base.batches for request in batch]
+    # Each picture is "clean" to the stub only by its own prompt.
+    assert sorted(request.prompt for request in second) == ["a, on a table", "b, on a table"]
+    assert not any(request.enhance for request in second)
+    text = Image.open(tmp_path / "00001.png").text
+    assert (text["prompt"], text["enhanced_prompt"]) == ("a", "a, on a table")
+
+
+def test_a_local_pipe_says_how_it_enhanced_and_can_be_asked_not_to(tmp_path):
+    engine = LocalEngine(ernie_accel.demo.load())
+    request = Request(prompt="a red circle", seed=3, width=128, height=128, steps=1, guidance_scale=1.0)
+    (picture,) = engine.render([request])
+    enhanced = picture.info["enhanced_prompt"]
+    assert enhanced != request.prompt
+    (again,) = engine.render([replace(request, prompt=enhanced, enhance=False)])
+    assert "enhanced_prompt" not in again.info
+    assert again.tobytes() == picture.tobytes()
+    engine.close()
+
+
+def test_a_refiner_that_cannot_is_refused_before_anything_is_drawn(tmp_path):
+    engine = GridEngine(6)
+    with pytest.raises(BatchInputError, match="refine draws pictures from themselves: StubEngine does not"):
+        refined(tmp_path, engine, StubEngine())
+    with pytest.raises(BatchInputError, match=r"refiner has no effect without Sift\(refine=True\)"):
+        produce(engine, gridded_rows(), tmp_path, sift=Sift(grid_score=0.5), refiner=BaseEngine())
+    with pytest.raises(BatchInputError, match=r"refiner has no effect without Sift\(refine=True\)"):
+        Producer(engine, tmp_path, refiner=BaseEngine())
+    rows = [replace(row, lora=AdapterFile("x", "x", "0")) for row in gridded_rows()]
+    able = GridEngine(6)
+    able.adapts = True
+    with pytest.raises(BatchInputError, match="names a LoRA, and BaseEngine does not draw with LoRAs"):
+        produce(able, rows, tmp_path, sift=Sift(grid_score=0.5, refine=True), refiner=BaseEngine())
+    assert engine.batches == [] == able.batches
+
+
+def test_a_service_refines_with_another_model(tmp_path):
+    base = BaseEngine()
+    with Producer(GridEngine(6), tmp_path, sift=Sift(grid_score=0.5, refine=True), refiner=base) as producer:
+        results = [producer.submit(row).result(30) for row in gridded_rows()]
+    assert [result.error for result in results] == [None] * 3
+    assert len(base.batches) == 2
+
+
+def test_the_command_refines_with_another_model(tmp_path, monkeypatch, capsys):
+    from ernie_accel.cli import main
+
+    (tmp_path / "t.csv").write_text("prompt\na large red circle in the center on a dotted pale pink background\n")
+    grids = ["--sift", "--grid", "0.5", "--refine", "--refine-model", str(MODEL_FOLDER)]
+    arguments = ["batch", str(tmp_path / "t.csv"), "--out", str(tmp_path / "out"), "--steps", "2", "--preset", "exact"]
+
+    def run(*more):
+        with pytest.raises(SystemExit) as ended:
+            main([*arguments, *more])
+        return ended.value.code, capsys.readouterr()
+
+    # Its dotted backgrounds repeat every 16 px, and are asked for, so a second pass keeps them.
+    code, (_, errors) = run(*grids)
+    assert code == 3 and " after a second pass, and " in errors
+    text = Image.open(next((tmp_path / "out" / "rejected").glob("*.png"))).text
+    assert (text["refiner model"], text["refiner preset"]) == (str(MODEL_FOLDER), "exact")
+    assert json.loads(text["settings"])["guidance_scale"] == 2.0
+    assert run(*grids)[0] == 0  # nothing to do
+    other = tmp_path / "other"
+    shutil.copytree(MODEL_FOLDER, other)
+    code, (_, errors) = run(*grids[:-1], str(other))
+    assert code == 2 and "'refiner model' was" in errors
+    code, (_, errors) = run(*grids[:-2])
+    assert code == 2 and "'refiner model' was" in errors

@@ -32,8 +32,8 @@ API = {
 BOUNDED = [option for option in OPTIONS.values() if option.low is not None]
 #: What the API has beside a job's options: objects, what a program decides, and details of an engine.
 OWN = {
-    "produce": "pipe rows out resume sift facts writers progress metrics interval_s stop",
-    "Producer": "pipe out sift facts writers metrics max_queue",
+    "produce": "pipe rows out resume sift refiner facts writers progress metrics interval_s stop",
+    "Producer": "pipe out sift refiner facts writers metrics max_queue",
     "read_table": "path size_multiple default_size defaults skipped",
     "read_rows": "rows size_multiple defaults skipped",
     "Sift": "blank_std grid_ratio",

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import ernie_accel
-from ernie_accel import Quantize
+from ernie_accel import Quantize, cli
 from ernie_accel.core.errors import ErnieAccelError, SavedPipelineError
+from ernie_accel.embedded import MODEL_FOLDER
 from ernie_accel.quantization.layers import sqnr_db
 from ernie_accel.storage.loading import load_pipeline
 from ernie_accel.storage.single_file.tensor_files import BLOCKS, open_tensors
@@ -311,3 +313,50 @@ def test_layouts_are_written_as_they_should_be(made):
     qkv = f"{single_files.PREFIX}layers.0.attention.qkv"
     assert tensors[f"{qkv}.weight"].dtype == torch.float8_e4m3fn
     assert tensors[f"{qkv}.scale_weight"].shape == ()
+
+
+@pytest.fixture(scope="module")
+def embedded_file(tmp_path_factory):
+    """Return the embedded model's transformer as ComfyUI would keep it."""
+    pipe = ernie_accel.demo.load(prompt_enhancer=False)
+    return write(pipe.transformer, tmp_path_factory.mktemp("files") / "embedded.safetensors", "plain")
+
+
+def command(capsys, *arguments):
+    """Return (exit code, what the command line printed)."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*map(str, arguments)])
+    return ended.value.code or 0, "".join(capsys.readouterr())
+
+
+def test_the_batch_command_draws_with_a_single_file(tmp_path, capsys, embedded_file):
+    (tmp_path / "t.csv").write_text("prompt\na large red circle in the center on a white background\n")
+    batch = ("batch", tmp_path / "t.csv", "--steps", 1, "--preset", "exact", "--no-enhancer", "--no-report", "--out")
+    assert command(capsys, *batch, tmp_path / "a")[0] == 0
+    assert command(capsys, *batch, tmp_path / "b", "--transformer", embedded_file)[0] == 0
+    without, with_file = (Image.open(tmp_path / name / "00000.png") for name in "ab")
+    assert without.tobytes() == with_file.tobytes()
+    assert with_file.text["transformer"] == "embedded.safetensors" and "transformer" not in without.text
+    code, said = command(capsys, *batch, tmp_path / "b")
+    assert code == 2 and "setting 'transformer' was 'embedded.safetensors' and is now None" in said
+    code, said = command(capsys, *batch, tmp_path / "c", "--transformer", tmp_path / "none.safetensors")
+    assert code == 2 and "there is no such file" in said and not (tmp_path / "c").exists()
+
+
+def test_other_commands_take_a_single_file_too(made, tmp_path, capsys, embedded_file):
+    small = ("--width", 64, "--height", 64, "--steps", 1)
+    prompt = "a large red circle in the center on a white background"
+    compared = ("evaluate", prompt, "--candidate-dtype", "bfloat16", *small)
+    assert command(capsys, *compared, "--transformer", embedded_file)[0] == 0
+    draw = ("optimize", prompt, "--preset", "exact", "--width", 64, "--height", 64, "--out", tmp_path / "a.png")
+    assert command(capsys, *draw, "--transformer", embedded_file)[0] == 0
+    plan = ("plan", "--model", MODEL_FOLDER, "--preset", "exact", "--device", "cpu")
+    assert command(capsys, *plan, "--transformer", embedded_file)[0] == 0
+    other = write(made("lumina2")[0].transformer, tmp_path / "other.safetensors", "plain")
+    for asked in (compared, plan, draw):
+        model = () if asked is plan else ("--model", MODEL_FOLDER)
+        code, said = command(capsys, *asked, *model, "--transformer", other)
+        assert code == 2 and "does not hold the weights of this ErnieImageTransformer2DModel" in said
+    ernie_accel.save(tiny_ernie(), tmp_path / "ours")
+    code, said = command(capsys, *plan[:2], tmp_path / "ours", *plan[3:], "--transformer", embedded_file)
+    assert code == 2 and "keeps its own transformer; found transformer=" in said

@@ -15,9 +15,9 @@ from .held import HeldPipe, as_written
 
 #: Options that a workflow may not give: the loader chooses the model, and files and servers are none of its business.
 _REFUSED = (
-    "model", "demo_model", "sampler", "no_enhancer", "preset", "dtype", "skip_unsupported", "endpoint", "server",
-    "enhancer", "api_key_env", "enhancer_api_key_env", "ray_actors", "ray_gpus", "log_json", "prometheus",
-    "metrics_port", "metrics_host",
+    "model", "transformer", "demo_model", "sampler", "no_enhancer", "preset", "dtype", "skip_unsupported", "endpoint",
+    "server", "enhancer", "api_key_env", "enhancer_api_key_env", "ray_actors", "ray_gpus", "refine_model", "log_json",
+    "prometheus", "metrics_port", "metrics_host",
 )  # fmt: skip
 
 

@@ -40,6 +40,9 @@ Model = Annotated[str | None, typer.Option(help="Pipeline folder or hub id; with
 PlannedModel = Annotated[
     str | None, typer.Option(help="Pipeline folder or hub id; without it the published ERNIE-Image-Turbo.")
 ]
+Transformer = Annotated[
+    Path | None, typer.Option(help="Single file with the transformer, as ComfyUI keeps it; the rest is the model's.")
+]
 Memory = Annotated[str | None, typer.Option(help="Device memory to use: auto, 12GiB, or -2GiB to leave that free.")]
 PresetName = Annotated[str | None, typer.Option(help="Preset, see `ernie-accel info`; default: what pays here.")]
 Dtype = Annotated[str, typer.Option(help="Load weights as fp32, bf16 or fp16; auto: fp32 on the CPU, else bf16.")]
@@ -114,6 +117,7 @@ def demo_command(
 def plan_command(
     preset: PresetName = None,
     model: PlannedModel = None,
+    transformer: Transformer = None,
     device: Device = None,
     memory: Memory = None,
     width: Annotated[int, typer.Option(min=16, help="Of the pictures, in pixels.")] = 1024,
@@ -136,7 +140,7 @@ def plan_command(
     chosen = find_preset(preset) if preset else fitting_preset(context)
     if memory is None and context.torch_device in ("cuda", "npu"):
         memory = "auto"
-    pipe = _to_plan(model, dtype, context)
+    pipe = _to_plan(model, dtype, context, transformer)
     the_plan = plan(pipe, preset=chosen, context=context, memory=memory, call=Call(width, height, pictures))
     typer.echo(the_plan.to_json() if as_json else str(the_plan))
     if not the_plan.ok or (the_plan.memory is not None and not the_plan.memory.fits):
@@ -149,6 +153,7 @@ def optimize_command(
     out: Annotated[Path, typer.Option(help="Where the picture goes (PNG).")] = Path("picture.png"),
     preset: PresetName = None,
     model: Model = None,
+    transformer: Transformer = None,
     dtype: Dtype = "auto",
     seed: Seed = 0,
     width: Annotated[int | None, typer.Option(min=16, help="In pixels.")] = None,
@@ -179,7 +184,7 @@ def optimize_command(
     if model is None and (reason := unknown_part(prompt)) is not None:
         why = f"no model is named, and the embedded demo model draws nothing but flat shapes ({reason})"
         typer.echo(f"note: {why}; name one: --model {REAL_MODEL}", err=True)
-    pipe, the_report = load_and_optimize(model, dtype, preset, skip_unsupported)
+    pipe, the_report = load_and_optimize(model, dtype, preset, skip_unsupported, transformer)
     result = next(produce(pipe, [row], out.parent, overwrite=True, resume=False, progress=False))
     if result.error is not None:
         raise ErnieAccelError(f"the picture failed: {result.error}")
@@ -245,7 +250,7 @@ def info_command(model: PlannedModel = None) -> None:
 
 
 def load_and_optimize(
-    model: str | None, dtype: str, preset: str | None, skip_unsupported: bool
+    model: str | None, dtype: str, preset: str | None, skip_unsupported: bool, transformer: Path | None = None
 ) -> tuple[CallablePipeline, Report]:
     """Load and optimize a pipeline; a preset that does not exist is refused before anything is loaded."""
     from ernie_accel.api import optimize, report
@@ -256,29 +261,38 @@ def load_and_optimize(
 
     chosen = find_preset(preset) if preset else fitting_preset(Context.detect())
     _load_quietly(model)
-    pipe = load_pipeline(model, dtype, on_host=True)
+    pipe = load_pipeline(model, dtype, on_host=True, transformer=transformer)
     pipe.set_progress_bar_config(disable=True)
     # A preset that was not chosen by name may lose a part that cannot run here; the report names it.
     optimize(pipe, preset=chosen, on_unsupported="skip" if skip_unsupported or preset is None else "error")
     return pipe, report(pipe)
 
 
-def _to_plan(model: str | None, dtype: str, context: Context) -> CallablePipeline:
-    """Return a pipeline to plan for, without its weights where its configuration is known or here."""
+def _to_plan(model: str | None, dtype: str, context: Context, transformer: Path | None = None) -> CallablePipeline:
+    """Return a pipeline to plan for, without its weights where its configuration is known or here.
+
+    A single file must fit the model; what is quantized in it is decoded when it is loaded, so that plans are the same.
+    """
     from ernie_accel.batch.input.options import REAL_MODEL
     from ernie_accel.core.dtypes import DTYPES, dtype_name
     from ernie_accel.families.published import published
-    from ernie_accel.storage.loading import check_dtype, load_pipeline, was_saved_here
+    from ernie_accel.storage.loading import check_dtype, load_pipeline, refuse_transformer, was_saved_here
     from ernie_accel.storage.manifest import INDEX
+    from ernie_accel.storage.single_file.transformer import check_fits
     from ernie_accel.storage.skeleton import cached, skeleton
 
     check_dtype(dtype)
     name = model or REAL_MODEL
     is_described = published(name) is not None or (Path(name) / INDEX).is_file() or cached(name) is not None
+    if was_saved_here(name):
+        refuse_transformer(name, transformer)
     if was_saved_here(name) or not is_described:
-        return load_pipeline(name, dtype, on_host=True)
+        return load_pipeline(name, dtype, on_host=True, transformer=transformer)
     usual = "float32" if context.device == "cpu" else "bfloat16"
-    return skeleton(name, DTYPES[usual if dtype == "auto" else dtype_name(dtype)])
+    pipe = skeleton(name, DTYPES[usual if dtype == "auto" else dtype_name(dtype)])
+    if transformer is not None:
+        check_fits(pipe.transformer, transformer)
+    return pipe
 
 
 def _load_quietly(model: str | None) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ernie_accel.batch.errors import Problem
     from ernie_accel.batch.input.row import Row
     from ernie_accel.batch.watch.metrics import MetricsServer
+    from ernie_accel.transforms.scheduler.swap_scheduler import SwapScheduler
 
 EXIT_FAILED, EXIT_SIGNAL = 3, 128
 """Exit codes: some rows failed; the number of a signal is added to the second, as shells do it: 130 for Ctrl-C."""
@@ -35,6 +36,8 @@ EXIT_FAILED, EXIT_SIGNAL = 3, 128
 _POWER_EVERY_S = 5.0
 _SHOWN_PROMPTS = 5  # of those the embedded model cannot draw
 _COMPILING_SLOTS = ("compile", "vae-compile")
+_REFINER_MODEL, _REFINER_PRESET = "refiner model", "refiner preset"
+_FACTS = ("model", "transformer", "preset", "sampler", "prompt enhancer", _REFINER_MODEL, _REFINER_PRESET)
 
 
 def batch_command(table: Path, **given: Any) -> None:
@@ -118,7 +121,7 @@ def _run_job(job: Job) -> int:
             seed=job.seed,
             overwrite=job.overwrite,
             sift=job.sifting(),
-            facts=dict.fromkeys(("model", "preset", "sampler", "prompt enhancer")) | facts,
+            facts=dict.fromkeys(_FACTS) | facts,
             files=_written_files(job),
         )
         # With image servers there is no model to load, and only their engine can tell whether its settings have
@@ -132,9 +135,12 @@ def _run_job(job: Job) -> int:
             typer.echo(f"Not compiled: {reason} (--preset {facts['preset']})")
             job = job.model_copy(update={"compiled": False})
         engine = _engine(job, facts)
+        refiner = _refiner(job, facts)
         start = time.perf_counter()
         with _interruptible() as interrupted:
-            done, failed, rejected = _make(job, rows, engine, facts, metrics, lambda: bool(interrupted), power.look)
+            done, failed, rejected = _make(
+                job, rows, engine, refiner, facts, metrics, lambda: bool(interrupted), power.look
+            )
         seconds = time.perf_counter() - start
     before = len(rows) - done - failed - rejected
     _report(job, power)
@@ -212,6 +218,7 @@ def _make(
     job: Job,
     rows: Sequence[Row],
     engine: Engine,
+    refiner: Engine | None,
     facts: Mapping[str, str],
     metrics: MetricsServer | None,
     stop: Callable[[], bool],
@@ -227,6 +234,7 @@ def _make(
             job,
             engine,
             rows,
+            refiner=refiner,
             facts=facts,
             progress="demo model, shapes only" if job.uses_embedded else True,
             metrics=metrics,
@@ -241,7 +249,9 @@ def _make(
                 where = f"{job.input_file}:{result.row.line}: {result.row.path}"
                 typer.echo(f"{where} {'' if result.rejected else 'failed: '}{result.error}", err=True)
     finally:
-        engine.close()
+        with ExitStack() as closing:  # both, whatever one raises
+            for each in filter(None, (engine, refiner)):
+                closing.callback(each.close)
     return done, failed, rejected
 
 
@@ -262,11 +272,15 @@ def _facts(job: Job) -> dict[str, str]:
     """Return what a job's pictures say about how they were made; to know it, nothing is loaded."""
     if job.endpoint:
         return {"model": job.model} if job.model else {}
-    facts = {"model": job.model or EMBEDDED_MODEL, "preset": _preset_name(job)}
+    facts = {"model": job.model or EMBEDDED_MODEL, "preset": _preset_name(job, job.model, job.preset)}
+    if job.transformer is not None:
+        facts["transformer"] = job.transformer.name
     if job.sampler is not None:
         facts["sampler"] = job.sampler
     if job.no_enhancer:
         facts["prompt enhancer"] = "off"
+    if job.refine_model is not None:
+        facts |= {_REFINER_MODEL: job.refine_model, _REFINER_PRESET: _preset_name(job, job.refine_model, None)}
     return facts
 
 
@@ -302,7 +316,21 @@ def _engine(job: Job, facts: Mapping[str, str]) -> Engine:
     return LocalEngine(pipe, max_batch=job.batch_size, free_encoders=job.free_encoders)
 
 
-def _preset_name(job: Job) -> str:
+def _refiner(job: Job, facts: Mapping[str, str]) -> Engine | None:
+    """Return the engine of second passes, if they have a model of their own."""
+    if job.refine_model is None:
+        return None
+    from ernie_accel.batch.engines import LocalEngine
+
+    load = functools.partial(_load_refiner, job, job.refine_model, facts[_REFINER_PRESET])
+    if job.timeout is not None:
+        from ernie_accel.batch.engines.process import ProcessEngine
+
+        return ProcessEngine(load, max_batch=job.batch_size, free_encoders=job.free_encoders)
+    return LocalEngine(load(), max_batch=job.batch_size, free_encoders=job.free_encoders)
+
+
+def _preset_name(job: Job, model: str | None, asked_for: str | None) -> str:
     """Return the preset to use; one that does not exist is refused before anything is loaded.
 
     What `save` wrote has its transforms already, and gets no other preset unless one is named.
@@ -312,19 +340,17 @@ def _preset_name(job: Job) -> str:
     from ernie_accel.recipes.recommend import fitting_preset
     from ernie_accel.storage.loading import saved_name, was_saved_here
 
-    if job.preset:
-        return find_preset(job.preset).name
-    if job.model is not None and was_saved_here(job.model):
-        return saved_name(job.model)
-    return fitting_preset(Context.detect()).name
+    if asked_for:
+        return find_preset(asked_for).name
+    if model is not None and was_saved_here(model):
+        return saved_name(model)
+    return find_preset(job.preset).name if job.preset else fitting_preset(Context.detect()).name
 
 
 def _load(job: Job, preset: str) -> Any:
     """Load and optimize a pipeline as the job says, here or in another process."""
-    from ernie_accel.api import load, optimize, plan
-    from ernie_accel.core.errors import UnsupportedError
-    from ernie_accel.recipes.presets import find_preset
-    from ernie_accel.storage.loading import check_makes_pictures, load_pipeline, was_saved_here
+    from ernie_accel.api import load
+    from ernie_accel.storage.loading import check_makes_pictures, was_saved_here
     from ernie_accel.transforms.scheduler.swap_scheduler import SwapScheduler
 
     swaps = () if job.sampler is None else (SwapScheduler(job.sampler),)
@@ -332,7 +358,7 @@ def _load(job: Job, preset: str) -> Any:
         check_makes_pictures(job.model)
         saved = load(
             job.model, *swaps, preset=job.preset or "auto", prompt_enhancer=not job.no_enhancer, dtype=job.dtype,
-            on_unsupported="skip" if job.skip_unsupported else "error",
+            on_unsupported="skip" if job.skip_unsupported else "error", transformer=job.transformer,
         )  # fmt: skip
         saved.set_progress_bar_config(disable=True)
         return saved
@@ -340,13 +366,47 @@ def _load(job: Job, preset: str) -> Any:
         import diffusers
 
         diffusers.utils.logging.disable_progress_bar()
-    pipe = load_pipeline(job.model, job.dtype, prompt_enhancer=not job.no_enhancer, pictures=True, on_host=True)
+    return _load_plain(job, job.model, preset, swaps, job.transformer, not job.no_enhancer)
+
+
+def _load_refiner(job: Job, model: str, preset: str) -> Any:
+    """Load and optimize the pipeline of second passes, likewise; prompts come to it as they were enhanced before."""
+    from ernie_accel.api import load
+    from ernie_accel.storage.loading import check_makes_pictures, was_saved_here
+
+    if was_saved_here(model):
+        check_makes_pictures(model)
+        saved = load(model, preset="auto", prompt_enhancer=False)
+        saved.set_progress_bar_config(disable=True)
+        return saved
+    # Its steps and guidance are those of second passes, so those that a preset would give it are of no use.
+    return _load_plain(job, model, preset, (), None, False, without=("call-defaults",))
+
+
+def _load_plain(
+    job: Job,
+    model: str | None,
+    preset: str,
+    swaps: tuple[SwapScheduler, ...],
+    transformer: Path | None,
+    prompt_enhancer: bool,
+    without: tuple[str, ...] = (),
+) -> Any:
+    """Load a pipeline that `save` did not write, and apply a preset; `without` names slots that are left out."""
+    from ernie_accel.api import optimize, plan
+    from ernie_accel.core.errors import UnsupportedError
+    from ernie_accel.recipes.presets import find_preset
+    from ernie_accel.storage.loading import load_pipeline
+
+    pipe = load_pipeline(
+        model, job.dtype, prompt_enhancer=prompt_enhancer, pictures=True, on_host=True, transformer=transformer
+    )
     pipe.set_progress_bar_config(disable=True)
     if swaps and not (the_plan := plan(pipe, *swaps)).ok:
         raise UnsupportedError(the_plan)  # even where a preset's parts may be left out, a sampler asked for may not
     chosen = find_preset(preset)
-    if not job.compiled:
-        chosen = replace(chosen, transforms=tuple(t for t in chosen.transforms if t.slot not in _COMPILING_SLOTS))
+    without += () if job.compiled else _COMPILING_SLOTS
+    chosen = replace(chosen, transforms=tuple(t for t in chosen.transforms if t.slot not in without))
     # A preset that was not chosen by name may lose a part that cannot run here; the report names it.
     lenient = job.skip_unsupported or job.preset is None
     return optimize(pipe, *swaps, preset=chosen, on_unsupported="skip" if lenient else "error")

@@ -30,6 +30,9 @@ def evaluate_command(
     prompts: Annotated[list[str] | None, typer.Argument(help="What to draw; default: the demo's prompts.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="One prompt a line, UTF-8.")] = None,
     model: Annotated[str | None, typer.Option(help="Pipeline folder or hub id; default: the embedded model.")] = None,
+    transformer: Annotated[
+        Path | None, typer.Option(help="Single file with the transformer of both, as ComfyUI keeps it.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Load the baseline as fp32, bf16, fp16 or auto.")] = "auto",
     candidate_dtype: Annotated[
         str | None, typer.Option(help="Load the candidate so; default: as the baseline.")
@@ -92,8 +95,8 @@ def evaluate_command(
         check_folder(out)
     usual = (EMBEDDED if model is None else {}) | (CLASSIC if classic else {})
     evaluation = evaluate(
-        partial(_load, model, dtype, *same_call, refuse=None if skip_unsupported else found),
-        partial(_load, model, candidate_dtype or dtype, preset=found, skip_unsupported=skip_unsupported),
+        partial(_load, model, transformer, dtype, *same_call, refuse=None if skip_unsupported else found),
+        partial(_load, model, transformer, candidate_dtype or dtype, preset=found, skip_unsupported=skip_unsupported),
         texts,
         pe=pe,  # type: ignore[arg-type]  # checked there
         repeats=repeats,
@@ -126,6 +129,7 @@ def _prompts(given: list[str] | None, file: Path | None) -> tuple[str, ...]:
 
 def _load(
     model: str | None,
+    transformer: Path | None,
     dtype: str,
     *transforms: Transform,
     preset: Preset | None = None,
@@ -142,7 +146,7 @@ def _load(
     from ernie_accel.storage.loading import load_pipeline
 
     stays = bool(transforms) or preset is not None  # optimize brings it to the device
-    pipe = load_pipeline(model, dtype, pictures=True, on_host=stays)
+    pipe = load_pipeline(model, dtype, pictures=True, on_host=stays, transformer=transformer)
     pipe.set_progress_bar_config(disable=True)
     if refuse is not None and not (the_plan := plan(pipe, preset=refuse)).ok:
         raise UnsupportedError(the_plan)

@@ -124,6 +124,7 @@ class Request:
         strength: How far to go from it, 0 to 1.
         lora: The adapter to draw with; None: none.
         lora_scale: How strongly; None: 1.
+        enhance: Whether the pipeline's prompt enhancer may write the prompt anew; False where one has.
     """
 
     prompt: str
@@ -138,6 +139,7 @@ class Request:
     strength: float | None = None
     lora: AdapterFile | None = None
     lora_scale: float | None = None
+    enhance: bool = True
 
     def arguments(self) -> dict[str, Any]:
         """Return what is given, prompt included, by the names that diffusers pipelines use."""

@@ -18,6 +18,7 @@ from PIL import Image
 
 from ernie_accel.batch.engines.adapters import AdapterError, Adapters, adapter_problem
 from ernie_accel.batch.engines.base import (
+    ENHANCED_PROMPT,
     ON_STEP,
     ROUND,
     BatchTimeoutError,
@@ -280,11 +281,19 @@ class LocalEngine(Engine):
         except AdapterError as error:
             return [error for _ in requests]
         if requests[0].image is not None:
-            return self._edit(requests, arguments | {"generator": generator})
+            return self._noted(requests, self._edit(requests, arguments | {"generator": generator}))
         if (latents := latents_for(cast("CallablePipeline", self._pipe), requests)) is not None:
             arguments["latents"] = latents
         output = self._pipe(**arguments, generator=generator)
-        return _pictures(images_of(output) if self._as_tensors else cast("HasImages", output).images, len(requests))
+        images = images_of(output) if self._as_tensors else cast("HasImages", output).images
+        return self._noted(requests, _pictures(images, len(requests)))
+
+    def _noted(self, requests: Sequence[Request], begun: Sequence[Begun]) -> Sequence[Begun]:
+        """Return the pictures, each with what its prompt was enhanced to in its `info`."""
+        if self._prompts is None:
+            return begun
+        texts = [self._prompts.enhanced(request) for request in requests]
+        return [one if text is None else _with_text(one, text) for one, text in zip(begun, texts, strict=True)]
 
     def _edit(self, requests: Sequence[Request], arguments: dict[str, object]) -> Sequence[Begun]:
         """Draw from pictures; one that cannot be read fails its own row, and the others are drawn."""
@@ -413,6 +422,21 @@ def _pictures(images: object, count: int) -> Sequence[Begun]:
         expected = "one PIL picture" if count == 1 else f"{count} PIL pictures"
         raise TypeError(f"the pipe returned {_shown(images)} in .images; expected a list of {expected}")
     return list(images)
+
+
+def _with_text(begun: Begun, enhanced: str) -> Begun:
+    if isinstance(begun, Exception):
+        return begun
+    if isinstance(begun, Image.Image):
+        begun.info[ENHANCED_PROMPT] = enhanced
+        return begun
+    return functools.partial(_waited_with_text, begun, enhanced)
+
+
+def _waited_with_text(wait: Callable[[], Image.Image], enhanced: str) -> Image.Image:
+    picture = wait()
+    picture.info[ENHANCED_PROMPT] = enhanced
+    return picture
 
 
 def _from_tensor(images_bchw: Tensor) -> Sequence[Begun]:

@@ -80,7 +80,7 @@ class PromptStage:
 
     def length_class(self, request: Request) -> int:
         """Return the class of the encoded prompt's length, see there; 0 for one that is not encoded."""
-        text = self._texts.get(self._key(request), request.prompt)
+        text = self._text_or_none(request) or request.prompt
         embeds = self._embeds.get(text)
         return length_class(len(embeds)) if embeds is not None else 0
 
@@ -97,9 +97,13 @@ class PromptStage:
             arguments["negative_prompt_embeds"] = [self._embeds[request.negative_prompt or ""] for request in requests]
         return arguments
 
+    def enhanced(self, request: Request) -> str | None:
+        """Return what a request that was rendered was enhanced to; None if it was not."""
+        return self._texts.get(self._key(request)) if self._is_enhanced(request) else None
+
     def pack(self, request: Request) -> Packed:
         """Return what `prepare` made for a request, for the stage of another process."""
-        texts = {self._key(request): self._text(request)} if self._enhances else {}
+        texts = {self._key(request): self._text(request)} if self._is_enhanced(request) else {}
         wanted = [self._text(request), *([request.negative_prompt or ""] if self._guided(request) else [])]
         return texts, {text: self._embeds[text] for text in wanted}
 
@@ -161,21 +165,23 @@ class PromptStage:
         """Return what an enhanced prompt depends on."""
         return (request.prompt, request.seed, request.width, request.height)
 
+    def _is_enhanced(self, request: Request) -> bool:
+        return self._enhances and request.enhance
+
     def _text(self, request: Request) -> str:
-        return self._texts[self._key(request)] if self._enhances else request.prompt
+        return self._texts[self._key(request)] if self._is_enhanced(request) else request.prompt
 
     def _text_or_none(self, request: Request) -> str | None:
-        return self._texts.get(self._key(request)) if self._enhances else request.prompt
+        return self._texts.get(self._key(request)) if self._is_enhanced(request) else request.prompt
 
     def _enhance_missing(self, requests: Sequence[Request], expired: threading.Event | None) -> None:
-        if not self._enhances:
-            return
-        missing = {self._key(r): r for r in requests if self._key(r) not in self._texts}
+        enhanced = [request for request in requests if self._is_enhanced(request)]
+        missing = {self._key(r): r for r in enhanced if self._key(r) not in self._texts}
         keys = sorted(missing, key=lambda key: len(missing[key].prompt))  # alike in length: little padding
         for some in _chunks(keys, PREPARE_BATCH):
             texts = self._enhance([missing[key] for key in some], expired)
             self._texts.update(zip(some, texts, strict=True))
-        for request in requests:
+        for request in enhanced:
             self._texts.move_to_end(self._key(request))
         self._forget(self._texts)
 

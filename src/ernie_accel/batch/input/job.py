@@ -112,7 +112,8 @@ class Job(Options):
 
 
 _OF_A_PIPELINE = (
-    "preset", "dtype", "skip_unsupported", "free_encoders", "ray_actors", "ray_gpus", "sampler", "no_enhancer"
+    "preset", "dtype", "skip_unsupported", "free_encoders", "ray_actors", "ray_gpus", "sampler", "no_enhancer",
+    "transformer",
 )  # fmt: skip
 _OF_SERVERS = ("server", "enhancer", "api_key_env", "enhancer_api_key_env")
 _KEY_NAMES = ("api_key_env", "enhancer_api_key_env")
@@ -323,6 +324,11 @@ def _useless_options(job: Job) -> list[Problem]:
         clashes.append(("refine", "has no effect without grid; give its threshold, such as 0.5"))
     if job.refine and job.endpoint:
         clashes.append(("refine", "has no effect with endpoint: image servers do not draw from pictures; leave it out"))
+    if job.refine_model is not None and not job.refine:
+        clashes.append(("refine_model", "has no effect without refine; add it, with the threshold of grid"))
+    if job.refine_model is not None and job.ray_actors:
+        reason = "has no effect with ray_actors: each would hold both models; leave out one of the two options"
+        clashes.append(("refine_model", reason))
     if job.metrics_port is None and "metrics_host" in given:
         clashes.append(("metrics_host", "has no effect without metrics_port; name the port"))
     if not job.report:

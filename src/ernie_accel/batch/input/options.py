@@ -155,6 +155,11 @@ class Options(BaseModel):
         Field(description=f"Pipeline folder or hub id, e.g. {REAL_MODEL}; default: the demo model."),
         Names(python=("HttpEngine.model",)),
     ] = None
+    transformer: Annotated[
+        Path | None,
+        BeforeValidator(_resolved),
+        Field(description="Single file with the model's transformer, as ComfyUI keeps it."),
+    ] = None
     demo_model: Annotated[bool, Field(description="Let the demo model draw its flat shapes for any prompt.")] = False
     sampler: Annotated[Text | None, Field(description="Sampler to swap in: unipc, dpmpp_2m, heun, ...")] = None
     no_enhancer: Annotated[bool, Field(description="Do without the pipeline's prompt enhancer.")] = False
@@ -230,6 +235,10 @@ class Options(BaseModel):
         Field(description="Draw those with a faint grid once more from themselves."),
         Names(python=("Sift.refine",)),
     ] = False
+    refine_model: Annotated[
+        Text | None,
+        Field(description="Pipeline that does so, such as the base checkpoint; default: the same."),
+    ] = None
     duplicates: Annotated[
         int | None,
         Field(description="Also near-duplicates, up to so many bits of 64.", ge=0, le=64),

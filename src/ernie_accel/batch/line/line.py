@@ -12,6 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import functools
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -31,7 +32,8 @@ from ernie_accel.batch.engines.base import (
 )
 from ernie_accel.batch.errors import BatchOutputError, Problem
 from ernie_accel.batch.input.row import Row
-from ernie_accel.batch.input.task import Task
+from ernie_accel.batch.input.sift import Finding
+from ernie_accel.batch.input.task import SECOND_PASS_GUIDANCE, SecondPass, Task
 from ernie_accel.batch.line.schedule import Schedule
 from ernie_accel.batch.output.folder import OutputFolder
 from ernie_accel.batch.output.ledger import REJECTED, Ledger
@@ -118,7 +120,7 @@ class Line:
         *,
         retries: int = 0,
         rerolls: int = 0,
-        refines: bool = False,
+        refiner: Engine | None = None,
         timeout_s: float | None = None,
         orders: Orders | None = None,
     ) -> None:
@@ -133,14 +135,15 @@ class Line:
             folder: The output folder.
             retries: Further attempts for a row that fails.
             rerolls: Further seeds for a row whose picture is sifted out.
-            refines: Whether a picture that is sifted out for a grid is drawn once more from itself.
+            refiner: Draws a picture that is sifted out for a grid once more from itself; None: nothing does.
             timeout_s: Seconds for a batch; None: no limit.
             orders: Of a service; None: every row is made.
         """
         self._engine, self._ledger, self._writer, self._schedule = engine, ledger, writer, schedule
         self._telemetry, self._folder = telemetry, folder
         self._retries, self._rerolls, self._timeout_s = retries, rerolls, timeout_s
-        self._refines = refines and engine.edits
+        self._refiner = refiner
+        self._refining = threading.BoundedSemaphore(1 if refiner is None else refiner.slots)
         self._orders = orders
         # A single slot renders in the caller's thread: Ctrl-C then reaches a hung pipe, and CUDA has one thread.
         self._pool = ThreadPoolExecutor(engine.slots, "ernie-accel-slot") if engine.slots > 1 else None
@@ -230,13 +233,16 @@ class Line:
         while len(self._rendering) < self._engine.slots and (tasks := self._next_batch()):
             # What a batch takes is only known of one that is waited for; and nobody could end what is deferred.
             measured = not tasks[0].alone and not self._schedule.sizer_of(tasks[0]).settled
-            method = self._engine.render if measured or self._timeout_s is not None else self._engine.begin
+            engine = self._engine if tasks[0].second_pass is None else self._refiner or self._engine
+            method = engine.render if measured or self._timeout_s is not None else engine.begin
             batch = _Batch(tasks, self._telemetry.begun(len(tasks)), measured)
             future: Future[Sequence[Begun]] = Future()
             self._rendering[future] = batch  # before the ledger is written: an interrupt must find the rows
             self._ledger.running(tasks)
             requests = [task.current() for task in tasks]
             render: Callable[[], Sequence[Begun]] = functools.partial(method, requests, self._timeout_s)
+            if engine is not self._engine:
+                render = functools.partial(_one_of, self._refining, render)
             if self._orders is not None and (on_step := self._orders.watched(tasks)) is not None:
                 render = functools.partial(_watched, render, on_step)
             if self._pool is None:
@@ -429,18 +435,26 @@ class Line:
         if finding is None or finding.reason is None:
             digest = finding.hash if finding else None
             return [self._settle(task, "done", picture.seconds, picture.batch_size, size=picture.bytes, digest=digest)]
-        if self._refines and finding.gridded and task.first_pass is None:
-            task.first_pass, task.first_score = picture.gridded, finding.grid_score
+        again = task.second_pass
+        if again is None and (planned := self._second_pass(picture, finding)) is not None:
+            task.second_pass = planned
             self._schedule.add([task], first=True)
             return []
-        before = "" if task.first_score is None else f" after a second pass, and {task.first_score:.2f} before it"
+        before = "" if again is None else f" after a second pass, and {again.grid_score:.2f} before it"
         if task.rerolls < self._rerolls:
             task.rerolls += 1
-            task.first_pass = task.first_score = None
+            task.second_pass = None
             self._schedule.add([task], first=True)
             return []
         error = f"{REJECTED}{finding.reason}{before}; see {rejected_path(task)}"
         return [self._settle(task, "rejected", picture.seconds, picture.batch_size, error=error)]
+
+    def _second_pass(self, picture: Written, finding: Finding) -> SecondPass | None:
+        """Return how a picture that was sifted out is drawn once more; None if it is not."""
+        if self._refiner is None or picture.gridded is None or finding.grid_score is None:
+            return None
+        guidance = None if self._refiner is self._engine else SECOND_PASS_GUIDANCE
+        return SecondPass(picture.gridded, finding.grid_score, guidance, picture.enhanced)
 
     def _release(self, tasks: Iterable[Task]) -> None:
         """Make rows pending again, but for those whose file is in its place or may still come; they stay running.
@@ -500,6 +514,12 @@ def _render_now(future: Future[Sequence[Begun]], render: Callable[[], Sequence[B
     # batch must not cost the others.
     except Exception as error:
         future.set_exception(error)
+
+
+def _one_of(places: threading.BoundedSemaphore, render: Callable[[], Sequence[Begun]]) -> Sequence[Begun]:
+    """Render in as few threads at once as the engine has slots."""
+    with places:
+        return render()
 
 
 def _watched(render: Callable[[], Sequence[Begun]], on_step: OnStep) -> Sequence[Begun]:

@@ -24,6 +24,7 @@ from ernie_accel.batch.line.line import Line, Result
 from ernie_accel.batch.output.folder import OutputFolder
 from ernie_accel.batch.output.ledger import MANIFESTS, Ledger, open_job
 from ernie_accel.batch.output.manifest import write_manifest
+from ernie_accel.batch.output.writer import REFINER
 from ernie_accel.batch.watch.metrics import MetricsServer
 from ernie_accel.batch.watch.telemetry import Telemetry, refuse_state_files
 
@@ -44,6 +45,7 @@ def produce(
     fail_fast: bool = False,
     timeout_s: float | None = None,
     sift: Sift | None = None,
+    refiner: Pipe | Engine | None = None,
     facts: Mapping[str, str] | None = None,
     writers: int = 2,
     progress: bool | str = True,
@@ -82,6 +84,8 @@ def produce(
         fail_fast: Begin nothing more once a row has failed; what is under way is finished.
         timeout_s: Seconds for a batch; see `Engine.render` for what happens to one that takes longer.
         sift: Set pictures aside that are blank, blurred, ...; None: only those with NaN, which fail.
+        refiner: What draws a picture with a grid once more if `sift` says so (`Sift(refine=True)`), such as the base
+            checkpoint's pipeline, with guidance 2.0; None: `pipe` itself, with the row's guidance.
         facts: What the PNGs say beside their rows' settings, such as model and preset; a job is not resumed with
             others.
         writers: Threads that encode and write PNG.
@@ -107,14 +111,17 @@ def produce(
     engine = pipe if isinstance(pipe, Engine) else LocalEngine(pipe, max_batch=batch_size, free_encoders=free_encoders)
     tasks = tasks_of(rows, seed, engine.default_size)
     lines = [(task.row.line, task.request) for task in tasks]
-    edits = edit_problems(engine, tasks, refines=sift is not None and sift.refine)
+    second = refining_engine(refiner, batch_size)
+    edits = edit_problems(engine, tasks, refines=sift is not None and sift.refine, refiner=second)
     if problems := [*_row_problems(tasks), *edits, *engine.problems(lines)]:
         raise BatchInputError(None, problems)
     log_json, prometheus = (None if path is None else Path(path) for path in (log_json, prometheus))
-    facts = {**(facts or {}), **engine.identity()}
+    facts = {**(facts or {}), **engine.identity(), **refiner_facts(second)}
     with ExitStack() as opened:
         if engine is not pipe:
             opened.callback(engine.close)
+        if second is not None and second is not refiner:
+            opened.callback(second.close)
         folder = OutputFolder(out, create=True)
         opened.callback(folder.close)
         refuse_state_files(out, log_json, prometheus)
@@ -141,6 +148,7 @@ def produce(
             retries=retries,
             timeout_s=timeout_s,
             sift=sift,
+            refiner=second,
             facts=facts,
             writers=writers,
         )
@@ -157,6 +165,7 @@ def produce_job(
     pipe: Pipe | Engine,
     rows: Sequence[Row],
     *,
+    refiner: Pipe | Engine | None = None,
     facts: Mapping[str, str] | None = None,
     progress: bool | str = True,
     metrics: MetricsServer | None = None,
@@ -168,6 +177,7 @@ def produce_job(
         job: Whatever it says of the production; where it says how to make an engine, `pipe` is made so already.
         pipe: As for `produce`.
         rows: The job's, see `Job.rows`.
+        refiner: As for `produce`, made as the job says.
         facts: As for `produce`; so are the others.
     """
     return produce(
@@ -182,6 +192,7 @@ def produce_job(
         fail_fast=job.fail_fast,
         timeout_s=job.timeout,
         sift=job.sifting(),
+        refiner=refiner,
         facts=facts,
         progress=progress,
         log_json=job.log_json,
@@ -238,6 +249,16 @@ def renew_manifest(rows: Iterable[Row], out: str | Path, *, seed: int = 0, overw
         ledger.begin(tasks, ledger.settings(), overwrite=overwrite)
         _remove_leftovers(folder, tasks)
         write_manifest(ledger)
+
+
+def refining_engine(refiner: Pipe | Engine | None, batch_size: int | None) -> Engine | None:
+    """Return the engine that draws second passes; None: there is none beside the one that draws the rows."""
+    return refiner if refiner is None or isinstance(refiner, Engine) else LocalEngine(refiner, max_batch=batch_size)
+
+
+def refiner_facts(refiner: Engine | None) -> dict[str, str]:
+    """Return what an engine says of itself, as facts about second passes."""
+    return {} if refiner is None else {f"{REFINER}{name}": value for name, value in refiner.identity().items()}
 
 
 def _remove_leftovers(folder: OutputFolder, tasks: Sequence[Task]) -> None:

@@ -22,6 +22,7 @@ from ernie_accel.batch.input.sift import Sift
 from ernie_accel.batch.input.task import Task, edit_problems, tasks_of
 from ernie_accel.batch.line.assembly import assemble
 from ernie_accel.batch.line.line import Result
+from ernie_accel.batch.line.produce import refiner_facts, refining_engine
 from ernie_accel.batch.output.folder import OutputFolder
 from ernie_accel.batch.output.ledger import Ledger
 from ernie_accel.batch.watch.metrics import MetricsServer
@@ -156,6 +157,7 @@ class Producer:
         retries: int = 0,
         timeout_s: float | None = None,
         sift: Sift | None = None,
+        refiner: Pipe | Engine | None = None,
         facts: Mapping[str, str] | None = None,
         writers: int = 2,
         metrics: MetricsServer | None = None,
@@ -178,9 +180,12 @@ class Producer:
         if links := self._folder.link_problems(self._folder.folders_inside(REJECTED_FOLDER)):
             raise BatchOutputError(self._folder.path, links)
         self._engine = pipe if isinstance(pipe, Engine) else LocalEngine(pipe, max_batch=batch_size)
-        if sift is not None and sift.refine and (problems := edit_problems(self._engine, (), refines=True)):
+        self._refiner = refining_engine(refiner, batch_size)
+        refines = sift is not None and sift.refine
+        if problems := edit_problems(self._engine, (), refines=refines, refiner=self._refiner):
             raise BatchInputError(None, problems)
-        self._owns_engine = self._engine is not pipe
+        self._owned = [each for each in (self._engine, self._refiner) if each is not None]
+        self._owned = [each for each in self._owned if each is not pipe and each is not refiner]
         self._seed, self._overwrite = seed, overwrite
         self._telemetry = Telemetry(0)
         self._orders = _Orders(self._telemetry)
@@ -195,7 +200,8 @@ class Producer:
             retries=retries,
             timeout_s=timeout_s,
             sift=sift,
-            facts={**(facts or {}), **self._engine.identity()},
+            refiner=self._refiner,
+            facts={**(facts or {}), **self._engine.identity(), **refiner_facts(self._refiner)},
             writers=writers,
             orders=self._orders,
         )
@@ -228,7 +234,10 @@ class Producer:
         if wait_s is not None and not wait_s >= 0:
             raise ErnieAccelError(f"wait_s is {shown(wait_s)}; expected seconds, 0 or more")
         (task,) = tasks_of([row], self._seed, self._engine.default_size)
-        if problems := [*edit_problems(self._engine, [task]), *self._engine.problems([(row.line, task.request)])]:
+        if problems := [
+            *edit_problems(self._engine, [task], refines=self._refiner is not None, refiner=self._refiner),
+            *self._engine.problems([(row.line, task.request)]),
+        ]:
             raise BatchInputError(None, problems)
         if links := self._folder.link_problems([row.folder] if row.folder else []):
             raise BatchOutputError(self._folder.path, [(row.line, reason) for _, reason in links])
@@ -290,8 +299,8 @@ class Producer:
         try:
             with ExitStack() as closing:  # all of them, whatever one raises
                 closing.callback(self._folder.close)
-                if self._owns_engine:
-                    closing.callback(self._engine.close)
+                for engine in self._owned:
+                    closing.callback(engine.close)
                 self._answer(self._line.close())
         except BaseException as error:  # likewise
             failures.append(error)

@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from PIL import Image
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 GRID_SCORE, GRID_SCORE_BEFORE = "grid_score", "grid_score_before"
 """Where a PNG holds its `fidelity.grid_score`, and the one before its second pass."""
 
+REFINER = "refiner "
+"""How the names of facts begin that are about what draws second passes: other pictures do not carry them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
@@ -41,6 +44,7 @@ class Written:
         bytes: Of the file.
         finding: What looking at the picture found; None if that itself failed.
         gridded: The file of a picture that was rejected for a grid.
+        enhanced: What its prompt was enhanced to, if the engine says so.
         error: Why there is no file: an `OSError` is the folder's fault, anything else the row's.
         unrendered: Why there is no picture: it was still being rendered when it was submitted, and that failed.
     """
@@ -52,6 +56,7 @@ class Written:
     bytes: int | None = None
     finding: Finding | None = None
     gridded: PictureFile | None = None
+    enhanced: str | None = None
     error: Exception | None = None
     unrendered: Exception | None = None
 
@@ -151,8 +156,7 @@ class Writer:
         error: Exception | None = None
         try:
             finding = self._sieve.look(picture, task.row.path) if self._sieve else Finding()
-            request = task.current()
-            png = encode_png(picture, texts_of(request, picture, self._facts) | _scores(task, finding))
+            png = encode_png(picture, self._texts(task, picture) | _scores(task, finding))
         # Broad on purpose: whatever a picture does to the encoder is that row's failure and no other's.
         except Exception as failure:
             error = RuntimeError(f"{type(failure).__name__}: {failure}")
@@ -174,8 +178,18 @@ class Writer:
             bytes=size,
             finding=finding,
             gridded=gridded,
+            enhanced=picture.info.get(ENHANCED_PROMPT),
             error=error,
         )
+
+    def _texts(self, task: Task, picture: Image.Image) -> dict[str, str]:
+        """Return what a picture says of itself; of what refines, only if it was refined."""
+        again, request = task.second_pass, task.current()
+        facts = {k: v for k, v in self._facts.items() if again is not None or not k.startswith(REFINER)}
+        if again is None or again.enhanced is None:
+            return texts_of(request, picture, facts)
+        picture.info[ENHANCED_PROMPT] = again.enhanced
+        return texts_of(replace(request, prompt=task.request.prompt), picture, facts)
 
     def _place(self, task: Task, png: bytes, *, rejected: bool) -> None:
         self._folder.write(rejected_path(task) if rejected else task.row.path, png)
@@ -186,7 +200,8 @@ class Writer:
 
 def _scores(task: Task, finding: Finding) -> dict[str, str]:
     """Return what a PNG says of its grid, and of the one that it had before a second pass."""
-    scores = {GRID_SCORE: finding.grid_score, GRID_SCORE_BEFORE: task.first_score}
+    before = None if task.second_pass is None else task.second_pass.grid_score
+    scores = {GRID_SCORE: finding.grid_score, GRID_SCORE_BEFORE: before}
     return {name: f"{score:.2f}" for name, score in scores.items() if score is not None}
 
 

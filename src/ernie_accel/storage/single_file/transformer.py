@@ -31,10 +31,9 @@ def fill_from_file(model: torch.nn.Module, path: Path, dtype: torch.dtype) -> No
         SavedPipelineError: The file is damaged, or does not hold exactly the weights of this model.
         MissingExtraError: It is GGUF, and the package that decodes it is not installed.
     """
-    names = family_of_transformer(model).single_file or SingleFileNames()
     precise = getattr(model, "_keep_in_fp32_modules", None) or ()
     with open_tensors(path) as file:
-        sources = sources_in(file, model, names, f"this {type(model).__name__}")
+        sources = _sources(file, model)
         for weight in list(weights_of(model)):
             keeps = dtype == torch.float16 and not {*precise}.isdisjoint(weight.path.split("."))
             values = _values(file, sources[weight.path], tuple(weight.tensor.shape), torch.float32 if keeps else dtype)
@@ -42,6 +41,22 @@ def fill_from_file(model: torch.nn.Module, path: Path, dtype: torch.dtype) -> No
                 weight.owner._parameters[weight.name] = torch.nn.Parameter(values, requires_grad=False)
             else:
                 weight.owner._buffers[weight.name] = values
+
+
+def check_fits(model: torch.nn.Module, path: Path) -> None:
+    """Refuse what `fill_from_file` would refuse by the names and shapes of a file's tensors; none is read.
+
+    Raises:
+        SavedPipelineError: As there.
+        MissingExtraError: As there.
+    """
+    with open_tensors(path) as file:
+        _sources(file, model)
+
+
+def _sources(file: TensorFile, model: torch.nn.Module) -> dict[str, Source]:
+    names = family_of_transformer(model).single_file or SingleFileNames()
+    return sources_in(file, model, names, f"this {type(model).__name__}")
 
 
 def _values(file: TensorFile, source: Source, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
