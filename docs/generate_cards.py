@@ -22,7 +22,6 @@ import ernie_accel
 from ernie_accel import Context
 from ernie_accel.core.components import pipe_bytes
 from ernie_accel.core.hardware import HARDWARE, Hardware
-from ernie_accel.families import family_of
 from ernie_accel.storage.reading import forgetful
 from ernie_accel.storage.skeleton import skeleton
 
@@ -68,7 +67,7 @@ def planned(model: str, card: str) -> dict[str, Any]:
     # The least that is promised: the extra cudnn is left out, which needs Hopper and saves some memory there.
     context = replace(context, versions={name: each for name, each in context.versions.items() if name != "cudnn"})
     preset = ernie_accel.recommend(context, pipe).preset
-    asked = map(forgetful, preset.transforms_for(family_of(pipe)))
+    asked = map(forgetful, preset.transforms_on(pipe))
     plan = ernie_accel.plan(pipe, *asked, preset=preset, context=context, memory="auto")
     memory = plan.memory
     if memory is None or memory.budget is None or not memory.fits:

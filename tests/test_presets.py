@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import Context, Quantize, RewriteBlocks
+from ernie_accel import Compile, Context, ExpandAttentionMask, Quantize, RewriteBlocks
 from ernie_accel.core.hardware import GIB, HARDWARE
 from ernie_accel.families import UNKNOWN
 from ernie_accel.recipes.presets import find_preset, hardware_presets, presets
 from ernie_accel.recipes.recommend import _NOT_PRECISION, LADDER
 from ernie_accel.transforms.calls.call_defaults import CallDefaults
-from tests.pipelines import PIPELINES, picture
+from tests.pipelines import PIPELINES, picture, tiny_sd, tiny_wan
 
 EVERYTHING = {"torch": "2.13.0", "torchao": "0.18", "bitsandbytes": "0.50", "triton": "3.5", "scipy": "1.17"}
 
@@ -219,6 +219,48 @@ def test_a_preset_does_what_a_pipe_of_no_known_family_allows_and_lists_the_rest(
         assert torch.allclose(picture(flux), stock, atol=1e-3)
     ernie_accel.restore(flux)
     assert torch.equal(picture(flux), stock)
+
+
+@pytest.mark.parametrize(
+    ("make", "denoisers"),
+    [
+        (tiny_sd, ("unet",)),
+        (tiny_wan, ("transformer", "transformer_2")),
+        (lambda: tiny_wan(first=False), ("transformer_2",)),
+    ],
+    ids=["unet", "two transformers", "the second alone"],
+)
+def test_a_preset_serves_every_denoiser_whatever_its_name(make, denoisers):
+    pipe, h200 = make(), device("h200")
+    for name, preset in presets.items():
+        steps = ernie_accel.plan(pipe, preset=name, context=h200).steps
+        named = [step.transform for step in steps if type(step.transform) in (Compile, Quantize)]
+        assert all(transform.components == denoisers for transform in named)
+        assert len(named) == sum(type(t) in (Compile, Quantize) for t in preset.transforms_for(UNKNOWN))
+    only = Compile(components=denoisers[-1:])
+    steps = ernie_accel.plan(pipe, only, preset="turbo-fp32", context=h200).steps
+    assert [step.transform for step in steps if step.transform.slot == "compile"] == [only]
+
+    ernie_accel.optimize(pipe, preset="turbo-fp32")
+    compiled = {
+        name
+        for name in denoisers
+        if any(part._compiled_call_impl is not None for part in getattr(pipe, name).modules())
+    }
+    assert compiled == set(denoisers)
+    ernie_accel.restore(pipe)
+    assert all(part._compiled_call_impl is None for name in denoisers for part in getattr(pipe, name).modules())
+
+
+def test_a_preset_leaves_out_what_a_pipe_of_no_known_family_has_no_place_for(flux):
+    flux.transformer = torch.nn.Sequential(torch.nn.Linear(2, 2))  # declares no repeated blocks, and takes no mask
+    compiled = Compile(), "Sequential declares no repeated blocks to compile (_repeated_blocks)"
+    masked = ExpandAttentionMask(), "FluxPipeline: no block of its transformer takes an attention mask"
+    for (transform, reason), name, machine in ((compiled, "turbo-bf16", "h200"), (masked, "npu-bf16", "ascend910b")):
+        plan = ernie_accel.plan(flux, preset=name, context=device(machine))
+        assert plan.ok, plan
+        assert [step.preview.note for step in plan.steps if step.transform == transform] == [reason]
+        assert ernie_accel.plan(flux, transform, context=device(machine)).problems == {transform: (reason,)}
 
 
 def test_beside_a_preset_and_alone_what_needs_a_family_is_refused(flux):

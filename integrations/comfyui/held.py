@@ -84,10 +84,8 @@ class Recipe:
 
 def _forgetful(preset: str, pipe: Any) -> Iterator[Any]:
     """Yield a preset's casts and quantizations without their originals: what is fused is not wanted back."""
-    from ernie_accel.families import family_of
-
     named = ernie_accel.recommend(pipe=pipe).preset if preset == "auto" else ernie_accel.presets[preset]
-    for transform in named.transforms_for(family_of(pipe)):
+    for transform in named.transforms_on(pipe):
         if hasattr(transform, "keep_originals"):
             yield replace(transform, keep_originals=False)
 

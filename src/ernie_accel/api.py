@@ -35,7 +35,7 @@ from ernie_accel.core.plan import Plan, check_pipeline, compose, machine_for, pl
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Report
 from ernie_accel.core.transform import Transform
-from ernie_accel.families import Family, family_of, give_family
+from ernie_accel.families import Family, give_family
 from ernie_accel.memory.call import Call
 from ernie_accel.memory.planner import available_on_host, budget_of, check_fits, free_on_device, places, plan_memory
 from ernie_accel.plugins import load_plugins
@@ -82,7 +82,7 @@ def plan(
         named, wanted = _request(checked, transforms, preset, context)
         placing = _kept_placing(checked, transforms, memory, call) if context is None else None
         if placing is not None:
-            together = compose((*transforms, *placing.chosen), named, family_of(checked))
+            together = compose((*transforms, *placing.chosen), named, checked)
             return plan_request(checked, together, named, machine_for(checked, together))
         if memory is None and not _is_brought_over(checked, wanted, named, context):
             return plan_request(checked, wanted, named, context or machine_for(checked, wanted))
@@ -91,7 +91,7 @@ def plan(
         free = free_on_device(checked, machine.torch_device) if context is None else None
         found = plan_memory(checked, transforms, named, machine, "auto" if memory is None else memory, call, free=free)
         chosen = _Placing(memory, call or Call(), found.transforms).beside(transforms).chosen
-        together = compose((*transforms, *chosen), named, family_of(checked))
+        together = compose((*transforms, *chosen), named, checked)
         return replace(plan_request(checked, together, named, machine), memory=found)
 
 
@@ -164,7 +164,7 @@ def _optimize(
         named, wanted = _request(checked, transforms, preset, context)
         placing = _placed(checked, transforms, wanted, named, context, memory, call, device, skip)
         if placing.chosen:
-            wanted = compose((*transforms, *placing.chosen), named, family_of(checked))
+            wanted = compose((*transforms, *placing.chosen), named, checked)
         machine = context or machine_for(checked, wanted)
         if named is None and not wanted and not report_of(checked).entries:
             raise ErnieAccelError(
@@ -452,7 +452,7 @@ def _request(
     if preset == "auto":
         preset = recommend(context or _device_for(pipe, transforms), pipe).preset
     named = find_preset(preset) if preset is not None else None
-    return named, tuple(_as_loaded(pipe, compose(transforms, named, family_of(pipe))))
+    return named, tuple(_as_loaded(pipe, compose(transforms, named, pipe)))
 
 
 def _as_loaded(pipe: Pipeline, wanted: tuple[Transform, ...]) -> Iterator[Transform]:

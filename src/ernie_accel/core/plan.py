@@ -26,7 +26,7 @@ from ernie_accel.core.report import Entry, Report, planned_by
 from ernie_accel.core.step import Step
 from ernie_accel.core.transform import Effect, Preview, Transform
 from ernie_accel.families import family_of
-from ernie_accel.families.family import UNKNOWN, Family
+from ernie_accel.families.family import UNKNOWN
 
 
 class MemoryForecast(Protocol):
@@ -199,9 +199,9 @@ def title_of(transforms: Iterable[Transform], preset: Preset | None) -> str:
 
 
 def compose(
-    transforms: tuple[Transform, ...], preset: Preset | None, family: Family = UNKNOWN
+    transforms: tuple[Transform, ...], preset: Preset | None = None, pipe: Pipeline | None = None
 ) -> tuple[Transform, ...]:
-    """Return the transforms of a request for a pipe of `family`, in the order they run.
+    """Return the transforms of a request for `pipe`, or one of no known family, in the order they run.
 
     A transform given beside a preset replaces the preset's own in the same slot.
 
@@ -218,7 +218,7 @@ def compose(
             raise ConflictError(transform.occupies, (by_slot[transform.occupies], transform))
         by_slot[transform.occupies] = transform
     if preset is not None:
-        for transform in preset.transforms_for(family):
+        for transform in preset.transforms_for(UNKNOWN) if pipe is None else preset.transforms_on(pipe):
             by_slot.setdefault(transform.occupies, transform)
     return tuple(sorted(by_slot.values(), key=lambda t: (t.phase, t.occupies)))
 
@@ -344,7 +344,7 @@ def plan_steps(
         kept: What an earlier `optimize` did and that stays.
     """
     steps: list[Step] = []
-    by_preset = preset.transforms_for(family_of(pipe)) if preset is not None else ()
+    by_preset = preset.transforms_on(pipe) if preset is not None else ()
     now = replace(context, state=PlannedPipe.seen(pipe, planned_by(kept)))
     for position, transform in enumerate(wanted):
         entry = kept[position] if position < len(kept) else None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from ernie_accel.core.components import Pipeline, denoisers_of
 from ernie_accel.core.errors import ConflictError
 from ernie_accel.core.transform import Transform
+from ernie_accel.families import family_of
 from ernie_accel.families.family import Family
 
 
@@ -58,3 +61,17 @@ class Preset:
         """Return the transforms for a pipe of `family`, with the replacements if that has no fused kernels."""
         instead = self.without_kernels if family.kernels is None else ()
         return tuple({transform.occupies: transform for transform in (*self.transforms, *instead)}.values())
+
+    def transforms_on(self, pipe: Pipeline) -> tuple[Transform, ...]:
+        """Return the transforms for `pipe`: those of its family, for all of its denoisers where there are others.
+
+        What works on "transformer" works on the UNet of a pipe that has one, and on both of two that take turns.
+        """
+        denoisers = tuple(denoisers_of(pipe))
+        return tuple(_on(transform, denoisers) for transform in self.transforms_for(family_of(pipe)))
+
+
+def _on(transform: Any, denoisers: tuple[str, ...]) -> Any:
+    if not denoisers or getattr(transform, "components", None) != ("transformer",):
+        return transform
+    return replace(transform, components=denoisers)

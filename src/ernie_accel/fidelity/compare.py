@@ -21,7 +21,6 @@ from ernie_accel.core.outputs import require_pictures
 from ernie_accel.core.plan import check_pipeline, compose
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.transform import Transform
-from ernie_accel.families import family_of
 from ernie_accel.fidelity import metrics
 from ernie_accel.fidelity.evaluation import Compared, Evaluation, Fidelity, Side, Thresholds, median_ms
 from ernie_accel.fidelity.render import PeakMemory, Rendering, accepts, render
@@ -95,7 +94,7 @@ def evaluate(
 
     request = _asked_for(candidate) if isinstance(candidate, (Preset, str, Transform, list, tuple)) else None
     pipe, load_s = _loaded(baseline)
-    change = request.transforms_for(family_of(pipe)) if isinstance(request, Preset) else request
+    change = request.transforms_on(pipe) if isinstance(request, Preset) else request
     context = Context.detect(pipe)
     if change is not None:
         _check(pipe, change)

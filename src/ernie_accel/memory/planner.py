@@ -187,14 +187,14 @@ def plan_memory(
     if free is not None and budget is not None and is_relative(memory) and free < budget:
         shared = (f"other work on the card holds {human_gib(budget - free)} of what it may use otherwise",)
         budget = free
-    wanted = compose(own, preset, family_of(pipe))
+    wanted = compose(own, preset, pipe)
     call = replace(call, guidance=_is_guided(pipe, wanted)) if call.guidance is None else call
     best: MemoryPlan | None = None
     activations: dict[str, int | None] = {}
     for tiles, why in _tilings(pipe, wanted, context):
         if tiles and (best is None or max(best.stages, key=lambda stage: stage.total).name != "decode"):
             continue
-        with_tiles = compose((*own, *tiles), preset, family_of(pipe))
+        with_tiles = compose((*own, *tiles), preset, pipe)
         before = activations.get("decode")
         known = {name: need for name, need in activations.items() if name != "decode"}  # all that tiles change
         activations = activations_of(pipe, with_tiles, context, call, known)
@@ -236,13 +236,13 @@ def _placings(
     activations: dict[str, int | None],
 ) -> Iterator[MemoryPlan]:
     """Yield the plans of all ways to place the weights that can run here, from the fastest down."""
-    wanted = compose((*own, *tiles), preset, family_of(pipe))
+    wanted = compose((*own, *tiles), preset, pipe)
     for chosen, why in _candidates(pipe, wanted, context, device or context.torch_device, budget, activations):
         chosen = (*tiles, *chosen)
-        the_plan = plan_request(pipe, compose((*own, *chosen), preset, family_of(pipe)), preset, context)
+        the_plan = plan_request(pipe, compose((*own, *chosen), preset, pipe), preset, context)
         if any(isinstance(each, Residency) for each in chosen) and (lean := tuple(_without_originals(the_plan, own))):
             chosen, why = (*chosen, *lean), (*why, _NOT_KEPT)
-            the_plan = plan_request(pipe, compose((*own, *chosen), preset, family_of(pipe)), preset, context)
+            the_plan = plan_request(pipe, compose((*own, *chosen), preset, pipe), preset, context)
         found = _judge(pipe, the_plan, chosen, why, context, call, budget, activations)
         if found is not None:
             yield found

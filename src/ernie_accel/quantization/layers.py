@@ -19,7 +19,7 @@ from ernie_accel.quantization.choose import BACKENDS
 
 #: Left out of a component that no family knows: everything outside numbered blocks, and inside them what modulates,
 #: embeds or predicts. Quantizing these costs the most accuracy and saves the least (see docs/quantization.md).
-GENERIC_EXCLUDE = (r"(?!.*\.\d+\.)", r"(?i).*(norm|adaln|modulation|embed)", r"lm_head\b")
+GENERIC_EXCLUDE = (r"(?!.*\.\d+\.)", r"(?i).*(norm|adaln|modulation|emb)", r"lm_head\b")
 _ADAPTERS = frozenset({"lora_A", "lora_B"})
 
 

@@ -214,7 +214,7 @@ def _missing(context: Context, package: str | None) -> list[str]:
 def _without_family(pipe: Pipeline | None, preset: Preset) -> Iterator[str]:
     """Yield what of a preset a pipe of no known family does without, and why."""
     if pipe is not None:
-        for transform in preset.transforms_for(family_of(pipe)):
+        for transform in preset.transforms_on(pipe):
             yield from (f"does without {transform!r}: {reason}" for reason in transform.family_reasons(pipe))
 
 
@@ -227,7 +227,7 @@ def _refused(pipe: Pipeline | None, preset: Preset, machine: Context) -> Mapping
 
 
 def _planned(pipe: Pipeline, preset: Preset, machine: Context) -> Plan:
-    return plan_request(pipe, compose((), preset, family_of(pipe)), preset, machine)
+    return plan_request(pipe, compose((), preset, pipe), preset, machine)
 
 
 def _lines(refused: Mapping[Transform, tuple[str, ...]]) -> list[str]:

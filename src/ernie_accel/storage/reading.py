@@ -35,7 +35,6 @@ from ernie_accel.core.transform import (
     undeclared_paths,
 )
 from ernie_accel.core.undo import Undo
-from ernie_accel.families import family_of
 from ernie_accel.storage.assembly import assemble, reading
 from ernie_accel.storage.folders import current
 from ernie_accel.storage.layers import repeats_rewriting
@@ -179,7 +178,7 @@ def _beside_preset(
     if preset is None:
         return given, ()
     taken = {transform.occupies for transform in given}
-    return given, tuple(each for each in preset.transforms_for(family_of(pipe)) if each.occupies not in taken)
+    return given, tuple(each for each in preset.transforms_on(pipe) if each.occupies not in taken)
 
 
 def _check_declared(own: Iterable[type[Transform]]) -> None:

@@ -76,12 +76,16 @@ class Compile(Transform):
         return (
             self._broken_by_quantization(pipe, context)
             + self._broken_by_hooks(pipe, context)
-            + [
-                f"{type(module).__name__} declares no repeated blocks to compile (_repeated_blocks)"
-                for module in modules_of(pipe, self.components).values()
-                if not repeated_blocks(module)
-            ]
+            + self.family_reasons(pipe)
         )
+
+    def family_reasons(self, pipe: Pipeline) -> list[str]:
+        modules = modules_of(pipe)
+        return [
+            f"{type(modules[name]).__name__} declares no repeated blocks to compile (_repeated_blocks)"
+            for name in self.components
+            if name in modules and not repeated_blocks(modules[name])
+        ]
 
     def _broken_by_quantization(self, pipe: Pipeline, context: Context) -> list[str]:
         broken = context.planned(pipe).breaks_graph if self.fullgraph else {}

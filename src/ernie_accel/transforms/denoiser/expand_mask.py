@@ -50,7 +50,13 @@ class ExpandAttentionMask(Transform):
     def changes_inside(self) -> tuple[str, ...]:
         return DENOISERS
 
+    def family_reasons(self, pipe: Pipeline) -> list[str]:
+        return [] if family_of(pipe).is_known else self._reasons(pipe)
+
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
+        return self._reasons(pipe)
+
+    def _reasons(self, pipe: Pipeline) -> list[str]:
         masked = self._masked(pipe)
         if not masked:
             denoisers = " and ".join(denoisers_of(pipe)) or "transformer"
