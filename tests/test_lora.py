@@ -227,8 +227,12 @@ def test_a_hot_swap_counts() -> None:
     assert sqnr_db(latents(pipe), latents(stock)) > 25
 
 
+def through_pickle(pipe: Any) -> Any:
+    return pickle.loads(pickle.dumps(pipe))
+
+
 @pytest.mark.parametrize(
-    ("precision", "copied"), [("fp8", copy.deepcopy), ("bf16", lambda pipe: pickle.loads(pickle.dumps(pipe)))]
+    ("precision", "copied"), [("fp8", copy.deepcopy), ("fp8", through_pickle), ("bf16", through_pickle)]
 )
 def test_copies_have_adapters_of_their_own(precision: str, copied: Any) -> None:
     pipe = fused(made("ernie"), precision)
@@ -300,6 +304,56 @@ def test_without_originals_nothing_is_merged_and_unmerged_it_works() -> None:
     with pytest.raises(ErnieAccelError, match=r"fuse_lora: cannot merge .* nothing was changed .*keep_originals=True"):
         pipe.fuse_lora()
     assert torch.equal(latents(pipe), expected)
+
+
+@pytest.mark.parametrize("name", ["unfuse_lora", "disable_lora"])
+def test_without_originals_a_lora_that_was_merged_before_stays_merged(name: str) -> None:
+    pipe = made("ernie")
+    load(pipe, "ernie")
+    pipe.fuse_lora()
+    kept = copy.deepcopy(pipe)
+    fused(pipe, keep_originals=False)
+    expected, before = latents(pipe), snapshot(pipe)
+    for owner in (pipe, pipe.transformer):
+        with pytest.raises(ErnieAccelError, match=rf"{name}: a LoRA is merged into layers\..*the original is gone"):
+            getattr(owner, name)()
+        assert differences(before, snapshot(pipe)) == []
+        assert torch.equal(latents(pipe), expected)
+    getattr(fused(kept), name)()  # the originals are there
+    assert not torch.equal(latents(kept), expected)
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_weights_that_are_no_float8_are_refused_by_kernels_before_any_is_loaded(with_lora: bool) -> None:
+    pipe, plain = fused(made("ernie")), made("ernie").transformer.state_dict()
+    if with_lora:
+        load(pipe, "ernie")
+    expected, before = latents(pipe), snapshot(pipe)
+    for assign in (False, True):
+        with pytest.raises(ErnieAccelError, match=r"load_state_dict: layers\.\d.* is quantized \(fp8 by fused"):
+            pipe.transformer.load_state_dict({name: x * 2 for name, x in plain.items()}, strict=False, assign=assign)
+        assert differences(before, snapshot(pipe)) == []
+    pipe.transformer.load_state_dict({name: value.clone() for name, value in pipe.transformer.state_dict().items()})
+    assert torch.equal(latents(pipe), expected)
+    if not with_lora:
+        ernie_accel.restore(pipe).transformer.load_state_dict(plain)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_a_state_dict_has_the_names_of_a_stock_model_but_for_float8_weights(precision: str) -> None:
+    pipe, stock = fused(made("ernie"), precision), made("ernie")
+    for each in (pipe, stock):
+        load(each, "ernie")
+    own, expected = pipe.transformer.state_dict(), stock.transformer.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in own.items() if name in expected)
+    others = {name for name in own if name not in expected}
+    assert all("product.weight" in name for name in others)
+    assert (not others) == (precision == "bf16")
+    if precision == "bf16":
+        assert own.keys() == expected.keys()
+        stock.transformer.load_state_dict(doubled := {name: tensor * 1.5 for name, tensor in expected.items()})
+        pipe.transformer.load_state_dict(doubled)
+        assert sqnr_db(latents(pipe), latents(stock)) > 25
 
 
 def test_a_merged_lora_stays_in_the_weights_when_it_is_unloaded_and_restored(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig
 
 import ernie_accel
-from ernie_accel import CastDtype, ErnieAccelError, Quantize
+from ernie_accel import CastDtype, ErnieAccelError, Quantize, RewriteBlocks
 from ernie_accel.quantization.choose import BACKENDS
 from tests.examples import differences, snapshot
 from tests.pipelines import picture, tiny_ernie, tiny_flux, tiny_z_image
@@ -106,6 +106,25 @@ def test_plain_weights_that_take_the_place_of_quantized_ones_make_plain_layers()
     pipe, plain = ernie_accel.optimize(half(), Quantize("int8-weight-only")), half()
     pipe.transformer.load_state_dict(plain.transformer.state_dict(), assign=True)
     assert torch.equal(picture(pipe, output_type="latent"), picture(plain, output_type="latent"))
+
+
+@pytest.mark.parametrize("rewritten", [(), (RewriteBlocks(),)], ids=["stock blocks", "rewritten blocks"])
+@pytest.mark.parametrize("name", ["unfuse_lora", "disable_lora"])
+def test_a_lora_that_was_merged_before_stays_in_quantized_weights(name, rewritten):
+    pipe = half()
+    plain = picture(pipe, output_type="latent")
+    pipe.transformer.add_adapter(lora(), "a")
+    pipe.fuse_lora()
+    ernie_accel.optimize(pipe, *rewritten, Quantize("int8-weight-only", backend="torchao"))
+    expected, before = picture(pipe, output_type="latent"), snapshot(pipe)
+    for owner in (pipe, pipe.transformer):
+        with pytest.raises(ErnieAccelError, match=rf"{name}: a LoRA is merged into layers\.\d"):
+            getattr(owner, name)()
+        assert differences(before, snapshot(pipe)) == []
+        assert torch.equal(picture(pipe, output_type="latent"), expected)
+    ernie_accel.restore(pipe)
+    getattr(pipe, name)()
+    assert torch.allclose(picture(pipe, output_type="latent"), plain, atol=0.1)
 
 
 @pytest.mark.parametrize("transform", [Quantize("int8-weight-only", backend="quanto"), Quantize("nf4")], ids=repr)

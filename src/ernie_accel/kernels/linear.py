@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,3 +79,16 @@ class Fp8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+    # A pickle of a float8 tensor cannot be loaded (torch 2.13), so it travels as bytes.
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.weight.dtype != torch.float8_e4m3fn:
+            return dict(vars(self))
+        return {**vars(self), "_buffers": {**self._buffers, "weight": self.weight.view(torch.uint8)}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        weight = state["_buffers"]["weight"]
+        if weight.dtype == torch.uint8:
+            state = {**state, "_buffers": {**state["_buffers"], "weight": weight.view(torch.float8_e4m3fn)}}
+        super().__setstate__(state)  # type: ignore[no-untyped-call]

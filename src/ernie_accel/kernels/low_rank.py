@@ -79,6 +79,7 @@ class LowRankProduct(nn.Module):
         self.register_buffer("down", None, persistent=False)
         self.register_buffer("up", None, persistent=False)
         self._seen: list[object] = []
+        self._register_state_dict_hook(_name_as_parts)  # type: ignore[no-untyped-call]
         #: SQNR in dB of the float8 weight of the last merge, against the merged one; None: there was none.
         self.merged_db: float | None = None
 
@@ -310,6 +311,8 @@ class Site(nn.Linear):
         self._of = (product,)
         if whole:
             self.product = product
+            self._register_state_dict_hook(_name_as_own)  # type: ignore[no-untyped-call]
+            self.register_load_state_dict_pre_hook(_take_as_own)  # type: ignore[no-untyped-call]
 
     @property
     def is_whole(self) -> bool:
@@ -337,6 +340,36 @@ class Site(nn.Linear):
             raise RuntimeError("the layers of a fused product are computed together")
         out: Tensor = self.low_rank.product(x)
         return out
+
+
+def _name_as_parts(product: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Give the rows of a fused weight the names that they have on a stock model with the same adapters."""
+    owner = prefix[: prefix[:-1].rfind(".") + 1]
+    for place in cast(LowRankProduct, product).places:
+        found = state_dict.pop(f"{prefix}{place.name}.weight", None)
+        if found is not None:
+            beneath = "" if place.adapted is None else ".base_layer"
+            state_dict[f"{owner}{place.name}{beneath}.weight"] = found
+
+
+def _name_as_own(site: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Give what a whole layer has the names that it has on a stock model, if it is a plain one."""
+    product = cast(Site, site).low_rank.product
+    if type(product) is nn.Linear:
+        for name in product._parameters:
+            found = state_dict.pop(f"{prefix}product.product.{name}", None)
+            if found is not None:
+                state_dict[f"{prefix}{name}"] = found
+
+
+def _take_as_own(site: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Load what `_name_as_own` has named; see `nn.Module.register_load_state_dict_pre_hook`."""
+    product = cast(Site, site).low_rank.product
+    if type(product) is nn.Linear:
+        for name in product._parameters:
+            found = state_dict.pop(f"{prefix}{name}", None)
+            if found is not None:
+                state_dict[f"{prefix}product.product.{name}"] = found
 
 
 def site_of(layer: nn.Module) -> Site | None:

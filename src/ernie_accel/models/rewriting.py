@@ -22,6 +22,7 @@ from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.library_hooks import library_hooks
 from ernie_accel.core.stand_in import StandInForward
 from ernie_accel.core.undo import Undo
+from ernie_accel.kernels.low_rank import LowRankProduct
 from ernie_accel.models.adapters import Adaptable, take_adapters
 from ernie_accel.models.processors import processor_for
 from ernie_accel.models.token_layout import LAYOUT, TokenLayout
@@ -182,9 +183,12 @@ def _cast_layerwise_as(fused: nn.Module, part: nn.Module) -> None:
 def _join_parts(part: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Let a fused layer load the weights of its parts; see `nn.Module.register_load_state_dict_pre_hook`."""
     if isinstance(part, Part) and part.fused is not None:
-        keys = [f"{prefix}{name}.weight" for name in part.fusible]
-        if all(key in state_dict for key in keys):
-            state_dict[f"{prefix}{part.fused_name}.weight"] = torch.cat([state_dict.pop(key) for key in keys])
+        within = ".product" if isinstance(part.fused, LowRankProduct) else ""
+        names = ((f"{prefix}{name}.weight", f"{prefix}{name}.base_layer.weight") for name in part.fusible)
+        keys = [next((key for key in each if key in state_dict), None) for each in names]
+        if None not in keys:
+            weight = torch.cat([state_dict.pop(key) for key in keys if key is not None])
+            state_dict[f"{prefix}{part.fused_name}{within}.weight"] = weight
 
 
 class SelfAttention(Part, AttentionModuleMixin):  # type: ignore[misc]

@@ -64,9 +64,11 @@ def _code(scheme: str) -> object:
 
 def _layer(blocks: torch.Tensor, scheme: str, linear: torch.nn.Linear) -> torch.nn.Module:
     """Return diffusers' layer around encoded blocks, uint8 [N, K / 32 * bytes a block]."""
-    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+    from diffusers.quantizers.gguf.utils import GGUFParameter
 
-    layer: torch.nn.Linear = GGUFLinear(
+    from ernie_accel.quantization.gguf_linear import CopyableGGUFLinear
+
+    layer: torch.nn.Linear = CopyableGGUFLinear(
         linear.in_features, linear.out_features, compute_dtype=linear.weight.dtype, device="meta"
     )
     layer.weight = GGUFParameter(blocks, quant_type=_code(scheme))

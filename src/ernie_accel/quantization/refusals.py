@@ -1,4 +1,4 @@
-"""Refuse what stock tools do to quantized layers and get wrong: saving them, merging a LoRA, loading plain weights.
+"""Refuse what stock tools do to quantized layers and get wrong: saving them, merging LoRAs, loading plain weights.
 
 Each would fail halfway with the pipe changed, or write a checkpoint that reloads as noise.
 """
@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from ernie_accel.core.components import Pipeline, modules_of
+from ernie_accel.core.components import Pipeline, is_float8, modules_of
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.stand_in import Bound, StandInMethod
 from ernie_accel.core.undo import Undo
+from ernie_accel.kernels.linear import Fp8Linear
+from ernie_accel.kernels.low_rank import LowRankProduct, site_of
 from ernie_accel.quantization.correction import is_corrected
 from ernie_accel.quantization.layers import holder_of, quantized_as
 
@@ -40,6 +42,61 @@ def refuse_loras(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:
         for method_name, method in methods.items():
             if hasattr(module, method_name):
                 undo.setattr(module, method_name, Bound(method, module))
+    refuse_unmerging(pipe, components, undo)
+
+
+def refuse_unmerging(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:
+    """Make the pipe and these components refuse to take a merged LoRA out of quantized weights, in place."""
+    owners: list[Any] = [pipe, *modules_of(pipe, components).values()]
+    for owner in owners:
+        for name in _UNMERGING:
+            if hasattr(owner, name):
+                undo.setattr(owner, name, _Unmerging(owner, name))
+
+
+#: What takes merged LoRAs out of the weights: at once, or PEFT's layers at the next call, where all are disabled.
+_UNMERGING = ("unfuse_lora", "disable_lora", "disable_adapters")
+
+
+class _Unmerging(StandInMethod):
+    """A method that makes PEFT take merged LoRAs out of the weights, layer by layer, up to the first that cannot."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Do it.
+
+        Raises:
+            ErnieAccelError: A LoRA is merged into a weight that is quantized by now; nothing was changed.
+        """
+        for owner in self._modules(*args, **kwargs):
+            for path, layer in owner.named_modules():
+                why = _stuck_in(layer)
+                if why is not None:
+                    raise ErnieAccelError(
+                        f"{type(self.owner).__name__}.{self.name}: a LoRA is merged into {path}, and {why}, so it "
+                        "cannot be taken out again; nothing was changed. Call ernie_accel.restore(pipe) first, where "
+                        "the originals are kept; else load the pipe again"
+                    )
+        return self.call_below(*args, **kwargs)
+
+    def _modules(self, *args: Any, **kwargs: Any) -> list[torch.nn.Module]:
+        if isinstance(self.owner, torch.nn.Module):
+            return [self.owner]
+        pipe: Any = self.owner
+        given = (args[0] if args else kwargs.get("components")) if self.name == "unfuse_lora" else None
+        names = getattr(pipe, "_lora_loadable_modules", ()) if given is None else given
+        modules = modules_of(pipe)
+        return [modules[name] for name in names if name in modules]
+
+
+def _stuck_in(layer: torch.nn.Module) -> str | None:
+    """Return why what PEFT's layer has merged cannot be taken out of the weight beneath it; None if it can."""
+    base = layer._modules.get("base_layer")
+    if base is None or not getattr(layer, "merged_adapters", None):
+        return None
+    site = site_of(layer)
+    if site is not None:
+        return site.low_rank.unmergeable_reason
+    return None if quantized_as(base) is None else "its weight is quantized"
 
 
 def refuse_other_weights(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:
@@ -67,20 +124,42 @@ class _LoadStateDict(StandInMethod):
         """
         owner: Any = self.owner
         for path, layer in owner.named_modules():
-            if quantized_as(layer) is not None and not _can_hold(layer, path, state_dict, assign):
+            is_fp8 = isinstance(layer, Fp8Linear)
+            stored = "fp8 by fused kernels" if is_fp8 else quantized_as(layer)
+            if stored is None:
+                continue
+            brings_parts = any(
+                key in state_dict
+                for part in _parts_at(owner, path)
+                for key in (f"{part}.weight", f"{part}.base_layer.weight")
+            )
+            makes_plain = assign and not is_fp8
+            if (brings_parts and not makes_plain) or not _can_hold(layer, path, state_dict, assign=makes_plain):
                 raise ErnieAccelError(
-                    f"{type(owner).__name__}.load_state_dict: {path} is quantized ({quantized_as(layer)}), and these "
-                    "weights are not stored so. Call ernie_accel.restore(pipe), load them, then optimize again"
+                    f"{type(owner).__name__}.load_state_dict: {path} is quantized ({stored}), and these weights are "
+                    "not stored so. Call ernie_accel.restore(pipe), load them, then optimize again"
                 )
         return self.call_below(state_dict, strict=strict, assign=assign, **kwargs)
 
 
-def _can_hold(layer: torch.nn.Module, path: str, state: Mapping[str, torch.Tensor], assign: bool) -> bool:
+def _parts_at(model: torch.nn.Module, path: str) -> tuple[str, ...]:
+    """Return the paths of the stock layers that the layer at `path` stands for: those fused into it, or its own."""
+    parent, _, name = path.rpartition(".")
+    above = model.get_submodule(parent)
+    if isinstance(above, LowRankProduct):
+        return tuple(_path_of(model, place.owner, place.name) for place in above.places)
+    if getattr(above, "fused_name", None) != name:
+        return ()
+    names: tuple[str, ...] = above.fusible  # type: ignore[assignment]
+    return tuple(f"{parent}.{each}" for each in names)
+
+
+def _path_of(model: torch.nn.Module, owner: torch.nn.Module, name: str) -> str:
+    return next(f"{path}.{name}" for path, module in model.named_modules() if module is owner)
+
+
+def _can_hold(layer: torch.nn.Module, path: str, state: Mapping[str, torch.Tensor], *, assign: bool) -> bool:
     """Return whether what `state` has for a quantized layer can become its content."""
-    parent = path.rpartition(".")[0]
-    parts = [f"{parent}.{name}" if parent else name for name in getattr(layer, "part_names", ())]
-    if any(key.startswith(tuple(f"{part}." for part in parts)) for key in state) and not assign:
-        return False
     own = layer.state_dict(prefix=f"{path}.")
     given = {key: value for key, value in state.items() if key.startswith(f"{path}.")}
     if not given:
@@ -89,11 +168,12 @@ def _can_hold(layer: torch.nn.Module, path: str, state: Mapping[str, torch.Tenso
         return False
     if assign and type(layer) is torch.nn.Linear:
         return True  # a plain weight makes a plain layer of it
-    return all(type(_plain(own[k])) is type(_plain(given[k])) and own[k].shape == given[k].shape for k in own)
+    return all(_facts(own[key]) == _facts(given[key]) for key in own)
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.data if type(tensor) is torch.nn.Parameter else tensor
+def _facts(tensor: torch.Tensor) -> tuple[object, ...]:
+    plain = tensor.data if type(tensor) is torch.nn.Parameter else tensor
+    return type(plain), plain.shape, is_float8(plain.dtype)
 
 
 def _refuse_saving(self: object, *args: object, **kwargs: object) -> None:

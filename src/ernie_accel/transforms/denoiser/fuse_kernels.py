@@ -32,7 +32,7 @@ from ernie_accel.models.adapters import (
 from ernie_accel.models.rewritten import block_paths, kernel_model, kernels_of, rewritten_blocks, whose
 from ernie_accel.quantization.guard import refuse_casts
 from ernie_accel.quantization.layers import idle_patterns
-from ernie_accel.quantization.refusals import refuse_saving
+from ernie_accel.quantization.refusals import refuse_other_weights, refuse_saving, refuse_unmerging
 
 PRECISIONS = ("fp8", "bf16")
 ATTENTIONS = ("auto", "fp8", "bf16")
@@ -151,6 +151,8 @@ class FuseKernels(Transform):
             if kept_bytes:
                 refuse_casts(pipe, ("transformer",), undo)
                 refuse_saving(pipe, ("transformer",), undo)
+                refuse_other_weights(pipe, ("transformer",), undo)
+                refuse_unmerging(pipe, ("transformer",), undo)
         if not self.keep_originals and kept_bytes:
             return Applied(on_kernels, no_undo="keep_originals=False: the weights are gone", skipped=skipped)
         kept = f"keeps {human_bytes(kept_bytes)} of originals in host memory for restore()" if kept_bytes else ""

@@ -361,13 +361,14 @@ class _Unchanged:
     def __init__(self, layer: torch.nn.Module, root: torch.nn.Module, path: str) -> None:
         self._layer, self._root, self._path = layer, root, path
         self._made = _bits_of(layer)
+        self._merged = _merged_in(root.get_submodule(path.rpartition(".")[0]))  # the original has these, too
 
     def __call__(self) -> str | None:
         """Return why the original cannot take the layer's place now, or None."""
         place = place_of(self._layer, self._root, self._path)
         if place is None:
             return None
-        if getattr(place[0], "merged_adapters", None):
+        if _merged_in(place[0]) - self._merged:
             return f"a LoRA is fused into {self._path}; unload or unfuse it first (pipe.unfuse_lora())"
         if any(comes_and_goes(plain) for held in _held(self._layer) for plain in plain_tensors(held)):
             return None  # while they are kept elsewhere, nothing can write to them
@@ -375,6 +376,11 @@ class _Unchanged:
         if hasattr(place[0], "lora_A") or now[0] != self._made[0] or now == self._made:
             return None
         return f"the quantized weight of {self._path} was changed since (a LoRA fused into it?), and would be lost"
+
+
+def _merged_in(layer: torch.nn.Module) -> set[str]:
+    """Return the adapters that PEFT's layer has merged into the weight beneath it; none if it is no such layer."""
+    return set(getattr(layer, "merged_adapters", ()))
 
 
 def _bits_of(layer: torch.nn.Module) -> tuple[str, int]:
