@@ -36,7 +36,7 @@ def refuse_loras(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:
         expands = name == "transformer" and hasattr(pipe, "_maybe_expand_lora_state_dict")
         if expands and not all(backend.takes_loras and backend.keeps_names for backend in backends):
             undo.setattr(pipe, "load_lora_weights", Bound(_refuse_lora, pipe))
-        methods: dict[str, Any] = {"fuse_lora": _refuse_merging, "unfuse_lora": _refuse_merging}
+        methods: dict[str, Any] = {"fuse_lora": _refuse_merging}
         if not all(backend.takes_loras for backend in backends):
             methods |= {"load_lora_adapter": _refuse_lora, "load_adapter": _refuse_lora, "add_adapter": _refuse_lora}
         for method_name, method in methods.items():
@@ -202,6 +202,6 @@ def _refuse_lora(self: object, *args: object, **kwargs: object) -> None:
 
 def _refuse_merging(self: object, *args: object, **kwargs: object) -> None:
     raise ErnieAccelError(
-        f"{type(self).__name__}: cannot merge a LoRA into quantized weights, or take it out of them. Call "
+        f"{type(self).__name__}: cannot merge a LoRA into quantized weights. Call "
         "ernie_accel.restore(pipe), load and merge it (pipe.fuse_lora()), then optimize again. Unmerged, it works."
     )
