@@ -28,6 +28,7 @@ from ernie_accel import (
 )
 from ernie_accel.core import turns
 from ernie_accel.models.token_layout import Positions, Prepared
+from ernie_accel.transforms.denoiser.cache_steps.cache_steps import LEAST_STEPS
 from tests.pipelines import picture, tiny_ernie, tiny_z_image
 
 
@@ -39,11 +40,13 @@ from tests.pipelines import picture, tiny_ernie, tiny_z_image
 )
 def test_threads_on_one_pipe_draw_what_one_thread_draws(make, transforms):
     pipe = ernie_accel.optimize(make(), *transforms, on_unsupported="skip")
-    expected = [picture(pipe, seed=seed, steps=4) for seed in range(4)]
+    # Of fewer steps a call is computed whole.
+    seeds, steps = (2, LEAST_STEPS) if isinstance(transforms[0], CacheSteps) else (4, 4)
+    expected = [picture(pipe, seed=seed, steps=steps) for seed in range(seeds)]
     with ThreadPoolExecutor(4) as pool:
-        drawn = list(pool.map(lambda seed: picture(pipe, seed=seed, steps=4), [*range(4)] * 2))
+        drawn = list(pool.map(lambda seed: picture(pipe, seed=seed, steps=steps), [*range(seeds)] * 2))
     for seed, one in enumerate(drawn):
-        assert torch.equal(one, expected[seed % 4])
+        assert torch.equal(one, expected[seed % seeds])
 
 
 def test_threads_on_two_pipes_over_the_same_components_take_turns():
@@ -59,6 +62,20 @@ def test_threads_on_two_pipes_over_the_same_components_take_turns():
         )
     for one, two in zip(drawn, expected, strict=True):
         assert torch.equal(one, two)
+
+
+def test_a_plain_pipe_over_a_transformer_with_cached_steps_draws_beside_it_what_it_draws_alone():
+    pipe = tiny_ernie()
+    want = picture(pipe, steps=LEAST_STEPS)
+    plain = type(pipe)(**{**pipe.components, "scheduler": copy.deepcopy(pipe.scheduler)})
+    plain.set_progress_bar_config(disable=True)
+    ernie_accel.optimize(pipe, CacheSteps())
+    cached = picture(pipe, steps=LEAST_STEPS)
+    assert not torch.equal(cached, want)
+    with ThreadPoolExecutor(2) as pool:  # one thread a pipe: calls of the plain one do not take turns
+        drawn = pool.map(lambda each: [picture(each, steps=LEAST_STEPS) for _ in range(4)], (pipe, plain))
+    for pictures, expected in zip(drawn, (cached, want), strict=True):
+        assert all(torch.equal(one, expected) for one in pictures)
 
 
 def test_threads_get_their_turns_in_the_order_in_which_they_asked():
