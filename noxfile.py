@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import nox
 from packaging.requirements import Requirement
 
@@ -12,6 +15,7 @@ LINT = ("ruff>=0.9",)
 TYPING = ("mypy>=1.14", "types-PyYAML")
 #: ruff formats the signatures in the reference.
 DOCS = ("mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29", *LINT)
+RELEASE = ("build>=1.2", "twine>=6.1", "check-wheel-contents>=0.6", "cffconvert>=2", "pytest>=8", "pyyaml>=6")
 TEST = (
     "pytest>=8",
     "pytest-xdist>=3.8",
@@ -202,3 +206,33 @@ def without_extras(session: nox.Session) -> None:
     _check_types(session)
     _run_lite(session)
     _run_demo(session)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build the wheel and the sdist into dist/; check what they hold, and that an index can render the README."""
+    session.install(*RELEASE)
+    dist = Path("dist").resolve()
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(dist), silent=True)
+    session.run("twine", "check", "--strict", *map(str, sorted(dist.iterdir())))
+    session.run("check-wheel-contents", *map(str, dist.glob("*.whl")))
+    session.run("cffconvert", "--validate", "--infile", "CITATION.cff")
+    session.run("python", "-m", "pytest", "--noconftest", "tests/release", *session.posargs)
+
+
+@nox.session(reuse_venv=False)
+def release(session: nox.Session) -> None:
+    """Install what `build` has made where nothing else is, wheel and sdist, and do what a newcomer does first."""
+    wheels, sources = (sorted(Path("dist").resolve().glob(pattern)) for pattern in ("*.whl", "*.tar.gz"))
+    if not (wheels and sources):
+        session.error("dist/ is empty; run: nox -s build release")
+    folder = session.create_tmp()
+    for options, (made,) in (((), wheels), (("--force-reinstall", "--no-deps"), sources)):
+        session.install(*options, str(made))
+        with session.chdir(folder):  # so that nothing of the repository is imported
+            session.run("python", "-m", "pip", "check")
+            session.run("ernie-accel", "--version")
+            session.run("ernie-accel", "info")
+            session.run("ernie-accel", "plan", "--device", "rtx3060")
+            session.run("ernie-accel", "demo", "--out", "demo.png")

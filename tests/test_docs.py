@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,18 @@ def script(name: str) -> Any:
 def test_the_page_of_transforms_is_what_the_code_says():
     written = script("generate_transforms")
     assert written.PAGE.read_text(encoding="utf-8") == written.page(), "run: python docs/generate_transforms.py"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="the script reads TOML with Python's own parser")
+def test_the_page_of_licences_has_every_dependency():
+    """Not what each declares today: a new release of one must not fail here."""
+    written = script("generate_licences")
+    table = written.PAGE.read_text(encoding="utf-8").removeprefix(written.HEAD)
+    assert table.startswith("| accelerate |"), "run: python docs/generate_licences.py"
+    assert {name: use for name, use, _ in written.ROW.findall(table)} == written.uses(), (
+        "run: python docs/generate_licences.py"
+    )
+    assert "not installed" not in table
 
 
 PLANS = script("generate_plans")
