@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import io
 import pickle
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 import ernie_accel
-from tests.lifecycle.subjects import Row, draw, part, stock
+from tests.lifecycle.subjects import LEFT_TO_DEFAULTS, Row, draw, part, stock
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,28 @@ class Case:
         family: The tiny pipe.
         row: What is applied.
         own: The dtype that the denoiser has once it is; a script reads it off the pipe.
+        given: Arguments of every call beside those of `draw`.
     """
 
     family: str
     row: Row
     own: torch.dtype | None = None
+    given: tuple[tuple[str, Any], ...] = ()
 
     def dtype(self, pipe: Any) -> torch.dtype:
         """Return the dtype that a script means by the pipe's own: of an optimized one, if that is what it has."""
         return self.own or denoiser(pipe)[1].dtype  # type: ignore[no-any-return]
 
     def draw(self, pipe: Any, **kwargs: Any) -> torch.Tensor:
-        return draw(pipe, self.row, **kwargs)
+        return draw(pipe, self.row, **(dict(self.given) | kwargs))
+
+    def with_defaults_of(self, pipe: Any) -> Case:
+        """Return the case with what `draw` leaves to the pipe, given as the defaults that this pipe has now."""
+        if not self.row.has("CallDefaults"):
+            return self
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        left = [name for name in LEFT_TO_DEFAULTS if name in parameters]
+        return replace(self, given=tuple((name, parameters[name].default) for name in left))
 
 
 #: Draws what is compared, one or several pictures.
@@ -71,7 +82,7 @@ class Action:
         rounds: Whether what it brings takes the dtype that the pipe has by then, so that `restore` cannot give back
             the bits of stock: a LoRA, other weights, a cast.
         casts: Whether it casts components to the dtype that the denoiser has.
-        calls_stock: Whether it makes another pipe, whose default steps nothing has changed.
+        calls_stock: Whether it makes another pipe: it shares the optimized parts, and its calls have stock's defaults.
     """
 
     name: str
@@ -329,7 +340,7 @@ _action("`set_attention_backend`", "memory", do=_on_parts("set_attention_backend
 # ---- Copies, torch.compile -------------------------------------------------------------------------------------------
 
 
-@_does("`from_pipe`", "copies", rounds=True, casts=True)
+@_does("`from_pipe`", "copies", rounds=True, casts=True, calls_stock=True)
 def _from_pipe(pipe: Any, case: Case) -> Any:
     made = type(pipe).from_pipe(pipe, torch_dtype=case.dtype(pipe))
     made.set_progress_bar_config(disable=True)

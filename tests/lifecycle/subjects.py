@@ -51,6 +51,8 @@ TITLES = {
     "sd": "Stable Diffusion",
     "wan": "Wan 2.2",
 }
+#: What calls leave to the pipe where a row changes its defaults.
+LEFT_TO_DEFAULTS = ("num_inference_steps", "guidance_scale")
 PROMPT = "a big red circle on a small blue square on red"  # longer than what is kept of it
 
 #: A machine with a GPU, to plan for; what it would do without one is done here as well.
@@ -274,6 +276,8 @@ def draw(pipe: Any, row: Row | None = None, *, seed: int = 0, **kwargs: Any) -> 
     if name.startswith(("Flux", "StableDiffusion", "Wan")):
         dtype = next(m for m in (getattr(pipe, n, None) for n in ("unet", "transformer", "transformer_2")) if m).dtype
         arguments["prompt_embeds"] = torch.randn(1, 5, 32, generator=given).to(dtype)
+        if row is not None and row.has("CallDefaults") and not name.startswith("Flux"):
+            arguments["negative_prompt_embeds"] = arguments["prompt_embeds"] * 0.5  # by default they are guided
         if name.startswith("Flux"):
             arguments["pooled_prompt_embeds"] = torch.randn(1, 32, generator=given).to(dtype)
         if name.startswith("Wan"):
@@ -287,7 +291,8 @@ def draw(pipe: Any, row: Row | None = None, *, seed: int = 0, **kwargs: Any) -> 
         if row is not None and row.enhances:
             arguments["height"] = arguments["width"] = 64
     if row is not None and row.has("CallDefaults"):
-        del arguments["num_inference_steps"], arguments["guidance_scale"]
+        for left in LEFT_TO_DEFAULTS:
+            del arguments[left]
     arguments |= kwargs
     torch.manual_seed(0)  # stock draws the enhancer's words from the global random numbers
     made = pipe(**arguments)
