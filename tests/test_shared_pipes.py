@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import warnings
 
 import pytest
@@ -225,6 +226,23 @@ def test_a_second_pipe_of_the_class_of_an_optimized_one_is_a_pipe_of_its_own(sec
     assert torch.equal(picture(pipe), picture(stock))
     made = type("Mine", (cls,), {})(**pipe.components)
     assert type(made).__name__ == "Mine"
+
+
+def test_a_pipe_made_of_an_optimized_one_shares_its_parts_and_has_stocks_defaults():
+    """In the bits of a pipe that was made first and optimized then, called with the pipeline's own defaults."""
+    given = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    pipe = ernie_accel.optimize(tiny_z_image(), CastDtype("bfloat16"), INT8, CallDefaults(**given))
+    made = type(pipe).from_pipe(pipe, torch_dtype=torch.bfloat16)
+    made.set_progress_bar_config(disable=True)
+    assert inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default == 2
+    assert inspect.signature(type(made).__call__) == inspect.signature(type(tiny_z_image()).__call__)
+    assert torch.equal(picture(made, **given), picture(pipe, **given))
+
+    ernie_accel.optimize(made, CallDefaults(num_inference_steps=3))  # calls are the one pipe's: no conflict
+    for each, steps in ((pipe, 2), (made, 3)):
+        assert inspect.signature(type(each).__call__).parameters["num_inference_steps"].default == steps
+    ernie_accel.restore(pipe)
+    assert inspect.signature(type(made).__call__).parameters["num_inference_steps"].default == 3
 
 
 def test_the_other_pipe_is_free_once_the_first_is_restored_gone_or_copied():

@@ -38,6 +38,12 @@ that a `RestoreWarning` names what your script had put there, and stays.
 "As if the script had acted first" is the measure for transforms that draw another picture by design, and for those
 whose floor was earned on trained weights: the pipe draws what it would draw if it were optimized after the action.
 
+A pipe that a script makes of an optimized one (`from_pipe`, or its class called with the same components) shares the
+optimized parts, the scheduler among them. It does not take over what belongs to the calls of the first pipe: its
+default steps and guidance are the pipeline's own again. Pass them, or set them on the new pipe too:
+`optimize(new, CallDefaults("turbo"))`. The matrix compares such a pipe with one that was made first and then optimized,
+called with the pipeline's own defaults.
+
 All of this runs on tiny pipelines with random weights on a CPU: {families}. CUDA graphs are recorded by a stand-in, and
 compiled blocks run eagerly ({traced} are traced). The table cannot show what only a GPU does.
 

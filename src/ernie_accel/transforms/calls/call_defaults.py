@@ -24,7 +24,8 @@ class CallDefaults(Transform):
     """Change the default arguments of calls of this one pipe. Arguments that the caller passes always win.
 
     Python looks a call up on the class, so the instance gets a class of its own: a subclass of the same name whose
-    signature shows the new defaults. The original class is not touched.
+    signature shows the new defaults. The original class is not touched. A pipe that a script makes of this one
+    (`from_pipe`) shares its parts, but its calls have the pipeline's own defaults.
 
     Pays:
         More than anything else: 8 steps at guidance 1 are 8 forwards of one prompt, and 50 steps at guidance 4 are 50
