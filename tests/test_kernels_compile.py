@@ -19,7 +19,8 @@ from ernie_accel.kernels import decode, gpu, group_norm
 
 EPS = 1e-6
 WIDTH, HEADS, HIDDEN = 4096, 32, 12288  # ERNIE-Image's transformer
-FP8_ONLY = {"_gated_quantize_kernel", "_low_rank_kernel", "_quantize_rows_kernel", "_quantize_values_kernel"}
+LOW_RANK = {"_low_rank_kernel", "_fp8_low_rank_kernel"}
+FP8_ONLY = {"_gated_quantize_kernel", "_quantize_rows_kernel", "_quantize_values_kernel"} | LOW_RANK
 #: Compute capability -> bytes of shared memory that a block can have (CUDA C++ Programming Guide, technical limits).
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
 
@@ -89,6 +90,12 @@ def test_the_blocks(compiled: dict[str, list[Any]], has_fp8: bool) -> None:
         values, row_scale = gpu.quantize_rows(x)
         for ranks in (16, 48, 192):
             gpu.low_rank_fp8(values, row_scale, rows(ranks, WIDTH))
+        for ranks, spare in ((16, 64), (192, 192)):
+            down, factor = rows(ranks, WIDTH, dtype=torch.float8_e4m3fn), rows(ranks, dtype=torch.float32)
+            wide = gpu.with_low_rank(values, row_scale, down, factor, spare)[0]
+            gpu.low_rank_into(wide, down, factor)
+        gpu.norm_modulate(x, x, gate, weight, scale, shift, EPS, True, spare=64)
+        gpu.gelu_mul(rows(1, 2, 2 * HIDDEN), True, 64)
         gpu.qkv_fp8(qkv, head, head, cos, cos, HEADS, EPS)
     assert names(gpu) - set(compiled) == {"_scales_and_gates_kernel"} | (set() if has_fp8 else FP8_ONLY)
 
@@ -114,7 +121,7 @@ def test_the_blocks_of_next_dit(
     if has_fp8:
         gpu.quantize_rows(x)
         gpu.qkv_fp8(qkv, head, head, table, table, heads, EPS, True)
-    assert names(gpu) - set(compiled) == {"_low_rank_kernel"} | (set() if has_fp8 else FP8_ONLY)
+    assert names(gpu) - set(compiled) == LOW_RANK | (set() if has_fp8 else FP8_ONLY)
 
 
 def test_the_vae_decoder(compiled: dict[str, list[Any]]) -> None:

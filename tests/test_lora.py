@@ -206,7 +206,7 @@ def test_a_swap_is_written_into_the_same_memory() -> None:
     def places() -> list[int]:
         latents(pipe)
         products = [part for part in pipe.transformer.modules() if isinstance(part, LowRankProduct)]
-        return [each.data_ptr() for part in products for each in (part.down, part.up) if each is not None]
+        return [each.data_ptr() for part in products for each in (part.down, part.up, part.wide) if each is not None]
 
     pipe.set_adapters(["a"])
     first = places()
@@ -368,31 +368,82 @@ def test_a_merged_lora_stays_in_the_weights_when_it_is_unloaded_and_restored(cap
     assert torch.equal(latents(ernie_accel.restore(pipe)), latents(stock))
 
 
-def test_the_product_is_that_of_its_definition() -> None:
-    torch.manual_seed(0)
-    owner, weight, x = nn.Module(), torch.randn(48, 32), torch.randn(2, 5, 32).bfloat16()
-    places = (Place(owner, "a", 0, 16), Place(owner, "b", 16, 32))
-    product = LowRankProduct(Fp8Linear(weight.bfloat16()), places)
+def product_of_two(columns: int, strength: float = 1.0) -> tuple[LowRankProduct, torch.Tensor]:
+    """Return a product [48, columns] with adapters of ranks 3 and 5 on its two layers, and what they add to it."""
     from peft.tuners.lora import Linear
 
-    deltas = torch.zeros(48, 32)
+    torch.manual_seed(0)
+    owner, weight = nn.Module(), torch.randn(48, columns)
+    places = (Place(owner, "a", 0, 16), Place(owner, "b", 16, 32))
+    product, deltas = LowRankProduct(Fp8Linear(weight.bfloat16()), places), torch.zeros(48, columns)
     for place, rank in zip(places, (3, 5), strict=True):
-        site = Site(product, place, 32, whole=False)
-        assert site.weight.shape == (place.features, 32)
+        site = Site(product, place, columns, whole=False)
+        assert site.weight.shape == (place.features, columns)
         layer = Linear(
             site, "x", LoraConfig(r=rank, lora_alpha=2 * rank, init_lora_weights=False), r=rank, lora_alpha=2 * rank
         )
         setattr(owner, place.name, layer)
+        layer.lora_B["x"].weight.data *= strength
         delta = layer.lora_B["x"].weight.float() @ layer.lora_A["x"].weight.float()
-        deltas[place.start : place.start + place.features] = 2 * delta
+        deltas[place.start : place.start + place.features] = 2 * delta.detach()
+    return product, deltas
+
+
+@pytest.mark.parametrize("columns", [32, 4096])
+@pytest.mark.parametrize("strength", [1e-3, 1.0, 30.0, 3000.0])
+def test_the_product_is_that_of_its_definition(columns: int, strength: float) -> None:
+    product, deltas = product_of_two(columns, strength)
+    x = torch.randn(2, 5, columns).bfloat16()
+    x[0, 0, 0] *= 100  # one value of a row is most of it
+    alone, stored = product.product, product.weight.clone()
+    weight = stored.float() * alone.weight_scale[0, :, None]
     rows = Fp8Rows(*reference.quantize_rows(x))
-    plain = product.product(rows).float()
-    dequantized = (rows.values.float() * rows.scale.view(2, 5, 1)) @ deltas.t()
+    spare_rows = Fp8Rows(*reference.quantize_rows(x, 64))
     with torch.no_grad():
-        assert sqnr_db(product(rows).float() - plain, dequantized) > 30
-        assert sqnr_db(product(x).float() - plain, x.float() @ deltas.t()) > 30
+        for given in (x, rows, spare_rows, Fp8Rows(*reference.quantize_rows(x, 128))):
+            values = rows.values.float() * rows.scale.view(2, 5, 1)
+            got, plain, added = product(given).float(), values @ weight.t(), values @ deltas.t()
+            assert sqnr_db(got, plain + added) > (23 if strength > 1 else 40)
+            noise = 2.0**-8 * plain.norm()  # it is rounded to bfloat16
+            assert (got - plain - added).norm() < 0.07 * added.norm() + noise
+    is_wide = strength <= (30 if columns == 4096 else 1)
+    assert product.spare == (64 if is_wide else 0)
     assert product.down is not None
-    assert product.down.shape == (16, 32)
+    assert product.down.shape == (16, columns)
+    assert (product.weight.data_ptr() == product.wide.data_ptr()) if product.wide is not None else not is_wide
+    assert torch.equal(product.weight.view(torch.uint8), stored.view(torch.uint8))
+    assert product.alone() is alone
+    assert alone.weight.is_contiguous()
+    assert torch.equal(alone.weight.view(torch.uint8), stored.view(torch.uint8))
+
+
+def test_no_row_is_clamped_that_is_all_in_the_direction_of_an_adapter() -> None:
+    product, deltas = product_of_two(4096)
+    product.update()
+    x = torch.cat([product.places[0].adapted.lora_A["x"].weight, torch.ones(1, 4096)]).detach().bfloat16()
+    rows = Fp8Rows(*reference.quantize_rows(x[None], 64))
+    expected = x.float() @ (product.weight.float() * product.product.weight_scale[0, :, None] + deltas).t()
+    with torch.no_grad():
+        assert sqnr_db(product(rows).float()[0], expected) > 25
+
+
+def test_weights_that_others_hold_or_hook_are_left_as_they_are() -> None:
+    product, _ = product_of_two(32)
+    together = torch.cat([product.weight.view(torch.uint8).flatten(), torch.zeros(64, dtype=torch.uint8)])
+    product.product.weight = together[: 48 * 32].view(48, 32).view(torch.float8_e4m3fn)
+    with torch.no_grad():
+        product(torch.randn(1, 2, 32).bfloat16())
+    assert product.spare == 0
+    assert product.weight.untyped_storage().data_ptr() == together.data_ptr()
+    other, _ = product_of_two(32)
+    calls: list[object] = []
+    with torch.no_grad():
+        first = other(torch.ones(1, 2, 32).bfloat16())
+        assert other.spare == 64
+        other.product.register_forward_pre_hook(lambda module, args: calls.append(module))
+        assert sqnr_db(other(torch.ones(1, 2, 32).bfloat16()).float(), first.float()) > 30
+    assert calls == [other.product]
+    assert other.spare == 0
 
 
 def comfy(path: str, half: str) -> str:

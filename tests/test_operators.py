@@ -69,6 +69,9 @@ def _cases() -> list[tuple[str, tuple[Any, ...]]]:
         ),
         ("linear_fp8", (rows, scale, weight, weight_scale.view(1, -1))),
         ("low_rank_fp8", (rows, scale, rand(3, 32))),
+        *((name, (*arguments, 64)) for name, arguments in _with_spare_columns()),
+        ("with_low_rank", (rows, scale, weight[:3], rand(3), 64)),
+        ("low_rank_into", (reference.quantize_rows(x, 64)[0], weight[:3], rand(3))),
     ]
     for picture in pictures.values():
         cases += [("group_norm_affine", (picture, add, *norm)) for add in (None, c)]
@@ -76,6 +79,19 @@ def _cases() -> list[tuple[str, tuple[Any, ...]]]:
         cases += [("add_group_norm_affine", (picture, picture.clone(), c, *norm))]
         cases += [("affine", (picture, rand(2, 2, 16), silu)) for silu in (False, True)]
     return cases
+
+
+def _with_spare_columns() -> list[tuple[str, tuple[Any, ...]]]:
+    x, gate, modulation = rand(2, 5, 32), rand(2, 1, 32), (rand(32), rand(2, 1, 32), rand(2, 1, 32), EPS)
+    return [
+        ("norm_modulate_fp8", (x, *modulation)),
+        ("add_norm_modulate_fp8", (x, x, gate, *modulation)),
+        ("norm_scale_fp8", (x, rand(32), gate, EPS)),
+        ("add_norm_scale_fp8", (x, x, rand(32), gate, rand(32), gate, EPS)),
+        ("quantize_rows", (x,)),
+        ("gelu_mul_fp8", (x,)),
+        ("silu_mul_fp8", (x,)),
+    ]
 
 
 CASES = _cases()
@@ -108,12 +124,12 @@ def test_without_lengths_all_keys_count() -> None:
 def test_every_operator_has_a_case() -> None:
     names = {name for name, value in vars(ops).items() if callable(value) and not name.startswith("_")}
     assert {name for name, _ in CASES} == names & set(dir(torch.ops.ernie_accel))
-    assert len({name for name, _ in CASES}) == 27
+    assert len({name for name, _ in CASES}) == 29
 
 
 @pytest.mark.parametrize(("name", "arguments"), CASES, ids=lambda value: value if isinstance(value, str) else "")
 def test_schema_and_fakes_hold(name: str, arguments: tuple[Any, ...]) -> None:
-    """That nothing is changed in place or returned again, and fakes have the shapes, dtypes and strides of results."""
+    """That nothing else is changed in place or returned, and fakes have the shapes, dtypes and strides of results."""
     takes_float8 = any(isinstance(a, Tensor) and a.dtype == ops.FP8 for a in arguments)
     # The check of the schema multiplies the inputs, which float8 cannot on a CPU.
     checks = ("test_faketensor",) if takes_float8 else ("test_schema", "test_faketensor")

@@ -40,7 +40,7 @@ def dequantize(values: Tensor, scale: Tensor) -> Tensor:
     return values.float() * scale.view(*values.shape[:-1], 1)
 
 
-def close_fp8(got: tuple[Tensor, Tensor], expected: Tensor) -> None:
+def close_fp8(got: tuple[Tensor, Tensor], expected: Tensor, largest: float = 448) -> None:
     """Each value within half a step of float8 (three mantissa bits) and of the roundings of `close`; 4 % over all."""
     values, scale = got
     assert values.dtype == torch.float8_e4m3fn
@@ -48,7 +48,7 @@ def close_fp8(got: tuple[Tensor, Tensor], expected: Tensor) -> None:
     assert scale.dtype == torch.float32
     expected = expected.float()
     amax = expected.abs().amax(-1, keepdim=True)
-    torch.testing.assert_close(scale, amax.view(-1, 1) / 448, rtol=0.02, atol=0)
+    torch.testing.assert_close(scale, amax.view(-1, 1) / largest, rtol=0.02, atol=0)
     error = (dequantize(values, scale) - expected).abs()
     steps = 8.5 if INTERPRETED else 1
     assert (error <= steps * 2.0**-4 * expected.abs() + 4 * 2.0**-8 * amax).all()
@@ -78,6 +78,9 @@ def test_norm_modulate(gpu, b: int, s: int, h: int, with_branch: bool) -> None:
     x_out, *quantized = gpu.norm_modulate(x, *args, weight, scale, shift, EPS, True)
     close(x_out, x_expected)
     close_fp8(tuple(quantized), expected)
+    _, wide, wide_scale = gpu.norm_modulate(x, *args, weight, scale, shift, EPS, True, spare=64)
+    assert wide.shape[-1] == h + 64
+    close_fp8((wide[..., :h], wide_scale), expected, largest=14)
 
 
 @pytest.mark.parametrize(("b", "s", "h"), SIZES)
@@ -102,12 +105,46 @@ def test_low_rank_fp8(gpu, b: int, s: int, h: int, ranks: int) -> None:
     close(gpu.low_rank_fp8(values, scale, down), reference.low_rank_fp8(values, scale, down))
 
 
+@pytest.mark.parametrize(("b", "s", "h"), [(1, 5, 64), (2, 70, 96), *((1, 300, 4096),) * (DEVICE == "cuda")])
+@pytest.mark.parametrize(("ranks", "spare"), [(3, 64), (48, 64), (96, 192)])
+def test_low_rank_in_spare_columns(gpu, b: int, s: int, h: int, ranks: int, spare: int) -> None:
+    x = rand(b, s, h)
+    values, scale = reference.quantize_rows(x)
+    down, down_scale = reference.quantize_rows(rand(ranks, h, seed=5))
+    factor = down_scale.view(-1) * rand(ranks, dtype=torch.float32, seed=6).abs() * 16
+    wide, wide_scale = gpu.with_low_rank(values, scale, down, factor, spare)
+    expected, expected_scale = reference.with_low_rank(values, scale, down, factor, spare)
+    assert torch.equal(wide_scale, expected_scale)
+    close_wide(wide, expected, h)
+    assert not wide[..., h + ranks :].float().any()
+    into, into_scale = gpu.quantize_rows(x, spare)
+    close_fp8((into[..., :h], into_scale), x, largest=14)
+    into.view(torch.uint8)[..., h:] = 0x7F  # what was not written yet may be anything, such as NaN
+    expected = into.clone()
+    gpu.low_rank_into(into, down, factor)
+    reference.low_rank_into(expected, down, factor)
+    assert torch.equal(into[..., :h].float(), expected[..., :h].float())
+    close_wide(into, expected, h)
+
+
+def close_wide(got: Tensor, expected: Tensor, width: int) -> None:
+    """Equal up to a step of float8; larger ones are where the interpreter loses a carry."""
+    assert got.shape == expected.shape
+    got, expected = got.float(), expected.float()
+    steps = 8.5 if INTERPRETED else 1.1
+    assert ((got - expected).abs() <= steps * (2.0**-3 * expected.abs() + 2.0**-9)).all()
+    assert (got - expected)[..., width:].norm() <= steps * 0.02 * expected[..., width:].norm()
+
+
 @pytest.mark.parametrize(("b", "s", "f"), [*SIZES, (1, 3, 12288), (1, 2, 5000)])
 def test_gelu_mul(gpu, b: int, s: int, f: int) -> None:
     gate_up = rand(b, s, 2 * f)
     expected = reference.gelu_mul(gate_up)
     close(gpu.gelu_mul(gate_up, False)[0], expected)
     close_fp8(gpu.gelu_mul(gate_up, True), expected)
+    wide, wide_scale = gpu.gelu_mul(gate_up, True, 64)
+    assert wide.shape[-1] == f + 64
+    close_fp8((wide[..., :f], wide_scale), expected, largest=14)
 
 
 def test_gelu_is_within_3e_5(gpu) -> None:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ernie_accel.kernels.reference import FP8_MAX, ROOM
 from ernie_accel.kernels.sizes import ceil_div, next_power_of_2
 
 #: Rows that a program of the norm kernel handles together. It reads the modulation vectors once. With the loops below,
@@ -22,11 +23,16 @@ _MANY_ROWS = 2048  # with fewer, a program loops once, or there would be fewer p
 _NORM_WARPS = {True: 4, False: 8}
 #: Rows that a program of the low-rank kernel multiplies: 4224 keep all 132 multiprocessors of a Hopper card busy.
 _LOW_RANK_ROWS = 32
+#: The same where both operands are float8: fewer than 64 rows would be converted to float16 first. Then the columns of
+#: a step of its loop, and by the ranks of a program the steps that are under way together.
+_FP8_LOW_RANK_ROWS = 64
+_FP8_LOW_RANK_BLOCK = 256
+_FP8_LOW_RANK_STAGES = {64: 4, 128: 3}
 
 
 @triton.jit
-def _fp8_scale(amax):
-    return tl.maximum(amax, 1e-12) / 448.0
+def _fp8_scale(amax, TOP: tl.constexpr = 448.0):
+    return tl.maximum(amax, 1e-12) / TOP
 
 
 @triton.jit(do_not_specialize=["tokens"])  # or it would be compiled again for a number that 16 does not divide
@@ -34,8 +40,9 @@ def _norm_modulate_kernel(
     X, BRANCH, BRANCH_WEIGHT, GATE, WEIGHT, SCALE, SHIFT, X_OUT, Y, Y_SCALE, tokens, gate_stride, scale_stride,
     shift_stride, eps, WIDTH: tl.constexpr, HAS_BRANCH: tl.constexpr, NORM_BRANCH: tl.constexpr, HAS_GATE: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, QUANTIZE: tl.constexpr, ROWS: tl.constexpr, LOOPS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PITCH: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
+    """Rows of Y are PITCH apart; TOP is the largest value of a quantized one."""
     batch = tl.program_id(1).to(tl.int64)
     start = batch * tokens * WIDTH  # 64 bits once; within a batch element 32 bits do
     column = tl.arange(0, BLOCK)
@@ -74,8 +81,9 @@ def _norm_modulate_kernel(
         y = y.to(dtype)
         if QUANTIZE:
             y = y.to(tl.float32)  # zero outside the row: so are weight, scale and shift
-            fp8_scale = _fp8_scale(tl.max(tl.abs(y), 1))
-            tl.store(Y + start + at, (y * (1.0 / fp8_scale)[:, None]).to(tl.float8e4nv), mask=here)
+            fp8_scale = _fp8_scale(tl.max(tl.abs(y), 1), TOP)
+            y_at = batch * tokens * PITCH + token[:, None] * PITCH + column[None, :]
+            tl.store(Y + y_at, (y * (1.0 / fp8_scale)[:, None]).to(tl.float8e4nv), mask=here)
             tl.store(Y_SCALE + batch * tokens + token, fp8_scale, mask=token < tokens)
         else:
             tl.store(Y + start + at, y, mask=here)
@@ -121,13 +129,13 @@ def _scales_and_gates_kernel(MOD, OUT, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _quantize_rows_kernel(X, Y, Y_SCALE, width, BLOCK: tl.constexpr):
+def _quantize_rows_kernel(X, Y, Y_SCALE, width, pitch, BLOCK: tl.constexpr, TOP: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
     x = tl.load(X + row * width + column, mask=inside, other=0.0).to(tl.float32)
-    fp8_scale = _fp8_scale(tl.max(tl.abs(x), 0))
-    tl.store(Y + row * width + column, (x * (1.0 / fp8_scale)).to(tl.float8e4nv), mask=inside)
+    fp8_scale = _fp8_scale(tl.max(tl.abs(x), 0), TOP)
+    tl.store(Y + row * pitch + column, (x * (1.0 / fp8_scale)).to(tl.float8e4nv), mask=inside)
     tl.store(Y_SCALE + row, fp8_scale)
 
 
@@ -154,7 +162,8 @@ def _gated_chunk(GATE, UP, column, width, SILU: tl.constexpr):
 
 @triton.jit
 def _gated_quantize_kernel(
-    GATE_UP, Y, Y_SCALE, width, SILU: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    GATE_UP, Y, Y_SCALE, width, pitch, SILU: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+    TOP: tl.constexpr,
 ):  # fmt: skip
     """A row is up to four chunks of BLOCK, held in registers until its largest value is known."""
     row = tl.program_id(0).to(tl.int64)
@@ -172,9 +181,9 @@ def _gated_quantize_kernel(
     if CHUNKS > 3:
         y3 = _gated_chunk(gate, up, column + 3 * BLOCK, width, SILU)
         amax = tl.maximum(amax, tl.max(tl.abs(y3), 0))
-    fp8_scale = _fp8_scale(amax)
+    fp8_scale = _fp8_scale(amax, TOP)
     inverse = 1.0 / fp8_scale
-    out = Y + row * width + column
+    out = Y + row * pitch + column
     tl.store(out, (y0 * inverse).to(tl.float8e4nv), mask=column < width)
     if CHUNKS > 1:
         tl.store(out + BLOCK, (y1 * inverse).to(tl.float8e4nv), mask=column + BLOCK < width)
@@ -291,6 +300,39 @@ def _low_rank_kernel(
     tl.store(OUT + row.to(tl.int64)[:, None] * ranks + rank[None, :], total.to(OUT.dtype.element_ty), mask=here & there)
 
 
+@triton.jit(do_not_specialize=["rows"])
+def _fp8_low_rank_kernel(
+    X, X_SCALE, DOWN, FACTOR, OUT, OUT_SCALE, rows, width, x_pitch, pitch, ranks, COPY: tl.constexpr,
+    SHRINK: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Float8 rows times a few others, into the columns of OUT after the rows; zeros beyond the ranks.
+
+    With COPY it also writes the rows there, times SHRINK, and their scales. Without, OUT is X.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rank = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
+    column = tl.arange(0, BLOCK)
+    x_at = X + row.to(tl.int64)[:, None] * x_pitch + column[None, :]
+    out_at = OUT + row.to(tl.int64)[:, None] * pitch
+    down_at = DOWN + rank[None, :] * width + column[:, None]
+    here, there = (row < rows)[:, None], (rank < ranks)[None, :]
+    copies = row < tl.where(tl.program_id(1) == 0, rows, 0)  # once, by the first of the programs of these rows
+    total = tl.zeros((ROWS, RANKS), dtype=tl.float32)
+    for k in range(0, width, BLOCK):
+        inside = column < width - k
+        x = tl.load(x_at + k, mask=here & inside[None, :], other=0.0)
+        down = tl.load(down_at + k, mask=there & inside[:, None], other=0.0)
+        total += tl.dot(x, down)
+        if COPY:
+            small = (x.to(tl.float32) * SHRINK).to(tl.float8e4nv)
+            tl.store(out_at + k + column[None, :], small, mask=copies[:, None] & inside[None, :])
+    factor = tl.load(FACTOR + rank, mask=rank < ranks, other=0.0)[None, :]
+    low = tl.minimum(tl.maximum(total * (factor * SHRINK), -448.0), 448.0)
+    tl.store(out_at + width + rank[None, :], low.to(tl.float8e4nv), mask=here & (rank < pitch - width)[None, :])
+    if COPY:
+        tl.store(OUT_SCALE + row, tl.load(X_SCALE + row, mask=copies, other=0.0) * (1.0 / SHRINK), mask=copies)
+
+
 def norm_modulate(
     x_bsh: Tensor,
     branch_bsh: Tensor | None,
@@ -301,15 +343,17 @@ def norm_modulate(
     eps: float,
     quantize: bool,
     branch_weight_h: Tensor | None = None,
+    spare: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return (x + gate * branch, its modulated norm, and the norm's scales if it is quantized).
 
-    What is None is left out. With `branch_weight_h`, the branch is normed first.
+    What is None is left out. With `branch_weight_h`, the branch is normed first. `spare` columns that follow quantized
+    rows are not written.
     """
     batch, tokens, width = x_bsh.shape
     x_bsh = x_bsh.contiguous()
     x_out = x_bsh if branch_bsh is None else torch.empty_like(x_bsh)
-    y = torch.empty_like(x_bsh, dtype=torch.float8_e4m3fn if quantize else x_bsh.dtype)
+    y = x_bsh.new_empty(batch, tokens, width + spare, dtype=torch.float8_e4m3fn if quantize else x_bsh.dtype)
     y_scale = x_bsh.new_empty(batch * tokens, 1, dtype=torch.float32) if quantize else None
     loops = _LOOPS[quantize] if batch * tokens >= _MANY_ROWS else 1
     vectors = [_vector(each, weight_h) for each in (gate_b1h, scale_b1h, shift_b1h)]
@@ -338,9 +382,16 @@ def norm_modulate(
         ROWS=_ROWS,
         LOOPS=loops,
         BLOCK=next_power_of_2(width),
+        PITCH=width + spare,
+        TOP=_top(spare),
         num_warps=min(_warps(width), 8 if norms_branch else _NORM_WARPS[quantize]),  # both rows in registers
     )
     return x_out, y, y_scale
+
+
+def _top(spare: int) -> float:
+    """Return the largest value of a quantized row."""
+    return FP8_MAX / ROOM if spare else FP8_MAX
 
 
 def _vector(x_b1h: Tensor | None, otherwise: Tensor) -> tuple[Tensor, int]:
@@ -380,12 +431,15 @@ def scales_and_gates(mod_b4h: Tensor) -> Tensor:
     return out
 
 
-def quantize_rows(x_bsk: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the rows in float8 and their scales."""
+def quantize_rows(x_bsk: Tensor, spare: int = 0) -> tuple[Tensor, Tensor]:
+    """Return the rows in float8 and their scales; `spare` columns that follow them are not written."""
     x_bsk, width = x_bsk.contiguous(), x_bsk.shape[-1]
     rows = x_bsk.numel() // width
-    y, scale = torch.empty_like(x_bsk, dtype=torch.float8_e4m3fn), x_bsk.new_empty(rows, 1, dtype=torch.float32)
-    _quantize_rows_kernel[(rows,)](x_bsk, y, scale, width, BLOCK=next_power_of_2(width), num_warps=_warps(width))
+    y = x_bsk.new_empty(*x_bsk.shape[:-1], width + spare, dtype=torch.float8_e4m3fn)
+    scale = x_bsk.new_empty(rows, 1, dtype=torch.float32)
+    _quantize_rows_kernel[(rows,)](
+        x_bsk, y, scale, width, width + spare, BLOCK=next_power_of_2(width), TOP=_top(spare), num_warps=_warps(width)
+    )
     return y, scale
 
 
@@ -403,17 +457,45 @@ def low_rank_fp8(x_bsk: Tensor, x_scale: Tensor, down_rk: Tensor) -> Tensor:
     return out
 
 
-def gelu_mul(gate_up_bs2f: Tensor, quantize: bool) -> tuple[Tensor, Tensor | None]:
-    """Return gelu(gate) * up, and its scales if it is quantized."""
-    return _gated(gate_up_bs2f, quantize, silu=False)
+def low_rank_into(x_bsw: Tensor, down_rk: Tensor, factor_r: Tensor) -> None:
+    """Write the product of float8 rows and `down_rk` into the columns that follow the rows, in place."""
+    rows = x_bsw.numel() // x_bsw.shape[-1]
+    _fp8_low_rank(x_bsw, factor_r, down_rk, factor_r, x_bsw, factor_r, rows, copy=False)
 
 
-def silu_mul(gate_up_bs2f: Tensor, quantize: bool) -> tuple[Tensor, Tensor | None]:
-    """Return silu(gate) * up, and its scales if it is quantized."""
-    return _gated(gate_up_bs2f, quantize, silu=True)
+def with_low_rank(
+    x_bsk: Tensor, x_scale: Tensor, down_rk: Tensor, factor_r: Tensor, spare: int
+) -> tuple[Tensor, Tensor]:
+    """Return float8 rows with `spare` columns, which have the product with `down_rk`, and their scales."""
+    x_bsk, rows = x_bsk.contiguous(), len(x_scale)
+    out, scale = x_bsk.new_empty(*x_bsk.shape[:-1], x_bsk.shape[-1] + spare), torch.empty_like(x_scale)
+    _fp8_low_rank(x_bsk, x_scale, down_rk, factor_r, out, scale, rows, copy=True)
+    return out, scale
 
 
-def _gated(gate_up_bs2f: Tensor, quantize: bool, *, silu: bool) -> tuple[Tensor, Tensor | None]:
+def _fp8_low_rank(
+    x: Tensor, x_scale: Tensor, down_rk: Tensor, factor_r: Tensor, out: Tensor, scale: Tensor, rows: int, *, copy: bool
+) -> None:
+    (ranks, width), pitch = down_rk.shape, out.shape[-1]
+    block = 64 if pitch - width <= 64 else 128
+    _fp8_low_rank_kernel[(ceil_div(rows, _FP8_LOW_RANK_ROWS), ceil_div(pitch - width, block))](
+        x, x_scale, down_rk, factor_r, out, scale, rows, width, x.shape[-1], pitch, ranks, COPY=copy,
+        SHRINK=1 / ROOM if copy else 1.0, ROWS=_FP8_LOW_RANK_ROWS, RANKS=block, BLOCK=_FP8_LOW_RANK_BLOCK,
+        num_warps=4, num_stages=_FP8_LOW_RANK_STAGES[block],
+    )  # fmt: skip
+
+
+def gelu_mul(gate_up_bs2f: Tensor, quantize: bool, spare: int = 0) -> tuple[Tensor, Tensor | None]:
+    """Return gelu(gate) * up, and its scales if it is quantized; `spare` columns that follow are not written then."""
+    return _gated(gate_up_bs2f, quantize, spare, silu=False)
+
+
+def silu_mul(gate_up_bs2f: Tensor, quantize: bool, spare: int = 0) -> tuple[Tensor, Tensor | None]:
+    """Return silu(gate) * up, and its scales if it is quantized; `spare` columns that follow are not written then."""
+    return _gated(gate_up_bs2f, quantize, spare, silu=True)
+
+
+def _gated(gate_up_bs2f: Tensor, quantize: bool, spare: int, *, silu: bool) -> tuple[Tensor, Tensor | None]:
     gate_up_bs2f, width = gate_up_bs2f.contiguous(), gate_up_bs2f.shape[-1] // 2
     rows = gate_up_bs2f.numel() // (2 * width)
     shape = (*gate_up_bs2f.shape[:-1], width)
@@ -421,12 +503,13 @@ def _gated(gate_up_bs2f: Tensor, quantize: bool, *, silu: bool) -> tuple[Tensor,
         y, block = gate_up_bs2f.new_empty(shape), min(4096, next_power_of_2(width))
         _gated_kernel[(rows, ceil_div(width, block))](gate_up_bs2f, y, width, SILU=silu, BLOCK=block, num_warps=8)
         return y, None
-    y = gate_up_bs2f.new_empty(shape, dtype=torch.float8_e4m3fn)
+    y = gate_up_bs2f.new_empty(*shape[:-1], width + spare, dtype=torch.float8_e4m3fn)
     scale = gate_up_bs2f.new_empty(rows, 1, dtype=torch.float32)
     chunks, block = _chunks(width)
     _gated_quantize_kernel[(rows,)](
-        gate_up_bs2f, y, scale, width, SILU=silu, CHUNKS=chunks, BLOCK=block, num_warps=2 * _warps(block)
-    )
+        gate_up_bs2f, y, scale, width, width + spare, SILU=silu, CHUNKS=chunks, BLOCK=block, TOP=_top(spare),
+        num_warps=2 * _warps(block),
+    )  # fmt: skip
     return y, scale
 
 

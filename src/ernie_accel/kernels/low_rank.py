@@ -13,12 +13,19 @@ from torch import Tensor, nn
 
 from ernie_accel.core.captured import comes_and_goes, version_of
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.library_hooks import NO_HOOKS, library_hooks
 from ernie_accel.core.stand_in import StandInMethod
 from ernie_accel.kernels import ops
 from ernie_accel.kernels.linear import Fp8Linear, Fp8Rows
+from ernie_accel.kernels.reference import FP8_MAX, ROOM
 
 #: Ranks are padded with zeros to a multiple of this, as products want them.
 RANK_MULTIPLE_OF = 16
+#: Spare columns of float8 rows and weights are padded to a multiple of this, so that rows start with sectors of memory.
+SPARE_MULTIPLE_OF = 64
+#: Largest factor by which ``x @ down.T`` is stored, for rows of ``down`` of norm one. The values of ``x`` reach
+#: FP8_MAX / ROOM, so that four times as much is still not clamped. An adapter that needs more is added to the result.
+LARGEST_FACTOR = 8.0
 _UPDATING = threading.Lock()
 
 
@@ -64,13 +71,23 @@ class LowRankProduct(nn.Module):
     """``product(x) + x @ down.T @ up.T``, with the adapters that PEFT has at some places stacked into one pair.
 
     All that read the same input share one ``down``; each has its rows of ``up``, which is zero elsewhere. Both are
-    bfloat16 (or what the product gives), and are brought up to date before each call. A change that keeps the sum of
-    the ranks is written into the same memory, so that captured graphs go on with it. Without active adapters it is
-    the product alone, bit for bit.
+    brought up to date before each call. A change that keeps the sum of the ranks is written into the same memory, so
+    that captured graphs go on with it. Without active adapters it is the product alone, bit for bit.
+
+    A float8 product has them in spare columns: ``wide`` is its weight followed by ``up``, and the rows that it
+    multiplies are followed by ``x @ down.T``. So one product adds both, and reads and writes no result twice. The
+    weight within is unchanged; meanwhile the product's own is a view of it. What spare columns must hold is
+    ``x @ down.T * factor`` and ``up / factor``, in units of the rows' and the weight's scales, with a factor for each
+    rank that keeps both within float8.
+
+    Elsewhere ``up`` is added to the result, in the dtype of the product: in bfloat16, where weights come and go or are
+    kept together by others, and for an adapter that is too large for spare columns.
     """
 
     down: Tensor | None
     up: Tensor | None
+    wide: Tensor | None
+    factor: Tensor | None
 
     def __init__(self, product: nn.Module, places: tuple[Place, ...]) -> None:
         super().__init__()
@@ -78,8 +95,12 @@ class LowRankProduct(nn.Module):
         self.places = places  # a tuple: torch must not see their owners
         self.register_buffer("down", None, persistent=False)
         self.register_buffer("up", None, persistent=False)
+        self.register_buffer("wide", None, persistent=False)
+        self.register_buffer("factor", None, persistent=False)
         self._seen: list[object] = []
         self._register_state_dict_hook(_name_as_parts)  # type: ignore[no-untyped-call]
+        #: Largest factor of the adapters that were written into spare columns, until `judge` was asked.
+        self.unjudged: Tensor | None = None
         #: SQNR in dB of the float8 weight of the last merge, against the merged one; None: there was none.
         self.merged_db: float | None = None
 
@@ -94,10 +115,19 @@ class LowRankProduct(nn.Module):
         """That of its results."""
         return torch.bfloat16 if isinstance(self.product, Fp8Linear) else self.weight.dtype
 
+    @property
+    def spare(self) -> int:
+        """Columns that should follow float8 rows for it: without them, it copies the rows."""
+        return 0 if self.wide is None else self.wide.shape[1] - int(cast(Any, self.product).in_features)
+
     def forward(self, x: Tensor | Fp8Rows) -> Tensor:
         """Return the product [..., N] with what the adapters add."""
         if not torch.compiler.is_compiling():
             self.update()
+        if self.wide is not None:
+            return self._product_of_wide(x)
+        if isinstance(x, Fp8Rows) and x.values.shape[-1] > self.weight.shape[1]:  # adapters went since it was made
+            x = Fp8Rows(x.values[..., : self.weight.shape[1]].contiguous(), x.scale)
         out: Tensor = self.product(x)
         down, up = self.down, self.up
         if down is None or up is None:
@@ -109,11 +139,29 @@ class LowRankProduct(nn.Module):
         out.view(-1, out.shape[-1]).addmm_(low.to(out.dtype), up.t().to(out.dtype))  # autocast may have chosen another
         return out
 
+    def _product_of_wide(self, x: Tensor | Fp8Rows) -> Tensor:
+        product, wide, down, factor = cast(Fp8Linear, self.product), self.wide, self.down, self.factor
+        if wide is None or down is None or factor is None:
+            raise RuntimeError("a product with spare columns has nothing to write there")
+        columns, spare = product.in_features, self.spare
+        values, scale = x if isinstance(x, Fp8Rows) else ops.quantize_rows(x, spare)
+        if values.shape[-1] == columns:
+            values, scale = ops.with_low_rank(values, scale, down, factor, spare)
+        else:
+            if values.shape[-1] != wide.shape[1]:  # adapters of other ranks came since it was made
+                made = values.new_empty(*values.shape[:-1], wide.shape[1])
+                made[..., :columns] = values[..., :columns]
+                values = made
+            ops.low_rank_into(values, down, factor)
+        out: Tensor = ops.linear_fp8(values, scale, wide, product.weight_scale)
+        return out
+
     def update(self, *, early: bool = False) -> None:
         """Take over what PEFT's layers have now, if that changed.
 
         Args:
-            early: It is not this product's turn yet. Adapters whose values are elsewhere until then have to wait.
+            early: It is not this product's turn yet: adapters whose values are elsewhere until then have to wait. And
+                somebody calls `judge`, if `unjudged` is left.
         """
         seen = self._look()
         if seen == self._seen:
@@ -123,12 +171,51 @@ class LowRankProduct(nn.Module):
         # Not of inference mode, or nobody could write into them later.
         with _UPDATING, torch.inference_mode(False), torch.no_grad():
             self._unmerge_disabled()
-            self._stack(tuple(terms_of(self.places)), self.weight.device)
+            terms = tuple(terms_of(self.places))
+            if terms and self._can_be_wide:
+                self._stack_wide(terms)
+            else:
+                self._stack(terms)
             self._seen = self._look()
+            if self.unjudged is not None and not early:
+                self.judge(float(self.unjudged))
+
+    def judge(self, factor: float) -> None:
+        """Add the adapters apart, in place, if `factor`, the value of `unjudged`, is too large for spare columns."""
+        self.unjudged = None
+        if factor > LARGEST_FACTOR:
+            with torch.inference_mode(False), torch.no_grad():
+                self._stack(tuple(terms_of(self.places)))
+                self._seen = self._look()
+
+    def alone(self) -> nn.Module:
+        """Return the product as it was given, for whoever takes it back, in place."""
+        self._narrow()
+        return self.product
+
+    @property
+    def _can_be_wide(self) -> bool:
+        product = self.product
+        if type(product) is not Fp8Linear or not self._is_bare or comes_and_goes(product.weight):
+            return False
+        weight, wide = product.weight, self.wide
+        is_ours = wide is not None and wide.data_ptr() == weight.data_ptr()
+        # A whole weight within a larger storage is one of many that somebody keeps together.
+        held = weight.is_contiguous() and weight.untyped_storage().nbytes() > weight.nbytes
+        return not weight.is_meta and (is_ours or not held)
+
+    @property
+    def _is_bare(self) -> bool:
+        """Whether calling the product is nothing more than its class's forward."""
+        product = self.product
+        return not product._forward_pre_hooks and not product._forward_hooks and library_hooks(product) is NO_HOOKS
 
     def _look(self) -> list[object]:
         """Return all that the low-rank part depends on, as plain data; it is asked for before each product."""
         seen: list[object] = [self.weight.device, self.down is not None and comes_and_goes(self.down)]
+        if self.wide is not None:  # so what it was made of has to be what it was
+            scale = cast(Fp8Linear, self.product).weight_scale
+            seen += (self.wide.data_ptr() == self.weight.data_ptr(), scale.data_ptr(), version_of(scale), self._is_bare)
         for owner, name, *_ in self.places:
             layer = owner._modules.get(name)
             if layer is None or "base_layer" not in layer._modules:
@@ -213,8 +300,74 @@ class LowRankProduct(nn.Module):
             if layer is not None and vars(layer)["_disable_adapters"] and vars(layer)["merged_adapters"]:
                 layer.unmerge()
 
-    def _stack(self, terms: tuple[Term, ...], device: torch.device) -> None:
+    def _stack_wide(self, terms: tuple[Term, ...]) -> None:
+        """Write the adapters into spare columns, in place."""
+        product = cast(Fp8Linear, self.product)
+        weight, scale_n, columns = product.weight, product.weight_scale[0], product.in_features
         ranks = sum(len(term.down) for term in terms)
+        padded = -(-ranks // RANK_MULTIPLE_OF) * RANK_MULTIPLE_OF
+        wide, down, factor = self._wide_of(weight, padded, columns)
+        downs = torch.cat([term.down.to(weight.device, torch.float32) for term in terms])
+        values, scale_r = ops.quantize_rows(downs)
+        norm_r = torch.linalg.vector_norm(downs, dim=1)
+        ups = [
+            term.up.to(weight.device, torch.float32)
+            * (term.scale / scale_n[term.start : term.start + len(term.up)])[:, None]
+            for term in terms
+        ]
+        largest_r = torch.cat([torch.linalg.vector_norm(up, float("inf"), dim=0) for up in ups])
+        # The smallest at which `up` is within float8; but not less than at which no row at all is clamped.
+        factor_r = (largest_r * norm_r / FP8_MAX).clamp_min(ROOM / math.sqrt(columns))
+        down.view(torch.uint8)[:ranks].copy_(values.view(torch.uint8))
+        factor[:ranks].copy_(factor_r * scale_r.view(-1) / norm_r.clamp_min(torch.finfo(torch.float32).tiny))
+        down.view(torch.uint8)[ranks:].zero_()
+        wide.view(torch.uint8)[:, columns:].zero_()
+        at, up_factor_r = columns, norm_r / factor_r
+        for term, up in zip(terms, ups, strict=True):
+            rank = up.shape[1]
+            of_rank = up_factor_r[at - columns : at - columns + rank]
+            wide[term.start : term.start + len(up), at : at + rank].copy_(up * of_rank)
+            at += rank
+        self.unjudged = factor_r.max()
+
+    def _wide_of(self, weight: Tensor, ranks: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (wide, down, factor), as they are if they fit, with the weight within."""
+        wide, down, factor = self.wide, self.down, self.factor
+        spare = -(-ranks // SPARE_MULTIPLE_OF) * SPARE_MULTIPLE_OF
+        if wide is not None and down is not None and factor is not None:
+            is_here = wide.data_ptr() == weight.data_ptr() and down.device == factor.device == weight.device
+            moves = comes_and_goes(wide) or comes_and_goes(down) or comes_and_goes(factor)
+            if is_here and not moves and (len(down), wide.shape[1]) == (ranks, columns + spare):
+                return wide, down, factor
+        wide = weight.new_empty(len(weight), columns + spare)
+        wide.view(torch.uint8)[:, :columns].copy_(weight.view(torch.uint8))
+        self.product.register_buffer("weight", wide[:, :columns])
+        self.wide, self.up = wide, None
+        self.down = weight.new_empty(ranks, columns)
+        self.factor = torch.zeros(ranks, device=weight.device)
+        return wide, self.down, self.factor
+
+    def _narrow(self) -> None:
+        """Give the product its weight by itself again, in place."""
+        wide, product = self.wide, self.product
+        if wide is not None:
+            weight = self.weight
+            if weight.data_ptr() == wide.data_ptr():
+                product.register_buffer("weight", weight.contiguous())
+            self.wide = self.down = self.factor = self.unjudged = None
+            self._seen = []
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Move or cast everything, as `nn.Module` does; a weight that was moved has no spare columns."""
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        if self.wide is not None and self.wide.data_ptr() != self.weight.data_ptr():
+            self._narrow()
+        return self
+
+    def _stack(self, terms: tuple[Term, ...]) -> None:
+        """Have the adapters added to the result, in place."""
+        self._narrow()
+        ranks, device = sum(len(term.down) for term in terms), self.weight.device
         if not ranks:
             self.down = self.up = None
             return
@@ -382,6 +535,15 @@ def product_of(layer: nn.Module) -> nn.Module:
     """Return what the kernels call for `layer`: the product with its low-rank part, if PEFT's layer is around it."""
     site = site_of(layer)
     return layer if site is None else site.low_rank
+
+
+def spare_columns(layer: nn.Module) -> int:
+    """Return how many columns should follow the float8 rows that the product of `layer` takes."""
+    if not isinstance(layer, LowRankProduct):
+        return 0
+    if not torch.compiler.is_compiling():
+        layer.update()  # it may have been moved since the forward began
+    return layer.spare
 
 
 def takes_fp8(layer: nn.Module | None) -> bool:

@@ -26,12 +26,15 @@ _R = TypeVar("_R")
 _LIBRARY = torch.library.Library("ernie_accel", "FRAGMENT")
 
 
-def _operator(cuda: Callable[..., _R], fake: Callable[..., object]) -> Callable[[Callable[..., _R]], Callable[..., _R]]:
+def _operator(
+    cuda: Callable[..., _R], fake: Callable[..., object], *, mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[..., _R]], Callable[..., _R]]:
     """Turn a function into an operator of the same name, which calls it on every device but CUDA.
 
     Args:
         cuda: Takes the same arguments, the first of them a tensor, and returns the same, on CUDA.
         fake: Returns tensors like them, without computing.
+        mutates: Arguments that are changed in place.
     """
 
     def on_its_device(x: Tensor, *others: object) -> _R:
@@ -42,7 +45,7 @@ def _operator(cuda: Callable[..., _R], fake: Callable[..., object]) -> Callable[
 
     def register(twin: Callable[..., _R]) -> Callable[..., _R]:
         name = twin.__name__
-        schema = torch.library.infer_schema(twin, mutates_args=())
+        schema = torch.library.infer_schema(twin, mutates_args=mutates)
         _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(name, twin, "CompositeExplicitAutograd")
         _LIBRARY.impl(name, on_its_device, "CUDA")
@@ -94,9 +97,14 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _fp8_like(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _fp8_like(x: Tensor, width: int, spare: int = 0) -> tuple[Tensor, Tensor]:
     rows = math.prod(x.shape[:-1])  # Size.numel() would fix the sizes under torch.compile
-    return x.new_empty(*x.shape[:-1], width, dtype=FP8), x.new_empty(rows, 1, dtype=torch.float32)
+    return x.new_empty(*x.shape[:-1], width + spare, dtype=FP8), x.new_empty(rows, 1, dtype=torch.float32)
+
+
+def _spare(arguments: tuple[Any, ...], at: int) -> int:
+    """Return the spare columns among the arguments of an operator, its last and `at`; the dispatcher drops defaults."""
+    return arguments[at] if len(arguments) > at else 0
 
 
 def _heads_like(qkv_bs3h: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
@@ -113,15 +121,20 @@ def norm_modulate(x_bsh: Tensor, weight_h: Tensor, scale_b1h: Tensor, shift_b1h:
     return reference.norm_modulate(x_bsh, weight_h, scale_b1h, shift_b1h, eps)
 
 
+# Where rows are quantized for a product with a low-rank part, `spare` columns follow them (`reference.quantize_rows`).
+
+
 @_operator(
-    cuda=lambda x, *modulation: _gpu().norm_modulate(x, None, None, *modulation, True)[1:],
-    fake=lambda x, *_: _fp8_like(x, x.shape[-1]),
+    cuda=lambda x, *modulation: _gpu().norm_modulate(x, None, None, *modulation[:4], True, spare=_spare(modulation, 4))[
+        1:
+    ],
+    fake=lambda x, *rest: _fp8_like(x, x.shape[-1], _spare(rest, 4)),
 )
 def norm_modulate_fp8(
-    x_bsh: Tensor, weight_h: Tensor, scale_b1h: Tensor, shift_b1h: Tensor, eps: float
+    x_bsh: Tensor, weight_h: Tensor, scale_b1h: Tensor, shift_b1h: Tensor, eps: float, spare: int = 0
 ) -> tuple[Tensor, Tensor]:
     """Return `reference.norm_modulate`, quantized: (float8, scales)."""
-    return reference.quantize_rows(reference.norm_modulate(x_bsh, weight_h, scale_b1h, shift_b1h, eps))
+    return reference.quantize_rows(reference.norm_modulate(x_bsh, weight_h, scale_b1h, shift_b1h, eps), spare)
 
 
 @_operator(
@@ -143,8 +156,8 @@ def add_norm_modulate(
 
 
 @_operator(
-    cuda=lambda *arguments: _gpu().norm_modulate(*arguments, True),
-    fake=lambda x, *_: (_like(x), *_fp8_like(x, x.shape[-1])),
+    cuda=lambda *arguments: _gpu().norm_modulate(*arguments[:7], True, spare=_spare(arguments, 7)),
+    fake=lambda x, *rest: (_like(x), *_fp8_like(x, x.shape[-1], _spare(rest, 6))),
 )
 def add_norm_modulate_fp8(
     x_bsh: Tensor,
@@ -154,10 +167,11 @@ def add_norm_modulate_fp8(
     scale_b1h: Tensor,
     shift_b1h: Tensor,
     eps: float,
+    spare: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``x = reference.gated_add(...)`` and `reference.norm_modulate` of it, quantized: (x, float8, scales)."""
     x_bsh = reference.gated_add(x_bsh, branch_bsh, gate_b1h)
-    return x_bsh, *reference.quantize_rows(reference.norm_modulate(x_bsh, weight_h, scale_b1h, shift_b1h, eps))
+    return x_bsh, *reference.quantize_rows(reference.norm_modulate(x_bsh, weight_h, scale_b1h, shift_b1h, eps), spare)
 
 
 @_operator(cuda=lambda *arguments: _gpu().gated_add(*arguments), fake=lambda x, *_: _like(x))
@@ -176,12 +190,16 @@ def norm_scale(x_bsh: Tensor, weight_h: Tensor, scale_b1h: Tensor | None, eps: f
 
 
 @_operator(
-    cuda=lambda x, weight, scale, eps: _gpu().norm_modulate(x, None, None, weight, scale, None, eps, True)[1:],
-    fake=lambda x, *_: _fp8_like(x, x.shape[-1]),
+    cuda=lambda x, weight, scale, eps, spare=0: _gpu().norm_modulate(
+        x, None, None, weight, scale, None, eps, True, spare=spare
+    )[1:],
+    fake=lambda x, *rest: _fp8_like(x, x.shape[-1], _spare(rest, 3)),
 )
-def norm_scale_fp8(x_bsh: Tensor, weight_h: Tensor, scale_b1h: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def norm_scale_fp8(
+    x_bsh: Tensor, weight_h: Tensor, scale_b1h: Tensor | None, eps: float, spare: int = 0
+) -> tuple[Tensor, Tensor]:
     """Return `reference.norm_scale`, quantized: (float8, scales)."""
-    return reference.quantize_rows(reference.norm_scale(x_bsh, weight_h, scale_b1h, eps))
+    return reference.quantize_rows(reference.norm_scale(x_bsh, weight_h, scale_b1h, eps), spare)
 
 
 def _add_norm_scale(
@@ -193,8 +211,9 @@ def _add_norm_scale(
     weight: Tensor,
     scale: Tensor | None,
     eps: float,
+    spare: int = 0,
 ) -> Any:
-    return _gpu().norm_modulate(x, branch, gate, weight, scale, None, eps, quantize, branch_weight)
+    return _gpu().norm_modulate(x, branch, gate, weight, scale, None, eps, quantize, branch_weight, spare)
 
 
 @_operator(
@@ -217,7 +236,7 @@ def add_norm_scale(
 
 @_operator(
     cuda=lambda *arguments: _add_norm_scale(True, *arguments),
-    fake=lambda x, *_: (_like(x), *_fp8_like(x, x.shape[-1])),
+    fake=lambda x, *rest: (_like(x), *_fp8_like(x, x.shape[-1], _spare(rest, 6))),
 )
 def add_norm_scale_fp8(
     x_bsh: Tensor,
@@ -227,10 +246,11 @@ def add_norm_scale_fp8(
     weight_h: Tensor,
     scale_b1h: Tensor | None,
     eps: float,
+    spare: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``x = reference.add_normed(...)`` and `reference.norm_scale` of it, quantized: (x, float8, scales)."""
     x_bsh = reference.add_normed(x_bsh, branch_bsh, branch_weight_h, gate_b1h, eps)
-    return x_bsh, *reference.quantize_rows(reference.norm_scale(x_bsh, weight_h, scale_b1h, eps))
+    return x_bsh, *reference.quantize_rows(reference.norm_scale(x_bsh, weight_h, scale_b1h, eps), spare)
 
 
 @_operator(
@@ -253,10 +273,13 @@ def scales_and_gates(mod_b4h: Tensor) -> Tensor:
     return reference.scales_and_gates(mod_b4h)
 
 
-@_operator(cuda=lambda x: _gpu().quantize_rows(x), fake=lambda x: _fp8_like(x, x.shape[-1]))
-def quantize_rows(x_bsk: Tensor) -> tuple[Tensor, Tensor]:
+@_operator(
+    cuda=lambda x, spare=0: _gpu().quantize_rows(x, spare),
+    fake=lambda x, spare=0: _fp8_like(x, x.shape[-1], spare),
+)
+def quantize_rows(x_bsk: Tensor, spare: int = 0) -> tuple[Tensor, Tensor]:
     """Return `reference.quantize_rows`: (float8, scales)."""
-    return reference.quantize_rows(x_bsk)
+    return reference.quantize_rows(x_bsk, spare)
 
 
 @_operator(
@@ -269,12 +292,12 @@ def gelu_mul(gate_up_bs2f: Tensor) -> Tensor:
 
 
 @_operator(
-    cuda=lambda gate_up: _gpu().gelu_mul(gate_up, True),
-    fake=lambda gate_up: _fp8_like(gate_up, gate_up.shape[-1] // 2),
+    cuda=lambda gate_up, spare=0: _gpu().gelu_mul(gate_up, True, spare),
+    fake=lambda gate_up, spare=0: _fp8_like(gate_up, gate_up.shape[-1] // 2, spare),
 )
-def gelu_mul_fp8(gate_up_bs2f: Tensor) -> tuple[Tensor, Tensor]:
+def gelu_mul_fp8(gate_up_bs2f: Tensor, spare: int = 0) -> tuple[Tensor, Tensor]:
     """Return `reference.gelu_mul`, quantized: (float8, scales)."""
-    return reference.quantize_rows(reference.gelu_mul(gate_up_bs2f))
+    return reference.quantize_rows(reference.gelu_mul(gate_up_bs2f), spare)
 
 
 @_operator(
@@ -287,12 +310,12 @@ def silu_mul(gate_up_bs2f: Tensor) -> Tensor:
 
 
 @_operator(
-    cuda=lambda gate_up: _gpu().silu_mul(gate_up, True),
-    fake=lambda gate_up: _fp8_like(gate_up, gate_up.shape[-1] // 2),
+    cuda=lambda gate_up, spare=0: _gpu().silu_mul(gate_up, True, spare),
+    fake=lambda gate_up, spare=0: _fp8_like(gate_up, gate_up.shape[-1] // 2, spare),
 )
-def silu_mul_fp8(gate_up_bs2f: Tensor) -> tuple[Tensor, Tensor]:
+def silu_mul_fp8(gate_up_bs2f: Tensor, spare: int = 0) -> tuple[Tensor, Tensor]:
     """Return `reference.silu_mul`, quantized: (float8, scales)."""
-    return reference.quantize_rows(reference.silu_mul(gate_up_bs2f))
+    return reference.quantize_rows(reference.silu_mul(gate_up_bs2f), spare)
 
 
 def _kv_heads(qkv_bsm: Tensor, size: int, heads: int) -> int:
@@ -450,3 +473,24 @@ def linear_fp8(x_bsk: Tensor, x_scale: Tensor, weight_nk: Tensor, weight_scale: 
 def low_rank_fp8(x_bsk: Tensor, x_scale: Tensor, down_rk: Tensor) -> Tensor:
     """Return `reference.low_rank_fp8`."""
     return reference.low_rank_fp8(x_bsk, x_scale, down_rk)
+
+
+@_operator(
+    cuda=lambda *arguments: _gpu().low_rank_into(*arguments),
+    fake=lambda *_: None,
+    mutates=("x_bsw",),
+)
+def low_rank_into(x_bsw: Tensor, down_rk: Tensor, factor_r: Tensor) -> None:
+    """Do `reference.low_rank_into`, in place."""
+    reference.low_rank_into(x_bsw, down_rk, factor_r)
+
+
+@_operator(
+    cuda=lambda *arguments: _gpu().with_low_rank(*arguments),
+    fake=lambda x, x_scale, down, factor, spare: _fp8_like(x, x.shape[-1], spare),
+)
+def with_low_rank(
+    x_bsk: Tensor, x_scale: Tensor, down_rk: Tensor, factor_r: Tensor, spare: int
+) -> tuple[Tensor, Tensor]:
+    """Return `reference.with_low_rank`: (float8, scales)."""
+    return reference.with_low_rank(x_bsk, x_scale, down_rk, factor_r, spare)

@@ -10,13 +10,30 @@ from torch.nn import functional as F
 FP8_MAX = 448.0
 #: Below this a row counts as zero, so that the scale of an all-zero row is not zero.
 SMALLEST_AMAX = 1e-12
+#: Rows with spare columns are smaller by this power of two, so that a low-rank part there may be larger than they are.
+ROOM = 32.0
 
 
-def quantize_rows(x_bsk: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `x_bsk` in float8_e4m3fn, same shape, and its scales [B * S, 1] in float32."""
+def quantize_rows(x_bsk: Tensor, spare: int = 0) -> tuple[Tensor, Tensor]:
+    """Return `x_bsk` in float8_e4m3fn, and its scales [B * S, 1] in float32.
+
+    Args:
+        x_bsk: Rows.
+        spare: Columns to add, for `low_rank_into`. With them, the largest value of a row is FP8_MAX / ROOM.
+    """
     x = x_bsk.float()
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_AMAX) / FP8_MAX
-    return (x / scale).to(torch.float8_e4m3fn), scale.view(-1, 1)
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST_AMAX) / (FP8_MAX / ROOM if spare else FP8_MAX)
+    return _with_columns((x / scale).to(torch.float8_e4m3fn), spare), scale.view(-1, 1)
+
+
+def _with_columns(x_bsk: Tensor, spare: int) -> Tensor:
+    """Return float8 rows followed by columns of zeros; the rows themselves if there are none."""
+    if not spare:
+        return x_bsk
+    width = x_bsk.shape[-1]
+    wide = torch.zeros(*x_bsk.shape[:-1], width + spare, dtype=torch.uint8, device=x_bsk.device)
+    wide[..., :width] = x_bsk.view(torch.uint8)
+    return wide.view(x_bsk.dtype)
 
 
 def norm_modulate(x_bsh: Tensor, weight_h: Tensor, scale_b1h: Tensor, shift_b1h: Tensor, eps: float) -> Tensor:
@@ -180,6 +197,38 @@ def low_rank_fp8(x_bsk: Tensor, x_scale: Tensor, down_rk: Tensor) -> Tensor:
         down_rk: bfloat16.
     """
     return (x_bsk.flatten(0, -2).float() @ down_rk.float().t() * x_scale).to(down_rk.dtype)
+
+
+def low_rank_into(x_bsw: Tensor, down_rk: Tensor, factor_r: Tensor) -> None:
+    """Write ``x @ down.T * factor`` into the spare columns of float8 rows, in place; zeros into those beyond R.
+
+    Args:
+        x_bsw: Rows [B, S, K] and their spare columns, at least R.
+        down_rk: float8.
+        factor_r: float32. What it makes larger than FP8_MAX is clamped to that.
+    """
+    ranks, width = down_rk.shape
+    low = x_bsw[..., :width].float() @ down_rk.float().t() * factor_r
+    spare = torch.zeros_like(x_bsw[..., width:], dtype=torch.float32)
+    spare[..., :ranks] = low.clamp(-FP8_MAX, FP8_MAX)
+    x_bsw.view(torch.uint8)[..., width:] = spare.to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def with_low_rank(
+    x_bsk: Tensor, x_scale: Tensor, down_rk: Tensor, factor_r: Tensor, spare: int
+) -> tuple[Tensor, Tensor]:
+    """Return float8 rows [B, S, K + spare] with `low_rank_into` done, and their scales [B * S, 1].
+
+    Args:
+        x_bsk: float8 rows without spare columns; the new ones are smaller by ROOM.
+        x_scale: float32 scale of each row [B * S, 1].
+        down_rk: As in `low_rank_into`.
+        factor_r: Likewise.
+        spare: Columns to add.
+    """
+    wide = _with_columns((x_bsk.float() / ROOM).to(torch.float8_e4m3fn), spare)
+    low_rank_into(wide, down_rk, factor_r)
+    return wide, x_scale * ROOM
 
 
 def group_norm_affine(

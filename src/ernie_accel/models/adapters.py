@@ -94,7 +94,7 @@ class Adaptable(nn.Module):
         for owner, name in self._others():
             site = site_of(cast(nn.Module, owner._modules[name]))
             if site is not None and not (only_if_unused and owner._modules[name] is not site):
-                _put_base(owner, name, site.low_rank.product)
+                _put_base(owner, name, site.low_rank.alone())
         product = self._modules.get(self.fused_name)
         if not isinstance(product, LowRankProduct):
             return
@@ -102,7 +102,7 @@ class Adaptable(nn.Module):
         if wrapped and only_if_unused:
             return
         children = {name: child for name, child in self._modules.items() if name not in self.fusible}
-        children[self.fused_name] = product.product
+        children[self.fused_name] = product.alone()
         vars(self)["_modules"] = type(self._modules)(children)
         if wrapped:
             self.split()
@@ -253,6 +253,11 @@ def update_products(transformer: nn.Module, *_: object) -> None:
 def _update(products: list[LowRankProduct]) -> None:
     for product in products:
         product.update(early=True)
+    written = [(product, product.unjudged) for product in products if product.unjudged is not None]
+    if written:  # one look at the device for all of them
+        largest = torch.stack([factor.to(written[0][1].device) for _, factor in written]).tolist()
+        for (product, _), factor in zip(written, largest, strict=True):
+            product.judge(factor)
 
 
 class TakesAdapters(StandInMethod):

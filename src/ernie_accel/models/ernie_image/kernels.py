@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ernie_accel.core.undo import Undo
 from ernie_accel.kernels import ops
 from ernie_accel.kernels.linear import Fp8Rows
-from ernie_accel.kernels.low_rank import product_of, takes_fp8
+from ernie_accel.kernels.low_rank import product_of, spare_columns, takes_fp8
 from ernie_accel.models import on_kernels
 from ernie_accel.models.ernie_image.blocks import BLOCKS, Modulation, RewrittenErnieBlock
 from ernie_accel.models.on_kernels import TOKENS_MULTIPLE_OF, KernelBlock
@@ -42,7 +42,8 @@ class KernelErnieBlock(KernelBlock, RewrittenErnieBlock):
 
         rows: Tensor | Fp8Rows
         if takes_fp8(to_qkv):
-            rows = Fp8Rows(*ops.norm_modulate_fp8(x_bsh, norm_sa.weight, scale_sa, shift_sa, norm_sa.eps))
+            norm = (x_bsh, norm_sa.weight, scale_sa, shift_sa, norm_sa.eps)
+            rows = Fp8Rows(*ops.norm_modulate_fp8(*norm, spare_columns(to_qkv)))
         else:
             rows = ops.norm_modulate(x_bsh, norm_sa.weight, scale_sa, shift_sa, norm_sa.eps)
         qkv_bs3h = to_qkv(rows)
@@ -62,12 +63,15 @@ class KernelErnieBlock(KernelBlock, RewrittenErnieBlock):
 
         add = (x_bsh, branch_bsh, gate_sa, norm_mlp.weight, scale_mlp, shift_mlp, norm_mlp.eps)
         if takes_fp8(gate_up):
-            x_bsh, values, scale = ops.add_norm_modulate_fp8(*add)
+            x_bsh, values, scale = ops.add_norm_modulate_fp8(*add, spare_columns(gate_up))
             rows = Fp8Rows(values, scale)
         else:
             x_bsh, rows = ops.add_norm_modulate(*add)
         gate_up_bs2f = gate_up(rows)
-        rows = Fp8Rows(*ops.gelu_mul_fp8(gate_up_bs2f)) if takes_fp8(down) else ops.gelu_mul(gate_up_bs2f)
+        if takes_fp8(down):
+            rows = Fp8Rows(*ops.gelu_mul_fp8(gate_up_bs2f, spare_columns(down)))
+        else:
+            rows = ops.gelu_mul(gate_up_bs2f)
         out_bsh: Tensor = ops.gated_add(x_bsh, down(rows), gate_mlp)
         return out_bsh
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ernie_accel.core.library_hooks import library_hooks
 from ernie_accel.kernels import ops
 from ernie_accel.kernels.linear import Fp8Rows
-from ernie_accel.kernels.low_rank import product_of, takes_fp8
+from ernie_accel.kernels.low_rank import product_of, spare_columns, takes_fp8
 from ernie_accel.models.next_dit.blocks import Modulation, RewrittenNextBlock
 from ernie_accel.models.next_dit.positions import real
 from ernie_accel.models.on_kernels import KernelBlock
@@ -83,7 +83,7 @@ class KernelNextBlock(KernelBlock, RewrittenNextBlock):
         """Return what the first product reads."""
         norm, scale = self.norms[0], None if modulation is None else modulation.scale_sa
         if self._attends_from_fp8:
-            return Fp8Rows(*ops.norm_scale_fp8(x_bsh, norm.weight, scale, norm.eps))
+            return Fp8Rows(*ops.norm_scale_fp8(x_bsh, norm.weight, scale, norm.eps, self._spare))
         plain: Tensor = ops.norm_scale(x_bsh, norm.weight, scale, norm.eps)
         return plain
 
@@ -94,7 +94,7 @@ class KernelNextBlock(KernelBlock, RewrittenNextBlock):
         norm, scale = self.norms[0], None if modulation is None else modulation.scale_sa
         add = (x_bsh, branch_bsh, weight_h, gate, norm.weight, scale, norm.eps)
         if self._attends_from_fp8:
-            x_bsh, *rows = ops.add_norm_scale_fp8(*add)
+            x_bsh, *rows = ops.add_norm_scale_fp8(*add, self._spare)
             return x_bsh, Fp8Rows(*rows)
         plain: tuple[Tensor, Tensor] = ops.add_norm_scale(*add)
         return plain
@@ -102,6 +102,12 @@ class KernelNextBlock(KernelBlock, RewrittenNextBlock):
     @property
     def _attends_from_fp8(self) -> bool:
         return takes_fp8(self.attention_part.fused)
+
+    @property
+    def _spare(self) -> int:
+        """Columns that follow what the first product reads."""
+        attention = self.attention_part
+        return spare_columns(attention.get_submodule(attention.fused_name))
 
     def _body(
         self,
@@ -137,12 +143,15 @@ class KernelNextBlock(KernelBlock, RewrittenNextBlock):
 
         add = (x_bsh, branch_bsh, after_sa.weight, gate_sa, norm_mlp.weight, scale_mlp, norm_mlp.eps)
         if takes_fp8(gate_up):
-            x_bsh, *quantized = ops.add_norm_scale_fp8(*add)
+            x_bsh, *quantized = ops.add_norm_scale_fp8(*add, spare_columns(gate_up))
             rows = Fp8Rows(*quantized)
         else:
             x_bsh, rows = ops.add_norm_scale(*add)
         gate_up_bs2f = gate_up(rows)
-        rows = Fp8Rows(*ops.silu_mul_fp8(gate_up_bs2f)) if takes_fp8(down) else ops.silu_mul(gate_up_bs2f)
+        if takes_fp8(down):
+            rows = Fp8Rows(*ops.silu_mul_fp8(gate_up_bs2f, spare_columns(down)))
+        else:
+            rows = ops.silu_mul(gate_up_bs2f)
         return x_bsh, down(rows)
 
 
