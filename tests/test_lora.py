@@ -18,6 +18,7 @@ from ernie_accel import Context, ErnieAccelError, FuseKernels, Quantize, Rewrite
 from ernie_accel.kernels import reference
 from ernie_accel.kernels.linear import Fp8Linear, Fp8Rows
 from ernie_accel.kernels.low_rank import LowRankProduct, Place, Site
+from ernie_accel.models.adapters import update_products
 from ernie_accel.models.graphed_forward import GraphedForward
 from ernie_accel.models.rewritten import rewritten_blocks
 from tests.examples import differences, snapshot
@@ -237,6 +238,7 @@ def through_pickle(pipe: Any) -> Any:
 def test_copies_have_adapters_of_their_own(precision: str, copied: Any) -> None:
     pipe = fused(made("ernie"), precision)
     load(pipe, "ernie")
+    update_products(pipe.transformer)
     other = copied(pipe)
     expected = latents(pipe)
     assert torch.equal(latents(other), expected)

@@ -86,7 +86,6 @@ class LowRankProduct(nn.Module):
 
     down: Tensor | None
     up: Tensor | None
-    wide: Tensor | None
     factor: Tensor | None
 
     def __init__(self, product: nn.Module, places: tuple[Place, ...]) -> None:
@@ -95,8 +94,9 @@ class LowRankProduct(nn.Module):
         self.places = places  # a tuple: torch must not see their owners
         self.register_buffer("down", None, persistent=False)
         self.register_buffer("up", None, persistent=False)
-        self.register_buffer("wide", None, persistent=False)
         self.register_buffer("factor", None, persistent=False)
+        #: A plain attribute: whoever moves, counts or keeps buffers has the weight within it already.
+        self.wide: Tensor | None = None
         self._seen: list[object] = []
         self._register_state_dict_hook(_name_as_parts)  # type: ignore[no-untyped-call]
         #: Largest factor of the adapters that were written into spare columns, until `judge` was asked.
@@ -395,7 +395,10 @@ class LowRankProduct(nn.Module):
             at += rank
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_seen": []}  # it knows tensors by their addresses
+        # What it knows tensors by are addresses; and what is made of the adapters is made again.
+        made = {"down": None, "up": None, "factor": None}
+        others: dict[str, Any] = {"wide": None, "unjudged": None, "_seen": []}
+        return {**vars(self), **others, "_buffers": {**self._buffers, **made}}
 
     def extra_repr(self) -> str:
         return f"rank={0 if self.down is None else len(self.down)}"

@@ -242,6 +242,12 @@ def close_sites(transformer: nn.Module, *, only_if_unused: bool = False) -> None
         PRODUCTS.drop(transformer)
 
 
+def narrow_products(transformer: nn.Module) -> None:
+    """Give the weights of all products memory of their own, in place, for whoever takes them: no spare columns."""
+    for product in PRODUCTS.of(transformer) or ():
+        product.alone()
+
+
 def update_products(transformer: nn.Module, *_: object) -> None:
     """Bring the low-rank parts of all products up to date: a pre-hook, for what replays or compiles the forward."""
     products = PRODUCTS.of(transformer)

@@ -15,11 +15,13 @@ from ernie_accel.core.components import (
     device_of,
     emptied_components,
     is_device_name,
+    modules_of,
 )
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
+from ernie_accel.models.adapters import narrow_products
 from ernie_accel.residency.guard import refuse_moves, refuse_to_compile
 from ernie_accel.residency.keeper import Keeper
 from ernie_accel.residency.layout import Layout, lay_out, least_bytes
@@ -104,6 +106,8 @@ class Residency(Transform):
             device = torch.device(context.torch_device)
         mover = MOVERS[device.type](device)
         device = mover.device  # with its number
+        for module in modules_of(pipe).values():
+            narrow_products(module)
         components = components_of(pipe)
         moving = [component for component in components if component.moves]
         capacity = self.weights - sum(component.size.nbytes for component in components if not component.moves)
