@@ -7,11 +7,15 @@ its times say nothing. Writes OUT.json and OUT.md, by default into the folder th
 Steps are timed back to back by CUDA events, so that the card is at its sustained clock; each rank is timed between two
 runs without a LoRA, and compared with their mean. Fidelity is that of the transformer's output: fp8 against bfloat16,
 both without a LoRA and both with it.
+
+``--parts`` times the pieces instead, in microseconds: each product with and without spare columns, and the kernel that
+fills these, by how it is cut into programs. It needs no model, and takes a few minutes, most of them to compile.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import os
@@ -20,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +36,7 @@ from safetensors.torch import save_file
 
 import ernie_accel
 from ernie_accel import Context, FuseKernels, RewriteBlocks
+from ernie_accel.kernels import ops
 from ernie_accel.models.adapters import PRODUCTS, update_products
 from ernie_accel.quantization.layers import sqnr_db
 
@@ -47,6 +53,9 @@ SHOWN = {"step_ms": 2, "without_ms": 2, "percent": 1, "swap_ms": 1, "load_s": 2,
 def main() -> None:
     """Measure every rank, and write the table."""
     arguments = parse()
+    if arguments.parts:
+        parts(arguments.tiny)
+        return
     device = "cpu" if arguments.tiny else "cuda"
     context = Context.named("h200") if arguments.tiny else Context.detect()
     pipe = random_pipeline("tiny" if arguments.tiny else "full", device, torch.bfloat16, denoiser_only=True)
@@ -89,11 +98,66 @@ def parse() -> argparse.Namespace:
     """Return the arguments."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU; times say nothing")
+    parser.add_argument("--parts", action="store_true", help="time the pieces, and print them")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--layers", nargs="+", choices=list(LAYERS), default=["attention", "all"])
     parser.add_argument("--steps", type=int, default=24, help="steps of each timing")
     parser.add_argument("--out", type=Path, help="path of the results, without suffix")
     return parser.parse_args()
+
+
+def parts(tiny: bool) -> None:
+    """Print what products and the low-rank kernel take, in microseconds."""
+    device, tokens = ("cpu", 8) if tiny else ("cuda", 4224)
+    kernels = None if tiny else importlib.import_module("ernie_accel.kernels.gpu")
+    too_large = () if tiny else importlib.import_module("triton.runtime.errors").OutOfResources
+    shapes = {"queries, keys, values": (12288, 4096), "gate and up": (24576, 4096), "down": (4096, 12288)}
+    for name, (features, columns) in {**shapes, "attention output": (4096, 4096)}.items():
+        if tiny:
+            features, columns = features // 64, columns // 64
+        x = torch.randn(1, tokens, columns, device=device, dtype=torch.bfloat16)
+        weight, weight_scale = ops.quantize_rows(torch.randn(features, columns, device=device, dtype=torch.bfloat16))
+        row, times = weight_scale.view(1, -1), {}
+        for spare in (0, 64, 128, 192):
+            values, scale = ops.quantize_rows(x, spare)
+            down = ops.quantize_rows(torch.randn(max(spare, 16), columns, device=device, dtype=torch.bfloat16))[0]
+            factor, wide = torch.ones(len(down), device=device), weight.new_zeros(features, columns + spare)
+            wide.view(torch.uint8)[:, :columns] = weight.view(torch.uint8)
+            if spare:
+                ops.low_rank_into(values, down, factor)
+            times[spare] = microseconds(partial(ops.linear_fp8, values, scale, wide, row))
+        print(name, "product by spare columns:", {spare: round(us, 1) for spare, us in times.items()}, flush=True)
+        for ranks, spare in ((16, 64), (48, 64), (96, 128), (192, 192)):
+            values, scale = ops.quantize_rows(x, spare)
+            plain = ops.quantize_rows(x)[0]
+            down = ops.quantize_rows(torch.randn(ranks, columns, device=device, dtype=torch.bfloat16))[0]
+            factor, found = torch.ones(ranks, device=device), {}
+            into = partial(ops.low_rank_into, values, down, factor)
+            for cut in [None] if kernels is None else itertools.product((32, 64, 128), (128, 256), (3, 4)):
+                if kernels is not None:
+                    kernels._FP8_LOW_RANK_ROWS, kernels._FP8_LOW_RANK_BLOCK, stages = cut
+                    kernels._FP8_LOW_RANK_STAGES = {64: stages, 128: stages}
+                try:
+                    copying = partial(ops.with_low_rank, plain, scale, down, factor, spare)
+                    found[cut] = round(microseconds(into), 1), round(microseconds(copying), 1)
+                except too_large:
+                    print("more shared memory than there is:", cut)
+            best = sorted(found.items(), key=lambda item: item[1])[:4]
+            print(name, f"A x of {ranks} ranks, (rows, columns, stages): (in place, copying)", best, flush=True)
+
+
+def microseconds(work: Callable[[], object]) -> float:
+    """Return what a call takes of those that follow each other in a graph, so that launches do not count."""
+    if not torch.cuda.is_available():
+        return seconds(work) * 1e6
+    repeats = 20
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            work()
+    return ladder_measures.milliseconds(graph.replay, 10) / repeats * 1e3
 
 
 def optimize(pipe: Any, context: Context, tiny: bool) -> None:
