@@ -31,6 +31,7 @@ pytest.importorskip("fastapi", reason="the example of a service needs the extra 
 pytest.importorskip("python_multipart", reason="the example of a service needs the extra `service`")
 
 from examples.service.app import create_app  # noqa: E402  # needs what was looked for
+from examples.service.connection import connection  # noqa: E402
 from examples.service.settings import Settings  # noqa: E402
 
 GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
@@ -72,7 +73,13 @@ class Served:
         self.app = create_app(self.settings, lambda settings: self.engine)
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
-        config = uvicorn.Config(self.app, log_level="critical", lifespan="on", http="h11", timeout_graceful_shutdown=5)
+        config = uvicorn.Config(
+            self.app,
+            log_level="critical",
+            lifespan="on",
+            http=connection(self.settings.body_s),
+            timeout_graceful_shutdown=5,
+        )
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, args=([self.socket],))
 
@@ -297,6 +304,8 @@ def test_edits_stream_too(service):
         ({"size": "32x32", "width": 64, "height": 64}, "size", "invalid_value"),
         ({"size": None, "width": 64}, "width", "invalid_value"),
         ({"num_inference_steps": 51}, "num_inference_steps", "above_max_value"),
+        ({"num_inference_steps": 10**400}, "num_inference_steps", "above_max_value"),
+        ({"n": 10**4000}, "n", "above_max_value"),
         ({"num_inference_steps": 0}, "num_inference_steps", "invalid_value"),
         ({"guidance_scale": 21}, "guidance_scale", "above_max_value"),
         ({"seed": -1}, "seed", "invalid_value"),
@@ -390,7 +399,10 @@ def test_a_form_that_is_none_is_refused(service):
     refusal(service.client.post(EDITS, json={"prompt": "x"}), 415, "unsupported_media_type")
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", GENERATIONS, 405), ("GET", "/v1/../etc/passwd", 404)])
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", GENERATIONS, 405), ("GET", "/v1/../etc/passwd", 404), ("POST", f"{GENERATIONS}/", 404)],
+)
 def test_other_routes_are_refused_in_the_same_form(service, method, path, status):
     refusal(service.client.request(method, path), status)
 
@@ -473,6 +485,39 @@ def test_a_slow_client_is_ended_and_holds_up_nobody():
         with service.client.stream("POST", GENERATIONS, json={"prompt": "x", "size": "256x256"}) as unread:
             assert service.draw().status_code == 200
             assert unread.status_code == 200
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/images/generations HTT", b"GET /health HTTP/1.1\r\nHost: x\r\n"])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_connection_without_a_whole_head_is_cut_off(sent, again):
+    with Served(body_s=0.3) as service, socket.create_connection(("127.0.0.1", service.port)) as held:
+        held.settimeout(10)
+        if again and sent:  # as the second request on it; a connection that only waits then is uvicorn's own affair
+            held.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert held.recv(4096).startswith(b"HTTP/1.1 200 ")
+        held.sendall(sent)
+        try:
+            while held.recv(4096):
+                pass
+        except ConnectionResetError:
+            pass
+        assert service.draw().status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_never_reads_is_cut_off(stream):
+    """More is sent than the kernel keeps for it."""
+    with Served(body_s=0.5, max_pixels=2048 * 2048, max_n=4, timeout_s=3) as service:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", service.port))
+            body = json.dumps({"prompt": "x", "size": "1024x1024", "n": 4, "stream": stream}).encode()
+            head = f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            wait_until(lambda: len(service.server.server_state.connections) == 1)
+            wait_until(lambda: service.server.server_state.connections == set())
+        service.settle()
+        wait_until(lambda: service.files() == [])
 
 
 def test_a_key_is_asked_for_where_there_is_one():

@@ -8,5 +8,6 @@ answers    what is answered: pictures, events, and errors in OpenAI's format
 gate       what every request passes first: size, time, key; and what no answer may leak
 studio     the `Producer` behind it all, and the files that come and go
 app        START HERE: the routes
+connection ends connections that clients hold for nothing
 on_ray     the same app as replicas of Ray Serve
 """

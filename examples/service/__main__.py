@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from ernie_accel.core.errors import ErnieAccelError
 from examples.service.app import Service, create_app
+from examples.service.connection import connection
 from examples.service.settings import Settings
 
 
@@ -50,7 +51,7 @@ def serve(app: FastAPI, settings: Settings) -> int:
         server_header=False,
         log_config=None,
         access_log=False,
-        http="h11",
+        http=connection(settings.body_s),
         h11_max_incomplete_event_size=32_768,
     )
     # uvicorn sends the signal again once it has stopped; it has been obeyed then.

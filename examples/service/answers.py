@@ -109,6 +109,7 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await until_gone(receive, asyncio.create_task(self._send_all(send)), self._timeout_s)
         except ApiError as error:
+            self._close()  # first: a client that reads nothing holds up what is sent to it
             await _write(send, _event("error", error.body()))
         finally:
             self._close()

@@ -56,7 +56,7 @@ def create_app(settings: Settings, load: Callable[[Settings], Engine] = load_eng
         service.stopping = True
         await asyncio.to_thread(service.studio.close)
 
-    app = FastAPI(title="ernie_accel image service", lifespan=lifespan)
+    app = FastAPI(title="ernie_accel image service", lifespan=lifespan, redirect_slashes=False)
     app.state.service = service
     metrics = Metrics(lambda: service.studio.waiting)
     app.add_middleware(Gate, settings=settings, metrics=metrics, stopping=lambda: service.stopping)

@@ -183,7 +183,9 @@ class ImageRequest(BaseModel):
         ]
         for param, value, most in limits:
             if value > most:
-                what = f"{value:,} characters" if "prompt" in param else f"{value:g}"
+                what = f"{value:,}"
+                what = f"{what[:40]}..." if len(what) > 40 else what
+                what += " characters" if "prompt" in param else ""
                 raise ApiError(
                     400, f"'{param}' is {what}; this service takes {most:,} at most.", param, "above_max_value"
                 )

@@ -31,7 +31,7 @@ class Settings(BaseModel):
         batch_size: Pictures rendered together; None: tuned as the service runs.
         max_queue: Pictures that may wait; more are refused with 429.
         timeout_s: Seconds for a request, from its last byte to the picture; then 504.
-        body_s: Seconds that a client has to send its request; then 408.
+        body_s: Seconds that a client has to send its request (then 408), its head, or to read on (then it is cut off).
         drain_s: Seconds that requests have to finish once the service is to stop.
         connections: Connections at once; more are refused with 503.
         max_json_bytes: Of a request in JSON.
