@@ -117,6 +117,11 @@ def test_a_lora_that_was_merged_before_stays_in_quantized_weights(name, rewritte
     pipe.fuse_lora()
     ernie_accel.optimize(pipe, *rewritten, Quantize("int8-weight-only", backend="torchao"))
     expected, before = picture(pipe, output_type="latent"), snapshot(pipe)
+    other = type(half())(**pipe.components)
+    if name == "unfuse_lora":
+        with pytest.raises(ErnieAccelError, match=r"unmerge: a LoRA is merged into layers\.\d"):
+            other.unfuse_lora()
+        assert differences(before, snapshot(pipe)) == []
     for owner in (pipe, pipe.transformer):
         with pytest.raises(ErnieAccelError, match=rf"{name}: a LoRA is merged into layers\.\d"):
             getattr(owner, name)()

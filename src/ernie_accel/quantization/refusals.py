@@ -47,11 +47,17 @@ def refuse_loras(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:
 
 def refuse_unmerging(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:
     """Make the pipe and these components refuse to take a merged LoRA out of quantized weights, in place."""
-    owners: list[Any] = [pipe, *modules_of(pipe, components).values()]
+    modules = modules_of(pipe, components)
+    owners: list[Any] = [pipe, *modules.values()]
     for owner in owners:
         for name in _UNMERGING:
             if hasattr(owner, name):
                 undo.setattr(owner, name, _Unmerging(owner, name))
+    for module in modules.values():  # another pipe that shares it asks the layers, one after the other
+        if any(map(_stuck_in, module.modules())):
+            for layer in module.modules():
+                if "base_layer" in layer._modules and getattr(layer, "merged_adapters", None):
+                    undo.setattr(layer, "unmerge", _UnmergingLayer(layer, module))
 
 
 #: What takes merged LoRAs out of the weights: at once, or PEFT's layers at the next call, where all are disabled.
@@ -86,6 +92,17 @@ class _Unmerging(StandInMethod):
         names = getattr(pipe, "_lora_loadable_modules", ()) if given is None else given
         modules = modules_of(pipe)
         return [modules[name] for name in names if name in modules]
+
+
+class _UnmergingLayer(_Unmerging):
+    """`unmerge` of PEFT's layer, which asks all layers of its model first."""
+
+    def __init__(self, layer: torch.nn.Module, model: torch.nn.Module) -> None:
+        super().__init__(layer, "unmerge")
+        self._model = model
+
+    def _modules(self, *args: Any, **kwargs: Any) -> list[torch.nn.Module]:
+        return [self._model]
 
 
 def _stuck_in(layer: torch.nn.Module) -> str | None:
