@@ -37,7 +37,7 @@ def to_pil(picture: torch.Tensor) -> Image.Image:
 @pytest.mark.parametrize("canvas", CANVASES)
 def test_true_drawings_are_right(canvas: tuple[int, int]) -> None:
     rng = random.Random(0)
-    scenes = [random_scene(rng, canvas) for _ in range(rounds(short=100, full=500))]
+    scenes = [random_scene(rng, canvas) for _ in range(rounds(short=40, full=500))]
     found = summarize(judge(render(scenes, torch.Generator().manual_seed(0)), scenes), scenes)
     assert found.pictures == len(scenes)
     assert found.object_fraction >= LEAST_ON_TRUE_DRAWINGS
@@ -46,7 +46,7 @@ def test_true_drawings_are_right(canvas: tuple[int, int]) -> None:
 
 def test_noise_and_rounding_do_not_mislead() -> None:
     rng, generator = random.Random(1), torch.Generator().manual_seed(1)
-    scenes = [random_scene(rng, (128, 128)) for _ in range(100)]
+    scenes = [random_scene(rng, (128, 128)) for _ in range(rounds(short=50, full=100))]
     pictures = render(scenes, generator)
     noisy = (pictures + 0.04 * torch.randn(pictures.shape, generator=generator)).clamp(0, 1)
     assert summarize(judge([to_pil(p) for p in noisy], scenes), scenes).object_fraction >= LEAST_ON_TRUE_DRAWINGS
@@ -58,8 +58,8 @@ def test_one_wrong_attribute_is_refused(attribute: str) -> None:
     wrong.
     """
     rng = random.Random(2)
-    asked, drawn, changed = [], [], []
-    while len(asked) < 100:
+    asked, drawn, changed, count = [], [], [], rounds(short=50, full=100)
+    while len(asked) < count:
         scene = random_scene(rng, (128, 160))
         k = rng.randrange(len(scene.objects))
         used = {getattr(o, attribute) for o in scene.objects} if attribute in ("place", "colour") else set()
@@ -75,7 +75,7 @@ def test_one_wrong_attribute_is_refused(attribute: str) -> None:
         changed.append(k)
     verdicts = judge(render(drawn, torch.Generator().manual_seed(2)), asked)
     refused = [not v.objects[k].is_right for v, k in zip(verdicts, changed, strict=True)]
-    assert sum(refused) >= 99
+    assert sum(refused) >= 0.99 * count
     others = [o.is_right for v, k in zip(verdicts, changed, strict=True) for i, o in enumerate(v.objects) if i != k]
     assert sum(others) / len(others) > 0.95
     assert not any(v.is_right for v, r in zip(verdicts, refused, strict=True) if r)

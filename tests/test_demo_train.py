@@ -62,6 +62,7 @@ def test_resuming_trains_nothing_again(
     assert all(f.read_bytes() == before for f, before in stages.items())
 
 
+@pytest.mark.slow
 def test_the_data_do_not_depend_on_the_workers(tokenizer: Any) -> None:
     def flat(data: CaptionedScenes) -> list[torch.Tensor]:
         return [data.scenes.objects, data.scenes.background, data.tokens, data.lengths]

@@ -66,9 +66,8 @@ def test_quanto_int8_from_a_weight_off_a_16_byte_boundary_does_not_crash(forked)
     """Mapped files start anywhere. In a process of its own: a segmentation fault would end the test run."""
     script = """
 import torch
-from tests.test_quantize_backends import linear
 from ernie_accel.quantization.choose import BACKENDS
-layer = linear()
+layer = torch.nn.Linear(512, 256).to(torch.bfloat16).requires_grad_(False)
 memory = torch.empty(layer.weight.numel() + 1, dtype=torch.bfloat16)
 memory[1:] = layer.weight.flatten()
 layer.weight.data = memory[1:].view(256, 512)

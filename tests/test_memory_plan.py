@@ -260,6 +260,8 @@ def test_memory_is_free_that_the_pipe_has_already_or_that_is_cached(monkeypatch)
 def test_weights_stay_unquantized_as_long_as_that_fits(turbo):
     found = planned(turbo, "rtx4090", "turbo-bf16")
     assert [type(each).__name__ for each in found.transforms] == ["Residency", "ExplainOutOfMemory"]
+    roomy = planned(turbo, "rtx4090", "turbo-bf16", memory="27GiB")  # 8-bit text encoders would all stay on the device
+    assert [type(each).__name__ for each in roomy.transforms] == ["Residency", "ExplainOutOfMemory"]
 
 
 def test_what_the_user_chose_wins(turbo):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -302,14 +303,12 @@ def test_it_runs_on_every_family_and_changes_no_picture(name, graphs):
     assert torch.equal(picture(pipe, steps=2), expected)
 
 
-@pytest.mark.parametrize("length", range(1, 30))
-def test_prompts_have_exactly_the_tokens_asked_for(length, ernie):
-    tokenizers = [ernie.tokenizer, ernie_accel.demo.load().tokenizer]
-    for tokenizer in tokenizers:
+def test_prompts_have_exactly_the_tokens_asked_for(ernie):
+    for tokenizer, length in product((ernie.tokenizer, ernie_accel.demo.load().tokenizer), range(1, 30)):
         prompt = prompt_of(tokenizer, length)
         special = len(tokenizer("")["input_ids"])
-        assert (prompt is None) == (length <= special)
-        assert prompt is None or len(tokenizer(prompt)["input_ids"]) == length
+        assert (prompt is None) == (length <= special), length
+        assert prompt is None or len(tokenizer(prompt)["input_ids"]) == length, length
 
 
 @pytest.mark.parametrize(

@@ -436,7 +436,7 @@ sys.exit(command.run_job(plan_job(Path(sys.argv[1]), given)))
 
 
 @posix
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_signal_finishes_the_batch_and_the_same_command_goes_on(tmp_path, number):
     table, out = tmp_path / "table.csv", tmp_path / "out"
     table.write_text("prompt\n" + "".join(f"cup {i}\n" for i in range(100)))  # 5 s
