@@ -13,8 +13,8 @@ nox.options.reuse_existing_virtualenvs = True
 
 LINT = ("ruff>=0.9",)
 TYPING = ("mypy>=1.14", "types-PyYAML")
-#: ruff formats the signatures in the reference.
-DOCS = ("mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29", *LINT)
+#: ruff formats the signatures in the reference; jieba finds the words of Chinese pages for the search.
+DOCS = ("mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29", "mkdocs-static-i18n>=1.3", "jieba>=0.42", *LINT)
 RELEASE = ("build>=1.2", "twine>=6.1", "check-wheel-contents>=0.6", "cffconvert>=2", "pytest>=8", "pyyaml>=6")
 TEST = (
     "pytest>=8",

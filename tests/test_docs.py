@@ -24,7 +24,11 @@ from ernie_accel.transforms import TRANSFORMS, transform_class
 from tests.page_blocks import blocks, embedded_instead, run_commands
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+#: The Chinese ones have the same code: see test_translations.py.
+PAGES = [
+    ROOT / "README.md",
+    *sorted(page for page in (ROOT / "docs").rglob("*.md") if not page.name.endswith(".zh.md")),
+]
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(b.is_run for b in blocks(p))], ids=lambda p: p.stem)
@@ -178,7 +182,9 @@ def test_the_readme_has_examples_that_run():
     assert any(block.is_run for block in blocks(ROOT / "README.md"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [*PAGES, *ROOT.glob("*.zh.md"), *(ROOT / "docs").rglob("*.zh.md")], ids=lambda p: p.name
+)
 def test_links_within_the_repository_lead_somewhere(page):
     links = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", page.read_text(encoding="utf-8"))
     assert [link for link in links if not (page.parent / link).exists()] == []

@@ -75,8 +75,8 @@ def test_the_sdist_can_be_tested_and_holds_nothing_of_a_work_folder(sdist):
     roots = {PurePosixPath(name).parts[0] for name in sdist}
     assert roots <= {
         "benchmarks", "docs", "examples", "integrations", "src", "tests", "tools", ".gitignore", "CHANGELOG.md",
-        "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "PKG-INFO", "README.md", "SECURITY.md", "mkdocs.yml",
-        "noxfile.py", "pyproject.toml",
+        "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "PKG-INFO", "README.md", "README.zh.md", "SECURITY.md",
+        "mkdocs.yml", "noxfile.py", "pyproject.toml",
     }  # fmt: skip
     assert [name for name in sdist if "__pycache__" in name or name.endswith((".pyc", ".log"))] == []
 
