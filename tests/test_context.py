@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,8 @@ from ernie_accel import Context
 from ernie_accel.core import context as module
 from ernie_accel.core.hardware import HARDWARE, is_other_vendors
 from ernie_accel.plugins import load_plugins
+from ernie_accel.transforms import TRANSFORMS
+from tests.examples import ELSEWHERE, EXAMPLES
 
 
 def test_this_machine_is_seen(ernie):
@@ -184,3 +187,21 @@ def test_a_gpu_that_stays_idle_is_named_beside_the_cpu(monkeypatch, ernie, backe
 def test_a_move_to_a_device_that_is_not_here_is_refused_by_the_plan(ernie, device):
     plan = ernie_accel.plan(ernie, ernie_accel.MoveTo(device))
     assert plan.problems[ernie_accel.MoveTo(device)] == (f"there is no {device!r} here: the device is {plan.context}",)
+
+
+@pytest.mark.parametrize(("column", "device"), [(1, "mps"), (2, "rocm"), (3, "xpu")])
+def test_the_docs_say_what_is_refused_on_devices_that_are_not_supported_yet(column, device, ernie):
+    page = (Path(__file__).parents[1] / "docs" / "installation.md").read_text(encoding="utf-8")
+    table = page.partition("| transform | Apple (mps) |")[2].partition("\n\n")[0].splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    said = {row[0].strip("`").partition("(")[0]: row[column].partition(":")[0] for row in cells}
+    here, there = Context.named(device), Context.named("h200")
+    refused = {
+        type(transform).__name__
+        for transform in EXAMPLES + ELSEWHERE
+        if set(transform.unsupported(ernie, here)) - set(transform.unsupported(ernie, there))
+    }
+    refused.discard("MoveTo")  # it names the device that it moves to
+    names = {name for name in said if name in TRANSFORMS}
+    assert {name for name in names if said[name] == "refused"} == refused
+    assert said["all others"] == "accepted"
