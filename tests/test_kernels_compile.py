@@ -94,7 +94,9 @@ def test_the_blocks(compiled: dict[str, list[Any]], has_fp8: bool) -> None:
             down, factor = rows(ranks, WIDTH, dtype=torch.float8_e4m3fn), rows(ranks, dtype=torch.float32)
             wide = gpu.with_low_rank(values, row_scale, down, factor, spare)[0]
             gpu.low_rank_into(wide, down, factor)
-        gpu.norm_modulate(x, x, gate, weight, scale, shift, EPS, True, spare=64)
+        for spare in (64, 192):  # one kernel for any number of them
+            gpu.norm_modulate(x, x, gate, weight, scale, shift, EPS, True, spare=spare)
+        assert len(set(map(id, compiled["_norm_modulate_kernel"][-2:]))) == 1
         gpu.gelu_mul(rows(1, 2, 2 * HIDDEN), True, 64)
         gpu.qkv_fp8(qkv, head, head, cos, cos, HEADS, EPS)
     assert names(gpu) - set(compiled) == {"_scales_and_gates_kernel"} | (set() if has_fp8 else FP8_ONLY)

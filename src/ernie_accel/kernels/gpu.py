@@ -38,11 +38,11 @@ def _fp8_scale(amax, TOP: tl.constexpr = 448.0):
 @triton.jit(do_not_specialize=["tokens"])  # or it would be compiled again for a number that 16 does not divide
 def _norm_modulate_kernel(
     X, BRANCH, BRANCH_WEIGHT, GATE, WEIGHT, SCALE, SHIFT, X_OUT, Y, Y_SCALE, tokens, gate_stride, scale_stride,
-    shift_stride, eps, WIDTH: tl.constexpr, HAS_BRANCH: tl.constexpr, NORM_BRANCH: tl.constexpr, HAS_GATE: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, QUANTIZE: tl.constexpr, ROWS: tl.constexpr, LOOPS: tl.constexpr,
-    BLOCK: tl.constexpr, PITCH: tl.constexpr, TOP: tl.constexpr,
+    shift_stride, pitch, eps, WIDTH: tl.constexpr, HAS_BRANCH: tl.constexpr, NORM_BRANCH: tl.constexpr,
+    HAS_GATE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, QUANTIZE: tl.constexpr,
+    ROWS: tl.constexpr, LOOPS: tl.constexpr, BLOCK: tl.constexpr, SPARE: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
-    """Rows of Y are PITCH apart; TOP is the largest value of a quantized one."""
+    """With SPARE, quantized rows are `pitch` apart; TOP is the largest value of one."""
     batch = tl.program_id(1).to(tl.int64)
     start = batch * tokens * WIDTH  # 64 bits once; within a batch element 32 bits do
     column = tl.arange(0, BLOCK)
@@ -82,7 +82,8 @@ def _norm_modulate_kernel(
         if QUANTIZE:
             y = y.to(tl.float32)  # zero outside the row: so are weight, scale and shift
             fp8_scale = _fp8_scale(tl.max(tl.abs(y), 1), TOP)
-            y_at = batch * tokens * PITCH + token[:, None] * PITCH + column[None, :]
+            apart = pitch if SPARE else WIDTH
+            y_at = batch * tokens * apart + token[:, None] * apart + column[None, :]
             tl.store(Y + y_at, (y * (1.0 / fp8_scale)[:, None]).to(tl.float8e4nv), mask=here)
             tl.store(Y_SCALE + batch * tokens + token, fp8_scale, mask=token < tokens)
         else:
@@ -371,6 +372,7 @@ def norm_modulate(
         y if y_scale is None else y_scale,
         tokens,
         *(stride for _, stride in vectors),
+        width + spare,
         eps,
         WIDTH=width,
         HAS_BRANCH=branch_bsh is not None,
@@ -382,7 +384,7 @@ def norm_modulate(
         ROWS=_ROWS,
         LOOPS=loops,
         BLOCK=next_power_of_2(width),
-        PITCH=width + spare,
+        SPARE=spare > 0,
         TOP=_top(spare),
         num_warps=min(_warps(width), 8 if norms_branch else _NORM_WARPS[quantize]),  # both rows in registers
     )
