@@ -1,13 +1,16 @@
-"""Claim: `fidelity.grid_score` finds a visible grid with an AUC of at least 0.98, and at most 1 % of clean pictures
-count as gridded.
+"""Claim: `fidelity.grid_score` finds a visible grid with an AUC of at least 0.98, whatever it is on and however the
+picture is saved, and at most 1 % of clean pictures count as gridded.
 
-    python benchmarks/grid_score.py --out benchmarks/results/grid_score_cpu_202611.json    # a quarter of an hour
+    python benchmarks/grid_score.py --out benchmarks/results/grid_score_cpu_202611.json    # ten minutes
     python benchmarks/grid_score.py --pictures 8                                           # a minute, and less sure
 
-Clean pictures are flat colours with a slope and sensor noise, three textures and eleven photographs (both of
-scikit-image, in random crops), and what the embedded model draws on plain and graded backgrounds. Each is looked at as
-it is, as JPEG of quality 95, 85 and 75, and resized to 75 % and 150 %. The grids repeat every 8 or 16 px: lines, waves,
-cells or random tiles, stronger in some parts of a picture than in others.
+Clean pictures are flat colours with a slope and sensor noise, textures and photographs (of scikit-image, in random
+crops), and what the embedded model draws on plain and graded backgrounds. Each is looked at as it is, as JPEG of
+quality 95, 85 and 75, and resized to 75 % and 150 %. The grids repeat every 8 or 16 px: lines, waves, cells or random
+tiles, stronger in some parts of a picture than in others.
+
+The detector's constants were chosen on one half of the pictures (`--half choose`); what is reported is the other half,
+of which no photograph, texture or prompt is in the first. There is one threshold for all.
 
 A grid is called visible from a root mean square of 1.5 grey levels on, and 0.25 more for every grey level that the
 picture itself varies by within 16 px: texture masks patterns (Legge and Foley 1980).
@@ -34,11 +37,15 @@ import ernie_accel
 from ernie_accel.demo.judge import unseen_prompts
 from ernie_accel.fidelity import VISIBLE, grid_score
 
-PHOTOGRAPHS = (
-    "astronaut", "camera", "chelsea", "coffee", "coins", "hubble_deep_field", "immunohistochemistry", "moon", "retina",
-    "rocket", "stereo_motorcycle"
-)  # fmt: skip
-TEXTURES = ("brick", "grass", "gravel")
+PHOTOGRAPHS = {
+    "choose": ("astronaut", "chelsea", "coins", "moon", "rocket"),
+    "report": (
+        "camera", "cat", "cell", "clock", "coffee", "hubble_deep_field", "immunohistochemistry", "page", "retina",
+        "stereo_motorcycle", "text"
+    ),
+}  # fmt: skip
+TEXTURES = {"choose": ("brick",), "report": ("grass", "gravel")}
+HALVES = tuple(TEXTURES)
 KINDS = ("lines", "waves", "cells", "tiles")
 STRENGTHS = (0.5, 1.0, 2.0, 4.0)
 Pixels = np.ndarray[Any, Any]
@@ -48,15 +55,16 @@ def main() -> None:
     """Score clean and gridded pictures, print what that finds, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=100, help="of each kind of background")
+    parser.add_argument("--half", choices=HALVES, default="report", help="which half of the pictures to look at")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file to write; a plot goes beside it")
     options = parser.parse_args()
     rng = np.random.default_rng(options.seed)
     backgrounds = {
         "flat": [flat(rng) for _ in range(options.pictures)],
-        "textures": crops(TEXTURES, options.pictures, rng),
-        "photographs": crops(PHOTOGRAPHS, options.pictures, rng),
-        "embedded model": drawn(options.pictures),
+        "textures": crops(TEXTURES[options.half], options.pictures, rng),
+        "photographs": crops(PHOTOGRAPHS[options.half], options.pictures, rng),
+        "embedded model": drawn(options.pictures, options.half),
     }
     clean: dict[str, dict[str, list[float]]] = {}
     gridded: dict[str, dict[str, dict[str, list[float]]]] = {}
@@ -72,10 +80,11 @@ def main() -> None:
     if options.out is not None:
         record = {
             "command": f"python benchmarks/grid_score.py --pictures {options.pictures} --seed {options.seed}",
+            "half": options.half,
             "versions": {"numpy": np.__version__, "scikit-image": skimage.__version__},
             "threshold": VISIBLE,
             **figures,
-            "drawn at 16 px": patterned(options.pictures),
+            "drawn at 16 px": patterned(options.pictures, options.half),
         }
         options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         if importlib.util.find_spec("matplotlib") is None:
@@ -127,11 +136,11 @@ def scores(pictures: list[Pixels], change: Callable[[Pixels], float]) -> list[fl
 
 def flat(rng: np.random.Generator) -> Pixels:
     """Return one colour with a slope and a sensor's noise."""
-    size = int(rng.choice([256, 384, 512]))
+    size = int(rng.choice([128, 256, 384, 512]))
     slope_x, slope_y = rng.uniform(-30, 30, 2)
     steps = np.linspace(-0.5, 0.5, size)
     pixels = rng.uniform(30, 225, 3) + (slope_x * steps[None, :] + slope_y * steps[:, None])[..., None]
-    return to_bytes(pixels + rng.normal(0, rng.uniform(0, 1.5), (size, size, 1)))
+    return to_bytes(pixels + rng.normal(0, 8 * rng.uniform() ** 2, (size, size, 1)))
 
 
 def crops(names: tuple[str, ...], count: int, rng: np.random.Generator) -> list[Pixels]:
@@ -146,13 +155,15 @@ def crops(names: tuple[str, ...], count: int, rng: np.random.Generator) -> list[
     return found
 
 
-def drawn(count: int, textured: bool = False) -> list[Pixels]:
+def drawn(count: int, half: str, textured: bool = False) -> list[Pixels]:
     """Return what the embedded model draws: on plain and graded backgrounds, or on textures of a 16 px period."""
     pipe = ernie_accel.demo.load(prompt_enhancer=False)
     pipe.set_progress_bar_config(disable=True)
-    wanted = [pair for pair in unseen_prompts(4 * count + 40) if bool(pair[1].background.texture) == textured][:count]
+    several = unseen_prompts(16 * count + 80)
+    wanted = [pair for pair in several if bool(pair[1].background.texture) == textured]
     found = []
-    for number, (prompt, scene) in enumerate(wanted):
+    for number in range(HALVES.index(half), 2 * count, len(HALVES)):
+        prompt, scene = wanted[number]
         image = pipe(
             prompt,
             height=scene.height,
@@ -217,6 +228,7 @@ def summary(clean: Mapping[str, Any], gridded: Mapping[str, Any]) -> dict[str, A
     """Return false alarms, and AUC and what is found by background and strength; of all ways of saving together."""
     everything = [score for of in clean.values() for some in of.values() for score in some]
     found: dict[str, Any] = {"pictures": len(everything), "false alarms": share(everything), "backgrounds": {}}
+    found["highest clean"] = max(everything)
     found["false alarms by way"] = {way: share([s for of in clean.values() for s in of[way]]) for way in WAYS}
     for name, of in clean.items():
         plain = [score for some in of.values() for score in some]
@@ -242,9 +254,9 @@ def share(scored: list[float]) -> float:
     return round(float((np.array(scored) > VISIBLE).mean()), 4)
 
 
-def patterned(count: int) -> dict[str, Any]:
+def patterned(count: int, half: str) -> dict[str, Any]:
     """Return how pictures score whose background was asked for with a pattern of 16 px."""
-    found = [grid_score(each) for each in drawn(count, textured=True)]
+    found = [grid_score(each) for each in drawn(count, half, textured=True)]
     return {"pictures": len(found), "above the threshold": share(found), "median": round(float(np.median(found)), 2)}
 
 

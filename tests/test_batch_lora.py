@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ernie_accel import RewriteBlocks, optimize
 from ernie_accel.batch import BatchInputError, produce, read_rows, read_table
@@ -129,6 +129,20 @@ def test_few_adapters_stay_loaded(folder, monkeypatch):
     assert most == [1, 1]
 
 
+def test_a_lora_of_which_layers_would_be_left_out_fails_its_row(folder):
+    """diffusers loads what it knows, and logs the rest: the picture would be another than was asked for."""
+    tensors = load_file(folder / "a.safetensors")
+    more = {name.replace("layers.0.", "layers.9."): tensor.clone() for name, tensor in tensors.items()}
+    assert len(more.keys() - tensors.keys()) > 0
+    save_file(tensors | more, folder / "more.safetensors")
+    rows = rows_of(folder, "p,1,a.safetensors,", "p,1,more.safetensors,", "q,1,a.safetensors,")
+    results = {result.row.index: result for result in produce(tiny_ernie(), rows, folder / "out")}
+    assert results[0].error is results[2].error is None
+    missing = len({name.rpartition(".lora_")[0] for name in more.keys() - tensors.keys()})
+    assert f"more.safetensors does not fit ErnieImagePipeline: {missing} of its " in results[1].error
+    assert "(the first is transformer.layers.9." in results[1].error
+
+
 def test_a_lora_of_another_architecture_fails_its_rows_and_no_others(folder):
     z_image = tiny_z_image()
     write_lora(folder / "z.safetensors", 3, z_image)
@@ -137,7 +151,8 @@ def test_a_lora_of_another_architecture_fails_its_rows_and_no_others(folder):
     pipe = tiny_ernie()
     results = {result.row.index: result for result in produce(pipe, rows_of(folder, *lines), folder / "out")}
     assert results[1].error is results[2].error is None
-    assert results[0].error.startswith("z.safetensors does not fit ErnieImagePipeline: ")
+    counted = "8 of its 8 layers are not in this ErnieImagePipeline (the first is transformer."
+    assert results[0].error.startswith(f"z.safetensors does not fit ErnieImagePipeline: {counted}")
     assert results[3].error.startswith("no_lora.safetensors does not fit ErnieImagePipeline: ")
     alone = drawn(list(produce(tiny_ernie(), rows_of(folder, *lines[1:2]), folder / "alone")))
     assert np.array_equal(np.asarray(Image.open(results[1].path)), alone[0])

@@ -1,7 +1,8 @@
 """Find the faint grid that distilled checkpoints can leave on a picture: a pattern that repeats every 8 or 16 pixels.
 
 A pattern with the period of a patch has its energy at multiples of one frequency, in both directions. What a picture
-shows has it everywhere. So each of these frequencies is held against its surroundings, and what stands out is summed.
+shows has it everywhere, most of it at edges. So what lies in busy places counts less, each of these frequencies is held
+against its surroundings, and what stands out is summed.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ LEAST_SIDE = 96
 VISIBLE = 0.5
 """A `grid_score` above this is a grid; ``benchmarks/grid_score.py`` measures what that finds and misses."""
 
-_HANN = 2.25  # over how many steps of its spectrum the window spreads the power of a frequency
+# Chosen on one half of the pictures of the benchmark, which reports the other.
 _CLIP = 12.0  # grey levels: an edge or a strong texture counts no more than this
 _BLUR = 8  # pixels to each side: what is taken off first, so that a slope is not clipped
+_BUSY = 4  # pixels to each side: how far around a pixel it is looked how much happens there
+_CALM = 2.5  # grey levels, root mean square: places where no more happens count fully
+_USUAL = 0.3  # the part of a picture that is calm whatever happens there, as a texture or the grid itself is everywhere
 _AROUND = 10  # how far the surroundings of a frequency reach, in its spectrum's steps
-_TIMES = 1.2  # how often its surroundings' power a frequency must have; what is above counts
-_ALONE = 4.0  # how much more than the second the strongest frequency counts at most
+_TIMES = 6.0  # how often its surroundings' power a frequency must have; what is above counts
+_ALONE = 6.0  # how much more than the second the strongest frequency counts at most
 _NOISE = 0.15  # power of rounding to whole grey levels, and a little more
 
 
@@ -69,9 +73,10 @@ def grid_of(grey: Grey) -> float:
     """Return the `grid_score` of grey values [H, W], 0 to 255, both sides at least `LEAST_SIDE`."""
     height, width = (side // STRIDE * STRIDE for side in grey.shape)  # so that a grid falls on whole frequencies
     grey = np.asarray(grey[:height, :width], dtype=np.float64)
-    detail = np.clip(grey - _blurred(_blurred(grey)), -_CLIP, _CLIP)
-    window = np.outer(_hann(height), _hann(width))
-    power = np.abs(np.fft.fft2(detail * (window / np.sqrt((window**2).mean())))) ** 2 / detail.size
+    detail = np.clip(grey - _blurred(_blurred(grey, _BLUR), _BLUR), -_CLIP, _CLIP)
+    weights = np.outer(_hann(height), _hann(width)) * _calmness(detail)
+    # A pattern that is the same everywhere keeps its strength, wherever the weights are.
+    power = np.abs(np.fft.fft2(detail * (weights / weights.mean()))) ** 2 / detail.size
     standing_out: list[float] = []
     for down in range(STRIDE // 2 + 1):
         for across in range(-STRIDE // 2 + 1, STRIDE // 2 + 1):
@@ -86,6 +91,13 @@ def grid_of(grey: Grey) -> float:
     return float(np.sqrt(2 * energy / detail.size))
 
 
+def _calmness(detail: Grey) -> Grey:
+    """Return how much each pixel counts, from 0 to 1: little near edges, also because JPEG leaves its blocks there."""
+    happening = _blurred(detail**2, _BUSY)
+    usual = _CALM**2 + float(np.quantile(happening, _USUAL))
+    return usual / (usual + happening)
+
+
 def _held_against(power: Grey, row: int, column: int) -> tuple[float, float]:
     """Return the power at a frequency, and what it would be there if it were as around it."""
     height, width = power.shape
@@ -95,22 +107,17 @@ def _held_against(power: Grey, row: int, column: int) -> tuple[float, float]:
     # The window spreads a frequency over its neighbours. Straight edges have their power along one line of the
     # spectrum, so the lines through the frequency are looked at by themselves.
     middle_y, middle_x = abs(y) <= 1, abs(x) <= 1
-    peak = near[np.ix_(middle_y, middle_x)]
     beside, above = near[np.ix_(middle_y, abs(x) > 2)], near[np.ix_(abs(y) > 2, middle_x)]
     outside = near[(abs(y)[:, None] > 2) | (abs(x)[None] > 2)]
-    # What repeats in another period has its power beside the frequency, not on it.
-    total = min(float(peak.sum()), _HANN * float(power[row % height, column % width]))
-    return total, peak.size * (max(beside.mean(), above.mean(), outside.mean()) + _NOISE)
+    return float(near[reach_y, reach_x]), max(beside.mean(), above.mean(), outside.mean()) + _NOISE
 
 
-def _blurred(values: Grey) -> Grey:
-    """Return means over squares, the picture mirrored at its edges."""
-    size = 2 * _BLUR + 1
-    for axis in (0, 1):
-        sides = [(_BLUR + 1, _BLUR) if axis == each else (0, 0) for each in (0, 1)]
-        sums = np.pad(values, sides, mode="reflect").cumsum(axis)
-        ends = range(size, sums.shape[axis])
-        values = (sums.take(ends, axis) - sums.take(range(len(ends)), axis)) / size
+def _blurred(values: Grey, reach: int) -> Grey:
+    """Return means over squares of `reach` pixels to each side, the picture mirrored at its edges."""
+    size = 2 * reach + 1
+    for _ in range(2):  # each time over the rows, which are columns the second time
+        sums = np.pad(values, ((reach + 1, reach), (0, 0)), mode="reflect").cumsum(0)
+        values = (sums[size:] - sums[:-size]).T / size
     return values
 
 

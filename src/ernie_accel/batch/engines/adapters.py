@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ernie_accel.batch.engines.base import AdapterFile, is_out_of_memory
 from ernie_accel.core.errors import ErnieAccelError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 KEPT = 8
 """Adapters that stay loaded."""
+_LAYER = re.compile(r"(\w+\..+)\.lora_[AB]\.weight")
 _CONFIGURATIONS = frozenset({"lora_adapter_metadata"})
 """Where a file has what an adapter was made with, its alpha among it."""
 
@@ -80,6 +86,7 @@ class Adapters:
         from safetensors.torch import load
 
         weights = load(content)
+        _check_layers(self._pipe, weights)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         if not header.get("__metadata__", {}).keys() & _CONFIGURATIONS:
             self._pipe.load_lora_weights(weights, adapter_name=name)
@@ -98,6 +105,30 @@ class Adapters:
     def _remove(self, name: str) -> None:
         if self._has(name):
             self._pipe.delete_adapters(name)
+
+
+def _check_layers(pipe: Any, weights: Mapping[str, Tensor]) -> None:
+    """Refuse a LoRA of which diffusers would leave layers out with no more than a line in its log.
+
+    Raises:
+        ValueError: Some of its layers are not in the pipe; they are counted.
+    """
+    from ernie_accel.core.components import modules_of
+    from ernie_accel.models.adapters import layer_paths
+    from ernie_accel.quantization.layers import excludable_paths
+
+    read = pipe.lora_state_dict(dict(weights))
+    tensors = read[0] if isinstance(read, tuple) else read  # Stable Diffusion's gives the alphas beside them
+    layers = dict.fromkeys(match[1] for key in tensors if (match := _LAYER.fullmatch(key)) is not None)
+    there = {
+        f"{component}.{path}"
+        for component, module in modules_of(pipe).items()
+        for path in (*layer_paths(module), *excludable_paths(pipe, (component,)))
+    }
+    missing = [layer for layer in layers if layer not in there]
+    if missing:
+        count = f"{len(missing)} of its {len(layers)} layers are not in this {type(pipe).__name__}"
+        raise ValueError(f"{count} (the first is {missing[0]})")
 
 
 def adapter_problem(pipe: Any) -> str | None:
