@@ -72,6 +72,22 @@ def test_a_backend_from_outside_quantizes_saves_and_loads(plugin, tmp_path):
     assert torch.equal(picture(pipe), before)
 
 
+def test_all_three_from_outside_go_through_a_preset_and_a_saved_folder(plugin, tmp_path):
+    pipe = tiny_flux().to(torch.bfloat16)
+    pipe.set_progress_bar_config(disable=False)
+    own = HideProgress(leave=True), Quantize("int8-rows"), CallDefaults("turbo")
+    preset = replace(ernie_accel.presets["turbo-bf16"], name="flux-rows", transforms=own)
+    ernie_accel.optimize(pipe, preset=preset)
+    assert {entry.status for entry in ernie_accel.report(pipe).entries} == {"applied"}
+    folder = ernie_accel.save(pipe, tmp_path / "saved")
+    again = ernie_accel.load(folder, known=[HideProgress])
+    assert ernie_accel.plan(again).family == "FLUX.1"
+    entries = {entry.step.transform: entry.status for entry in ernie_accel.report(again).entries}
+    assert entries[HideProgress(leave=True)] == entries[CallDefaults("turbo")] == "applied"
+    assert any(isinstance(module, RowsLinear) for module in again.transformer.modules())
+    assert torch.equal(picture(again), picture(pipe))
+
+
 def test_a_backend_may_be_passed_as_an_object(plugin):
     assert Quantize("int8-rows", backend=PlainRows()) == Quantize("int8-rows", backend="plain-rows")
 

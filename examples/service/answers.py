@@ -24,7 +24,7 @@ _KEEP_ALIVE_S = 15.0  # proxies end connections on which nothing comes
 
 
 class ApiError(Exception):
-    """What a client is told; its text is from this program alone, and names no file.
+    """The error that a client receives; its text is from this program alone, and names no file.
 
     Attributes:
         status: The HTTP status.

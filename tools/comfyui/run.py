@@ -22,7 +22,7 @@ NODES = Path(__file__).parents[2] / "integrations" / "comfyui"
 
 
 class _Server:
-    """What the executor tells of its work; ComfyUI's own server sends it to the page."""
+    """Receives the progress that the executor reports; ComfyUI's own server sends it to the page."""
 
     def __init__(self) -> None:
         self.client_id = "tools.comfyui"

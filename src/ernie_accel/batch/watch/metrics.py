@@ -132,7 +132,7 @@ class _Server(socketserver.ThreadingTCPServer):
         super().__init__(address, _Answer)  # type: ignore[arg-type]  # as getaddrinfo returns it, IPv6 too
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread of its own. A Prometheus asks at once: who is in the way has asked for nothing yet."""
+        """Answer in a thread of its own. Where all are taken, end the connection that has been silent for longest."""
         if not self._free.acquire(blocking=False):
             self._end(most=1)
             if not self._free.acquire(timeout=_EVICTION_S):
