@@ -20,6 +20,10 @@ KEPT = ROOT / "docs" / "translations.json"
 PAGES = (
     "README.md",
     "docs/index.md",
+    "docs/installation.md",
+    "docs/faq.md",
+    "docs/tutorials/first-picture.md",
+    "docs/troubleshooting.md",
 )
 #: Written by docs/generate_cards.py in both languages from the same figures.
 GENERATED = "docs/cards/"
