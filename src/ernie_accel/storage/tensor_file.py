@@ -33,6 +33,8 @@ _NAMES = {
     torch.uint64: "U64",
     torch.float64: "F64",
 }
+#: What they stand for.
+DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -1,11 +1,12 @@
-"""Put the saved bits of one model into its empty model: mapped from the file, checked against what the model is."""
+"""Put the saved bits of one model into its empty model: read or mapped, checked against what the model is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -13,6 +14,7 @@ from ernie_accel.core.components import weights_of
 from ernie_accel.core.errors import SavedPipelineError
 from ernie_accel.core.transform import LayerReceipt
 from ernie_accel.storage.manifest import WEIGHTS
+from ernie_accel.storage.parallel_read import ParallelReader, Stored, stored_tensors
 from ernie_accel.storage.tensor_file import ALIGNMENT
 
 if TYPE_CHECKING:
@@ -39,29 +41,33 @@ class SavedWeights:
         Raises:
             SavedPipelineError: File and model do not have the same tensors.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         from ernie_accel.storage.blanks import Blanks
 
         blanks = Blanks(device or runs_on, device or "cpu")
         within = tuple(f"{path}." for path in self.receipts)
+        wrapped: dict[str, torch.Tensor] = {}
         try:
-            with safe_open(self.folder / self.name / WEIGHTS, framework="pt") as file:
-                names = set(file.keys())
+            with _opened(self.folder / self.name / WEIGHTS, device) as file:
                 by_layer: dict[str, list[str]] = {path: [] for path in self.receipts}
-                for name in names:
+                for name in file.tensors:
                     by_layer.get(name.partition("/")[0], []).append(name)
                 inside = {name for mine in by_layer.values() for name in mine}
+                outside = sorted(file.tensors.keys() - inside)
+                # All of it is checked before memory is allocated for any of it.
                 for path, receipt in self.receipts.items():
                     self._check_layer(module, path, receipt)
-                    saved = {name.partition("/")[2]: _brought(file.get_tensor(name), device) for name in by_layer[path]}
+                for name in outside:
+                    self._check_tensor(module, name, file.tensors[name])
+                file.start([*(name for mine in by_layer.values() for name in mine), *outside])
+                for path, receipt in self.receipts.items():
+                    self._check_layer(module, path, receipt)  # again: it may lie in one that was just replaced
+                    saved = {name.partition("/")[2]: file.take(name) for name in by_layer[path]}
                     _put_layer(module, path, self._layer(blanks, receipt, saved))
-                wrapped = {}
-                for name in sorted(names - inside):
-                    tensor = file.get_tensor(name)
-                    self._check_tensor(module, name, tensor)
-                    wrapped[name] = _like(module, name, _brought(tensor, device))
-        except SafetensorError as error:
+                for name in outside:
+                    wrapped[name] = _like(module, name, file.take(name))
+        except (SafetensorError, OSError, ValueError) as error:
             raise self._wrong(f"cannot be read: {error}") from error
         for new, old in self.aliases.items():
             if old not in wrapped:
@@ -102,7 +108,7 @@ class SavedWeights:
         RECEIPT.put(layer, receipt)
         return layer
 
-    def _check_tensor(self, module: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    def _check_tensor(self, module: torch.nn.Module, name: str, tensor: torch.Tensor | Stored) -> None:
         """Refuse a tensor for which the model has no place of this name, shape and kind."""
         owner, child = _owner(module, name)
         places = {} if owner is None else {**owner._parameters, **owner._buffers}
@@ -114,19 +120,39 @@ class SavedWeights:
         if there.shape != tensor.shape:
             raise self._wrong(f"has {name} as {tuple(tensor.shape)}, and the model as {tuple(there.shape)}")
         # Floating-point weights may have been cast; eight bits mean what the layer that holds them says.
-        may_differ = min(there.itemsize, tensor.itemsize) > 1 and there.is_floating_point()
-        if there.dtype != tensor.dtype and not (may_differ and tensor.is_floating_point()):
+        may_differ = min(there.itemsize, tensor.dtype.itemsize) > 1 and there.is_floating_point()
+        if there.dtype != tensor.dtype and not (may_differ and tensor.dtype.is_floating_point):
             raise self._wrong(f"has {name} as {tensor.dtype}, and the model as {there.dtype}")
 
     def _wrong(self, what: str) -> SavedPipelineError:
         return SavedPipelineError(self.folder, f"{self.name}/{WEIGHTS} {what}")
 
 
-def _brought(tensor: torch.Tensor, device: str | None) -> torch.Tensor:
-    """Return a tensor of a mapped file on a device, in its own memory; with None as it is, if kernels can read it."""
-    if device is None:
+class _MappedFile:
+    """A safetensors file whose tensors stay mapped; what `ParallelReader` is for those that go to a device."""
+
+    def __init__(self, file: Path) -> None:
+        from safetensors import safe_open
+
+        self.tensors = stored_tensors(file)
+        self._file: Any = safe_open(file, framework="pt")
+
+    def start(self, names: Iterable[str]) -> None:
+        """Nothing is read before it is used."""
+
+    def take(self, name: str) -> torch.Tensor:
+        """Return a tensor as it is, if kernels can read it where it lies."""
+        tensor: torch.Tensor = self._file.get_tensor(name)
         return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
-    return tensor.to(device, copy=True)
+
+
+@contextlib.contextmanager
+def _opened(file: Path, device: str | None) -> Iterator[_MappedFile | ParallelReader]:
+    if device is None:
+        yield _MappedFile(file)
+        return
+    with ParallelReader(file, device) as reader:
+        yield reader
 
 
 def _owner(module: torch.nn.Module, path: str) -> tuple[torch.nn.Module | None, str]:

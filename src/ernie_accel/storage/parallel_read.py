@@ -1,0 +1,172 @@
+"""Read the tensors of a safetensors file with several threads, straight into the memory where they stay.
+
+One thread that copies from a mapped file waits for each page, and a device copies from such pages through a buffer of
+its driver. Here several threads read large blocks: for the CPU into the tensor itself, for an accelerator into a block
+of pinned memory of their own, from which the device copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ernie_accel.storage.tensor_file import DTYPES
+
+#: What a thread reads and copies at a time; all of the host's memory that an accelerator's tensors need, per thread.
+BLOCK_BYTES = 16 * 2**20
+#: More gain nothing: a few saturate memory, and disks too.
+_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies in a file, and what it is."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: int
+    nbytes: int
+
+
+class ParallelReader:
+    """Reads tensors of one safetensors file in the background; a context manager, which waits for its threads."""
+
+    def __init__(self, file: Path, device: str, threads: int | None = None) -> None:
+        """Read the header; nothing else is read yet.
+
+        Args:
+            file: A safetensors file.
+            device: Where the tensors go.
+            threads: How many read; None: one for each core, 8 at most.
+
+        Raises:
+            SafetensorError: The file is damaged: header and size do not agree.
+            ValueError: A tensor has a dtype that torch does not have.
+            OSError: The file cannot be read.
+        """
+        self.tensors = stored_tensors(file)
+        self._file, self._device = file, torch.device(device)
+        self._pool = ThreadPoolExecutor(threads or min(_THREADS, os.cpu_count() or 1), "ernie-accel-read")
+        self._blocks = threading.local()
+        self._stream = _current_stream(self._device)
+        self._pending: dict[str, tuple[torch.Tensor, list[Future[None]]]] = {}
+
+    def start(self, names: Iterable[str]) -> None:
+        """Allocate these tensors and begin to read them, in this order.
+
+        Raises:
+            torch.OutOfMemoryError: The device has no memory for them.
+        """
+        for name in names:
+            stored = self.tensors[name]
+            tensor = torch.empty(stored.shape, dtype=stored.dtype, device=self._device)
+            # A scalar has no dimension that could be counted in bytes.
+            into = tensor.reshape(-1).view(torch.uint8)
+            parts = (
+                self._pool.submit(self._read, into[at : at + BLOCK_BYTES], stored.start + at)
+                for at in range(0, stored.nbytes, BLOCK_BYTES)
+            )
+            self._pending[name] = tensor, list(parts)
+
+    def take(self, name: str) -> torch.Tensor:
+        """Return a tensor that was started, once all of it has arrived. Each is given out once.
+
+        Raises:
+            OSError: The file cannot be read, or has become shorter.
+        """
+        tensor, parts = self._pending.pop(name)
+        for part in parts:
+            part.result()
+        return tensor
+
+    def _read(self, into: torch.Tensor, start: int) -> None:
+        """Fill bytes on the device with those of the file that begin at `start`."""
+        direct = into.device.type == "cpu"
+        block = into if direct else self._block()[: into.numel()]
+        array: Any = block.numpy()
+        view, done = memoryview(array), 0
+        with self._file.open("rb", buffering=0) as file:
+            file.seek(start)
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise OSError(f"it ends at byte {start + done}, within a tensor")
+                done += count
+        if not direct:
+            with self._stream:
+                into.copy_(block)  # returns once it is done, so the block is free again
+
+    def _block(self) -> torch.Tensor:
+        """Return this thread's block of host memory: pinned for CUDA, if the system lets us pin so much."""
+        if not hasattr(self._blocks, "block"):
+            made = None
+            if self._device.type == "cuda":
+                with contextlib.suppress(RuntimeError):
+                    made = torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
+            self._blocks.block = torch.empty(BLOCK_BYTES, dtype=torch.uint8) if made is None else made
+        block: torch.Tensor = self._blocks.block
+        return block
+
+    def __enter__(self) -> ParallelReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._pending.clear()
+
+
+class _CurrentStream:
+    """Makes a thread launch on the stream of the thread that made this, where allocated memory is known to be free.
+
+    Unlike torch's own context manager, several threads can enter it at the same time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._kind: Any = getattr(torch, device.type)
+        self._stream = self._kind.current_stream(device)
+        self._entered = threading.local()
+
+    def __enter__(self) -> None:
+        self._entered.context = self._kind.stream(self._stream)
+        self._entered.context.__enter__()
+
+    def __exit__(self, *raised: object) -> None:
+        self._entered.context.__exit__(*raised)
+
+
+def _current_stream(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    has_streams = hasattr(getattr(torch, device.type, None), "current_stream") and device.type != "cpu"
+    return _CurrentStream(device) if has_streams else contextlib.nullcontext()
+
+
+def stored_tensors(file: Path) -> dict[str, Stored]:
+    """Return what a file holds, by name; arguments and errors are those of `ParallelReader`."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:  # checks that header and size agree, and that nothing overlaps
+        names = set(opened.keys())
+    with file.open("rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        header: dict[str, Any] = json.loads(raw.read(length))
+    return dict(_each(header, names, 8 + length))
+
+
+def _each(header: dict[str, Any], names: set[str], data: int) -> Iterator[tuple[str, Stored]]:
+    for name in names:
+        about = header[name]
+        if about["dtype"] not in DTYPES:
+            raise ValueError(f"{name} is of {about['dtype']}, which torch does not have")
+        first, end = about["data_offsets"]
+        yield name, Stored(tuple(about["shape"]), DTYPES[about["dtype"]], data + first, end - first)
