@@ -308,9 +308,12 @@ def test_pictures_are_decoded_in_tiles_only_where_nothing_else_fits(turbo):
     assert placed.transforms == ()
 
 
-def test_a_pipe_that_cannot_fit_is_refused_with_what_would(turbo):
-    found = planned(turbo, "rtx4060", memory="3GiB", call=Call(512, 512))
+@pytest.mark.parametrize("memory", ["3GiB", "1GiB", 1])
+def test_a_pipe_that_cannot_fit_is_refused_with_what_would(turbo, memory):
+    """Also below what is computed with alone, where no weight at all could stay."""
+    found = planned(turbo, "rtx4060", memory=memory, call=Call(512, 512))
     assert not found.fits
+    assert found.needed < 5 * GIB
     assert f"weights within {human_gib(found.stages[0].weights)}, the rest fetched" in str(found)
     with pytest.raises(ErnieAccelError, match=r"(?s)does not fit: .* are needed at least.*denoise"):
         check_fits(found)

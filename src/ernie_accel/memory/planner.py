@@ -350,15 +350,15 @@ def _candidates(
     if budget is None:
         return
     most = max((UNKNOWN if need is None else need for need in activations.values()), default=0)
-    room = budget - most - BETWEEN - _spare(wanted, activations)
-    keep: tuple[Transform, ...] = (Residency(room, device=device),) if room > 0 else ()
+    # Without any room it does not fit, and the least that would is still to be found: `_judge` knows it.
+    room = max(1, budget - most - BETWEEN - _spare(wanted, activations))
+    keep: tuple[Transform, ...] = (Residency(room, device=device),)
     fetched = _fetched(room)
     ways: list[tuple[tuple[Transform, ...], tuple[str, ...]]] = []
     if eight:
         ways.append(((*eight, *move), (less, stays)))
-    if keep:
-        ways.insert(len(ways) if lossy else 0, (keep, (fetched,)))
-    if eight and keep:
+    ways.insert(len(ways) if lossy else 0, (keep, (fetched,)))
+    if eight:
         ways.append(((*eight, *keep), (less, fetched)))
     yield from ways
 
