@@ -136,7 +136,16 @@ def close_wide(got: Tensor, expected: Tensor, width: int) -> None:
     assert (got - expected)[..., width:].norm() <= steps * 0.02 * expected[..., width:].norm()
 
 
-@pytest.mark.parametrize(("b", "s", "f"), [*SIZES, (1, 3, 12288), (1, 2, 5000)])
+def test_chunks_cover_every_width_with_little_left_over(gpu) -> None:
+    for width in range(1, 16385):
+        chunks = gpu._chunks(width)
+        assert len(chunks) == 3
+        assert all(each & (each - 1) == 0 for each in chunks)
+        assert width <= sum(chunks) <= max(gpu._SMALLEST_CHUNK, width * 4 / 3)
+    assert [gpu._chunks(width) for width in (9216, 10240, 12288)] == [(8192, 1024, 0), (8192, 2048, 0), (8192, 4096, 0)]
+
+
+@pytest.mark.parametrize(("b", "s", "f"), [*SIZES, (1, 3, 12288), (1, 2, 5000), (1, 2, 11008)])
 def test_gelu_mul(gpu, b: int, s: int, f: int) -> None:
     gate_up = rand(b, s, 2 * f)
     expected = reference.gelu_mul(gate_up)
