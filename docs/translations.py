@@ -24,6 +24,8 @@ PAGES = (
     "docs/faq.md",
     "docs/tutorials/first-picture.md",
     "docs/troubleshooting.md",
+    "docs/tutorials/lora.md",
+    "docs/tutorials/quantize-certify-ship.md",
 )
 #: Written by docs/generate_cards.py in both languages from the same figures.
 GENERATED = "docs/cards/"
