@@ -26,6 +26,7 @@ PAGES = (
     "docs/troubleshooting.md",
     "docs/tutorials/lora.md",
     "docs/tutorials/quantize-certify-ship.md",
+    "docs/tutorials/service.md",
 )
 #: Written by docs/generate_cards.py in both languages from the same figures.
 GENERATED = "docs/cards/"
