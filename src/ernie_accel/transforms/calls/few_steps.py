@@ -128,7 +128,9 @@ class FewSteps(Transform):
             with torch.no_grad():
                 tensors, foreign = _converted(Path(self.lora), *_names_of(pipe))
             # A file also has metadata, such as alphas; those of foreign names are in the converted tensors.
-            source, kwargs = (tensors, {}) if foreign else (self.lora, {"use_safetensors": True})
+            file = Path(self.lora).absolute()
+            by_name = {"weight_name": file.name, "use_safetensors": True}
+            source, kwargs = (tensors, {}) if foreign else (str(file.parent), by_name)
             anything.load_lora_weights(source, adapter_name=self.adapter_name, local_files_only=True, **kwargs)
             for layer in _lora_layers(pipe):
                 if self.adapter_name in layer.scaling:
@@ -223,7 +225,8 @@ def _converted(
     magnitudes = sum("dora_scale" in name or "lora_magnitude" in name for name in names)
     if magnitudes:
         return f"is a DoRA ({magnitudes} tensors of magnitudes), of which only a part would be loaded", False
-    tensors = reader(str(file), use_safetensors=True, local_files_only=True)
+    # By folder and name: offline, diffusers 0.38 refuses the path of a file.
+    tensors = reader(str(file.parent), weight_name=file.name, use_safetensors=True, local_files_only=True)
     if isinstance(tensors, tuple):  # Stable Diffusion's gives the alphas beside them
         tensors = tensors[0]
     foreign = bool(paths) and is_foreign(tensors)
