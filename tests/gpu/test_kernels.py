@@ -128,12 +128,20 @@ def test_low_rank_in_spare_columns(gpu, b: int, s: int, h: int, ranks: int, spar
 
 
 def close_wide(got: Tensor, expected: Tensor, width: int) -> None:
-    """Equal up to a step of float8; larger ones are where the interpreter loses a carry."""
+    """Equal up to a step of float8; larger ones are where the interpreter loses a carry.
+
+    Hopper's tensor cores add float8 products with 14 bits, so that sums of a few thousand are off by up to 2 % of the
+    largest (DeepSeek-V3 Technical Report, section 3.3.2): small sums by many of their own steps.
+    """
     assert got.shape == expected.shape
     got, expected = got.float(), expected.float()
     steps = 8.5 if INTERPRETED else 1.1
-    assert ((got - expected).abs() <= steps * (2.0**-3 * expected.abs() + 2.0**-9)).all()
-    assert (got - expected)[..., width:].norm() <= steps * 0.02 * expected[..., width:].norm()
+    error, allowed = (got - expected).abs(), steps * (2.0**-3 * expected.abs() + 2.0**-9)
+    if not INTERPRETED:
+        allowed[..., width:] += 0.02 * expected[..., width:].abs().amax(-1, keepdim=True)
+    assert (error <= allowed).all()
+    most = steps * 0.02 if INTERPRETED else 0.04
+    assert error[..., width:].norm() <= most * expected[..., width:].norm()
 
 
 def test_chunks_cover_every_width_with_little_left_over(gpu) -> None:
