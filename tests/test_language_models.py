@@ -213,7 +213,7 @@ def test_it_goes_beneath_a_hook_that_brings_the_weights():
         RewrittenForward(model, 0, 4).install(undo)
         mine = vars(model)["_old_forward"]
         assert isinstance(mine, RewrittenForward)
-        mine.forward_below = None  # it must not be needed
+        mine.inner_forward = None  # it must not be needed
         with torch.no_grad():
             assert rel(model(input_ids=ids()).last_hidden_state, want) < 2e-6
     assert hook.seen == 1
@@ -282,7 +282,7 @@ def test_a_pipe_encodes_as_stock_does_and_is_restored_bit_for_bit(make, transfor
     want, before = encoded(pipe, **arguments), picture(pipe, prompt=PROMPTS[:2], guidance_scale=3.0)
     ernie_accel.optimize(pipe, *transforms)
     if RewriteTextEncoder() in transforms:
-        pipe.text_encoder.forward.forward_below = None
+        pipe.text_encoder.forward.inner_forward = None
     assert is_near(encoded(pipe, **arguments), want)
     assert rel(picture(pipe, prompt=PROMPTS[:2], guidance_scale=3.0), before) < 1e-5
     ernie_accel.restore(pipe)

@@ -18,7 +18,7 @@ CUDA = "CUDA out of memory. Tried to allocate 512.00 MiB. GPU 0 has a total capa
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch, module: Any, method: str, kept: list[Any] | None = None) -> None:
-    below = getattr(type(module), method)
+    inner = getattr(type(module), method)
     failed = []
 
     def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -28,7 +28,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, module: Any, method: str, kept: l
             if kept is not None:
                 kept.append(weakref.ref(large))
             raise torch.OutOfMemoryError(CUDA)
-        return below(self, *args, **kwargs)
+        return inner(self, *args, **kwargs)
 
     monkeypatch.setattr(type(module), method, failing)
 

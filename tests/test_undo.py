@@ -402,7 +402,7 @@ def test_what_was_given_up_stays_when_the_block_raises():
 def test_a_stand_in_below_a_hook_is_taken_away_there(model, attach):
     class Twice(StandInForward):
         def __call__(self, x):
-            return 2 * self.forward_below(x)
+            return 2 * self.inner_forward(x)
 
     x = torch.ones(1, 3)
     stock = model(x)

@@ -35,7 +35,7 @@ class StandInForward(ABC):
         """Stand in for the forward that `module` has now; `install` puts it there."""
         self.module: Any = module
         #: The forward underneath, if it is not the class's own method: another stand-in, a hook of accelerate.
-        self.below: Callable[..., Any] | None = but_for_own(module, vars(module).get("forward"))
+        self.inner: Callable[..., Any] | None = but_for_own(module, vars(module).get("forward"))
         self.forget()
 
     @abstractmethod
@@ -45,12 +45,12 @@ class StandInForward(ABC):
     @property
     def __signature__(self) -> inspect.Signature:
         """The arguments: those of the forward underneath."""
-        return inspect.signature(self.below or MethodType(type(self.module).forward, self.module))
+        return inspect.signature(self.inner or MethodType(type(self.module).forward, self.module))
 
-    def forward_below(self, *args: Any, **kwargs: Any) -> Any:
+    def inner_forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the forward underneath gives."""
-        if self.below is not None:
-            return self.below(*args, **kwargs)
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def forget(self) -> None:  # noqa: B027  most keep nothing
@@ -71,23 +71,23 @@ class StandInForward(ABC):
         """Remove this, even from beneath others that were put on top of it since; a no-op if it is not in place."""
         top = vars(self.module).get("forward")
         if top is self:
-            if self.below is None:
+            if self.inner is None:
                 del self.module.forward
             else:
-                self.module.forward = self.below
+                self.module.forward = self.inner
         for above in _chain(top):
-            if above.below is self:
-                above.below = self.below
-        if self.below is None:
+            if above.inner is self:
+                above.inner = self.inner
+        if self.inner is None:
             put_below_hooks(self.module, "forward", self)
         else:
-            put_below_hooks(self.module, "forward", self, self.below)
+            put_below_hooks(self.module, "forward", self, self.inner)
 
     def on(self: S, module: nn.Module) -> S:
         """Return a stand-in like this one for another module, which has the same weights (see `shadow`)."""
         made = object.__new__(type(self))
         vars(made).update(vars(self))
-        made.module, made.below = module, rebound(self.below, self.module, module)
+        made.module, made.inner = module, rebound(self.inner, self.module, module)
         made.forget()
         return made
 
@@ -104,9 +104,9 @@ class StandInMethod(ABC):
 
     def __init__(self, owner: object, name: str) -> None:
         self.owner, self.name = owner, name
-        below = vars(owner).get(name)
-        is_own = isinstance(below, MethodType) and below.__self__ is owner and below.__name__ == name
-        self.below: Callable[..., Any] | None = None if is_own else below
+        inner = vars(owner).get(name)
+        is_own = isinstance(inner, MethodType) and inner.__self__ is owner and inner.__name__ == name
+        self.inner: Callable[..., Any] | None = None if is_own else inner
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,15 +115,15 @@ class StandInMethod(ABC):
     @property
     def __signature__(self) -> inspect.Signature:
         """The arguments: those of the method underneath."""
-        return inspect.signature(self._below())
+        return inspect.signature(self._inner())
 
-    def call_below(self, *args: Any, **kwargs: Any) -> Any:
+    def call_inner(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the method underneath gives."""
-        return self._below()(*args, **kwargs)
+        return self._inner()(*args, **kwargs)
 
-    def _below(self) -> Callable[..., Any]:
-        if self.below is not None:
-            return self.below
+    def _inner(self) -> Callable[..., Any]:
+        if self.inner is not None:
+            return self.inner
         cls = type(self.owner)
         found: Callable[..., Any] = inspect.getattr_static(cls, self.name).__get__(self.owner, cls)
         return found
@@ -202,7 +202,7 @@ def _chain(forward: object) -> Iterator[StandInForward]:
     while forward is not None:
         if isinstance(forward, StandInForward):
             yield forward
-            forward = forward.below
+            forward = forward.inner
         elif isinstance(forward, functools.partial) and forward.args and isinstance(forward.args[0], nn.Module):
             forward = vars(forward.args[0]).get("_old_forward")
         else:

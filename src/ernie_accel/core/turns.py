@@ -79,10 +79,10 @@ class Turns(CallLayer):
     outermost: ClassVar[bool] = True
 
     def call(
-        self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
+        self, inner: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
     ) -> Any:
         with turn_of(pipe):
-            return below(pipe, *args, **kwargs)
+            return inner(pipe, *args, **kwargs)
 
 
 def take_turns(pipe: Pipeline) -> None:

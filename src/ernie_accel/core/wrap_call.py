@@ -40,15 +40,15 @@ class CallLayer(ABC):
 
     outermost: ClassVar[bool] = False
 
-    def signature(self, below: inspect.Signature) -> inspect.Signature:
+    def signature(self, inner: inspect.Signature) -> inspect.Signature:
         """Return the signature of the call, given that of the call underneath."""
-        return below
+        return inner
 
     @abstractmethod
     def call(
-        self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
+        self, inner: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
     ) -> Any:
-        """Return what the pipe gives; ``below(pipe, *args, **kwargs)``, of that signature, is the call underneath."""
+        """Return what the pipe gives; ``inner(pipe, *args, **kwargs)``, of that signature, is the call underneath."""
 
 
 def add_layer(pipe: Pipeline, layer: CallLayer, undo: Undo) -> None:
@@ -103,12 +103,12 @@ def _put_together(cls: type, layers: list[CallLayer] | tuple[CallLayer, ...]) ->
 
 def _layered(cls: type, layer: CallLayer) -> type:
     """Return a subclass of `cls`, of the same name, whose calls go through `layer`."""
-    below = cls.__call__
-    signature = inspect.signature(below)
+    inner = cls.__call__
+    signature = inspect.signature(inner)
 
-    @wraps(below)
+    @wraps(inner)
     def __call__(self: Pipeline, *args: object, **kwargs: object) -> Any:
-        return layer.call(below, signature, self, *args, **kwargs)
+        return layer.call(inner, signature, self, *args, **kwargs)
 
     __call__.__signature__ = layer.signature(signature)  # type: ignore[attr-defined]
 
@@ -139,19 +139,19 @@ class Defaults(CallLayer):
 
     values: dict[str, object]
 
-    def signature(self, below: inspect.Signature) -> inspect.Signature:
+    def signature(self, inner: inspect.Signature) -> inspect.Signature:
         """Return the same parameters with these defaults."""
         parameters = [
             parameter.replace(default=self.values[name]) if name in self.values else parameter
-            for name, parameter in below.parameters.items()
+            for name, parameter in inner.parameters.items()
         ]
-        return below.replace(parameters=parameters)
+        return inner.replace(parameters=parameters)
 
     def call(
-        self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
+        self, inner: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
     ) -> Any:
         given = signature.bind_partial(pipe, *args, **kwargs).arguments
-        return below(pipe, *args, **{name: v for name, v in self.values.items() if name not in given}, **kwargs)
+        return inner(pipe, *args, **{name: v for name, v in self.values.items() if name not in given}, **kwargs)
 
 
 def new_defaults(pipe: Pipeline, wanted: dict[str, Any]) -> tuple[str, ...]:
@@ -171,7 +171,7 @@ class _Around(CallLayer):
     attribute: str
 
     def call(
-        self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
+        self, inner: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
     ) -> Any:
         bound = signature.bind(pipe, *args, **kwargs)
         bound.apply_defaults()
@@ -180,7 +180,7 @@ class _Around(CallLayer):
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 arguments |= arguments.pop(name)
         del arguments[next(iter(signature.parameters))]  # self
-        return getattr(pipe, self.attribute)(lambda given: below(pipe, **given), arguments)
+        return getattr(pipe, self.attribute)(lambda given: inner(pipe, **given), arguments)
 
 
 def wrap_call(pipe: Pipeline, name: str, around: Around, undo: Undo) -> None:

@@ -69,8 +69,8 @@ class LateStart:
                 "a picture"
             )
 
-    def _set_timesteps(self, below: Callable[..., None], *args: object, **kwargs: object) -> None:
-        below(*args, **kwargs)
+    def _set_timesteps(self, inner: Callable[..., None], *args: object, **kwargs: object) -> None:
+        inner(*args, **kwargs)
         scheduler = self._scheduler
         order = scheduler.order  # two evaluations a step, but in the last, with heun and dpmpp_sde
         steps = -(-len(scheduler.timesteps) // order)
@@ -85,15 +85,15 @@ class LateStart:
         self.latents.copy_(self._noise if begin == 0 else self._noised(0))
         self._begun = True
 
-    def _step(self, below: Callable[..., Any], *args: object, **kwargs: object) -> Any:
-        bound = inspect.signature(below).bind(*args, **kwargs).arguments
+    def _step(self, inner: Callable[..., Any], *args: object, **kwargs: object) -> Any:
+        bound = inspect.signature(inner).bind(*args, **kwargs).arguments
         if not self._stepped and bound["sample"].data_ptr() != self.latents.data_ptr():
             raise ErnieAccelError(
                 f"{type(self._pipe).__name__} did not begin with the latents that it was given, so it cannot begin at "
                 "a picture"
             )
         self._stepped = True
-        out = below(*args, **kwargs)
+        out = inner(*args, **kwargs)
         if self._mask is None:
             return out
         kept = self._noised(self._scheduler.step_index)
@@ -110,18 +110,18 @@ class LateStart:
         sigma = self._scheduler.sigmas[index].to(self._encoded.device)
         return torch.lerp(self._encoded.float(), self._noise.float(), sigma)
 
-    def _progress_bar(self, below: Callable[..., Any], iterable: Any = None, total: int | None = None) -> Any:
+    def _progress_bar(self, inner: Callable[..., Any], iterable: Any = None, total: int | None = None) -> Any:
         if total is not None:
             total = min(total, len(self._scheduler.timesteps))
-        return below(iterable, total)
+        return inner(iterable, total)
 
 
 class _Instead:
     """A method that another one is called in the place of, with it as the first argument; of the same signature."""
 
-    def __init__(self, below: Callable[..., Any], instead: Callable[..., Any]) -> None:
-        self._below, self._instead = below, instead
-        self.__signature__ = inspect.signature(below)
+    def __init__(self, inner: Callable[..., Any], instead: Callable[..., Any]) -> None:
+        self._inner, self._instead = inner, instead
+        self.__signature__ = inspect.signature(inner)
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
-        return self._instead(self._below, *args, **kwargs)
+        return self._instead(self._inner, *args, **kwargs)

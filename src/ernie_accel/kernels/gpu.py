@@ -596,4 +596,5 @@ def _chunks(width: int) -> tuple[int, int, int]:
         width -= chunk
     if width > 0:
         chunks.append(next_power_of_2(width))
-    return (*chunks, 0, 0)[:3]
+    first, second, third = (*chunks, 0, 0)[:3]
+    return first, second, third

@@ -431,9 +431,9 @@ class Merge(StandInMethod):
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         site = site_of(cast(nn.Module, self.owner))
         if site is None:
-            self.call_below(*args, **kwargs)
+            self.call_inner(*args, **kwargs)
         else:
-            site.low_rank.merge(site.place, partial(self.call_below, *args, **kwargs))
+            site.low_rank.merge(site.place, partial(self.call_inner, *args, **kwargs))
 
 
 _MERGING = ("merge", "unmerge")

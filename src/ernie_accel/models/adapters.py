@@ -285,7 +285,7 @@ class TakesAdapters(StandInMethod):
             args, kwargs = self._checked(model, args, kwargs, on_kernels=bool(to_open))
             for part in to_split:
                 part.split()
-            result = self.call_below(*args, **kwargs)
+            result = self.call_inner(*args, **kwargs)
             problems = problems_of(model)
             if problems:
                 added = [name for name in cast(Any, model).peft_config if name not in known]
@@ -464,7 +464,7 @@ class ThenTidy(StandInMethod):
     """A method of a transformer that removes adapters; sites that nobody uses go with them."""
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
-        result = self.call_below(*args, **kwargs)
+        result = self.call_inner(*args, **kwargs)
         close_sites(cast(nn.Module, self.owner), only_if_unused=True)
         return result
 
@@ -487,7 +487,7 @@ class Merges(StandInMethod):
                 f"changed ({'; '.join(sorted(reasons))}). Unmerged, it works. To merge it, use "
                 "FuseKernels(..., keep_originals=True), or merge it before optimizing."
             )
-        result = self.call_below(*args, **kwargs)
+        result = self.call_inner(*args, **kwargs)
         found = [product.merged_db for product in adapted if product.merged_db is not None]
         if found:
             worst, middle = min(found), statistics.median(found)

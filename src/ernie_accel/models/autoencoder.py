@@ -121,7 +121,7 @@ class FusedDecoder(StandInForward):
         decoder = self.module
         out: Tensor
         if torch.is_grad_enabled() or latent_embeds is not None or _has_altered_layers(decoder):
-            out = self.forward_below(sample, latent_embeds)
+            out = self.inner_forward(sample, latent_embeds)
             return out
         return _run(decoder, sample)
 
@@ -133,7 +133,7 @@ class FusedEncoder(StandInForward):
         """Return the moments [B, 2 * C, H / 8, W / 8] of pictures [B, 3, H, W]."""
         encoder = self.module
         if torch.is_grad_enabled() or _has_altered_layers(encoder):
-            out: Tensor = self.forward_below(sample)
+            out: Tensor = self.inner_forward(sample)
             return out
         return _run(encoder, sample)
 

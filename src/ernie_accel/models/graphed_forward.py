@@ -64,18 +64,18 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
     def __call__(self, *args: Any, **kwargs: Any) -> object:
         arguments = dict(zip(self._blocks.FORWARD_ARGUMENTS, args, strict=False)) | kwargs
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._blocks.serves(arguments):
-            return self.forward_below(**arguments)
+            return self.inner_forward(**arguments)
         if self._blocks.token_count(self.module, arguments) > self._max_tokens:
-            return self.forward_below(**arguments)
+            return self.inner_forward(**arguments)
         steps = {name: arguments[name] for name in self._blocks.STEP_INPUTS}
         device = _tensors(*steps.values())[0].device
         if torch.is_autocast_enabled(device.type):  # what it casts is kept for as long as the context lasts
-            return self.forward_below(**arguments)
+            return self.inner_forward(**arguments)
         now = Fingerprint.of(self.module)
         if now.is_hooked:  # weights that come and go, and hooks that have to run, cannot be captured
-            return self.forward_below(**arguments)
+            return self.inner_forward(**arguments)
         if not bring_whole(self.module):  # a graph reads all weights where they lie
-            return self.forward_below(**arguments)
+            return self.inner_forward(**arguments)
         with self._lock, torch.cuda.device_of(_tensors(*steps.values())[0]):  # type: ignore[no-untyped-call]
             self._forget_if_stale(now)
             return self._blocks.as_output(self._sample(arguments, steps), arguments)
@@ -108,7 +108,7 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
 
     def _work(self, arguments: Mapping[str, Any], inputs: _Inputs) -> Tensor:
         static = {**inputs.steps, self._blocks.PICTURE_INPUT: inputs.text, "at": inputs.at, "return_dict": False}
-        sample: Tensor = self.forward_below(**{**arguments, **static})[0]
+        sample: Tensor = self.inner_forward(**{**arguments, **static})[0]
         return sample
 
 

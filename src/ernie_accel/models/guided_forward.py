@@ -145,7 +145,7 @@ class GuidedForward(StandInForward):
         """Return what the transformer computes."""
         picture = _picture.get()
         if picture is None or picture.of is not self or torch.compiler.is_compiling():
-            return self.forward_below(*args, **kwargs)
+            return self.inner_forward(*args, **kwargs)
         model = self._model
         arguments = dict(zip(model.FORWARD_ARGUMENTS, args, strict=False)) | kwargs
         text = {name: arguments.get(name) for name in self._prompt}
@@ -159,12 +159,12 @@ class GuidedForward(StandInForward):
         pair = picture.pair
         if pair is not None and picture.pairs and pair.first.are(text) and self._is_joinable(step, pair):
             picture.last = None
-            sample = cast(Any, self.forward_below(**self._joined(step, pair)))[0]
+            sample = cast(Any, self.inner_forward(**self._joined(step, pair)))[0]
             rows = len(sample) // 2
             picture.waiting = _Half(_Given(step), pair.second, now, sample[rows:])
             return model.as_output(sample[:rows], arguments)
         self._learn(picture, step, text)
-        return self.forward_below(**arguments)
+        return self.inner_forward(**arguments)
 
     @property
     def _model(self) -> RewrittenModel:
@@ -210,7 +210,7 @@ class EncodeBoth(StandInMethod):
         super().__init__(pipe, name)
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
-        found, picture, count = self.call_below(*args, **kwargs), _picture.get(), len(self._prompt)
+        found, picture, count = self.call_inner(*args, **kwargs), _picture.get(), len(self._prompt)
         if picture is not None and isinstance(found, tuple) and [*map(_is_tensor, found)] == [True] * 2 * count:
             first, second = (dict(zip(self._prompt, some, strict=True)) for some in (found[:count], found[count:]))
             picture.pair = _Pair(_Given(first), _Given(second))

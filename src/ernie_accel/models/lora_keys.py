@@ -95,5 +95,5 @@ class ReadsForeignKeys(StandInMethod):
             transformer: nn.Module = cast(Any, self.owner).transformer
             with torch.no_grad():
                 weights = as_diffusers(weights, layer_paths(transformer))
-        made = self.call_below(weights, return_lora_metadata=False, **rest)
+        made = self.call_inner(weights, return_lora_metadata=False, **rest)
         return (made, metadata) if wants_metadata else made

@@ -119,7 +119,7 @@ class _MarkingPad(StandInMethod):
     """A pipeline's padding method, ([T, H] of each prompt) -> (text_bth, lengths_b), that marks its result."""
 
     def __call__(self, text_hiddens: list[Tensor], *args: object, **kwargs: object) -> Any:
-        text_bth, lengths_b = self.call_below(text_hiddens, *args, **kwargs)
+        text_bth, lengths_b = self.call_inner(text_hiddens, *args, **kwargs)
         mark(text_bth, lengths_b, [hidden.shape[0] for hidden in text_hiddens])
         return text_bth, lengths_b
 

@@ -82,7 +82,7 @@ class _Unmerging(StandInMethod):
                         "cannot be taken out again; nothing was changed. Call ernie_accel.restore(pipe) first, where "
                         "the originals are kept; else load the pipe again"
                     )
-        return self.call_below(*args, **kwargs)
+        return self.call_inner(*args, **kwargs)
 
     def _modules(self, *args: Any, **kwargs: Any) -> list[torch.nn.Module]:
         if isinstance(self.owner, torch.nn.Module):
@@ -156,7 +156,7 @@ class _LoadStateDict(StandInMethod):
                     f"{type(owner).__name__}.load_state_dict: {path} is quantized ({stored}), and these weights are "
                     "not stored so. Call ernie_accel.restore(pipe), load them, then optimize again"
                 )
-        return self.call_below(state_dict, strict=strict, assign=assign, **kwargs)
+        return self.call_inner(state_dict, strict=strict, assign=assign, **kwargs)
 
 
 def _parts_at(model: torch.nn.Module, path: str) -> tuple[str, ...]:

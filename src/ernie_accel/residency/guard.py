@@ -77,7 +77,7 @@ class _LoadLora(StandInMethod):
         state = vars(self.owner)
         refused: dict[str, Any] = {n: state.pop(n) for n in ("state_dict", "load_state_dict") if n in state}
         try:
-            return self.call_below(weights, prefix=prefix, hotswap=False, **kwargs)
+            return self.call_inner(weights, prefix=prefix, hotswap=False, **kwargs)
         finally:
             state.update(refused)
 

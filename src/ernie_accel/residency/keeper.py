@@ -233,11 +233,11 @@ class Gate:
 
     def __init__(self, keeper: Keeper, name: str, block: nn.Module) -> None:
         self.keeper, self.name, self.block = keeper, name, block
-        self.below: Callable[..., Any] | None = block._compiled_call_impl
+        self.inner: Callable[..., Any] | None = block._compiled_call_impl
 
     def __call__(self, *args: object, **kwargs: object) -> Any:
         self.keeper.need(self.name)
-        below = self.below or self.block._call_impl
-        result = below(*args, **kwargs)
+        inner = self.inner or self.block._call_impl
+        result = inner(*args, **kwargs)
         self.keeper.done(self.name)
         return result

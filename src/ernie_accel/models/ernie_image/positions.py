@@ -75,7 +75,7 @@ class RememberingPad(StandInMethod):
     """A pipeline's ``_pad_text`` that also keeps the prompt lengths, which it knows, on the host."""
 
     def __call__(self, text_hiddens: list[Tensor], *args: object, **kwargs: object) -> Any:
-        text_bth, text_lens = self.call_below(text_hiddens, *args, **kwargs)
+        text_bth, text_lens = self.call_inner(text_hiddens, *args, **kwargs)
         remember_lengths(
             text_lens,
             tuple(hidden.squeeze(1).shape[0] if hidden.dim() == 3 else hidden.shape[0] for hidden in text_hiddens),

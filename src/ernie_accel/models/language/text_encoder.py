@@ -107,7 +107,7 @@ class RewrittenForward(ReplayedForward[Tensor, list[Tensor]]):
         if library_hooks(self.module).accelerate is None:
             super().install(undo)
             return
-        self.below = but_for_own(self.module, vars(self.module)["_old_forward"])
+        self.inner = but_for_own(self.module, vars(self.module)["_old_forward"])
         undo.push(self.remove)
         undo.watch(self.is_installed)
         self.module._old_forward = self
@@ -116,11 +116,11 @@ class RewrittenForward(ReplayedForward[Tensor, list[Tensor]]):
         given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
         look = _look(self.module, self._architecture) if len(args) <= len(_ARGUMENTS) and self._knows(given) else None
         if look is None:
-            return self.forward_below(*args, **kwargs)
+            return self.inner_forward(*args, **kwargs)
         given_mask = given.get("attention_mask")
         padding = None if given_mask is None else _Padding.of(given_mask)
         if padding is not None and not padding.is_on_the_right:
-            return self.forward_below(*args, **kwargs)
+            return self.inner_forward(*args, **kwargs)
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
         x_bth = given.get("inputs_embeds")
@@ -130,7 +130,7 @@ class RewrittenForward(ReplayedForward[Tensor, list[Tensor]]):
         elif padding is not None:
             x_bth = x_bth[:, : padding.longest]
         if self.module.norm.weight.dtype != x_bth.dtype:  # stock's norm gives the wider of the two
-            return self.forward_below(*args, **kwargs)
+            return self.inner_forward(*args, **kwargs)
         all_of_them = bool(self._setting(given, "output_hidden_states"))
         if look.is_plain and self._is_short(x_bth) and (x_bth.is_cuda or self._capture is not None):
             states = self._replayed(x_bth, look, all_of_them)

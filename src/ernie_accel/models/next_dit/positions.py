@@ -113,10 +113,10 @@ def padding(rows: Rows, device: torch.device) -> dict[str, Tensor]:
     if rows.passes_lengths:
         return {"text_lengths": text_b.int(), "lengths": all_b.int()}
     return {
-        "text_mask": _below(rows.tokens, text_b),
-        "mask": _below(rows.image_tokens + rows.tokens, all_b),
+        "text_mask": _inner(rows.tokens, text_b),
+        "mask": _inner(rows.image_tokens + rows.tokens, all_b),
     }
 
 
-def _below(tokens: int, lengths_b: Tensor) -> Tensor:
+def _inner(tokens: int, lengths_b: Tensor) -> Tensor:
     return (torch.arange(tokens, device=lengths_b.device) < lengths_b[:, None])[:, None, None]

@@ -150,11 +150,11 @@ class _Defaults(Defaults):
     highest_guidance: float | None = None
 
     def call(
-        self, below: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
+        self, inner: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
     ) -> Any:
         given = signature.bind_partial(pipe, *args, **kwargs).arguments
         guidance = given.get("guidance_scale", self.values.get("guidance_scale"))
         highest = self.highest_guidance
         if highest is not None and isinstance(guidance, (int, float)) and guidance > highest:
             warnings.warn(_grid_warning(guidance, highest), UserWarning, stacklevel=2)
-        return super().call(below, signature, pipe, *args, **kwargs)
+        return super().call(inner, signature, pipe, *args, **kwargs)

@@ -291,14 +291,14 @@ class _LoadingPlainRefused(StandInMethod):
     def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, *args: Any, **kwargs: Any) -> Any:
         """Load weights."""
         if not strict:  # as PEFT loads another LoRA
-            return self.call_below(state_dict, strict, *args, **kwargs)
+            return self.call_inner(state_dict, strict, *args, **kwargs)
         missing = [name for name in _any(self.owner).state_dict() if ".base_layer." in name and name not in state_dict]
         if missing:
             raise ErnieAccelError(
                 f"{type(self.owner).__name__}.load_state_dict: these weights have no {missing[0]}, as they are without "
                 "the LoRA of FewSteps(). Call ernie_accel.restore(pipe), load them, then optimize again."
             )
-        return self.call_below(state_dict, strict, *args, **kwargs)
+        return self.call_inner(state_dict, strict, *args, **kwargs)
 
 
 def _remove(pipe: Pipeline, name: str, untouched: tuple[str, ...]) -> None:

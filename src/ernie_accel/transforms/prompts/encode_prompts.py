@@ -238,7 +238,7 @@ class _OnceEach(_KnowsTheCall, StandInMethod):
         (name, texts), *rest = bound.arguments.items()
         is_given = any(isinstance(value, Tensor) for _, value in rest) or bool(dict(rest).get("prompt_embeds"))
         if texts is None or is_given or self._wants_gradients():
-            return self.call_below(*args, **kwargs)
+            return self.call_inner(*args, **kwargs)
         texts = [texts] if isinstance(texts, str) else list(texts)
         of_each = {key: value for key, value in rest if isinstance(value, (list, tuple)) and len(value) == len(texts)}
         of_all = {key: value for key, value in rest if key not in of_each}
@@ -286,7 +286,7 @@ class _OnceEach(_KnowsTheCall, StandInMethod):
         for start in range(0, len(in_order), self._max_batch):
             some = in_order[start : start + self._max_batch]
             beside = {key: [text.beside[key] for text in some] for key in some[0].beside}
-            result = self.call_below(**{name: [text.text for text in some], **beside, **of_all})
+            result = self.call_inner(**{name: [text.text for text in some], **beside, **of_all})
             for text, embedded in zip(some, _split(result, len(some), self.name), strict=True):
                 found[text.key] = embedded
         if missing:

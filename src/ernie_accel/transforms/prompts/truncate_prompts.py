@@ -144,4 +144,4 @@ class _ShortPrompts(StandInMethod):
         self._limit = limit
 
     def __call__(self, prompt: Any, *args: object, **kwargs: object) -> Any:
-        return self.call_below(prompt if prompt is None else self._limit.shorten_all(prompt), *args, **kwargs)
+        return self.call_inner(prompt if prompt is None else self._limit.shorten_all(prompt), *args, **kwargs)

@@ -207,11 +207,11 @@ class CachedForward(StandInForward):
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Return what the transformer computes, or an approximation of it."""
         if torch.compiler.is_compiling():
-            return self.forward_below(*args, **kwargs)
+            return self.inner_forward(*args, **kwargs)
         picture = _picture.get()
         arguments = dict(zip(self.__signature__.parameters, args, strict=False)) | kwargs
         if picture is None or picture.of is not self:
-            return self.forward_below(*args, **kwargs)
+            return self.inner_forward(*args, **kwargs)
         scheduler = self._pipe.scheduler
         # Image to image begins in the middle of the schedule; before the first step, it has only said so.
         at = scheduler.begin_index or 0 if scheduler.step_index is None else scheduler.step_index
@@ -224,7 +224,7 @@ class CachedForward(StandInForward):
         # Lumina 2 asks for the two halves of guidance one after the other: each prompt is a run of its own.
         text = arguments.get(self._text)
         if text is None or picture.trajectory.steps < LEAST_STEPS:
-            return self.forward_below(*args, **kwargs)
+            return self.inner_forward(*args, **kwargs)
         now = Fingerprint.of(self.module, places=False)  # offloading may move the weights at every step
         if now != picture.seen:
             picture.runs.clear()
@@ -244,7 +244,7 @@ class CachedForward(StandInForward):
         if backend.replaces_blocks:
             with contextlib.suppress(LookupError):  # somebody's function is below, which calls the module itself
                 mine = self.on(shadow(self.module))
-        return backend.start(self._wanted, mine.module, mine.forward_below, trajectory)
+        return backend.start(self._wanted, mine.module, mine.inner_forward, trajectory)
 
 
 def _adds_noise(pipe: Pipeline, context: Context) -> str | None:
