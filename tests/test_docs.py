@@ -157,25 +157,30 @@ def test_every_plan_in_the_docs_is_compared():
 
 
 @pytest.mark.parametrize(
-    ("row", "rung"),
+    ("family", "results", "compiled", "peer", "preset"),
     [
-        ("stock diffusers, bf16", "stock"),
-        ("with `compile_repeated_blocks`", "stock+compile"),
-        ("preset `turbo-fp8`", "turbo-fp8"),
+        ("ERNIE-Image", "ladder_presets", "ladder_presets/stock+compile", "torchao-fp8+compile", "turbo-fp8"),
+        ("Z-Image-Turbo", "z_image", "z_image/stock+compile", "torchao-fp8+compile", "turbo-fp8"),
+        ("NewBie-image", "newbie_fp8", "newbie/compiled-bf16", "compiled-fp8", "quality-fp8"),
     ],
 )
-def test_the_figures_in_the_readme_are_those_of_the_benchmark(row, rung):
-    results = ROOT / "benchmarks" / "results" / "ladder_presets_h200_202611.json"
-    rungs = {each["rung"]: each for each in json.loads(results.read_text(encoding="utf-8"))["rungs"]}
-    found = rungs[rung]
-    cells = (
-        f"{found['ms_1024']:.1f}",
-        f"{rungs['stock']['ms_1024'] / found['ms_1024']:.2f} x",
-        f"{found['picture_ms']:.0f} ms",
-        f"{found['weight_gb']:.1f} GB",
-        f"{found['first_picture_s']:.1f} s",
-    )
-    assert f"| {row} | {' | '.join(cells)} |" in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_figures_in_the_readmes_are_those_of_the_benchmark(family, results, compiled, peer, preset):
+    def found(rung: str, name: str = results) -> dict[str, Any]:
+        text = (ROOT / "benchmarks" / "results" / f"{name}_h200_202611.json").read_text(encoding="utf-8")
+        return next(each for each in json.loads(text)["rungs"] if each["rung"] == rung)
+
+    stock, ours, file_and_rung = found("stock"), found(preset), compiled.split("/")
+    figures = [
+        *(f"{each['ms_1024']:.1f}" for each in (stock, found(file_and_rung[1], file_and_rung[0]), found(peer), ours)),
+        f"{stock['ms_1024'] / ours['ms_1024']:.2f} x",
+        *(f"{each['weight_gb']:.1f}" for each in (ours, stock)),
+        f"{ours['first_picture_s']:.1f} s",
+    ]
+    for name in ("README.md", "README.zh.md"):
+        (row,) = re.findall(rf"^\| {family}.*$", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
+        cells = row.partition(" B")[2]  # after the parameters
+        assert re.findall(r"\d+\.\d+(?: x| s)?", cells) == figures, name
+        assert f"`{preset}`" in cells
 
 
 def test_the_readme_has_examples_that_run():
