@@ -27,6 +27,7 @@ PAGES = (
     "docs/tutorials/lora.md",
     "docs/tutorials/quantize-certify-ship.md",
     "docs/tutorials/service.md",
+    "docs/memory.md",
 )
 #: Written by docs/generate_cards.py in both languages from the same figures.
 GENERATED = "docs/cards/"
