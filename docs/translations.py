@@ -28,6 +28,7 @@ PAGES = (
     "docs/tutorials/quantize-certify-ship.md",
     "docs/tutorials/service.md",
     "docs/memory.md",
+    "docs/batch.md",
 )
 #: Written by docs/generate_cards.py in both languages from the same figures.
 GENERATED = "docs/cards/"
