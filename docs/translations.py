@@ -29,6 +29,8 @@ PAGES = (
     "docs/tutorials/service.md",
     "docs/memory.md",
     "docs/batch.md",
+    "docs/tutorials/shop.md",
+    "docs/evaluate.md",
 )
 #: Written by docs/generate_cards.py in both languages from the same figures.
 GENERATED = "docs/cards/"
