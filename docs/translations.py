@@ -31,6 +31,7 @@ PAGES = (
     "docs/batch.md",
     "docs/tutorials/shop.md",
     "docs/evaluate.md",
+    "docs/quantization.md",
 )
 #: Written by docs/generate_cards.py in both languages from the same figures.
 GENERATED = "docs/cards/"
