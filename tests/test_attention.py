@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 import ernie_accel
 from ernie_accel import CastDtype, Compile, Context, ElideMask, ExpandAttentionMask, RewriteBlocks, SetAttention
+from ernie_accel.core.context import UNSUPPORTED_DEVICES
 from ernie_accel.core.plan import after
 from ernie_accel.transforms.denoiser.expand_mask import expand
 from ernie_accel.transforms.denoiser.set_attention import BACKENDS
@@ -234,6 +235,12 @@ def test_the_default_of_the_process_stays(ernie):
     ernie_accel.optimize(ernie, SetAttention("math"))
     assert _AttentionBackendRegistry.get_active_backend() == before
     assert tiny_flux().transformer.transformer_blocks[0].attn.processor._attention_backend is None
+
+
+@pytest.mark.parametrize("name", ["native", "math"])
+@pytest.mark.parametrize("device", ["cpu", "npu", *UNSUPPORTED_DEVICES])
+def test_plain_torch_is_refused_on_no_device(ernie, name, device):
+    assert SetAttention(name).unsupported(ernie, Context(device, device)) == []
 
 
 def test_the_processors_class_is_not_touched(ernie):

@@ -13,6 +13,7 @@ from PIL import Image
 
 import ernie_accel
 from ernie_accel import cli, demo
+from ernie_accel.batch.input.job import Job
 from ernie_accel.cli.app import NOISY_WHEN_IMPORTED
 from ernie_accel.core.timing import Race
 from ernie_accel.demo import show
@@ -53,6 +54,23 @@ def test_plan_prints_the_plan_and_its_exit_code_says_whether_it_can_run(capsys):
     code, out, _ = run(capsys, "plan", "--preset", "turbo-fp8", "--device", "rtx3060")
     assert code == 1
     assert "fp8 needs CUDA compute capability >= 8.9; this device has 8.6" in out
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS, ids=lambda each: each.names[0])
+def test_every_published_model_is_planned_with_a_preset_of_its_mode(capsys, monkeypatch, nothing_is_loaded, checkpoint):
+    monkeypatch.setattr("ernie_accel.memory.planner.activations_of", lambda *args, **kwargs: {})  # it takes a second
+    code, out, _ = run(capsys, "plan", "--model", checkpoint.names[0], "--device", "rtx4090", "--preset", "auto")
+    assert code == 0
+    assert out.startswith(f"Plan: preset '{checkpoint.mode}-fp8'")
+
+
+def test_auto_is_the_preset_that_a_command_chooses_by_itself(capsys, tmp_path):
+    outputs = [run(capsys, "plan", "--device", "cpu", *given)[:2] for given in ((), ("--preset", "auto"))]
+    assert outputs[0] == outputs[1]
+    job = {"input_file": tmp_path / "x.csv", "output_dir": tmp_path, "preset": "auto"}
+    assert Job.model_validate(job).preset is None
+    code, _, err = run(capsys, "evaluate", "--preset", "auto", "--prompts-file", str(tmp_path / "no.txt"))
+    assert (code, "cannot read" in err) == (2, True)
 
 
 def test_plan_as_json(capsys):

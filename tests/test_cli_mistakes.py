@@ -25,6 +25,8 @@ MISTAKES = [
     ("plan --device h2000", "Unknown device 'h2000'. Did you mean 'h200'?"),
     ("plan --device mi300x", "Not supported yet: AMD GPUs (ROCm)"),
     ("plan --device cuda", "Unknown device 'cuda'"),
+    ("plan --device rtx9999", "(--device cuda:8.9:16GiB)"),
+    ("plan --device Arc~A770", "(--device xpu)"),
     ("plan --dtype bf61", "Unknown dtype 'bf61'. Did you mean 'bf16'?"),
     ("plan --model no/such/folder", "there is no folder 'no/such/folder'"),
     ("plan --model folder", "holds no pipeline: there is no model_index.json"),

@@ -133,6 +133,20 @@ def test_a_card_that_is_not_supported_is_not_mistaken_for_one_that_is(name):
     assert "Did you mean" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        *(("rtx9999", "cuda:8.9:16GiB"), ("RTX 2070", "cuda:8.9:16GiB"), ("RX 7900 XTX", "rocm")),
+        *(("MI300X", "rocm"), ("Apple M3", "mps"), ("M3 Max", "mps"), ("Arc A770", "xpu"), ("B580", "xpu")),
+    ],
+)
+def test_an_unknown_device_is_told_how_to_name_it(name, instead):
+    with pytest.raises(ernie_accel.UnknownNameError) as error:
+        Context.named(name)
+    assert f"(--device {instead})" in str(error.value)
+    assert Context.named(instead).device in ("cuda", instead)
+
+
 @pytest.mark.parametrize("name", ["rocm", "mps", "xpu", "MPS"])
 def test_a_type_of_device_that_is_not_supported_can_be_planned_for_and_says_so(name):
     context = Context.named(name)

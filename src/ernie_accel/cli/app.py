@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ernie_accel.batch.input.options import none_if_auto
 from ernie_accel.cli.batch import batch_command
 from ernie_accel.cli.evaluate import evaluate_command
 from ernie_accel.core.errors import ErnieAccelError
@@ -44,7 +45,10 @@ Transformer = Annotated[
     Path | None, typer.Option(help="Single file with the transformer, as ComfyUI keeps it; the rest is the model's.")
 ]
 Memory = Annotated[str | None, typer.Option(help="Device memory to use: auto, 12GiB, or -2GiB to leave that free.")]
-PresetName = Annotated[str | None, typer.Option(help="Preset, see `ernie-accel info`; default: what pays here.")]
+PresetName = Annotated[
+    str | None,
+    typer.Option(help="Preset, see `ernie-accel info`; auto, the default: what pays here.", callback=none_if_auto),
+]
 Dtype = Annotated[str, typer.Option(help="Load weights as fp32, bf16 or fp16; auto: fp32 on the CPU, else bf16.")]
 Device = Annotated[str | None, typer.Option(help="A device that need not be here: h200, rtx3060, ascend910b, ...")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the (first) picture.")]
@@ -131,16 +135,18 @@ def plan_command(
     Exit code 1 if it cannot run, or does not fit.
     """
     from ernie_accel.api import plan
+    from ernie_accel.batch.input.options import REAL_MODEL
     from ernie_accel.core.context import Context
     from ernie_accel.memory.call import Call
     from ernie_accel.recipes.presets import find_preset
     from ernie_accel.recipes.recommend import fitting_preset
 
     context = Context.named(device) if device else Context.detect()
-    chosen = find_preset(preset) if preset else fitting_preset(context)
+    chosen = find_preset(preset) if preset else None
     if memory is None and context.torch_device in ("cuda", "npu"):
         memory = "auto"
     pipe = _to_plan(model, dtype, context, transformer)
+    chosen = chosen or fitting_preset(context, pipe, model=model or REAL_MODEL)
     the_plan = plan(pipe, preset=chosen, context=context, memory=memory, call=Call(width, height, pictures))
     typer.echo(the_plan.to_json() if as_json else str(the_plan))
     if not the_plan.ok or (the_plan.memory is not None and not the_plan.memory.fits):
@@ -208,12 +214,12 @@ def recommend_command(
     from ernie_accel.api import plan
     from ernie_accel.batch.input.options import REAL_MODEL
     from ernie_accel.core.context import Context
-    from ernie_accel.recipes.recommend import check_mode, recommend
+    from ernie_accel.recipes.recommend import check_mode, mode_of, recommend
 
     context = Context.named(device) if device else Context.detect()
     check_mode(mode)
     pipe = _to_plan(model, "auto", context)
-    found = recommend(context, pipe, mode=mode)
+    found = recommend(context, pipe, mode=mode or mode_of(model or REAL_MODEL))
     typer.echo(f"For {model or REAL_MODEL}:\n{found}")
     if context.torch_device in ("cuda", "npu"):
         planned = plan(pipe, preset=found.preset, context=context, memory="auto")
@@ -259,9 +265,10 @@ def load_and_optimize(
     from ernie_accel.recipes.recommend import fitting_preset
     from ernie_accel.storage.loading import load_pipeline
 
-    chosen = find_preset(preset) if preset else fitting_preset(Context.detect())
+    chosen = find_preset(preset) if preset else None
     _load_quietly(model)
     pipe = load_pipeline(model, dtype, on_host=True, transformer=transformer)
+    chosen = chosen or fitting_preset(Context.detect(), pipe, model=model)
     pipe.set_progress_bar_config(disable=True)
     # A preset that was not chosen by name may lose a part that cannot run here; the report names it.
     optimize(pipe, preset=chosen, on_unsupported="skip" if skip_unsupported or preset is None else "error")

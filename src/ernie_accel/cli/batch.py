@@ -344,7 +344,7 @@ def _preset_name(job: Job, model: str | None, asked_for: str | None) -> str:
         return find_preset(asked_for).name
     if model is not None and was_saved_here(model):
         return saved_name(model)
-    return find_preset(job.preset).name if job.preset else fitting_preset(Context.detect()).name
+    return find_preset(job.preset).name if job.preset else fitting_preset(Context.detect(), model=model).name
 
 
 def _load(job: Job, preset: str) -> Any:

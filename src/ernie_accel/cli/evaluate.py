@@ -60,10 +60,12 @@ def evaluate_command(
 ) -> None:
     """Compare a dtype or a preset with the plain pipeline. Exit code 1 if a threshold is broken or NaN is found."""
     from ernie_accel.batch.input.check import size_problem
+    from ernie_accel.core.context import Context
     from ernie_accel.core.files import check_folder
     from ernie_accel.fidelity.compare import evaluate
     from ernie_accel.fidelity.evaluation import Thresholds
     from ernie_accel.recipes.presets import find_preset
+    from ernie_accel.recipes.recommend import fitting_preset
     from ernie_accel.storage.loading import check_dtype
     from ernie_accel.transforms.calls.call_defaults import CallDefaults
 
@@ -75,7 +77,9 @@ def evaluate_command(
         raise ErnieAccelError("there is nothing to compare: give --preset, --candidate-dtype or --classic")
     for name in (dtype, candidate_dtype or dtype):
         check_dtype(name)
-    found = find_preset(preset) if preset else None
+    found = find_preset(preset) if preset and preset != "auto" else None
+    if preset == "auto":
+        found = fitting_preset(Context.detect(), model=model)
     # The baseline is called like the candidate, so that the figures show the change and not fewer steps.
     transforms = found.transforms if found is not None else ()
     same_call = tuple(transform for transform in transforms if isinstance(transform, CallDefaults))

@@ -24,10 +24,11 @@ _VARIANTS = frozenset({"Ti", "SUPER", "Laptop", "D", "NVL"})
 _LANE_GB_S = {3: 0.75, 4: 1.5625, 5: 3.4375}
 
 #: What people, drivers and torch call GPUs of AMD, Apple and Intel, without spaces.
-_OTHER_VENDORS = re.compile(
-    r"amd|radeon|instinct|rocm|^hip|^gfx\d|^mi\d{2,3}[ax]?|^(rx|vega|w)\d{2,4}(xtx?|gre)?$"
-    r"|apple|metal|^mps|^m\d(pro|max|ultra)?$|intel|xpu|^arc|^iris|^[ab](310|350|380|5[78]0|60|770)m?$"
-)
+_OTHER_VENDORS = {
+    "rocm": re.compile(r"amd|radeon|instinct|rocm|^hip|^gfx\d|^mi\d{2,3}[ax]?|^(rx|vega|w)\d{2,4}(xtx?|gre)?$"),
+    "mps": re.compile(r"apple|metal|^mps|^m\d(pro|max|ultra)?$"),
+    "xpu": re.compile(r"intel|xpu|^arc|^iris|^[ab](310|350|380|5[78]0|60|770)m?$"),
+}
 
 _SIZE_IN_NAME = re.compile(r"(\d+) ?gb", re.IGNORECASE)
 
@@ -179,12 +180,29 @@ def hardware_named(name: str, note: str = "") -> Hardware:
             return row
     begun = max((known for known in HARDWARE if len(known) > 3 and key.startswith(known)), key=len, default=None)
     suggestion = "" if is_other_vendors(name) else begun or closest(key, HARDWARE)
-    raise UnknownNameError("device", name, HARDWARE, note=note, suggestion=suggestion)
+    raise UnknownNameError("device", name, HARDWARE, note=f"{note} {_instead(name)}".strip(), suggestion=suggestion)
+
+
+def _instead(name: str) -> str:
+    """Say how to name a device that is not in the table."""
+    kind = other_vendors_device(name)
+    if kind is not None:
+        return f"{name!r} is one of these: write {kind!r} (--device {kind})."
+    return (
+        "A card that is not in the table is described by its CUDA compute capability and memory: 'cuda:8.9:16GiB' "
+        "(--device cuda:8.9:16GiB)."
+    )
 
 
 def is_other_vendors(name: str) -> bool:
     """Return whether a name is that of an AMD, Apple or Intel GPU: similar names of the table mean something else."""
-    return _OTHER_VENDORS.search(re.sub(r"[\s_-]", "", name.lower())) is not None
+    return other_vendors_device(name) is not None
+
+
+def other_vendors_device(name: str) -> str | None:
+    """Return the type of device that an AMD, Apple or Intel GPU is: "rocm", "mps" or "xpu"; None for any other name."""
+    key = re.sub(r"[\s_-]", "", name.lower())
+    return next((kind for kind, names in _OTHER_VENDORS.items() if names.search(key)), None)
 
 
 def hardware_called(device_name: str, memory_bytes: int | None = None) -> Hardware | None:

@@ -16,6 +16,7 @@ from ernie_accel.core.preset import Preset
 from ernie_accel.core.transform import Transform
 from ernie_accel.families import family_of
 from ernie_accel.families.ernie_image import ERNIE_IMAGE
+from ernie_accel.families.published import published
 from ernie_accel.plugins import load_plugins
 from ernie_accel.recipes.presets import presets
 from ernie_accel.transforms.calls.call_defaults import MODES
@@ -270,6 +271,18 @@ def _weight_bytes(pipe: Pipeline | None, preset: Preset, machine: Context) -> in
     return in_bf16 if cast else 2 * in_bf16
 
 
-def fitting_preset(context: Context) -> Preset:
-    """Return the Turbo preset that pays most on a machine and can run there."""
-    return recommend(context).preset
+def fitting_preset(context: Context, pipe: AnyPipeline | None = None, *, model: str | None = None) -> Preset:
+    """Return the preset that pays most on a machine and can run there, as `recommend` does.
+
+    Args:
+        context: The machine.
+        pipe: See `recommend`.
+        model: Its hub id, where it has one: of a published checkpoint it shows the mode that it was made for.
+    """
+    return recommend(context, pipe, mode=mode_of(model)).preset
+
+
+def mode_of(model: str | None) -> str | None:
+    """Return the mode that a published checkpoint was made for; None for anything else, a folder for instance."""
+    checkpoint = None if model is None else published(model)
+    return None if checkpoint is None else checkpoint.mode

@@ -37,6 +37,11 @@ def _usable(text: str) -> str:
     return text
 
 
+def none_if_auto(value: object) -> object:
+    """Return None, with which a command chooses a preset by itself, for "auto"; anything else as it is."""
+    return None if value == "auto" else value
+
+
 def _resolved(value: object) -> object:
     """Return a path for text; a path from the command line may hold bytes that are not UTF-8, but no NUL."""
     if value is None or not isinstance(value, str | Path):
@@ -163,7 +168,11 @@ class Options(BaseModel):
     demo_model: Annotated[bool, Field(description="Let the demo model draw its flat shapes for any prompt.")] = False
     sampler: Annotated[Text | None, Field(description="Sampler to swap in: unipc, dpmpp_2m, heun, ...")] = None
     no_enhancer: Annotated[bool, Field(description="Do without the pipeline's prompt enhancer.")] = False
-    preset: Annotated[Text | None, Field(description="Preset, see `ernie-accel info`; default: what pays.")] = None
+    preset: Annotated[
+        Text | None,
+        BeforeValidator(none_if_auto),
+        Field(description="Preset, see `ernie-accel info`; default, and auto: what pays."),
+    ] = None
     dtype: Annotated[Text, Field(description="float32, bfloat16, float16 or auto.")] = "auto"
     skip_unsupported: Annotated[bool, Field(description="Leave out what cannot run here instead of refusing.")] = False
     batch_size: Annotated[

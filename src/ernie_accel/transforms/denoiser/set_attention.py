@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ernie_accel.core.components import DENOISERS, Pipeline, denoisers_of
-from ernie_accel.core.context import Context
+from ernie_accel.core.context import UNSUPPORTED_DEVICES, Context
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
@@ -59,7 +59,9 @@ class AttentionBackend:
 #: Requirements from the kernels' own documentation (torch: aten/native/transformers/cuda/sdp_utils.cpp).
 BACKENDS: Mapping[str, AttentionBackend] = MappingProxyType(
     {
-        "native": AttentionBackend("native", "torch's own choice for every call", ("cpu", "cuda", "npu", "mps", "xpu")),
+        "native": AttentionBackend(
+            "native", "torch's own choice for every call", ("cpu", "cuda", "npu", *UNSUPPORTED_DEVICES)
+        ),
         # [1, 32, 4224, 128] in bfloat16 takes cuDNN 0.44 ms on an H200, FlashAttention 2 0.88, the memory-efficient
         # kernel 1.66; before Hopper, cuDNN has no such lead.
         "cudnn": AttentionBackend(
@@ -76,7 +78,9 @@ BACKENDS: Mapping[str, AttentionBackend] = MappingProxyType(
         ),
         "efficient": AttentionBackend("_native_efficient", "memory-efficient attention, in torch", capability=(5, 0)),
         "math": AttentionBackend(
-            "_native_math", "plain products, in torch: slow, for reference", ("cpu", "cuda", "npu", "mps")
+            "_native_math",
+            "plain products, in torch: slow, for reference",
+            ("cpu", "cuda", "npu", *UNSUPPORTED_DEVICES),
         ),
         "flash2": AttentionBackend(
             "flash",
