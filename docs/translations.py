@@ -32,6 +32,7 @@ PAGES = (
     "docs/tutorials/shop.md",
     "docs/evaluate.md",
     "docs/quantization.md",
+    "docs/editing.md",
 )
 #: Written by docs/generate_cards.py in both languages from the same figures.
 GENERATED = "docs/cards/"
