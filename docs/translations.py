@@ -33,6 +33,7 @@ PAGES = (
     "docs/evaluate.md",
     "docs/quantization.md",
     "docs/editing.md",
+    "docs/lora.md",
 )
 #: Written by docs/generate_cards.py in both languages from the same figures.
 GENERATED = "docs/cards/"
