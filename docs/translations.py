@@ -34,6 +34,7 @@ PAGES = (
     "docs/quantization.md",
     "docs/editing.md",
     "docs/lora.md",
+    "docs/z-image-and-newbie.md",
 )
 #: Written by docs/generate_cards.py in both languages from the same figures.
 GENERATED = "docs/cards/"
