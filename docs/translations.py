@@ -35,6 +35,9 @@ PAGES = (
     "docs/editing.md",
     "docs/lora.md",
     "docs/z-image-and-newbie.md",
+    "docs/schedulers.md",
+    "docs/comfyui.md",
+    "docs/serving.md",
 )
 #: Written by docs/generate_cards.py in both languages from the same figures.
 GENERATED = "docs/cards/"
