@@ -38,6 +38,7 @@ PAGES = (
     "docs/schedulers.md",
     "docs/comfyui.md",
     "docs/serving.md",
+    "docs/performance.md",
 )
 #: Written by docs/generate_cards.py in both languages from the same figures.
 GENERATED = "docs/cards/"
