@@ -1,5 +1,7 @@
 """Write a page for each size of card: ``python -m docs.generate_cards``; ``--plan`` plans anew first (four minutes).
 
+Each page is also written in Chinese, by the sentences in docs/cards_zh.py.
+
 What the pages predict is in ``docs/cards/figures.json``, as ``plan`` works it out from the published configurations;
 what they say of speed comes from ``benchmarks/results`` and from the table of devices. Nothing is typed by hand.
 """
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 from docs.bar_chart import Bar, bar_chart
+from docs.cards_zh import in_chinese
 
 import ernie_accel
 from ernie_accel import Context
@@ -112,7 +115,9 @@ def files() -> dict[str, str]:
     for page in PAGES:
         made[f"{page}.md"] = card_page(page, figures)
         made[f"{page}.svg"] = chart(page, figures)
-    return made
+    return made | {
+        name.replace(".md", ".zh.md"): in_chinese(text) for name, text in made.items() if name.endswith(".md")
+    }
 
 
 def chart(page: str, figures: dict[str, Any]) -> str:

@@ -39,6 +39,15 @@ PAGES = (
     "docs/comfyui.md",
     "docs/serving.md",
     "docs/performance.md",
+    "docs/cards/index.md",
+    "docs/cards/8gb.md",
+    "docs/cards/12gb.md",
+    "docs/cards/16gb.md",
+    "docs/cards/24gb.md",
+    "docs/cards/48gb.md",
+    "docs/cards/80gb.md",
+    "docs/cards/ascend.md",
+    "docs/cards/cpu.md",
 )
 #: Written by docs/generate_cards.py in both languages from the same figures.
 GENERATED = "docs/cards/"

@@ -56,6 +56,18 @@ def test_every_translation_is_of_a_page_that_is_compared():
     assert {ROOT / page for page in TRANSLATIONS.PAGES} <= set(PAGES)
 
 
+def test_a_sentence_on_the_pages_of_cards_without_its_chinese_is_an_error():
+    chinese = script("cards_zh").in_chinese
+    table = "| card | how it fits |\n|---|---|\n| L4 | {} |\n"
+    assert chinese(table.format("everything stays on the device")) == (
+        "| 显卡 | 怎样放得下 |\n|---|---|\n| L4 | 全部留在设备上 |\n"
+    )
+    with pytest.raises(SystemExit, match="has no Chinese for: by magic"):
+        chinese(table.format("everything stays on the device; by magic"))
+    with pytest.raises(SystemExit, match=r"has no Chinese for: It is fast\."):
+        chinese("# 8 GB\n\nIt is\nfast.\n")
+
+
 def slug(title: str) -> str:
     """Return the anchor that the site gives a heading."""
     return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower())
