@@ -130,6 +130,7 @@ CELLS = {
     "[{} GB and more]({})": "[{} GB 及以上]({})",
     "[Ascend]({})": "[昇腾]({})",
     "everything stays on the device": "全部留在设备上",
+    "everything stays on the device: the preset moves it there as a whole": "全部留在设备上：预设把它整个移过去",
     "weights within {} GiB, the rest fetched from the host in turn": "权重在 {} GiB 以内，其余轮流从内存取",
     "{} and {} in {} bits ({})": "{} 和 {} 用 {} 位（{}）",
     "{} in {} bits ({})": "{} 用 {} 位（{}）",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+import ernie_accel
 from ernie_accel import (
     CallDefaults,
     CastDtype,
@@ -20,6 +21,7 @@ from ernie_accel import (
     Quantize,
     Residency,
     RewriteBlocks,
+    SliceVae,
     TileVae,
 )
 from ernie_accel.common.text import human_gib
@@ -170,6 +172,42 @@ def test_a_language_model_is_counted_once_and_again_where_it_or_its_work_is_anot
     assert need(tiny_ernie()) == (stock, 0)
 
 
+def test_stages_are_traced_once_for_all_devices_that_compute_them_alike(monkeypatch):
+    traced: list[Any] = []
+    monkeypatch.setattr(stages, "_stages", {})
+    monkeypatch.setattr(stages, "peak_of", lambda part, *rest: traced.append(part) or peak_of(part, *rest))
+
+    def need(pipe: Any, *transforms: Any, card: str = "rtx4090", **call: int) -> tuple[Any, int]:
+        traced.clear()
+        found = activations_of(pipe, transforms, Context.named(card), Call(64, 64, **call))
+        return found, sum(not isinstance(part, PreTrainedModel) for part in traced)
+
+    stock, times = need(tiny_ernie())
+    assert times == 2
+    assert need(tiny_ernie()) == (stock, 0)
+    assert need(tiny_ernie(), card="l4") == (stock, 0), "a name and a size of memory change nothing"
+    assert need(tiny_ernie(), SliceVae())[1] == 1, "what only the VAE has leaves the denoiser's need"
+    assert need(tiny_ernie(), FuseKernels("bf16"))[1] == 1
+    assert need(tiny_ernie(), FuseKernels("bf16"), card="rtx3060")[1] == 2, "another capability"
+    assert need(tiny_ernie(), pictures=2)[1] == 2
+    for change in (
+        lambda pipe: pipe.to(torch.float16),
+        lambda pipe: pipe.vae.enable_tiling(),
+        lambda pipe: setattr(pipe.transformer, "layers", pipe.transformer.layers[:1]),
+        lambda pipe: pipe.vae.to(memory_format=torch.channels_last),
+        lambda pipe: pipe.transformer.register_forward_hook(lambda module, args, output: output),
+        lambda pipe: setattr(pipe.vae, "forward", pipe.vae.forward),
+    ):
+        pipe = tiny_ernie()
+        change(pipe)
+        assert need(pipe)[1] == 2
+    assert need(tiny_ernie()) == (stock, 0)
+    for pixels in range(64, 64 + 16 * stages._MAX_STAGES, 16):
+        stages._stages[pixels] = 0
+    activations_of(tiny_ernie(), (), Context.named("h200"), Call(64, 64))
+    assert len(stages._stages) <= stages._MAX_STAGES
+
+
 @pytest.fixture(scope="module")
 def counted():
     """Count what a stage of the full-size pipe needs once for all budgets: it takes a second."""
@@ -315,8 +353,41 @@ def test_a_pipe_that_cannot_fit_is_refused_with_what_would(turbo, memory):
     assert not found.fits
     assert found.needed < 5 * GIB
     assert f"weights within {human_gib(found.stages[0].weights)}, the rest fetched" in str(found)
-    with pytest.raises(ErnieAccelError, match=r"(?s)does not fit: .* are needed at least.*denoise"):
+    with pytest.raises(ErnieAccelError, match=r"(?s)does not fit: .* are needed at least.*denoise.*smallest budget"):
         check_fits(found)
+    assert f"--memory {found.least}" in str(found)
+
+
+def test_the_smallest_budget_that_is_named_works_and_less_does_not(turbo):
+    call = Call(512, 512)
+    shown = ernie_accel.plan(turbo, preset="turbo-fp8", context=Context.named("rtx4060"), memory="1GiB", call=call)
+    assert shown.ok, "what is shown is what would work with more memory"
+    found = shown.memory
+    assert planned(turbo, "rtx4060", memory=found.least, call=call).fits
+    assert not planned(turbo, "rtx4060", memory=found.needed - 1, call=call).fits
+
+
+@pytest.mark.parametrize(("memory", "fits"), [("auto", True), ("12GiB", False)])
+def test_what_a_preset_moves_to_a_device_is_planned_as_resident_there(turbo, memory, fits, monkeypatch):
+    monkeypatch.setattr(planner, "activations_of", lambda *args, **kwargs: {"denoise": GIB, "decode": 2 * GIB})
+    preset, context = find_preset("npu-bf16"), Context.named("ascend910b")
+    found = plan_memory(turbo, (), preset, context, memory)
+    assert found.fits is fits
+    assert MoveTo("npu") in found.transforms
+    assert "the request says" not in str(found)
+    assert "everything stays on the device: the preset moves it there as a whole" in str(found)
+    own = plan_memory(turbo, (MoveTo("npu"),), preset, context, memory)
+    assert own.transforms == ()
+    assert "the request says where the weights live" in str(own)
+
+
+@pytest.mark.parametrize("card", ["v100", "rtx4090", "rtx5090", "ascend910b"])
+def test_recommend_warns_where_not_everything_stays_on_the_device(turbo, card, monkeypatch):
+    monkeypatch.setattr(planner, "activations_of", lambda *args, **kwargs: {"denoise": GIB, "decode": 5 * GIB // 2})
+    advice = ernie_accel.recommend(Context.named(card), turbo)
+    found = plan_memory(turbo, (), advice.preset, Context.named(card))
+    resident = isinstance(found.transforms[0], MoveTo)
+    assert any("do not fit into" in warning for warning in advice.warnings) is not resident
 
 
 def test_too_little_host_memory_is_said_before_anything_is_loaded(turbo):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -79,6 +80,11 @@ class MemoryPlan:
         """Bytes that the process needs: `peak` and `spare`."""
         return self.peak + self.spare
 
+    @property
+    def least(self) -> str:
+        """The smallest budget that it fits, as `memory` takes it."""
+        return f"{math.ceil(self.needed / GIB * 100) / 100:.2f}GiB"
+
     def to_json(self) -> dict[str, Any]:
         """Return plain data, in bytes."""
         stages = [asdict(stage) | {"total": stage.total} for stage in self.stages]
@@ -119,6 +125,8 @@ class MemoryPlan:
         if self.host:
             yield f"Host memory for what is not on the device: {human_gib(self.host)}."
         yield from (f"  + {reason}" for reason in self.why)
+        if not self.fits:
+            yield f"The smallest budget that works: memory='{self.least}' (--memory {self.least})."
 
 
 def budget_of(memory: str | int, context: Context) -> int | None:
@@ -191,7 +199,7 @@ def plan_memory(
     call = replace(call, guidance=_is_guided(pipe, wanted)) if call.guidance is None else call
     best: MemoryPlan | None = None
     activations: dict[str, int | None] = {}
-    for tiles, why in _tilings(pipe, wanted, context):
+    for tiles, why in _tilings(pipe, wanted, own, context):
         if tiles and (best is None or max(best.stages, key=lambda stage: stage.total).name != "decode"):
             continue
         with_tiles = compose((*own, *tiles), preset, pipe)
@@ -212,11 +220,11 @@ def plan_memory(
 
 
 def _tilings(
-    pipe: Pipeline, wanted: tuple[Transform, ...], context: Context
+    pipe: Pipeline, wanted: tuple[Transform, ...], own: tuple[Transform, ...], context: Context
 ) -> Iterator[tuple[tuple[Transform, ...], tuple[str, ...]]]:
     """Yield how pictures may be decoded, and why: whole, then in smaller and smaller tiles."""
     yield (), ()
-    if any(map(places, wanted)) or any(isinstance(each, TileVae) for each in wanted):
+    if _placed_by_request(wanted, own) or any(isinstance(each, TileVae) for each in wanted):
         return
     for tiles in (TileVae(), TileVae(tile_px=512)):
         if not tiles.unsupported(pipe, context) and tiles.preview(pipe, context).changes:
@@ -237,7 +245,7 @@ def _placings(
 ) -> Iterator[MemoryPlan]:
     """Yield the plans of all ways to place the weights that can run here, from the fastest down."""
     wanted = compose((*own, *tiles), preset, pipe)
-    for chosen, why in _candidates(pipe, wanted, context, device or context.torch_device, budget, activations):
+    for chosen, why in _candidates(pipe, wanted, own, context, device or context.torch_device, budget, activations):
         chosen = (*tiles, *chosen)
         the_plan = plan_request(pipe, compose((*own, *chosen), preset, pipe), preset, context)
         if any(isinstance(each, Residency) for each in chosen) and (lean := tuple(_without_originals(the_plan, own))):
@@ -326,20 +334,29 @@ def places(transform: Transform) -> bool:
     return transform.slot in _PLACING or getattr(transform, "device", None) is not None
 
 
+def _placed_by_request(wanted: Iterable[Transform], own: tuple[Transform, ...]) -> bool:
+    """Return whether the user, or more than a preset's `MoveTo`, says where weights live."""
+    return any(places(each) for each in wanted if each in own or not isinstance(each, MoveTo))
+
+
 def _candidates(
     pipe: Pipeline,
     wanted: tuple[Transform, ...],
+    own: tuple[Transform, ...],
     context: Context,
     device: str,
     budget: int | None,
     activations: dict[str, int | None],
 ) -> Iterator[tuple[tuple[Transform, ...], tuple[str, ...]]]:
     """Yield what might be chosen, and why, from the fastest down."""
-    if any(map(places, wanted)):
+    if _placed_by_request(wanted, own):
         yield (), ("the request says where the weights live",)
         return
     move = (MoveTo(device),)
     stays = "everything stays on the device"
+    if any(map(places, wanted)):  # the preset's own, which a chosen `Residency` could not replace
+        yield move, (f"{stays}: the preset moves it there as a whole",)
+        return
     yield move, (stays,)
     eight = _eight_bits(pipe, wanted, context)
     names = " and ".join(eight[0].components) if eight else ""
@@ -408,6 +425,7 @@ def _judge(
     kept = keeps[0].weights if keeps else None
     if kept is not None and kept < (least := least_weights(pipe, planned)):
         why = tuple(_fetched(least) if reason == _fetched(kept) else reason for reason in why)
+        chosen = tuple(replace(each, weights=least) if isinstance(each, Residency) else each for each in chosen)
         kept, mine = least, set()
     if mine:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,7 +49,10 @@ POOLS = 800 * 2**20
 #: The same where nothing is captured: blocks of other sizes than those asked for.
 ROUNDING = 400 * 2**20
 #: Transforms that change what a stage needs beside weights, and can be applied to tensors without data.
-_TRACED = (CastDtype, RewriteBlocks, FuseKernels, BatchGuidance, FuseVae, TileVae, SliceVae)
+_OF_DENOISER, _OF_VAE = (RewriteBlocks, FuseKernels, BatchGuidance), (FuseVae, TileVae, SliceVae)
+_TRACED = (CastDtype, *_OF_DENOISER, *_OF_VAE)
+#: Of them, those that do not change what a stage needs.
+_ELSEWHERE: Mapping[str, tuple[type[Transform], ...]] = {"denoise": _OF_VAE, "decode": _OF_DENOISER}
 
 
 @dataclass(frozen=True)
@@ -87,14 +91,19 @@ def activations_of(
         call: What will be asked of it.
         known: What some stages need, by name, where that was worked out before.
     """
-    known = known or {}
-    twin = without_weights(pipe)
+    known = dict(known or {})
     traced = tuple(forgetful(each) for each in transforms if isinstance(each, _TRACED))
+    names = tuple(name for name, _, _ in _runs(pipe, call))
+    keys = _stage_keys(pipe, names, traced, context, call)
+    known |= {name: _stages[key] for name, key in keys.items() if name not in known and key in _stages}
+    if all(name in known for name in names):
+        return {name: known[name] for name in names}
+    twin = without_weights(pipe)
     if traced:
         try:
             apply_request(twin, traced, None, context, skip_unsupported=True)
         except ErnieAccelError:
-            twin = without_weights(pipe)
+            twin, keys = without_weights(pipe), {}
     found: dict[str, int | None] = {}
     with quiet():
         for name, part, run in _runs(twin, call):
@@ -104,7 +113,66 @@ def activations_of(
                 found[name] = run.peak_of(part)
             else:
                 found[name] = None if run is None else peak_of(part, run, call.prompt_tokens)
+    for name, key in keys.items():
+        while len(_stages) >= _MAX_STAGES:
+            _stages.pop(next(iter(_stages)), None)
+        _stages[key] = found[name]
     return found
+
+
+#: What stages need, by all that it depends on: the next device or preset shares what is the same for both.
+_stages: dict[Hashable, int | None] = {}
+_MAX_STAGES = 256
+
+
+def _stage_keys(
+    pipe: Pipeline, names: Iterable[str], traced: tuple[Transform, ...], context: Context, call: Call
+) -> dict[str, Hashable]:
+    """Return, by stage, all that its need depends on; empty for a pipe that was changed from outside.
+
+    The name and the memory of a device are left out, because what a transform makes depends on neither.
+    """
+    made = [_facts(module) for module in modules_of(pipe).values()]
+    if context.state is not None or not all(made):
+        return {}
+    machine = (context.device, context.capability, context.no_compile, tuple(sorted(context.versions.items())))
+    same = (type(pipe), tuple(modules_of(pipe)), tuple(made), _Same(family_of(pipe)), machine, call)
+    return {
+        name: (name, same, tuple(each for each in traced if not isinstance(each, _ELSEWHERE.get(name, ()))))
+        for name in names
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """A key that is equal to another only if both are of one object, which it keeps alive."""
+
+    value: object
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _facts(module: nn.Module) -> str | None:
+    """Return a digest of all that a module computes by; None for one that does not do what its library made it for."""
+    digest = hashlib.sha256()
+    for name, layer in module.named_modules():
+        own, processor = vars(layer), getattr(layer, "processor", None)
+        changed = "forward" in own or layer._forward_hooks or layer._forward_pre_hooks
+        for each in (layer, *((processor,) if processor is not None else ())):
+            if changed or type(each).__module__.partition(".")[0] not in _LIBRARIES:
+                return None
+        config = own.get("config")
+        said = config.to_json_string(use_diff=False) if hasattr(config, "to_json_string") else repr(config)
+        plain = [(key, value) for key, value in own.items() if isinstance(value, (bool, int, float, str, tuple))]
+        kernel = (getattr(processor, "_attention_backend", None), getattr(config, "_attn_implementation", None))
+        digest.update(repr((name, type(layer), type(processor), kernel, said, plain)).encode())
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        digest.update(repr((name, type(tensor), tensor.shape, tensor.stride(), tensor.dtype)).encode())
+    return digest.hexdigest()
 
 
 def without_weights(pipe: Pipeline) -> Pipeline:
@@ -177,7 +245,7 @@ class _LanguageModel:
 _language_models: dict[Hashable, int] = {}
 _MAX_KNOWN = 64
 #: Whose layers do what their settings say.
-_LIBRARIES = ("torch", "transformers")
+_LIBRARIES = ("torch", "transformers", "diffusers")
 
 
 def _as_made(model: Any) -> Hashable:

@@ -62,6 +62,9 @@ _FOUR_BITS = ("nvfp4", "nf4", "fp4", "int4")
 #: Slots that a preset can do without and still give the precision it is named after.
 _NOT_PRECISION = frozenset({"blocks", "call-defaults", "compile", "graphs", "layout", "prompt-encoding", "vae-compile"})
 
+#: What a process needs on a device beside large weights, for a picture of 1024x1024; the memory planner works it out.
+_BESIDE = int(3.5 * 2**30)
+
 #: From the fastest down; the first that pays here and can run here is recommended. nvfp4 is left to the user: it is
 #: faster than fp8 where it can run, and the loss can be seen.
 LADDER: tuple[Rung, ...] = (
@@ -239,9 +242,11 @@ def _memory_warnings(pipe: Pipeline | None, preset: Preset, machine: Context) ->
     if machine.memory_bytes is None:
         return ()
     weights = _weight_bytes(pipe, preset, machine)
-    if weights < machine.memory_bytes:
+    beside = 0 if machine.device == "cpu" else min(_BESIDE, weights)
+    if weights + beside < machine.memory_bytes:
         return ()
-    too_much = f"about {human_bytes(weights)} of weights do not fit into {human_bytes(machine.memory_bytes)}"
+    computing = f" and about {human_bytes(beside)} for a call, graphs and the driver" if beside else ""
+    too_much = f"about {human_bytes(weights)} of weights{computing} do not fit into {human_bytes(machine.memory_bytes)}"
     if machine.device == "cpu":
         return (f"{too_much}: in bfloat16 they take half; load(..., prompt_enhancer=False) leaves the enhancer out",)
     return (

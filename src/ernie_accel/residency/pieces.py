@@ -126,11 +126,20 @@ def sizes_of(pipe: Pipeline, planned: PlannedPipe) -> list[tuple[ComponentSize, 
         sizes = dict.fromkeys((piece.name for piece in component.pieces), 0)
         for name, weight in planned.weights.items():
             if name.startswith(f"{component.name}.") and not name.startswith(left_out):
-                block = next((path for path in component.blocks if name.startswith(f"{path}.")), component.name)
-                sizes[block] += aligned(weight.nbytes)
+                sizes[_block_of(name, component)] += aligned(weight.nbytes)
         pieces = tuple(PieceSize(*item) for item in sizes.items())
         found.append((ComponentSize(component.name, pieces, component.streams), component.moves))
     return found
+
+
+def _block_of(name: str, component: Component) -> str:
+    """Return the outermost block that a weight is in, or the component."""
+    end = name.find(".")
+    while end > 0:
+        if name[:end] in component.blocks:
+            return name[:end]
+        end = name.find(".", end + 1)
+    return component.name
 
 
 def _component(pipe: Pipeline, name: str, module: nn.Module, seen: set[int]) -> Component:

@@ -24,7 +24,7 @@ from ernie_accel.core.undo import Undo
 from ernie_accel.models.adapters import narrow_products
 from ernie_accel.residency.guard import refuse_moves, refuse_to_compile
 from ernie_accel.residency.keeper import Keeper
-from ernie_accel.residency.layout import Layout, lay_out, least_bytes
+from ernie_accel.residency.layout import ComponentSize, Layout, lay_out, least_bytes
 from ernie_accel.residency.movers import MOVERS
 from ernie_accel.residency.pieces import components_of, shared_weights, sizes_of
 
@@ -91,9 +91,10 @@ class Residency(Transform):
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         planned = context.planned(pipe)
-        layout = self.layout(pipe, planned)
+        sizes = sizes_of(pipe, planned)
+        layout, staying = self._layout(sizes), _staying(sizes)
         changes = tuple(_describe(layout)) or (f"all weights stay on {self.device or context.device}",)
-        return Preview(changes, note=f"{human_bytes(layout.nbytes + _staying(pipe, planned))} of weights on the device")
+        return Preview(changes, note=f"{human_bytes(layout.nbytes + staying)} of weights on the device")
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         planned = context.planned(pipe)
@@ -129,17 +130,20 @@ class Residency(Transform):
 
     def layout(self, pipe: Pipeline, planned: PlannedPipe) -> Layout:
         """Return where the weights of a planned pipe will lie, those that never move left out."""
-        sizes = sizes_of(pipe, planned)
-        return lay_out([size for size, moves in sizes if moves], self.weights - _staying(pipe, planned))
+        return self._layout(sizes_of(pipe, planned))
+
+    def _layout(self, sizes: list[tuple[ComponentSize, bool]]) -> Layout:
+        return lay_out([size for size, moves in sizes if moves], self.weights - _staying(sizes))
 
 
 def least_weights(pipe: Pipeline, planned: PlannedPipe) -> int:
     """Return the least bytes of device memory with which the weights of a planned pipe can be kept."""
-    return _staying(pipe, planned) + least_bytes([size for size, moves in sizes_of(pipe, planned) if moves])
+    sizes = sizes_of(pipe, planned)
+    return _staying(sizes) + least_bytes([size for size, moves in sizes if moves])
 
 
-def _staying(pipe: Pipeline, planned: PlannedPipe) -> int:
-    return sum(size.nbytes for size, moves in sizes_of(pipe, planned) if not moves)
+def _staying(sizes: list[tuple[ComponentSize, bool]]) -> int:
+    return sum(size.nbytes for size, moves in sizes if not moves)
 
 
 def _describe(layout: Layout) -> Iterator[str]:
