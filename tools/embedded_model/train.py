@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -130,8 +130,7 @@ def train(
     with clock("tokenizer"):
         tokenizer = _tokenizer(stages / "tokenizer", recipe, resume, miniature)
     with clock("captions"):
-        how_many = recipe.scenes, recipe.captions, recipe.workers
-        data = [captioned_scenes(tokenizer, canvas, *how_many, miniature.frame) for canvas in CANVASES]
+        data = [_captions(stages, tokenizer, canvas, recipe, resume, miniature) for canvas in CANVASES]
         lengths = torch.cat([d.lengths.flatten() for d in data]).float()
         _log(f"caption tokens: mean {lengths.mean():.0f}, from {lengths.min():.0f} to {lengths.max():.0f}")
     with (
@@ -186,6 +185,23 @@ def train(
         save_sheet(pipe, out / "sheet.png", miniature.guidance_scale, columns=2 if recipe.workers == 0 else 8)
     _write_figures(out, pipe, figures, recipe, clock.seconds)
     return pipe
+
+
+def _captions(
+    stages: Path, tokenizer: Any, canvas: tuple[int, int], recipe: Recipe, resume: bool, miniature: Miniature
+) -> CaptionedScenes:
+    """Return the captioned scenes of a canvas (height, width), from an earlier run if there are as many; save them."""
+    file = stages / f"captions_{canvas[0]}x{canvas[1]}.safetensors"
+    if resume and file.exists():
+        found = load_file(file)
+        if found["lengths"].shape == (recipe.scenes, recipe.captions):
+            scenes = SceneBatch(*(found[name] for name in ("objects", "in_front", "background")), *canvas)
+            return CaptionedScenes(scenes, found["tokens"], found["lengths"])
+    made = captioned_scenes(tokenizer, canvas, recipe.scenes, recipe.captions, recipe.workers, miniature.frame)
+    scenes = made.scenes
+    tensors = {"objects": scenes.objects, "in_front": scenes.in_front, "background": scenes.background}
+    save_file(tensors | {"tokens": made.tokens, "lengths": made.lengths}, file)
+    return made
 
 
 class _Clock:
