@@ -113,10 +113,11 @@ def padding(rows: Rows, device: torch.device) -> dict[str, Tensor]:
     if rows.passes_lengths:
         return {"text_lengths": text_b.int(), "lengths": all_b.int()}
     return {
-        "text_mask": _inner(rows.tokens, text_b),
-        "mask": _inner(rows.image_tokens + rows.tokens, all_b),
+        "text_mask": _real_mask(rows.tokens, text_b),
+        "mask": _real_mask(rows.image_tokens + rows.tokens, all_b),
     }
 
 
-def _inner(tokens: int, lengths_b: Tensor) -> Tensor:
+def _real_mask(tokens: int, lengths_b: Tensor) -> Tensor:
+    """Return which of so many tokens are real: bool [B, 1, 1, S]."""
     return (torch.arange(tokens, device=lengths_b.device) < lengths_b[:, None])[:, None, None]
