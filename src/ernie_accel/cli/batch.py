@@ -366,7 +366,7 @@ def _load(job: Job, preset: str) -> Any:
         import diffusers
 
         diffusers.utils.logging.disable_progress_bar()
-    return _load_plain(job, job.model, preset, swaps, job.transformer, not job.no_enhancer)
+    return _load_plain(job, job.model, preset, swaps, transformer=job.transformer, prompt_enhancer=not job.no_enhancer)
 
 
 def _load_refiner(job: Job, model: str, preset: str) -> Any:
@@ -380,15 +380,16 @@ def _load_refiner(job: Job, model: str, preset: str) -> Any:
         saved.set_progress_bar_config(disable=True)
         return saved
     # Its steps and guidance are those of second passes, so those that a preset would give it are of no use.
-    return _load_plain(job, model, preset, (), None, False, without=("call-defaults",))
+    return _load_plain(job, model, preset, prompt_enhancer=False, without=("call-defaults",))
 
 
 def _load_plain(
     job: Job,
     model: str | None,
     preset: str,
-    swaps: tuple[SwapScheduler, ...],
-    transformer: Path | None,
+    swaps: tuple[SwapScheduler, ...] = (),
+    *,
+    transformer: Path | None = None,
     prompt_enhancer: bool,
     without: tuple[str, ...] = (),
 ) -> Any:

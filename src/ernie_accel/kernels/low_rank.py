@@ -420,11 +420,6 @@ def terms_of(places: tuple[Place, ...]) -> Iterator[Term]:
                 yield Term(down, up, float(state["scaling"][name]), place.start)
 
 
-def _fact(tensor: Tensor) -> tuple[int, int | None]:
-    """Return what tells that a tensor is another or was changed."""
-    return tensor.data_ptr(), version_of(tensor)
-
-
 class Merge(StandInMethod):
     """`merge` or `unmerge` of PEFT's layer around a site, which has no weight."""
 
@@ -510,22 +505,21 @@ def _name_as_parts(product: nn.Module, state_dict: dict[str, Tensor], prefix: st
 
 def _name_as_own(site: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Give what a whole layer has the names that it has on a stock model, if it is a plain one."""
-    product = cast(Site, site).low_rank.product
-    if type(product) is nn.Linear:
-        for name in product._parameters:
-            found = state_dict.pop(f"{prefix}product.product.{name}", None)
-            if found is not None:
-                state_dict[f"{prefix}{name}"] = found
+    _rename(site, state_dict, f"{prefix}product.product.", prefix)
 
 
 def _take_as_own(site: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Load what `_name_as_own` has named; see `nn.Module.register_load_state_dict_pre_hook`."""
+    _rename(site, state_dict, prefix, f"{prefix}product.product.")
+
+
+def _rename(site: nn.Module, state_dict: dict[str, Tensor], old: str, new: str) -> None:
     product = cast(Site, site).low_rank.product
     if type(product) is nn.Linear:
         for name in product._parameters:
-            found = state_dict.pop(f"{prefix}{name}", None)
+            found = state_dict.pop(f"{old}{name}", None)
             if found is not None:
-                state_dict[f"{prefix}product.product.{name}"] = found
+                state_dict[f"{new}{name}"] = found
 
 
 def site_of(layer: nn.Module) -> Site | None:

@@ -184,8 +184,8 @@ class Producer:
         refines = sift is not None and sift.refine
         if problems := edit_problems(self._engine, (), refines=refines, refiner=self._refiner):
             raise BatchInputError(None, problems)
-        self._owned = [each for each in (self._engine, self._refiner) if each is not None]
-        self._owned = [each for each in self._owned if each is not pipe and each is not refiner]
+        both = (self._engine, self._refiner)
+        self._owned = [each for each in both if each is not None and each is not pipe and each is not refiner]
         self._seed, self._overwrite = seed, overwrite
         self._telemetry = Telemetry(0)
         self._orders = _Orders(self._telemetry)
