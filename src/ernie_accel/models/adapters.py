@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import statistics
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -45,7 +46,7 @@ _FETCHING = (
 )
 
 
-class Adaptable(nn.Module):
+class Adaptable(nn.Module, ABC):
     """A module that may compute several of its layers as one product, on kernels or quantized."""
 
     fusible: tuple[str, ...] = ()
@@ -111,22 +112,22 @@ class Adaptable(nn.Module):
                 self._modules[name] = layer
                 _put_base(self, name, cast(nn.Module, base))
 
+    @abstractmethod
     def unfusible_reason(self) -> str | None:
         """Return why the linear layers cannot be fused, or None."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fuse(self) -> None:
         """Replace the fusible layers by one, in place."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def can_be_split(self) -> bool:
         """Whether `split` can do its work: nothing is fused, or its weight is not quantized."""
-        raise NotImplementedError
 
+    @abstractmethod
     def split(self) -> None:
         """Replace the fused layer by the layers it is made of, in place."""
-        raise NotImplementedError
 
     def wrapped(self) -> Iterator[tuple[nn.Module, str, nn.Module]]:
         """Yield (owner, name, PEFT's layer) of all linear layers that PEFT has wrapped."""

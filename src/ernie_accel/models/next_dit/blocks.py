@@ -10,6 +10,7 @@ h hidden size, n heads, d head size, f hidden size of the feed-forward.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -74,7 +75,7 @@ class RewrittenFeedForward(Part):
         return out_bsh
 
 
-class RewrittenNextBlock(RewrittenBlock):
+class RewrittenNextBlock(RewrittenBlock, ABC):
     """One block over [B, S, H]: the stock block's layers under the stock names.
 
     Class-level facts:
@@ -110,9 +111,9 @@ class RewrittenNextBlock(RewrittenBlock):
         """Return the norm before the attention."""
         return self.get_submodule(self.names.norms[0])
 
+    @abstractmethod
     def modulation_of(self, condition: Tensor | None) -> Modulation | None:
         """Return the modulation by what the family's blocks take, the embedded time; None for a block without."""
-        raise NotImplementedError
 
     def chains(self, blocks: nn.ModuleList) -> bool:
         """Return whether `run_chain` can run these blocks, of which this is the first."""
