@@ -550,7 +550,7 @@ def test_a_lora_beside_fused_kernels_is_read_when_its_block_has_arrived(movers, 
     ernie_accel.optimize(pipe, *transforms, Residency(least(pipe)), context=context)
     if loaded == "before":
         assert sqnr_db(picture(pipe), picture(stock)) > 25  # in spare columns, where all weights stay
-    monkeypatch.setattr("ernie_accel.kernels.low_rank.LARGEST_FACTOR", 0.0)  # from here on apart, as beside others
+    monkeypatch.setattr("ernie_accel.kernels.spare_terms.LARGEST_FACTOR", 0.0)  # from here on apart, as beside others
     bind_layers(stock.transformer)
     if loaded == "after":
         pipe.load_lora_weights(dict(weights), adapter_name="a")

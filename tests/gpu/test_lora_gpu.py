@@ -17,7 +17,7 @@ from ernie_accel.core.stand_in import standing_in
 from ernie_accel.kernels import ops, reference
 from ernie_accel.kernels.linear import Fp8Linear, Fp8Rows
 from ernie_accel.kernels.low_rank import LowRankProduct, Place, Site
-from ernie_accel.models.adapters import update_products
+from ernie_accel.models.adapters import PRODUCTS, update_products
 from ernie_accel.models.graphed_forward import GraphedForward
 from tests.gpu.test_fast_gpu import latents, sqnr_db
 
@@ -205,6 +205,36 @@ def test_fidelity_at_full_width_is_that_of_fp8_without_one(attention: str) -> No
     pipe.load_lora_weights(dict(weights), adapter_name="a")
     assert sqnr_db(predictions(pipe, 4), plain) < plain_db  # what the LoRA adds is more than what fp8 loses
     assert sqnr_db(predictions(pipe, 4), with_lora) > plain_db - 0.5
+
+
+def test_a_swap_is_a_copy_of_the_same_bits_and_takes_no_time_at_full_width() -> None:
+    pipe = wide()
+    weights = {name: adapter(pipe, seed, rank=64) for seed, name in enumerate("ab")}
+    ernie_accel.optimize(pipe, RewriteBlocks(), FuseKernels("fp8"))
+    for name, tensors in weights.items():
+        pipe.load_lora_weights(dict(tensors), adapter_name=name)
+
+    def swap(name: str) -> tuple[list[torch.Tensor], float]:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        pipe.set_adapters([name])
+        update_products(pipe.transformer)
+        torch.cuda.synchronize()
+        taken = time.perf_counter() - start
+        held = [each for part in products for each in (part.wide, part.down, part.factor) if each is not None]
+        return [each.contiguous().view(torch.uint8).clone() for each in held], taken
+
+    products = PRODUCTS.required(pipe.transformer)
+    anew = {name: swap(name)[0] for name in "ab"}
+    assert len(anew["a"]) > 3
+    for name in "ab":
+        kept, taken = swap(name)
+        assert all(map(torch.equal, kept, anew[name]))
+        assert taken < 0.05
+    for part in products:  # one at a time: the bits do not depend on what is computed together
+        part.forget()
+        part.update()
+    assert all(map(torch.equal, swap("b")[0], anew["b"]))
 
 
 @pytest.mark.parametrize("ranks", [16, 48, 192, 384])

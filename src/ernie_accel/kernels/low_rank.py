@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -17,32 +18,13 @@ from ernie_accel.core.library_hooks import NO_HOOKS, library_hooks
 from ernie_accel.core.stand_in import StandInMethod
 from ernie_accel.kernels import ops
 from ernie_accel.kernels.linear import Fp8Linear, Fp8Rows
-from ernie_accel.kernels.reference import FP8_MAX, ROOM
+from ernie_accel.kernels.spare_terms import KEPT_PART_OF_WEIGHT, KeptTerms, SpareTerm, Term, Wanted, computed
 
 #: Ranks are padded with zeros to a multiple of this, as products want them.
 RANK_MULTIPLE_OF = 16
 #: Spare columns of float8 rows and weights are padded to a multiple of this, so that rows start with sectors of memory.
 SPARE_MULTIPLE_OF = 64
-#: Largest factor by which ``x @ down.T`` is stored, for rows of ``down`` of norm one. The values of ``x`` reach
-#: FP8_MAX / ROOM, so that four times as much is still not clamped. An adapter that needs more is added to the result.
-LARGEST_FACTOR = 8.0
 _UPDATING = threading.Lock()
-
-
-class Term(NamedTuple):
-    """What one adapter adds to some output features: ``scale * x @ down.T @ up.T``.
-
-    Attributes:
-        down: [rank, K].
-        up: [features, rank].
-        scale: Of the adapter now.
-        start: First of the output features.
-    """
-
-    down: Tensor
-    up: Tensor
-    scale: float
-    start: int
 
 
 class Place(NamedTuple):
@@ -97,10 +79,14 @@ class LowRankProduct(nn.Module):
         self.register_buffer("factor", None, persistent=False)
         #: A plain attribute: whoever moves, counts or keeps buffers has the weight within it already.
         self.wide: Tensor | None = None
-        self._seen: list[object] = []
+        #: What was seen of the weight and of PEFT's layers when they were last taken over.
+        self._seen: tuple[list[object], list[object]] | None = None
+        #: (start, features, rank) of the terms in spare columns, and where each of their parts is; elsewhere are zeros.
+        self._layout: tuple[tuple[int, int, int], ...] | None = None
+        self._slots: list[Tensor] = []
+        #: What a swap back to the last adapters needs; a plain attribute, too, and in no copy or pickle.
+        self._kept = KeptTerms()
         self._register_state_dict_hook(_name_as_parts)  # type: ignore[no-untyped-call]
-        #: Largest factor of the adapters that were written into spare columns, until `judge` was asked.
-        self.unjudged: Tensor | None = None
         #: SQNR in dB of the float8 weight of the last merge, against the merged one; None: there was none.
         self.merged_db: float | None = None
 
@@ -156,37 +142,9 @@ class LowRankProduct(nn.Module):
         out: Tensor = ops.linear_fp8(values, scale, wide, product.weight_scale)
         return out
 
-    def update(self, *, early: bool = False) -> None:
-        """Take over what PEFT's layers have now, if that changed.
-
-        Args:
-            early: It is not this product's turn yet: adapters whose values are elsewhere until then have to wait. And
-                somebody calls `judge`, if `unjudged` is left.
-        """
-        seen = self._look()
-        if seen == self._seen:
-            return
-        if early and any(comes_and_goes(each) for term in terms_of(self.places) for each in (term.down, term.up)):
-            return
-        # Not of inference mode, or nobody could write into them later.
-        with _UPDATING, torch.inference_mode(False), torch.no_grad():
-            self._unmerge_disabled()
-            terms = tuple(terms_of(self.places))
-            if terms and self._can_be_wide:
-                self._stack_wide(terms)
-            else:
-                self._stack(terms)
-            self._seen = self._look()
-            if self.unjudged is not None and not early:
-                self.judge(float(self.unjudged))
-
-    def judge(self, factor: float) -> None:
-        """Add the adapters apart, in place, if `factor`, the value of `unjudged`, is too large for spare columns."""
-        self.unjudged = None
-        if factor > LARGEST_FACTOR:
-            with torch.inference_mode(False), torch.no_grad():
-                self._stack(tuple(terms_of(self.places)))
-                self._seen = self._look()
+    def update(self) -> None:
+        """Take over what PEFT's layers have now, if that changed."""
+        update_all((self,))
 
     def alone(self) -> nn.Module:
         """Return the product as it was given, for whoever takes it back, in place."""
@@ -210,12 +168,18 @@ class LowRankProduct(nn.Module):
         product = self.product
         return not product._forward_pre_hooks and not product._forward_hooks and library_hooks(product) is NO_HOOKS
 
-    def _look(self) -> list[object]:
-        """Return all that the low-rank part depends on, as plain data; it is asked for before each product."""
-        seen: list[object] = [self.weight.device, self.down is not None and comes_and_goes(self.down)]
-        if self.wide is not None:  # so what it was made of has to be what it was
+    def _look_at_weight(self) -> list[object]:
+        """Return all that the low-rank part depends on of the weight, as plain data."""
+        weight, down, wide = self.weight, self._buffers["down"], self.wide
+        seen: list[object] = [weight.device, down is not None and comes_and_goes(down)]
+        if wide is not None:  # so what it was made of has to be what it was
             scale = cast(Fp8Linear, self.product).weight_scale
-            seen += (self.wide.data_ptr() == self.weight.data_ptr(), scale.data_ptr(), version_of(scale), self._is_bare)
+            seen += (wide.data_ptr() == weight.data_ptr(), scale.data_ptr(), version_of(scale), self._is_bare)
+        return seen
+
+    def _look_at_layers(self) -> list[object]:
+        """Return all that it depends on of PEFT's layers, as plain data; it is asked for before each product."""
+        seen: list[object] = []
         for owner, name, *_ in self.places:
             layer = owner._modules.get(name)
             if layer is None or "base_layer" not in layer._modules:
@@ -239,8 +203,9 @@ class LowRankProduct(nn.Module):
         return seen
 
     def forget(self) -> None:
-        """Take over everything at the next update: values were written where torch does not count."""
-        self._seen = []
+        """Take over everything anew at the next update: values were written where torch does not count."""
+        self._seen = None
+        self._kept.clear()
 
     @property
     def unmergeable_reason(self) -> str | None:
@@ -300,35 +265,21 @@ class LowRankProduct(nn.Module):
             if layer is not None and vars(layer)["_disable_adapters"] and vars(layer)["merged_adapters"]:
                 layer.unmerge()
 
-    def _stack_wide(self, terms: tuple[Term, ...]) -> None:
-        """Write the adapters into spare columns, in place."""
-        product = cast(Fp8Linear, self.product)
-        weight, scale_n, columns = product.weight, product.weight_scale[0], product.in_features
-        ranks = sum(len(term.down) for term in terms)
-        padded = -(-ranks // RANK_MULTIPLE_OF) * RANK_MULTIPLE_OF
-        wide, down, factor = self._wide_of(weight, padded, columns)
-        downs = torch.cat([term.down.to(weight.device, torch.float32) for term in terms])
-        values, scale_r = ops.quantize_rows(downs)
-        norm_r = torch.linalg.vector_norm(downs, dim=1)
-        ups = [
-            term.up.to(weight.device, torch.float32)
-            * (term.scale / scale_n[term.start : term.start + len(term.up)])[:, None]
-            for term in terms
-        ]
-        largest_r = torch.cat([torch.linalg.vector_norm(up, float("inf"), dim=0) for up in ups])
-        # The smallest at which `up` is within float8; but not less than at which no row at all is clamped.
-        factor_r = (largest_r * norm_r / FP8_MAX).clamp_min(ROOM / math.sqrt(columns))
-        down.view(torch.uint8)[:ranks].copy_(values.view(torch.uint8))
-        factor[:ranks].copy_(factor_r * scale_r.view(-1) / norm_r.clamp_min(torch.finfo(torch.float32).tiny))
-        down.view(torch.uint8)[ranks:].zero_()
-        wide.view(torch.uint8)[:, columns:].zero_()
-        at, up_factor_r = columns, norm_r / factor_r
-        for term, up in zip(terms, ups, strict=True):
-            rank = up.shape[1]
-            of_rank = up_factor_r[at - columns : at - columns + rank]
-            wide[term.start : term.start + len(up), at : at + rank].copy_(up * of_rank)
-            at += rank
-        self.unjudged = factor_r.max()
+    def _slots_for(self, layout: tuple[tuple[int, int, int], ...]) -> list[Tensor]:
+        """Make room for adapters in spare columns, in place; return where down, factor and up of each belong."""
+        weight, columns = self.weight, int(cast(Any, self.product).in_features)
+        ranks = sum(rank for *_, rank in layout)
+        wide, down, factor = self._wide_of(weight, -(-ranks // RANK_MULTIPLE_OF) * RANK_MULTIPLE_OF, columns)
+        if self._layout != layout:
+            wide_bytes, down_bytes = wide.view(torch.uint8), down.view(torch.uint8)
+            down_bytes[ranks:].zero_()
+            wide_bytes[:, columns:].zero_()
+            self._layout, self._slots, at = layout, [], 0
+            for start, features, rank in layout:
+                up = wide_bytes[start : start + features, columns + at : columns + at + rank]
+                self._slots += [down_bytes[at : at + rank], factor[at : at + rank], up]
+                at += rank
+        return self._slots
 
     def _wide_of(self, weight: Tensor, ranks: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return (wide, down, factor), as they are if they fit, with the weight within."""
@@ -339,6 +290,7 @@ class LowRankProduct(nn.Module):
             moves = comes_and_goes(wide) or comes_and_goes(down) or comes_and_goes(factor)
             if is_here and not moves and (len(down), wide.shape[1]) == (ranks, columns + spare):
                 return wide, down, factor
+        self._layout, self._slots = None, []
         wide = weight.new_empty(len(weight), columns + spare)
         wide.view(torch.uint8)[:, :columns].copy_(weight.view(torch.uint8))
         self.product.register_buffer("weight", wide[:, :columns])
@@ -348,25 +300,29 @@ class LowRankProduct(nn.Module):
         return wide, self.down, self.factor
 
     def _narrow(self) -> None:
-        """Give the product its weight by itself again, in place."""
+        """Give the product its weight by itself again, in place, and keep nothing for spare columns."""
+        self._leave_wide()
+        self._kept.clear()
+
+    def _leave_wide(self) -> None:
         wide, product = self.wide, self.product
         if wide is not None:
             weight = self.weight
             if weight.data_ptr() == wide.data_ptr():
                 product.register_buffer("weight", weight.contiguous())
-            self.wide = self.down = self.factor = self.unjudged = None
-            self._seen = []
+            self.wide = self.down = self.factor = self._layout = self._seen = None
+            self._slots = []
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         """Move or cast everything, as `nn.Module` does; a weight that was moved has no spare columns."""
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        if self.wide is not None and self.wide.data_ptr() != self.weight.data_ptr():
+        if self.wide is None or self.wide.data_ptr() != self.weight.data_ptr():
             self._narrow()
         return self
 
     def _stack(self, terms: tuple[Term, ...]) -> None:
         """Have the adapters added to the result, in place."""
-        self._narrow()
+        self._leave_wide()
         ranks, device = sum(len(term.down) for term in terms), self.weight.device
         if not ranks:
             self.down = self.up = None
@@ -397,11 +353,86 @@ class LowRankProduct(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # What it knows tensors by are addresses; and what is made of the adapters is made again.
         made = {"down": None, "up": None, "factor": None}
-        others: dict[str, Any] = {"wide": None, "unjudged": None, "_seen": []}
+        others: dict[str, Any] = {"wide": None, "_seen": None, "_layout": None, "_slots": [], "_kept": KeptTerms()}
         return {**vars(self), **others, "_buffers": {**self._buffers, **made}}
 
     def extra_repr(self) -> str:
         return f"rank={0 if self.down is None else len(self.down)}"
+
+
+def update_all(products: Sequence[LowRankProduct], *, early: bool = False) -> None:
+    """Have products take over what PEFT's layers have now, where that changed; terms are computed together.
+
+    Args:
+        products: In place.
+        early: It is not their turn yet: adapters whose values are elsewhere until then have to wait.
+    """
+    stale = []
+    for product in products:
+        # Before adapters are read: what another thread changes meanwhile is seen at the next update.
+        layers = product._look_at_layers()
+        if product._seen != (product._look_at_weight(), layers):
+            stale.append((product, layers))
+    if stale:
+        # Not of inference mode, or nobody could write into them later.
+        with _UPDATING, torch.inference_mode(False), torch.no_grad():
+            _take_over(stale, early)
+
+
+def _take_over(stale: list[tuple[LowRankProduct, list[object]]], early: bool) -> None:
+    wide, written = [], []
+    for product, layers in stale:
+        terms = tuple(terms_of(product.places))
+        if early and any(comes_and_goes(term.down) or comes_and_goes(term.up) for term in terms):
+            continue
+        product._unmerge_disabled()
+        product._seen = None  # until all is written
+        written.append((product, layers))
+        if terms and product._can_be_wide:
+            wide.append((product, terms))
+        else:
+            product._narrow()
+            product._stack(terms)
+    slots: list[Tensor] = []
+    values: list[Tensor] = []
+    for (product, terms), made in zip(wide, _in_float8(wide), strict=True):
+        fitting = [each for each in made if each is not None]
+        if len(fitting) == len(terms):
+            slots += product._slots_for(tuple((term.start, *term.up.shape) for term in terms))
+            values += itertools.chain.from_iterable(fitting)
+        else:
+            product._stack(terms)
+    _copy_all(slots, values)
+    for product, layers in written:
+        product._seen = product._look_at_weight(), layers
+
+
+def _in_float8(wide: list[tuple[LowRankProduct, tuple[Term, ...]]]) -> Iterator[list[SpareTerm | None]]:
+    """Yield the terms of each product as spare columns hold them; None: too large. What is not kept is computed."""
+    wanted = [
+        [Wanted(term, cast(Fp8Linear, product.product).weight_scale) for term in terms] for product, terms in wide
+    ]
+    kept = [[product._kept.find(each) for each in its] for (product, _), its in zip(wide, wanted, strict=True)]
+    pairs = [(each, old) for its, olds in zip(wanted, kept, strict=True) for each, old in zip(its, olds, strict=True)]
+    new = iter(computed([each for each, old in pairs if old is None]))
+    for (product, _), its, olds in zip(wide, wanted, kept, strict=True):
+        made = [next(new) if old is None else old.made for old in olds]
+        for each, old, one in zip(its, olds, made, strict=True):
+            if old is None:
+                product._kept.keep(each, one)
+        product._kept.changed(product.weight.nbytes * KEPT_PART_OF_WEIGHT)
+        yield made
+
+
+def _copy_all(slots: list[Tensor], values: list[Tensor]) -> None:
+    """Copy `values` into `slots`, in as few launches as torch needs."""
+    groups: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
+    for slot, value in zip(slots, values, strict=True):
+        into, what = groups.setdefault((slot.device, slot.dtype, slot.is_contiguous()), ([], []))
+        into.append(slot)
+        what.append(value)
+    for into, what in groups.values():
+        torch._foreach_copy_(into, what)
 
 
 def terms_of(places: tuple[Place, ...]) -> Iterator[Term]:
@@ -416,7 +447,7 @@ def terms_of(places: tuple[Place, ...]) -> Iterator[Term]:
         active, downs, ups = state["_active_adapter"], layer._modules["lora_A"], layer._modules["lora_B"]
         for name in (active,) if isinstance(active, str) else active:
             if name in downs._modules:
-                down, up = downs._modules[name].weight, ups._modules[name].weight
+                down, up = downs._modules[name]._parameters["weight"], ups._modules[name]._parameters["weight"]
                 yield Term(down, up, float(state["scaling"][name]), place.start)
 
 

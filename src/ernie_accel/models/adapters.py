@@ -22,7 +22,7 @@ from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.stand_in import StandInMethod
 from ernie_accel.core.undo import Undo
 from ernie_accel.kernels.linear import Fp8Linear
-from ernie_accel.kernels.low_rank import LowRankProduct, Place, Site, bind, site_of, unbind
+from ernie_accel.kernels.low_rank import LowRankProduct, Place, Site, bind, site_of, unbind, update_all
 
 _log = logging.getLogger(__name__)
 #: Products of a transformer with sites.
@@ -258,13 +258,7 @@ def update_products(transformer: nn.Module, *_: object) -> None:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _update(products: list[LowRankProduct]) -> None:
-    for product in products:
-        product.update(early=True)
-    written = [(product, product.unjudged) for product in products if product.unjudged is not None]
-    if written:  # one look at the device for all of them
-        largest = torch.stack([factor.to(written[0][1].device) for _, factor in written]).tolist()
-        for (product, _), factor in zip(written, largest, strict=True):
-            product.judge(factor)
+    update_all(products, early=True)
 
 
 class TakesAdapters(StandInMethod):
