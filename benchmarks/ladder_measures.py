@@ -97,15 +97,20 @@ def seconds(step: Callable[[], object]) -> float:
 
 def milliseconds(step: Callable[[], object], repeats: int) -> float:
     """Return the median time of `repeats` steps that follow each other without a pause."""
+    return statistics.median(each_milliseconds(step, repeats))
+
+
+def each_milliseconds(step: Callable[[], object], repeats: int) -> list[float]:
+    """Return the times of `repeats` steps that follow each other without a pause."""
     if not CUDA:
-        return statistics.median(seconds(step) for _ in range(repeats)) * 1e3
+        return [seconds(step) * 1e3 for _ in range(repeats)]
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
     marks[0].record()
     for mark in marks[1:]:
         step()
         mark.record()
     sync()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
+    return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
 
 
 def reset_peak() -> None:

@@ -1,12 +1,16 @@
 """What a LoRA costs on fused kernels: ms a step and percent by rank, swapping, loading, and fidelity in dB.
 
 On a GPU: ``python benchmarks/lora.py --out benchmarks/results/lora_NAME`` (full-size ERNIE-Image with random weights,
-1024x1024 pixels, 128 text tokens; a minute and a half on an H200). On a CPU ``--tiny`` runs the same code in seconds;
+1024x1024 pixels, 128 text tokens; three minutes on an H200). On a CPU ``--tiny`` runs the same code in seconds;
 its times say nothing. Writes OUT.json and OUT.md, by default into the folder that the environment variable OUT names.
 
 Steps are timed back to back by CUDA events, so that the card is at its sustained clock; each rank is timed between two
 runs without a LoRA, and compared with their mean. Fidelity is that of the transformer's output: fp8 against bfloat16,
-both without a LoRA and both with it.
+both without a LoRA and both with it. Swaps go back to an adapter of a moment ago, but for the first.
+
+There are two rounds, the second in the opposite order. For a row that is slow, the JSON has what tells why: the time of
+each step, which operators and kernels a step calls, whether it was replayed, which products have spare columns, the
+clocks of the card meanwhile, its memory, and how long the host takes to issue a step.
 
 ``--parts`` times the pieces instead, in microseconds: each product with and without spare columns, and the kernel that
 fills these, by how it is cut into programs. It needs no model, and takes a few minutes, most of them to compile.
@@ -19,10 +23,13 @@ import importlib
 import itertools
 import json
 import os
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,24 +37,39 @@ from typing import Any
 
 import ladder_measures
 import torch
-from ladder_measures import seconds
+from ladder_measures import kernel_times, seconds, sync
 from random_pipeline import random_pipeline
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ernie_accel
 from ernie_accel import Context, FuseKernels, RewriteBlocks
+from ernie_accel.core.stand_in import standing_in
 from ernie_accel.kernels import ops
 from ernie_accel.models.adapters import PRODUCTS, update_products
+from ernie_accel.models.graphed_forward import GraphedForward
 from ernie_accel.quantization.layers import sqnr_db
 
 LAYERS = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "all": ("to_q", "to_k", "to_v", "to_out.0", "gate_proj", "up_proj", "linear_fc2"),
 }
-COLUMNS = ("layers", "rank", "ms a step", "without", "costs %", "swap ms", "load s", "fp8 dB", "fp8 + LoRA dB")
+COLUMNS = (
+    "round", "layers", "rank", "ms a step", "without", "costs %", "swap ms", "first swap ms", "load s", "fp8 dB",
+    "fp8 + LoRA dB",
+)  # fmt: skip
 
 #: Decimals of each figure, in the order of `COLUMNS`.
-SHOWN = {"step_ms": 2, "without_ms": 2, "percent": 1, "swap_ms": 1, "load_s": 2, "base_db": 2, "lora_db": 2}
+SHOWN = {
+    "step_ms": 2,
+    "without_ms": 2,
+    "percent": 1,
+    "swap_ms": 1,
+    "first_swap_ms": 1,
+    "load_s": 2,
+    "base_db": 2,
+    "lora_db": 2,
+}
 
 
 def main() -> None:
@@ -75,11 +97,12 @@ def main() -> None:
         optimize(pipe, context, arguments.tiny)
         base_db = sqnr_db(stock[None], forward(pipe, inputs))
         rows = []
-        for layers, rank in wanted:
-            row = measured(pipe, inputs, files[layers, rank, 0], files[layers, rank, 1], arguments.steps)
+        for number, (layers, rank) in ((n, each) for n in range(arguments.rounds) for each in wanted[:: (-1) ** n]):
+            row, seen = measured(pipe, inputs, files[layers, rank, 0], files[layers, rank, 1], arguments.steps)
             fidelity = {"base_db": base_db, "lora_db": sqnr_db(stock[layers, rank], row.pop("output"))}
-            rows.append({"layers": layers, "rank": rank, **row, **fidelity})
-            print(json.dumps(rows[-1]), flush=True)
+            row = {"round": number + 1, "layers": layers, "rank": rank, **row, **fidelity}
+            print(json.dumps(row), flush=True)
+            rows.append({**row, "seen": seen})
     result = {
         "benchmark": "lora",
         "command": " ".join(["python", *sys.argv]),
@@ -101,6 +124,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parts", action="store_true", help="time the pieces, and print them")
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--layers", nargs="+", choices=list(LAYERS), default=["attention", "all"])
+    parser.add_argument("--rounds", type=int, default=2, help="how often, every other time in the opposite order")
     parser.add_argument("--steps", type=int, default=24, help="steps of each timing")
     parser.add_argument("--out", type=Path, help="path of the results, without suffix")
     return parser.parse_args()
@@ -210,13 +234,15 @@ def load(pipe: Any, file: Path, name: str) -> None:
     pipe.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
 
 
-def measured(pipe: Any, inputs: dict[str, Any], one: Path, other: Path, steps: int) -> dict[str, Any]:
-    """Return what two LoRAs of a rank cost, and the prediction with the first of them."""
+def measured(
+    pipe: Any, inputs: dict[str, Any], one: Path, other: Path, steps: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what two LoRAs of a rank cost, with the prediction by the first of them, and what tells why."""
 
     def step() -> None:
         pipe.transformer(**inputs)
 
-    without = [milliseconds(step, steps)]
+    without = [each_milliseconds(step, steps)]
     load_s = seconds(lambda: load(pipe, one, "a"))
     load(pipe, other, "b")
 
@@ -227,32 +253,105 @@ def measured(pipe: Any, inputs: dict[str, Any], one: Path, other: Path, steps: i
 
         return do
 
-    switch("b")()
-    swaps = [seconds(switch(name)) for name in "ababa"]
+    switch("b")()  # which makes room
+    first_s, *swaps = [seconds(switch(name)) for name in "ababab"]
+    switch("a")()
     output = forward(pipe, inputs)
-    with_lora = milliseconds(step, steps)
-    products = len(PRODUCTS.required(pipe.transformer))
+    with_lora = each_milliseconds(step, steps)
+    seen = what_ran(pipe, inputs, with_lora)
+    products = PRODUCTS.required(pipe.transformer)
+    seen["spare_columns"] = dict(Counter(product.spare for product in products))
+    seen["added_in_place"] = sum(product.up is not None for product in products)
     host_ms = seconds(lambda: update_products(pipe.transformer)) * 1e3
     pipe.unload_lora_weights()
-    without.append(milliseconds(step, steps))
-    base = statistics.mean(without)
+    without.append(each_milliseconds(step, steps))
+    seen |= {"without": what_ran(pipe, inputs, without[1]), "without_before_ms": rounded(without[0])}
+    base, step_ms = statistics.mean(map(statistics.median, without)), statistics.median(with_lora)
     return {
-        "step_ms": with_lora,
+        "step_ms": step_ms,
         "without_ms": base,
-        "percent": 100 * (with_lora / base - 1),
+        "percent": 100 * (step_ms / base - 1),
         "swap_ms": statistics.median(swaps) * 1e3,
+        "first_swap_ms": first_s * 1e3,
         "load_s": load_s,
-        "products": products,
+        "products": len(products),
         "look_ms": host_ms,
         "output": output,
-    }
+    }, seen
 
 
-def milliseconds(step: Callable[[], object], repeats: int) -> float:
-    """Return the median time of steps that follow each other without a pause, after a few more."""
+def each_milliseconds(step: Callable[[], object], repeats: int) -> list[float]:
+    """Return the times of steps that follow each other without a pause, after a few more."""
     for _ in range(4):
         step()
-    return ladder_measures.milliseconds(step, repeats)
+    return ladder_measures.each_milliseconds(step, repeats)
+
+
+def rounded(times: list[float]) -> list[float]:
+    """Return times as the JSON has them."""
+    return [round(each, 2) for each in times]
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operators(pipe: Any, inputs: dict[str, Any]) -> dict[str, int]:
+    """Return how often a step calls each operator when no graph is replayed, the most frequent first."""
+    graphed = standing_in(pipe.transformer, GraphedForward)
+    with Operators() as seen:
+        (pipe.transformer if graphed is None else graphed.inner_forward)(**inputs)
+    return dict(seen.calls.most_common())
+
+
+def captures(pipe: Any) -> list[int]:
+    """Return the identities of the graphs that are kept."""
+    graphed = standing_in(pipe.transformer, GraphedForward)
+    entries = [] if graphed is None else graphed._graphs._entries.values()
+    return [id(entry.made) for entry in entries if entry.made is not None]
+
+
+def what_ran(pipe: Any, inputs: dict[str, Any], times_ms: list[float]) -> dict[str, Any]:
+    """Return what tells why steps took these times."""
+    before, issued = captures(pipe), []
+    for _ in range(8):
+        start = time.perf_counter()
+        pipe.transformer(**inputs)
+        issued.append((time.perf_counter() - start) * 1e3)
+    clocks = card()  # while the card computes
+    sync()
+    found: dict[str, Any] = {
+        "steps_ms": rounded(times_ms),
+        "graphs": len(before),
+        "captured_anew": captures(pipe) != before,
+        "host_ms": rounded(issued),
+        "card": clocks,
+    }
+    if ladder_measures.CUDA:
+        memory = torch.cuda.memory_stats()
+        found["memory_gb"] = {
+            name: round(memory[f"{name}_bytes.all.current"] / 1e9, 2) for name in ("allocated", "reserved")
+        }
+        found["memory_retries"] = memory["num_alloc_retries"]
+        found["kernels"] = kernel_times(lambda: pipe.transformer(**inputs))
+    return {**found, "operators": operators(pipe, inputs)}
+
+
+def card() -> str:
+    """Return clocks, power and temperature of the card now, and what holds the clocks down, as nvidia-smi says."""
+    asked = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_throttle_reasons.active"
+    if not ladder_measures.CUDA or not shutil.which("nvidia-smi"):
+        return ""
+    command = ["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader", f"--id={torch.cuda.current_device()}"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -260,7 +359,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
     for row in rows:
         figures = [f"{row[name]:.{digits}f}" for name, digits in SHOWN.items()]
-        lines.append(" | ".join([row["layers"], str(row["rank"]), *figures]))
+        lines.append(" | ".join([str(row["round"]), row["layers"], str(row["rank"]), *figures]))
     return "\n".join(f"| {line} |" for line in lines) + "\n"
 
 
