@@ -261,7 +261,45 @@ def _update(products: list[LowRankProduct]) -> None:
     update_all(products, early=True)
 
 
-class TakesAdapters(StandInMethod):
+class ChecksAdapters(StandInMethod):
+    """`load_lora_adapter` of a model that takes adapters as it is, which refuses one that does not match it."""
+
+    def __call__(self, *args: object, **kwargs: object) -> Any:
+        """Load an adapter.
+
+        Raises:
+            ErnieAccelError: Some of its tensors match no layer; nothing was changed.
+        """
+        args, kwargs = self._checked(cast(nn.Module, self.owner), args, kwargs, on_kernels=False)
+        return self.call_inner(*args, **kwargs)
+
+    def _checked(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, on_kernels: bool
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments, with weights in place of a path to them.
+
+        Raises:
+            ErnieAccelError: An adapter that the kernels cannot take, or for another model.
+        """
+        if self.name == "add_adapter":
+            config = args[0] if args else kwargs.get("adapter_config")
+            problems = config_problems(config) if on_kernels else []
+        else:
+            source = args[0] if args else kwargs.pop("pretrained_model_name_or_path_or_dict")
+            args = args[1:]
+            weights, kwargs = fetched(source, kwargs)
+            prefix = args[0] if args else kwargs.get("prefix", "transformer")
+            left_out = _for_other_components(weights, prefix, kwargs.get("_pipeline"))
+            problems = []
+            if len(left_out) < len(weights) or kwargs.get("_pipeline") is None:
+                problems = weight_problems(model, weights, prefix, on_kernels=on_kernels)
+            args = (weights, *args)
+        if problems:
+            raise _refusal(self.name, problems)
+        return args, kwargs
+
+
+class TakesAdapters(ChecksAdapters):
     """A method of a transformer that adds adapters by the names of the stock layers.
 
     Fused layers are split for it, or, on kernels and where they are quantized, shown as sites. What cannot be done is
@@ -294,27 +332,12 @@ class TakesAdapters(StandInMethod):
         bind_layers(model)
         return result
 
-    def _checked(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, on_kernels: bool
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments, with weights in place of a path to them.
 
-        Raises:
-            ErnieAccelError: An adapter that the kernels cannot take, or for another model.
-        """
-        if self.name == "add_adapter":
-            config = args[0] if args else kwargs.get("adapter_config")
-            problems = config_problems(config) if on_kernels else []
-        else:
-            source = args[0] if args else kwargs.pop("pretrained_model_name_or_path_or_dict")
-            args = args[1:]
-            weights, kwargs = fetched(source, kwargs)
-            prefix = args[0] if args else kwargs.get("prefix", "transformer")
-            problems = weight_problems(model, weights, prefix, on_kernels=on_kernels)
-            args = (weights, *args)
-        if problems:
-            raise _refusal(self.name, problems)
-        return args, kwargs
+def check_adapters(model: nn.Module, undo: Undo) -> None:
+    """Make `model` refuse a LoRA of which some tensors match no layer, in place; a no-op if it does."""
+    found = vars(model).get("load_lora_adapter")
+    if hasattr(model, "load_lora_adapter") and not isinstance(found, ChecksAdapters):
+        undo.setattr(model, "load_lora_adapter", ChecksAdapters(model, "load_lora_adapter"))
 
 
 def fetched(
@@ -336,33 +359,31 @@ def fetched(
 def weight_problems(
     model: nn.Module, weights: Mapping[str, Tensor], prefix: str | None, *, on_kernels: bool
 ) -> list[str]:
-    """Return why `model` cannot take the weights of an adapter; empty if it can.
-
-    Without kernels diffusers knows more names, so only an adapter of which it has no layer at all is a problem.
-    """
+    """Return why `model` cannot take the weights of an adapter; empty if it can."""
     start = "" if prefix is None else f"{prefix}."
     ours = {name.removeprefix(start): tensor for name, tensor in weights.items() if name.startswith(start)}
     if weights and not ours:
         return [f"none of its {len(weights)} tensors begins with {start!r}: it has {next(iter(weights))}, for example"]
-    unmatched, problems, modules, paths = [], [], dict(model.named_modules()), set(layer_paths(model))
-    for name, tensor in ours.items():
-        path, kind = _split(name)
-        layer = modules.get(path)
-        if layer is None or not on_kernels:
-            if path in paths and not on_kernels:
-                return []
-            if path in paths:
-                continue  # fused, and split once all is known to fit
-            unmatched.append(name)
-            continue
-        site = site_of(layer)
-        if site is None:
-            if isinstance(layer, LowRankProduct):
-                unmatched.append(name)
-            continue
-        problem = _tensor_problem(path, kind, tensor, site)
-        if problem is not None and problem not in problems:
-            problems.append(problem)
+    unmatched, problems = [], []
+    if on_kernels:
+        modules, paths = dict(model.named_modules()), set(layer_paths(model))
+        for name, tensor in ours.items():
+            path, kind = _split(name)
+            layer = modules.get(path)
+            if layer is None:
+                if path not in paths:  # else it is fused, and split once all is known to fit
+                    unmatched.append(name)
+                continue
+            site = site_of(layer)
+            if site is None:
+                if isinstance(layer, LowRankProduct):
+                    unmatched.append(name)
+                continue
+            problem = _tensor_problem(path, kind, tensor, site)
+            if problem is not None and problem not in problems:
+                problems.append(problem)
+    else:
+        unmatched = _unmatched(model, list(ours))
     if unmatched:
         shown = ", ".join(unmatched[:3]) + (", ..." if len(unmatched) > 3 else "")
         problems.insert(
@@ -371,6 +392,47 @@ def weight_problems(
     if len(problems) > 5:
         problems = [*problems[:4], f"and {len(problems) - 4} more"]
     return problems
+
+
+def _unmatched(model: nn.Module, names: list[str]) -> list[str]:
+    """Return those of an adapter's tensors that belong to no layer, by any name that diffusers knows for it.
+
+    PEFT would load the others: diffusers' log names the rest, and the picture is that of a part of the adapter.
+    """
+    known = dict(zip(names, names, strict=True))
+    is_lokr = any(".lokr_" in name for name in names)
+    if names and not is_lokr and "lora_A" not in names[0]:  # as `load_lora_adapter` decides it
+        from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+
+        known = {name: new for new, name in convert_unet_state_dict_to_peft(known).items()}
+    paths = set(layer_paths(model))
+    lost = [name for name, new in known.items() if _split(new)[0] not in paths]
+    if len(lost) == len(names):
+        return lost
+    if is_lokr or "lora_controlnet" in known:  # converted by rules of their own, for several layers at once
+        return []
+    return [name for name in lost if any(mark in known[name] for mark in _OF_ADAPTERS)]
+
+
+def _for_other_components(weights: Mapping[str, Tensor], prefix: str | None, pipe: object) -> list[str]:
+    """Return those of a LoRA's tensors that are for other components of a pipe; warn of those it loads none for."""
+    if pipe is None or prefix is None:
+        return []
+    others = [name for name in weights if not name.startswith(f"{prefix}.")]
+    loadable = set(getattr(pipe, "_lora_loadable_modules", ()))
+    elsewhere = [name for name in others if name.partition(".")[0] in loadable]
+    lost = len(others) - len(elsewhere)
+    if 0 < lost < len(weights):
+        first = next(name for name in others if name.partition(".")[0] not in loadable)
+        _log.warning(
+            "%s loads LoRAs of %s only: %d of %d tensors are left out, such as %s",
+            type(pipe).__name__,
+            ", ".join(sorted(loadable)),
+            lost,
+            len(weights),
+            first,
+        )
+    return elsewhere
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -17,7 +17,7 @@ import torch
 
 from ernie_accel.core.apply import apply_request, report_of
 from ernie_accel.core.carried import carry
-from ernie_accel.core.components import CallablePipeline
+from ernie_accel.core.components import CallablePipeline, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, SavedPipelineError, UnknownNameError
 from ernie_accel.core.plan import compose, title_of
@@ -35,6 +35,7 @@ from ernie_accel.core.transform import (
     undeclared_paths,
 )
 from ernie_accel.core.undo import Undo
+from ernie_accel.models.adapters import check_adapters
 from ernie_accel.storage.assembly import assemble, reading
 from ernie_accel.storage.folders import current
 from ernie_accel.storage.layers import repeats_rewriting
@@ -144,6 +145,8 @@ def read(
 
         for refuse in (refuse_casts, refuse_saving, refuse_loras):
             refuse(pipe, quantized, Undo())
+        for module in modules_of(pipe, quantized).values():
+            check_adapters(module, Undo())
     details = tuple(receipt for of in receipts.values() for receipt in of.values())
     entries = tuple(_entries(pipe, saved, early, details, machine))
     carry(pipe, Report(title_of(wanted, None), type(pipe).__name__, machine, entries))
