@@ -10,6 +10,7 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+os.environ["ERNIE_ACCEL_LANG"] = "en"  # whatever the locale of whoever runs the tests
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
 
 import pytest

@@ -9,6 +9,7 @@ import reprlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ernie_accel.common.language import localized, said, say
 from ernie_accel.core.errors import ErnieAccelError
 
 Problem = tuple[int | None, str]
@@ -69,8 +70,9 @@ class BatchInputError(ErnieAccelError, ValueError):
 
     def __str__(self) -> str:
         """Return the heading, one line per problem, and what to do."""
-        heading = "Cannot use " + ("the rows" if self.path is None else f"'{tidy(str(self.path))}'")
-        return _listing(heading, self.problems, "Fix these and run again; nothing was rendered.")
+        name = said("the rows") if self.path is None else f"'{tidy(str(self.path))}'"
+        heading, ending = said("Cannot use {name}", name=name), said("Fix these and run again; nothing was rendered.")
+        return _listing(heading, self.problems, ending)
 
 
 class BatchOutputError(ErnieAccelError):
@@ -88,7 +90,8 @@ class BatchOutputError(ErnieAccelError):
 
     def __str__(self) -> str:
         """Return the heading, one line per problem, and what stays true."""
-        return _listing(f"Cannot write to '{tidy(str(self.path))}'", self.problems, "No picture was left half-written.")
+        heading = said("Cannot write to '{path}'", path=tidy(str(self.path)))
+        return _listing(heading, self.problems, said("No picture was left half-written."))
 
 
 class BatchChangedError(ErnieAccelError):
@@ -106,8 +109,9 @@ class BatchChangedError(ErnieAccelError):
 
     def __str__(self) -> str:
         """Return the heading, one line per change, and the ways out."""
-        fix = "Change it back, choose another output, or allow overwriting: then what changed is made again."
-        return _listing(f"Cannot resume the job in '{tidy(str(self.path))}': it has changed", self.problems, fix)
+        heading = said("Cannot resume the job in '{path}': it has changed", path=tidy(str(self.path)))
+        fix = said("Change it back, choose another output, or allow overwriting: then what changed is made again.")
+        return _listing(heading, self.problems, fix)
 
 
 class QueueFullError(ErnieAccelError):
@@ -164,9 +168,14 @@ class MetricsServerError(ErnieAccelError):
 
 
 def _listing(heading: str, problems: Sequence[Problem], ending: str) -> str:
-    count = f"{len(problems)} problem" + ("" if len(problems) == 1 else "s")
-    lines = [f"{heading} ({count}):"]
-    lines += [f"  {'' if line is None else f'line {line}: '}{text}" for line, text in problems[:MAX_SHOWN]]
-    if len(problems) > MAX_SHOWN:
-        lines.append(f"  ... and {len(problems) - MAX_SHOWN} more")
-    return "\n".join([*lines, ending])
+    count = len(problems)
+    lines = [
+        say("{heading} (1 problem):", heading=heading)
+        if count == 1
+        else say("{heading} ({count} problems):", heading=heading, count=count)
+    ]
+    for line, text in problems[:MAX_SHOWN]:
+        lines.append(f"  {'' if line is None else say('line {line}: ', line=line)}{localized(text)}")
+    if count > MAX_SHOWN:
+        lines.append(say("  ... and {count} more", count=count - MAX_SHOWN))
+    return "\n".join([*lines, localized(ending)])

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ernie_accel.batch.input.options import none_if_auto
 from ernie_accel.cli.batch import batch_command
 from ernie_accel.cli.evaluate import evaluate_command
-from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.common.language import LANGUAGES, VARIABLE, language_asked_for, say, speak, speaking
+from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from ernie_accel.core.files import check_file
 from ernie_accel.embedded import SIZE_PX
 
@@ -53,7 +56,17 @@ Dtype = Annotated[str, typer.Option(help="Load weights as fp32, bf16 or fp16; au
 Device = Annotated[str | None, typer.Option(help="A device that need not be here: h200, rtx3060, ascend910b, ...")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the (first) picture.")]
 Skip = Annotated[bool, typer.Option("--skip-unsupported", help="Leave out what cannot run here instead of refusing.")]
+Lang = Annotated[
+    str | None,
+    typer.Option(help="Language of plans, reports, summaries and errors of tables: en or zh; default: the locale's."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def _language(name: str) -> str:
+    if name not in LANGUAGES:
+        raise UnknownNameError("language", name, LANGUAGES, note=f"It is given by --lang or {VARIABLE}.")
+    return name
 
 
 def _show_version(wanted: bool) -> None:
@@ -69,11 +82,33 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_show_version)
     ] = False,
+    lang: Lang = None,
 ) -> None:
     """Take the options that stand before a command; the help of the app is its own."""
+    speak(_language(language_asked_for() if lang is None else lang))
 
 
-@app.command("demo")
+def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a command that takes `--lang`, too: on which side of a command it stands, nobody remembers."""
+
+    def declare(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def in_language(*, lang: str | None = None, **given: Any) -> None:
+            if lang is not None:
+                speak(_language(lang))
+            function(**given)
+
+        signature = inspect.signature(function, eval_str=True)
+        asked = inspect.Parameter("lang", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Lang)
+        parameters = [*signature.parameters.values(), asked]
+        in_language.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        app.command(name)(in_language)
+        return function
+
+    return declare
+
+
+@command("demo")
 def demo_command(
     out: Annotated[Path, typer.Option(help="Where the contact sheet goes (PNG).")] = Path("ernie-accel-demo.png"),
     preset: PresetName = None,
@@ -117,7 +152,7 @@ def demo_command(
         typer.echo("The library is made for GPUs: figures for them are in docs/performance.md and the README.")
 
 
-@app.command("plan")
+@command("plan")
 def plan_command(
     preset: PresetName = None,
     model: PlannedModel = None,
@@ -153,7 +188,7 @@ def plan_command(
         raise typer.Exit(1)
 
 
-@app.command("optimize")
+@command("optimize")
 def optimize_command(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
     out: Annotated[Path, typer.Option(help="Where the picture goes (PNG).")] = Path("picture.png"),
@@ -195,16 +230,17 @@ def optimize_command(
     if result.error is not None:
         raise ErnieAccelError(f"the picture failed: {result.error}")
     typer.echo(the_report.to_json() if as_json else str(the_report))
-    typer.echo(f"{result.path} in {result.seconds:.1f} s, compilation included", err=as_json)
+    done = say("{path} in {seconds:.1f} s, compilation included", path=result.path, seconds=result.seconds)
+    typer.echo(done, err=as_json)
 
 
-app.command("batch")(batch_command)
+command("batch")(batch_command)
 
 
-app.command("evaluate")(evaluate_command)
+command("evaluate")(evaluate_command)
 
 
-@app.command("recommend")
+@command("recommend")
 def recommend_command(
     device: Device = None,
     model: PlannedModel = None,
@@ -226,7 +262,7 @@ def recommend_command(
         typer.echo(f"\n{planned.memory}")
 
 
-@app.command("info")
+@command("info")
 def info_command(model: PlannedModel = None) -> None:
     """Say what is installed, which presets can run here, and why others cannot. Needs no weights."""
     from ernie_accel.api import plan
@@ -318,9 +354,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for logger in NOISY_WHEN_IMPORTED:
         logging.getLogger(logger).setLevel(logging.ERROR)
-    try:
-        app(arguments)
-    except ErnieAccelError as error:
-        text = str(error).replace("pass on_unsupported='skip'", "pass --skip-unsupported")
-        typer.echo(f"error: {text}", err=True)
-        raise SystemExit(2) from None
+    with speaking("en"):
+        try:
+            app(arguments)
+        except ErnieAccelError as error:
+            text = str(error).replace("pass on_unsupported='skip'", "pass --skip-unsupported")
+            typer.echo(say("error: {text}", text=text), err=True)
+            raise SystemExit(2) from None

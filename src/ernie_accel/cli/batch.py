@@ -20,6 +20,7 @@ import typer
 from ernie_accel.batch.errors import BatchInputError, BatchOutputError, shown
 from ernie_accel.batch.input.job import EMBEDDED_MODEL, Job, key_in, plan_job
 from ernie_accel.batch.input.options import OPTION_OF, OPTIONS, REAL_MODEL, Option
+from ernie_accel.common.language import localized, said, say
 from ernie_accel.common.text import one_line
 from ernie_accel.embedded import SIZE_PX
 
@@ -100,15 +101,20 @@ def _run_job(job: Job) -> int:
     from ernie_accel.batch.line.produce import check_folder, renew_manifest
 
     if job.uses_embedded:
-        typer.echo(f"Model: the {EMBEDDED_MODEL}; for other pictures name one: --model {REAL_MODEL}")
+        named = say(
+            "Model: the {model}; for other pictures name one: --model {real}",
+            model=said(EMBEDDED_MODEL),
+            real=REAL_MODEL,
+        )
+        typer.echo(named)
     for note in job.notes():
-        typer.echo(f"note: {note}", err=True)
+        typer.echo(say("note: {note}", note=note), err=True)
     skipped: list[Problem] = []
     rows = job.rows(SIZE_PX if job.uses_embedded else None, skipped)
     for line, problem in skipped:
-        typer.echo(f"{job.input_file}:{line}: left out: {problem}", err=True)
+        typer.echo(say("{file}:{line}: left out: {problem}", file=job.input_file, line=line, problem=problem), err=True)
     for note in _unused(job, rows):
-        typer.echo(f"note: {note}", err=True)
+        typer.echo(say("note: {note}", note=note), err=True)
     if job.uses_embedded and not job.demo_model:
         _refuse_what_the_demo_cannot_draw(job, rows)
     power = _Power(job)
@@ -129,10 +135,12 @@ def _run_job(job: Job) -> int:
         if not anything and not job.endpoint:
             renew_manifest(rows, job.output_dir, seed=job.seed, overwrite=job.overwrite)
             _report(job, power)
-            typer.echo(f"Nothing to do, {len(rows)} rows were finished before: {_where(job)}")
+            typer.echo(
+                say("Nothing to do, {count} rows were finished before: {where}", count=len(rows), where=_where(job))
+            )
             return 0
         if reason := _skip_compile_reason(job, rows):
-            typer.echo(f"Not compiled: {reason} (--preset {facts['preset']})")
+            typer.echo(say("Not compiled: {reason} (--preset {preset})", reason=reason, preset=facts["preset"]))
             job = job.model_copy(update={"compiled": False})
         engine = _engine(job, facts)
         refiner = _refiner(job, facts)
@@ -144,11 +152,15 @@ def _run_job(job: Job) -> int:
         seconds = time.perf_counter() - start
     before = len(rows) - done - failed - rejected
     _report(job, power)
-    rest = f", {rejected} rejected" if rejected else ""
-    rest += f", {before} {'not begun' if interrupted else 'done before or not begun'}" if before else ""
-    typer.echo(f"{done} succeeded, {failed} failed{rest}, in {seconds:.1f} s: {_where(job)}")
+    rest = say(", {count} rejected", count=rejected) if rejected else ""
+    if before and interrupted:
+        rest += say(", {count} not begun", count=before)
+    elif before:
+        rest += say(", {count} done before or not begun", count=before)
+    summary = "{done} succeeded, {failed} failed{rest}, in {seconds:.1f} s: {where}"
+    typer.echo(say(summary, done=done, failed=failed, rest=rest, seconds=seconds, where=_where(job)))
     if interrupted:
-        typer.echo("Interrupted; run the same command again to resume.", err=True)
+        typer.echo(say("Interrupted; run the same command again to resume."), err=True)
         return EXIT_SIGNAL + interrupted[0]
     return EXIT_FAILED if failed or rejected else 0
 
@@ -247,7 +259,8 @@ def _make(
             failed += result.error is not None and not result.rejected
             if result.error is not None:
                 where = f"{job.input_file}:{result.row.line}: {result.row.path}"
-                typer.echo(f"{where} {'' if result.rejected else 'failed: '}{result.error}", err=True)
+                failure = result.error if result.rejected else say("failed: {error}", error=result.error)
+                typer.echo(f"{where} {localized(failure)}", err=True)
     finally:
         with ExitStack() as closing:  # both, whatever one raises
             for each in filter(None, (engine, refiner)):
@@ -414,7 +427,10 @@ def _load_plain(
 
 
 def _where(job: Job) -> str:
-    return f"{job.output_dir.resolve()}{f', made with the {EMBEDDED_MODEL}' if job.uses_embedded else ''}"
+    folder = str(job.output_dir.resolve())
+    if not job.uses_embedded:
+        return folder
+    return say("{folder}, made with the {model}", folder=folder, model=said(EMBEDDED_MODEL))
 
 
 def _unused(job: Job, rows: Sequence[Row]) -> list[str]:
@@ -445,14 +461,18 @@ def _refuse_what_the_demo_cannot_draw(job: Job, rows: Sequence[Row]) -> None:
     problems: list[Problem] = [
         (
             None,
-            "no model is named, and the embedded demo model draws nothing but flat shapes, such as 'a large red circle "
-            f"in the center on a cream background'; name a model (--model {REAL_MODEL}), or see its shapes all the "
-            "same (--demo-model)",
+            said(
+                "no model is named, and the embedded demo model draws nothing but flat shapes, such as 'a large red "
+                "circle in the center on a cream background'; name a model (--model {model}), or see its shapes all "
+                "the same (--demo-model)",
+                model=REAL_MODEL,
+            ),
         )
     ]
     problems += [(row.line, f"{reason}: {one_line(row.prompt, 80)!r}") for row, reason in unknown[:_SHOWN_PROMPTS]]
     if len(unknown) > _SHOWN_PROMPTS:
-        problems.append((None, f"{len(unknown) - _SHOWN_PROMPTS:,} more prompts of {len(rows):,} are like these"))
+        more = len(unknown) - _SHOWN_PROMPTS
+        problems.append((None, said("{more:,} more prompts of {all:,} are like these", more=more, all=len(rows))))
     raise BatchInputError(job.input_file, problems)
 
 
@@ -488,12 +508,13 @@ def _interruptible() -> Iterator[list[int]]:
     That is safe: a job can be killed at any moment and resumed from its ledger.
     """
     signals: list[int] = []
+    finishing = say("Finishing the batch under way; Ctrl-C again to stop at once.")
 
     def note(number: int, frame: FrameType | None) -> None:
         if signals:
             os._exit(EXIT_SIGNAL + number)
         signals.append(number)
-        typer.echo("\nFinishing the batch under way; Ctrl-C again to stop at once.", err=True)
+        typer.echo(f"\n{finishing}", err=True)
 
     with ExitStack() as handlers:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -8,6 +8,8 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
+from ernie_accel.common.language import Message, said, say
+
 
 def width(text: str) -> int:
     """Return how many columns `text` takes in a terminal (East Asian wide characters take two)."""
@@ -77,13 +79,13 @@ def summarise(names: Sequence[str], most: int = 3) -> str:
     shown = [group[0] if len(group) == 1 else f"{pattern} ({len(group)})" for pattern, group in folded.items()]
     if len(shown) > most and all("." in name and " " not in name for name in names):
         roots = collections.Counter(name.split(".")[0] for name in names)
-        return ", ".join(f"{count} in {root}" for root, count in roots.items())
+        return ", ".join(say("{count} in {root}", count=count, root=root) for root, count in roots.items())
     return ", ".join(shown)
 
 
-def effect_text(effect: str, floor_db: float | None) -> str:
+def effect_text(effect: str, floor_db: float | None) -> Message:
     """Return an effect with its declared floor, as tables show it."""
-    return effect if floor_db is None else f"{effect}, >= {floor_db:g} dB"
+    return said(effect) if floor_db is None else said("{effect}, >= {floor:g} dB", effect=said(effect), floor=floor_db)
 
 
 # Control characters, lone surrogates and bidirectional overrides: none of them is meant for a reader.

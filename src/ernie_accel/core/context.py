@@ -6,13 +6,14 @@ import importlib.util
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 from ernie_accel.common.installed import package_places, version_of
+from ernie_accel.common.language import localized, said
 from ernie_accel.core.components import AnyPipeline, Pipeline, device_of
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.hardware import GIB, hardware_named
@@ -142,7 +143,7 @@ class Context:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
         return cls(
             device=device.type,
-            device_name=f"{os.cpu_count()} CPU cores" if device.type == "cpu" else device.type,
+            device_name=said("{count} CPU cores", count=os.cpu_count()) if device.type == "cpu" else device.type,
             memory_bytes=memory if device.type == "cpu" else None,
             versions=installed_versions(),
             no_compile=_no_cpu_compile_reason() if device.type == "cpu" else None,
@@ -224,15 +225,26 @@ class Context:
         return self.missing_capability(what, need) + ([] if "triton" in self.versions else [triton])
 
     def __str__(self) -> str:
-        parts = [self.device if self.device_name == self.device else f"{self.device} ({self.device_name}"]
+        return self._text(str)
+
+    def localized(self) -> str:
+        """Return the same text in the reader's language."""
+        return self._text(localized)
+
+    def _text(self, speak: Callable[[str], str]) -> str:
+        parts = [self.device if self.device_name == self.device else f"{self.device} ({speak(self.device_name)}"]
         if self.capability is not None:
-            parts.append("capability {}.{}".format(*self.capability))
+            major, minor = self.capability
+            parts.append(speak(said("capability {major}.{minor}", major=major, minor=minor)))
         if self.memory_bytes is not None:
             parts.append(f"{self.memory_bytes / GIB:.0f} GiB")
         text = ", ".join(parts) + (")" if "(" in parts[0] else "")
         if self.not_supported is not None:
-            return f"{text}, which is not supported yet"
-        return text if self.idle is None else f"{text}; {UNSUPPORTED_DEVICES[self.idle]} are not supported yet"
+            return speak(said("{machine}, which is not supported yet", machine=text))
+        if self.idle is None:
+            return text
+        idle = UNSUPPORTED_DEVICES[self.idle]
+        return speak(said("{machine}; {idle} are not supported yet", machine=text, idle=idle))
 
 
 def installed_versions() -> Mapping[str, str]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
+from ernie_accel.common.language import localized, said, say
 from ernie_accel.common.text import effect_text, html_lines, html_table, human_bytes, summarise, table
 from ernie_accel.core.carried import carried_report
 from ernie_accel.core.components import (
@@ -104,7 +105,8 @@ class Plan:
                 yield f"    - {reason}"
 
     def __str__(self) -> str:
-        lines = [self._heading(), *self._before(), table(_HEADER, self._rows(), frozenset({0})), *self._footnotes()]
+        header = tuple(map(say, _HEADER))
+        lines = [self._heading(), *self._before(), table(header, self._rows(), frozenset({0})), *self._footnotes()]
         if self.memory is not None:
             lines.append(str(self.memory))
         return "\n".join(lines)
@@ -113,34 +115,45 @@ class Plan:
 
     def _repr_html_(self) -> str:
         """Return what notebooks show."""
-        parts = [html_lines(self._before(), self._heading()), html_table(_HEADER, self._rows(), frozenset({0}))]
+        parts = [
+            html_lines(self._before(), self._heading()),
+            html_table(tuple(map(say, _HEADER)), self._rows(), frozenset({0})),
+        ]
         parts.append(html_lines(self._footnotes()))
         if self.memory is not None:
             parts.append(self.memory._repr_html_())
         return "".join(parts)
 
     def _heading(self) -> str:
-        what = f"{self.pipe_class} ({self.family or 'of no known family'})"
-        return f"Plan: {self.title} for {what} on {self.context}"
+        return say(
+            "Plan: {title} for {pipe} ({family}) on {machine}",
+            title=localized(self.title),
+            pipe=self.pipe_class,
+            family=self.family or say("of no known family"),
+            machine=self.context.localized(),
+        )
 
     def _before(self) -> Iterator[str]:
-        yield from (f"  - {blocker}" for blocker in self.blockers)
+        yield from (f"  - {localized(blocker)}" for blocker in self.blockers)
         if self.undoes:
             undone = ", ".join(map(repr, self.undoes))
-            yield f"First undoes {undone}. The rows describe the pipe as it is now, and are planned again then."
+            yield say(
+                "First undoes {undone}. The rows describe the pipe as it is now, and are planned again then.",
+                undone=undone,
+            )
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         before = self.bytes_before
         for number, step in enumerate(self.steps, start=1):
-            effect = effect_text(step.transform.effect.value, step.transform.floor_db)
+            effect = localized(effect_text(step.transform.effect.value, step.transform.floor_db))
             if step.in_place:
-                yield str(number), repr(step.transform), "-", "in place already", ""
+                yield str(number), repr(step.transform), "-", say("in place already"), ""
                 continue
             if step.preview is None:
-                yield str(number), repr(step.transform), "-", "cannot: see below", ""
+                yield str(number), repr(step.transform), "-", say("cannot: see below"), ""
                 continue
             if not step.preview.changes:
-                yield str(number), repr(step.transform), "-", f"nothing to do: {step.preview.note}", ""
+                yield str(number), repr(step.transform), "-", say("nothing to do: {note}", note=step.preview.note), ""
                 continue
             after = before if step.planned is None else step.planned.nbytes
             size = "" if after == before else f"{human_bytes(before)} -> {human_bytes(after)}"
@@ -150,11 +163,11 @@ class Plan:
     def _footnotes(self) -> Iterator[str]:
         for number, step in enumerate(self.steps, start=1):
             if step.verdict == "apply" and step.preview is not None and step.preview.note:
-                yield f"{number}: {step.preview.note}"
+                yield f"{number}: {localized(step.preview.note)}"
             for reason in step.reasons if step.verdict == "unsupported" else ():
-                yield f"{number}: cannot: {reason}"
+                yield say("{number}: cannot: {reason}", number=number, reason=reason)
         if self.ok:
-            yield f"Overall effect: {self.effect.value}."
+            yield say("Overall effect: {effect}.", effect=say(self.effect.value))
 
     def to_json(self) -> str:
         """Return the plan as a JSON document."""
@@ -195,7 +208,9 @@ class Plan:
 
 def title_of(transforms: Iterable[Transform], preset: Preset | None) -> str:
     """Return a request in words: the name of its preset, else its transforms."""
-    return f"preset {preset.name!r}" if preset is not None else ", ".join(map(repr, transforms)) or "nothing"
+    if preset is not None:
+        return said("preset {name!r}", name=preset.name)
+    return ", ".join(map(repr, transforms)) or said("nothing")
 
 
 def compose(

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from ernie_accel.common.language import localized, say
 from ernie_accel.common.text import effect_text, html_lines, html_table, human_bytes, summarise, table
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
@@ -65,46 +66,56 @@ class Report:
         return max(effects, key=lambda effect: effect.severity, default=Effect.EXACT)
 
     def __str__(self) -> str:
-        return "\n".join([self._heading(), table(_HEADER, self._rows(), frozenset({0, 5})), *self._footnotes()])
+        header = tuple(map(say, _HEADER))
+        return "\n".join([self._heading(), table(header, self._rows(), frozenset({0, 5})), *self._footnotes()])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """Return what notebooks show."""
-        rows = html_table(_HEADER, self._rows(), frozenset({0, 5}))
+        rows = html_table(tuple(map(say, _HEADER)), self._rows(), frozenset({0, 5}))
         return html_lines((), self._heading()) + rows + html_lines(self._footnotes())
 
     def _heading(self) -> str:
         versions = ", ".join(f"{name} {self.context.versions.get(name, '?')}" for name in ("torch", "diffusers"))
-        return f"Report: {self.title} on {self.pipe_class}, {self.context}, {versions}"
+        return say(
+            "Report: {title} on {pipe}, {machine}, {versions}",
+            title=localized(self.title),
+            pipe=self.pipe_class,
+            machine=self.context.localized(),
+            versions=versions,
+        )
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for number, entry in enumerate(self.entries, start=1):
             transform, applied = entry.step.transform, entry.applied
             if applied is None:
-                why = "; ".join(entry.step.reasons) or (entry.step.preview.note if entry.step.preview else "")
-                yield str(number), repr(transform), "-", entry.status, why, "", ""
+                reasons = entry.step.reasons or ((entry.step.preview.note,) if entry.step.preview else ())
+                why = "; ".join(map(localized, reasons))
+                yield str(number), repr(transform), "-", say(entry.status), why, "", ""
                 continue
             size = human_bytes(applied.bytes_before)
             if applied.bytes_after != applied.bytes_before:
                 size += f" -> {human_bytes(applied.bytes_after)}"
-            effect = effect_text(transform.effect.value, transform.floor_db)
-            what = summarise(applied.changed) + (f"; {len(applied.skipped)} left out" if applied.skipped else "")
-            yield str(number), repr(transform), effect, entry.status, what, f"{applied.seconds * 1e3:.0f}", size
+            effect = localized(effect_text(transform.effect.value, transform.floor_db))
+            what = summarise(applied.changed)
+            if applied.skipped:
+                what += say("; {count} left out", count=len(applied.skipped))
+            yield str(number), repr(transform), effect, say(entry.status), what, f"{applied.seconds * 1e3:.0f}", size
 
     def _footnotes(self) -> Iterator[str]:
         for number, entry in enumerate(self.entries, start=1):
             if entry.applied is None:
                 continue
             if entry.applied.note:
-                yield f"{number}: {entry.applied.note}"
+                yield f"{number}: {localized(entry.applied.note)}"
             by_reason: dict[str, list[str]] = {}
             for name, reason in entry.applied.skipped.items():
                 by_reason.setdefault(reason, []).append(name)
             for reason, names in by_reason.items():
-                yield f"{number}: left out {summarise(names)}: {reason}"
+                yield say("{number}: left out {names}: {reason}", number=number, names=summarise(names), reason=reason)
             if entry.applied.no_undo:
-                yield f"{number}: cannot be undone: {entry.applied.no_undo}"
+                yield say("{number}: cannot be undone: {reason}", number=number, reason=entry.applied.no_undo)
 
     def to_json(self) -> str:
         """Return the report as a JSON document."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ernie_accel.common.language import Message, said
+
 
 @dataclass(frozen=True)
 class Call:
@@ -36,6 +38,15 @@ class Call:
         return self.pictures * (2 if self.guidance else 1)
 
     def __str__(self) -> str:
-        several = f"{self.pictures} pictures" if self.pictures > 1 else "a picture"
-        guided = ", with guidance" if self.guidance else ""
-        return f"{several} of {self.width}x{self.height}, {self.prompt_tokens} tokens{guided}"
+        return str(self.said())
+
+    def said(self) -> Message:
+        """Return what is asked for as a message, which can be translated."""
+        return said(
+            "{pictures} of {width}x{height}, {tokens} tokens{guided}",
+            pictures=said("{count} pictures", count=self.pictures) if self.pictures > 1 else said("a picture"),
+            width=self.width,
+            height=self.height,
+            tokens=self.prompt_tokens,
+            guided=said(", with guidance") if self.guidance else "",
+        )

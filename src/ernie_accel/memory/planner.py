@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ernie_accel.common.language import localized, said, say
 from ernie_accel.common.text import html_lines, html_table, human_gib, table
 from ernie_accel.core.components import PROMPT_COMPONENTS, Pipeline, device_of, modules_of, pipe_bytes
 from ernie_accel.core.context import Context
@@ -37,7 +39,7 @@ from ernie_accel.transforms.weights.residency import Residency, least_weights
 TAKEN = int(0.7 * GIB)
 #: What a process takes later outside torch's allocator: code of kernels, workspaces.
 _LATER = 256 * 2**20
-_NOT_KEPT = "no unquantized weights wait in host memory: restore() cannot bring them back"
+_NOT_KEPT = said("no unquantized weights wait in host memory: restore() cannot bring them back")
 #: Slots that say where weights live: who fills one has chosen.
 _PLACING = ("offload", "device", "free-after-use")
 _UNITS = {"gib": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6}
@@ -102,31 +104,41 @@ class MemoryPlan:
         }
 
     def __str__(self) -> str:
-        return "\n".join([self._heading(), table(_HEADER, self._rows(), _FIGURES), *self._about()])
+        header = tuple(map(say, _HEADER))
+        return "\n".join([self._heading(), table(header, self._rows(), _FIGURES), *self._about()])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """Return what notebooks show."""
-        rows = html_table(_HEADER, self._rows(), _FIGURES)
+        rows = html_table(tuple(map(say, _HEADER)), self._rows(), _FIGURES)
         return html_lines((), self._heading()) + rows + html_lines(self._about())
 
     def _heading(self) -> str:
-        budget = "" if self.budget is None else f" of {human_gib(self.budget)} it may use"
-        return f"Memory for {self.call}: {human_gib(self.needed)}{budget}: {'fits' if self.fits else 'does NOT fit'}"
+        return say(
+            "Memory for {call}: {needed}{budget}: {verdict}",
+            call=self.call.said(),
+            needed=human_gib(self.needed),
+            budget="" if self.budget is None else said(" of {budget} it may use", budget=human_gib(self.budget)),
+            verdict=said("fits") if self.fits else said("does NOT fit"),
+        )
 
     def _rows(self) -> Iterator[tuple[str, ...]]:
         for stage in self.stages:
-            computing = "unknown" if stage.activations is None else human_gib(stage.activations + BETWEEN)
-            yield stage.name, human_gib(stage.weights), computing, human_gib(stage.total)
+            computing = say("unknown") if stage.activations is None else human_gib(stage.activations + BETWEEN)
+            yield say(stage.name), human_gib(stage.weights), computing, human_gib(stage.total)
 
     def _about(self) -> Iterator[str]:
-        yield f"Peak in use {human_gib(self.peak)}, and {human_gib(self.spare)} for graphs and the allocator."
+        yield say(
+            "Peak in use {peak}, and {spare} for graphs and the allocator.",
+            peak=human_gib(self.peak),
+            spare=human_gib(self.spare),
+        )
         if self.host:
-            yield f"Host memory for what is not on the device: {human_gib(self.host)}."
-        yield from (f"  + {reason}" for reason in self.why)
+            yield say("Host memory for what is not on the device: {host}.", host=human_gib(self.host))
+        yield from (f"  + {localized(reason)}" for reason in self.why)
         if not self.fits:
-            yield f"The smallest budget that works: memory='{self.least}' (--memory {self.least})."
+            yield say("The smallest budget that works: memory='{least}' (--memory {least}).", least=self.least)
 
 
 def budget_of(memory: str | int, context: Context) -> int | None:
@@ -193,7 +205,8 @@ def plan_memory(
     call, budget = call or Call(), budget_of(memory, context)
     shared: tuple[str, ...] = ()
     if free is not None and budget is not None and is_relative(memory) and free < budget:
-        shared = (f"other work on the card holds {human_gib(budget - free)} of what it may use otherwise",)
+        held = human_gib(budget - free)
+        shared = (said("other work on the card holds {held} of what it may use otherwise", held=held),)
         budget = free
     wanted = compose(own, preset, pipe)
     call = replace(call, guidance=_is_guided(pipe, wanted)) if call.guidance is None else call
@@ -228,8 +241,9 @@ def _tilings(
         return
     for tiles in (TileVae(), TileVae(tile_px=512)):
         if not tiles.unsupported(pipe, context) and tiles.preview(pipe, context).changes:
-            size = f" of {tiles.tile_px} pixels" if tiles.tile_px else ""
-            yield (tiles,), (f"pictures decoded in tiles{size}, as nothing else fits: their seams may show",)
+            size = said(" of {pixels} pixels", pixels=tiles.tile_px) if tiles.tile_px else ""
+            why = said("pictures decoded in tiles{size}, as nothing else fits: their seams may show", size=size)
+            yield (tiles,), (why,)
 
 
 def _placings(
@@ -350,20 +364,21 @@ def _candidates(
 ) -> Iterator[tuple[tuple[Transform, ...], tuple[str, ...]]]:
     """Yield what might be chosen, and why, from the fastest down."""
     if _placed_by_request(wanted, own):
-        yield (), ("the request says where the weights live",)
+        yield (), (said("the request says where the weights live"),)
         return
     move = (MoveTo(device),)
-    stays = "everything stays on the device"
+    stays = said("everything stays on the device")
     if any(map(places, wanted)):  # the preset's own, which a chosen `Residency` could not replace
-        yield move, (f"{stays}: the preset moves it there as a whole",)
+        yield move, (said("{stays}: the preset moves it there as a whole", stays=stays),)
         return
     yield move, (stays,)
     eight = _eight_bits(pipe, wanted, context)
-    names = " and ".join(eight[0].components) if eight else ""
     lossy = any(
         isinstance(each, Quantize) or (isinstance(each, FuseKernels) and each.precision == "fp8") for each in wanted
     )
-    less = f"{names} in 8 bits ({eight[0].scheme})" if eight else ""
+    less = (
+        said("{names} in 8 bits ({scheme})", names=_and(eight[0].components), scheme=eight[0].scheme) if eight else ""
+    )
     if budget is None:
         return
     most = max((UNKNOWN if need is None else need for need in activations.values()), default=0)
@@ -435,8 +450,8 @@ def _judge(
     spare = _spare(transforms, activations)
     unknown = [name for name, need in activations.items() if need is None]
     if unknown:
-        names = " and ".join(unknown)
-        why = (*why, f"what {names} computes is not known of this pipeline: {human_gib(UNKNOWN)} are left for it")
+        left = "what {names} computes is not known of this pipeline: {size} are left for it"
+        why = (*why, said(left, names=_and([said(name) for name in unknown]), size=human_gib(UNKNOWN)))
     host = planned.kept_on_host
     if kept is not None and kept < planned.nbytes:
         layout = replace(keeps[0], weights=kept).layout(pipe, planned)
@@ -445,15 +460,21 @@ def _judge(
     elif planned.offload is not None:
         host += planned.nbytes
     if planned.kept_on_host:
-        why = (*why, f"{human_gib(planned.kept_on_host)} of unquantized weights wait in host memory for restore()")
+        waiting = human_gib(planned.kept_on_host)
+        why = (*why, said("{size} of unquantized weights wait in host memory for restore()", size=waiting))
     found = MemoryPlan(call, budget, stages, spare, host, chosen, why, fits=True)
     if chosen:
         found = replace(found, transforms=(*chosen, ExplainOutOfMemory(predicted=found.needed)))
     return replace(found, fits=budget is None or found.needed <= budget)
 
 
+def _and(names: Sequence[str]) -> str:
+    """Return one name, or several joined: the last by "and"."""
+    return functools.reduce(lambda first, last: said("{first} and {last}", first=first, last=last), names)
+
+
 def _fetched(weights: int) -> str:
-    return f"weights within {human_gib(weights)}, the rest fetched from the host in turn"
+    return said("weights within {size}, the rest fetched from the host in turn", size=human_gib(weights))
 
 
 def _turns(pipe: Pipeline, planned: PlannedPipe) -> list[tuple[str, int]]:
@@ -468,5 +489,6 @@ def _cost(fetched: int, context: Context) -> Iterator[str]:
     row = hardware_called(context.device_name)
     rate = None if row is None else row.host_gb_s
     if fetched:
-        time = "" if rate is None else f": {fetched / rate / 1e9:.2f} s of its link, at {rate:g} GB/s"
-        yield f"{human_gib(fetched)} come from the host for each picture{time}"
+        link = ": {seconds:.2f} s of its link, at {rate:g} GB/s"
+        time = "" if rate is None else said(link, seconds=fetched / rate / 1e9, rate=rate)
+        yield said("{size} come from the host for each picture{time}", size=human_gib(fetched), time=time)

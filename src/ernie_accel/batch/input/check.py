@@ -25,6 +25,9 @@ from ernie_accel.batch.input.row import (
     Columns,
     Row,
 )
+from ernie_accel.common.language import said
+
+_OUTSIDE = "{name} {found} is not within {low} to {high}; {fix}"
 
 
 @dataclass
@@ -59,30 +62,33 @@ class RowCheck:
         if prompt is not None and not prompt.strip():
             prompt = None
         if prompt is None and ("prompt" in columns or self.template is not None):
-            settings.messages.append("prompt is empty; write what to draw, or delete the line")
+            settings.messages.append(said("prompt is empty; write what to draw, or delete the line"))
         if self.template is not None and (reason := text_problem(prompt or "")):
-            settings.messages.append(f"prompt {reason}")  # the columns' own text was looked at when it was read
+            # The columns' own text was looked at when it was read.
+            settings.messages.append(said("{name} {reason}", name="prompt", reason=reason))
         settings.messages += structure_problems(prompt or "")
-        seed = settings.whole("seed", 0, MAX_SEED, "write digits, e.g. 42, or leave it empty")
+        seed = settings.whole("seed", 0, MAX_SEED, said("write digits, e.g. 42, or leave it empty"))
         image, mask, strength = self._pictures(settings)
         lora, lora_scale = self._adapter(settings)
         # A picture has its own size, unless the row itself gives another one.
         width, height = settings.size(self.size_multiple, with_defaults=not settings.text("image"))
-        steps = settings.whole("steps", 1, MAX_STEPS, "write digits, e.g. 8, or leave it empty")
-        guidance_scale = settings.number("guidance_scale", MAX_GUIDANCE, "write e.g. 4.0, or leave it empty")
-        variants = (
-            settings.whole("variants", 1, MAX_VARIANTS, "write how many pictures, e.g. 4, or leave it empty") or 1
-        )
+        steps = settings.whole("steps", 1, MAX_STEPS, said("write digits, e.g. 8, or leave it empty"))
+        guidance_scale = settings.number("guidance_scale", MAX_GUIDANCE, said("write e.g. 4.0, or leave it empty"))
+        how_many = said("write how many pictures, e.g. 4, or leave it empty")
+        variants = settings.whole("variants", 1, MAX_VARIANTS, how_many) or 1
         if seed is not None and seed + variants - 1 > MAX_SEED:
-            settings.messages.append(f"seed {seed} leaves no room for {variants} variants; choose a smaller one")
+            room = "seed {seed} leaves no room for {variants} variants; choose a smaller one"
+            settings.messages.append(said(room, seed=seed, variants=variants))
         names = [] if self.pattern is None else self._names(line, index, columns, variants)
         folder = columns.get(self.folder_by, "").strip() if self.folder_by else ""
-        messages = []
+        messages: list[str] = []
         if folder and (reason := folder_problem(folder)):
-            messages.append(f"folder {shown(folder)} (from column {shown(self.folder_by)}) {reason}; change the value")
+            wrong = "folder {name} (from column {column}) {reason}; change the value"
+            messages.append(said(wrong, name=shown(folder), column=shown(self.folder_by), reason=reason))
             folder = ""
         elif folder and (reason := self._taken.take_folder(folder, line)):
-            messages.append(f"folder {shown(folder)} (from column {shown(self.folder_by)}) {reason}; write both alike")
+            wrong = "folder {name} (from column {column}) {reason}; write both alike"
+            messages.append(said(wrong, name=shown(folder), column=shown(self.folder_by), reason=reason))
         for name in names:
             if self.pattern and (reason := self._name_problem(name, folder, line, index, self.pattern)):
                 messages.append(reason)
@@ -122,14 +128,14 @@ class RowCheck:
             text = settings.text(name)
             picture = None if text is None else self.pictures.find(text.strip())
             if isinstance(picture, str):
-                settings.messages.append(f"{name} {picture}")
+                settings.messages.append(said("{name} {reason}", name=name, reason=picture))
             else:
                 found[name] = picture
         image, mask = found["image"], found["mask"]
-        strength = settings.number("strength", 1, "write e.g. 0.3, or leave it empty")
+        strength = settings.number("strength", 1, said("write e.g. 0.3, or leave it empty"))
         if settings.text("image") is None:
             settings.messages += [
-                f"{name} has no effect without image; name the picture, or leave it empty"
+                said("{name} has no effect without image; name the picture, or leave it empty", name=name)
                 for name in ("mask", "strength")
                 if settings.text(name) is not None
             ]
@@ -149,12 +155,12 @@ class RowCheck:
             self.adapters = AdapterFolder(Path())
         text = settings.text("lora")
         found = None if text is None else self.adapters.find(text.strip())
-        scale = settings.number("lora_scale", MAX_LORA_SCALE, "write e.g. 0.8, or leave it empty")
+        scale = settings.number("lora_scale", MAX_LORA_SCALE, said("write e.g. 0.8, or leave it empty"))
         if isinstance(found, str):
-            settings.messages.append(f"lora {found}")
+            settings.messages.append(said("{name} {reason}", name="lora", reason=found))
             return None, scale
         if text is None and settings.text("lora_scale") is not None:
-            settings.messages.append("lora_scale has no effect without lora; name the file, or leave it empty")
+            settings.messages.append(said("lora_scale has no effect without lora; name the file, or leave it empty"))
         return found, scale
 
     def _names(self, line: int, index: int, columns: Columns, variants: int) -> list[str]:
@@ -167,12 +173,14 @@ class RowCheck:
 
     def _name_problem(self, name: str, folder: str, line: int, index: int, pattern: str) -> str | None:
         """Return why a row cannot have its file name, by itself or beside the rows before."""
-        what = f"file name {shown(name)} (from {shown(pattern)})"
+        what = said("file name {name} (from {pattern})", name=shown(name), pattern=shown(pattern))
         if reason := name_problem(name):
-            return f"{what} {reason}; change the value, or name pictures by another column"
+            fix = "{what} {reason}; change the value, or name pictures by another column"
+            return said(fix, what=what, reason=reason)
         if reason := self._taken.take(f"{folder}/{name}" if folder else name, line, index):
             unique = pattern.removesuffix(".png") + "_{index}.png"
-            return f"{what} {reason}; change one, or name pictures by {shown(unique)}"
+            fix = "{what} {reason}; change one, or name pictures by {unique}"
+            return said(fix, what=what, reason=reason, unique=shown(unique))
         return None
 
 
@@ -195,9 +203,11 @@ class Settings:
             return self._default(name)
         # Not int() alone: it also takes '1_000' and the digits of other scripts, and balks at very long ones.
         if not re.fullmatch(r"[+-]?[0-9]{1,30}", text):
-            self.messages.append(f"{name} {shown(text)} is not a whole number; {fix}")
+            self.messages.append(
+                said("{name} {found} is not a whole number; {fix}", name=name, found=shown(text), fix=fix)
+            )
         elif not low <= int(text) <= high:
-            self.messages.append(f"{name} {text} is not within {low} to {high}; {fix}")
+            self.messages.append(said(_OUTSIDE, name=name, found=text, low=low, high=high, fix=fix))
         else:
             return int(text)
         return None
@@ -207,9 +217,9 @@ class Settings:
         if not text:
             return self._defaults.get(name)
         if not re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)", text):
-            self.messages.append(f"{name} {shown(text)} is not a number; {fix}")
+            self.messages.append(said("{name} {found} is not a number; {fix}", name=name, found=shown(text), fix=fix))
         elif not 0 <= float(text) <= high:
-            self.messages.append(f"{name} {text} is not within 0 to {high:g}; {fix}")
+            self.messages.append(said(_OUTSIDE, name=name, found=text, low=0, high=f"{high:g}", fix=fix))
         else:
             return float(text)
         return None
@@ -222,8 +232,8 @@ class Settings:
             self = Settings(self._columns, {}, self.messages)
         # Any whole number passes here, so that a bad size is reported with the nearest good one.
         limit = 10**30
-        width = self.whole("width", -limit, limit, f"write pixels, e.g. {64 * multiple}, or leave it empty")
-        height = self.whole("height", -limit, limit, f"write pixels, e.g. {64 * multiple}, or leave it empty")
+        fix = said("write pixels, e.g. {pixels}, or leave it empty", pixels=64 * multiple)
+        width, height = (self.whole(side, -limit, limit, fix) for side in ("width", "height"))
         if reason := size_problem(width, height, multiple):
             self.messages.append(reason)
         return width, height
@@ -240,7 +250,7 @@ def default_problems(defaults: Mapping[str, float], multiple: int) -> list[str]:
             messages.append(f"default {name} {value} is not within {low:g} to {high:g}; choose another")
     width, height = (None if defaults.get(name) is None else int(defaults[name]) for name in ("width", "height"))
     if reason := size_problem(width, height, multiple):
-        messages.append(f"default {reason}")
+        messages.append(said("default {reason}", reason=reason))
     return messages
 
 
@@ -251,9 +261,14 @@ def size_problem(width: int | None, height: int | None, multiple: int) -> str | 
     if nearest == given:
         return None
     what = "size" if len(given) == 2 else next(iter(given))
-    return (
-        f"{what} {_by(given)} is not made of multiples of {multiple} from {multiple} to {MAX_SIDE}; "
-        f"the nearest valid {what} is {_by(nearest)}"
+    return said(
+        "{what} {given} is not made of multiples of {multiple} from {multiple} to {most}; "
+        "the nearest valid {what} is {nearest}",
+        what=said(what),
+        given=_by(given),
+        multiple=multiple,
+        most=MAX_SIDE,
+        nearest=_by(nearest),
     )
 
 

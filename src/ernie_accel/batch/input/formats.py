@@ -25,6 +25,7 @@ from ernie_accel.batch.input.gate import (
     text_problem,
 )
 from ernie_accel.batch.input.row import SETTINGS, Columns
+from ernie_accel.common.language import said
 from ernie_accel.core.errors import MissingExtraError
 
 MAX_ROWS = 1_000_000
@@ -212,8 +213,9 @@ def read_csv(path: Path, text: str, delimiter: str = ",") -> Records:
             records._add(line, {k: v for k, v in zip(header, values, strict=True) if k}, [])
         records.check_limits(path)
     for i in sorted(unnamed_with_data):
-        fix = "name it or delete it (pandas: to_csv(..., index=False))"
-        records.problems.append((records.header_line, f"column {i + 1} has values but no name; {fix}"))
+        fix = said("name it or delete it (pandas: to_csv(..., index=False))")
+        unnamed = said("column {column} has values but no name; {fix}", column=i + 1, fix=fix)
+        records.problems.append((records.header_line, unnamed))
     return records
 
 
@@ -236,11 +238,11 @@ def _csv_lines(text: str, delimiter: str, problems: list[Problem]) -> Iterator[t
         except StopIteration:
             return
         except csv.Error as error:
-            hint = 'close every quote, and double a quote inside quotes: "a 5"" plate"'
+            hint = said('close every quote, and double a quote inside quotes: "a 5"" plate"')
             first_line = text[: text.find("\n") if "\n" in text else None]
             if line == 1 and delimiter not in first_line and (found := separator_of([first_line], delimiter)):
-                hint = f"the separator looks like {found}, expected {delimiter!r}"
-            problems.append((line, f"is not valid CSV ({error}); {hint}"))
+                hint = said("the separator looks like {found}, expected {expected!r}", found=found, expected=delimiter)
+            problems.append((line, said("is not valid CSV ({error}); {hint}", error=str(error), hint=hint)))
             return
         blank = not fields or (len(fields) > 1 and not any(value.strip() for value in fields))
         if not blank:
@@ -248,12 +250,16 @@ def _csv_lines(text: str, delimiter: str, problems: list[Problem]) -> Iterator[t
 
 
 def _ragged(values: Sequence[str], header: Sequence[str], delimiter: str) -> str:
-    mark = {",": "comma", "\t": "tab"}[delimiter]
-    message = f"has {len(values)} fields, the header has {len(header)}; "
+    mark = said({",": "comma", "\t": "tab"}[delimiter])
     if len(values) > len(header):
-        return message + f'put quotes around a value with a {mark} in it: "red{delimiter} glossy"'
-    missing = listed(header[len(values) :])
-    return message + f"nothing is given for {missing}: add the value, or a {mark} for each empty one"
+        quote = 'put quotes around a value with a {mark} in it: "red{delimiter} glossy"'
+        fix = said(quote, mark=mark, delimiter=delimiter)
+    else:
+        add = "nothing is given for {missing}: add the value, or a {mark} for each empty one"
+        fix = said(add, missing=listed(header[len(values) :]), mark=mark)
+    return said(
+        "has {found} fields, the header has {expected}; {fix}", found=len(values), expected=len(header), fix=fix
+    )
 
 
 def _read_parquet(path: Path) -> Records:

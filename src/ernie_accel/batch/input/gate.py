@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ernie_accel.batch.errors import BatchInputError, Problem, shown
+from ernie_accel.common.language import said
 
 MAX_TABLE_BYTES = 2**29
 """Of a table that is text: half a gigabyte, some 1,000,000 rows. All of it is read before anything is drawn."""
@@ -25,7 +26,7 @@ MAX_DEPTH = 32
 """Of lists and objects in one another."""
 
 _UTF8_BOM = b"\xef\xbb\xbf"
-_SAVE_AS = "save it as UTF-8 (in Excel: 'CSV UTF-8') and run again"
+_SAVE_AS = said("save it as UTF-8 (in Excel: 'CSV UTF-8') and run again")
 _MAX_DIGITS = 30  # of a whole number; longer ones stay text, since int() refuses those of thousands of digits
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _JSON_TOKEN = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?|[\[{\]}]', re.DOTALL)
@@ -63,30 +64,31 @@ def read_text(path: Path, most: int = MAX_TABLE_BYTES) -> str:
         with path.open("rb") as file:
             data = file.read(most + 1)
     except FileNotFoundError:
-        refuse("does not exist; check the path")
+        refuse(said("does not exist; check the path"))
     except IsADirectoryError:
-        refuse("is a folder; expected a file such as prompts.csv")
+        refuse(said("is a folder; expected a file such as prompts.csv"))
     except (OSError, ValueError) as error:  # ValueError: the path itself has a NUL, or cannot be encoded
-        refuse(f"cannot be read: {getattr(error, 'strerror', None) or error}")
+        refuse(said("cannot be read: {reason}", reason=getattr(error, "strerror", None) or str(error)))
     if len(data) > most:
-        refuse(f"has more than {most:,} bytes; split it")
+        refuse(said("has more than {most:,} bytes; split it", most=most))
     if data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:2]:
-        refuse(f"is UTF-16, as Excel's 'Unicode Text' is; {_SAVE_AS}", line=1)
+        refuse(said("is UTF-16, as Excel's 'Unicode Text' is; {fix}", fix=_SAVE_AS), line=1)
     start = len(_UTF8_BOM) if data.startswith(_UTF8_BOM) else 0
     try:
         return data[start:].decode("utf-8")
     except UnicodeDecodeError as error:
         offset = start + error.start
         line = 1 + len(re.findall(rb"\r\n?|\n", data[:offset]))
-        refuse(f"is not UTF-8: byte 0x{data[offset]:02X} at offset {offset}; {_SAVE_AS}", line)
+        wrong = "is not UTF-8: byte 0x{byte:02X} at offset {offset}; {fix}"
+        refuse(said(wrong, byte=data[offset], offset=offset, fix=_SAVE_AS), line)
 
 
 def text_problem(text: str) -> str | None:
     """Return why a text cannot be used anywhere (None: it can): every file, name and request is UTF-8 without NUL."""
     if len(text) > MAX_CHARACTERS:
-        return f"has {len(text):,} characters; expected at most {MAX_CHARACTERS:,}"
+        return said("has {count:,} characters; expected at most {most:,}", count=len(text), most=MAX_CHARACTERS)
     if "\0" in text:
-        return "has a NUL character; remove it"
+        return said("has a NUL character; remove it")
     if not text.isascii() and (found := _SURROGATE.search(text)):
         return f"has half of a surrogate pair, {shown(found[0])}, at character {found.start() + 1}; write it whole"
     return None
@@ -99,7 +101,7 @@ def fields_problem(fields: Mapping[str, str]) -> str | None:
         return None
     for name, text in fields.items():
         if reason := text_problem(name) or text_problem(text):
-            return f"{shown(name)} {reason}"
+            return said("{name} {reason}", name=shown(name), reason=reason)
     return None
 
 

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 from ernie_accel.batch.errors import shown
 from ernie_accel.batch.input.gate import text_problem
+from ernie_accel.common.language import said
 
 MAX_NAME_BYTES = 255
 """The longest file name in bytes of UTF-8 that ext4, XFS, APFS and NTFS all take."""
@@ -188,7 +189,8 @@ class TakenNames:
         spelt, first_line = self._folders.setdefault(collision_key(folder), (folder, line))
         if spelt == folder:
             return None
-        return f"is {shown(spelt)} on line {first_line}, the same where letter case or Unicode form is ignored"
+        same = "is {name} on line {line}, the same where letter case or Unicode form is ignored"
+        return said(same, name=shown(spelt), line=first_line)
 
     def take(self, path: str, line: int, index: int) -> str | None:
         """Take a picture's path for a row; return by which other row it is taken (None: it was free).
@@ -203,11 +205,13 @@ class TakenNames:
         if first is mine:
             return None
         first_path, first_line, first_index = first
-        by = f"line {first_line}" if first_line != line else f"row {first_index + 1}, on the same line"
+        by = said("line {line}", line=first_line)
+        if first_line == line:
+            by = said("row {row}, on the same line", row=first_index + 1)
         if first_path != path:
-            name = first_path.rpartition("/")[2]
-            by += f" as {shown(name)}, the same name where letter case or Unicode form is ignored"
-        return f"is taken by {by}"
+            alike = "{by} as {name}, the same name where letter case or Unicode form is ignored"
+            by = said(alike, by=by, name=shown(first_path.rpartition("/")[2]))
+        return said("is taken by {by}", by=by)
 
 
 def _pieces(pattern: str) -> Iterator[tuple[str, str | None, str]]:

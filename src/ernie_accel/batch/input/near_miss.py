@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection
 
 from ernie_accel.batch.input.row import SETTINGS
+from ernie_accel.common.language import said
 
 # What other tools and libraries call the same: diffusers, AUTOMATIC1111, ComfyUI, InvokeAI, the OpenAI images API.
 _ALIASES = {
@@ -79,11 +80,13 @@ def ignored_column(name: str, columns: Collection[str], *, has_template: bool) -
     plain = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name[:100])
     plain = re.sub(r"\W+", "_", plain).strip("_").lower()
     if reason := _WHOLE_JOB.get(plain):
-        return f"{reason}; delete it"
+        return said("{reason}; delete it", reason=said(reason))
     meant = plain if plain in SETTINGS else _ALIASES.get(plain)
     if meant is None and plain not in _OTHER_WORDS:
         alike = [setting for setting in SETTINGS if abs(len(setting) - len(plain)) <= 1]
         meant = next(iter(difflib.get_close_matches(plain, alike, n=1, cutoff=0.8)), None)
     if meant is None or (has_template and meant == "prompt"):
         return None
-    return f"delete it, beside {meant!r}" if meant in columns else f"rename it to {meant!r}"
+    if meant in columns:
+        return said("delete it, beside {meant!r}", meant=meant)
+    return said("rename it to {meant!r}", meant=meant)

@@ -14,6 +14,7 @@ from ernie_accel.batch.input.naming import default_pattern, pattern_problems, te
 from ernie_accel.batch.input.near_miss import ignored_column
 from ernie_accel.batch.input.pictures import AdapterFolder, PictureFolder
 from ernie_accel.batch.input.row import OF_FILES, SETTINGS, Row
+from ernie_accel.common.language import said
 
 
 def read_table(
@@ -102,7 +103,9 @@ def rows_of(
     if not named and (problems or records.row_problems):  # nothing was read; what follows would only repeat it
         raise BatchInputError(path, sorted([*problems, *records.row_problems], key=_line))
     if not named:
-        raise BatchInputError(path, [(None, 'has no rows; add one per picture, such as {"prompt": "a red mug"}')])
+        raise BatchInputError(
+            path, [(None, said('has no rows; add one per picture, such as {{"prompt": "a red mug"}}'))]
+        )
     header = records.header_line
     misread = header is not None and "prompt" not in named and separator_of(records.columns, records.delimiter)
     has_template = template is not None and not misread
@@ -136,12 +139,14 @@ def rows_of(
             rows += made
             row_problems += [(line, message) for message in messages]
             if len(rows) > MAX_ROWS:
-                raise BatchInputError(path, [(line, f"asks for more than {MAX_ROWS:,} pictures; split the table")])
+                raise BatchInputError(
+                    path, [(line, said("asks for more than {most:,} pictures; split the table", most=MAX_ROWS))]
+                )
     if skipped is not None and not problems:
         skipped += [(line, tidy(message)) for line, message in sorted(row_problems, key=_line)]
         row_problems = [] if rows else row_problems
     if not records.rows and not problems:
-        problems.append((None, "has a header and no rows; add one line per picture"))
+        problems.append((None, said("has a header and no rows; add one line per picture")))
     if problems or row_problems:
         raise BatchInputError(path, sorted([*problems, *row_problems], key=_line))
     return rows
@@ -153,23 +158,33 @@ def _line(problem: Problem) -> int:
 
 def _name_problems(records: Records, has_template: bool, extra: Collection[str]) -> list[str]:
     """Return what is wrong with the names of the columns."""
-    header, messages = records.columns, []
+    header = records.columns
+    messages: list[str] = []
     if "prompt" not in header and not has_template:
-        message = f"has no 'prompt' column; found: {listed(name for name in header if name)}"
+        message = said("has no 'prompt' column; found: {found}", found=listed(name for name in header if name))
         if records.header_line and (separator := separator_of(header, records.delimiter)):
-            mark = "tabs, or name it .csv" if records.delimiter == "\t" else "commas"
-            expected = repr(records.delimiter)
-            message += f". The separator looks like {separator}; expected {expected}: save the file with {mark}"
+            message = said(
+                "{problem}. The separator looks like {separator}; expected {expected}: save the file with {mark}",
+                problem=message,
+                separator=separator,
+                expected=repr(records.delimiter),
+                mark=said("tabs, or name it .csv") if records.delimiter == "\t" else said("commas"),
+            )
         messages.append(message)
     for name, count in Counter(name for name in header if name).items():
         if count > 1:
-            messages.append(f"has {count} columns named {shown(name)}; rename or delete all but one")
+            messages.append(
+                said("has {count} columns named {name}; rename or delete all but one", count=count, name=shown(name))
+            )
         if reason := text_problem(name):
-            messages.append(f"column {shown(name)} {reason}")
+            messages.append(said("column {name} {reason}", name=shown(name), reason=reason))
         # A setting by another name would be ignored, and the pictures quietly not what was asked for.
         elif name not in extra and (fix := ignored_column(name, header, has_template=has_template)):
-            theirs = "or, if it is a column of your own, name it in extra_columns (--extra-columns)"
-            messages.append(f"column {shown(name)} would be ignored; {fix}, {theirs}")
+            ignored = (
+                "column {name} would be ignored; {fix}, "
+                "or, if it is a column of your own, name it in extra_columns (--extra-columns)"
+            )
+            messages.append(said(ignored, name=shown(name), fix=fix))
     for name in dict.fromkeys(extra):
         if name in SETTINGS and name not in OF_FILES:
             messages.append(f"extra_columns names {shown(name)}, which is a setting; leave it out there")
