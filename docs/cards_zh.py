@@ -17,12 +17,12 @@ SENTENCES = {
     "# CPU": "# CPU",
     "# Your card": "# 你的显卡",
     "## Predicted memory": "## 预测的显存 { #predicted-memory }",
-    "## What to expect": "## 可以期待什么 { #what-to-expect }",
+    "## What to expect": "## 预期表现 { #what-to-expect }",
     "## Sources": "## 来源 { #sources }",
     "## Memory": "## 内存 { #memory }",
     # paragraphs of a size of card
     "For {}, and other cards with as much memory. ERNIE-Image-Turbo, with its prompt enhancer:": (
-        "适用于 {}，以及显存相同的其他显卡。ERNIE-Image-Turbo，包括提示词增强器："
+        "适用于 {}，以及显存相同的其他显卡。运行 ERNIE-Image-Turbo，包括提示词增强器："
     ),
     "Install the extra `torchao` with it: `pip install 'ernie-accel[torchao]'`.": (
         "请连同 `torchao` 一起安装：`pip install 'ernie-accel[torchao]'`。"
@@ -38,6 +38,10 @@ SENTENCES = {
         "[模型从哪里来](../tutorials/first-picture.md#where-the-model-comes-from)。"
     ),
     "![Predicted device memory, in GiB, for each model and card]({})": "![各模型在各显卡上的预测显存，单位 GiB]({})",
+    "![Predicted device memory of ERNIE-Image-Turbo on each card, in GiB]({})": (
+        "![ERNIE-Image-Turbo 在各显卡上的预测显存，单位 GiB]({})"
+    ),
+    "![Weights of each model in each dtype, in GB]({})": "![各模型在各 dtype 下的权重，单位 GB]({})",
     "Nothing was run for these figures. `ernie-accel plan` works them out from the shapes of the published "
     "configurations, for one picture of 1024x1024 px, and does the same for your card and your sizes:": (
         "得出这些数据不需要运行模型。`ernie-accel plan` 根据公开配置里的形状，为一张 1024x1024 px 的图计算，"
@@ -73,7 +77,7 @@ SENTENCES = {
     "A full-size model takes minutes a picture on a CPU. Use one if there is nothing else, or to try a script. "
     "ERNIE-Image-Turbo in bfloat16, without its prompt enhancer:": (
         "全尺寸的模型在 CPU 上画一张图要几分钟。只有在没有别的设备，或想试运行脚本时，才用 CPU。"
-        "ERNIE-Image-Turbo，bfloat16，不用提示词增强器："
+        "运行 ERNIE-Image-Turbo，bfloat16，不用提示词增强器："
     ),
     "Weights, by the published configurations. Computing needs some GB more.": (
         "权重的大小，根据公开的配置。计算还要多用几 GB。"
@@ -97,7 +101,7 @@ SENTENCES = {
         "同样的几行代码，在下面每一种显卡上都能运行 ERNIE-Image-Turbo，并在放得下的办法里用最快的一种把权重送到设备上："
     ),
     "What they choose, and the device memory that ERNIE-Image-Turbo is predicted to need:": (
-        "它们选择什么，以及预测 ERNIE-Image-Turbo 需要多少显存："
+        "这几行代码会选哪个预设，以及预测 ERNIE-Image-Turbo 需要多少显存："
     ),
     '`ernie-accel recommend` says what fits the card that is here, and `ernie-accel recommend --device "RTX 3060"` '
     "what fits another. A card that is not in the library's table is described by its compute capability and memory: "
@@ -115,7 +119,7 @@ CELLS = {
     "device memory": "显存",
     "may be used": "可用显存",
     "host memory": "内存",
-    "how it fits": "怎样放得下",
+    "how it fits": "放置方案",
     "at best": "最快",
     "published": "公布的数据",
     "why this preset": "为什么用这个预设",
@@ -141,12 +145,12 @@ CELLS = {
     "bf16 {} s, fp8 {} s (no fp8 units), int8 {} s": "bf16 {} s，fp8 {} s（没有 fp8 单元），int8 {} s",
     "bf16 {} s, fp8 {} s, int8 {} s": "bf16 {} s，fp8 {} s，int8 {} s",
     "by what is published": "依据公布的数据",
-    "has the memory for bf16": "显存够用 bf16",
-    "whether int8 is faster here nobody has published": "int8 在这里是否更快，没有人公布过",
+    "has the memory for bf16": "显存放得下 bf16",
+    "whether int8 is faster here nobody has published": "int8 在这块显卡上是否更快，没有公布的数据",
     "has no bfloat16": "不支持 bfloat16",
     "multiplies in fp8": "能用 fp8 做乘法",
     "multiplies in fp8, and fetches blocks that do not fit while it computes, which takes longer by the published "
-    "rates": "能用 fp8 做乘法，计算的同时取来放不下的模块；按公布的速率，取比算更久",
+    "rates": "能用 fp8 做乘法，计算的同时取来放不下的模块；按公布的速率，取权重比计算更久",
     "nothing is published for this card": "这块显卡没有公布的数据",
     "masks as its kernels take them": "掩码采用其内核接受的形式",
     "no quantized kernels are known to work through diffusers here": "尚不知有可经 diffusers 使用的量化内核",
@@ -173,6 +177,10 @@ CELLS = {
     ),
     "{}, an eighth, half of its rates with sparsity": "{}，取八分之一，再取其稀疏速率的一半",
     "{}, half of its rates with sparsity": "{}，取其稀疏速率的一半",
+    "NVIDIA {} whitepaper": "NVIDIA {} 白皮书",
+    "NVIDIA {} whitepaper, {}": "NVIDIA {} 白皮书，{}",
+    "NVIDIA {} datasheet": "NVIDIA {} 数据手册",
+    "NVIDIA {} datasheet, {}": "NVIDIA {} 数据手册，{}",
     "users of the 910B3, the slowest one with 64 GB, citing Huawei's forum": (
         "910B3（64 GB 的型号中最慢的一种）的用户，引自华为论坛"
     ),
@@ -188,6 +196,8 @@ CELLS = {
 }
 #: Columns that hold nothing but phrases of the list; others may hold names and figures.
 STRICT = {"how it fits", "why this preset"}
+#: Columns of names, one after the other.
+LISTS = {"cards", "preset"}
 _BLOCK = re.compile(r"(^```\w*\n.*?^```$)", re.DOTALL | re.MULTILINE)
 
 
@@ -207,7 +217,7 @@ def _paragraph(text: str) -> str:
     words = text.strip("\n")
     if not words or words.startswith(("<div", "</div")):
         return text
-    chinese = _table(words.split("\n")) if words.startswith("|") else _said(" ".join(words.split()), SENTENCES)
+    chinese = _table(words.split("\n")) if words.startswith("|") else said(" ".join(words.split()), SENTENCES)
     return text.replace(words, chinese)
 
 
@@ -220,23 +230,32 @@ def _table(lines: list[str]) -> str:
             rows.append(line)
             continue
         strict = [name in STRICT and line is not lines[0] for name in header]
-        rows.append("| " + " | ".join(map(_cell, cells, strict)) + " |")
+        chinese = [*map(_cell, cells, strict)]
+        chinese = [
+            each.replace(", ", "、") if name in LISTS else each for name, each in zip(header, chinese, strict=True)
+        ]
+        rows.append("| " + " | ".join(chinese) + " |")
     return "\n".join(rows)
 
 
 def _cell(cell: str, strict: bool) -> str:
     phrases = cell.split("; ")
-    said = [_said(phrase, CELLS, strict) for phrase in phrases]
-    return cell if said == phrases else "；".join(said)
+    chinese = [said(phrase, CELLS, strict) for phrase in phrases]
+    return cell if chinese == phrases else "；".join(chinese)
 
 
-def _said(words: str, phrases: dict[str, str], strict: bool = True) -> str:
+def said(words: str, phrases: dict[str, str], strict: bool = True) -> str:
+    """Return words in Chinese by a list of phrases; what the list lacks stays as it is.
+
+    Raises:
+        SystemExit: `strict`, and the list lacks them.
+    """
     for english, chinese in phrases.items():
         pattern = re.escape(english).replace(r"\{\}", "(.+?)")
         if found := re.fullmatch(pattern, words):
             filled = chinese
             for each in found.groups():
-                filled = filled.replace("{}", each, 1)
+                filled = filled.replace("{}", said(each, CELLS, strict=False).replace(", ", "、"), 1)
             return filled
     if strict:
         raise SystemExit(f"docs/cards_zh.py has no Chinese for: {words}")

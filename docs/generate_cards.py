@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from docs.bar_chart import Bar, bar_chart
 from docs.cards_zh import in_chinese
+from docs.charts_zh import in_chinese as words_in_chinese
 
 import ernie_accel
 from ernie_accel import Context
@@ -114,26 +115,53 @@ def files() -> dict[str, str]:
     made = {"index.md": index(figures), "cpu.md": cpu_page(figures)}
     for page in PAGES:
         made[f"{page}.md"] = card_page(page, figures)
-        made[f"{page}.svg"] = chart(page, figures)
+    for ending, say in ((".svg", str), (".zh.svg", words_in_chinese)):
+        made |= {f"{page}{ending}": chart(page, figures, say) for page in PAGES}
+        made |= {f"index{ending}": every_card(figures, say), f"cpu{ending}": cpu_chart(figures, say)}
     return made | {
         name.replace(".md", ".zh.md"): in_chinese(text) for name, text in made.items() if name.endswith(".md")
     }
 
 
-def chart(page: str, figures: dict[str, Any]) -> str:
+def chart(page: str, figures: dict[str, Any], say: Callable[[str], str] = str) -> str:
     """Draw what each card of a page will hold."""
     bars = [
-        Bar(
-            f"{short(model)} on {named(card)}",
-            (found["weights"] / GIB, found["computing"] / GIB, found["spare"] / GIB),
-            f"{needed(found) / GIB:.1f} GiB",
-            found["budget"] / GIB,
-        )
+        memory_bar(f"{short(model)} on {named(card)}", figures[model][card])
         for card in PAGES[page][1]
-        for model, found in ((model, figures[model][card]) for model in MODELS)
+        for model in MODELS
     ]
-    series = ("weights", "computing", "graphs, allocator")
-    return bar_chart("Predicted device memory, GiB", bars, series, "may be used", "by ernie-accel plan, 1024x1024 px")
+    return bar_chart("Predicted device memory, GiB", bars, SERIES, "may be used", PREDICTED, say)
+
+
+def every_card(figures: dict[str, Any], say: Callable[[str], str] = str) -> str:
+    """Draw what ERNIE-Image-Turbo will hold on each card of all pages."""
+    found = {card: figures[ERNIE][card] for _, cards in PAGES.values() for card in cards}
+    bars = [memory_bar(f"preset {each['preset']} on {named(card)}", each) for card, each in found.items()]
+    bars = [replace(bar, limit=None) for bar in bars]  # 180 GB would leave little room for the bars
+    title = "Predicted device memory of ERNIE-Image-Turbo, GiB"
+    return bar_chart(title, bars, SERIES, note=PREDICTED, say=say)
+
+
+SERIES = ("weights", "computing", "graphs, allocator")
+PREDICTED = "by ernie-accel plan, 1024x1024 px"
+
+
+def memory_bar(label: str, found: dict[str, Any]) -> Bar:
+    """Return the bar of what was predicted, with its limit."""
+    parts = (found["weights"] / GIB, found["computing"] / GIB, found["spare"] / GIB)
+    return Bar(label, parts, f"{needed(found) / GIB:.1f} GiB", found["budget"] / GIB)
+
+
+def cpu_chart(figures: dict[str, Any], say: Callable[[str], str] = str) -> str:
+    """Draw what the weights of each model take in each dtype."""
+    bars = []
+    for model in MODELS:
+        found = figures[model]["cpu"]
+        rows = [("float32", 2 * found["all"]), ("bfloat16", found["all"])]
+        if found["enhancer"]:
+            rows.append(("bfloat16, without the enhancer", found["all"] - found["enhancer"]))
+        bars += [Bar(f"{short(model)} in {kind}", (nbytes / 1e9,), _gb(nbytes)) for kind, nbytes in rows]
+    return bar_chart("Weights in host memory, GB", bars, note="by the published configurations", say=say)
 
 
 def card_page(page: str, figures: dict[str, Any]) -> str:
@@ -279,6 +307,8 @@ ERNIE-Image-Turbo in bfloat16, without its prompt enhancer:
 
 Weights, by the published configurations. Computing needs some GB more.
 
+![Weights of each model in each dtype, in GB](cpu.svg)
+
 | model | float32 | bfloat16 | bfloat16, without the enhancer |
 |---|---|---|---|
 {rows}
@@ -316,6 +346,8 @@ The same lines run ERNIE-Image-Turbo on each of these, and bring the weights to 
 
 {lines}
 What they choose, and the device memory that ERNIE-Image-Turbo is predicted to need:
+
+![Predicted device memory of ERNIE-Image-Turbo on each card, in GiB](index.svg)
 
 | page | cards | preset | device memory |
 |---|---|---|---|

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from docs.bar_chart import Bar, bar_chart
+from docs.charts_zh import in_chinese
 
 IMAGES = Path(__file__).parent / "images"
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -18,6 +20,18 @@ BY_RUNG = {
     "ladder": (
         "ERNIE-Image on an H200, ms per step at 1024x1024 px",
         "ladder_presets_h200_202611",
+        (
+            ("stock diffusers, bf16", "stock"),
+            ("with compile_repeated_blocks", "stock+compile"),
+            ("preset turbo-bf16", "turbo-bf16"),
+            ("torchao fp8, compiled", "torchao-fp8+compile"),
+            ("preset turbo-fp8", "turbo-fp8"),
+        ),
+        "ms_1024",
+    ),
+    "z_image": (
+        "Z-Image-Turbo on an H200, ms per step at 1024x1024 px",
+        "z_image_h200_202611",
         (
             ("stock diffusers, bf16", "stock"),
             ("with compile_repeated_blocks", "stock+compile"),
@@ -60,32 +74,100 @@ CAPS = (("stock, no cap", "fits_h200_202611", "stock"), *(
 ))  # fmt: skip
 
 
+#: NewBie-image was measured in two runs: (label, results, rung).
+NEWBIE = (
+    ("stock diffusers, bf16", "newbie_h200_202611", "stock"),
+    ("with compile_repeated_blocks", "newbie_h200_202611", "compiled-bf16"),
+    ("preset quality-bf16", "newbie_h200_202611", "quality-bf16"),
+    ("stock diffusers, bf16, in a later run", "newbie_fp8_h200_202611", "stock"),
+    ("torchao fp8, compiled, in a later run", "newbie_fp8_h200_202611", "compiled-fp8"),
+    ("preset quality-fp8, in a later run", "newbie_fp8_h200_202611", "quality-fp8"),
+)
+#: A row of the table of samplers: its name, and the order that was measured.
+ORDER = re.compile(r"^\| `(\w+)` \|.*\| ([\d.]+)( \(weak\))? \|$", re.MULTILINE)
+#: A row of the table of diffusers' tests: a request, tests that pass on stock, with the request too, and lost ones.
+TESTS = re.compile(r"^\| \*\*\d+ files\*\* \| `(.+)` \| (\d+) \| \d+ \| (\d+) \| (\d+) \|$", re.MULTILINE)
+
+Say = Callable[[str], str]
+
+
 def charts() -> dict[str, str]:
-    """Return the text of every chart, by file name."""
+    """Return the text of every chart, by file name, in both languages."""
+    drawn = {
+        "fits": _fits,
+        "batch": _batch,
+        "schemes": _schemes,
+        "newbie": _newbie,
+        "lora": _lora,
+        "orders": _orders,
+        "diffusers_tests": _diffusers_tests,
+    }
     return {
-        f"{name}.svg": text
-        for name, text in (*_by_rung(), ("fits", _fits()), ("batch", _batch()), ("schemes", _schemes()))
+        f"{name}{ending}": text
+        for ending, say in ((".svg", str), (".zh.svg", in_chinese))
+        for name, text in (*_by_rung(say), *((name, draw(say)) for name, draw in drawn.items()))
     }
 
 
-def _by_rung() -> Iterator[tuple[str, str]]:
+def _newbie(say: Say) -> str:
+    bars = []
+    for label, results, name in NEWBIE:
+        (rung,) = (rung for rung in _read(results)["rungs"] if rung["rung"] == name)
+        bars.append(Bar(label, (rung["ms_1024"],), f"{rung['ms_1024']:.1f} ms"))
+    title = "NewBie-image with guidance on an H200, ms per step at 1024x1024 px"
+    return bar_chart(title, bars, note="benchmarks/results/newbie_*h200_202611.json", say=say)
+
+
+def _lora(say: Say) -> str:
+    rows = _read("lora_h200_202611")["rows"]
+    bars = [Bar("without a LoRA", (rows[0]["without_ms"],), f"{rows[0]['without_ms']:.1f} ms")]
+    for row in rows:
+        layers = {"attention": "attention", "all": "all layers"}[row["layers"]]
+        bars.append(Bar(f"{layers}, rank {row['rank']}", (row["step_ms"],), f"{row['step_ms']:.1f} ms"))
+    title = "A LoRA beside turbo-fp8 on an H200, ms per step"
+    return bar_chart(title, bars, note=SOURCE.format("lora_h200_202611"), say=say)
+
+
+def _orders(say: Say) -> str:
+    bars = [
+        Bar(f"{name}: weak order" if weak else name, (float(order),), order)
+        for name, order, weak in ORDER.findall(_page("schedulers"))
+    ]
+    return bar_chart("Order of convergence, measured", bars, note="by tests/test_scheduler_solvers.py", say=say)
+
+
+def _diffusers_tests(say: Say) -> str:
+    bars = [
+        Bar(request, (int(both), int(lost)), f"{both}/{stock}")
+        for request, stock, both, lost in TESTS.findall(_page("lifecycle"))
+    ]
+    title, series = "Diffusers' own tests that pass on stock, by request", ("pass with the request too", "lost")
+    return bar_chart(title, bars, series, note="by nox -s diffusers", say=say)
+
+
+def _page(name: str) -> str:
+    return (Path(__file__).parent / f"{name}.md").read_text(encoding="utf-8")
+
+
+def _by_rung(say: Say) -> Iterator[tuple[str, str]]:
     for name, (title, results, rows, key) in BY_RUNG.items():
         rungs = {rung["rung"]: rung for rung in _read(results)["rungs"]}
         bars = [Bar(label, (rungs[rung][key],), f"{rungs[rung][key]:.1f} ms") for label, rung in rows]
-        yield name, bar_chart(title, bars, note=SOURCE.format(results))
+        yield name, bar_chart(title, bars, note=SOURCE.format(results), say=say)
 
 
-def _fits() -> str:
+def _fits(say: Say) -> str:
     bars = []
     for label, results, name in CAPS:
         (rung,) = (rung for rung in _read(results)["rungs"] if rung["rung"] == name)
         bars.append(Bar(f"{label}: enhancer off", (rung["off_s"],), f"{rung['off_s']:.2f} s"))
         bars.append(Bar(f"{label}: enhancer on", (0, rung["on_s"]), f"{rung['on_s']:.2f} s"))
     title = "A picture on an H200 under a cap of memory, s"
-    return bar_chart(title, bars, ("enhancer off", "enhancer on"), note="benchmarks/results/fits_*h200_202611.json")
+    series = ("enhancer off", "enhancer on")
+    return bar_chart(title, bars, series, note="benchmarks/results/fits_*h200_202611.json", say=say)
 
 
-def _batch() -> str:
+def _batch(say: Say) -> str:
     found = _read("batch_h200_202611")
     bars = [Bar("stock pipe, one by one", (found["loop_pictures_per_min"],), f"{found['loop_pictures_per_min']:.0f}")]
     bars += [
@@ -93,10 +175,10 @@ def _batch() -> str:
         for each in found["candidates"]
     ]
     title = "Pictures per minute on an H200, 512 px, 8 steps"
-    return bar_chart(title, bars, note=SOURCE.format("batch_h200_202611"))
+    return bar_chart(title, bars, note=SOURCE.format("batch_h200_202611"), say=say)
 
 
-def _schemes() -> str:
+def _schemes(say: Say) -> str:
     bars = [
         Bar(
             " by ".join(each for each in (row["scheme"], row["backend"]) if each != "-"),
@@ -106,7 +188,7 @@ def _schemes() -> str:
         for row in _read("quantization_h200_202611")["rows"]
     ]
     title = "A full-size block on an H200: bytes, and ms compiled"
-    return bar_chart(title, bars, note=SOURCE.format("quantization_h200_202611"))
+    return bar_chart(title, bars, note=SOURCE.format("quantization_h200_202611"), say=say)
 
 
 def _read(name: str) -> Any:

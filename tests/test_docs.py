@@ -132,6 +132,41 @@ def test_generated_pages_and_charts_are_what_the_figures_say(folder, files, comm
     assert stale == [], f"run: {command}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_compares_figures_without_a_picture(page):
+    text = page.read_text(encoding="utf-8")
+    rows = (re.sub(r"`[^`]*`", "", line) for line in text.splitlines() if line.startswith("|"))
+    figures = [found for row in rows for found in re.findall(r"\| *([-+]?\d[\d.,]*(?: [A-Za-z%]+)?) *(?=\|)", row)]
+    if len(figures) > 2 and page.name != "installation.md":  # which has versions and exit codes
+        assert "![" in text, f"draw them in docs/generate_charts.py: {figures[:9]}"
+
+
+def test_the_words_of_chinese_charts_are_chinese():
+    chinese = script("charts_zh").in_chinese
+    assert chinese("preset turbo-fp8, in a later run") == "预设 turbo-fp8，后来的一次运行"
+    assert chinese("17.7 GiB") == "17.7 GiB"
+    with pytest.raises(SystemExit, match="has no Chinese for: a nicer picture"):
+        chinese("a nicer picture")
+    drawn = {name: text for name, text in (CARDS.files() | CHARTS.charts()).items() if name.endswith(".svg")}
+    texts = {name: re.findall(r"<text[^>]*>([^<]*)", text) for name, text in drawn.items()}
+    assert all(len(words) == len(texts[name.replace(".zh.svg", ".svg")]) for name, words in texts.items())
+    left = [
+        word
+        for name, words in texts.items()
+        if ".zh." in name
+        for word in words
+        if re.search(r"\b(a|an|in|the|of|by|on)\b", word)
+    ]
+    assert left == []
+
+
+def test_no_line_breaks_between_a_figure_of_a_table_and_its_unit():
+    kept = script("keep_units").on_page_markdown(
+        "| 9.0 s | 16.1 GB, stock | 2 x | `1 s` |\n9.0 s\n```text\n| 1 s |\n```\n"
+    )
+    assert kept == ("| 9.0\xa0s | 16.1\xa0GB, stock | 2\xa0x | `1 s` |\n9.0 s\n```text\n| 1 s |\n```\n")
+
+
 @pytest.mark.parametrize("card", ["rtx3060", "rtx4060"])
 def test_the_pages_of_cards_predict_what_the_page_of_memory_shows(card):
     """The plans on that page are compared with what the command prints, so these figures are too."""

@@ -60,7 +60,7 @@ def test_a_sentence_on_the_pages_of_cards_without_its_chinese_is_an_error():
     chinese = script("cards_zh").in_chinese
     table = "| card | how it fits |\n|---|---|\n| L4 | {} |\n"
     assert chinese(table.format("everything stays on the device")) == (
-        "| 显卡 | 怎样放得下 |\n|---|---|\n| L4 | 全部留在设备上 |\n"
+        "| 显卡 | 放置方案 |\n|---|---|\n| L4 | 全部留在设备上 |\n"
     )
     with pytest.raises(SystemExit, match="has no Chinese for: by magic"):
         chinese(table.format("everything stays on the device; by magic"))

@@ -11,6 +11,7 @@ from typing import Any
 MARKER = "<!-- diffusers -->"
 
 _HEADING = "## Diffusers' own tests"
+_CHART = "![Diffusers' own tests: how many that pass on stock pass with each request](images/diffusers_tests.svg)"
 _EXPLANATION = """\
 `nox -s diffusers -- PATH` runs the pipeline tests of diffusers from a checkout of it, each on a stock pipeline and on
 one that was passed through `optimize` when it was made. A test that passes on stock only is lost. "With a changed pipe"
@@ -127,7 +128,7 @@ def section(counts: dict[str, Any]) -> str:
         idle = [f"`{name}`" for name in counts["requests"] if all(row["request"] != name for row in counts["rows"])]
         prose += f" Not begun: {', '.join(idle)}." if idle else ""
     prose = textwrap.fill(prose, 120, break_on_hyphens=False)
-    return "\n\n".join(filter(None, (_HEADING, _EXPLANATION, prose, as_table(counts), _lost(counts)))) + "\n"
+    return "\n\n".join(filter(None, (_HEADING, _EXPLANATION, prose, _CHART, as_table(counts), _lost(counts)))) + "\n"
 
 
 def _lost(counts: dict[str, Any]) -> str:
