@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -21,7 +22,7 @@ from tools.embedded_model.sensitivity import (
     rounded,
     wilson,
 )
-from tools.embedded_model.train import TOY, TrainingBatch, _Denoiser, train_denoiser
+from tools.embedded_model.train import TOY, LatentPool, TrainingBatch, _Denoiser, _Gradients, train_denoiser
 
 from ernie_accel.core.undo import Undo
 from ernie_accel.demo import load
@@ -119,6 +120,59 @@ def test_training_steps_are_faster_for_the_same_gradients(miniature: Miniature) 
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         assert (found[1][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+class Replayed:
+    """Stands in for a CUDA graph: does the work again, and leaves the result where the first one is."""
+
+    def __init__(self, work: Callable[[], torch.Tensor], result: torch.Tensor) -> None:
+        self.work, self.result = work, result
+
+    def pool(self) -> None:
+        return None
+
+    def replay(self) -> None:
+        self.result.copy_(self.work())
+
+
+@pytest.mark.parametrize("miniature", OTHERS, ids=lambda miniature: miniature.name)
+def test_replayed_gradients_are_those_of_each_batch(miniature: Miniature) -> None:
+    torch.manual_seed(0)
+    denoiser, captured = _Denoiser(miniature), []
+    randomize(denoiser)
+    parameters = [p for p in denoiser.parameters() if p.requires_grad]
+
+    def capture(work: Callable[[], torch.Tensor], pool: object) -> tuple[Replayed, torch.Tensor]:
+        captured.append(work)
+        result = work()
+        return Replayed(work, result), result
+
+    with Undo() as undo:
+        miniature.made_faster(denoiser.transformer, undo)
+        replayed = _Gradients(denoiser, parameters, "cpu", capture)
+        for lengths in ((6, 4), (6, 5), (6, 2), (6, 3)):
+            noisy, target = torch.randn(2, 2, 8, 8, 8).unbind(0)
+            sigma, batch = torch.rand(2), TrainingBatch(noisy, torch.randint(5, 300, (2, 6)), torch.tensor(lengths))
+            found = []
+            for gradients in (replayed, _Gradients(denoiser, parameters, "cpu")):
+                loss = gradients(noisy, sigma, target, batch).clone()
+                found.append([loss, *(p.grad.clone() for p in parameters if p.grad is not None)])
+            for mine, plain in zip(*found, strict=True):
+                assert torch.equal(mine, plain)
+    undo()
+    assert len(captured) == 1  # all four are of one shape
+
+
+def test_batches_of_a_bucket_are_of_one_shape(tokenizer: Any) -> None:
+    miniature = MINIATURES["lumina2"]
+    data = [captioned_scenes(tokenizer, (128, 128), 6, 3, 0, miniature.frame)]
+    pool = LatentPool(miniature.build_vae(), data, replace(TOY, captions=3, dit_batch=3, empty_share=0.5), "cpu", miniature, [1])
+    longest: dict[int, set[int]] = {}
+    for _ in range(12):
+        batch = pool.draw()
+        longest.setdefault(batch.tokens.shape[1], set()).add(int(batch.lengths.max()))
+        assert batch.lengths.min() >= 1
+    assert all(len(found) == 1 for found in longest.values()), longest
 
 
 class Pool:

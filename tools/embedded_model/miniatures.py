@@ -10,17 +10,19 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ernie_accel.core.undo import Undo
+from ernie_accel.models.lumina import blocks as lumina
+from ernie_accel.models.next_dit.positions import Position
 from ernie_accel.models.rewritten import rewritten_blocks
-from ernie_accel.models.z_image.blocks import is_rewritten, positioned
+from ernie_accel.models.token_layout import prompt_lengths, remember_lengths
+from ernie_accel.models.z_image import blocks as z_image
 from tools.embedded_model import architecture
 
 _BN_EPS = 1e-5
@@ -76,7 +78,9 @@ class Miniature(ABC):
         """Return the VAE's latents [B, C, H / 8, W / 8] as the transformer is to see them."""
 
     @abstractmethod
-    def velocity(self, transformer: Any, noisy: Tensor, sigma: Tensor, states: Tensor, lengths: Tensor) -> Tensor:
+    def velocity(
+        self, transformer: Any, noisy: Tensor, sigma: Tensor, states: Tensor, lengths: Tensor, at: Any | None = None
+    ) -> Tensor:
         """Return the predicted noise - picture, as the pipeline reads it from the transformer.
 
         Args:
@@ -85,7 +89,19 @@ class Miniature(ABC):
             sigma: Noise levels [B] in 0..1.
             states: Encoded prompts [B, T, H], padded at the right.
             lengths: Tokens of each [B].
+            at: What `positions` returned of the same batch; None computes it.
         """
+
+    def positions(self, transformer: Any, noisy: Tensor, lengths: Tensor, tokens: int) -> Any | None:
+        """Return where the tokens of a batch are, for `velocity`; None if it has no use for that.
+
+        Args:
+            transformer: The model, once `made_faster` was called.
+            noisy: Latents as `normalized` gives them.
+            lengths: Tokens of each prompt [B].
+            tokens: What the prompts are padded to.
+        """
+        return None
 
     def language_model(self, text_encoder: Any) -> Any:
         """Return the part of the text encoder that is trained."""
@@ -119,7 +135,9 @@ class ErnieMiniature(Miniature):
         mean, variance = (x.view(1, -1, 1, 1) for x in (vae.bn.running_mean, vae.bn.running_var))
         return (patchify(latents) - mean) / (variance + _BN_EPS).sqrt()
 
-    def velocity(self, transformer: Any, noisy: Tensor, sigma: Tensor, states: Tensor, lengths: Tensor) -> Tensor:
+    def velocity(
+        self, transformer: Any, noisy: Tensor, sigma: Tensor, states: Tensor, lengths: Tensor, at: Any | None = None
+    ) -> Tensor:
         out: Tensor = transformer(
             hidden_states=noisy, timestep=sigma * 1000, text_bth=states, text_lens=lengths, return_dict=False
         )[0]
@@ -169,9 +187,6 @@ class _WithEmbeddedVae(Miniature):
         pipe: Any = SimpleNamespace(transformer=transformer, components={"transformer": transformer}, config={})
         blocks = rewritten_blocks(pipe)
         blocks.rewrite(pipe, undo, fuse=False)
-        if transformer.device.type == "cuda":  # a toy run on a CPU ends before a compiler would have started
-            for block in chain.from_iterable(getattr(transformer, name) for name in blocks.BLOCKS):
-                block.compile(dynamic=True)
 
     def normalized(self, vae: Any, latents: Tensor) -> Tensor:
         return (latents - vae.config.shift_factor) * vae.config.scaling_factor
@@ -205,18 +220,24 @@ class ZImageMiniature(_WithEmbeddedVae):
 
         return Qwen3Model(Qwen3Config(**language_config()))
 
-    def velocity(self, transformer: Any, noisy: Tensor, sigma: Tensor, states: Tensor, lengths: Tensor) -> Tensor:
-        counts, pictures = tuple(lengths.tolist()), list(noisy.unsqueeze(2))
-        if not is_rewritten(transformer):
-            captions = [state[:length] for state, length in zip(states, counts, strict=True)]
+    def velocity(
+        self, transformer: Any, noisy: Tensor, sigma: Tensor, states: Tensor, lengths: Tensor, at: Any | None = None
+    ) -> Tensor:
+        pictures = list(noisy.unsqueeze(2))
+        if not z_image.is_rewritten(transformer):
+            captions = [state[:length] for state, length in zip(states, lengths.tolist(), strict=True)]
             return -torch.stack(transformer(pictures, 1 - sigma, captions, return_dict=False)[0]).squeeze(2)
         # The same of a batch that stays one: cut and padded row by row, 512 captions take longer than all else.
-        grid = (1, noisy.shape[2] // 2, noisy.shape[3] // 2)
-        tokens, at = positioned(transformer, grid, counts, noisy.device, for_graph=False)
-        real = torch.arange(states.shape[1], device=states.device) < lengths[:, None]
-        text = nn.functional.pad(states * real[:, :, None], (0, 0, 0, tokens - states.shape[1]))
+        if at is None:
+            at = self.positions(transformer, noisy, lengths, states.shape[1])
+        real = _real(lengths, states.shape[1])
+        text = nn.functional.pad(states * real[:, :, None], (0, 0, 0, at.text_pads.shape[1] - states.shape[1]))
         out: Tensor = transformer(pictures, 1 - sigma, text, at=at)[0]
         return -out.squeeze(2)
+
+    def positions(self, transformer: Any, noisy: Tensor, lengths: Tensor, tokens: int) -> Position:
+        grid = (1, noisy.shape[2] // 2, noisy.shape[3] // 2)
+        return z_image.positioned(transformer, grid, prompt_lengths(lengths), noisy.device, for_graph=False)[1]
 
     def prepared(self, tokenizer: Any) -> Any:
         twin = copy.deepcopy(tokenizer)
@@ -254,16 +275,30 @@ class Lumina2Miniature(_WithEmbeddedVae):
 
         return Gemma2Model(Gemma2Config(**language_config(), query_pre_attn_scalar=32))
 
-    def velocity(self, transformer: Any, noisy: Tensor, sigma: Tensor, states: Tensor, lengths: Tensor) -> Tensor:
-        mask = torch.arange(states.shape[1], device=states.device) < lengths[:, None]
+    def velocity(
+        self, transformer: Any, noisy: Tensor, sigma: Tensor, states: Tensor, lengths: Tensor, at: Any | None = None
+    ) -> Tensor:
         out: Tensor = transformer(
             hidden_states=noisy,
             timestep=1 - sigma,
             encoder_hidden_states=states,
-            encoder_attention_mask=mask,
+            encoder_attention_mask=_real(lengths, states.shape[1]),
             return_dict=False,
+            **({} if at is None else {"at": at}),
         )[0]
         return -out
+
+    def positions(self, transformer: Any, noisy: Tensor, lengths: Tensor, tokens: int) -> Position:
+        mask = _real(lengths, tokens)
+        remember_lengths(mask, prompt_lengths(lengths))
+        text = noisy.new_empty(len(lengths), tokens, 0)  # only its shape counts
+        given = {"hidden_states": noisy, "encoder_hidden_states": text, "encoder_attention_mask": mask}
+        return cast(Position, lumina.prepare(transformer, given)[1])
+
+
+def _real(lengths: Tensor, tokens: int) -> Tensor:
+    """Return which of so many tokens are real [B, T]."""
+    return torch.arange(tokens, device=lengths.device) < lengths[:, None]
 
 
 MINIATURES = {each.name: each for each in (ErnieMiniature(), ZImageMiniature(), Lumina2Miniature())}

@@ -39,6 +39,8 @@ from ernie_accel.common.atomic import write_atomically
 from ernie_accel.core.undo import Undo
 from ernie_accel.demo.judge import adherence, unseen_prompts
 from ernie_accel.embedded.scenes import CANVASES, SceneBatch, render_batch
+from ernie_accel.models.replays import Capture, Replays
+from ernie_accel.models.token_layout import remember_lengths
 from ernie_accel.storage.embedded import load_folder
 from tools.embedded_model import architecture, miniatures
 from tools.embedded_model.corpus import TEXT_TOKENS, CaptionedScenes, Dialogues, captioned_scenes, dialogues
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
 
 _TEXT_BUCKETS = (24, 48, TEXT_TOKENS)
 """Captions are padded to the first of these that holds them."""
+_MOST_GRAPHS = 32
+"""Of training steps; batches come in some 15 shapes."""
 
 
 @dataclass(frozen=True)
@@ -336,8 +340,9 @@ class TrainingBatch:
 
 
 class LatentPool:
-    """All scenes encoded once, on the training device. A batch has one canvas and one padded caption
-    length.
+    """All scenes encoded once, on the training device. A batch has one canvas and one padded caption length.
+
+    One caption of each batch is as long as any of its bucket, so that the batches of a bucket are of one shape.
     """
 
     def __init__(
@@ -365,8 +370,9 @@ class LatentPool:
             miniature.normalized(vae, encode(vae, d.scenes.to(device), generator)).bfloat16() for d in data
         ]
         self._tokens = [d.tokens.flatten(0, 1).to(device) for d in data]
-        self._lengths = [d.lengths.flatten().to(device) for d in data]
-        self._captions, self._recipe, self._generator = recipe.captions, recipe, generator
+        self._lengths = [d.lengths.flatten() for d in data]  # on the host, which positions are computed from
+        self._captions, self._recipe, self._device = recipe.captions, recipe, device
+        self._generator = torch.Generator().manual_seed(recipe.seed + 10)
         self._rng = random.Random(recipe.seed)
         self._buckets: list[tuple[int, int, torch.Tensor]] = []
         for canvas, lengths in enumerate(self._lengths):
@@ -384,13 +390,27 @@ class LatentPool:
         """Draw a batch; buckets come up as often as they are large."""
         sizes = [len(rows) for _, _, rows in self._buckets]
         canvas, longest, rows = self._rng.choices(self._buckets, sizes)[0]
-        device, n = rows.device, self._recipe.dit_batch
-        rows = rows[torch.randint(len(rows), (n,), device=device, generator=self._generator)]
-        tokens, lengths = self._tokens[canvas][rows, :longest].long(), self._lengths[canvas][rows]
-        empty = torch.rand(n, device=device, generator=self._generator) < self._recipe.empty_share
+        lengths, n = self._lengths[canvas][rows], self._recipe.dit_batch
+        order = torch.randint(len(rows), (n,), generator=self._generator)
+        order[0] = self._rng.choice((lengths == lengths.max()).nonzero()[:, 0].tolist())
+        empty = torch.rand(n, generator=self._generator) < self._recipe.empty_share
+        empty[0] = False
+        rows, lengths = rows[order], lengths[order].masked_fill(empty, len(self._empty))
+        tokens = self._tokens[canvas][rows.to(self._device), :longest].long()
+        empty = empty.to(self._device)
         tokens[:, : len(self._empty)] = torch.where(empty[:, None], self._empty, tokens[:, : len(self._empty)])
-        lengths = lengths.masked_fill(empty, len(self._empty))
-        return TrainingBatch(self._latents[canvas][rows // self._captions].float(), tokens, lengths)
+        latents = self._latents[canvas][(rows // self._captions).to(self._device)].float()
+        there = lengths.to(self._device)
+        remember_lengths(there, tuple(lengths.tolist()))
+        return TrainingBatch(latents, tokens, there)
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What the graph of a step reads: noisy latents, noise levels, target, tokens, lengths, and positions."""
+
+    tensors: tuple[torch.Tensor, ...]
+    at: Any
 
 
 class _Denoiser(nn.Module):
@@ -402,14 +422,79 @@ class _Denoiser(nn.Module):
         self.transformer: Any = miniature.build_transformer()
         self.text_encoder: Any = miniature.build_text_encoder()
 
-    def forward(self, noisy: torch.Tensor, sigma: torch.Tensor, batch: TrainingBatch) -> torch.Tensor:
+    def forward(
+        self, noisy: torch.Tensor, sigma: torch.Tensor, batch: TrainingBatch, at: Any | None = None
+    ) -> torch.Tensor:
         """Predict the velocity, from text encoded as the pipeline does.
 
         The text encoder is causal and padding is at the right, so no embedding depends on the padding.
+
+        Args:
+            noisy: Latents with noise.
+            sigma: Noise levels [B].
+            batch: The captions.
+            at: What `Miniature.positions` returned, so that nothing is read back from the device; None computes it.
         """
         language_model = self.miniature.language_model(self.text_encoder)
         states = language_model(input_ids=batch.tokens, output_hidden_states=True, use_cache=False)
-        return self.miniature.velocity(self.transformer, noisy, sigma, states.hidden_states[-2], batch.lengths)
+        return self.miniature.velocity(self.transformer, noisy, sigma, states.hidden_states[-2], batch.lengths, at)
+
+
+class _Gradients:
+    """Leaves the gradients of batches in ``.grad``; the batches of each shape replay a CUDA graph of it.
+
+    A miniature's kernels are so short that launching them one by one takes four times as long as running them.
+    """
+
+    def __init__(
+        self, denoiser: _Denoiser, parameters: Sequence[nn.Parameter], device: str, capture: Capture | None = None
+    ) -> None:
+        """Compute nothing yet.
+
+        Args:
+            denoiser: The model, in which only values of `parameters` change from now on.
+            parameters: Those that are trained.
+            device: Where they are; the graphs are for "cuda".
+            capture: Makes graphs, in place of CUDA.
+        """
+        self._denoiser, self._parameters, self._device = denoiser, parameters, device
+        self._replays: Replays[_Inputs, torch.Tensor] = Replays(_MOST_GRAPHS, capture)
+        self._is_graphed = capture is not None or device == "cuda"
+
+    def __call__(self, noisy: torch.Tensor, sigma: torch.Tensor, target: torch.Tensor, batch: TrainingBatch) -> Any:
+        """Return the loss of a batch: a tensor that the next batch overwrites."""
+        at = self._denoiser.miniature.positions(self._denoiser.transformer, noisy, batch.lengths, batch.tokens.shape[1])
+        if at is None or not self._is_graphed:
+            return self._work(noisy, sigma, target, batch.tokens, batch.lengths, at=at)
+        given = (noisy, sigma, target, batch.tokens, batch.lengths, *at.tensors)
+        key = tuple((x.shape, x.dtype) for x in given)
+        # Positions refer to their tensors by name: those of the first batch of a shape stay, and are overwritten.
+        inputs = self._replays.inputs(key, lambda: _Inputs(tuple(x.clone() for x in given[:5]), at.clone()))
+        for static, x in zip((*inputs.tensors, *inputs.at.tensors), given, strict=True):
+            static.copy_(x)
+        return self._replays.run(key, partial(self._work, *inputs.tensors, at=inputs.at))
+
+    @torch.enable_grad()
+    def _work(
+        self,
+        noisy: torch.Tensor,
+        sigma: torch.Tensor,
+        target: torch.Tensor,
+        tokens: torch.Tensor,
+        lengths: torch.Tensor,
+        at: Any | None,
+    ) -> torch.Tensor:
+        # Weights that autocast has cast must not outlive a graph, which would read them where they no longer are.
+        with torch.autocast(self._device, torch.bfloat16, cache_enabled=False):
+            velocity = self._denoiser(noisy, sigma, TrainingBatch(noisy, tokens, lengths), at)
+        loss = F.mse_loss(velocity.float(), target)
+        found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        pairs = [(p, grad) for p, grad in zip(self._parameters, found, strict=True) if grad is not None]
+        for parameter, _ in pairs:
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+        torch._foreach_copy_([p.grad for p, _ in pairs], [grad for _, grad in pairs])
+        return loss.detach()
 
 
 def train_denoiser(
@@ -428,9 +513,8 @@ def train_denoiser(
     parameters = [*denoiser.transformer.parameters(), *language_model.parameters()]
     device = parameters[0].device.type
     denoiser.train()
-    if device == "cuda":
-        if denoiser.miniature.has_enhancer:  # the blocks of the others are compiled where their classes name them
-            denoiser.transformer.compile_repeated_blocks(dynamic=True)
+    if device == "cuda" and denoiser.miniature.has_enhancer:  # the others are replayed as graphs
+        denoiser.transformer.compile_repeated_blocks(dynamic=True)
         for layer in language_model.layers:
             layer.compile(dynamic=True)
     generator = torch.Generator(device).manual_seed(recipe.seed + 20)
@@ -451,16 +535,16 @@ def train_denoiser(
         _log(f"going on after step {first}")
     with Undo() as undo:
         denoiser.miniature.made_faster(denoiser.transformer, undo)
+        gradients = _Gradients(denoiser, parameters, device)
         for step in range(first, recipe.dit_steps):
             _cosine_lr(optimizer, recipe.dit_lr, step, recipe.dit_steps)
             batch = pool.draw()
             sigma = _random_sigmas(recipe.dit_batch, generator)
             noise = torch.randn(batch.latents.shape, device=device, generator=generator)
             noisy = torch.lerp(batch.latents, noise, sigma.view(-1, 1, 1, 1))
-            with torch.autocast(device, torch.bfloat16):
-                velocity = denoiser(noisy, sigma, batch)
-            loss = F.mse_loss(velocity.float(), noise - batch.latents)
-            _descend(optimizer, loss, parameters)
+            loss = gradients(noisy, sigma, noise - batch.latents, batch)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
             decay = min(recipe.ema, (1 + step) / (10 + step))
             with torch.no_grad():
                 torch._foreach_lerp_(average, parameters, 1 - decay)
