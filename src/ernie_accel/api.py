@@ -20,6 +20,7 @@ from typing import Literal
 
 from ernie_accel.common.notes import Note
 from ernie_accel.core.apply import apply_request, report_of, undo_all
+from ernie_accel.core.compiled import seen_through
 from ernie_accel.core.components import (
     AnyPipeline,
     CallablePipeline,
@@ -82,16 +83,17 @@ def plan(
         named, wanted = _request(checked, transforms, preset, context)
         placing = _kept_placing(checked, transforms, memory, call) if context is None else None
         if placing is not None:
-            together = compose((*transforms, *placing.chosen), named, checked)
+            together = compose((*transforms, *placing.chosen), named, seen_through(checked))
             return plan_request(checked, together, named, machine_for(checked, together))
         if memory is None and not _is_brought_over(checked, wanted, named, context):
             return plan_request(checked, wanted, named, context or machine_for(checked, wanted))
         _refuse_kept(checked)
         machine = context or _device_for(checked, wanted)
         free = free_on_device(checked, machine.torch_device) if context is None else None
-        found = plan_memory(checked, transforms, named, machine, "auto" if memory is None else memory, call, free=free)
+        seen = seen_through(checked)
+        found = plan_memory(seen, transforms, named, machine, "auto" if memory is None else memory, call, free=free)
         chosen = _Placing(memory, call or Call(), found.transforms).beside(transforms).chosen
-        together = compose((*transforms, *chosen), named, checked)
+        together = compose((*transforms, *chosen), named, seen)
         return replace(plan_request(checked, together, named, machine), memory=found)
 
 
@@ -164,7 +166,7 @@ def _optimize(
         named, wanted = _request(checked, transforms, preset, context)
         placing = _placed(checked, transforms, wanted, named, context, memory, call, device, skip)
         if placing.chosen:
-            wanted = compose((*transforms, *placing.chosen), named, checked)
+            wanted = compose((*transforms, *placing.chosen), named, seen_through(checked))
         machine = context or machine_for(checked, wanted)
         if named is None and not wanted and not report_of(checked).entries:
             raise ErnieAccelError(
@@ -399,7 +401,7 @@ def _placed(
         raise ErnieAccelError(f"memory={memory!r} is about an accelerator's memory, and this is {machine}")
     _refuse_kept(pipe)
     free = free_on_device(pipe, device or machine.torch_device) if context is None else None
-    found = plan_memory(pipe, own, preset, machine, memory, call, device, free)
+    found = plan_memory(seen_through(pipe), own, preset, machine, memory, call, device, free)
     if not found.fits and not skip_unsupported:
         the_plan = plan_request(pipe, wanted, preset, machine)
         if not the_plan.ok:
@@ -449,10 +451,11 @@ def _request(
 ) -> tuple[Preset | None, tuple[Transform, ...]]:
     """Return the preset, if one was named, and all transforms in the order they run."""
     load_plugins()
+    seen = seen_through(pipe)
     if preset == "auto":
-        preset = recommend(context or _device_for(pipe, transforms), pipe).preset
+        preset = recommend(context or _device_for(pipe, transforms), seen).preset
     named = find_preset(preset) if preset is not None else None
-    return named, tuple(_as_loaded(pipe, compose(transforms, named, pipe)))
+    return named, tuple(_as_loaded(pipe, compose(transforms, named, seen)))
 
 
 def _as_loaded(pipe: Pipeline, wanted: tuple[Transform, ...]) -> Iterator[Transform]:

@@ -387,6 +387,7 @@ def _wrap(pipe: Any, case: Case) -> Any:
 
 
 _action("`pipe.transformer = torch.compile(...)` before", "compile", before=_wrap)
+_action("`transformer.compile()` before", "compile", before=_on_parts("compile", backend="eager"))
 _action("`pipe.transformer = torch.compile(...)` after", "compile", do=_wrap)
 _action("`transformer.compile()` after", "compile", do=_on_parts("compile", backend="eager"))
 _action("`compile_repeated_blocks()` after", "compile", do=_on_parts("compile_repeated_blocks", backend="eager"))

@@ -44,6 +44,13 @@ default steps and guidance are the pipeline's own again. Pass them, or set them 
 `optimize(new, CallDefaults("turbo"))`. The matrix compares such a pipe with one that was made first and then optimized,
 called with the pipeline's own defaults.
 
+What your script passed through `torch.compile` is optimized as if it had not been: the wrapper is seen through, so
+family and layers are found. `Quantize`, `SetAttention`, `ElideMask`, `ExpandAttentionMask` and `FewSteps` leave your
+compiled object around the component, and it compiles again what is there now (after `Quantize` only if that makes
+layers that can be compiled). Other transforms put something in a component that it cannot compile. They take it off,
+which plan and report say, and `restore` gives your own compiled object back; `Compile()` and `CompileVae()` compile
+what they make. The same holds for `module.compile()` in place.
+
 All of this runs on tiny pipelines with random weights on a CPU: {families}. CUDA graphs are recorded by a stand-in, and
 compiled blocks run eagerly ({traced} are traced). The table cannot show what only a GPU does.
 

@@ -38,6 +38,15 @@ CATALOGUE: Mapping[str, str] = MappingProxyType(
         "in place already": "已经就位",
         "cannot: see below": "无法运行：见下文",
         "nothing to do: {note}": "无需改动：{note}",
+        "{first}; {second}": "{first}；{second}",
+        "your own torch.compile of {names} stays, and compiles it again": (
+            "您自己对 {names} 的 torch.compile 保留，并会重新编译"
+        ),
+        "your own torch.compile of {names} is taken off until restore(pipe), which gives it back; Compile() and "
+        "CompileVae() compile what this makes": (
+            "您自己对 {names} 的 torch.compile 会取下，由 restore(pipe) 还原；"
+            "改动后的部分可用 Compile() 和 CompileVae() 编译"
+        ),
         "{number}: cannot: {reason}": "{number}：无法运行：{reason}",
         "Overall effect: {effect}.": "总体影响：{effect}。",
         "Report: {title} on {pipe}, {machine}, {versions}": "报告：{title}，用于 {pipe}，{machine}，{versions}",

@@ -19,6 +19,8 @@ from dataclasses import replace
 import torch
 
 from ernie_accel.core.carried import carried_report, carry, drop
+from ernie_accel.core.compiled import applied as apply_inside
+from ernie_accel.core.compiled import previewed, seen_through
 from ernie_accel.core.components import AnyPipeline, Pipeline, pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ApplyError, ErnieAccelError, RestoreError, UnsupportedError
@@ -137,19 +139,20 @@ def _apply_step(pipe: Pipeline, so_far: Report, step: Step) -> Entry:
     if step.verdict != "apply":
         return Entry(step, None)
     context = replace(so_far.context, state=PlannedPipe.of(pipe))  # what was planned, with what can be seen
-    preview = step.transform.preview(pipe, context)  # again: a step before may have done this one's work
+    seen = seen_through(pipe)
+    preview = previewed(pipe, step.transform, seen, context)  # again: a step before may have done this one's work
     if not preview.changes:
         return Entry(replace(step, preview=preview, planned=None), None)
     shared = sharing_problems(pipe, preview.changes)
     if shared:
         raise ErnieAccelError("; ".join(shared))
-    step = replace(step, preview=preview, planned=step.transform.planned(pipe, context))
+    step = replace(step, preview=preview, planned=step.transform.planned(seen, context))
     under_way = UnderWay()
     carry(pipe, replace(so_far, entries=(*so_far.entries, under_way.entry(step, preview.changes))))
     claim(pipe, step.transform, preview.changes)  # once the report lists the step: undoing that releases the claim
     before, start = pipe_bytes(pipe), time.perf_counter()
     with torch.inference_mode(False):  # weights made inside would refuse gradients forever
-        applied = recorded(under_way.journal, lambda: step.transform.apply(pipe, context))
+        applied = recorded(under_way.journal, lambda: apply_inside(pipe, step.transform, context))
     if not applied.changed:
         raise RuntimeError("it changed nothing, although its preview said it would")
     seconds = time.perf_counter() - start

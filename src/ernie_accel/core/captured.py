@@ -91,7 +91,7 @@ class Fingerprint:
         hooked = False
         for part in _parts(module, with_adapters=not places):
             state = part.__dict__
-            facts += (id(part), part.__class__, state["training"])
+            facts += (id(part), part.__class__, state.get("training"))
             for tensors in (state["_parameters"], state["_buffers"]):
                 if tensors and places:
                     for tensor in tensors.values():
@@ -141,7 +141,7 @@ class Contents:
         tensors: list[Tensor] = []
         for part in _parts(module):
             state = part.__dict__
-            facts += (id(part), part.__class__, state["training"])
+            facts += (id(part), part.__class__, state.get("training"))
             for held in (state["_parameters"], state["_buffers"]):
                 for tensor in held.values():
                     if tensor is not None:

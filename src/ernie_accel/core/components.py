@@ -156,31 +156,21 @@ def emptied_components(pipe: Pipeline, names: Iterable[str] | None) -> list[str]
     ]
 
 
-def wrapped_by_compile(pipe: Pipeline, components: Iterable[str]) -> list[str]:
-    """Return one reason for each module of these components that ``torch.compile`` returned.
-
-    Such a wrapper hides the class of what it compiles, and puts its own name into all paths.
-    """
-    modules = modules_of(pipe)
-    paths = (
-        f"{name}.{path}" if path else name
-        for name in components
-        if name in modules
-        for path, part in modules[name].named_modules()
-        if is_compiled_wrapper(part)
-    )
-    return [
-        f"{path} is a wrapper that torch.compile(...) returned, and what is inside cannot be changed through it: use "
-        "pipe.transformer.compile() or Compile() instead, which wrap nothing, or take it off first, as in "
-        "pipe.transformer = pipe.transformer._orig_mod"
-        for path in paths
-    ]
+#: What ``torch.compile(module)`` calls the module that it wraps.
+_INSIDE = "_orig_mod"
 
 
 def is_compiled_wrapper(module: object) -> bool:
     """Return whether a module is what ``torch.compile(module)`` returned around another."""
     # Recognised by what it holds, not by its class, which takes a second to import.
-    return isinstance(module, torch.nn.Module) and "_orig_mod" in module._modules
+    return isinstance(module, torch.nn.Module) and _INSIDE in module._modules
+
+
+def inside_of(module: torch.nn.Module) -> torch.nn.Module:
+    """Return what ``torch.compile(...)`` wrapped, if a module is its wrapper; else the module itself."""
+    while is_compiled_wrapper(module):
+        module = module.get_submodule(_INSIDE)
+    return module
 
 
 def absent_components(pipe: Pipeline, names: Iterable[str] | None) -> list[str]:
@@ -218,7 +208,7 @@ class Weight(NamedTuple):
     """The place of a parameter or buffer.
 
     Attributes:
-        path: Path within the component.
+        path: Path within the component, without what ``torch.compile`` wrapped around its modules.
         owner: The module that holds it.
         name: Its name there.
     """
@@ -253,7 +243,9 @@ def weights_of(module: torch.nn.Module, *, all_buffers: bool = False) -> Iterato
         for name, tensor in held:
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                yield Weight(f"{path}.{name}" if path else name, owner, name)
+                yield Weight(
+                    ".".join([*(part for part in path.split(".") if part not in ("", _INSIDE)), name]), owner, name
+                )
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ernie_accel.core.carried import carried_report
-from ernie_accel.core.components import Pipeline, emptied_components, modules_of
+from ernie_accel.core.components import Pipeline, emptied_components, inside_of, modules_of
 from ernie_accel.core.transform import Phase, Transform
 
 #: The slot of the transform that frees weights between calls, and fetches them before they are needed.
@@ -40,7 +40,7 @@ _claims: list[_Claim] = []
 def changed_components(pipe: Pipeline, changes: Iterable[str]) -> dict[str, torch.nn.Module]:
     """Return the components that `changes` of a preview name: each begins with a component, or is of the pipe alone."""
     named = {change.partition(" ")[0].partition(".")[0] for change in changes}
-    return {name: module for name, module in modules_of(pipe).items() if name in named}
+    return {name: inside_of(module) for name, module in modules_of(pipe).items() if name in named}
 
 
 def sharing_problems(pipe: Pipeline, changes: Iterable[str]) -> list[str]:

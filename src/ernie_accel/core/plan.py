@@ -10,13 +10,13 @@ from typing import Any, Protocol, cast
 from ernie_accel.common.language import localized, said, say
 from ernie_accel.common.text import effect_text, html_lines, html_table, human_bytes, summarise, table
 from ernie_accel.core.carried import carried_report
+from ernie_accel.core.compiled import previewed, seen_through
 from ernie_accel.core.components import (
     AnyPipeline,
     Pipeline,
     bare_float8,
     device_of,
     pipe_bytes,
-    wrapped_by_compile,
 )
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ConflictError, ErnieAccelError
@@ -268,10 +268,10 @@ def keep_entries(
         Those that `wanted` begins with and that still hold; one that was interrupted and is requested again, and will
         finish its work; and those to be undone.
     """
-    same, now = 0, replace(machine, state=PlannedPipe.seen(pipe, None))
+    same, now, seen = 0, replace(machine, state=PlannedPipe.seen(pipe, None)), seen_through(pipe)
     for entry, transform in zip(carried.entries, wanted, strict=False):
         skipped = entry.status == "skipped"
-        if entry.step.transform != transform or (skipped and not transform.unsupported(pipe, now)):
+        if entry.step.transform != transform or (skipped and not transform.unsupported(seen, now)):
             break
         if entry.applied is not None and entry.applied.unfinished and entry.applied.undo is not None:
             break
@@ -306,20 +306,27 @@ def _as_it_stands(entry: Entry) -> Step:
     return entry.step if entry.applied is None else replace(entry.step, in_place=True)
 
 
-def _ask(pipe: Pipeline, transform: Transform, context: Context, *, optional: bool = False) -> Step:
+def _ask(
+    pipe: Pipeline,
+    transform: Transform,
+    context: Context,
+    *,
+    optional: bool = False,
+    off: frozenset[str] = frozenset(),
+) -> Step:
     """Ask one transform; an optional one is left out of a pipe of no known family, with the reason."""
-    unknown = transform.family_reasons(pipe) if optional else []
+    unknown = transform.family_reasons(seen_through(pipe)) if optional else []
     if unknown:
         return Step(transform, (), Preview((), note="; ".join(unknown)))
-    in_the_way = wrapped_by_compile(pipe, transform.changes_inside) or freed_elsewhere_reasons(pipe, transform)
-    reasons = tuple(in_the_way or transform.unsupported(pipe, context))
+    seen = seen_through(pipe)
+    reasons = tuple(freed_elsewhere_reasons(pipe, transform) or transform.unsupported(seen, context))
     if reasons:
         return Step(transform, reasons, None)
-    preview = transform.preview(pipe, context)
+    preview = previewed(pipe, transform, seen, context, off)
     shared = tuple(sharing_problems(pipe, preview.changes))
     if shared:
         return Step(transform, shared, None)
-    planned = transform.planned(pipe, context) if preview.changes else None
+    planned = transform.planned(seen, context) if preview.changes else None
     return Step(transform, (), preview, planned=planned)
 
 
@@ -359,12 +366,16 @@ def plan_steps(
         kept: What an earlier `optimize` did and that stays.
     """
     steps: list[Step] = []
-    by_preset = preset.transforms_on(pipe) if preset is not None else ()
+    by_preset = preset.transforms_on(seen_through(pipe)) if preset is not None else ()
     now = replace(context, state=PlannedPipe.seen(pipe, planned_by(kept)))
+    off: frozenset[str] = frozenset()
     for position, transform in enumerate(wanted):
         entry = kept[position] if position < len(kept) else None
         optional = transform in by_preset
-        steps.append(_ask(pipe, transform, now, optional=optional) if entry is None else _as_it_stands(entry))
+        step = _ask(pipe, transform, now, optional=optional, off=off) if entry is None else _as_it_stands(entry)
+        steps.append(step)
+        if step.verdict == "apply" and not transform.keeps_compiled(seen_through(pipe), now):
+            off = off.union(transform.changes_inside)
         if entry is None and steps[-1].planned is not None:
             now = replace(now, state=steps[-1].planned)
     family = family_of(pipe)

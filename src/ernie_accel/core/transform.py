@@ -196,8 +196,15 @@ class Transform(ABC):
 
     @property
     def changes_inside(self) -> tuple[str, ...]:
-        """The components whose modules or forwards it replaces: a plan refuses those that torch.compile wrapped."""
+        """The components whose modules or forwards it replaces; it sees them without wrappers of torch.compile."""
         return ()
+
+    def keeps_compiled(self, pipe: Pipeline, context: Context) -> bool:
+        """Return whether a script's own ``torch.compile`` of what it `changes_inside` can compile what it makes there.
+
+        Where it cannot, that is taken off when this is applied, and comes back when it is undone.
+        """
+        return False
 
     @property
     def floor_db(self) -> float | None:

@@ -108,6 +108,16 @@ class Undo:
         covered = set(beneath)
         return all(still_there(covered) for still_there in self._still_there)
 
+    def absorb(self, undo: Callable[[], object]) -> None:
+        """Undo what another undo does, before all that is recorded so far, and object and watch as that one does."""
+        self.push(undo)
+        objections = getattr(undo, "objections", None)
+        if objections is not None:
+            self.object_if(lambda: next(iter(objections()), None))
+        is_in_place = getattr(undo, "is_in_place", None)
+        if is_in_place is not None:
+            self._still_there.append(is_in_place)
+
     def watch(self, still_there: Callable[[], bool]) -> None:
         """Have `is_in_place` ask `still_there`, too: for a change that is recorded by `push`."""
         self._still_there.append(lambda beneath: still_there())
@@ -125,7 +135,7 @@ class Undo:
             if _is_same(now, value):
                 _set_or_delete(owner, name, old)
             elif not (now is _ABSENT or _is_same(now, old) or put_below_hooks(owner, name, value, old)):
-                _leave(f"{type(owner).__name__}.{name}", f"is now {_shown(now)}, which was set after `optimize`")
+                leave(f"{type(owner).__name__}.{name}", f"is now {_shown(now)}, which was set after `optimize`")
 
         self.push(put_back)
         self._still_there.append(
@@ -174,7 +184,7 @@ class Undo:
                 holder._modules[child] = give_back(new)
                 _tell_adapter(holder)
             elif place_of(old, root, path) is None:
-                _leave(f"{type(root).__name__}.{path}", "was replaced after `optimize`")
+                leave(f"{type(root).__name__}.{path}", "was replaced after `optimize`")
 
         self.push(put_back)
         self._still_there.append(lambda beneath: place_of(new, root, path) is not None)
@@ -198,13 +208,13 @@ class Undo:
         def put_back() -> None:
             now = getattr(weight.owner, weight.name, None)
             if not isinstance(now, torch.Tensor) or now.shape != kept.shape:
-                _leave(weight.path, "was replaced after `optimize`")
+                leave(weight.path, "was replaced after `optimize`")
                 return
             here = kept.to(now.device)
             as_now = here if now.dtype == dtype else here.to(now.dtype)
             if now.device.type != "meta" and not _same_values(now.data, here.to(dtype).to(now.dtype)):
                 now.data = torch.empty_like(as_now).copy_(now.data)
-                _leave(weight.path, f"got other values after `optimize` (a LoRA fused?), now {now.dtype} again")
+                leave(weight.path, f"got other values after `optimize` (a LoRA fused?), now {now.dtype} again")
                 return
             now.data = as_now
 
@@ -312,7 +322,8 @@ def _shown(value: object) -> str:
     return repr(value) if isinstance(value, _PLAIN) else f"a {type(value).__name__}"
 
 
-def _leave(where: str, why: str) -> None:
+def leave(where: str, why: str) -> None:
+    """Warn that an undo leaves something as it is."""
     warnings.warn(f"restore left {where} as it is: it {why}", RestoreWarning, stacklevel=3)
 
 

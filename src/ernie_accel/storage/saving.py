@@ -17,6 +17,7 @@ import torch
 from pydantic import ValidationError
 
 from ernie_accel.core.apply import report_of, suspended
+from ernie_accel.core.compiled import seen_through
 from ernie_accel.core.components import AnyPipeline, Pipeline, modules_of
 from ernie_accel.core.context import installed_versions
 from ernie_accel.core.errors import SavedPipelineError
@@ -56,14 +57,15 @@ def save(pipe: AnyPipeline, folder: str | os.PathLike[str]) -> Path:
     there = current(target)
     if there.exists() and not (there / MANIFEST).is_file() and (not there.is_dir() or any(there.iterdir())):
         raise SavedPipelineError(target, "is there already and was not written by ernie_accel.save; choose another")
-    _check_can_be_saved(checked, target)
+    _check_can_be_saved(seen_through(checked), target)
     done = [entry for entry in report_of(checked).entries if entry.status != "skipped"]
     entries = [entry for entry in done if _travels(entry.step.transform)]
 
     def write(place: Path) -> None:
         with suspended(checked, after=Phase.QUANTIZE):
-            _check_no_lora(checked, target)
-            _write(checked, place, target, entries)
+            seen = seen_through(checked)
+            _check_no_lora(seen, target)
+            _write(seen, place, target, entries)
 
     replace_folder(target, write)
     return target

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 
-from ernie_accel.core.components import Pipeline, is_compiled_wrapper, modules_of
+from ernie_accel.core.components import DENOISERS, Pipeline, is_compiled_wrapper, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.planned import PlannedPipe, PlannedWeight
@@ -81,6 +81,13 @@ class FewSteps(Transform):
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.adapter_name):
             # PEFT makes it the name of a module, which takes no dots
             raise ValueError(f"adapter_name takes letters, digits, - and _, got {self.adapter_name!r}")
+
+    @property
+    def changes_inside(self) -> tuple[str, ...]:
+        return DENOISERS
+
+    def keeps_compiled(self, pipe: Pipeline, context: Context) -> bool:
+        return True
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         accepted = inspect.signature(type(pipe).__call__).parameters

@@ -41,6 +41,9 @@ class ElideMask(Transform):
     def changes_inside(self) -> tuple[str, ...]:
         return DENOISERS
 
+    def keeps_compiled(self, pipe: Pipeline, context: Context) -> bool:
+        return True
+
     def family_reasons(self, pipe: Pipeline) -> list[str]:
         return family_of(pipe).unknown_reasons(pipe, "which masks can go is known family by family")
 

@@ -50,6 +50,9 @@ class ExpandAttentionMask(Transform):
     def changes_inside(self) -> tuple[str, ...]:
         return DENOISERS
 
+    def keeps_compiled(self, pipe: Pipeline, context: Context) -> bool:
+        return True
+
     def family_reasons(self, pipe: Pipeline) -> list[str]:
         return [] if family_of(pipe).is_known else self._reasons(pipe)
 

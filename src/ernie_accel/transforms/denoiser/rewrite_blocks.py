@@ -57,8 +57,6 @@ class RewriteBlocks(Transform):
                 "the transformer carries hooks already (offloading, layerwise casting): optimize first, then call "
                 "enable_model_cpu_offload() and the like"
             )
-        if any(part._compiled_call_impl is not None for part in transformer.modules()):
-            reasons.append("the transformer is compiled already: optimize first, then compile")
         return reasons
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:

@@ -174,6 +174,9 @@ class SetAttention(Transform):
     def changes_inside(self) -> tuple[str, ...]:
         return DENOISERS
 
+    def keeps_compiled(self, pipe: Pipeline, context: Context) -> bool:
+        return True
+
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         if not any(_attentions(pipe)):
             return [

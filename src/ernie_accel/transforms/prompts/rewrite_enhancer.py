@@ -47,6 +47,10 @@ class RewriteEnhancer(Transform):
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
 
+    @property
+    def changes_inside(self) -> tuple[str, ...]:
+        return ("pe",)
+
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         return []  # where it cannot stand in, stock enhances as before
 

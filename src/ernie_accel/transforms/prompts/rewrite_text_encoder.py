@@ -58,6 +58,10 @@ class RewriteTextEncoder(Transform):
         if self.max_tokens < 0 or self.keep < 1:
             raise ValueError(f"max_tokens must be >= 0 and keep >= 1, got {self.max_tokens} and {self.keep}")
 
+    @property
+    def changes_inside(self) -> tuple[str, ...]:
+        return ("text_encoder",)
+
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         return []  # where it cannot stand in, stock encodes as before
 

@@ -132,6 +132,9 @@ class Quantize(Transform):
     def changes_inside(self) -> tuple[str, ...]:
         return self.components
 
+    def keeps_compiled(self, pipe: Pipeline, context: Context) -> bool:
+        return self.breaks_graph(pipe, context) is None
+
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         choice = self.choose(context)
         reasons = list(choice.reasons)
