@@ -130,3 +130,19 @@ def test_a_pipe_that_a_script_makes_has_the_optimized_parts_and_stocks_defaults(
 
 def test_what_stock_cannot_do_is_no_fault():
     assert cell("flux", ROWS["SliceVae()"], "text encoder").verdict == ABSENT
+
+
+def test_what_a_cast_loses_by_itself_is_measured_on_stock(monkeypatch):
+    """Changed in bfloat16, weights are others than those that are cast after: no fault, but nothing may be added."""
+    row, action = ROWS["preset npu-bf16"], "in place: transformer"
+    assert cell("sd", row, action).verdict == WITHIN
+    optimize, made = Row.optimize, []
+
+    def worse(self, pipe):
+        made.append(optimize(self, pipe))
+        if len(made) == 1:
+            pipe.unet.conv_in.weight.data.mul_(1.05)
+        return pipe
+
+    monkeypatch.setattr(Row, "optimize", worse)
+    assert cell("sd", row, action).verdict == FAULT

@@ -207,6 +207,9 @@ def _judge(
     if found == math.inf:
         return EQUAL, ""
     if any(action.exact for action in actions):
+        rounds = any(action.rounds for action in actions)  # what the script brought before came in the pipe's dtype
+        if rounds and found >= _floor_db(case, names, allowed.floor_db):
+            return WITHIN, ""
         return FAULT, f"{found:.0f} dB from stock, expected the same bits"
     calls_stock = any(action.calls_stock for action in actions)
     if (effect is not Effect.RESAMPLES or calls_stock) and found >= bound:
@@ -218,6 +221,8 @@ def _judge(
         again = _db(got, other)
         if again >= min(_floor_db(case, names, bound), 90.0):
             return WITHIN, ""
+        if _is_as_cast(case, names, got):
+            return WITHIN, ""
         return FAULT, f"{found:.0f} dB from stock, {again:.0f} dB from the other order; bound {bound:.0f}"
     if isinstance(other, ErnieAccelError) and found >= _loosest_db(case, names) - 6:
         return WITHIN, ""
@@ -226,6 +231,22 @@ def _judge(
         if as_before >= min(_floor_db(case, names, bound), _loosest_db(case, names) - 6, 90.0):
             return WITHIN, ""
     return FAULT, f"{found:.0f} dB from stock; bound {bound:.0f}; the other order: {_said(other)}"
+
+
+def _is_as_cast(case: Case, names: tuple[str, ...], got: list[torch.Tensor]) -> bool:
+    """Return whether stock draws the same bits if it is cast as the row casts it, and the script acts then.
+
+    Weights that are cast and changed, or cast twice, differ from those that are changed first, on stock too. How much
+    that shows depends on the weights: 1.5 times the norms of the tiny Stable Diffusion, in bfloat16, draw 19 dB from
+    what is cast after. So it is no measure for the row, whose other transforms have to add nothing to it.
+    """
+    try:
+        last = _resampled(case, "CastDtype")
+        for name in names:
+            last = ACTIONS[name].do(ACTIONS[name].prepare(last, case), case)
+        return _db(got, ACTIONS[names[-1]].draw(last, case)) == math.inf
+    except Exception:  # of an action on stock: no picture, so not this one
+        return False
 
 
 def _floor_db(case: Case, names: tuple[str, ...], bound: float) -> float:
@@ -245,11 +266,15 @@ def _own_db(case: Case, name: str) -> float:
     return _db([case.draw(action.do(action.prepare(pipes[0], case), case))], [case.draw(pipes[1])])
 
 
-def _resampled(case: Case) -> Any:
-    """Return a stock pipe with what of the row draws other pictures by design: fewer steps, another scheduler."""
+def _resampled(case: Case, *names: str) -> Any:
+    """Return a stock pipe with what of the row draws other pictures by design: fewer steps, another scheduler.
+
+    And with the row's transforms of these names.
+    """
     pipe = stock(case.family, case.row)
     steps = case.row.plan(pipe).steps
-    others = [each.transform for each in steps if each.verdict == "apply" and each.transform.effect is Effect.RESAMPLES]
+    applied = [each.transform for each in steps if each.verdict == "apply"]
+    others = [each for each in applied if each.effect is Effect.RESAMPLES or type(each).__name__ in names]
     return ernie_accel.optimize(pipe, *others, context=case.row.context) if others else pipe
 
 
