@@ -43,7 +43,7 @@ def test_blocks_are_rewritten_before_they_are_compiled(ernie):
     assert RewriteBlocks.phase < Compile.phase
     ernie.transformer.layers[0].compile()
     (step,) = ernie_accel.plan(ernie, RewriteBlocks()).steps
-    assert any("compiled already" in reason for reason in step.reasons)
+    assert "your own torch.compile of transformer.layers.0 is taken off" in step.preview.note
 
 
 def test_layout_comes_after_casting_which_lays_out_anew(ernie):
