@@ -166,7 +166,9 @@ def test_replayed_gradients_are_those_of_each_batch(miniature: Miniature) -> Non
 def test_batches_of_a_bucket_are_of_one_shape(tokenizer: Any) -> None:
     miniature = MINIATURES["lumina2"]
     data = [captioned_scenes(tokenizer, (128, 128), 6, 3, 0, miniature.frame)]
-    pool = LatentPool(miniature.build_vae(), data, replace(TOY, captions=3, dit_batch=3, empty_share=0.5), "cpu", miniature, [1])
+    pool = LatentPool(
+        miniature.build_vae(), data, replace(TOY, captions=3, dit_batch=3, empty_share=0.5), "cpu", miniature, [1]
+    )
     longest: dict[int, set[int]] = {}
     for _ in range(12):
         batch = pool.draw()

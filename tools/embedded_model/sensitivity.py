@@ -7,7 +7,8 @@
 fp8 is emulated, so that any machine can tell: weights and activations are rounded to e4m3 with a scale per row, as
 torchao's row-wise scheme does, and multiplied in float32. First each linear layer alone is rounded, and the distance
 of the transformer's output from float32's is measured on the inputs of real steps. Then pictures are judged: in
-float32, in bfloat16, in fp8 without what the family keeps precise, and in fp8 throughout.
+float32, in bfloat16, in fp8 without what the family keeps precise, in fp8 throughout, and on the fused kernels, in
+bfloat16 and in fp8, attention included. On a CPU these are computed by their twins in plain torch.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import ernie_accel
+from ernie_accel import CastDtype, Context, FuseKernels, RewriteBlocks
 from ernie_accel.demo.judge import Adherence, adherence, unseen_prompts
 from ernie_accel.families import family_of
 from tools.embedded_model import miniatures
@@ -121,9 +123,10 @@ def by_kind(errors: dict[str, float]) -> dict[str, tuple[float, str]]:
 
 
 def judged(load: Callable[[], Any], prompts: int, steps: int, guidance_scale: float) -> dict[str, Adherence]:
-    """Return the adherence in float32, bfloat16, and fp8 with and without what the family keeps precise."""
+    """Return the adherence in float32, bfloat16, fp8 with and without what the family keeps precise, and on kernels."""
     measure = partial(adherence, n=prompts, steps=steps, guidance_scale=guidance_scale)
-    pipe, found = load(), {}
+    found = {}
+    pipe = load()
     found["float32"] = measure(pipe)
     linears, precise = linears_of(pipe), kept_precise(pipe)
     with in_fp8(linear for path, linear in linears.items() if path not in precise):
@@ -131,6 +134,11 @@ def judged(load: Callable[[], Any], prompts: int, steps: int, guidance_scale: fl
     with in_fp8(linears.values()):
         found["fp8 throughout"] = measure(pipe)
     found["bfloat16"] = measure(pipe.to(torch.bfloat16))
+    context = Context.detect() if pipe.device.type == "cuda" else Context.named("h200")
+    for precision in ("bf16", "fp8"):
+        pipe = load()
+        on_kernels = CastDtype("bfloat16"), RewriteBlocks(), FuseKernels(precision)
+        found[f"fused kernels, {precision}"] = measure(ernie_accel.optimize(pipe, *on_kernels, context=context))
     return found
 
 
