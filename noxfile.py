@@ -39,11 +39,14 @@ VERSION_TESTS = (
     "fidelity_command", "memory", "optimize", "order", "outputs", "presets", "prompts", "quantize", "quantize_backends",
     "rewrite", "saving", "scheduler", "warm_up",
 )  # fmt: skip
-#: diffusers 0.38 offloads groups of layers only where there is an accelerator; bitsandbytes 0.47 prints on import.
+#: diffusers 0.38 offloads groups of layers only where there is an accelerator; bitsandbytes 0.47 prints on import;
+#: transformers 5.0 loads parts of a T5 in float32 beside bfloat16 too, against its own documentation.
 NOT_ON_LOWEST = (
     "tests/test_cli.py::test_a_plan_prints_nothing_but_the_plan",
     "tests/test_rewrite.py::test_group_offloading_works_on_rewritten_blocks",
     "tests/test_memory.py::test_offloading_gives_the_same_bits_and_restores[group]",
+    "tests/test_dtype.py::test_a_t5_is_cast_as_it_would_have_been_loaded[bfloat16-float32]",
+    "tests/test_dtype.py::test_a_t5_is_cast_as_it_would_have_been_loaded[bfloat16-bfloat16]",
 )
 
 
@@ -237,3 +240,6 @@ def release(session: nox.Session) -> None:
             session.run("ernie-accel", "info")
             session.run("ernie-accel", "plan", "--device", "rtx3060")
             session.run("ernie-accel", "demo", "--out", "demo.png")
+            session.run("ernie-accel", "optimize", "a red circle", "--preset", "turbo-fp32", "--out", "red.png")
+            Path("shapes.csv").write_text("prompt\na large red circle in the center on a cream background\n")
+            session.run("ernie-accel", "batch", "shapes.csv", "--out", f"shapes{len(options)}")

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A LoRA on an optimized pipe
 #
-# Load any LoRA for the model in the place of the random one that is made here.
+# Load any LoRA for the model in the place of the random one that is made here. It needs `pip install peft`.
 
 # %%
 from peft import LoraConfig

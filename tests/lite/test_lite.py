@@ -7,6 +7,8 @@ import importlib.util
 import pytest
 
 import ernie_accel
+from ernie_accel.batch.engines import LocalEngine, Request
+from ernie_accel.batch.engines.base import AdapterFile
 from ernie_accel.cli import main
 from ernie_accel.core.context import OPTIONAL_PACKAGES, Context
 from tests.pipelines import picture, tiny_ernie
@@ -37,6 +39,23 @@ def test_presets_that_need_no_extra_work(preset):
     ernie_accel.optimize(pipe, ernie_accel.SliceVae(), preset=preset)
     ernie_accel.restore(pipe)
     assert picture(pipe).isfinite().all()
+
+
+def test_a_batch_needs_no_extra(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.csv").write_text("prompt\na large red circle in the center on a cream background\n")
+    job = ["batch", "t.csv", "--out", "out", "--preset", "exact", "--steps", "1", "--guidance", "1", "--no-enhancer"]
+    with pytest.raises(SystemExit) as caught:
+        main(job)
+    assert caught.value.code == 0
+    assert len(list(tmp_path.rglob("*.png"))) == 1
+
+
+def test_rows_with_a_lora_are_refused_before_anything_is_drawn():
+    request = Request(prompt="a red circle", seed=7, lora=AdapterFile("a.safetensors", "a.safetensors", "0" * 64))
+    assert LocalEngine(tiny_ernie()).signature.problems([(2, request)]) == [
+        (2, "names a LoRA, and peft is not installed: pip install peft")
+    ]
 
 
 @pytest.mark.parametrize("arguments", [["--metrics-port", "0"], ["--prometheus", "job.prom"]])

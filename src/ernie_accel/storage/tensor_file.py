@@ -21,7 +21,6 @@ _NAMES = {
     torch.int8: "I8",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e8m0fnu: "F8_E8M0",
     torch.int16: "I16",
     torch.uint16: "U16",
     torch.float16: "F16",
@@ -33,6 +32,8 @@ _NAMES = {
     torch.uint64: "U64",
     torch.float64: "F64",
 }
+if hasattr(torch, "float8_e8m0fnu"):  # from torch 2.7 on
+    _NAMES[torch.float8_e8m0fnu] = "F8_E8M0"
 #: What they stand for.
 DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 

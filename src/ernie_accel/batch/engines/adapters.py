@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import tempfile
@@ -136,6 +137,8 @@ def adapter_problem(pipe: Any) -> str | None:
     name = type(pipe).__name__
     if not hasattr(pipe, "load_lora_weights") or not hasattr(pipe, "disable_lora"):
         return f"{name} loads no LoRAs"
+    if importlib.util.find_spec("peft") is None:  # without it diffusers refuses even to list adapters
+        return "peft is not installed: pip install peft"
     if any(pipe.get_list_adapters().values()):
         return f"{name} has adapters of its own: call its unload_lora_weights() first, or fuse them"
     return None
