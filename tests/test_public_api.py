@@ -138,6 +138,17 @@ def test_importing_loads_neither_torch_nor_diffusers_and_is_quick():
     assert float(seconds) < 0.2
 
 
+def test_the_api_imports_no_compiler_and_no_diffusers():
+    """Dynamo takes a second, diffusers several: they are imported by what uses them."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import ernie_accel.api; "
+        "new = set(sys.modules) - before; "
+        "print(*sorted({name for name in new if name.startswith('torch.')} | "
+        "{'diffusers', 'transformers', 'triton', 'sympy'} & new))"
+    )
+    assert run(code).split() == []
+
+
 def test_the_command_line_and_the_batch_table_load_no_torch():
     code = "import sys, ernie_accel.cli, ernie_accel.batch, ernie_accel.demo; print('torch' in sys.modules)"
     assert run(code).strip() == "False"

@@ -14,7 +14,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from ernie_accel.common.notes import Note
@@ -22,7 +21,7 @@ from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.stand_in import StandInMethod
 from ernie_accel.core.undo import Undo
 from ernie_accel.kernels.linear import Fp8Linear
-from ernie_accel.kernels.low_rank import LowRankProduct, Place, Site, bind, site_of, unbind, update_all
+from ernie_accel.kernels.low_rank import LowRankProduct, Place, Site, bind, site_of, unbind
 
 _log = logging.getLogger(__name__)
 #: Products of a transformer with sites.
@@ -253,12 +252,9 @@ def update_products(transformer: nn.Module, *_: object) -> None:
     """Bring the low-rank parts of all products up to date: a pre-hook, for what replays or compiles the forward."""
     products = PRODUCTS.of(transformer)
     if products:
-        _update(products)
+        from ernie_accel.models.outside_graphs import update_early
 
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _update(products: list[LowRankProduct]) -> None:
-    update_all(products, early=True)
+        update_early(products)
 
 
 class ChecksAdapters(StandInMethod):

@@ -12,7 +12,14 @@ from typing import ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 
-from ernie_accel.core.components import CallablePipeline, Pipeline, Tokenizer, device_of, modules_of
+from ernie_accel.core.components import (
+    CallablePipeline,
+    Pipeline,
+    Tokenizer,
+    device_of,
+    is_compiled_wrapper,
+    modules_of,
+)
 from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
@@ -310,7 +317,7 @@ def _call_parameters(pipe: Pipeline) -> Mapping[str, inspect.Parameter]:
 def _is_compiled(pipe: Pipeline) -> bool:
     """Return whether any module of the pipe was compiled, by this library or otherwise."""
     return any(
-        part._compiled_call_impl is not None or isinstance(part, torch._dynamo.eval_frame.OptimizedModule)
+        part._compiled_call_impl is not None or is_compiled_wrapper(part)
         for module in modules_of(pipe).values()
         for part in module.modules()
     )
