@@ -153,6 +153,24 @@ def test_modules_compiled_in_place_are_as_given_after_restore(ernie, untraced, t
     assert compiled == (ernie.transformer._compiled_call_impl, ernie.transformer.layers[0]._compiled_call_impl)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_transformer_that_is_compiled_as_a_whole_afterwards_caches_nothing_and_says_so(ernie, untraced, in_place):
+    want = picture(ernie, num_inference_steps=20)
+    ernie_accel.optimize(ernie, CacheSteps())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert not torch.equal(picture(ernie, num_inference_steps=20), want)
+    if in_place:
+        ernie.transformer.compile(backend="eager")
+    else:
+        ernie.transformer = wrap(ernie.transformer)
+    with (
+        mock.patch("torch.compiler.is_compiling", return_value=True),
+        pytest.warns(UserWarning, match=r"CacheSteps\(\) approximated no step: .*Compile\(\)"),
+    ):
+        assert torch.equal(picture(ernie, num_inference_steps=20), want)
+
+
 def test_blocks_that_the_library_compiles_take_the_place_of_the_whole(ernie, untraced):
     wrapper = ernie.transformer = wrap(ernie.transformer)
     ernie_accel.optimize(ernie, RewriteBlocks(), Compile())

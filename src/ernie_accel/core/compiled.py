@@ -160,6 +160,11 @@ def is_compiled_in_place(module: torch.nn.Module) -> bool:
     return hasattr(module._compiled_call_impl, "_torchdynamo_orig_callable")
 
 
+def is_compiled_whole(module: torch.nn.Module) -> bool:
+    """Return whether all that a component does is compiled: it is a wrapper, or ``compile()`` was called on it."""
+    return is_compiled_wrapper(module) or is_compiled_in_place(module)
+
+
 def _take_off(pipe: Pipeline, path: str, module: torch.nn.Module, undo: Undo) -> None:
     """Take off a wrapper at `path`, and what ``compile()`` made of a module there, in place."""
     if not is_compiled_wrapper(module):
