@@ -232,9 +232,6 @@ def test_what_cannot_be_rewritten_says_why() -> None:
     pipe.transformer.enable_layerwise_casting(torch.bfloat16, torch.float32)
     assert "hooks already" in rewrite.unsupported(pipe, machine)[0]
     pipe = tiny_ernie()
-    pipe.transformer.compile_repeated_blocks()
-    assert "compiled already" in rewrite.unsupported(pipe, machine)[0]
-    pipe = tiny_ernie()
     pipe.transformer.enable_gradient_checkpointing()
     assert "checkpointing" in rewrite.unsupported(pipe, machine)[0]
 

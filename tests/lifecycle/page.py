@@ -49,8 +49,8 @@ family and layers are found. `Quantize`, `SetAttention`, `ElideMask`, `ExpandAtt
 compiled object around the component, and it compiles again what is there now (after `Quantize` only if that makes
 layers that can be compiled). Other transforms put something in a component that it cannot compile. They take it off,
 which plan and report say, and `restore` gives your own compiled object back; `Compile()` and `CompileVae()` compile
-what they make. The same holds for `module.compile()` in place. If you compile a transformer as a whole after `optimize`,
-the pictures are right, but it is called without the graphs, the caches and the batches of guidance that were put there.
+what they make. The same holds for `module.compile()` in place. If you compile a transformer as a whole after
+`optimize`, the pictures are right, but it runs without the graphs, caches and batches of guidance that were put there.
 
 All of this runs on tiny pipelines with random weights on a CPU: {families}. CUDA graphs are recorded by a stand-in, and
 compiled blocks run eagerly ({traced} are traced). The table cannot show what only a GPU does.
