@@ -1,8 +1,11 @@
 """From process start to the first picture: the original loaded, quantized and compiled, vs a folder of `save`.
 
 ``python benchmarks/cold_start.py --size full --folder /scratch`` on a GPU: 24 GB of random bfloat16 weights without
-prompt enhancer, and some 13 GB saved. Each figure is of a fresh process with empty caches of compiled code. The files
-are in the system's cache, unless ``--cold`` drops them from there first (Linux; files that nobody has mapped).
+prompt enhancer, and some 13 GB saved. Each figure is of a fresh process. Each kind is measured twice: with empty caches
+of compiled code (Inductor's and Triton's), then with those that its first process left, as a user's second process
+finds them. The files are in the system's cache, unless ``--cold`` drops them from there first (Linux; files that nobody
+has mapped). Modules have bytecode, as installers leave it: where the packages have none, that of all modules is written
+to the folder before anything is timed.
 
     stock   diffusers' from_pretrained, .to(device), Quantize("fp8"), Compile()
     preset  ernie_accel.load(original, preset="turbo-fp8")
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import importlib.util
 import json
 import os
 import pstats
@@ -24,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,10 @@ MOST_BYTES = 40 * GB
 STEPS = 8
 #: Where compiled code is kept between processes.
 _CODE = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+#: What is in these caches when a process starts.
+CACHES = {"runs": "empty", "again": "of the process before"}
+#: Packages that show whether the environment has bytecode.
+_LARGE = ("torch", "diffusers", "transformers")
 
 
 # ---- in processes of their own ---------------------------------------------------------------------------------------
@@ -152,15 +160,36 @@ def _most_host_bytes() -> int:
 # ---- here ------------------------------------------------------------------------------------------------------------
 
 
-def in_a_process(arguments: argparse.Namespace, what: str) -> dict[str, Any]:
-    """Run this file anew for one piece of work, with empty caches of compiled code; return what it prints last."""
+def bytecode(folder: Path, packages: Iterable[str] = _LARGE) -> tuple[dict[str, str], str]:
+    """Return environment variables with which processes find the bytecode of all modules, and where that is, in words.
+
+    It is written to `folder` first, by as many processes as there are cores, if a package has none. Some hosts
+    set ``PYTHONDONTWRITEBYTECODE``: there each process would compile thousands of modules anew.
+    """
+    files = [spec.origin for name in packages if (spec := importlib.util.find_spec(name)) is not None and spec.origin]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    if all(Path(importlib.util.cache_from_source(file)).exists() for file in files):
+        return environment, "found with the packages"
+    environment["PYTHONPYCACHEPREFIX"] = str(folder / "bytecode")
+    folders = [path for path in sys.path if Path(path).is_dir()]
+    # Packages hold some files for other versions of Python, which fail to compile and are never imported.
+    command = [sys.executable, "-m", "compileall", "-qq", "-j", "0", *folders]
+    subprocess.run(command, env=environment, check=False)
+    return environment, "written to the folder before anything was timed: the packages had none"
+
+
+def in_a_process(
+    arguments: argparse.Namespace, what: str, environment: Mapping[str, str], code: Path
+) -> dict[str, Any]:
+    """Run this file anew for one piece of work, with compiled code kept in the folder `code`; return what it prints."""
     command = [sys.executable, __file__, "--do", what, "--size", arguments.size, "--device", arguments.device]
-    with tempfile.TemporaryDirectory() as code:
-        environment = os.environ | {name: str(Path(code) / name) for name in _CODE} | {"HF_HUB_OFFLINE": "1"}
-        command += ["--folder", str(arguments.folder), "--began", repr(time.time())]
-        if arguments.profile is not None and what == "saved":
-            command += ["--profile", str(arguments.profile)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    caches = {name: str(code / name) for name in _CODE}
+    command += ["--folder", str(arguments.folder), "--began", repr(time.time())]
+    if arguments.profile is not None and what == "saved":
+        command += ["--profile", str(arguments.profile)]
+    done = subprocess.run(
+        command, env={**environment, **caches, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(f"{what} failed:\n{done.stderr[-4000:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -197,20 +226,25 @@ def drop_from_cache(files: list[Path]) -> None:
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure all kinds in turns, and return what was found."""
     original, saved = (arguments.folder / name for name in ("original", "saved"))
-    made = in_a_process(arguments, "make")
+    environment, where = bytecode(arguments.folder)
+    with tempfile.TemporaryDirectory() as code:
+        made = in_a_process(arguments, "make", environment, Path(code))
     sizes = {path.name: sum(file.stat().st_size for file in weights(path)) for path in (original, saved)}
     if sum(sizes.values()) > MOST_BYTES:
         raise SystemExit(f"the folders take {sum(sizes.values()) / GB:.1f} GB, more than {MOST_BYTES / GB:.0f}")
-    runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    runs: dict[str, dict[str, list[dict[str, Any]]]] = {each: {kind: [] for kind in KINDS} for each in CACHES}
     for _ in range(arguments.rounds):
         for kind in KINDS:
             files = weights(saved if kind == "saved" else original)
-            if arguments.cold:
-                drop_from_cache(files)
-            else:
-                read_rate(files)
-            runs[kind].append(in_a_process(arguments, kind))
-            print(kind, json.dumps(runs[kind][-1]), flush=True)
+            with tempfile.TemporaryDirectory() as code:
+                for each, caches in CACHES.items():
+                    if arguments.cold:
+                        drop_from_cache(files)
+                    else:
+                        read_rate(files)
+                    facts = in_a_process(arguments, kind, environment, Path(code))
+                    runs[each][kind].append(facts)
+                    print(f"{kind}, caches of compiled code {caches}:", json.dumps(facts), flush=True)
     if arguments.cold:
         drop_from_cache(weights(saved))
     return {
@@ -219,29 +253,33 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "cache": "cold" if arguments.cold else "warm",
         "bytes": sizes,
         "read_gb_s": read_rate(weights(saved)),
+        "bytecode": where,
         "made": made,
-        "runs": runs,
+        **runs,
     }
 
 
 def table(found: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines of a table: medians, and how many times as long as a saved pipe takes."""
+    """Yield the lines of a table: medians, and how many times as long as a saved pipe takes with the same caches."""
 
-    def median(kind: str, name: str) -> float:
-        return statistics.median(run[name] for run in found["runs"][kind])
+    def median(each: str, kind: str, name: str) -> float:
+        return statistics.median(run[name] for run in found[each][kind])
 
-    yield "| | first picture | imports | load | GB/s | until the first picture | a picture | vs saved |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for kind in KINDS:
-        nbytes = found["bytes"]["saved" if kind == "saved" else "original"]
-        first, imported, loaded = (median(kind, f"{name}_s") for name in ("first", "imported", "loaded"))
-        cells = [kind, f"{first:.1f} s", f"{imported:.1f} s", f"{loaded - imported:.1f} s"]
-        cells += [f"{nbytes / (loaded - imported) / GB:.2f}", f"{first - loaded:.1f} s"]
-        cells += [f"{median(kind, 'second_s') - first:.2f} s", f"{first / median('saved', 'first_s'):.1f}x"]
-        yield f"| {' | '.join(cells)} |"
+    yield "| | compiled code | first picture | imports | load | GB/s | until the first picture | a picture | vs saved |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for each, caches in CACHES.items():
+        for kind in KINDS:
+            nbytes = found["bytes"]["saved" if kind == "saved" else "original"]
+            first, imported, loaded = (median(each, kind, f"{name}_s") for name in ("first", "imported", "loaded"))
+            cells = [kind, caches, f"{first:.1f} s", f"{imported:.1f} s", f"{loaded - imported:.1f} s"]
+            cells += [f"{nbytes / (loaded - imported) / GB:.2f}", f"{first - loaded:.1f} s"]
+            cells += [f"{median(each, kind, 'second_s') - first:.2f} s"]
+            cells += [f"{first / median(each, 'saved', 'first_s'):.1f}x"]
+            yield f"| {' | '.join(cells)} |"
     yield (
         f"{found['size']} on {found['device']}, {found['cache']} cache: {found['bytes']['original'] / GB:.2f} GB "
-        f"original, {found['bytes']['saved'] / GB:.2f} GB saved; one thread reads {found['read_gb_s']:.1f} GB/s"
+        f"original, {found['bytes']['saved'] / GB:.2f} GB saved; one thread reads {found['read_gb_s']:.1f} GB/s; "
+        f"bytecode {found['bytecode']}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,15 +97,35 @@ def test_graphs_go_once_there_are_more_than_are_kept():
 # ---- from process start to the first picture -------------------------------------------------------------------------
 
 
-def test_the_table_of_a_cold_start_compares_with_a_saved_pipe():
+def test_the_table_of_a_cold_start_compares_with_a_saved_pipe_with_the_same_caches():
     run = {"imported_s": 2.0, "loaded_s": 4.0, "first_s": 6.0, "second_s": 6.5}
     runs = {"stock": [run | {"first_s": 30.0, "second_s": 31.0}], "preset": [run], "saved": [run]}
+    again = runs | {"saved": [run | {"first_s": 5.0, "second_s": 5.5}]}
     sizes = {"original": 8 * 10**9, "saved": 4 * 10**9}
-    found = {"size": "full", "device": "cuda", "cache": "warm", "bytes": sizes, "read_gb_s": 5.0, "runs": runs}
-    lines = list(cold_start.table(found))
-    assert lines[2] == "| stock | 30.0 s | 2.0 s | 2.0 s | 4.00 | 26.0 s | 1.00 s | 5.0x |"
-    assert lines[4] == "| saved | 6.0 s | 2.0 s | 2.0 s | 2.00 | 2.0 s | 0.50 s | 1.0x |"
-    assert lines[-1].endswith("8.00 GB original, 4.00 GB saved; one thread reads 5.0 GB/s")
+    found = {"size": "full", "device": "cuda", "cache": "warm", "bytes": sizes, "read_gb_s": 5.0, "bytecode": "there"}
+    lines = list(cold_start.table(found | {"runs": runs, "again": again}))
+    assert lines[2] == "| stock | empty | 30.0 s | 2.0 s | 2.0 s | 4.00 | 26.0 s | 1.00 s | 5.0x |"
+    assert lines[4] == "| saved | empty | 6.0 s | 2.0 s | 2.0 s | 2.00 | 2.0 s | 0.50 s | 1.0x |"
+    assert lines[5] == "| stock | of the process before | 30.0 s | 2.0 s | 2.0 s | 4.00 | 26.0 s | 1.00 s | 6.0x |"
+    assert lines[-1].endswith("8.00 GB original, 4.00 GB saved; one thread reads 5.0 GB/s; bytecode there")
+
+
+def test_processes_of_a_cold_start_find_bytecode(tmp_path, monkeypatch):
+    package = tmp_path / "packages" / "some_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("x = 1\n")
+    (package / "broken.py").write_text("print 'for another Python'\n")
+    monkeypatch.setattr(cold_start.sys, "path", [str(package.parent)])
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    environment, where = cold_start.bytecode(tmp_path, ["some_package"])
+    assert "PYTHONDONTWRITEBYTECODE" not in environment
+    assert Path(environment["PYTHONPYCACHEPREFIX"]) == tmp_path / "bytecode"
+    assert [file.parent.name for file in (tmp_path / "bytecode").rglob("some_package/*.pyc")] == ["some_package"]
+    assert where.startswith("written to the folder")
+    cold_start.subprocess.run([sys.executable, "-m", "compileall", "-q", str(package / "__init__.py")], check=True)
+    environment, where = cold_start.bytecode(tmp_path / "other", ["some_package"])
+    assert "PYTHONPYCACHEPREFIX" not in environment
+    assert where == "found with the packages"
 
 
 def test_files_are_read_at_a_rate_and_dropped_from_the_cache(tmp_path):
