@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import warnings
 from unittest import mock
 
@@ -26,6 +27,7 @@ from ernie_accel import (
 )
 from ernie_accel.core.compiled import seen_through
 from ernie_accel.core.components import inside_of, is_compiled_wrapper
+from ernie_accel.core.turns import turn_of
 from ernie_accel.families import family_of
 from tests.examples import EXAMPLES, differences, snapshot
 from tests.pipelines import picture
@@ -217,6 +219,25 @@ def test_pipes_that_share_a_wrapped_component_know_it_for_the_same(ernie, untrac
         ernie_accel.optimize(second, quantize)
     ernie_accel.restore(ernie)
     ernie_accel.optimize(second, quantize)
+
+
+def test_pipes_take_turns_on_a_component_that_one_has_with_its_wrapper(ernie, untraced):
+    ernie.transformer = wrap(ernie.transformer)
+    second = type(ernie)(transformer=ernie.transformer, **dict.fromkeys(set(ernie.components) - {"transformer"}))
+    ernie_accel.optimize(ernie, RewriteBlocks())
+    assert second.transformer is not ernie.transformer
+    entered = threading.Event()
+
+    def enter() -> None:
+        with turn_of(second):
+            entered.set()
+
+    thread = threading.Thread(target=enter)
+    with turn_of(ernie):
+        thread.start()
+        assert not entered.wait(0.1)
+    assert entered.wait(10)
+    thread.join()
 
 
 def test_the_family_and_all_that_leaves_the_inside_alone_stay(ernie, untraced):

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ernie_accel.core.components import Pipeline, modules_of
+from ernie_accel.core.components import Pipeline, inside_of, modules_of
 from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import CallLayer, add_layer, has_layer, remove_layers
 
@@ -100,7 +100,8 @@ def stop_taking_turns(pipe: Pipeline) -> None:
 def turn_of(pipe: Pipeline) -> Iterator[None]:
     """Wait, before the block, until no other thread is in a call of a pipe with one of these components."""
     with _guard:
-        locks = [_locks.setdefault(part, (next(_numbers), _Lock())) for part in modules_of(pipe).values()]
+        parts = map(inside_of, modules_of(pipe).values())  # one pipe may have it with a wrapper of torch.compile
+        locks = [_locks.setdefault(part, (next(_numbers), _Lock())) for part in parts]
     with contextlib.ExitStack() as held:
         for _, lock in sorted(locks, key=lambda numbered: numbered[0]):
             held.enter_context(lock)
