@@ -11,7 +11,7 @@ CATALOGUE: Mapping[str, str] = MappingProxyType(
     {
         # Plans and reports
         "Plan: {title} for {pipe} ({family}) on {machine}": "计划：{title}，用于 {pipe}（{family}），在 {machine} 上",
-        "of no known family": "未知系列",
+        "of no known family": "未知家族",
         "preset {name!r}": "预设 {name!r}",
         "nothing": "无变换",
         "{count} CPU cores": "{count} 个 CPU 核",
@@ -30,9 +30,9 @@ CATALOGUE: Mapping[str, str] = MappingProxyType(
         "what changed, or why not": "改变了什么，或为何没有",
         "ms": "毫秒",
         "exact": "逐位一致",
-        "rounding": "舍入差异",
+        "rounding": "舍入误差",
         "lossy": "有损",
-        "resamples": "重新采样",
+        "resamples": "另一张图",
         "{effect}, >= {floor:g} dB": "{effect}，>= {floor:g} dB",
         "{count} in {root}": "{root} 中 {count} 处",
         "in place already": "已经就位",
@@ -62,8 +62,8 @@ CATALOGUE: Mapping[str, str] = MappingProxyType(
         "{pictures} of {width}x{height}, {tokens} tokens{guided}": (
             "{pictures}，{width}x{height}，{tokens} 个 token{guided}"
         ),
-        "a picture": "1 张图片",
-        "{count} pictures": "{count} 张图片",
+        "a picture": "一张图",
+        "{count} pictures": "{count} 张图",
         ", with guidance": "，有引导",
         " of {budget} it may use": "，可用 {budget}",
         "fits": "放得下",
@@ -79,18 +79,18 @@ CATALOGUE: Mapping[str, str] = MappingProxyType(
         "Peak in use {peak}, and {spare} for graphs and the allocator.": (
             "占用峰值 {peak}，另有 {spare} 用于 CUDA 图和分配器。"
         ),
-        "Host memory for what is not on the device: {host}.": "不在显存中的部分占用内存：{host}。",
+        "Host memory for what is not on the device: {host}.": "不在设备上的部分占用内存：{host}。",
         "The smallest budget that works: memory='{least}' (--memory {least}).": (
             "可行的最小显存预算：memory='{least}'（--memory {least}）。"
         ),
-        "everything stays on the device": "全部留在显存中",
-        "{stays}: the preset moves it there as a whole": "{stays}：预设会把它整体移过去",
-        "the request says where the weights live": "权重放在哪里由调用者指定",
-        "weights within {size}, the rest fetched from the host in turn": "权重占用不超过 {size}，其余轮流从内存取来",
-        "{size} come from the host for each picture{time}": "每张图片要从内存取来 {size}{time}",
-        ": {seconds:.2f} s of its link, at {rate:g} GB/s": "：按 {rate:g} GB/s 传输需 {seconds:.2f} 秒",
+        "everything stays on the device": "全部留在设备上",
+        "{stays}: the preset moves it there as a whole": "{stays}：预设把它整个移过去",
+        "the request says where the weights live": "请求指定了权重放在哪里",
+        "weights within {size}, the rest fetched from the host in turn": "权重在 {size} 以内，其余轮流从内存取",
+        "{size} come from the host for each picture{time}": "每张图从内存取 {size}{time}",
+        ": {seconds:.2f} s of its link, at {rate:g} GB/s": "：占用总线 {seconds:.2f} s，速率 {rate:g} GB/s",
         "{names} in 8 bits ({scheme})": "{names} 用 8 位（{scheme}）",
-        "{first} and {last}": "{first}、{last}",
+        "{first} and {last}": "{first} 和 {last}",
         "{size} of unquantized weights wait in host memory for restore()": (
             "{size} 未量化的权重留在内存中，供 restore() 使用"
         ),
