@@ -160,6 +160,13 @@ def test_a_plan_in_chinese_has_no_label_in_english(capsys, before):
     assert [start for start in starts if len(start) > 4 and any(cell.startswith(f"{start} ") for cell in cells)] == []
 
 
+def test_the_notes_of_frequent_transforms_are_chinese(capsys):
+    _, chinese, _ = run(capsys, "--lang", "zh", "plan", "--device", "rtx3060")
+    assert "无需改动：所有权重已是 bfloat16" in chinese
+    assert "无需改动：所有权重已是这种布局和对齐" in chinese
+    assert re.search(r"^\d+: 设备上有 [\d.]+ GB 权重$", chinese, re.MULTILINE)
+
+
 def test_columns_of_chinese_tables_line_up(capsys):
     _, chinese, _ = run(capsys, "--lang", "zh", "plan", "--preset", "turbo-bf16", "--device", "h200")
     lines = chinese.splitlines()

@@ -57,6 +57,12 @@ CATALOGUE: Mapping[str, str] = MappingProxyType(
         "; {count} left out": "；略过 {count} 处",
         "{number}: left out {names}: {reason}": "{number}：略过 {names}：{reason}",
         "{number}: cannot be undone: {reason}": "{number}：无法撤销：{reason}",
+        # Notes of transforms
+        "the first picture compiles": "画第一张图时编译",
+        "all weights have this layout and alignment already": "所有权重已是这种布局和对齐",
+        "all weights are {dtype} already": "所有权重已是 {dtype}",
+        "{size} of weights on the device": "设备上有 {size} 权重",
+        "{size} of weights on the device at a time": "设备上同一时间有 {size} 权重",
         # Memory
         "Memory for {call}: {needed}{budget}: {verdict}": "显存（{call}）：需要 {needed}{budget}：{verdict}",
         "{pictures} of {width}x{height}, {tokens} tokens{guided}": (

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import Pipeline, weights_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
@@ -54,7 +55,7 @@ class CompileVae(Transform):
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         if _decoder(pipe)._compiled_call_impl is not None:
             return Preview((), note="the decoder is compiled already")
-        return Preview(("vae.decoder",), note="the first picture compiles")
+        return Preview(("vae.decoder",), note=said("the first picture compiles"))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         return context.planned(pipe).compiling(self.slot)
@@ -65,7 +66,7 @@ class CompileVae(Transform):
             _lay_out(decoder, undo)
             undo.restore_attribute(decoder, "_compiled_call_impl")  # what nn.Module.compile fills in
             compile_module(decoder, self.cache, fullgraph=True)
-        return Applied(("vae.decoder",), undo=undo, note="the first picture compiles")
+        return Applied(("vae.decoder",), undo=undo, note=said("the first picture compiles"))
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import torch
 
+from ernie_accel.common.language import said
 from ernie_accel.common.text import human_bytes
 from ernie_accel.core.components import (
     Pipeline,
@@ -86,7 +87,7 @@ class CastDtype(Transform):
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         todo = dict(self._weights_to_cast(pipe, context))
         if not todo:
-            return Preview((), note=f"all weights are {self.dtype} already")
+            return Preview((), note=said("all weights are {dtype} already", dtype=self.dtype))
         keeps = "keeps weights that lose bits in host memory for restore()" if self.keep_originals else ""
         return Preview(tuple(todo), keeps)
 

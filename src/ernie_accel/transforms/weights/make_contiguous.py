@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import Pipeline, Weight, absent_components, modules_of, weights_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
@@ -61,7 +62,9 @@ class MakeContiguous(Transform):
             # What is cast gets new, aligned memory, with the strides it had.
             and not (then.is_fresh and weight.tensor.is_contiguous(memory_format=layout))
         )
-        return Preview(changes, note=self._note() if changes else "all weights have this layout and alignment already")
+        return Preview(
+            changes, note=self._note() if changes else said("all weights have this layout and alignment already")
+        )
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         misplaced = list(self._with_other_layout(pipe))

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ernie_accel.common.language import said
 from ernie_accel.common.text import human_bytes
 from ernie_accel.core.components import (
     Pipeline,
@@ -94,7 +95,7 @@ class Residency(Transform):
         sizes = sizes_of(pipe, planned)
         layout, staying = self._layout(sizes), _staying(sizes)
         changes = tuple(_describe(layout)) or (f"all weights stay on {self.device or context.device}",)
-        return Preview(changes, note=f"{human_bytes(layout.nbytes + staying)} of weights on the device")
+        return Preview(changes, note=said("{size} of weights on the device", size=human_bytes(layout.nbytes + staying)))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         planned = context.planned(pipe)
@@ -126,7 +127,9 @@ class Residency(Transform):
             for component in moving:
                 refuse_to_compile(component.blocks.values() if component.streams else (), undo)
         changes = tuple(_describe(layout)) or (f"all weights stay on {device.type}",)
-        return Applied(changes, undo=undo, note=f"{human_bytes(layout.nbytes)} of weights on the device at a time")
+        return Applied(
+            changes, undo=undo, note=said("{size} of weights on the device at a time", size=human_bytes(layout.nbytes))
+        )
 
     def layout(self, pipe: Pipeline, planned: PlannedPipe) -> Layout:
         """Return where the weights of a planned pipe will lie, those that never move left out."""
