@@ -135,6 +135,10 @@ def english_words(text):
     return sorted(set(re.findall(r"[A-Za-z]{3,}", text)))
 
 
+def english_phrases(text):
+    return re.findall(r"[A-Za-z]+(?: [A-Za-z]+){2,}", text.replace("NVIDIA GeForce RTX", ""))
+
+
 def labels_of(text, *known):
     """Return the English words of a text that are not part of something known to stay English."""
     for each in sorted(known, key=len, reverse=True):
@@ -164,7 +168,19 @@ def test_the_notes_of_frequent_transforms_are_chinese(capsys):
     _, chinese, _ = run(capsys, "--lang", "zh", "plan", "--device", "rtx3060")
     assert "无需改动：所有权重已是 bfloat16" in chinese
     assert "无需改动：所有权重已是这种布局和对齐" in chinese
+    assert english_phrases(chinese) == []
     assert re.search(r"^\d+: 设备上有 [\d.]+ GB 权重$", chinese, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("preset", "device", "model"),
+    [("turbo-fp8", "rtx3060", None), ("rtx4060", "rtx3060", "Tongyi-MAI/Z-Image-Turbo")],
+)
+def test_a_plan_in_chinese_has_no_phrase_in_english(capsys, preset, device, model):
+    named = () if model is None else ("--model", model)
+    _, chinese, _ = run(capsys, "--lang", "zh", "plan", "--preset", preset, "--device", device, *named)
+    assert english_phrases(chinese) == []
+    assert "轮到时从内存取" in chinese
 
 
 def test_columns_of_chinese_tables_line_up(capsys):

@@ -63,6 +63,89 @@ CATALOGUE: Mapping[str, str] = MappingProxyType(
         "all weights are {dtype} already": "所有权重已是 {dtype}",
         "{size} of weights on the device": "设备上有 {size} 权重",
         "{size} of weights on the device at a time": "设备上同一时间有 {size} 权重",
+        "the kernels cannot run here: {reasons}": "内核在此无法运行：{reasons}",
+        "the blocks run on the kernels already": "模块已在内核上运行",
+        "keeps {size} of originals in host memory for restore()": "原始权重 {size} 留在内存中，供 restore() 使用",
+        "attention in {precision} by cuDNN where no backend is chosen": "未选后端处由 cuDNN 计算 {precision} 注意力",
+        "attention in {precision} by cuDNN": "由 cuDNN 计算 {precision} 注意力",
+        "attention by torch, planned anew for each prompt length: {reason}": (
+            "注意力由 torch 计算，每种提示词长度都要重新准备：{reason}"
+        ),
+        "attention in bf16": "注意力用 bf16",
+        "{first}: {second}": "{first}：{second}",
+        "cuDNN's own attention needs CUDA compute capability >= 9.0": "cuDNN 自带的注意力要求 CUDA 计算能力 >= 9.0",
+        "the kernels take bfloat16 weights, found {found}: add CastDtype('bfloat16')": (
+            "内核只接受 bfloat16 权重，现为 {found}：请加上 CastDtype('bfloat16')"
+        ),
+        "the blocks run on fused kernels, which need no compiling": "模块在融合内核上运行，不需要编译",
+        "the blocks are compiled already": "模块已编译",
+        "the pipe's own defaults are these": "管线的默认值已是如此",
+        "errors of calls that run out of memory": "显存不足时的报错",
+        "it builds on rewritten blocks, and there are none for {name} {whose}": (
+            "它需要改写过的模块，而 {name} {whose}没有"
+        ),
+        "yet": "尚",
+        "for {model}": "的 {model} ",
+        "{name}: no rewritten blocks {whose}": "{name} {whose}没有改写过的模块",
+        "CUDA graphs need a CUDA device; this is {device}": "CUDA 图需要 CUDA 设备，而这是 {device}",
+        "the stock forward cannot be captured: add RewriteBlocks()": "原版 forward 无法捕获：请加上 RewriteBlocks()",
+        "the transformer's forward is captured already": "transformer 的 forward 已捕获",
+        "nothing says that {name} calls its transformer for each half of guidance": (
+            "未声明 {name} 为引导的两半分别调用 transformer"
+        ),
+        "it builds on rewritten blocks: add RewriteBlocks()": "它需要改写过的模块：请加上 RewriteBlocks()",
+        "both halves of guidance are one batch already": "引导的两半已合为一批",
+        "where prompt and negative prompt have equally many tokens: others would need a mask": (
+            "限于提示词与负面提示词 token 数相同时：否则需要掩码"
+        ),
+        "guidance two calls -> one batch": "引导：两次调用 -> 一批",
+        "the blocks are rewritten already": "模块已改写",
+        "the pipe is on {device} already": "管线已在 {device} 上",
+        "{component}: {count} of {all} blocks ({size}) streamed at every step": (
+            "{component}：{all} 个模块中有 {count} 个（{size}）每步都从内存取"
+        ),
+        "{component}: {size} fetched when its turn comes": "{component}：{size} 轮到时从内存取",
+        "all weights stay on {device}": "所有权重都留在 {device} 上",
+        "the decoder is compiled already": "解码器已编译",
+        "the fused kernels call cuDNN themselves, with the lengths of prompts instead of a mask": (
+            "融合内核自行调用 cuDNN，用提示词长度代替掩码"
+        ),
+        "attention runs on {name!r} already": "注意力已由 {name!r} 计算",
+        "{pipe} is not known to read them on the host": "不清楚 {pipe} 是否从内存读取它们",
+        "the device is cpu, so they are there already": "设备是 cpu，它们已在内存中",
+        "they are kept there already": "它们已留在内存中",
+        "scheduler.timesteps device -> host": "scheduler.timesteps 显存 -> 内存",
+        "{pipe} encodes the prompts of a call together already": "{pipe} 已把一次调用的提示词一起编码",
+        "{method} all texts -> each once": "{method} 编码所有文本 -> 相同的只编码一次",
+        "encode_prompt one by one -> batched": "encode_prompt 逐条 -> 成批",
+        "{layer} run -> skipped": "{layer} 运行 -> 跳过",
+        "this {pipe} has no prompt enhancer": "此 {pipe} 没有提示词增强器",
+        "{method} one by one -> batched, by seed": "{method} 逐条 -> 成批，按随机种子",
+        "{model} generate -> static cache": "{model} 生成 -> 静态缓存",
+        "this {pipe} has no text encoder that is known here": "此 {pipe} 没有已知的文本编码器",
+        "the text encoder's forward is rewritten already": "文本编码器的 forward 已改写",
+        "{package} is not installed: pip install 'ernie-accel[{extra}]'": (
+            "未安装 {package}：pip install 'ernie-accel[{extra}]'"
+        ),
+        "no CUDA ({device})": "没有 CUDA（{device}）",
+        "{what} needs CUDA compute capability >= {need}; this device has {have}": (
+            "{what} 要求 CUDA 计算能力 >= {need}；此设备为 {have}"
+        ),
+        "triton is not installed (it comes with CUDA builds of torch): pip install triton": (
+            "未安装 triton（随 CUDA 版 torch 提供）：pip install triton"
+        ),
+        "the layers are {scheme} already": "这些层已是 {scheme}",
+        " on its way to {device}": "，在移往 {device} 途中",
+        "{scheme}{where}": "{scheme}{where}",
+        " and {count} more": "，另有 {count} 个",
+        "{count} {why}: {names}{more}": "{count} 个{why}：{names}{more}",
+        " ({reasons})": "（{reasons}）",
+        "leaves {count} of {total} linear layers as they are{because}": (
+            "{total} 个线性层中有 {count} 个保持原样{because}"
+        ),
+        "faster only when compiled: add Compile()": "只有编译后才更快：请加上 Compile()",
+        "kept precise in {family}": "在 {family} 中保持精度",
+        "kept precise: outside blocks, or modulates": "保持精度（在模块之外，或用于调制）",
         # Memory
         "Memory for {call}: {needed}{budget}: {verdict}": "显存（{call}）：需要 {needed}{budget}：{verdict}",
         "{pictures} of {width}x{height}, {tokens} tokens{guided}": (

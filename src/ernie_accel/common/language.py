@@ -7,7 +7,7 @@ it beside the English text, so data, logs and exceptions stay English; `localize
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -29,6 +29,14 @@ def said(template: str, **fields: Any) -> Message:
     message = Message(template.format(**fields))
     message.template, message.fields = template, fields
     return message
+
+
+def joined(texts: Iterable[str | None]) -> str:
+    """Return texts as one message with "; " between them; those that are empty or None are left out."""
+    whole = ""
+    for text in filter(None, texts):
+        whole = said("{first}; {second}", first=whole, second=text) if whole else text
+    return whole
 
 
 def localized(text: str) -> str:

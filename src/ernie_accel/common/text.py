@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from ernie_accel.common.language import Message, said, say
+from ernie_accel.common.language import Message, localized, said, say
 
 
 def width(text: str) -> int:
@@ -76,7 +76,9 @@ def summarise(names: Sequence[str], most: int = 3) -> str:
     folded: dict[str, list[str]] = {}
     for name in names:
         folded.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", name), []).append(name)
-    shown = [group[0] if len(group) == 1 else f"{pattern} ({len(group)})" for pattern, group in folded.items()]
+    shown = [
+        localized(group[0]) if len(group) == 1 else f"{pattern} ({len(group)})" for pattern, group in folded.items()
+    ]
     if len(shown) > most and all("." in name and " " not in name for name in names):
         roots = collections.Counter(name.split(".")[0] for name in names)
         return ", ".join(say("{count} in {root}", count=count, root=root) for root, count in roots.items())

@@ -206,7 +206,10 @@ class Context:
         if package in self.versions:
             return []
         if package in OPTIONAL_PACKAGES:
-            return [f"{package} is not installed: pip install 'ernie-accel[{OPTIONAL_PACKAGES[package]}]'"]
+            extra = OPTIONAL_PACKAGES[package]
+            return [
+                said("{package} is not installed: pip install 'ernie-accel[{extra}]'", package=package, extra=extra)
+            ]
         if package in _REGISTERED:
             return [f"{package} is not installed: {_REGISTERED[package]}"]
         note = "For one of your own, call ernie_accel.register_package(...) first."
@@ -216,12 +219,14 @@ class Context:
         """Return the reason why `what` cannot run if it needs CUDA compute capability `need`; empty if it can."""
         if (self.capability or (0, 0)) >= need:
             return []
-        have = "{}.{}".format(*self.capability) if self.capability else f"no CUDA ({self.device})"
-        return [f"{what} needs CUDA compute capability >= {need[0]}.{need[1]}; this device has {have}"]
+        none = said("no CUDA ({device})", device=self.device)
+        have = "{}.{}".format(*self.capability) if self.capability else none
+        template = "{what} needs CUDA compute capability >= {need}; this device has {have}"
+        return [said(template, what=what, need="{}.{}".format(*need), have=have)]
 
     def missing_triton(self, what: str, need: tuple[int, int]) -> list[str]:
         """Return the reasons why Triton kernels of capability `need` cannot run here; empty if they can."""
-        triton = "triton is not installed (it comes with CUDA builds of torch): pip install triton"
+        triton = said("triton is not installed (it comes with CUDA builds of torch): pip install triton")
         return self.missing_capability(what, need) + ([] if "triton" in self.versions else [triton])
 
     def __str__(self) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.undo import Undo
@@ -127,7 +128,8 @@ def kernel_model(pipe: Pipeline) -> KernelModel | None:
 
 def whose(pipe: Pipeline) -> str:
     """Return the end of "there are no rewritten blocks ...": for whom there are none."""
-    return "yet" if family_of(pipe).rewritten is None else f"for {type(pipe.transformer).__name__}"
+    none = family_of(pipe).rewritten is None
+    return said("yet") if none else said("for {model}", model=type(pipe.transformer).__name__)
 
 
 def rewritten_blocks(pipe: Pipeline) -> RewrittenModel:

@@ -11,6 +11,7 @@ from types import MappingProxyType
 import torch
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ernie_accel.common.language import said
 from ernie_accel.common.notes import Note
 from ernie_accel.core.components import Pipeline, is_skeleton, modules_of
 from ernie_accel.core.transform import LayerReceipt
@@ -79,7 +80,8 @@ def linear_sites(
         if patterns is None:
             known = family.keep_precise.get(component)
             patterns = GENERIC_EXCLUDE if known is None else known
-            why = f"kept precise in {family.name}" if known else "kept precise: outside blocks, or modulates"
+            outside = said("kept precise: outside blocks, or modulates")
+            why = said("kept precise in {family}", family=family.name) if known else outside
         shared = _shared_parameters(module)
         to_come = fused if component == "transformer" else {}
         gone = {path for paths in to_come.values() for path in paths}

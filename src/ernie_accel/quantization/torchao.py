@@ -9,6 +9,7 @@ from typing import Any, ClassVar, final
 
 import torch
 
+from ernie_accel.common.language import said
 from ernie_accel.core.context import Context
 from ernie_accel.quantization.backend import LinearSpec, QuantizationBackend, defined_in, fix_empty_rows, plain_copy
 
@@ -52,7 +53,7 @@ class TorchAO(QuantizationBackend):
         if scheme == "int4" and device == "cuda":
             return "tinygemm is made for single tokens: 4000 rows take 17 times as long as bfloat16; use nf4 instead"
         if scheme in ("fp8", "int8") and device == "cuda":
-            return "faster only when compiled: add Compile()"
+            return said("faster only when compiled: add Compile()")
         return ""
 
     def layer_problem(self, scheme: str, spec: LinearSpec) -> str | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
@@ -88,7 +89,7 @@ class CallDefaults(Transform):
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         changes = self._changes(pipe)
-        return Preview(changes, note=self._note(pipe) if changes else "the pipe's own defaults are these")
+        return Preview(changes, note=self._note(pipe) if changes else said("the pipe's own defaults are these"))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         wanted, planned = self.wanted(pipe), context.planned(pipe)

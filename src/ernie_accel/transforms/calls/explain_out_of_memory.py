@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from ernie_accel.common.language import said
 from ernie_accel.common.text import human_gib
 from ernie_accel.core.components import PROMPT_COMPONENTS, Pipeline, denoisers_of, device_of, modules_of
 from ernie_accel.core.context import Context
@@ -23,7 +24,7 @@ from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import Arguments, Call, wrap_call
 
 _ASKED = re.compile(r"Tried to allocate ([\d.]+ [KMG]iB)")
-_CHANGES = ("errors of calls that run out of memory",)
+_CHANGES = (said("errors of calls that run out of memory"),)
 
 
 @dataclass(frozen=True, repr=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import DENOISERS, Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import Blocks, PlannedPipe
@@ -52,17 +53,25 @@ class BatchGuidance(Transform):
         family = family_of(pipe)
         name, calls = family.name_for(pipe), family.guidance_calls
         if calls is None:
-            return Preview((), note=f"nothing says that {name} calls its transformer for each half of guidance")
+            return Preview(
+                (), note=said("nothing says that {name} calls its transformer for each half of guidance", name=name)
+            )
         if rewritten_model(pipe) is None:
-            return Preview((), note=f"it builds on rewritten blocks, and there are none for {name} {whose(pipe)}")
+            return Preview(
+                (),
+                note=said(
+                    "it builds on rewritten blocks, and there are none for {name} {whose}", name=name, whose=whose(pipe)
+                ),
+            )
         planned = context.planned(pipe)
         if planned.blocks is Blocks.STOCK and not rewritten_blocks(pipe).is_rewritten(pipe.transformer):
-            return Preview((), note="it builds on rewritten blocks: add RewriteBlocks()")
+            return Preview((), note=said("it builds on rewritten blocks: add RewriteBlocks()"))
         if standing_in(pipe.transformer, GuidedForward) is not None:
-            return Preview((), note="both halves of guidance are one batch already")
+            return Preview((), note=said("both halves of guidance are one batch already"))
         masks = context.device != "cpu" and not calls_cudnn(pipe, context)
-        note = "where prompt and negative prompt have equally many tokens: others would need a mask" if masks else ""
-        return Preview(("transformer.forward", "guidance two calls -> one batch"), note=note)
+        equal = said("where prompt and negative prompt have equally many tokens: others would need a mask")
+        note = equal if masks else ""
+        return Preview(("transformer.forward", said("guidance two calls -> one batch")), note=note)
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         return replace(context.planned(pipe), batches_guidance=True)

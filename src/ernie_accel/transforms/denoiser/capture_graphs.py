@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import DENOISERS, Pipeline, other_denoisers_note
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import Blocks, PlannedPipe
@@ -56,17 +57,22 @@ class CaptureGraphs(Transform):
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         if context.device != "cuda":
-            return Preview((), note=f"CUDA graphs need a CUDA device; this is {context.device}")
+            return Preview((), note=said("CUDA graphs need a CUDA device; this is {device}", device=context.device))
         if rewritten_model(pipe) is None:
             name = family_of(pipe).name_for(pipe)
-            return Preview((), note=f"it builds on rewritten blocks, and there are none for {name} {whose(pipe)}")
+            return Preview(
+                (),
+                note=said(
+                    "it builds on rewritten blocks, and there are none for {name} {whose}", name=name, whose=whose(pipe)
+                ),
+            )
         planned = context.planned(pipe)
         if planned.blocks is Blocks.STOCK and not rewritten_blocks(pipe).is_rewritten(pipe.transformer):
-            return Preview((), note="the stock forward cannot be captured: add RewriteBlocks()")
+            return Preview((), note=said("the stock forward cannot be captured: add RewriteBlocks()"))
         if planned.autocast is not None:
             return Preview((), note=f"what runs under autocast, here to {planned.autocast}, is not captured")
         if standing_in(pipe.transformer, GraphedForward) is not None:
-            return Preview((), note="the transformer's forward is captured already")
+            return Preview((), note=said("the transformer's forward is captured already"))
         return Preview(("transformer.forward",), note=other_denoisers_note(pipe))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 
+from ernie_accel.common.language import joined, said
 from ernie_accel.core.components import Pipeline, absent_components, modules_of, staying_denoisers_note
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
@@ -114,12 +115,12 @@ class Compile(Transform):
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         changes = tuple(name for name, block in self._blocks(pipe, context) if not _is_compiled(block))
-        notes = ["the first picture compiles"] if changes else []
+        notes = [said("the first picture compiles")] if changes else []
         if self._leaves_to_kernels(pipe, context):
-            notes.append("the blocks run on fused kernels, which need no compiling")
-        notes = notes or ["the blocks are compiled already"]
+            notes.append(said("the blocks run on fused kernels, which need no compiling"))
+        notes = notes or [said("the blocks are compiled already")]
         stays = staying_denoisers_note(pipe, self.components)
-        return Preview(changes, note="; ".join(filter(None, (*notes, stays))))
+        return Preview(changes, note=joined((*notes, stays)))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         return context.planned(pipe).compiling(self.slot)
@@ -138,7 +139,7 @@ class Compile(Transform):
             tuple(name for name in blocks if name not in compiled),
             undo=undo,
             skipped=compiled,
-            note="the first picture compiles",
+            note=said("the first picture compiles"),
         )
 
     def _blocks(self, pipe: Pipeline, context: Context) -> Iterator[tuple[str, torch.nn.Module]]:

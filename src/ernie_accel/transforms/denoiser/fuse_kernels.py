@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ernie_accel.common.language import joined, said
 from ernie_accel.common.text import human_bytes
 from ernie_accel.core.arguments import check_patterns
 from ernie_accel.core.components import DENOISERS, Pipeline, other_denoisers_note, quantizing_device
@@ -103,10 +104,10 @@ class FuseKernels(Transform):
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         reasons = self._unsupported_reasons(pipe, context)
         if reasons:
-            return Preview((), note="the kernels cannot run here: " + "; ".join(reasons))
+            return Preview((), note=said("the kernels cannot run here: {reasons}", reasons=joined(reasons)))
         if kernels_of(pipe).is_installed(pipe.transformer):
-            return Preview((), note="the blocks run on the kernels already")
-        note = "; ".join(filter(None, (self._attention_note(context), other_denoisers_note(pipe))))
+            return Preview((), note=said("the blocks run on the kernels already"))
+        note = joined((self._attention_note(context), other_denoisers_note(pipe)))
         return Preview(self._on_kernels(pipe, context), note)
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
@@ -155,8 +156,9 @@ class FuseKernels(Transform):
                 refuse_unmerging(pipe, ("transformer",), undo)
         if not self.keep_originals and kept_bytes:
             return Applied(on_kernels, no_undo="keep_originals=False: the weights are gone", skipped=skipped)
-        kept = f"keeps {human_bytes(kept_bytes)} of originals in host memory for restore()" if kept_bytes else ""
-        note = "; ".join(filter(None, (self._attention_note(context), kept)))
+        size = human_bytes(kept_bytes)
+        kept = said("keeps {size} of originals in host memory for restore()", size=size) if kept_bytes else ""
+        note = joined((self._attention_note(context), kept))
         return Applied(on_kernels, undo=undo, skipped=skipped, note=note)
 
     def _unsupported_reasons(self, pipe: Pipeline, context: Context) -> list[str]:
@@ -178,7 +180,9 @@ class FuseKernels(Transform):
         dtype = planned.dtype_of("transformer")
         if dtype != torch.bfloat16 and planned.blocks < Blocks.KERNELS:
             found = str(dtype).removeprefix("torch.")
-            reasons.append(f"the kernels take bfloat16 weights, found {found}: add CastDtype('bfloat16')")
+            reasons.append(
+                said("the kernels take bfloat16 weights, found {found}: add CastDtype('bfloat16')", found=found)
+            )
         return reasons
 
     def _no_fp8_attention_reasons(self, context: Context) -> list[str]:
@@ -194,12 +198,18 @@ class FuseKernels(Transform):
     def _attention_note(self, context: Context) -> str:
         attention = self._attention(context)
         if attention is not None:
-            return f"attention in {attention} by cuDNN" + (" where no backend is chosen" if attention == "bf16" else "")
+            if attention == "bf16":
+                return said("attention in {precision} by cuDNN where no backend is chosen", precision=attention)
+            return said("attention in {precision} by cuDNN", precision=attention)
         if self.precision != "fp8":
             missing = context.missing("cudnn") if (context.capability or (0, 0)) >= _CUDNN_CAPABILITY else []
-            return "; ".join(f"attention by torch, planned anew for each prompt length: {each}" for each in missing)
+            return joined(
+                said("attention by torch, planned anew for each prompt length: {reason}", reason=each)
+                for each in missing
+            )
         reasons = _no_cudnn_reasons(context) if self.attention == "auto" else []
-        return ": ".join(["attention in bf16", *filter(None, ["; ".join(reasons)])])
+        plain = said("attention in bf16")
+        return said("{first}: {second}", first=plain, second=joined(reasons)) if reasons else plain
 
     def _on_kernels(self, pipe: Pipeline, context: Context) -> tuple[str, ...]:
         """Return the blocks that can run on the kernels: those whose linear layers are concatenated by then."""
@@ -249,7 +259,7 @@ def _beneath_loras(pipe: Pipeline, context: Context) -> PlannedPipe:
 def _no_cudnn_reasons(context: Context) -> list[str]:
     """Return why cuDNN's own attention cannot be called."""
     old = (context.capability or (0, 0)) < _CUDNN_CAPABILITY
-    reasons = ["cuDNN's own attention needs CUDA compute capability >= 9.0"] if old else []
+    reasons = [said("cuDNN's own attention needs CUDA compute capability >= 9.0")] if old else []
     return reasons + context.missing("cudnn")
 
 

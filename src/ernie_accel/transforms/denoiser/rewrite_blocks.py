@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import DENOISERS, Pipeline, other_denoisers_note
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import Blocks, PlannedPipe
@@ -61,9 +62,14 @@ class RewriteBlocks(Transform):
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         if rewritten_model(pipe) is None:
-            return Preview((), note=f"{family_of(pipe).name_for(pipe)}: no rewritten blocks {whose(pipe)}")
+            return Preview(
+                (),
+                note=said(
+                    "{name}: no rewritten blocks {whose}", name=family_of(pipe).name_for(pipe), whose=whose(pipe)
+                ),
+            )
         if rewritten_blocks(pipe).is_rewritten(pipe.transformer):
-            return Preview((), note="the blocks are rewritten already")
+            return Preview((), note=said("the blocks are rewritten already"))
         return Preview(block_paths(pipe), note=other_denoisers_note(pipe))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import DENOISERS, Pipeline, denoisers_of
 from ernie_accel.core.context import UNSUPPORTED_DEVICES, Context
 from ernie_accel.core.errors import UnknownNameError
@@ -130,7 +131,7 @@ BACKENDS: Mapping[str, AttentionBackend] = MappingProxyType(
 PREFERRED = ("npu", "flash3", "cudnn", "flash2", "flash", "native")
 
 #: Why "auto" chooses none.
-_LEFT_OPEN = "the fused kernels call cuDNN themselves, with the lengths of prompts instead of a mask"
+_LEFT_OPEN = said("the fused kernels call cuDNN themselves, with the lengths of prompts instead of a mask")
 
 
 @dataclass(frozen=True, repr=False)
@@ -190,7 +191,9 @@ class SetAttention(Transform):
         if name is None:
             return Preview((), note=_LEFT_OPEN)
         changes = _changes(pipe, name, context)
-        return Preview(changes, note=self._note(name) if changes else f"attention runs on {name!r} already")
+        return Preview(
+            changes, note=self._note(name) if changes else said("attention runs on {name!r} already", name=name)
+        )
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         name = self.choose(pipe, context)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.stand_in import StandInMethod
@@ -72,7 +73,9 @@ class BatchPromptEncoding(Transform):
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         if family_of(pipe).prompt_encoding is None:
-            return Preview((), note=f"{type(pipe).__name__} encodes the prompts of a call together already")
+            return Preview(
+                (), note=said("{pipe} encodes the prompts of a call together already", pipe=type(pipe).__name__)
+            )
         if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "tokenizer", None) is None:
             return Preview(
                 (), note=f"this {type(pipe).__name__} has no text encoder or no tokenizer: nothing to encode"
@@ -103,8 +106,9 @@ class BatchPromptEncoding(Transform):
     def _changes(self, pipe: Pipeline) -> tuple[str, ...]:
         how = _encoding_of(pipe)
         method = how.method_of(pipe)
-        encoding = "encode_prompt one by one -> batched" if method is None else f"{method} all texts -> each once"
-        return (encoding, f"{_last_layer(pipe, how)} run -> skipped")
+        each_once = said("{method} all texts -> each once", method=method)
+        encoding = said("encode_prompt one by one -> batched") if method is None else each_once
+        return (encoding, said("{layer} run -> skipped", layer=_last_layer(pipe, how)))
 
     def _note(self) -> str:
         where = f"in {self.folder}" if self.folder else "in memory"

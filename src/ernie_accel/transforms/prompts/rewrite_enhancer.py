@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from ernie_accel.common.language import joined, said
 from ernie_accel.core.components import Pipeline, is_moved_in_parts
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
@@ -57,13 +58,13 @@ class RewriteEnhancer(Transform):
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         how = _enhancement_of(pipe)
         if how is None:
-            return Preview((), note=f"this {type(pipe).__name__} has no prompt enhancer")
+            return Preview((), note=said("this {pipe} has no prompt enhancer", pipe=type(pipe).__name__))
         model = getattr(pipe, how.model)
         if is_moved_in_parts(model) or context.planned(pipe).offload in ("sequential", "group"):
             why = f"{how.model} is offloaded or cast layer by layer: Offload('model') or 'stages' go with this"
             return Preview((), note=why)
         problems = unsupported_reasons(model, getattr(pipe, how.tokenizer))
-        return Preview((), note="; ".join(problems)) if problems else Preview(_changes(how))
+        return Preview((), note=joined(problems)) if problems else Preview(_changes(how))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         planned = context.planned(pipe)
@@ -90,4 +91,7 @@ def _enhancement_of(pipe: Pipeline) -> PromptEnhancement | None:
 
 
 def _changes(how: PromptEnhancement) -> tuple[str, ...]:
-    return (f"{how.method} one by one -> batched, by seed", f"{how.model} generate -> static cache")
+    return (
+        said("{method} one by one -> batched, by seed", method=how.method),
+        said("{model} generate -> static cache", model=how.model),
+    )

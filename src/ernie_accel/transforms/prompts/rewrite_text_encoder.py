@@ -8,6 +8,7 @@ from typing import ClassVar, cast
 
 from torch import nn
 
+from ernie_accel.common.language import joined, said
 from ernie_accel.core.components import Pipeline, is_moved_in_parts
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
@@ -68,14 +69,16 @@ class RewriteTextEncoder(Transform):
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         model = _language_model(pipe)
         if model is None:
-            return Preview((), note=f"this {type(pipe).__name__} has no text encoder that is known here")
+            return Preview(
+                (), note=said("this {pipe} has no text encoder that is known here", pipe=type(pipe).__name__)
+            )
         if _is_rewritten(model):
-            return Preview((), note="the text encoder's forward is rewritten already")
+            return Preview((), note=said("the text encoder's forward is rewritten already"))
         if is_moved_in_parts(pipe.text_encoder) or context.planned(pipe).offload in ("sequential", "group"):
             why = "text_encoder is offloaded or cast layer by layer: Offload('model') or 'stages' go with this"
             return Preview((), note=why)
         problems = unsupported_reasons(model)
-        return Preview((), note="; ".join(problems)) if problems else Preview(_changes(pipe))
+        return Preview((), note=joined(problems)) if problems else Preview(_changes(pipe))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         planned = context.planned(pipe)

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
 
-_CHANGES = ("scheduler.timesteps device -> host",)
+_CHANGES = (said("scheduler.timesteps device -> host"),)
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,11 +39,11 @@ class KeepTimestepsOnHost(Transform):
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         if not _reads_on_host(pipe):
-            return Preview((), note=f"{type(pipe).__name__} is not known to read them on the host")
+            return Preview((), note=said("{pipe} is not known to read them on the host", pipe=type(pipe).__name__))
         if context.device == "cpu":
-            return Preview((), note="the device is cpu, so they are there already")
+            return Preview((), note=said("the device is cpu, so they are there already"))
         if isinstance(vars(pipe.scheduler).get("set_timesteps"), _OnHost):
-            return Preview((), note="they are kept there already")
+            return Preview((), note=said("they are kept there already"))
         return Preview(_CHANGES)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:

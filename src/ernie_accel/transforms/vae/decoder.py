@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ernie_accel.common.language import said
+from ernie_accel.common.language import joined, said
 from ernie_accel.core.components import Pipeline, weights_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
@@ -54,7 +54,7 @@ class CompileVae(Transform):
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         if _decoder(pipe)._compiled_call_impl is not None:
-            return Preview((), note="the decoder is compiled already")
+            return Preview((), note=said("the decoder is compiled already"))
         return Preview(("vae.decoder",), note=said("the first picture compiles"))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
@@ -99,11 +99,11 @@ class FuseVae(Transform):
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         reasons = context.missing_triton("FuseVae", (8, 0))
         if reasons:
-            return Preview((), note="the kernels cannot run here: " + "; ".join(reasons))
+            return Preview((), note=said("the kernels cannot run here: {reasons}", reasons=joined(reasons)))
         found = {half: _left_out(module, half) for half, module in _halves(pipe).items()}
         notes = [reason for reason in found.values() if reason is not None]
         changes = tuple(f"vae.{half}" for half, reason in found.items() if reason is None)
-        return Preview(changes, note="; ".join(notes))
+        return Preview(changes, note=joined(notes))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         return context.planned(pipe).compiling(self.slot)  # Triton compiles each kernel when it is first launched

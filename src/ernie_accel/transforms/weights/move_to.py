@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import (
     Pipeline,
     components_offloaded_by_accelerate,
@@ -59,7 +60,7 @@ class MoveTo(Transform):
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         changes = self._changes(pipe)
-        return Preview(changes, note="" if changes else f"the pipe is on {self.device} already")
+        return Preview(changes, note="" if changes else said("the pipe is on {device} already", device=self.device))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         return replace(context.planned(pipe), device=self.device.partition(":")[0])

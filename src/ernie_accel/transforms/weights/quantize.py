@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from ernie_accel.common.language import joined, said
 from ernie_accel.common.text import human_bytes
 from ernie_accel.core.arguments import check_patterns
 from ernie_accel.core.captured import comes_and_goes, plain_tensors
@@ -153,17 +154,18 @@ class Quantize(Transform):
         work = _Work(self, pipe, context)
         todo = work.todo
         if not todo:
-            return Preview((), note=f"the layers are {work.name} already")
+            return Preview((), note=said("the layers are {scheme} already", scheme=work.name))
         before, after = context.planned(pipe), work.planned()
         sizes = [
             f"{name} {human_bytes(before.bytes_of(name))} -> {human_bytes(after.bytes_of(name))}"
             for name in self.components
         ]
-        where = f" on its way to {self.device}" if self.device else ""
-        note = f"{work.name}{where}; {', '.join(sizes)}; {_describe_left_out(work.left_out, len(work.sites))}"
+        where = said(" on its way to {device}", device=self.device) if self.device else ""
+        how = said("{scheme}{where}", scheme=work.name, where=where)
         remark = work.backend.remark(work.scheme, context.device)
         stays = staying_denoisers_note(pipe, self.components)
-        note = "; ".join(filter(None, (note, remark, stays)))
+        left = _describe_left_out(work.left_out, len(work.sites))
+        note = joined((how, ", ".join(sizes), left, remark, stays))
         return Preview(tuple(site.name for site in todo), note, work.left_out)
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
@@ -432,7 +434,10 @@ def _describe_left_out(left_out: dict[str, str], total: int, component: str | No
             by_reason.setdefault(why, []).append(name)
     reasons = []
     for why, names in sorted(by_reason.items(), key=lambda item: -len(item[1])):
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        reasons.append(f"{len(names)} {why}: {', '.join(names[:NAMED])}{more}")
-    because = f" ({'; '.join(reasons)})" if reasons else ""
-    return f"leaves {sum(map(len, by_reason.values()))} of {total} linear layers as they are{because}"
+        more = said(" and {count} more", count=len(names) - NAMED) if len(names) > NAMED else ""
+        named = ", ".join(names[:NAMED])
+        reasons.append(said("{count} {why}: {names}{more}", count=len(names), why=why, names=named, more=more))
+    because = said(" ({reasons})", reasons=joined(reasons)) if reasons else ""
+    count = sum(map(len, by_reason.values()))
+    template = "leaves {count} of {total} linear layers as they are{because}"
+    return said(template, count=count, total=total, because=because)

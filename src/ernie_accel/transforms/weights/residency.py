@@ -94,7 +94,9 @@ class Residency(Transform):
         planned = context.planned(pipe)
         sizes = sizes_of(pipe, planned)
         layout, staying = self._layout(sizes), _staying(sizes)
-        changes = tuple(_describe(layout)) or (f"all weights stay on {self.device or context.device}",)
+        changes = tuple(_describe(layout)) or (
+            said("all weights stay on {device}", device=self.device or context.device),
+        )
         return Preview(changes, note=said("{size} of weights on the device", size=human_bytes(layout.nbytes + staying)))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
@@ -156,10 +158,16 @@ def _describe(layout: Layout) -> Iterator[str]:
         fetched = [name for name in names if name in moving and name not in layout.streamed]
         if streamed:
             size = human_bytes(sum(layout.sizes[name] for name in streamed))
-            yield f"{component}: {len(streamed)} of {len(names) - 1} blocks ({size}) streamed at every step"
+            yield said(
+                "{component}: {count} of {all} blocks ({size}) streamed at every step",
+                component=component,
+                count=len(streamed),
+                all=len(names) - 1,
+                size=size,
+            )
         if fetched:
             size = human_bytes(sum(layout.sizes[name] for name in fetched))
-            yield f"{component}: {size} fetched when its turn comes"
+            yield said("{component}: {size} fetched when its turn comes", component=component, size=size)
 
 
 def _mover_back(module: torch.nn.Module) -> Any:
