@@ -9,7 +9,7 @@ import os
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -93,7 +93,7 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
     def declare(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
-        def in_language(*, lang: str | None = None, **given: Any) -> None:
+        def in_language(*, lang: str | None = None, **given: object) -> None:
             if lang is not None:
                 speak(_language(lang))
             function(**given)

@@ -55,7 +55,7 @@ def batch_command(table: Path, **given: Any) -> None:
 def _parameter(option: Option) -> inspect.Parameter:
     """Return an option as typer reads one; not given is None, so that a job file can say it."""
     declared: Any = list[str] if option.kind is tuple else option.kind
-    annotation: Any
+    annotation: object
     if option.name == "input_file":
         annotation, default = Annotated[declared, typer.Argument(help=option.help)], inspect.Parameter.empty
     else:
@@ -405,7 +405,7 @@ def _load_plain(
     transformer: Path | None = None,
     prompt_enhancer: bool,
     without: tuple[str, ...] = (),
-) -> Any:
+) -> object:
     """Load a pipeline that `save` did not write, and apply a preset; `without` names slots that are left out."""
     from ernie_accel.api import optimize, plan
     from ernie_accel.core.errors import UnsupportedError

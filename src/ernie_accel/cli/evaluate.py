@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ernie_accel.core.transform import Transform
 
 #: bfloat16 against float32, as people check a port: small, few steps, one seed.
-CLASSIC: dict[str, Any] = {"width": 256, "height": 256, "num_inference_steps": 8, "seed": 42}
+CLASSIC: dict[str, object] = {"width": 256, "height": 256, "num_inference_steps": 8, "seed": 42}
 
 #: What the embedded model is good at.
 EMBEDDED: dict[str, Any] = {"width": SIZE_PX[0], "height": SIZE_PX[1], "num_inference_steps": 8, "guidance_scale": 1.0}

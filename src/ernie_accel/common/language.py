@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 LANGUAGES = ("en", "zh")
 VARIABLE = "ERNIE_ACCEL_LANG"
@@ -21,10 +20,10 @@ class Message(str):
     """An English text that knows its template and fields. As a string it is the English text and nothing else."""
 
     template: str | None = None
-    fields: Mapping[str, Any] = {}
+    fields: Mapping[str, object] = {}
 
 
-def said(template: str, **fields: Any) -> Message:
+def said(template: str, **fields: object) -> Message:
     """Return a message in English, which `localized` can translate later; fields may be messages, too."""
     message = Message(template.format(**fields))
     message.template, message.fields = template, fields
@@ -49,7 +48,7 @@ def localized(text: str) -> str:
     return CATALOGUE.get(text.template, text.template).format(**fields)
 
 
-def say(template: str, **fields: Any) -> str:
+def say(template: str, **fields: object) -> str:
     """Return a message in the reader's language."""
     return localized(said(template, **fields))
 

@@ -47,7 +47,7 @@ class StandInForward(ABC):
         """The arguments: those of the forward underneath."""
         return inspect.signature(self.inner or MethodType(type(self.module).forward, self.module))
 
-    def inner_forward(self, *args: Any, **kwargs: Any) -> Any:
+    def inner_forward(self, *args: object, **kwargs: object) -> Any:
         """Return what the forward underneath gives."""
         if self.inner is not None:
             return self.inner(*args, **kwargs)
@@ -106,10 +106,10 @@ class StandInMethod(ABC):
         self.owner, self.name = owner, name
         inner = vars(owner).get(name)
         is_own = isinstance(inner, MethodType) and inner.__self__ is owner and inner.__name__ == name
-        self.inner: Callable[..., Any] | None = None if is_own else inner
+        self.inner: Callable[..., object] | None = None if is_own else inner
 
     @abstractmethod
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> object:
         """Return what the method gives."""
 
     @property
@@ -117,15 +117,15 @@ class StandInMethod(ABC):
         """The arguments: those of the method underneath."""
         return inspect.signature(self._inner())
 
-    def call_inner(self, *args: Any, **kwargs: Any) -> Any:
+    def call_inner(self, *args: object, **kwargs: object) -> Any:
         """Return what the method underneath gives."""
         return self._inner()(*args, **kwargs)
 
-    def _inner(self) -> Callable[..., Any]:
+    def _inner(self) -> Callable[..., object]:
         if self.inner is not None:
             return self.inner
         cls = type(self.owner)
-        found: Callable[..., Any] = inspect.getattr_static(cls, self.name).__get__(self.owner, cls)
+        found: Callable[..., object] = inspect.getattr_static(cls, self.name).__get__(self.owner, cls)
         return found
 
 
@@ -137,10 +137,10 @@ class Bound:
     name, or over the class's own, is not found.
     """
 
-    function: Callable[..., Any]
+    function: Callable[..., object]
     owner: object
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         return self.function(self.owner, *args, **kwargs)
 
     @property
@@ -180,7 +180,7 @@ def shadow(module: nn.Module) -> Any:
     return made
 
 
-def rebound(forward: Any, owner: nn.Module, other: nn.Module) -> Any:
+def rebound(forward: object, owner: nn.Module, other: nn.Module) -> Any:
     """Return `forward`, which calls `owner`, so that it calls `other`.
 
     Raises:

@@ -13,7 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -79,8 +79,13 @@ class Turns(CallLayer):
     outermost: ClassVar[bool] = True
 
     def call(
-        self, inner: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
-    ) -> Any:
+        self,
+        inner: Callable[..., object],
+        signature: inspect.Signature,
+        pipe: Pipeline,
+        *args: object,
+        **kwargs: object,
+    ) -> object:
         with turn_of(pipe):
             return inner(pipe, *args, **kwargs)
 

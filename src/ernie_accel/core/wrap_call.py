@@ -46,8 +46,13 @@ class CallLayer(ABC):
 
     @abstractmethod
     def call(
-        self, inner: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
-    ) -> Any:
+        self,
+        inner: Callable[..., object],
+        signature: inspect.Signature,
+        pipe: Pipeline,
+        *args: object,
+        **kwargs: object,
+    ) -> object:
         """Return what the pipe gives; ``inner(pipe, *args, **kwargs)``, of that signature, is the call underneath."""
 
 
@@ -107,7 +112,7 @@ def _layered(cls: type, layer: CallLayer) -> type:
     signature = inspect.signature(inner)
 
     @wraps(inner)
-    def __call__(self: Pipeline, *args: object, **kwargs: object) -> Any:
+    def __call__(self: Pipeline, *args: object, **kwargs: object) -> object:
         return layer.call(inner, signature, self, *args, **kwargs)
 
     __call__.__signature__ = layer.signature(signature)  # type: ignore[attr-defined]
@@ -148,13 +153,18 @@ class Defaults(CallLayer):
         return inner.replace(parameters=parameters)
 
     def call(
-        self, inner: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
-    ) -> Any:
+        self,
+        inner: Callable[..., object],
+        signature: inspect.Signature,
+        pipe: Pipeline,
+        *args: object,
+        **kwargs: object,
+    ) -> object:
         given = signature.bind_partial(pipe, *args, **kwargs).arguments
         return inner(pipe, *args, **{name: v for name, v in self.values.items() if name not in given}, **kwargs)
 
 
-def new_defaults(pipe: Pipeline, wanted: dict[str, Any]) -> tuple[str, ...]:
+def new_defaults(pipe: Pipeline, wanted: dict[str, object]) -> tuple[str, ...]:
     """Return what `Defaults` would change, as "name old -> new"; arguments have to be those of the call."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     return tuple(
@@ -171,8 +181,13 @@ class _Around(CallLayer):
     attribute: str
 
     def call(
-        self, inner: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
-    ) -> Any:
+        self,
+        inner: Callable[..., object],
+        signature: inspect.Signature,
+        pipe: Pipeline,
+        *args: object,
+        **kwargs: object,
+    ) -> object:
         bound = signature.bind(pipe, *args, **kwargs)
         bound.apply_defaults()
         arguments = dict(bound.arguments)

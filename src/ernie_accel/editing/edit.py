@@ -125,7 +125,7 @@ def refine(
     guidance_scale: float = SECOND_PASS["guidance_scale"],
     generator: torch.Generator | list[torch.Generator] | None = None,
     num_images_per_prompt: int = 1,
-    first: Mapping[str, Any] | None = None,
+    first: Mapping[str, object] | None = None,
     **second: Any,
 ) -> Any:
     """Draw with a distilled pipe, then go over the picture with the base pipe, which removes the grid of the first.
@@ -181,8 +181,8 @@ def draw_from(
     width: int | None,
     latents: torch.Tensor | None,
     call: Mapping[str, Any],
-    draw: Callable[..., Any] | None = None,
-) -> Any:
+    draw: Callable[..., object] | None = None,
+) -> object:
     """Do what `image_to_image` and, with a mask, `inpaint` say; `draw` is called in the place of the pipe itself."""
     strength = check_strength(strength)
     pictures = as_pictures(image)
@@ -193,7 +193,7 @@ def draw_from(
     pipe = _checked(given, draw)
     arguments = dict(call) | {"prompt": prompt}
     rows, each = _rows(arguments, pictures, masks)
-    draw = draw or cast(Callable[..., Any], pipe)
+    draw = draw or cast(Callable[..., object], pipe)
     inspect.signature(draw).bind(**arguments, height=1, width=1, latents=None)
 
     size = height or pictures.shape[-2], width or pictures.shape[-1]
@@ -310,7 +310,7 @@ def _encode(pipe: Pipeline, pictures: torch.Tensor) -> torch.Tensor:
     return encoded
 
 
-def _unenhanced(pipe: Pipeline) -> dict[str, Any]:
+def _unenhanced(pipe: Pipeline) -> dict[str, object]:
     """Return the argument that keeps a pipe from enhancing its prompts, if it does."""
     enhancement = family_of(pipe).prompt_enhancement
     return {} if enhancement is None else {enhancement.switch: False}

@@ -85,7 +85,7 @@ class LateStart:
         self.latents.copy_(self._noise if begin == 0 else self._noised(0))
         self._begun = True
 
-    def _step(self, inner: Callable[..., Any], *args: object, **kwargs: object) -> Any:
+    def _step(self, inner: Callable[..., Any], *args: object, **kwargs: object) -> object:
         bound = inspect.signature(inner).bind(*args, **kwargs).arguments
         if not self._stepped and bound["sample"].data_ptr() != self.latents.data_ptr():
             raise ErnieAccelError(
@@ -110,7 +110,7 @@ class LateStart:
         sigma = self._scheduler.sigmas[index].to(self._encoded.device)
         return torch.lerp(self._encoded.float(), self._noise.float(), sigma)
 
-    def _progress_bar(self, inner: Callable[..., Any], iterable: Any = None, total: int | None = None) -> Any:
+    def _progress_bar(self, inner: Callable[..., object], iterable: object = None, total: int | None = None) -> object:
         if total is not None:
             total = min(total, len(self._scheduler.timesteps))
         return inner(iterable, total)
@@ -119,9 +119,9 @@ class LateStart:
 class _Instead:
     """A method that another one is called in the place of, with it as the first argument; of the same signature."""
 
-    def __init__(self, inner: Callable[..., Any], instead: Callable[..., Any]) -> None:
+    def __init__(self, inner: Callable[..., object], instead: Callable[..., object]) -> None:
         self._inner, self._instead = inner, instead
         self.__signature__ = inspect.signature(inner)
 
-    def __call__(self, *args: object, **kwargs: object) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         return self._instead(self._inner, *args, **kwargs)

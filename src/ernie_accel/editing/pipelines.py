@@ -53,8 +53,8 @@ class _FromPicture(ErnieImagePipeline):  # type: ignore[misc]  # diffusers comes
         height: int | None,
         width: int | None,
         latents: torch.Tensor | None,
-        call: dict[str, Any],
-    ) -> Any:
+        call: dict[str, object],
+    ) -> object:
         source, mine = self._drawn_by, self.components
         if source is not None and not report_of(self).entries:
             its = source.components

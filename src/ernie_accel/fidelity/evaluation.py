@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ernie_accel.common.text import html_lines, html_table, human_bytes
 from ernie_accel.core.context import Context
@@ -149,7 +149,7 @@ class Evaluation:
     pictures: tuple[Compared, ...]
     total: Fidelity
     thresholds: Thresholds
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     repeats: int
     context: Context
     notes: tuple[str, ...] = ()

@@ -82,7 +82,7 @@ class Fp8Linear(nn.Module):
 
     # A pickle of a float8 tensor cannot be loaded (torch 2.13), so it travels as bytes.
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         if self.weight.dtype != torch.float8_e4m3fn:
             return dict(vars(self))
         return {**vars(self), "_buffers": {**self._buffers, "weight": self.weight.view(torch.uint8)}}

@@ -313,7 +313,7 @@ class LowRankProduct(nn.Module):
             self.wide = self.down = self.factor = self._layout = self._seen = None
             self._slots = []
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+    def _apply(self, *args: object, **kwargs: object) -> object:
         """Move or cast everything, as `nn.Module` does; a weight that was moved has no spare columns."""
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         if self.wide is None or self.wide.data_ptr() != self.weight.data_ptr():
@@ -350,10 +350,10 @@ class LowRankProduct(nn.Module):
             up[term.start : term.start + len(term.up), at : at + rank].copy_(term.up.float() * term.scale)
             at += rank
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # What it knows tensors by are addresses; and what is made of the adapters is made again.
         made = {"down": None, "up": None, "factor": None}
-        others: dict[str, Any] = {"wide": None, "_seen": None, "_layout": None, "_slots": [], "_kept": KeptTerms()}
+        others: dict[str, object] = {"wide": None, "_seen": None, "_layout": None, "_slots": [], "_kept": KeptTerms()}
         return {**vars(self), **others, "_buffers": {**self._buffers, **made}}
 
     def extra_repr(self) -> str:
@@ -454,7 +454,7 @@ def terms_of(places: tuple[Place, ...]) -> Iterator[Term]:
 class Merge(StandInMethod):
     """`merge` or `unmerge` of PEFT's layer around a site, which has no weight."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
+    def __call__(self, *args: object, **kwargs: object) -> None:
         site = site_of(cast(nn.Module, self.owner))
         if site is None:
             self.call_inner(*args, **kwargs)

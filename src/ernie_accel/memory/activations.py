@@ -28,7 +28,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live: dict[int, int] = {}
         self._known = known
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
         try:
             result = func(*args, **(kwargs or {}))
         except DataDependentOutputException:
@@ -80,7 +80,7 @@ def peak_of(module: nn.Module, run: Callable[[Any], object], length: int = 1) ->
 
 def _without_data(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """Return a copy of a module with tensors that have shape, dtype and strides only."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     with mode:
         for tensor in (*module.parameters(), *module.buffers()):
             memo[id(tensor)] = _like(tensor)

@@ -177,9 +177,9 @@ def _facts(module: nn.Module) -> str | None:
 
 def without_weights(pipe: Pipeline) -> Pipeline:
     """Return a pipe like this one, as it is now, whose weights are on the meta device."""
-    parts: dict[str, Any] = dict(pipe.components)
+    parts: dict[str, object] = dict(pipe.components)
     for name, module in modules_of(pipe).items():
-        memo: dict[int, Any] = {}
+        memo: dict[int, object] = {}
         for tensor in (*module.parameters(), *module.buffers()):
             bare = tensor.detach().to("meta")
             memo[id(tensor)] = nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare

@@ -260,7 +260,7 @@ def update_products(transformer: nn.Module, *_: object) -> None:
 class ChecksAdapters(StandInMethod):
     """`load_lora_adapter` of a model that takes adapters as it is, which refuses one that does not match it."""
 
-    def __call__(self, *args: object, **kwargs: object) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Load an adapter.
 
         Raises:
@@ -271,7 +271,7 @@ class ChecksAdapters(StandInMethod):
 
     def _checked(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, on_kernels: bool
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
         """Return the arguments, with weights in place of a path to them.
 
         Raises:
@@ -337,7 +337,7 @@ def check_adapters(model: nn.Module, undo: Undo) -> None:
 
 
 def fetched(
-    source: Any, kwargs: dict[str, Any], *, allow_pickle: bool = False
+    source: object, kwargs: dict[str, object], *, allow_pickle: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the weights of an adapter, and the arguments that are left for who loads them."""
     if isinstance(source, dict):
@@ -453,7 +453,7 @@ def _tensor_problem(path: str, kind: str, tensor: Tensor, site: Site) -> str | N
     return None if is_down or is_up or kind == "alpha" else f"{path} gets {kind}, which the kernels do not know"
 
 
-def config_problems(config: Any) -> list[str]:
+def config_problems(config: object) -> list[str]:
     """Return why the kernels cannot take an adapter of this configuration; empty if they can."""
     kind = type(config).__name__
     if kind != "LoraConfig":
@@ -516,7 +516,7 @@ def _refusal(name: str, problems: list[str]) -> ErnieAccelError:
 class ThenTidy(StandInMethod):
     """A method of a transformer that removes adapters; sites that nobody uses go with them."""
 
-    def __call__(self, *args: object, **kwargs: object) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         result = self.call_inner(*args, **kwargs)
         close_sites(cast(nn.Module, self.owner), only_if_unused=True)
         return result
@@ -525,7 +525,7 @@ class ThenTidy(StandInMethod):
 class Merges(StandInMethod):
     """`fuse_lora` of a transformer, which asks all layers before it changes one."""
 
-    def __call__(self, *args: object, **kwargs: object) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Merge the active adapters into the weights.
 
         Raises:

@@ -43,13 +43,13 @@ class InductorIn:
     mode: str | None
     dynamic: bool | None
 
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., object]:
         from torch._inductor import compile as inductor
         from torch._inductor import list_mode_options
 
         options = list_mode_options(self.mode, self.dynamic) if self.mode else None
         with _files_in(Path(self.folder)):
-            compiled: Callable[..., Any] = inductor(graph, inputs, options=options)
+            compiled: Callable[..., object] = inductor(graph, inputs, options=options)
         return compiled
 
 
@@ -62,7 +62,7 @@ def compile_module(
     mode: str | None = None,
 ) -> None:
     """Compile a module in place; with a folder, what inductor makes is kept there (see `InductorIn`)."""
-    limit: dict[str, Any] = {}
+    limit: dict[str, object] = {}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch before it knows a global one alone
         limit["recompile_limit"] = RECOMPILE_LIMIT
     if folder is None:

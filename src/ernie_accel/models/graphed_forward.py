@@ -61,7 +61,7 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
         named = self._named
         return cast(RewrittenModel, importlib.import_module(named) if isinstance(named, str) else named)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> object:
+    def __call__(self, *args: Any, **kwargs: object) -> object:
         arguments = dict(zip(self._blocks.FORWARD_ARGUMENTS, args, strict=False)) | kwargs
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._blocks.serves(arguments):
             return self.inner_forward(**arguments)
@@ -106,7 +106,7 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
             static.copy_(x)
         return self._graphs.run(key, partial(self._work, arguments, inputs)).clone()
 
-    def _work(self, arguments: Mapping[str, Any], inputs: _Inputs) -> Tensor:
+    def _work(self, arguments: Mapping[str, object], inputs: _Inputs) -> Tensor:
         static = {**inputs.steps, self._blocks.PICTURE_INPUT: inputs.text, "at": inputs.at, "return_dict": False}
         sample: Tensor = self.inner_forward(**{**arguments, **static})[0]
         return sample

@@ -39,7 +39,7 @@ class _Given:
         # Tensors of inference mode have no version, so their values are kept.
         self._copies = {name: self.values[name].clone() for name, known in self._versions.items() if known is None}
 
-    def are(self, others: Mapping[str, Any]) -> bool:
+    def are(self, others: Mapping[str, object]) -> bool:
         """Return whether `others` are these arguments: the same tensors, unchanged, and otherwise equal values."""
         return others.keys() == self.values.keys() and all(
             self._is(name, value, others[name]) for name, value in self.values.items()
@@ -170,13 +170,13 @@ class GuidedForward(StandInForward):
     def _model(self) -> RewrittenModel:
         return cast(RewrittenModel, named_object(self._rewritten))
 
-    def _learn(self, picture: _Picture, step: dict[str, Any], text: dict[str, Any]) -> None:
+    def _learn(self, picture: _Picture, step: dict[str, object], text: dict[str, object]) -> None:
         """Remember a call that is computed on its own, and what it says about the steps to come."""
         last, picture.last = picture.last, (_Given(step), _Given(text))
         if picture.wasted < _MOST_WASTED and last is not None and last[0].are(step) and not last[1].are(text):
             picture.pair, picture.pairs = _Pair(last[1], picture.last[1]), True
 
-    def _is_joinable(self, step: Mapping[str, Any], pair: _Pair) -> bool:
+    def _is_joinable(self, step: Mapping[str, object], pair: _Pair) -> bool:
         """Return whether both calls can be one batch, without a mask that slows attention down."""
         model, first, second = self._model, pair.first.values, pair.second.values
         inputs = [step.get(name) for name in model.STEP_INPUTS]
@@ -193,7 +193,7 @@ class GuidedForward(StandInForward):
         lengths = {*model.host_facts({**step, **first}), *model.host_facts({**step, **second})}
         return len(lengths) == 1 or texts[0][0].device.type == "cpu"
 
-    def _joined(self, step: Mapping[str, Any], pair: _Pair) -> dict[str, Any]:
+    def _joined(self, step: Mapping[str, Any], pair: _Pair) -> dict[str, object]:
         """Return the arguments of one call that computes both."""
         if pair.joined is None:
             second = pair.second.values
@@ -209,7 +209,7 @@ class EncodeBoth(StandInMethod):
         self._prompt = prompt
         super().__init__(pipe, name)
 
-    def __call__(self, *args: object, **kwargs: object) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         found, picture, count = self.call_inner(*args, **kwargs), _picture.get(), len(self._prompt)
         if picture is not None and isinstance(found, tuple) and [*map(_is_tensor, found)] == [True] * 2 * count:
             first, second = (dict(zip(self._prompt, some, strict=True)) for some in (found[:count], found[count:]))

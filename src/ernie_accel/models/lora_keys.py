@@ -75,7 +75,7 @@ def as_diffusers(weights: Mapping[str, Tensor], paths: list[str], prefix: str = 
 class ReadsForeignKeys(StandInMethod):
     """`lora_state_dict` of a pipe for whose model diffusers converts no names of kohya's trainers or of ComfyUI."""
 
-    def __call__(self, source: Any, **kwargs: object) -> Any:
+    def __call__(self, source: object, **kwargs: object) -> object:
         """Return the weights of a LoRA under diffusers' names, and its metadata if asked.
 
         Raises:

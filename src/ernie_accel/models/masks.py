@@ -151,7 +151,7 @@ class _MaskHook:
     def __init__(self, change: Callable[[Tensor], Tensor | None], position: int, name: str) -> None:
         self._change, self._position, self._name = change, position, name
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         if len(args) > self._position:
             if args[self._position] is None:
                 return None

@@ -30,7 +30,7 @@ class ByMask:
 BY_MASK = Note("by_mask", ByMask, "processor", "which processors it hands calls to, with a mask and without")
 
 
-def processor_for(processor: Any, mask: object) -> Any:
+def processor_for(processor: object, mask: object) -> Any:
     """Return the processor that computes a call with this mask (None: without one)."""
     by_mask = BY_MASK.of(processor)
     if by_mask is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 from torch import Tensor, nn
 
@@ -71,19 +71,19 @@ class RewrittenModel(Protocol):
     def rewrite(self, pipe: Pipeline, undo: Undo, fuse: bool) -> dict[str, str]:
         """Rewrite the transformer of `pipe` in place; return what could not be fused: path -> reason."""
 
-    def token_count(self, transformer: nn.Module, arguments: Mapping[str, Any]) -> int:
+    def token_count(self, transformer: nn.Module, arguments: Mapping[str, object]) -> int:
         """Return the image tokens of all pictures of a batch, given the arguments of a forward."""
 
-    def serves(self, arguments: Mapping[str, Any]) -> bool:
+    def serves(self, arguments: Mapping[str, object]) -> bool:
         """Return whether `prepare`, and a captured forward, can serve these arguments of a forward."""
 
-    def host_facts(self, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    def host_facts(self, arguments: Mapping[str, object]) -> tuple[int, ...]:
         """Return what `prepare` depends on besides shapes, as known on the host: prompt lengths, for example."""
 
-    def prepare(self, transformer: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, PreparedPositions]:
+    def prepare(self, transformer: nn.Module, arguments: Mapping[str, object]) -> tuple[Tensor, PreparedPositions]:
         """Return encoded prompt and positions, which the forward takes as ``at=``."""
 
-    def as_output(self, sample: Tensor, arguments: Mapping[str, Any]) -> object:
+    def as_output(self, sample: Tensor, arguments: Mapping[str, object]) -> object:
         """Return `sample` in the form that the caller of the forward asked for."""
 
 

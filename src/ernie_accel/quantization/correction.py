@@ -54,7 +54,7 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     return out
 
 
-def _reduced(self: Any, protocol: Any) -> tuple[Any, ...]:
+def _reduced(self: Any, protocol: object) -> tuple[Any, ...]:
     """Copy and pickle by the class it was made from: the class it has is in no module."""
     return (_new, (self.quantized_class,), *self.quantized_class.__reduce_ex__(self, protocol)[2:])
 

@@ -11,7 +11,7 @@ from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 class CopyableGGUFLinear(GGUFLinear):  # type: ignore[misc]
     """A ``GGUFLinear`` whose state holds its blocks as a plain tensor, beside what they are encoded as."""
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # Rebuilding a GGUFParameter takes its quant_type, which copy and pickle of torch's parameters do not hand on.
         weight = self.weight
         if not isinstance(weight, GGUFParameter):  # a script gave it another

@@ -48,7 +48,7 @@ def refuse_loras(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:
 def refuse_unmerging(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:
     """Make the pipe and these components refuse to take a merged LoRA out of quantized weights, in place."""
     modules = modules_of(pipe, components)
-    owners: list[Any] = [pipe, *modules.values()]
+    owners: list[object] = [pipe, *modules.values()]
     for owner in owners:
         for name in _UNMERGING:
             if hasattr(owner, name):
@@ -67,7 +67,7 @@ _UNMERGING = ("unfuse_lora", "disable_lora", "disable_adapters")
 class _Unmerging(StandInMethod):
     """A method that makes PEFT take merged LoRAs out of the weights, layer by layer, up to the first that cannot."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Do it.
 
         Raises:
@@ -101,7 +101,7 @@ class _UnmergingLayer(_Unmerging):
         super().__init__(layer, "unmerge")
         self._model = model
 
-    def _modules(self, *args: Any, **kwargs: Any) -> list[torch.nn.Module]:
+    def _modules(self, *args: object, **kwargs: object) -> list[torch.nn.Module]:
         return [self._model]
 
 
@@ -132,8 +132,8 @@ class _LoadStateDict(StandInMethod):
     """`load_state_dict`, for weights that are quantized in the same way: torch would load the others, then raise."""
 
     def __call__(
-        self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False, **kwargs: Any
-    ) -> Any:
+        self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False, **kwargs: object
+    ) -> object:
         """Load weights.
 
         Raises:

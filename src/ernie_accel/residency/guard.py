@@ -65,7 +65,7 @@ class _LoadLora(StandInMethod):
 
     def __call__(
         self, weights: object, prefix: str | None = "transformer", hotswap: bool = False, **kwargs: object
-    ) -> Any:
+    ) -> object:
         """Load a LoRA beside those that are there.
 
         Raises:
@@ -75,7 +75,7 @@ class _LoadLora(StandInMethod):
             raise _refusal(self.owner, "load_lora_adapter(hotswap=True)")
         # diffusers asks for the state dict, of which it reads nothing, and loads one with the adapter's weights alone.
         state = vars(self.owner)
-        refused: dict[str, Any] = {n: state.pop(n) for n in ("state_dict", "load_state_dict") if n in state}
+        refused: dict[str, object] = {n: state.pop(n) for n in ("state_dict", "load_state_dict") if n in state}
         try:
             return self.call_inner(weights, prefix=prefix, hotswap=False, **kwargs)
         finally:

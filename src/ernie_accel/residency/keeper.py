@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -233,9 +233,9 @@ class Gate:
 
     def __init__(self, keeper: Keeper, name: str, block: nn.Module) -> None:
         self.keeper, self.name, self.block = keeper, name, block
-        self.inner: Callable[..., Any] | None = block._compiled_call_impl
+        self.inner: Callable[..., object] | None = block._compiled_call_impl
 
-    def __call__(self, *args: object, **kwargs: object) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         self.keeper.need(self.name)
         inner = self.inner or self.block._call_impl
         result = inner(*args, **kwargs)

@@ -49,7 +49,7 @@ class Mover(ABC):
         """Copy once all is computed that was launched so far; return what `wait` takes. Does not wait itself."""
 
     @abstractmethod
-    def wait(self, ticket: Any) -> None:
+    def wait(self, ticket: object) -> None:
         """Have what is launched from here on wait for that copy."""
 
     def pin(self, sources: Iterable[Tensor]) -> None:  # noqa: B027  most need not
@@ -72,7 +72,7 @@ class StreamMover(Mover):
             device = torch.device(device.type, self._kind.current_device())
         super().__init__(device)
         self._stream = self._kind.Stream(device)
-        self._readers: dict[Any, None] = {}  # streams that waited for a copy, and may still read what it brought
+        self._readers: dict[object, None] = {}  # streams that waited for a copy, and may still read what it brought
         self._pins = _Pins(self._kind, device, self._stream)
         # Memory that is freed while it is pinned cannot be copied from when it is used again, so a pipe that is dropped
         # unpins as one that is restored does. At exit the device may be gone already, and so is the memory.
@@ -103,7 +103,7 @@ class StreamMover(Mover):
         arrived.record(self._stream)
         return arrived
 
-    def wait(self, ticket: Any) -> None:
+    def wait(self, ticket: object) -> None:
         if self.is_capturing():
             return  # a graph may not wait for what is outside of it; whoever replays it has waited (`bring_whole`)
         stream = self._kind.current_stream(self.device)

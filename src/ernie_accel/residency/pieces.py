@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -182,7 +181,7 @@ def unused_parts(pipe: Pipeline, name: str, module: nn.Module) -> Iterator[nn.Mo
     encoding = family_of(pipe).prompt_encoding
     if name == "text_encoder" and encoding is not None:
         for path in encoding.unused:
-            part: Any = module
+            part: object = module
             for step in path.split("."):
                 part = getattr(part, step, None)
             if isinstance(part, nn.Module):

@@ -84,7 +84,7 @@ def start_at_a_step(pipe: object, undo: Undo) -> None:
         undo.setattr(pipe, "get_timesteps", Bound(_get_timesteps, pipe))
 
 
-def _get_timesteps(self: Any, num_inference_steps: int, *args: object, **kwargs: object) -> Any:
+def _get_timesteps(self: Any, num_inference_steps: int, *args: object, **kwargs: object) -> object:
     """Return what the pipeline's own method does, for the number of steps, not of evaluations."""
     scheduler, stepping = self.scheduler, installed(self.scheduler)
     if stepping is None:

@@ -26,7 +26,7 @@ def assemble(folder: Path, index: Index, model: Callable[[str, type[object]], to
     Raises:
         SavedPipelineError: A part cannot be made from what the folder holds.
     """
-    parts: dict[str, Any] = dict.fromkeys(getattr(index.pipeline_class, "_optional_components", ()))
+    parts: dict[str, object] = dict.fromkeys(getattr(index.pipeline_class, "_optional_components", ()))
     for name, cls in index.parts.items():
         with reading(folder, name):
             parts[name] = None if cls is None else _part(folder / name, name, cls, model)
@@ -36,7 +36,7 @@ def assemble(folder: Path, index: Index, model: Callable[[str, type[object]], to
     return pipe
 
 
-def _part(place: Path, name: str, cls: type[Any], model: Callable[[str, type[object]], torch.nn.Module]) -> Any:
+def _part(place: Path, name: str, cls: type[Any], model: Callable[[str, type[object]], torch.nn.Module]) -> object:
     import transformers
 
     if issubclass(cls, torch.nn.Module):

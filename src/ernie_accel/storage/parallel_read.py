@@ -159,7 +159,7 @@ def stored_tensors(file: Path) -> dict[str, Stored]:
         names = set(opened.keys())
     with file.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
-        header: dict[str, Any] = json.loads(raw.read(length))
+        header: dict[str, object] = json.loads(raw.read(length))
     return dict(_each(header, names, 8 + length))
 
 

@@ -66,7 +66,7 @@ def cached(model: str) -> Path | None:
 
 def _of_folder(folder: Path, dtype: torch.dtype) -> CallablePipeline:
     index = vet(folder)
-    parts: dict[str, Any] = dict.fromkeys(getattr(index.pipeline_class, "_optional_components", ()))
+    parts: dict[str, object] = dict.fromkeys(getattr(index.pipeline_class, "_optional_components", ()))
     for name, cls in index.parts.items():
         if cls is None or not issubclass(cls, torch.nn.Module):
             parts[name] = None if cls is None else _placeholder(folder / name, cls)
@@ -75,7 +75,7 @@ def _of_folder(folder: Path, dtype: torch.dtype) -> CallablePipeline:
     return _finished(index.pipeline_class(**parts, **index.settings))
 
 
-def _placeholder(place: Path, cls: type[Any]) -> Any:
+def _placeholder(place: Path, cls: type[Any]) -> object:
     if "Scheduler" in cls.__name__:
         return cls.from_pretrained(str(place), local_files_only=True)
     return _tokenizer()
@@ -84,7 +84,7 @@ def _placeholder(place: Path, cls: type[Any]) -> Any:
 def _of_checkpoint(checkpoint: Checkpoint, dtype: torch.dtype) -> CallablePipeline:
     import diffusers
 
-    parts: dict[str, Any] = {name: _bare(_model(model), dtype) for name, model in checkpoint.models.items()}
+    parts: dict[str, object] = {name: _bare(_model(model), dtype) for name, model in checkpoint.models.items()}
     parts |= {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), "tokenizer": _tokenizer()}
     if "pe" in parts:
         parts["pe_tokenizer"] = _tokenizer()
@@ -117,7 +117,7 @@ def _finished(pipe: Any) -> CallablePipeline:
     return made
 
 
-def _tokenizer() -> Any:
+def _tokenizer() -> object:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from PIL import Image
 
@@ -141,7 +141,7 @@ class Request:
     lora_scale: float | None = None
     enhance: bool = True
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         """Return what is given, prompt included, by the names that diffusers pipelines use."""
         named = {
             "prompt": self.prompt,

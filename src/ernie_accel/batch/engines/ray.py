@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 #: Ray comes without types: the package, a handle of an actor, and a reference to what is in its store.
 _Ray: TypeAlias = Any
 _Actor: TypeAlias = Any
-_Reference: TypeAlias = Any
+_Reference: TypeAlias = object
 #: The largest batch, the identity, the tokenizer and the call of an actor's engine.
 _Description: TypeAlias = "tuple[int, dict[str, str], Tokenizer | None, CallSignature]"
 

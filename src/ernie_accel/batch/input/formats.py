@@ -324,7 +324,7 @@ def _python_values(column: Any) -> list[object]:
     return values
 
 
-def _readable(kind: Any, utc: bool = False) -> Any:
+def _readable(kind: Any, utc: bool = False) -> object:
     """Return the Arrow type in which a type is read: dates and times as text.
 
     Args:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import NoReturn, TypeAlias
 
 from ernie_accel.batch.errors import BatchInputError, Problem, listed, shown
 from ernie_accel.batch.input.formats import Records
 from ernie_accel.batch.input.row import Row
 from ernie_accel.batch.input.table import rows_of
 
-Rows: TypeAlias = Any
+Rows: TypeAlias = object
 """`Row` objects, prompts, mappings with a prompt (any iterable of one of these), or a data frame with such a column."""
 
 _EXPECTED = "expected rows: prompts, dicts such as {'prompt': 'a red mug'}, a data frame, or what read_table returns"
@@ -108,7 +108,7 @@ def _values(rows: Rows) -> Iterator[object]:
     return iter(rows)
 
 
-def _reader(frame: Any) -> Callable[[], Iterable[Mapping[str, object]]] | None:
+def _reader(frame: object) -> Callable[[], Iterable[Mapping[str, object]]] | None:
     """Return what gives a data frame's rows as mappings; None: it is none. No data frame library is imported."""
     if hasattr(frame, "iter_rows") and hasattr(frame, "columns"):  # polars
         return lambda: frame.iter_rows(named=True)

@@ -132,7 +132,7 @@ def plan_job(table: Path, given: Mapping[str, object]) -> Job:
     """
     problems = _Problems()
     described = _read_job(table, problems)
-    options: dict[str, Any] = {"input_file": table} if described is None else described
+    options: dict[str, object] = {"input_file": table} if described is None else described
     options |= _options(given, Path(), problems)
     return _planned(table, options, problems)
 

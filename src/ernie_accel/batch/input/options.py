@@ -318,7 +318,7 @@ class Option:
     names: Names
     kind: type
     optional: bool
-    default: Any
+    default: object
     help: str
     low: float | None
     high: float | None
@@ -366,7 +366,7 @@ def _checker(name: str) -> TypeAdapter[Any]:
     return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
-def check_option(name: str, value: object) -> tuple[Any, str | None]:
+def check_option(name: str, value: object) -> tuple[object, str | None]:
     """Return an option's value as `Options` holds it, and what was expected instead (None: it is right).
 
     The value is None where it is of another type, and what was given where it is only out of range.

@@ -62,7 +62,7 @@ def _loader() -> Any:
             self.depth -= 1
             return node
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[object, Any]:
             seen = set()
             for key, _ in node.value:
                 if key.tag != "tag:yaml.org,2002:str":
@@ -75,7 +75,7 @@ def _loader() -> Any:
     def _refused(problem: str, at: Any) -> ConstructorError:
         return ConstructorError(None, None, problem, at.start_mark)
 
-    resolvers: dict[Any, Any] = {}
+    resolvers: dict[object, object] = {}
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items():
         kept = [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] in _KEPT]
         resolvers[first] = kept

@@ -131,7 +131,7 @@ class _Server(socketserver.ThreadingTCPServer):
         self._open: dict[socket.socket, float] = {}  # and when each was accepted, the oldest first
         super().__init__(address, _Answer)  # type: ignore[arg-type]  # as getaddrinfo returns it, IPv6 too
 
-    def process_request(self, request: Any, client_address: Any) -> None:
+    def process_request(self, request: Any, client_address: object) -> None:
         """Answer in a thread of its own. Where all are taken, end the connection that has been silent for longest."""
         if not self._free.acquire(blocking=False):
             self._end(most=1)
@@ -146,7 +146,7 @@ class _Server(socketserver.ThreadingTCPServer):
             self._closed(request)
             raise
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
+    def process_request_thread(self, request: Any, client_address: object) -> None:
         """Answer; the place is free afterwards."""
         try:
             super().process_request_thread(request, client_address)
@@ -157,7 +157,7 @@ class _Server(socketserver.ThreadingTCPServer):
         """Several times a second: end connections that have had their time, however busily they trickle."""
         self._end(older_than=time.monotonic() - _CLIENT_S)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request: object, client_address: object) -> None:
         """Write to the log alone: a client that goes away in the middle is nobody's error, and the bar stays whole."""
         _log.debug("a client at %s was not answered", client_address, exc_info=True)
 

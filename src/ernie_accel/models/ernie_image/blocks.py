@@ -235,7 +235,7 @@ def as_output(sample: Tensor, arguments: Mapping[str, object]) -> ErnieImageTran
     return ErnieImageTransformer2DModelOutput(sample=sample) if arguments.get("return_dict", True) else (sample,)
 
 
-def serves(arguments: Mapping[str, Any]) -> bool:
+def serves(arguments: Mapping[str, object]) -> bool:
     """Return whether `prepare` can serve these arguments of a forward."""
     return True
 

@@ -9,7 +9,7 @@ import torch
 from ernie_accel.models.token_layout import remember_lengths
 
 
-def forward_inputs(transformer: Any, rows: int, width: int, height: int, tokens: int) -> dict[str, Any]:
+def forward_inputs(transformer: Any, rows: int, width: int, height: int, tokens: int) -> dict[str, object]:
     """Return the arguments for `rows` pictures of `width` x `height` pixels and prompts of `tokens` tokens."""
     config, dtype = transformer.config, transformer.dtype
     lengths = torch.tensor([tokens] * rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def position(pos_embed: Callable[[Tensor], Tensor], rows: Rows, like: Tensor) ->
 class RememberingPad(StandInMethod):
     """A pipeline's ``_pad_text`` that also keeps the prompt lengths, which it knows, on the host."""
 
-    def __call__(self, text_hiddens: list[Tensor], *args: object, **kwargs: object) -> Any:
+    def __call__(self, text_hiddens: list[Tensor], *args: object, **kwargs: object) -> object:
         text_bth, text_lens = self.call_inner(text_hiddens, *args, **kwargs)
         remember_lengths(
             text_lens,

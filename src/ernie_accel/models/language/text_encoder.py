@@ -112,7 +112,7 @@ class RewrittenForward(ReplayedForward[Tensor, list[Tensor]]):
         undo.watch(self.is_installed)
         self.module._old_forward = self
 
-    def __call__(self, *args: Any, **kwargs: Any) -> object:
+    def __call__(self, *args: Any, **kwargs: object) -> object:
         given = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
         look = _look(self.module, self._architecture) if len(args) <= len(_ARGUMENTS) and self._knows(given) else None
         if look is None:
@@ -143,7 +143,7 @@ class RewrittenForward(ReplayedForward[Tensor, list[Tensor]]):
             last_hidden_state=states[-1], hidden_states=tuple(states) if all_of_them else None
         )
 
-    def _knows(self, given: Mapping[str, Any]) -> bool:
+    def _knows(self, given: Mapping[str, object]) -> bool:
         """Return whether a call asks for nothing but hidden states of whole texts."""
         x, config = given.get("inputs_embeds"), self.module.config
         if x is None:
@@ -165,7 +165,7 @@ class RewrittenForward(ReplayedForward[Tensor, list[Tensor]]):
             and not _unsupported_reasons(self.module, self._architecture)
         )
 
-    def _setting(self, given: Mapping[str, Any], name: str) -> Any:
+    def _setting(self, given: Mapping[str, object], name: str) -> object:
         return given[name] if name in given else getattr(self.module.config, name, None)
 
     def _states(self, x_bth: Tensor, layers: tuple[Layer | None, ...]) -> list[Tensor]:

@@ -14,7 +14,7 @@ class DispatchedProcessor:
     The signature is the stock one, because attention modules pass a processor only what its signature names.
     """
 
-    _attention_backend: Any = None
+    _attention_backend: object = None
     _parallel_config: object = None
 
     def __call__(

@@ -230,7 +230,7 @@ def _grid(module: nn.Module, arguments: Mapping[str, Any]) -> tuple[int, int]:
     return height // patch, width // patch
 
 
-def serves(arguments: Mapping[str, Any]) -> bool:
+def serves(arguments: Mapping[str, object]) -> bool:
     """Return whether `prepare` can serve these arguments of a forward."""
     return arguments.get("attention_kwargs") is None
 
@@ -246,7 +246,7 @@ def host_facts(arguments: Mapping[str, Any]) -> tuple[int, ...]:
     return prompt_lengths(arguments["encoder_attention_mask"], _lengths)
 
 
-def prepare(transformer: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, Position]:
+def prepare(transformer: nn.Module, arguments: Mapping[str, object]) -> tuple[Tensor, Position]:
     """Return text and positions for `forward`: all that depends on how long each prompt is, and is no shape."""
     return _prepared(transformer, arguments, for_graph=True)
 

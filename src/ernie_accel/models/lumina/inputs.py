@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 
-def forward_inputs(transformer: Any, rows: int, width: int, height: int, tokens: int) -> dict[str, Any]:
+def forward_inputs(transformer: Any, rows: int, width: int, height: int, tokens: int) -> dict[str, object]:
     """Return the arguments for `rows` pictures of `width` x `height` pixels and prompts of `tokens` tokens."""
     config, dtype = transformer.config, transformer.dtype
     return {

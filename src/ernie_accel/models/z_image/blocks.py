@@ -286,7 +286,7 @@ def _position(embed: Any, rows: Rows, lengths: tuple[int, ...], image_tokens: in
     )
 
 
-def serves(arguments: Mapping[str, Any]) -> bool:
+def serves(arguments: Mapping[str, object]) -> bool:
     """Return whether `prepare` can serve these arguments of a forward."""
     others = ("controlnet_block_samples", "siglip_feats", "image_noise_mask", "joint_attention_kwargs")
     usual = all(arguments.get(name, size) == size for name, size in _DEFAULTS.items())
@@ -304,7 +304,7 @@ def host_facts(arguments: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(len(caption) for caption in arguments["cap_feats"])
 
 
-def prepare(transformer: nn.Module, arguments: Mapping[str, Any]) -> tuple[Tensor, Position]:
+def prepare(transformer: nn.Module, arguments: Mapping[str, object]) -> tuple[Tensor, Position]:
     """Return captions and positions for `forward`: all that depends on how long each prompt is, and is no shape."""
     return _prepared(transformer, arguments, for_graph=True)
 

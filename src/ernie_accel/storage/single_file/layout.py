@@ -17,7 +17,6 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -180,7 +179,7 @@ def _formats(file: TensorFile, ours: Mapping[str, str], problems: _Problems) -> 
     return formats
 
 
-def _json(text: str | bytes) -> Any:
+def _json(text: str | bytes) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

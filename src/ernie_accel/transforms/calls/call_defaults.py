@@ -151,8 +151,13 @@ class _Defaults(Defaults):
     highest_guidance: float | None = None
 
     def call(
-        self, inner: Callable[..., Any], signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
-    ) -> Any:
+        self,
+        inner: Callable[..., object],
+        signature: inspect.Signature,
+        pipe: Pipeline,
+        *args: object,
+        **kwargs: object,
+    ) -> object:
         given = signature.bind_partial(pipe, *args, **kwargs).arguments
         guidance = given.get("guidance_scale", self.values.get("guidance_scale"))
         highest = self.highest_guidance

@@ -141,7 +141,7 @@ class _Check:
 class _Decode(StandInMethod):
     """A VAE's ``decode`` that looks at what it returns."""
 
-    def __call__(self, *args: object, **kwargs: object) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         result = self.call_inner(*args, **kwargs)
         vae: Any = self.owner
         require_finite(result[0], f"the pixels that the VAE decoded in {_name(vae.dtype)}")

@@ -191,7 +191,7 @@ def _paths(pipe: Pipeline, component: str) -> Iterator[str]:
 
 
 @functools.lru_cache(maxsize=4)
-def _read(file: Path, modified_ns: int, size: int, reader: Any, paths: tuple[str, ...]) -> _Layers | str:
+def _read(file: Path, modified_ns: int, size: int, reader: object, paths: tuple[str, ...]) -> _Layers | str:
     """Return what `FewSteps._layers` does, of a file that has not changed since it was read last."""
     from safetensors import SafetensorError
 
@@ -254,7 +254,7 @@ def _misfit(layers: _Layers, planned: PlannedPipe) -> str:
     return f"{len(found)} of its {len(layers)} layers have another shape (the first: {found[0]})" if found else ""
 
 
-def _any(pipe: Any) -> Any:
+def _any(pipe: object) -> Any:
     """Return an object as one with methods that its type does not name."""
     return pipe
 
@@ -295,7 +295,9 @@ def _refuse_saving(self: object, *_: object, **__: object) -> None:
 class _LoadingPlainRefused(StandInMethod):
     """A component's ``load_state_dict`` that refuses weights without the LoRA before it copies the first of them."""
 
-    def __call__(self, state_dict: Mapping[str, Any], strict: bool = True, *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self, state_dict: Mapping[str, object], strict: bool = True, *args: object, **kwargs: object
+    ) -> object:
         """Load weights."""
         if not strict:  # as PEFT loads another LoRA
             return self.call_inner(state_dict, strict, *args, **kwargs)

@@ -336,7 +336,7 @@ def _by_mask(processor: Any, backend: object) -> object:
     from diffusers.models.attention_dispatch import AttentionBackendName
 
     made = copy.copy(processor)
-    cls: Any = type(processor)
+    cls: object = type(processor)
     made.__class__ = _by_mask_class(cls)
     made._attention_backend = backend
     by_mask = ByMask(copy.copy(processor), copy.copy(processor))
@@ -357,7 +357,7 @@ def _by_mask_class(cls: Any) -> type:
     position = names.index("attention_mask") - 2 if "attention_mask" in names else None  # after self and attn
 
     @functools.wraps(stock)
-    def __call__(self: Any, attn: nn.Module, *args: object, **kwargs: object) -> object:
+    def __call__(self: object, attn: nn.Module, *args: object, **kwargs: object) -> object:
         mask = args[position] if position is not None and len(args) > position else kwargs.get("attention_mask")
         return stock(processor_for(self, mask), attn, *args, **kwargs)
 

@@ -215,7 +215,7 @@ class _Text:
     """
 
     text: str
-    beside: Mapping[str, Any]
+    beside: Mapping[str, object]
     key: tuple[object, ...]
 
 
@@ -236,7 +236,7 @@ class _OnceEach(_KnowsTheCall, StandInMethod):
         given = arguments.get("negative_prompt_embeds") is not None or arguments.get("prompt_embeds") is not None
         return [] if given or not needed else [negative] if isinstance(negative, str) else list(negative)
 
-    def __call__(self, *args: object, **kwargs: object) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
         (name, texts), *rest = bound.arguments.items()
@@ -264,7 +264,7 @@ class _OnceEach(_KnowsTheCall, StandInMethod):
         """Return whether the embeddings would have gradients: outside of a call, the method records them."""
         return torch.is_grad_enabled() and any(p.requires_grad for each in self._encoders() for p in each.parameters())
 
-    def _text(self, text: str, beside: Mapping[str, Any], of_all: Mapping[str, Any]) -> _Text:
+    def _text(self, text: str, beside: Mapping[str, object], of_all: Mapping[str, object]) -> _Text:
         ids = self.owner.tokenizer(text, truncation=False, verbose=False)["input_ids"]  # type: ignore[attr-defined]
         settings = [(key, repr(value)) for key, value in sorted({**beside, **of_all}.items()) if key != "device"]
         template = getattr(self.owner.tokenizer, "chat_template", None)  # type: ignore[attr-defined]
@@ -300,7 +300,7 @@ class _OnceEach(_KnowsTheCall, StandInMethod):
         return found
 
 
-def _split(result: Any, texts: int, method: str) -> list[Embedded]:
+def _split(result: object, texts: int, method: str) -> list[Embedded]:
     """Return the part of each text: a tuple holds several results, a list and a tensor have one entry a text.
 
     Copies: a view of one text would keep the whole batch alive in the cache.
@@ -316,7 +316,7 @@ def _split(result: Any, texts: int, method: str) -> list[Embedded]:
     raise TypeError(f"{method} returned {found} for {texts} texts; a list or a tensor with one entry each was expected")
 
 
-def _joined(rows: Sequence[Any]) -> Any:
+def _joined(rows: Sequence[Any]) -> object:
     """Return the rows of `_split` as one result; tensors of unequal lengths are padded with zeros at the end."""
     if isinstance(rows[0], tuple):
         return tuple(_joined(parts) for parts in zip(*rows, strict=True))

@@ -143,5 +143,5 @@ class _ShortPrompts(StandInMethod):
         super().__init__(pipe, "encode_prompt")
         self._limit = limit
 
-    def __call__(self, prompt: Any, *args: object, **kwargs: object) -> Any:
+    def __call__(self, prompt: Any, *args: object, **kwargs: object) -> object:
         return self.call_inner(prompt if prompt is None else self._limit.shorten_all(prompt), *args, **kwargs)

@@ -58,7 +58,7 @@ class Run(ABC):
     """The state of one prompt, or of one batch, from the first step of a picture to the last."""
 
     @abstractmethod
-    def __call__(self, evaluation: int, *args: object, **kwargs: object) -> Any:
+    def __call__(self, evaluation: int, *args: object, **kwargs: object) -> object:
         """Return the transformer's output for these arguments, or an approximation of it."""
 
 

@@ -56,7 +56,7 @@ class _Line(Run):
     def __init__(self, wanted: CacheSettings, forward: Forward, trajectory: Trajectory) -> None:
         self._wanted, self._forward, self._trajectory = wanted, forward, trajectory
         self._points: list[tuple[float, Any]] = []
-        self._wrap: Callable[[Any], object] = _in_a_tuple
+        self._wrap: Callable[[object], object] = _in_a_tuple
 
     def __call__(self, evaluation: int, *args: object, **kwargs: object) -> object:
         sigma, step = self._trajectory.sigmas[evaluation], self._trajectory.step_of(evaluation)
