@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ernie_accel.batch.errors import Problem
     from ernie_accel.batch.input.row import Row
     from ernie_accel.batch.watch.metrics import MetricsServer
+    from ernie_accel.core.components import CallablePipeline
     from ernie_accel.transforms.scheduler.swap_scheduler import SwapScheduler
 
 EXIT_FAILED, EXIT_SIGNAL = 3, 128
@@ -360,7 +361,7 @@ def _preset_name(job: Job, model: str | None, asked_for: str | None) -> str:
     return find_preset(job.preset).name if job.preset else fitting_preset(Context.detect(), model=model).name
 
 
-def _load(job: Job, preset: str) -> Any:
+def _load(job: Job, preset: str) -> CallablePipeline:
     """Load and optimize a pipeline as the job says, here or in another process."""
     from ernie_accel.api import load
     from ernie_accel.storage.loading import check_makes_pictures, was_saved_here
@@ -382,7 +383,7 @@ def _load(job: Job, preset: str) -> Any:
     return _load_plain(job, job.model, preset, swaps, transformer=job.transformer, prompt_enhancer=not job.no_enhancer)
 
 
-def _load_refiner(job: Job, model: str, preset: str) -> Any:
+def _load_refiner(job: Job, model: str, preset: str) -> CallablePipeline:
     """Load and optimize the pipeline of second passes, likewise; prompts come to it as they were enhanced before."""
     from ernie_accel.api import load
     from ernie_accel.storage.loading import check_makes_pictures, was_saved_here
@@ -405,7 +406,7 @@ def _load_plain(
     transformer: Path | None = None,
     prompt_enhancer: bool,
     without: tuple[str, ...] = (),
-) -> object:
+) -> CallablePipeline:
     """Load a pipeline that `save` did not write, and apply a preset; `without` names slots that are left out."""
     from ernie_accel.api import optimize, plan
     from ernie_accel.core.errors import UnsupportedError

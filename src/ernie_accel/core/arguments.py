@@ -12,14 +12,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import Field, fields
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Literal, Union, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 class _WrongTypeError(Exception):
     """A value is of none of the types that are declared."""
 
 
-def arguments_of(instance: Any) -> dict[str, object]:
+def arguments_of(instance: DataclassInstance) -> dict[str, object]:
     """Return the fields of a dataclass as plain data of the types they declare.
 
     Lists become tuples and NumPy's numbers Python's. A field whose metadata has ``machine_local`` also takes a path,

@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, cast
+from types import MappingProxyType, ModuleType
+from typing import TYPE_CHECKING, cast
 
 from ernie_accel.common.installed import package_places, version_of
 from ernie_accel.common.language import localized, said
@@ -137,7 +137,7 @@ class Context:
                 no_compile=None if _importable("triton") else "torch.compile on CUDA needs triton: pip install triton",
             )
         if device.type == "npu":
-            npu: Any = vars(torch)["npu"]  # of torch_npu, without which there is no such device
+            npu: ModuleType = vars(torch)["npu"]  # of torch_npu, without which there is no such device
             facts = npu.get_device_properties(device)
             return cls("npu", facts.name, memory_bytes=facts.total_memory, versions=installed_versions())
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None

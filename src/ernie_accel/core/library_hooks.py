@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import torch
+    from accelerate.hooks import ModelHook
+    from diffusers.hooks.hooks import HookRegistry
+    from diffusers.hooks.hooks import ModelHook as DiffusersHook
 
 #: accelerate/hooks.py, `add_hook_to_module`: the attribute of its hook.
 ACCELERATE = "_hf_hook"
@@ -21,13 +24,13 @@ class LibraryHooks(NamedTuple):
         diffusers: Its registry of hooks, which stays when the last of them is removed; None if there is none.
     """
 
-    accelerate: Any = None
-    diffusers: Any = None
+    accelerate: ModelHook | None = None
+    diffusers: HookRegistry | None = None
 
     def __bool__(self) -> bool:
         return self.accelerate is not None or self.diffusers is not None
 
-    def named(self, *names: str) -> list[Any]:
+    def named(self, *names: str) -> list[DiffusersHook]:
         """Return the hooks of diffusers that have one of these names ("layerwise_casting", "group_offloading")."""
         hooks = getattr(self.diffusers, "hooks", {})
         return [hooks[name] for name in names if name in hooks]

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ernie_accel.core.arguments import arguments_of
 from ernie_accel.core.components import Pipeline
@@ -263,7 +263,7 @@ class Transform(ABC):
         return {"transform": type(self).__name__} | {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-def _after_check(own: Callable[[object], None]) -> Callable[[Any], None]:
+def _after_check(own: Callable[[Transform], None]) -> Callable[[Transform], None]:
     """Return the ``__post_init__`` of a subclass, run once the arguments are of the types it declares."""
 
     @functools.wraps(own)

@@ -232,7 +232,7 @@ def refusal(pipe: AnyPipeline) -> str | None:
     return None
 
 
-def _checked(given: AnyPipeline, draw: Callable[..., Any] | None = None) -> Pipeline:
+def _checked(given: AnyPipeline, draw: Callable[..., object] | None = None) -> Pipeline:
     """Return a pipe that can begin at a picture.
 
     Raises:
@@ -316,7 +316,7 @@ def _unenhanced(pipe: Pipeline) -> dict[str, object]:
     return {} if enhancement is None else {enhancement.switch: False}
 
 
-def _with_images(output: Any, change: Callable[[Any], Any]) -> Any:
+def _with_images(output: Any, change: Callable[[object], object]) -> object:
     """Return a call's output with other pictures."""
     if isinstance(output, tuple):
         return (change(output[0]), *output[1:])

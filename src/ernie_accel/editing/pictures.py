@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -14,7 +15,7 @@ from PIL import Image
 from ernie_accel.editing.files import PictureError, read_picture
 
 #: One picture: a file, a PIL picture, an array [H, W, 3] or a tensor [3, H, W] (or several: [B, ...]).
-Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any] | torch.Tensor"
+Picture: TypeAlias = "str | os.PathLike[str] | Image.Image | npt.NDArray[np.generic] | torch.Tensor"
 
 
 def as_pictures(image: Picture | Sequence[Picture]) -> torch.Tensor:

@@ -5,26 +5,28 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import ErnieImagePipeline
 
 from ernie_accel.core.apply import report_of
-from ernie_accel.core.components import AnyPipeline
+from ernie_accel.core.components import AnyPipeline, CallablePipeline
 from ernie_accel.core.plan import check_pipeline
 from ernie_accel.editing.edit import draw_from
 from ernie_accel.editing.pictures import Picture
+
+_S = TypeVar("_S", bound="_FromPicture")
 
 
 class _FromPicture(ErnieImagePipeline):  # type: ignore[misc]  # diffusers comes without types
     """An ErnieImagePipeline that begins at a picture."""
 
     #: The text-to-image pipe that it was made from, and that draws for it.
-    _drawn_by: Any = None
+    _drawn_by: CallablePipeline | None = None
 
     @classmethod
-    def from_pipe(cls, pipeline: AnyPipeline, **components: Any) -> Any:
+    def from_pipe(cls: type[_S], pipeline: AnyPipeline, **components: object) -> _S:
         """Return a pipeline with the components of another one: the same objects, in the same dtypes.
 
         Unlike diffusers' own, it casts nothing, and what was applied to `pipeline` (its call settings, cached prompts)

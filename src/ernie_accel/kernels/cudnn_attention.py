@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.kernels.kept_plans import KeptPlans
+
+if TYPE_CHECKING:
+    import cudnn
 
 #: Plans that are kept beside those that captured graphs read; each is for one number of tokens and one batch size.
 _KEEP = 64
@@ -28,7 +31,7 @@ _PROBABILITY_SCALE = 256.0
 class _Plan:
     """A compiled cuDNN graph for one shape, with the tensors that it needs."""
 
-    graph: Any
+    graph: cudnn.pygraph
     names: dict[str, object]
     constants: dict[object, Tensor]
     workspace_bytes: int

@@ -238,7 +238,7 @@ class LowRankProduct(nn.Module):
                 f"{place.name}: cannot change the weight, with which a LoRA is or would be merged: "
                 f"{self.unmergeable_reason}. Optimize with FuseKernels(..., keep_originals=True)"
             )
-        base: Any = nn.Linear(site.in_features, site.out_features, bias=False, device="meta")
+        base = nn.Linear(site.in_features, site.out_features, bias=False, device="meta")
         with torch.no_grad(), torch.inference_mode(False):
             if isinstance(product, Fp8Linear) and product.kept is not None:
                 weight = product.kept.weight[rows].to(product.weight.device)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.kernels import reference
@@ -69,7 +70,7 @@ class _NoBackward(torch.autograd.Function):
     """An operator under gradients. Without this, torch would treat the gradients as zero, and only warn."""
 
     @staticmethod
-    def forward(ctx: Any, operator: Any, *arguments: object) -> object:
+    def forward(ctx: Any, operator: OpOverload, *arguments: object) -> object:
         ctx.name = operator.name()
         return operator(*arguments)
 
@@ -102,7 +103,7 @@ def _fp8_like(x: Tensor, width: int, spare: int = 0) -> tuple[Tensor, Tensor]:
     return x.new_empty(*x.shape[:-1], width + spare, dtype=FP8), x.new_empty(rows, 1, dtype=torch.float32)
 
 
-def _spare(arguments: tuple[Any, ...], at: int) -> int:
+def _spare(arguments: tuple[int, ...], at: int) -> int:
     """Return the spare columns among the arguments of an operator, its last and `at`; the dispatcher drops defaults."""
     return arguments[at] if len(arguments) > at else 0
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -28,7 +29,13 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live: dict[int, int] = {}
         self._known = known
 
-    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         try:
             result = func(*args, **(kwargs or {}))
         except DataDependentOutputException:
@@ -61,7 +68,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._now -= self._live.pop(key, 0)
 
 
-def peak_of(module: nn.Module, run: Callable[[Any], object], length: int = 1) -> int:
+def peak_of(module: nn.Module, run: Callable[[nn.Module], object], length: int = 1) -> int:
     """Return the bytes that `run` needs at most beside the weights of `module`.
 
     Args:

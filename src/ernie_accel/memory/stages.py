@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ from ernie_accel.families.family import Family
 from ernie_accel.memory.activations import peak_of, quiet
 from ernie_accel.memory.call import Call
 from ernie_accel.models.guided_forward import GuidedForward
-from ernie_accel.models.rewritten import named_object
+from ernie_accel.models.rewritten import ForwardInputs, inputs_of
 from ernie_accel.storage.reading import forgetful
 from ernie_accel.transforms.denoiser.batch_guidance import BatchGuidance
 from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
@@ -38,6 +38,9 @@ from ernie_accel.transforms.denoiser.rewrite_blocks import RewriteBlocks
 from ernie_accel.transforms.vae.decoder import FuseVae
 from ernie_accel.transforms.vae.slices_and_tiles import SliceVae, TileVae
 from ernie_accel.transforms.weights.cast_dtype import CastDtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: What lies on the device between the stages: embeddings, latents, the inputs of graphs. Of full-size ERNIE-Image at
 #: 1024x1024, the peak of a picture less weights and the largest stage: 75 MB without enhancer, 150 with (Hopper).
@@ -189,7 +192,7 @@ def without_weights(pipe: Pipeline) -> Pipeline:
     return twin
 
 
-def _runs(pipe: Pipeline, call: Call) -> Iterator[tuple[str, nn.Module, Callable[[Any], object] | None]]:
+def _runs(pipe: Pipeline, call: Call) -> Iterator[tuple[str, nn.Module, Callable[[nn.Module], object] | None]]:
     modules, family = modules_of(pipe), family_of(pipe)
     if "pe" in modules:
         yield "enhance", modules["pe"], _LanguageModel(1, call.new_tokens)
@@ -198,7 +201,7 @@ def _runs(pipe: Pipeline, call: Call) -> Iterator[tuple[str, nn.Module, Callable
         known = family.is_known and hasattr(modules[name], "get_input_embeddings")  # others may take other arguments
         yield "encode", modules[name], _LanguageModel(call.rows, call.prompt_tokens) if known else None
     for denoiser in list(denoisers_of(pipe).values())[:1]:
-        yield "denoise", denoiser, _step(named_object(family.forward_inputs), call, _rows(denoiser, family, call))
+        yield "denoise", denoiser, _step(inputs_of(family), call, _rows(denoiser, family, call))
     if "vae" in modules:
         yield "decode", modules["vae"], _decode(modules["vae"], call)
 
@@ -209,7 +212,7 @@ def _rows(denoiser: nn.Module, family: Family, call: Call) -> int:
     return call.pictures if one_by_one else call.rows
 
 
-def _step(inputs: Any, call: Call, rows: int) -> Callable[[Any], object] | None:
+def _step(inputs: ForwardInputs | None, call: Call, rows: int) -> Callable[[nn.Module], object] | None:
     if inputs is None:
         return None
     return lambda model: model(**inputs(model, rows, call.width, call.height, call.prompt_tokens))
@@ -225,7 +228,7 @@ class _LanguageModel:
     rows: int
     tokens: int
 
-    def __call__(self, model: Any) -> object:
+    def __call__(self, model: nn.Module) -> object:
         ids = torch.zeros(self.rows, self.tokens, dtype=torch.long)
         return model(input_ids=ids, output_hidden_states=True)
 
@@ -248,7 +251,7 @@ _MAX_KNOWN = 64
 _LIBRARIES = ("torch", "transformers", "diffusers")
 
 
-def _as_made(model: Any) -> Hashable:
+def _as_made(model: PreTrainedModel) -> Hashable:
     """Return all that the activations of a language model depend on; None for one that was changed from outside."""
     layers = dict(model.named_modules())
     for layer in layers.values():
@@ -265,16 +268,25 @@ def _as_made(model: Any) -> Hashable:
     )
 
 
-def _decode(vae: Any, call: Call) -> Callable[[Any], object] | None:
+class _Decoder(Protocol):
+    """A VAE of diffusers as a type checker sees it: its own classes come without types."""
+
+    dtype: torch.dtype
+
+    def decode(self, z: torch.Tensor, *, return_dict: bool) -> object: ...
+
+
+def _decode(vae: nn.Module, call: Call) -> Callable[[nn.Module], object] | None:
     config = vae.config
     channels, widths = getattr(config, "latent_channels", None), getattr(config, "block_out_channels", None)
     if not hasattr(vae, "decode") or channels is None or widths is None or type(vae).__name__ not in _PICTURE_VAES:
         return None
     scale = 2 ** (len(widths) - 1)
 
-    def run(model: Any) -> object:
+    def run(model: nn.Module) -> object:
         shape = (call.pictures, channels, call.height // scale, call.width // scale)
-        return model.decode(torch.empty(shape, dtype=model.dtype), return_dict=False)
+        decoder = cast(_Decoder, model)
+        return decoder.decode(torch.empty(shape, dtype=decoder.dtype), return_dict=False)
 
     return run
 

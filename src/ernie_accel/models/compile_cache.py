@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 #: What inductor and Triton read to find their files, and the part of the folder each gets.
 _VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
@@ -43,7 +43,9 @@ class InductorIn:
     mode: str | None
     dynamic: bool | None
 
-    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., object]:
+    def __call__(
+        self, graph: torch.fx.GraphModule, inputs: list[Tensor | int | torch.SymInt | None]
+    ) -> Callable[..., object]:
         from torch._inductor import compile as inductor
         from torch._inductor import list_mode_options
 

@@ -86,7 +86,7 @@ class _Half:
     step: _Given
     text: _Given
     of: Fingerprint
-    sample: Any
+    sample: Tensor
 
 
 @dataclass
@@ -159,7 +159,7 @@ class GuidedForward(StandInForward):
         pair = picture.pair
         if pair is not None and picture.pairs and pair.first.are(text) and self._is_joinable(step, pair):
             picture.last = None
-            sample = cast(Any, self.inner_forward(**self._joined(step, pair)))[0]
+            sample: Tensor = self.inner_forward(**self._joined(step, pair))[0]
             rows = len(sample) // 2
             picture.waiting = _Half(_Given(step), pair.second, now, sample[rows:])
             return model.as_output(sample[:rows], arguments)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from ernie_accel.core.components import Pipeline
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.stand_in import StandInMethod
 from ernie_accel.models.adapters import fetched, layer_paths
@@ -92,7 +93,7 @@ class ReadsForeignKeys(StandInMethod):
                 "LoRA with its trainer's tools."
             )
         if is_foreign(weights):
-            transformer: nn.Module = cast(Any, self.owner).transformer
+            transformer: nn.Module = cast(Pipeline, self.owner).transformer
             with torch.no_grad():
                 weights = as_diffusers(weights, layer_paths(transformer))
         made = self.call_inner(weights, return_lora_metadata=False, **rest)

@@ -6,7 +6,7 @@ A family subclasses `SelfAttention` and `RewrittenBlock`; `rewrite` and `to_be_f
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import MethodType
 from typing import Any, ClassVar, Protocol, cast
@@ -351,7 +351,7 @@ def _put_back(blocks: nn.ModuleList, i: int, block: RewrittenBlock, stock: nn.Mo
 class RewrittenForward(StandInForward):
     """A forward of a transformer with rewritten blocks; subclasses say which."""
 
-    function: ClassVar[Any]
+    function: ClassVar[Callable[..., object]]
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -7,8 +7,8 @@ A `Family` names them (``rewritten``, ``kernels``) as a module, or gives an obje
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from typing import Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeAlias, cast
 
 from torch import Tensor, nn
 
@@ -17,6 +17,10 @@ from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
+from ernie_accel.families.family import Family
+
+#: (transformer, rows, width, height, tokens) -> arguments of its forward, without values.
+ForwardInputs: TypeAlias = Callable[[nn.Module, int, int, int, int], dict[str, object]]
 
 
 class PreparedPositions(Protocol):
@@ -160,6 +164,12 @@ def calls_cudnn(pipe: Pipeline, context: Context) -> bool:
     if kernels is None:
         return False
     return context.planned(pipe).takes_lengths or kernels.calls_cudnn(pipe.transformer)
+
+
+def inputs_of(family: Family) -> ForwardInputs | None:
+    """Return what makes arguments for a transformer of the family; None where that is not known."""
+    named = family.forward_inputs
+    return None if named is None else cast(ForwardInputs, named_object(named))
 
 
 def named_object(named: object) -> object:

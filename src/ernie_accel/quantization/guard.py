@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -81,13 +81,13 @@ def _dtype_of(args: tuple[object, ...], kwargs: dict[str, object]) -> torch.dtyp
     return next((a for a in given if isinstance(a, torch.dtype)), None)
 
 
-def _problem(owner: Any, dtype: torch.dtype) -> bool:
+def _problem(owner: object, dtype: torch.dtype) -> bool:
     """Return whether a cast of a quantized module, or of a pipe that has one, to `dtype` would change it."""
     if isinstance(owner, torch.nn.Module):
         return any(p.is_floating_point() and p.dtype != dtype for p in owner.parameters())
     return any(
         _problem(module, dtype)
-        for module in modules_of(owner).values()
+        for module in modules_of(cast(Pipeline, owner)).values()
         if getattr(vars(module).get("to"), "function", None) is _to
     )
 

@@ -6,8 +6,8 @@ Each would fail halfway with the pipe changed, or write a checkpoint that reload
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import cast
 
 import torch
 
@@ -36,7 +36,7 @@ def refuse_loras(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:
         expands = name == "transformer" and hasattr(pipe, "_maybe_expand_lora_state_dict")
         if expands and not all(backend.takes_loras and backend.keeps_names for backend in backends):
             undo.setattr(pipe, "load_lora_weights", Bound(_refuse_lora, pipe))
-        methods: dict[str, Any] = {"fuse_lora": _refuse_merging}
+        methods: dict[str, Callable[..., None]] = {"fuse_lora": _refuse_merging}
         if not all(backend.takes_loras for backend in backends):
             methods |= {"load_lora_adapter": _refuse_lora, "load_adapter": _refuse_lora, "add_adapter": _refuse_lora}
         for method_name, method in methods.items():
@@ -84,12 +84,12 @@ class _Unmerging(StandInMethod):
                     )
         return self.call_inner(*args, **kwargs)
 
-    def _modules(self, *args: Any, **kwargs: Any) -> list[torch.nn.Module]:
+    def _modules(self, *args: object, **kwargs: object) -> list[torch.nn.Module]:
         if isinstance(self.owner, torch.nn.Module):
             return [self.owner]
-        pipe: Any = self.owner
+        pipe = cast(Pipeline, self.owner)
         given = (args[0] if args else kwargs.get("components")) if self.name == "unfuse_lora" else None
-        names = getattr(pipe, "_lora_loadable_modules", ()) if given is None else given
+        names = getattr(pipe, "_lora_loadable_modules", ()) if given is None else cast(Iterable[str], given)
         modules = modules_of(pipe)
         return [modules[name] for name in names if name in modules]
 
@@ -139,7 +139,7 @@ class _LoadStateDict(StandInMethod):
         Raises:
             ErnieAccelError: Those of a quantized layer are not quantized as it is; nothing has been loaded.
         """
-        owner: Any = self.owner
+        owner = cast(torch.nn.Module, self.owner)
         for path, layer in owner.named_modules():
             is_fp8 = isinstance(layer, Fp8Linear)
             stored = "fp8 by fused kernels" if is_fp8 else quantized_as(layer)

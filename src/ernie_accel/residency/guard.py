@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -82,7 +81,7 @@ class _LoadLora(StandInMethod):
             state.update(refused)
 
 
-def _to(device: str, self: Any, *args: object, **kwargs: object) -> object:
+def _to(device: str, self: nn.Module | Pipeline, *args: object, **kwargs: object) -> object:
     here = torch.device(device)
     given = [value.device if isinstance(value, torch.Tensor) else value for value in (*args, *kwargs.values())]
     wanted = [torch.device(value) for value in given if isinstance(value, (str, torch.device))]

@@ -7,7 +7,7 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -65,9 +65,9 @@ class Mover(ABC):
 class StreamMover(Mover):
     """For an accelerator with streams: copies in order on a stream of its own, while others compute."""
 
-    def __init__(self, device: torch.device, kind: Any = None) -> None:
+    def __init__(self, device: torch.device, kind: ModuleType | None = None) -> None:
         """Move to `device`; `kind` has its streams and events, ``torch.cuda`` for "cuda"."""
-        self._kind: Any = getattr(torch, device.type) if kind is None else kind
+        self._kind: ModuleType = getattr(torch, device.type) if kind is None else kind
         if device.index is None:  # the current device may be another one by the time of a call
             device = torch.device(device.type, self._kind.current_device())
         super().__init__(device)
@@ -125,7 +125,7 @@ class StreamMover(Mover):
 class _Pins:
     """The host memory that a mover has pinned; it outlives the mover until it is unpinned."""
 
-    def __init__(self, kind: Any, device: torch.device, stream: Any) -> None:
+    def __init__(self, kind: ModuleType, device: torch.device, stream: torch.Stream) -> None:
         self._kind, self._device, self._stream = kind, device, stream
         self._pinned: list[Tensor] = []
         self._thread: threading.Thread | None = None
@@ -165,8 +165,9 @@ class _Pins:
             threading.Thread(target=self.close, name="ernie-accel-unpinning", daemon=True).start()
 
 
-def _runtime() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+def _runtime() -> ModuleType:
+    runtime: ModuleType = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    return runtime
 
 
 #: How to move to each type of device. Tests put a stand-in for "cpu" here.

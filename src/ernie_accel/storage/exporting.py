@@ -7,17 +7,17 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
 from ernie_accel.core.apply import report_of
-from ernie_accel.core.components import AnyPipeline, CallablePipeline, is_skeleton, weights_of
+from ernie_accel.core.components import AnyPipeline, CallablePipeline, Pipeline, is_skeleton, weights_of
 from ernie_accel.core.errors import ErnieAccelError, MissingExtraError
 from ernie_accel.core.files import check_file
 from ernie_accel.core.plan import check_pipeline
 from ernie_accel.families import family_of
-from ernie_accel.models.rewritten import named_object
+from ernie_accel.models.rewritten import ForwardInputs, inputs_of
 
 #: Rows, width, height and tokens: what is traced, and what differs from it in everything that may differ.
 _TRACED, _OTHER = (2, 128, 192, 9), (3, 256, 320, 20)
@@ -78,11 +78,10 @@ def export_onnx(pipe: AnyPipeline, path: str | os.PathLike[str], *, check: bool 
     """
     path = Path(path)
     checked = check_pipeline(pipe)
-    transformer = _exportable(checked, check)
+    transformer, make = _exportable(checked, check)
     check_file(path, ".onnx", "path")
     _require("onnxscript", *(("onnxruntime",) if check else ()))
     family = family_of(checked)
-    make = cast(Any, named_object(family.forward_inputs))
 
     def shapes(size: Size) -> dict[str, tuple[int, ...]]:
         made = make(transformer, *size)
@@ -139,15 +138,15 @@ class _Call(torch.nn.Module):
         return found
 
 
-def _exportable(pipe: Any, check: bool) -> Any:
-    """Return the transformer of a pipe that can be exported.
+def _exportable(pipe: Pipeline, check: bool) -> tuple[torch.nn.Module, ForwardInputs]:
+    """Return the transformer of a pipe that can be exported, and what makes arguments for it.
 
     Raises:
         ErnieAccelError: It cannot.
     """
     family, name = family_of(pipe), type(pipe).__name__
     transformer = getattr(pipe, "transformer", None)
-    make = None if family.forward_inputs is None else named_object(family.forward_inputs)
+    make = inputs_of(family)
     if transformer is None or not callable(make):
         raise ErnieAccelError(f"{name} cannot be exported: what its transformer takes is not known; ERNIE-Image's is")
     if is_skeleton(pipe) or any(weight.tensor.device.type == "meta" for weight in weights_of(transformer)):
@@ -169,7 +168,7 @@ def _exportable(pipe: Any, check: bool) -> Any:
             f"check=True compares float32 with float32, and these weights are {transformer.dtype}: load the pipe with "
             "dtype='float32', or leave check out"
         )
-    return transformer
+    return transformer, make
 
 
 def _require(*packages: str) -> None:
@@ -187,7 +186,7 @@ def _require(*packages: str) -> None:
             raise MissingExtraError(package, "onnx") from error
 
 
-def _values(make: Any, transformer: Any, size: Size) -> list[torch.Tensor]:
+def _values(make: ForwardInputs, transformer: torch.nn.Module, size: Size) -> list[torch.Tensor]:
     """Return arguments of a size, of random numbers; whole numbers are as they are made."""
     generator = torch.Generator().manual_seed(0)
     made = [value for value in make(transformer, *size).values() if isinstance(value, torch.Tensor)]
@@ -197,7 +196,7 @@ def _values(make: Any, transformer: Any, size: Size) -> list[torch.Tensor]:
     ]
 
 
-def _check(file: Path, call: torch.nn.Module, make: Any, transformer: Any) -> None:
+def _check(file: Path, call: torch.nn.Module, make: ForwardInputs, transformer: torch.nn.Module) -> None:
     """Hold the file against the transformer.
 
     Raises:

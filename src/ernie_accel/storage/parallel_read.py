@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any
 
 import torch
@@ -134,7 +134,7 @@ class _CurrentStream:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._kind: Any = getattr(torch, device.type)
+        self._kind: ModuleType = getattr(torch, device.type)
         self._stream = self._kind.current_stream(device)
         self._entered = threading.local()
 

@@ -110,11 +110,10 @@ def _bare(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     return module.to("meta").eval().requires_grad_(False)
 
 
-def _finished(pipe: Any) -> CallablePipeline:
+def _finished(pipe: CallablePipeline) -> CallablePipeline:
     pipe.set_progress_bar_config(disable=True)
     mark_as_skeleton(pipe)
-    made: CallablePipeline = pipe
-    return made
+    return pipe
 
 
 def _tokenizer() -> object:

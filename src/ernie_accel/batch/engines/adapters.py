@@ -9,13 +9,15 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ernie_accel.batch.engines.base import AdapterFile, is_out_of_memory
 from ernie_accel.core.errors import ErnieAccelError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ernie_accel.core.components import CallablePipeline
 
 KEPT = 8
 """Adapters that stay loaded."""
@@ -31,7 +33,7 @@ class AdapterError(ErnieAccelError):
 class Adapters:
     """The LoRAs of one pipe that belong to a batch, and which of them is at work."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: CallablePipeline) -> None:
         self._pipe = pipe
         self._loaded: OrderedDict[str, str] = OrderedDict()  # digest -> name of the adapter
         self._active: tuple[str, float] | None = None
@@ -108,7 +110,7 @@ class Adapters:
             self._pipe.delete_adapters(name)
 
 
-def _check_layers(pipe: Any, weights: Mapping[str, Tensor]) -> None:
+def _check_layers(pipe: CallablePipeline, weights: Mapping[str, Tensor]) -> None:
     """Refuse a LoRA of which diffusers would leave layers out with no more than a line in its log.
 
     Raises:
@@ -132,7 +134,7 @@ def _check_layers(pipe: Any, weights: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{count} (the first is {missing[0]})")
 
 
-def adapter_problem(pipe: Any) -> str | None:
+def adapter_problem(pipe: CallablePipeline) -> str | None:
     """Return why rows cannot name LoRAs for a pipe; None if they can."""
     name = type(pipe).__name__
     if not hasattr(pipe, "load_lora_weights") or not hasattr(pipe, "disable_lora"):

@@ -88,7 +88,7 @@ class CallSignature:
         if isinstance(getattr(pipe, "components", None), Mapping):
             from ernie_accel.editing.edit import refusal  # here, because it loads torch
 
-            problem, lora_problem = refusal(cast("Loadable", pipe)), adapter_problem(pipe)
+            problem, lora_problem = refusal(cast("Loadable", pipe)), adapter_problem(cast("CallablePipeline", pipe))
         return cls(name, tuple(parameters), takes_any, problem, lora_problem)
 
     def problems(self, requests: Sequence[tuple[int, Request]]) -> list[Problem]:
@@ -143,7 +143,7 @@ class LocalEngine(Engine):
         self._grace_s = grace_s
         self.signature = CallSignature.of(pipe)
         self._turn = _Turn.of(pipe)
-        self._adapters = Adapters(pipe)
+        self._adapters = Adapters(cast("CallablePipeline", pipe))
         is_pipeline = isinstance(getattr(pipe, "components", None), Mapping)
         if is_pipeline:
             from ernie_accel.core.outputs import require_pictures

@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ernie_accel.batch.engines.base import (
@@ -31,13 +32,14 @@ from ernie_accel.batch.errors import Problem
 from ernie_accel.core.errors import ErnieAccelError, MissingExtraError
 
 if TYPE_CHECKING:
+    from ray.actor import ActorClass, ActorHandle
+
     from ernie_accel.core.components import Tokenizer
 
 _log = logging.getLogger(__name__)
 
-#: Ray comes without types: the package, a handle of an actor, and a reference to what is in its store.
-_Ray: TypeAlias = Any
-_Actor: TypeAlias = Any
+#: A handle of an actor, and a reference to what is in Ray's store.
+_Actor: TypeAlias = "ActorHandle"
 _Reference: TypeAlias = object
 #: The largest batch, the identity, the tokenizer and the call of an actor's engine.
 _Description: TypeAlias = "tuple[int, dict[str, str], Tokenizer | None, CallSignature]"
@@ -100,7 +102,7 @@ class RayEngine(Engine):
             import ray
         except ImportError as error:
             raise MissingExtraError("ray", "ray") from error
-        self._ray: _Ray = ray
+        self._ray: ModuleType = ray
         self._started = not ray.is_initialized()
         if self._started:
             ray.init(address=address, log_to_driver=False, include_dashboard=False)
@@ -108,8 +110,7 @@ class RayEngine(Engine):
         if self._started and address is None and "RAY_ADDRESS" not in os.environ:
             self._refuse_more_than_there_is(actors)
         # No restarts by Ray: a new actor is started here, where it is known which rows the old one had.
-        remote: _Ray = ray.remote
-        self._actor_class: _Ray = remote(num_gpus=num_gpus, num_cpus=num_cpus, max_restarts=0)(_Worker)
+        self._actor_class: ActorClass = self._ray.remote(num_gpus=num_gpus, num_cpus=num_cpus, max_restarts=0)(_Worker)
         self._load, self._given_max_batch = load, max_batch
         self.slots = actors
         self.ahead = self.ahead * actors

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ernie_accel.batch.errors import BatchInputError, Problem, listed, shown
 from ernie_accel.batch.input.cells import is_manifest, unescaped
@@ -27,6 +27,9 @@ from ernie_accel.batch.input.gate import (
 from ernie_accel.batch.input.row import SETTINGS, Columns
 from ernie_accel.common.language import said
 from ernie_accel.core.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 MAX_ROWS = 1_000_000
 MAX_COLUMNS = 1_000
@@ -292,14 +295,14 @@ def _read_parquet(path: Path) -> Records:
         raise BatchInputError(path, [(None, f"cannot be read as Parquet ({error})")]) from error
 
 
-def _parquet_rows(names: Sequence[str], batches: Iterable[Any]) -> Iterator[Mapping[str, object]]:
+def _parquet_rows(names: Sequence[str], batches: Iterable[pyarrow.RecordBatch]) -> Iterator[Mapping[str, object]]:
     for batch in batches:
         columns = [_python_values(column) for column in batch.columns]
         for values in zip(*columns, strict=True):
             yield dict(zip(names, values, strict=True))
 
 
-def _python_values(column: Any) -> list[object]:
+def _python_values(column: pyarrow.Array) -> list[object]:
     """Return a column's values as Python holds them: what it cannot hold (nanoseconds, the year 300,000) as text."""
     import pyarrow
 
@@ -324,7 +327,7 @@ def _python_values(column: Any) -> list[object]:
     return values
 
 
-def _readable(kind: Any, utc: bool = False) -> object:
+def _readable(kind: pyarrow.DataType, utc: bool = False) -> pyarrow.DataType:
     """Return the Arrow type in which a type is read: dates and times as text.
 
     Args:

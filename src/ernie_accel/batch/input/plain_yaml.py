@@ -7,11 +7,16 @@ Everything else that YAML can do is refused with its place: aliases (nine lines 
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ernie_accel.batch.errors import BatchInputError, shown
 from ernie_accel.batch.input.gate import MAX_DEPTH
+
+if TYPE_CHECKING:
+    import yaml
+    from yaml.constructor import ConstructorError
 
 _NUMBER = {
     "int": r"[-+]?(?:0|[1-9][0-9]{0,29})",  # not 010, which is 8 or 10, and not 1:30, which is 90
@@ -40,7 +45,7 @@ def parse_yaml(path: Path, text: str) -> object:
         raise BatchInputError(path, [(line, f"is not valid YAML ({reason}{column})")]) from error
 
 
-def _loader() -> Any:
+def _loader() -> type[yaml.SafeLoader]:
     import yaml
     from yaml.constructor import ConstructorError
 
@@ -49,7 +54,7 @@ def _loader() -> Any:
 
         depth = 0
 
-        def compose_node(self, parent: Any, index: Any) -> Any:
+        def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
             event = self.peek_event()  # type: ignore[no-untyped-call]
             if isinstance(event, yaml.AliasEvent):
                 raise _refused(f"found the alias *{event.anchor}; write the value out", event)
@@ -62,7 +67,7 @@ def _loader() -> Any:
             self.depth -= 1
             return node
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[object, Any]:
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
             seen = set()
             for key, _ in node.value:
                 if key.tag != "tag:yaml.org,2002:str":

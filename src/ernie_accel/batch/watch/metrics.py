@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from ernie_accel.batch.errors import MetricsServerError
 from ernie_accel.batch.watch.exposition import exposition, require_client
@@ -211,7 +211,7 @@ class _Answer(BaseHTTPRequestHandler):
 class _Bounded:
     """Lines of a stream, until so many bytes have been read; after that it seems to have ended."""
 
-    def __init__(self, stream: Any, most: int) -> None:
+    def __init__(self, stream: BinaryIO, most: int) -> None:
         self._stream, self.left = stream, most
 
     def readline(self, size: int) -> bytes:

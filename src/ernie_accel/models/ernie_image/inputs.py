@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ernie_accel.models.token_layout import remember_lengths
 
+if TYPE_CHECKING:
+    from diffusers import ErnieImageTransformer2DModel
 
-def forward_inputs(transformer: Any, rows: int, width: int, height: int, tokens: int) -> dict[str, object]:
+
+def forward_inputs(
+    transformer: ErnieImageTransformer2DModel, rows: int, width: int, height: int, tokens: int
+) -> dict[str, object]:
     """Return the arguments for `rows` pictures of `width` x `height` pixels and prompts of `tokens` tokens."""
     config, dtype = transformer.config, transformer.dtype
     lengths = torch.tensor([tokens] * rows)

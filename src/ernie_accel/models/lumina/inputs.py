@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from diffusers import Lumina2Transformer2DModel
 
-def forward_inputs(transformer: Any, rows: int, width: int, height: int, tokens: int) -> dict[str, object]:
+
+def forward_inputs(
+    transformer: Lumina2Transformer2DModel, rows: int, width: int, height: int, tokens: int
+) -> dict[str, object]:
     """Return the arguments for `rows` pictures of `width` x `height` pixels and prompts of `tokens` tokens."""
     config, dtype = transformer.config, transformer.dtype
     return {

@@ -50,7 +50,7 @@ class ZImageTransformer(Protocol):
     noise_refiner: nn.ModuleList
     context_refiner: nn.ModuleList
     layers: nn.ModuleList
-    rope_embedder: Any
+    rope_embedder: nn.Module
 
 
 class _FeedForward(RewrittenFeedForward):
@@ -216,7 +216,7 @@ def _predict(
 
 def _is_one_batch(x: object) -> bool:
     """Return whether `x` is a list of pictures of one size, not of lists as in the omni variant."""
-    pictures = cast(Sequence[Any], x)
+    pictures = cast(Sequence[Tensor], x)
     return all(isinstance(each, Tensor) and each.shape == pictures[0].shape for each in pictures)
 
 
@@ -262,7 +262,9 @@ def positioned(
     return rows.tokens, at
 
 
-def _position(embed: Any, rows: Rows, lengths: tuple[int, ...], image_tokens: int, device: torch.device) -> Position:
+def _position(
+    embed: nn.Module, rows: Rows, lengths: tuple[int, ...], image_tokens: int, device: torch.device
+) -> Position:
     axes = (torch.arange(size, dtype=torch.int32, device=device) for size in rows.grid)
     ids = torch.zeros(len(lengths), rows.image_tokens + rows.tokens, 3, dtype=torch.int32, device=device)
     ids[:, :image_tokens] = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).view(image_tokens, 3)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
+if TYPE_CHECKING:
+    from diffusers import ZImageTransformer2DModel
 
-def forward_inputs(transformer: Any, rows: int, width: int, height: int, tokens: int) -> dict[str, object]:
+
+def forward_inputs(
+    transformer: ZImageTransformer2DModel, rows: int, width: int, height: int, tokens: int
+) -> dict[str, object]:
     """Return the arguments for `rows` pictures of `width` x `height` pixels and prompts of `tokens` tokens."""
     config, dtype = transformer.config, transformer.dtype
     latents = [torch.empty(config.in_channels, 1, height // 8, width // 8, dtype=dtype) for _ in range(rows)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -138,13 +138,17 @@ class _Check:
         return None
 
 
+class _HasDtype(Protocol):
+    dtype: torch.dtype
+
+
 class _Decode(StandInMethod):
     """A VAE's ``decode`` that looks at what it returns."""
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         result = self.call_inner(*args, **kwargs)
-        vae: Any = self.owner
-        require_finite(result[0], f"the pixels that the VAE decoded in {_name(vae.dtype)}")
+        dtype = cast(_HasDtype, self.owner).dtype
+        require_finite(result[0], f"the pixels that the VAE decoded in {_name(dtype)}")
         return result
 
 

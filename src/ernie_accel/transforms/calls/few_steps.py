@@ -6,10 +6,10 @@ import functools
 import importlib.util
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, cast
 
 import torch
 
@@ -26,6 +26,9 @@ from ernie_accel.models.lora_keys import as_diffusers, is_foreign
 from ernie_accel.quantization.choose import BACKENDS
 from ernie_accel.quantization.layers import excludable_paths
 
+if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
 #: A tensor of a LoRA, as pipelines of diffusers read each format: component, path of the layer, and which of the two.
 _TENSOR = re.compile(r"(\w+)\.(.+)\.lora_([AB])\.weight")
 
@@ -41,6 +44,8 @@ class _LoraLayer:
 
 #: By component and path.
 _Layers: TypeAlias = Mapping[tuple[str, str], _LoraLayer]
+#: What a pipeline's class reads a LoRA with: tensors by name; that of Stable Diffusion gives the alphas beside them.
+_Reader: TypeAlias = "Callable[..., dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], object]]"
 
 
 @dataclass(frozen=True, repr=False)
@@ -128,7 +133,7 @@ class FewSteps(Transform):
         return replace(planned.with_weights(new), num_inference_steps=self.steps)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
-        changes, anything = self.preview(pipe, context).changes, _any(pipe)
+        changes, anything = self.preview(pipe, context).changes, pipe
         with Undo() as undo:
             undo.push(functools.partial(_remove, pipe, self.adapter_name, _without_adapters(pipe)))
             active = {id(layer): list(layer.active_adapters) for layer in _lora_layers(pipe)}
@@ -182,6 +187,12 @@ class FewSteps(Transform):
         return found_layers
 
 
+class _ReadsLoras(Protocol):
+    """A class of pipelines as a type checker sees it, where diffusers lets them load LoRAs."""
+
+    lora_state_dict: _Reader
+
+
 def _paths(pipe: Pipeline, component: str) -> Iterator[str]:
     """Yield the paths at which a component takes LoRAs, those of layers included that are computed as one now."""
     yield from excludable_paths(pipe, (component,))
@@ -191,7 +202,7 @@ def _paths(pipe: Pipeline, component: str) -> Iterator[str]:
 
 
 @functools.lru_cache(maxsize=4)
-def _read(file: Path, modified_ns: int, size: int, reader: object, paths: tuple[str, ...]) -> _Layers | str:
+def _read(file: Path, modified_ns: int, size: int, reader: _Reader, paths: tuple[str, ...]) -> _Layers | str:
     """Return what `FewSteps._layers` does, of a file that has not changed since it was read last."""
     from safetensors import SafetensorError
 
@@ -215,14 +226,14 @@ def _read(file: Path, modified_ns: int, size: int, reader: object, paths: tuple[
     return layers or "holds no LoRA"
 
 
-def _names_of(pipe: Pipeline) -> tuple[Any, tuple[str, ...]]:
+def _names_of(pipe: Pipeline) -> tuple[_Reader, tuple[str, ...]]:
     """Return what reads a LoRA's file for such pipes, and the paths of the transformer's layers."""
     transformer = modules_of(pipe).get("transformer")
-    return type(_any(pipe)).lora_state_dict, () if transformer is None else tuple(layer_paths(transformer))
+    return cast(_ReadsLoras, type(pipe)).lora_state_dict, () if transformer is None else tuple(layer_paths(transformer))
 
 
 def _converted(
-    file: Path, reader: Any, paths: tuple[str, ...]
+    file: Path, reader: _Reader, paths: tuple[str, ...]
 ) -> tuple[dict[str, torch.Tensor], bool] | tuple[str, bool]:
     """Return the tensors of a LoRA under diffusers' names, or why it is none, and whether diffusers lacks its names."""
     from safetensors import safe_open
@@ -254,13 +265,8 @@ def _misfit(layers: _Layers, planned: PlannedPipe) -> str:
     return f"{len(found)} of its {len(layers)} layers have another shape (the first: {found[0]})" if found else ""
 
 
-def _any(pipe: object) -> Any:
-    """Return an object as one with methods that its type does not name."""
-    return pipe
-
-
 def _adapters_of(pipe: Pipeline) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = _any(pipe).get_list_adapters()
+    found: dict[str, list[str]] = pipe.get_list_adapters()
     return found
 
 
@@ -272,7 +278,7 @@ def _backends(planned: PlannedPipe) -> Iterator[str]:
             yield words[words.index("by") + 1]
 
 
-def _lora_layers(pipe: Pipeline) -> Iterator[Any]:
+def _lora_layers(pipe: Pipeline) -> Iterator[BaseTunerLayer]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in modules_of(pipe).values():
@@ -301,7 +307,8 @@ class _LoadingPlainRefused(StandInMethod):
         """Load weights."""
         if not strict:  # as PEFT loads another LoRA
             return self.call_inner(state_dict, strict, *args, **kwargs)
-        missing = [name for name in _any(self.owner).state_dict() if ".base_layer." in name and name not in state_dict]
+        own = cast(torch.nn.Module, self.owner).state_dict()
+        missing = [name for name in own if ".base_layer." in name and name not in state_dict]
         if missing:
             raise ErnieAccelError(
                 f"{type(self.owner).__name__}.load_state_dict: these weights have no {missing[0]}, as they are without "
@@ -327,11 +334,11 @@ def _remove_unwrapped(pipe: Pipeline, name: str, untouched: tuple[str, ...]) -> 
     if adapters - {name}:
         active = {id(layer): [each for each in layer.active_adapters if each != name] for layer in _lora_layers(pipe)}
         if name in adapters:
-            _any(pipe).delete_adapters(name)
+            pipe.delete_adapters(name)
         for layer in _lora_layers(pipe):
             layer.set_adapter(active[id(layer)])
     elif next(_lora_layers(pipe), None) is not None:  # a load that failed leaves layers without adapters
-        _any(pipe).unload_lora_weights()
+        pipe.unload_lora_weights()
     for component in untouched:
         module = modules_of(pipe).get(component)
         if module is not None and not hasattr(module, "peft_config"):

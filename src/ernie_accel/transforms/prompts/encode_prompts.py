@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -272,7 +272,7 @@ class _OnceEach(_KnowsTheCall, StandInMethod):
 
     def _found(self, name: str, wanted: Sequence[_Text], of_all: Mapping[str, Any]) -> dict[object, Embedded]:
         """Return what each text is encoded to, by its key; those that are not known are encoded now."""
-        pipe: Any = self.owner
+        pipe = cast(Pipeline, self.owner)
         device = torch.device(of_all.get("device") or pipe._execution_device)
         found = {} if self._of_this_call is None else self._of_this_call
         encoders = self._encoders()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -170,7 +170,7 @@ def _describe(layout: Layout) -> Iterator[str]:
             yield said("{component}: {size} fetched when its turn comes", component=component, size=size)
 
 
-def _mover_back(module: torch.nn.Module) -> Any:
+def _mover_back(module: torch.nn.Module) -> Callable[[], None]:
     tensors = (*module.parameters(), *module.buffers())
     device = next((tensor.device for tensor in tensors), None)
 

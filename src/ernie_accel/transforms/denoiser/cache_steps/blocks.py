@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -105,7 +105,7 @@ class _Steps(Run):
 
 
 @contextmanager
-def kept(*held: dict[str, Any]) -> Iterator[None]:
+def kept(*held: dict[str, torch.nn.Module | None]) -> Iterator[None]:
     """Give each of these dictionaries back its content, in its order, after the body."""
     before = list(map(dict, held))
     try:
