@@ -614,6 +614,18 @@ def test_sigterm_finishes_what_is_under_way_refuses_what_is_new_and_exits_with_0
         process.communicate()
 
 
+@pytest.mark.parametrize("package", ["fastapi", "uvicorn", "python_multipart", "prometheus_client"])
+def test_without_its_extra_it_says_in_one_line_what_to_install(package):
+    run = (
+        f"import runpy, sys; sys.modules[{package!r}] = None; runpy.run_module('examples.service', run_name='__main__')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", run], env=os.environ | {"PYTHONPATH": PYTHONPATH}, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    assert ended.stderr == f"error: {package} is not installed: pip install 'ernie-accel[service]'\n"
+
+
 def test_settings_come_from_the_environment_and_mistakes_are_named_together():
     settings = Settings.of(
         {"SERVICE_MAX_QUEUE": "9", "SERVICE_MODEL": "/srv/models/mine", "SERVICE_ENHANCER": "0", "HOME": "/"}

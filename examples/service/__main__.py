@@ -8,10 +8,16 @@ import signal
 import sys
 from types import FrameType
 
-import uvicorn
-from fastapi import FastAPI
+from ernie_accel.core.errors import ErnieAccelError, MissingExtraError
 
-from ernie_accel.core.errors import ErnieAccelError
+try:
+    import prometheus_client  # noqa: F401  # of the same extra, and imported by the app
+    import python_multipart  # noqa: F401
+    import uvicorn
+    from fastapi import FastAPI
+except ModuleNotFoundError as error:
+    sys.exit(f"error: {MissingExtraError(error.name or 'fastapi', 'service')}")
+
 from examples.service.app import Service, create_app
 from examples.service.connection import connection
 from examples.service.settings import Settings
