@@ -66,7 +66,7 @@ def slow(session: nox.Session) -> None:
 
 def _run_tests(session: nox.Session, *arguments: str) -> None:
     command = ("python", "-m", "pytest", "tests", *SPREAD, *arguments, *session.posargs)
-    session.run(*command, env={"OMP_NUM_THREADS": "1"})
+    session.run(*command, env={"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": None})  # None: not set
 
 
 @nox.session(python="3.11")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +21,7 @@ _TIMEOUT_S = 120
 class Forked:
     """A process with some modules imported, from which others are forked: in these nothing else has happened."""
 
-    def __init__(self, *modules: str, path: Sequence[Path] = ()) -> None:
+    def __init__(self, *modules: str, path: Sequence[Path] = (), environment: Mapping[str, str] | None = None) -> None:
         places = [*map(str, path), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.forked", *modules],
@@ -29,7 +29,7 @@ class Forked:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(places)} | dict(environment or {}),
         )
 
     def run(self, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import sqlite3
 import threading
 from dataclasses import replace
@@ -48,8 +49,16 @@ def test_prompts_are_prepared_few_at_a_time_and_alike_in_length_together():
     assert [length for some in lengths for length in some] == list(range(40))
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Have children forked from a process that has drawn: what each would import takes 6 s. Others are spawned."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.loaded_ernie"])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: server)
+
+
 @pytest.mark.parametrize("engine", [LocalEngine, pytest.param(ProcessEngine, marks=pytest.mark.slow)])
-def test_rows_are_bucketed_by_the_length_of_their_prompt(engine):
+def test_rows_are_bucketed_by_the_length_of_their_prompt(engine, forked):
     engine = engine(load_tiny_ernie) if engine is ProcessEngine else engine(load_tiny_ernie())
     try:
         short, long, other = requests_of(SHORT, LONG, "a blue square")
@@ -63,6 +72,8 @@ def test_rows_are_bucketed_by_the_length_of_their_prompt(engine):
 
 @pytest.fixture(params=[pytest.param(1, marks=pytest.mark.slow), 2])
 def threads(request):
+    if request.param == 1:
+        request.getfixturevalue("forked")
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -132,14 +143,14 @@ def test_slow_words_of_the_enhancer_are_given_up_between_two(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_child_whose_encoder_hangs_costs_the_row_and_no_other(tmp_path):
+def test_a_child_whose_encoder_hangs_costs_the_row_and_no_other(tmp_path, forked):
     engine = ProcessEngine(functools.partial(load_ernie_that_hangs_on, "blue blue blue"))
     try:
         rows = ernie_rows(SHORT, "blue blue blue", LONG)
-        results = sorted(produce(engine, rows, tmp_path, timeout_s=3.0, progress=False), key=lambda r: r.row.index)
+        results = sorted(produce(engine, rows, tmp_path, timeout_s=2.0, progress=False), key=lambda r: r.row.index)
     finally:
         engine.close()
-    assert [result.error for result in results] == [None, "not finished after 3 s (--timeout) and given up", None]
+    assert [result.error for result in results] == [None, "not finished after 2 s (--timeout) and given up", None]
 
 
 class Rounds(StubEngine):
@@ -172,7 +183,7 @@ def test_an_engine_in_rounds_renders_what_it_prepared_before_it_prepares_more(tm
 
 
 @pytest.mark.parametrize("process", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_freeing_the_encoders_holds_the_embeddings_of_one_round_only(process):
+def test_freeing_the_encoders_holds_the_embeddings_of_one_round_only(process, forked):
     if process:
         engine = ProcessEngine(load_tiny_ernie, free_encoders=True)
     else:

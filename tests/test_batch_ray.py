@@ -24,16 +24,13 @@ from tests.stub_pipes import StepPipe, load_ernie_that_hangs_on, load_ernie_that
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    environment = {"env_vars": {"PYTHONPATH": PYTHONPATH}}  # actors import the stub and what is tested from there
-    ray.init(
-        num_cpus=2,
-        runtime_env=environment,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=80_000_000,
-    )
-    yield
-    ray.shutdown()
+    options = {"include_dashboard": False, "log_to_driver": False, "object_store_memory": 80_000_000}
+    with pytest.MonkeyPatch.context() as patch:
+        # Not as `runtime_env`: the processes that Ray starts ahead do not fit that, and actors would wait for others.
+        patch.setenv("PYTHONPATH", PYTHONPATH)  # actors import the stub and what is tested from there
+        ray.init(num_cpus=2, **options)
+        yield
+        ray.shutdown()
 
 
 def test_rows_of_a_killed_actor_are_made_by_the_other(cluster, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tools.diffusers_tests.request import Wanted, parse
 from tools.diffusers_tests.table import MARKER, as_table, counts_of, write_into
 
 from ernie_accel import CallDefaults, SetAttention, SwapScheduler
+from tests.forked import Forked
 
 
 def test_a_request_is_a_preset_or_transforms_as_a_plan_prints_them():
@@ -214,16 +216,58 @@ def test_other_model():
 """
 
 
+#: What ``python -m pytest`` does, in a process where most of what it imports has been imported.
+PYTEST = """
+import json, os, sys
+import pytest
+arguments, folder, environment = json.loads(sys.argv[1])
+os.environ.update(environment)
+os.chdir(folder)
+sys.path[:0] = [folder, *environment["PYTHONPATH"].split(os.pathsep)]
+status = pytest.main(arguments)
+sys.stdout.flush()
+os._exit(status)
+"""
+
+
+@pytest.fixture(scope="module")
+def forked_pytest(tmp_path_factory):
+    """Return a folder to work in, and what stands in for `subprocess.run`."""
+    work = tmp_path_factory.mktemp("work")
+    imported = "tests.loaded_ernie", "ernie_accel.transforms", "transformers.models.clip.tokenization_clip"
+    forked = Forked(*imported, environment={"HF_HUB_CACHE": str(work / "hub")})  # read while it is imported
+
+    def run(command, *, cwd, env, stdout, stderr):
+        assert command[:3] == [sys.executable, "-m", "pytest"]
+        done = forked.run(PYTEST, json.dumps([command[3:], str(cwd), env]))
+        stdout.write(done.stdout + done.stderr)
+        return done
+
+    yield work, run
+    forked.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_both_runs_are_counted(workers, tmp_path, capsys):
+def test_both_runs_are_counted(workers, tmp_path, capsys, forked_pytest, monkeypatch):
+    work, run = forked_pytest
+    monkeypatch.setattr(command.subprocess, "run", run)
     folder = tmp_path / "tests" / "pipelines" / "tiny"
     folder.mkdir(parents=True)
     (folder / "test_tiny.py").write_text(TESTS)
     (folder / "test_other.py").write_text("import a_package_that_is_not_there")
     (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
-    work = tmp_path / "work"
-    arguments = [str(tmp_path), "--all", "--work", str(work), "--json", str(work / "counts.json"), "-n", workers]
+    arguments = [
+        str(tmp_path),
+        "--all",
+        "--fresh",
+        "--work",
+        str(work),
+        "--json",
+        str(work / "counts.json"),
+        "-n",
+        workers,
+    ]
     cast = "CastDtype('bfloat16')"
     assert command.main([*arguments, "--optimize", "exact", "--optimize", cast]) == 1
     counts = json.loads((work / "counts.json").read_text())

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 import ernie_accel
 from ernie_accel import CastDtype, Context, Quantize
 from ernie_accel.quantization.backend import LinearSpec
 from ernie_accel.quantization.choose import BACKENDS
 from ernie_accel.quantization.layers import sqnr_db
+from tests.conftest import quanto_stand_in
 from tests.pipelines import picture, tiny_ernie
 from tests.test_quantize_backends import linear
 
@@ -74,19 +78,45 @@ def test_quanto_int4_on_the_cpu_needs_a_compiler_and_says_so(ernie):
     assert ernie_accel.plan(ernie, Quantize("int4"), context=bare).problems[Quantize("int4")][-1] == reason
 
 
-@pytest.mark.slow
-def test_what_stands_in_for_the_extension_of_quanto_does_what_it_does():
-    """In a process of its own, in which nothing stands in for it."""
-    script = """
-import torch, optimum.quanto
-from optimum.quanto.library.extensions.cpp import ext
-from tests.conftest import quanto_stand_in
-packed = torch.arange(256, dtype=torch.uint8).view(16, 16)
-for bits in (2, 4):
-    assert torch.equal(ext.lib.unpack(packed, bits), quanto_stand_in().unpack(packed, bits))
-assert "quanto_cpp" in ext.lib.__file__
+#: What quanto's source takes of torch's headers; to read all of them takes the compiler three quarters of a minute.
+TORCH_EXTENSION = """
+#pragma once
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/from_blob.h>
+namespace torch { using at::Tensor; using at::cat; constexpr auto kUInt8 = at::kByte; }
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)  # its assertions end it with an error
+UNPACKED = """
+#include "unpack.cpp"
+extern "C" void unpacked(uint8_t *packed, int64_t count, int bits, uint8_t *out) {
+  at::Tensor bytes = at::from_blob(packed, {count}, at::kByte), numbers = unpack(bytes, bits);
+  std::copy_n(numbers.data_ptr<uint8_t>(), numbers.numel(), out);
+}
+"""
+
+
+@pytest.mark.slow
+def test_what_stands_in_for_the_extension_of_quanto_does_what_it_does(tmp_path):
+    from optimum.quanto.library.extensions.cpp import ext
+
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "extension.h").write_text(TORCH_EXTENSION)
+    (tmp_path / "unpacked.cpp").write_text(UNPACKED)
+    built = cpp_extension.load(
+        "unpacked",
+        str(tmp_path / "unpacked.cpp"),
+        extra_cflags=["-O0"],
+        extra_include_paths=[str(tmp_path), str(Path(ext.sources[0]).parent)],
+        build_directory=str(tmp_path),
+        is_python_module=False,
+    )
+    unpacked = ctypes.CDLL(built).unpacked
+    unpacked.argtypes = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
+    packed = torch.arange(256, dtype=torch.uint8)
+    for bits in (2, 4):
+        numbers = torch.full((256 * 8 // bits,), 99, dtype=torch.uint8)
+        unpacked(packed.data_ptr(), 256, bits, numbers.data_ptr())
+        assert torch.equal(numbers, quanto_stand_in().unpack(packed, bits))
 
 
 def test_quanto_int4_does_not_change_by_being_repacked():
