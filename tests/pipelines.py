@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from ernie_accel.core.context import Context
 from ernie_accel.core.outputs import images_of
+from ernie_accel.core.transform import Transform
+
+
+def after(context: Context, pipe: Any, *transforms: Transform) -> Context:
+    """Return the context of a transform that runs on `pipe` after `transforms`, those that can run in it."""
+    for transform in transforms:
+        if not transform.unsupported(pipe, context) and transform.preview(pipe, context).changes:
+            context = replace(context, state=transform.planned(pipe, context))
+    return context
 
 
 def randomize(module: torch.nn.Module, seed: int = 0, std: float = 0.05) -> None:

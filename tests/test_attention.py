@@ -11,10 +11,9 @@ from torch.overrides import TorchFunctionMode
 import ernie_accel
 from ernie_accel import CastDtype, Compile, Context, ElideMask, ExpandAttentionMask, RewriteBlocks, SetAttention
 from ernie_accel.core.context import UNSUPPORTED_DEVICES
-from ernie_accel.core.plan import after
 from ernie_accel.transforms.denoiser.expand_mask import expand
 from ernie_accel.transforms.denoiser.set_attention import BACKENDS
-from tests.pipelines import PIPELINES, picture, tiny_ernie, tiny_flux
+from tests.pipelines import PIPELINES, after, picture, tiny_ernie, tiny_flux
 
 SHORT, LONG = "a red circle", "a big blue square on a small red circle"
 HERE = ("native", "math", "flash")  # the kernels that run on a CPU

@@ -32,12 +32,11 @@ from ernie_accel import (
     SwapScheduler,
     UnknownNameError,
 )
-from ernie_accel.core.plan import after
 from ernie_accel.models.ernie_image import blocks as ernie_image_blocks
 from ernie_accel.models.graphed_forward import GraphedForward
 from ernie_accel.transforms.denoiser.cache_steps.db_cache import _quiet
 from tests.examples import differences, snapshot
-from tests.pipelines import PIPELINES, interrupt_at, picture, tiny_ernie
+from tests.pipelines import PIPELINES, after, interrupt_at, picture, tiny_ernie
 from tests.test_cache_steps import db
 from tests.test_graphs import H200, Recorder
 

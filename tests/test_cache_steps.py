@@ -21,12 +21,11 @@ from ernie_accel import (
     SwapScheduler,
     Warmup,
 )
-from ernie_accel.core.plan import after
 from ernie_accel.recipes.presets import presets
 from ernie_accel.transforms.denoiser.cache_steps.cache_steps import LEAST_STEPS
 from ernie_accel.transforms.denoiser.cache_steps.forecast import FLOORS_DB
 from tests.examples import differences, snapshot
-from tests.pipelines import PIPELINES, interrupt_at, picture, tiny_ernie
+from tests.pipelines import PIPELINES, after, interrupt_at, picture, tiny_ernie
 from tests.test_graphs import H200, Recorder
 
 CPU = Context.named("cpu")

@@ -9,9 +9,8 @@ import torch
 
 import ernie_accel
 from ernie_accel import Autocast, CastDtype, CheckFinite, Context, Quantize
-from ernie_accel.core.plan import after
 from ernie_accel.core.wrap_call import around_of
-from tests.pipelines import picture, tiny_ernie
+from tests.pipelines import after, picture, tiny_ernie
 
 
 def break_transformer(pipe, *, step, only=torch.bfloat16, value=float("nan")):

@@ -14,12 +14,11 @@ from diffusers.models.attention_dispatch import attention_backend
 
 import ernie_accel
 from ernie_accel.core.components import pipe_bytes
-from ernie_accel.core.plan import after
 from ernie_accel.core.undo import Undo
 from ernie_accel.kernels import cudnn_attention, ops
 from ernie_accel.models.ernie_image import kernels
 from ernie_accel.models.ernie_image.blocks import RewrittenAttention
-from tests.pipelines import picture, tiny_ernie, tiny_flux
+from tests.pipelines import after, picture, tiny_ernie, tiny_flux
 
 H200 = ernie_accel.Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6"})
 VERSIONS = {"triton": "3.6", "cudnn": "1.32", "cache_dit": "1.5.3"}

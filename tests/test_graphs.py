@@ -9,13 +9,12 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel.core.plan import after
 from ernie_accel.core.undo import Undo
 from ernie_accel.kernels import ops
 from ernie_accel.models.ernie_image import blocks as ernie_image_blocks
 from ernie_accel.models.ernie_image import kernels as ernie_image_kernels
 from ernie_accel.models.graphed_forward import GraphedForward
-from tests.pipelines import picture, tiny_ernie, tiny_flux
+from tests.pipelines import after, picture, tiny_ernie, tiny_flux
 
 H200 = ernie_accel.Context("cuda", "NVIDIA H200", (9, 0))
 

@@ -10,10 +10,9 @@ import torch
 import ernie_accel
 from ernie_accel import Autocast, BatchPromptEncoding, Context, FreeAfterUse, Offload, Quantize, RewriteTextEncoder
 from ernie_accel.batch.engines.prompts import PromptStage
-from ernie_accel.core.plan import after
 from ernie_accel.models.language.layers import pass_on
 from ernie_accel.models.language.text_encoder import RewrittenForward
-from tests.pipelines import picture, randomize, tiny_ernie
+from tests.pipelines import after, picture, randomize, tiny_ernie
 
 CPU, H200 = torch.device("cpu"), Context("cuda", "NVIDIA H200", (9, 0))
 PROMPTS = ["a red circle", "a big blue square on red", "circle"]

@@ -31,13 +31,12 @@ from ernie_accel import (
     TruncatePrompts,
     Warmup,
 )
-from ernie_accel.core.plan import after
 from ernie_accel.core.wrap_call import wrapper
 from ernie_accel.models.ministral.decoder import Decoder
 from ernie_accel.transforms.calls.warm_up import prompt_of
 from ernie_accel.transforms.prompts.encode_prompts import _Encoder
 from tests.examples import differences, snapshot
-from tests.pipelines import PIPELINES, picture, tiny_ernie
+from tests.pipelines import PIPELINES, after, picture, tiny_ernie
 from tests.test_graphs import H200, Recorder
 
 SMALL = Warmup(sizes=((64, 64),))

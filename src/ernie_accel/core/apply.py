@@ -19,13 +19,12 @@ from dataclasses import replace
 import torch
 
 from ernie_accel.core.carried import carried_report, carry, drop
-from ernie_accel.core.compiled import applied as apply_inside
-from ernie_accel.core.compiled import previewed, seen_through
+from ernie_accel.core.compiled import apply_inside, previewed, seen_through
 from ernie_accel.core.components import AnyPipeline, Pipeline, pipe_bytes
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ApplyError, ErnieAccelError, RestoreError, UnsupportedError
 from ernie_accel.core.owners import claim, release, sharing_problems
-from ernie_accel.core.plan import check_pipeline, keep_entries, objections_to_undo, plan_steps, title_of
+from ernie_accel.core.plan import check_pipeline, keep_entries, plan_steps, reason_not_to_undo, title_of
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.preset import Preset
 from ernie_accel.core.report import Entry, Report
@@ -195,10 +194,9 @@ def _check_can_rewind(entries: Iterable[Entry]) -> None:
         RestoreError: One of the entries cannot be undone, or not without losing what a script did since.
     """
     for entry in map(_settled, entries):
-        if entry.applied is not None and entry.applied.undo is None:
-            raise RestoreError(entry.step.transform, str(entry.applied.no_undo))
-        for objection in objections_to_undo(entry):
-            raise RestoreError(entry.step.transform, objection)
+        reason = reason_not_to_undo(entry)
+        if reason is not None:
+            raise RestoreError(entry.step.transform, reason)
 
 
 def _settled(entry: Entry) -> Entry:

@@ -83,7 +83,7 @@ def previewed(
     return replace(preview, note=_with_note(preview.note, found, keeps)) if found else preview
 
 
-def applied(pipe: Pipeline, transform: Transform, context: Context) -> Applied:
+def apply_inside(pipe: Pipeline, transform: Transform, context: Context) -> Applied:
     """Apply a transform to what is inside the wrappers of ``torch.compile``; see the module's text."""
     keeps = transform.keeps_compiled(seen_through(pipe), context)
     found, beside = _found(pipe, transform, keeps), _wrappers_beside(pipe, transform)

@@ -243,7 +243,11 @@ def plan_request(pipe: Pipeline, wanted: tuple[Transform, ...], preset: Preset |
     carried = carried_report(pipe)
     kept, _, removed = keep_entries(pipe, carried, wanted, machine) if carried else ((), (), ())
     the_plan = plan_steps(pipe, wanted, preset, machine, kept)
-    stuck = tuple(_cannot_undo(removed))
+    stuck = tuple(
+        f"{entry.step.transform!r} would have to be undone first: {reason}"
+        for entry in removed
+        if (reason := reason_not_to_undo(entry)) is not None
+    )
     undoes = tuple(entry.step.transform for entry in removed if entry.applied is not None)
     return replace(the_plan, blockers=the_plan.blockers + stuck, undoes=undoes)
 
@@ -296,10 +300,14 @@ def _still_in_place(pipe: Pipeline, entry: Entry, later: Iterable[Entry]) -> boo
     return is_in_place is None or bool(is_in_place(beneath))
 
 
-def objections_to_undo(entry: Entry) -> Iterable[str]:
-    """Return why an entry cannot be undone without losing what was done since; empty if its undo never objects."""
-    objections = getattr(None if entry.applied is None else entry.applied.undo, "objections", None)
-    return () if objections is None else objections()
+def reason_not_to_undo(entry: Entry) -> str | None:
+    """Return why an entry cannot be undone, or not without losing what was done since; None if it can."""
+    if entry.applied is None:
+        return None
+    if entry.applied.undo is None:
+        return entry.applied.no_undo
+    objections = getattr(entry.applied.undo, "objections", None)
+    return None if objections is None else next(iter(objections()), None)
 
 
 def _as_it_stands(entry: Entry) -> Step:
@@ -307,18 +315,12 @@ def _as_it_stands(entry: Entry) -> Step:
 
 
 def _ask(
-    pipe: Pipeline,
-    transform: Transform,
-    context: Context,
-    *,
-    optional: bool = False,
-    off: frozenset[str] = frozenset(),
+    pipe: Pipeline, transform: Transform, context: Context, *, seen: Pipeline, optional: bool, off: frozenset[str]
 ) -> Step:
     """Ask one transform; an optional one is left out of a pipe of no known family, with the reason."""
-    unknown = transform.family_reasons(seen_through(pipe)) if optional else []
+    unknown = transform.family_reasons(seen) if optional else []
     if unknown:
         return Step(transform, (), Preview((), note="; ".join(unknown)))
-    seen = seen_through(pipe)
     reasons = tuple(freed_elsewhere_reasons(pipe, transform) or transform.unsupported(seen, context))
     if reasons:
         return Step(transform, reasons, None)
@@ -328,25 +330,6 @@ def _ask(
         return Step(transform, shared, None)
     planned = transform.planned(seen, context) if preview.changes else None
     return Step(transform, (), preview, planned=planned)
-
-
-def after(context: Context, pipe: Pipeline, *transforms: Transform) -> Context:
-    """Return the context of a transform that runs on `pipe` after `transforms`."""
-    now = replace(context, state=context.planned(pipe))
-    for transform in transforms:
-        step = _ask(pipe, transform, now)
-        now = now if step.planned is None else replace(now, state=step.planned)
-    return now
-
-
-def _cannot_undo(entries: Iterable[Entry]) -> Iterator[str]:
-    for entry in entries:
-        if entry.applied is not None and entry.applied.undo is None:
-            yield f"{entry.step.transform!r} would have to be undone first: {entry.applied.no_undo}"
-        elif entry.applied is not None:
-            objection = next(iter(objections_to_undo(entry)), None)
-            if objection is not None:
-                yield f"{entry.step.transform!r} would have to be undone first: {objection}"
 
 
 def plan_steps(
@@ -365,19 +348,18 @@ def plan_steps(
         context: The machine.
         kept: What an earlier `optimize` did and that stays.
     """
-    steps: list[Step] = []
-    by_preset = preset.transforms_on(seen_through(pipe)) if preset is not None else ()
+    seen = seen_through(pipe)
+    by_preset = preset.transforms_on(seen) if preset is not None else ()
     now = replace(context, state=PlannedPipe.seen(pipe, planned_by(kept)))
     off: frozenset[str] = frozenset()
-    for position, transform in enumerate(wanted):
-        entry = kept[position] if position < len(kept) else None
-        optional = transform in by_preset
-        step = _ask(pipe, transform, now, optional=optional, off=off) if entry is None else _as_it_stands(entry)
+    steps = [_as_it_stands(entry) for entry in kept]
+    for transform in wanted[len(kept) :]:
+        step = _ask(pipe, transform, now, seen=seen, optional=transform in by_preset, off=off)
         steps.append(step)
-        if step.verdict == "apply" and not transform.keeps_compiled(seen_through(pipe), now):
+        if step.verdict == "apply" and not transform.keeps_compiled(seen, now):
             off = off.union(transform.changes_inside)
-        if entry is None and steps[-1].planned is not None:
-            now = replace(now, state=steps[-1].planned)
+        if step.planned is not None:
+            now = replace(now, state=step.planned)
     family = family_of(pipe)
     return Plan(
         pipe_class=type(pipe).__name__,
