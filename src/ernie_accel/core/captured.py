@@ -106,7 +106,7 @@ class Fingerprint:
                 hooked = True
                 facts += map(id, hooks)
             if not _BEHAVIOUR.isdisjoint(state):
-                facts += _behaviour(state)
+                facts += _behaviour(part)
         return cls(tuple(facts), hooked)
 
 
@@ -238,8 +238,9 @@ def only_listens(hook: object) -> bool:
     return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
 
 
-def _behaviour(state: dict[str, object]) -> Iterator[object]:
+def _behaviour(part: nn.Module) -> Iterator[object]:
     """Yield what else changes what a module does."""
+    state = part.__dict__
     if "forward" in state:
         yield id(state["forward"])
     if state.get("_compiled_call_impl") is not None:
@@ -248,9 +249,7 @@ def _behaviour(state: dict[str, object]) -> Iterator[object]:
     if processor is not None:
         yield id(processor)
         yield getattr(processor, "_attention_backend", None)
-    if "_disable_adapters" in state:
-        for name in _ADAPTER_STATE:
-            yield _frozen(state.get(name))
+    yield from adapters_of(part)
 
 
 def _frozen(value: object) -> object:

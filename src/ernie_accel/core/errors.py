@@ -120,7 +120,8 @@ class UnsupportedError(ErnieAccelError):
             fixes.append("choose another preset")
         if not plan.blockers:
             fixes.append("pass on_unsupported='skip'")
-        lines.append(", or ".join([", ".join(fixes[:-1]), fixes[-1]]) + "." if len(fixes) > 1 else fixes[0] + ".")
+        *first, last = fixes
+        lines.append(f"{', '.join(first)}, or {last}." if first else f"{last}.")
         super().__init__("\n".join(lines))
 
 

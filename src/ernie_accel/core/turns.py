@@ -11,7 +11,7 @@ import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ import torch
 
 from ernie_accel.core.components import Pipeline, inside_of, modules_of
 from ernie_accel.core.undo import Undo
-from ernie_accel.core.wrap_call import CallLayer, add_layer, has_layer, remove_layers
+from ernie_accel.core.wrap_call import CallLayer, Inner, add_layer, has_layer, remove_layers
 
 _guard = threading.Lock()
 _numbers = itertools.count()
@@ -79,12 +79,7 @@ class Turns(CallLayer):
     outermost: ClassVar[bool] = True
 
     def call(
-        self,
-        inner: Callable[..., object],
-        signature: inspect.Signature,
-        pipe: Pipeline,
-        *args: object,
-        **kwargs: object,
+        self, inner: Inner, signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
     ) -> object:
         with turn_of(pipe):
             return inner(pipe, *args, **kwargs)

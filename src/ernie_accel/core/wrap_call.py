@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, ClassVar, TypeAlias, TypeVar
@@ -21,11 +21,12 @@ from ernie_accel.core.undo import Undo
 W = TypeVar("W")
 #: Of a call, by name.
 Arguments: TypeAlias = dict[str, Any]
+#: The call underneath a layer: (pipe, *args, **kwargs) -> result.
+Inner: TypeAlias = Callable[..., object]
 #: Does what the pipe did before.
 Call: TypeAlias = Callable[[Arguments], Any]
 #: (call, all arguments, defaults included) -> result.
 Around: TypeAlias = Callable[[Call, Arguments], object]
-
 
 _PREFIX = "_ernie_accel_around_"
 _LAYER = "_ernie_accel_layer"
@@ -46,12 +47,7 @@ class CallLayer(ABC):
 
     @abstractmethod
     def call(
-        self,
-        inner: Callable[..., object],
-        signature: inspect.Signature,
-        pipe: Pipeline,
-        *args: object,
-        **kwargs: object,
+        self, inner: Inner, signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
     ) -> object:
         """Return what the pipe gives; ``inner(pipe, *args, **kwargs)``, of that signature, is the call underneath."""
 
@@ -100,7 +96,7 @@ def _set_layers(pipe: Pipeline, stock: type, layers: list[CallLayer]) -> None:
     object.__setattr__(pipe, "__class__", _put_together(stock, layers))
 
 
-def _put_together(cls: type, layers: list[CallLayer] | tuple[CallLayer, ...]) -> type:
+def _put_together(cls: type, layers: Iterable[CallLayer]) -> type:
     for layer in layers:
         cls = _layered(cls, layer)
     return cls
@@ -153,12 +149,7 @@ class Defaults(CallLayer):
         return inner.replace(parameters=parameters)
 
     def call(
-        self,
-        inner: Callable[..., object],
-        signature: inspect.Signature,
-        pipe: Pipeline,
-        *args: object,
-        **kwargs: object,
+        self, inner: Inner, signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
     ) -> object:
         given = signature.bind_partial(pipe, *args, **kwargs).arguments
         return inner(pipe, *args, **{name: v for name, v in self.values.items() if name not in given}, **kwargs)
@@ -181,12 +172,7 @@ class _Around(CallLayer):
     attribute: str
 
     def call(
-        self,
-        inner: Callable[..., object],
-        signature: inspect.Signature,
-        pipe: Pipeline,
-        *args: object,
-        **kwargs: object,
+        self, inner: Inner, signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
     ) -> object:
         bound = signature.bind(pipe, *args, **kwargs)
         bound.apply_defaults()

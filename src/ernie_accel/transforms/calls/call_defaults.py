@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
@@ -15,7 +14,7 @@ from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
-from ernie_accel.core.wrap_call import Defaults, add_layer, new_defaults
+from ernie_accel.core.wrap_call import Defaults, Inner, add_layer, new_defaults
 
 MODES = ("turbo", "quality")
 
@@ -151,12 +150,7 @@ class _Defaults(Defaults):
     highest_guidance: float | None = None
 
     def call(
-        self,
-        inner: Callable[..., object],
-        signature: inspect.Signature,
-        pipe: Pipeline,
-        *args: object,
-        **kwargs: object,
+        self, inner: Inner, signature: inspect.Signature, pipe: Pipeline, *args: object, **kwargs: object
     ) -> object:
         given = signature.bind_partial(pipe, *args, **kwargs).arguments
         guidance = given.get("guidance_scale", self.values.get("guidance_scale"))
