@@ -360,12 +360,12 @@ def test_weights_that_are_about_to_be_placed_stay_in_their_files(card, tmp_path,
     folder = ernie_accel.save(pipe, tmp_path / "ours")
     seen, optimize = [], api._optimize
 
-    def look(pipe, *args):
+    def look(pipe, *args, **kwargs):
         tensors = [tensor for name in ("transformer", "vae") for tensor in getattr(pipe, name).parameters()]
         plain = [inner for tensor in tensors for inner in plain_tensors(tensor)]
         files = mapped_files()
         seen.extend((tensor.nbytes, any(tensor.data_ptr() in file for file in files)) for tensor in plain)
-        optimize(pipe, *args)
+        optimize(pipe, *args, **kwargs)
 
     monkeypatch.setattr(api, "_optimize", look)
     ernie_accel.load(folder, call=SMALL)

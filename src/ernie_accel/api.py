@@ -3,17 +3,17 @@
     plan      ask every transform what it would do                       (core/plan.py; changes nothing)
     optimize  plan, then apply one after the other; on failure undo all  (core/apply.py)
     report    the receipts of what was applied                           (core/report.py)
-    restore   undo in reverse order
+    restore   undo in reverse order                                      (core/apply.py)
     load      read a pipeline and optimize it on its way to the device   (storage/, memory/)
 
-What a transform is stands in ``core/transform.py``; all of them are in ``transforms/``, the presets in ``recipes/``.
+``core/transform.py`` says what a transform is; all of them are in ``transforms/``, the presets in ``recipes/``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -79,7 +79,7 @@ def plan(
         ErnieAccelError: A family was given, and the pipe has no transformer.
     """
     checked = check_pipeline(pipe)
-    with _given(checked, family):
+    with _given(checked, family, lasting=False):
         named, wanted = _request(checked, transforms, preset, context)
         placing = _kept_placing(checked, transforms, memory, call) if context is None else None
         if placing is not None:
@@ -140,7 +140,7 @@ def optimize(
         RestoreError: An earlier transform would have to be undone and cannot be; nothing was undone.
         ErnieAccelError: Nothing was asked for, and nothing was applied before that this would undo.
     """
-    _optimize(pipe, transforms, preset, on_unsupported, family, context, memory, call)
+    _optimize(pipe, transforms, preset, on_unsupported, family=family, context=context, memory=memory, call=call)
     return pipe
 
 
@@ -149,10 +149,11 @@ def _optimize(
     transforms: tuple[Transform, ...],
     preset: Preset | str | None,
     on_unsupported: str,
-    family: Family | None,
-    context: Context | None,
-    memory: str | int | None,
-    call: Call | None,
+    *,
+    family: Family | None = None,
+    context: Context | None = None,
+    memory: str | int | None = None,
+    call: Call | None = None,
     device: str | None = None,
 ) -> None:
     """Do what `optimize` says; with `device`, weights are placed there even where nothing else is asked for."""
@@ -162,9 +163,9 @@ def _optimize(
     if is_skeleton(checked):
         raise ErnieAccelError(f"this {type(pipe).__name__} was made without weights, for plans; load(...) reads them")
     skip = on_unsupported == "skip"
-    with _given(checked, family) as remember:
+    with _given(checked, family, lasting=True):
         named, wanted = _request(checked, transforms, preset, context)
-        placing = _placed(checked, transforms, wanted, named, context, memory, call, device, skip)
+        placing = _placed(checked, transforms, wanted, named, context, memory, call, device, skip_unsupported=skip)
         if placing.chosen:
             wanted = compose((*transforms, *placing.chosen), named, seen_through(checked))
         machine = context or machine_for(checked, wanted)
@@ -185,7 +186,6 @@ def _optimize(
             else:
                 PLACED.put(checked, before)
             raise
-        remember()
 
 
 def load(
@@ -266,11 +266,11 @@ def load(
     )
     named, wanted = _request(check_pipeline(pipe), transforms, preset, machine)
     asked = tuple(map(forgetful, wanted))
-    if machine.device == "cpu" or memory is None:
-        if wanted:
-            _optimize(pipe, asked, named, on_unsupported, None, None, None, call)
-        return pipe
-    _optimize(pipe, asked, named, on_unsupported, None, None, memory, call, device or machine.torch_device)
+    if machine.device != "cpu" and memory is not None:
+        where = device or machine.torch_device
+        _optimize(pipe, asked, named, on_unsupported, memory=memory, call=call, device=where)
+    elif wanted:
+        _optimize(pipe, asked, named, on_unsupported, call=call)
     return pipe
 
 
@@ -298,9 +298,9 @@ def _load_saved(
         drop_enhancer(pipe)
     if plans:
         where = device or machine.torch_device
-        _optimize(pipe, wanted, named, on_unsupported, None, None, memory, call, where)
+        _optimize(pipe, wanted, named, on_unsupported, memory=memory, call=call, device=where)
     elif len(report_of(check_pipeline(pipe)).entries) < len(wanted):
-        _optimize(pipe, wanted, named, on_unsupported, None, None, None, None)
+        _optimize(pipe, wanted, named, on_unsupported)
     return pipe
 
 
@@ -381,6 +381,7 @@ def _placed(
     memory: str | int | None,
     call: Call | None,
     device: str | None,
+    *,
     skip_unsupported: bool,
 ) -> _Placing:
     """Choose where the weights of a pipe go.
@@ -389,13 +390,12 @@ def _placed(
         UnsupportedError: It does not fit because a part of what would make it smaller cannot run here.
         ErnieAccelError: It does not fit, or its weights were placed otherwise before.
     """
-    nothing = _Placing(memory, call or Call(), ())
     before = _kept_placing(pipe, own, memory, call) if memory is not None else None
     if before is not None:
         return before
     by_itself = device is not None or _is_brought_over(pipe, wanted, preset, context)
     if memory is None or (memory == "auto" and not by_itself):
-        return nothing
+        return _Placing(memory, call or Call(), ())
     machine = context or (_device_for(pipe, wanted) if device is None else Context.detect(device=device))
     if machine.device == "cpu":
         raise ErnieAccelError(f"memory={memory!r} is about an accelerator's memory, and this is {machine}")
@@ -407,7 +407,7 @@ def _placed(
         if not the_plan.ok:
             raise UnsupportedError(the_plan)
     fitting = check_fits(found, available_on_host() if context is None else None)
-    return replace(nothing, chosen=fitting.transforms).beside(own)
+    return _Placing(memory, call or Call(), fitting.transforms).beside(own)
 
 
 def _refuse_kept(pipe: Pipeline) -> None:
@@ -474,10 +474,14 @@ def _as_loaded(pipe: Pipeline, wanted: tuple[Transform, ...]) -> Iterator[Transf
 
 
 @contextlib.contextmanager
-def _given(pipe: Pipeline, family: Family | None) -> Iterator[Callable[[], None]]:
-    """Let `pipe` be of `family` within the block; afterwards too, if the yielded function was called."""
+def _given(pipe: Pipeline, family: Family | None, *, lasting: bool) -> Iterator[None]:
+    """Let `pipe` be of `family` within the block; with `lasting`, also after a block that succeeds.
+
+    Raises:
+        ErnieAccelError: The pipe has no transformer.
+    """
     if family is None:
-        yield lambda: None
+        yield
         return
     if getattr(pipe, "transformer", None) is None:
         denoisers = " and ".join(denoisers_of(pipe)) or "none"
@@ -485,15 +489,10 @@ def _given(pipe: Pipeline, family: Family | None) -> Iterator[Callable[[], None]
             f"family {family.name!r} was given, and this {type(pipe).__name__} has no transformer that could be of it "
             f"(its denoisers: {denoisers}): leave family= out"
         )
-    remembered = False
-
-    def remember() -> None:
-        nonlocal remembered
-        remembered = True
-
-    before = give_family(pipe.transformer, family)
+    before, stays = give_family(pipe.transformer, family), False
     try:
-        yield remember
+        yield
+        stays = lasting
     finally:
-        if not remembered:
+        if not stays:
             give_family(pipe.transformer, before)
