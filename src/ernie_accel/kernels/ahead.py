@@ -1,0 +1,225 @@
+"""Compile the Triton kernels of a known family beside everything else that happens until its first picture.
+
+Triton compiles a kernel when it is first launched, one after the other: 6 s of a first picture on an H200. What a
+family launches is known: ``launched/FAMILY.json`` lists it, as ``python -m tools.kernel_lists`` recorded it. `start`
+hands that list to a process of its own, which needs neither a GPU nor the weights, and compiles several kernels at once
+into Triton's cache on disk. A launch finds its kernel there; one that is missing is compiled then, as ever.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+#: Set to "0", nothing is compiled ahead.
+VARIABLE = "ERNIE_ACCEL_COMPILE_AHEAD"
+#: The modules of this package that define Triton kernels.
+MODULES = ("decode", "gpu", "group_norm")
+#: With fewer cores, importing and compiling would slow each other down.
+FEWEST_CORES = 4
+MOST_WORKERS = 8
+_PACKAGE = "ernie_accel.kernels"
+_LISTS = Path(__file__).parent / "launched"
+#: How Triton writes that a pointer or a number is a multiple of 16.
+_MULTIPLE = [["tt.divisibility", 16]]
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A kernel as it was launched, apart from its tensors: what Triton compiles one binary for.
+
+    Attributes:
+        module: The module of this package that defines it.
+        kernel: Its name there.
+        signature: The type of each parameter, as Triton spells it: "*bf16", "i32", "fp32", "constexpr".
+        constants: The values of those that are "constexpr": numbers, booleans, None, or the name of a dtype ("bf16").
+        multiples: Of parameters whose value or address Triton looks at, whether that is a multiple of 16.
+        warps: Warps of a program.
+        stages: Steps of a loop that are under way together.
+    """
+
+    module: str
+    kernel: str
+    signature: dict[str, str]
+    constants: dict[str, float | bool | str | None]
+    multiples: dict[str, bool]
+    warps: int
+    stages: int
+
+
+def listed(family: str) -> dict[str, tuple[Launched, ...]]:
+    """Return what a family launches by its precision, "bf16" or "fp8"; nothing for one without a list."""
+    path = _LISTS / f"{family}.json"
+    if not path.is_file():
+        return {}
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return {precision: tuple(Launched(**each) for each in of) for precision, of in data.items()}
+
+
+def write_list(family: str, found: Mapping[str, Iterable[Launched]]) -> Path:
+    """Write the list of a family, in an order of its own, and return where."""
+    data = {
+        precision: sorted(map(asdict, set_of(of)), key=lambda each: json.dumps(each, sort_keys=True))
+        for precision, of in sorted(found.items())
+    }
+    _LISTS.mkdir(exist_ok=True)
+    path = _LISTS / f"{family}.json"
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def set_of(launched: Iterable[Launched]) -> list[Launched]:
+    """Return each once; their fields are dictionaries, so they have no hash."""
+    return list({json.dumps(asdict(each), sort_keys=True): each for each in launched}.values())
+
+
+def start(family: str, precision: str, capability: tuple[int, int]) -> subprocess.Popen[bytes] | None:
+    """Begin to compile what a family launches, in a process beside this one.
+
+    Args:
+        family: Its name.
+        precision: "bf16" or "fp8": of its transformer's products.
+        capability: Of the CUDA device, as (9, 0).
+
+    Returns:
+        The process, which nobody needs to wait for; None where there is nothing to compile, or nothing to do it with:
+        an unknown family, no Triton, fewer than four cores, or `ERNIE_ACCEL_COMPILE_AHEAD` set to "0".
+    """
+    if os.environ.get(VARIABLE) == "0" or _cores() < FEWEST_CORES or not sys.executable:
+        return None
+    if importlib.util.find_spec("triton") is None or not listed(family).get(precision):
+        return None
+    command = [sys.executable, "-m", f"{_PACKAGE}.ahead", family, precision, *map(str, capability)]
+    places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), "CUDA_VISIBLE_DEVICES": ""}
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    try:
+        process = subprocess.Popen(command, env=environment, **quiet)
+    except OSError:  # no more processes allowed, say: kernels are compiled when they are launched
+        return None
+    threading.Thread(target=process.wait, name="ernie_accel: compiles ahead", daemon=True).start()
+    return process
+
+
+def compile_all(launched: Iterable[Launched], capability: tuple[int, int], workers: int = 1) -> int:
+    """Compile kernels into Triton's cache, several at once; return how many compiled.
+
+    One that does not compile for this device, or with this version of Triton, is left out: it may never be launched.
+    """
+    launched = list(launched)
+    for name in {each.module for each in launched}:
+        _module(name)  # before the fork, so that workers share it
+    if workers < 2:
+        return sum(_compiled(each, capability) for each in launched)
+    import multiprocessing
+
+    with multiprocessing.get_context("fork").Pool(min(workers, len(launched))) as pool:
+        return sum(pool.starmap(_compiled, [(each, capability) for each in launched], chunksize=1))
+
+
+def _compiled(launched: Launched, capability: tuple[int, int]) -> bool:
+    try:
+        compile_one(launched, capability)
+    except Exception:
+        return False
+    return True
+
+
+def compile_one(launched: Launched, capability: tuple[int, int]) -> Any:
+    """Compile a kernel for a CUDA device, which need not be here, as launching it would; return Triton's result."""
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.compiler import compile as compile_source
+
+    kernel = getattr(_module(launched.module), launched.kernel)
+    at = {name: (number,) for number, name in enumerate(kernel.arg_names)}
+    constants = {
+        at[name]: getattr(tl, _DTYPES[value]) if isinstance(value, str) else value
+        for name, value in launched.constants.items()
+    }
+    # In the order of the parameters, as Triton lists them: the text of this dictionary is part of its key.
+    attributes = {at[name]: _MULTIPLE if multiple else [] for name, multiple in launched.multiples.items()}
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    options = make_backend(target).parse_options({"num_warps": launched.warps, "num_stages": launched.stages})
+    source = ASTSource(kernel, launched.signature, constants, attributes)
+    return compile_source(source, target=target, options=options.__dict__)
+
+
+#: Triton's names of dtypes as constants.
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+class Recorder:
+    """Records which kernels of this package are launched while it is open, whether compiled before or not."""
+
+    def __init__(self) -> None:
+        self.found: list[Launched] = []
+
+    def __enter__(self) -> Recorder:
+        from triton import JITFunction, knobs
+
+        for name in MODULES:
+            module = _module(name)
+            for kernel in vars(module).values():
+                if isinstance(kernel, JITFunction):
+                    kernel.device_caches.clear()  # Triton calls the hook for what it does not find there
+        self._before = knobs.runtime.jit_post_compile_hook
+        knobs.runtime.jit_post_compile_hook = self._record
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from triton import knobs
+
+        knobs.runtime.jit_post_compile_hook = self._before
+
+    def _record(self, *, fn: Any, compile: Mapping[str, Any], **_: object) -> None:
+        package, _, module = fn.module.rpartition(".")
+        if package == _PACKAGE:
+            self.found.append(_launched(module, fn, compile))
+
+
+def _launched(module: str, fn: Any, compile: Mapping[str, Any]) -> Launched:
+    names = fn.jit_function.arg_names
+    (attributes,) = compile["configs"]
+    return Launched(
+        module,
+        fn.name,
+        {name: str(kind) for name, kind in compile["signature"].items()},
+        {names[path[0]]: _plain(value) for path, value in compile["constants"].items()},
+        {names[path[0]]: bool(value) for path, value in attributes.items()},
+        compile["num_warps"],
+        compile["num_stages"],
+    )
+
+
+def _plain(value: Any) -> float | bool | str | None:
+    value = getattr(value, "value", value)  # a tl.constexpr
+    return value if value is None or isinstance(value, bool | int | float) else str(value)
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"{_PACKAGE}.{name}")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _main() -> None:
+    family, precision, major, minor = sys.argv[1:]
+    compile_all(listed(family)[precision], (int(major), int(minor)), min(MOST_WORKERS, _cores() - 2))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,57 @@
+"""Find out, before anything is read, which kernels a model will launch, and have them compiled meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from ernie_accel.core.context import Context
+from ernie_accel.core.transform import Transform
+from ernie_accel.families import families
+from ernie_accel.kernels import ahead
+from ernie_accel.storage.folders import current
+from ernie_accel.storage.manifest import INDEX, MANIFEST, open_manifest
+from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
+
+#: An index has some hundred bytes. What is longer is none, and reported by whoever reads it.
+_LARGEST_INDEX = 2**20
+
+
+def compile_ahead(model: str | os.PathLike[str], transforms: Iterable[Transform], machine: Context) -> None:
+    """Begin to compile the kernels of a model that is about to be read, if a list of them is known.
+
+    Args:
+        model: A folder of diffusers, or one that `save` wrote; for a hub id nothing is done.
+        transforms: What it is read with, beside what it was saved with.
+        machine: Where it will run.
+    """
+    folder = current(Path(model))
+    if machine.device != "cuda" or machine.capability is None or not folder.is_dir():
+        return
+    name = _transformer_class(folder)
+    family = next((each for each in families() if name in each.transformer_classes), None)
+    if family is not None:
+        for precision in _precisions(folder, transforms):
+            ahead.start(family.name, precision, machine.capability)
+
+
+def _transformer_class(folder: Path) -> str | None:
+    """Return the class that the index names; None if it names none, for whoever reads it to complain about."""
+    try:
+        with (folder / INDEX).open(encoding="utf-8") as file:
+            index = json.loads(file.read(_LARGEST_INDEX))
+        _, name = index["transformer"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return name if isinstance(name, str) else None
+
+
+def _precisions(folder: Path, transforms: Iterable[Transform]) -> set[str]:
+    """Return the precisions of the kernels that a pipe will run on: one, or none."""
+    asked = {each.precision for each in transforms if isinstance(each, FuseKernels)}
+    if asked or not (folder / MANIFEST).is_file():
+        return asked
+    saved = [each.transform for each in open_manifest(folder).transforms if each.changed]
+    return {str(data.get("precision")) for data in saved if data.get("transform") == FuseKernels.__name__}

@@ -1,0 +1,186 @@
+"""Kernels that are compiled before they are launched: the lists, and when compiling begins."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import ernie_accel
+from ernie_accel import FuseKernels, Quantize
+from ernie_accel.core.context import Context
+from ernie_accel.families import families
+from ernie_accel.kernels import ahead
+from ernie_accel.storage import compiling
+from ernie_accel.storage.manifest import SavedTransform, open_manifest
+from tests.pipelines import tiny_ernie, tiny_z_image
+
+triton = pytest.importorskip("triton")
+H200 = Context.named("h200")
+LISTED = [(family.name, precision) for family in families() for precision in ahead.listed(family.name)]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What compiling was begun for."""
+    calls = []
+    monkeypatch.setattr(ahead, "start", lambda *arguments: calls.append(arguments))
+    return calls
+
+
+# ---- the lists -------------------------------------------------------------------------------------------------------
+
+
+def test_every_family_of_the_package_has_lists():
+    assert sorted(LISTED) == sorted(
+        (name, precision) for name in ("ERNIE-Image", "Z-Image", "NewBie-image") for precision in ("bf16", "fp8")
+    )
+
+
+@pytest.mark.parametrize(("family", "precision"), LISTED)
+def test_listed_kernels_are_those_of_the_package(family, precision):
+    for each in ahead.listed(family)[precision]:
+        kernel = getattr(ahead._module(each.module), each.kernel)
+        assert list(each.signature) == kernel.arg_names
+        assert set(each.constants) == {name for name, kind in each.signature.items() if kind == "constexpr"}
+        assert {kernel.arg_names[number] for number in kernel.constexprs} <= set(each.constants)
+        assert set(each.multiples) <= set(kernel.arg_names) - set(each.constants)
+
+
+def test_a_listed_kernel_compiles_without_a_gpu_and_is_found_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = next(each for each in ahead.listed("ERNIE-Image")["fp8"] if each.kernel == "_quantize_rows_kernel")
+    assert ahead.compile_all([kernel], (9, 0)) == 1
+    assert [path.suffix for path in tmp_path.rglob("_quantize_rows_kernel.cubin")] == [".cubin"]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert ahead.compile_all([kernel], (9, 0)) == 1
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_a_kernel_that_does_not_compile_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    good = next(each for each in ahead.listed("ERNIE-Image")["fp8"] if each.kernel == "_quantize_rows_kernel")
+    bad = ahead.Launched(good.module, good.kernel, good.signature, {**good.constants, "BLOCK": 3000}, {}, 4, 3)
+    gone = ahead.Launched(good.module, "_kernel_of_a_later_version", {}, {}, {}, 4, 3)
+    assert ahead.compile_all([bad, gone, good], (9, 0)) == 1
+
+
+def test_a_list_is_written_as_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "_LISTS", tmp_path)
+    one = ahead.Launched("gpu", "kernel", {"X": "*bf16", "N": "constexpr"}, {"N": None}, {"X": True}, 4, 3)
+    ahead.write_list("Mine", {"fp8": [one, one]})
+    assert ahead.listed("Mine") == {"fp8": (one,)}
+    assert ahead.listed("Other") == {}
+
+
+# ---- the process -----------------------------------------------------------------------------------------------------
+
+
+def test_a_process_of_its_own_fills_the_cache(tmp_path, monkeypatch):
+    lists = tmp_path / "lists"
+    kernel = next(each for each in ahead.listed("ERNIE-Image")["fp8"] if each.kernel == "_quantize_rows_kernel")
+    monkeypatch.setattr(ahead, "_LISTS", lists)
+    ahead.write_list("Mine", {"fp8": [kernel]})
+    command = f"from pathlib import Path; from ernie_accel.kernels import ahead; ahead._LISTS = Path({str(lists)!r}); "
+    command += "import sys; sys.argv[1:] = ['Mine', 'fp8', '9', '0']; ahead._main()"
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", command], env=environment, check=True)
+    assert list((tmp_path / "cache").rglob("*.cubin"))
+
+
+def test_it_starts_one_process_that_sees_no_gpu(monkeypatch):
+    begun = []
+
+    class Process:
+        def __init__(self, command, env, **_):
+            begun.append((command, env))
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(ahead, "_cores", lambda: 16)
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    assert ahead.start("ERNIE-Image", "fp8", (9, 0)) is not None
+    ((command, environment),) = begun
+    assert command[1:] == ["-m", "ernie_accel.kernels.ahead", "ERNIE-Image", "fp8", "9", "0"]
+    assert environment["CUDA_VISIBLE_DEVICES"] == ""
+
+
+@pytest.mark.parametrize(
+    "why", ["switched off", "few cores", "no list", "no such precision", "no interpreter", "no triton", "no process"]
+)
+def test_where_it_cannot_help_nothing_is_begun(why, monkeypatch):
+    def refuse(*_, **__):
+        if why != "no process":
+            pytest.fail("a process was started")
+        raise BlockingIOError
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(ahead, "_cores", lambda: 2 if why == "few cores" else 16)
+    monkeypatch.setenv(ahead.VARIABLE, "0" if why == "switched off" else "1")
+    if why == "no interpreter":
+        monkeypatch.setattr(sys, "executable", "")
+    if why == "no triton":
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    family = "Other" if why == "no list" else "ERNIE-Image"
+    assert ahead.start(family, "int8" if why == "no such precision" else "fp8", (9, 0)) is None
+
+
+# ---- when ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("build", "family"), [(tiny_ernie, "ERNIE-Image"), (tiny_z_image, "Z-Image")])
+def test_it_begins_for_what_a_folder_of_diffusers_will_launch(build, family, tmp_path, started):
+    build().save_pretrained(tmp_path)
+    compiling.compile_ahead(tmp_path, (Quantize("int8"), FuseKernels("bf16")), H200)
+    assert started == [(family, "bf16", (9, 0))]
+    compiling.compile_ahead(tmp_path, (Quantize("fp8"),), H200)
+    assert len(started) == 1
+
+
+def test_it_begins_for_what_a_folder_was_saved_with(tmp_path, started, monkeypatch):
+    ernie_accel.save(tiny_ernie(), tmp_path / "saved")
+    compiling.compile_ahead(tmp_path / "saved", (), H200)
+    assert started == []
+    manifest = open_manifest(tmp_path / "saved")
+    fused = SavedTransform(transform={"transform": "FuseKernels", "precision": "fp8"}, changed=("a",), skipped={})
+    without_effect = fused.model_copy(update={"changed": ()})
+    for saved in (without_effect, fused):
+        monkeypatch.setattr(
+            compiling, "open_manifest", lambda _, saved=saved: manifest.model_copy(update={"transforms": (saved,)})
+        )
+        compiling.compile_ahead(tmp_path / "saved", (), H200)
+    assert started == [("ERNIE-Image", "fp8", (9, 0))]
+
+
+@pytest.mark.parametrize("machine", [Context.named("cpu"), Context.named("ascend910b"), Context.named("mps")])
+def test_it_begins_only_for_cuda(machine, tmp_path, started):
+    tiny_ernie().save_pretrained(tmp_path)
+    compiling.compile_ahead(tmp_path, (FuseKernels("fp8"),), machine)
+    assert started == []
+
+
+@pytest.mark.parametrize(
+    "index", [b"", b"{", b"\xff", b"[]", b'{"transformer": 3}', b'{"transformer": [["a"], ["b"]]}']
+)
+def test_a_damaged_index_is_left_to_whoever_reads_it(index, tmp_path, started):
+    (tmp_path / "model_index.json").write_bytes(index)
+    compiling.compile_ahead(tmp_path, (FuseKernels("fp8"),), H200)
+    assert started == []
+
+
+def test_load_begins_before_it_reads(tmp_path, started, monkeypatch):
+    tiny_ernie().save_pretrained(tmp_path)
+    monkeypatch.setattr(Context, "detect", classmethod(lambda cls, device=None, **_: H200))
+    monkeypatch.setattr("ernie_accel.api.load_pipeline", lambda *_, **__: pytest.fail("read") if not started else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ernie_accel.load(tmp_path, preset="turbo-fp8")
+    assert started == [("ERNIE-Image", "fp8", (9, 0))]
+
+
+def test_load_on_the_cpu_begins_nothing(tmp_path, started):
+    tiny_ernie().save_pretrained(tmp_path)
+    ernie_accel.load(tmp_path, device="cpu")
+    assert started == []

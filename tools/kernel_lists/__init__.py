@@ -1,0 +1,1 @@
+"""Record which Triton kernels each family launches: ``python -m tools.kernel_lists``."""

@@ -1,0 +1,78 @@
+"""Draw a picture of each family on its fused kernels and write down what was launched; needs a Hopper GPU and cuDNN.
+
+``python -m tools.kernel_lists [FAMILY ...]``, after a change of what kernels there are, or of their parameters, block
+sizes or warps. The lists are for `ernie_accel.kernels.ahead`. Pipes have the published configurations, random weights,
+and two layers: the kernels of one layer are those of all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ernie_accel
+from ernie_accel.kernels import ahead
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from ladder_families import draws
+from random_pipeline import prompt_of, random_family_pipeline, random_pipeline
+
+LAYERS, PIXELS, TOKENS = 2, 1024, 128
+
+
+def ernie_image(size: str, px: int, device: str) -> tuple[Any, Callable[[], object]]:
+    """Return a pipe, and what draws a picture with it, encoding the prompt."""
+    pipe = random_pipeline(size, device, torch.bfloat16)
+    call = {"height": px, "width": px, "num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "pt"}
+    return pipe, partial(pipe, prompt_of(TOKENS), use_pe=False, **call)
+
+
+def other(family: str, size: str, px: int, device: str) -> tuple[Any, Callable[[], object]]:
+    """Return a pipe without text encoder, and what draws a picture with it."""
+    pipe = random_family_pipeline(family, size, device, torch.bfloat16)
+    latents = draws(family, pipe, px, TOKENS)
+    assert isinstance(latents, partial)
+    return pipe, partial(pipe, **{**latents.keywords, "num_inference_steps": 2, "output_type": "pt"})
+
+
+#: Name of the family -> (the mode of its presets, what makes a pipe of a size).
+FAMILIES: dict[str, tuple[str, Callable[[str, int, str], tuple[Any, Callable[[], object]]]]] = {
+    "ERNIE-Image": ("turbo", ernie_image),
+    "Z-Image": ("turbo", partial(other, "z-image")),
+    "NewBie-image": ("quality", partial(other, "newbie")),
+}
+
+
+def record(family: str, size: str = "full", px: int = PIXELS, device: str = "cuda") -> dict[str, list[ahead.Launched]]:
+    """Return what a family launches by precision."""
+    mode, make = FAMILIES[family]
+    found = {}
+    for precision in ("bf16", "fp8"):
+        pipe, draw = make(size, px, device)
+        del pipe.transformer.layers[LAYERS:]
+        with ahead.Recorder() as recorder:
+            ernie_accel.optimize(pipe, preset=f"{mode}-{precision}", memory=None)
+            draw()
+        found[precision] = recorder.found
+        del pipe, draw
+    return found
+
+
+def main() -> None:
+    """Record, write, and say how many."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help=f"of {list(FAMILIES)}; default: all")
+    for family in parser.parse_args().families or FAMILIES:
+        found = record(family)
+        counts = ", ".join(f"{precision} {len(ahead.set_of(of))}" for precision, of in found.items())
+        print(f"{ahead.write_list(family, found)}: {counts}")
+
+
+if __name__ == "__main__":
+    main()
