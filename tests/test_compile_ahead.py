@@ -13,7 +13,7 @@ from ernie_accel import FuseKernels, Quantize
 from ernie_accel.core.context import Context
 from ernie_accel.families import families
 from ernie_accel.kernels import ahead
-from ernie_accel.storage import compiling
+from ernie_accel.storage import meanwhile
 from ernie_accel.storage.manifest import SavedTransform, open_manifest
 from tests.pipelines import tiny_ernie, tiny_z_image
 
@@ -134,31 +134,31 @@ def test_where_it_cannot_help_nothing_is_begun(why, monkeypatch):
 @pytest.mark.parametrize(("build", "family"), [(tiny_ernie, "ERNIE-Image"), (tiny_z_image, "Z-Image")])
 def test_it_begins_for_what_a_folder_of_diffusers_will_launch(build, family, tmp_path, started):
     build().save_pretrained(tmp_path)
-    compiling.compile_ahead(tmp_path, (Quantize("int8"), FuseKernels("bf16")), H200)
+    meanwhile.prepare(tmp_path, (Quantize("int8"), FuseKernels("bf16")), H200)
     assert started == [(family, "bf16", (9, 0))]
-    compiling.compile_ahead(tmp_path, (Quantize("fp8"),), H200)
+    meanwhile.prepare(tmp_path, (Quantize("fp8"),), H200)
     assert len(started) == 1
 
 
 def test_it_begins_for_what_a_folder_was_saved_with(tmp_path, started, monkeypatch):
     ernie_accel.save(tiny_ernie(), tmp_path / "saved")
-    compiling.compile_ahead(tmp_path / "saved", (), H200)
+    meanwhile.prepare(tmp_path / "saved", (), H200)
     assert started == []
     manifest = open_manifest(tmp_path / "saved")
     fused = SavedTransform(transform={"transform": "FuseKernels", "precision": "fp8"}, changed=("a",), skipped={})
     without_effect = fused.model_copy(update={"changed": ()})
     for saved in (without_effect, fused):
         monkeypatch.setattr(
-            compiling, "open_manifest", lambda _, saved=saved: manifest.model_copy(update={"transforms": (saved,)})
+            meanwhile, "open_manifest", lambda _, saved=saved: manifest.model_copy(update={"transforms": (saved,)})
         )
-        compiling.compile_ahead(tmp_path / "saved", (), H200)
+        meanwhile.prepare(tmp_path / "saved", (), H200)
     assert started == [("ERNIE-Image", "fp8", (9, 0))]
 
 
 @pytest.mark.parametrize("machine", [Context.named("cpu"), Context.named("ascend910b"), Context.named("mps")])
 def test_it_begins_only_for_cuda(machine, tmp_path, started):
     tiny_ernie().save_pretrained(tmp_path)
-    compiling.compile_ahead(tmp_path, (FuseKernels("fp8"),), machine)
+    meanwhile.prepare(tmp_path, (FuseKernels("fp8"),), machine)
     assert started == []
 
 
@@ -167,7 +167,7 @@ def test_it_begins_only_for_cuda(machine, tmp_path, started):
 )
 def test_a_damaged_index_is_left_to_whoever_reads_it(index, tmp_path, started):
     (tmp_path / "model_index.json").write_bytes(index)
-    compiling.compile_ahead(tmp_path, (FuseKernels("fp8"),), H200)
+    meanwhile.prepare(tmp_path, (FuseKernels("fp8"),), H200)
     assert started == []
 
 

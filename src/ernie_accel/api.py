@@ -42,7 +42,7 @@ from ernie_accel.memory.planner import available_on_host, budget_of, check_fits,
 from ernie_accel.plugins import load_plugins
 from ernie_accel.recipes.presets import find_preset
 from ernie_accel.recipes.recommend import fitting_preset, recommend
-from ernie_accel.storage.compiling import compile_ahead
+from ernie_accel.storage.meanwhile import prepare
 from ernie_accel.storage.loading import drop_enhancer, load_pipeline, refuse_transformer, was_saved_here
 from ernie_accel.storage.reading import forgetful
 from ernie_accel.storage.reading import read as read_saved
@@ -256,7 +256,7 @@ def load(
         return _load_saved(
             model, transforms, preset, memory, device, prompt_enhancer, on_unsupported, tuple(known), call
         )
-    compile_ahead(model, (*transforms, *(named.transforms if named is not None else ())), machine)
+    prepare(model, (*transforms, *(named.transforms if named is not None else ())), machine)
     pipe = load_pipeline(
         os.fspath(model),
         dtype,
@@ -293,7 +293,7 @@ def _load_saved(
     plans = asked and memory is not None and machine.device not in ("cpu", "rocm")
     mapped = plans or (device is None and goes_to is not None)
     named = find_preset(preset) if preset is not None and preset != "auto" else None
-    compile_ahead(model, transforms, machine)
+    prepare(model, transforms, machine)
     place = None if mapped else device or (machine.torch_device if asked and memory is not None else "cpu")
     pipe, wanted = read_saved(model, transforms, machine, place, preset=named, known=known, elsewhere=plans)
     if not prompt_enhancer:

@@ -1,11 +1,15 @@
-"""Find out, before anything is read, which kernels a model will launch, and have them compiled meanwhile."""
+"""What happens beside reading a model, most of which is importing: its kernels are compiled, and its device wakes up."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import threading
 from collections.abc import Iterable
 from pathlib import Path
+
+import torch
 
 from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Transform
@@ -19,8 +23,10 @@ from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
 _LARGEST_INDEX = 2**20
 
 
-def compile_ahead(model: str | os.PathLike[str], transforms: Iterable[Transform], machine: Context) -> None:
-    """Begin to compile the kernels of a model that is about to be read, if a list of them is known.
+def prepare(model: str | os.PathLike[str], transforms: Iterable[Transform], machine: Context) -> None:
+    """Begin with what the first picture of a model needs, while it is about to be read: for CUDA, else there is nothing.
+
+    The kernels that it will launch are compiled, if a list of them is known, and the device's libraries are loaded.
 
     Args:
         model: A folder of diffusers, or one that `save` wrote; for a hub id nothing is done.
@@ -30,11 +36,22 @@ def compile_ahead(model: str | os.PathLike[str], transforms: Iterable[Transform]
     folder = current(Path(model))
     if machine.device != "cuda" or machine.capability is None or not folder.is_dir():
         return
+    # It ends within two seconds. A daemon could be within CUDA when the process ends.
+    threading.Thread(target=_wake, args=(machine.torch_device,), name="ernie_accel: wakes the device").start()
     name = _transformer_class(folder)
     family = next((each for each in families() if name in each.transformer_classes), None)
     if family is not None:
         for precision in _precisions(folder, transforms):
             ahead.start(family.name, precision, machine.capability)
+
+
+def _wake(device: str) -> None:
+    """Have a CUDA device make its context, and load cuBLAS, cuDNN and attention: 1.4 s of a first picture on an H200."""
+    with contextlib.suppress(Exception):  # what does not work here is reported by whoever needs it
+        x = torch.zeros(1, 16, 16, 16, device=device, dtype=torch.bfloat16)
+        torch.matmul(x, x)
+        torch.nn.functional.conv2d(x, torch.zeros(16, 16, 3, 3, device=device, dtype=x.dtype), padding=1)
+        torch.nn.functional.scaled_dot_product_attention(x, x, x)
 
 
 def _transformer_class(folder: Path) -> str | None:
