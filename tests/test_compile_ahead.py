@@ -23,6 +23,12 @@ LISTED = [(family.name, precision) for family in families() for precision in ahe
 
 
 @pytest.fixture
+def kernel():
+    """A kernel that compiles fast."""
+    return next(each for each in ahead.listed("ERNIE-Image")["fp8"] if each.kernel == "_quantize_values_kernel")
+
+
+@pytest.fixture
 def started(monkeypatch):
     """What compiling was begun for."""
     calls = []
@@ -49,22 +55,20 @@ def test_listed_kernels_are_those_of_the_package(family, precision):
         assert set(each.multiples) <= set(kernel.arg_names) - set(each.constants)
 
 
-def test_a_listed_kernel_compiles_without_a_gpu_and_is_found_again(tmp_path, monkeypatch):
+def test_a_listed_kernel_compiles_without_a_gpu_and_is_found_again(kernel, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel = next(each for each in ahead.listed("ERNIE-Image")["fp8"] if each.kernel == "_quantize_rows_kernel")
     assert ahead.compile_all([kernel], (9, 0)) == 1
-    assert [path.suffix for path in tmp_path.rglob("_quantize_rows_kernel.cubin")] == [".cubin"]
+    assert [path.suffix for path in tmp_path.rglob("_quantize_values_kernel.cubin")] == [".cubin"]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert ahead.compile_all([kernel], (9, 0)) == 1
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_a_kernel_that_does_not_compile_is_left_out(tmp_path, monkeypatch):
+def test_a_kernel_that_does_not_compile_is_left_out(kernel, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    good = next(each for each in ahead.listed("ERNIE-Image")["fp8"] if each.kernel == "_quantize_rows_kernel")
-    bad = ahead.Launched(good.module, good.kernel, good.signature, {**good.constants, "BLOCK": 3000}, {}, 4, 3)
-    gone = ahead.Launched(good.module, "_kernel_of_a_later_version", {}, {}, {}, 4, 3)
-    assert ahead.compile_all([bad, gone, good], (9, 0)) == 1
+    bad = ahead.Launched(kernel.module, kernel.kernel, kernel.signature, {**kernel.constants, "BLOCK": 3000}, {}, 4, 3)
+    gone = ahead.Launched(kernel.module, "_kernel_of_a_later_version", {}, {}, {}, 4, 3)
+    assert ahead.compile_all([bad, gone, kernel], (9, 0)) == 1
 
 
 def test_a_list_is_written_as_it_is_read(tmp_path, monkeypatch):
@@ -78,9 +82,8 @@ def test_a_list_is_written_as_it_is_read(tmp_path, monkeypatch):
 # ---- the process -----------------------------------------------------------------------------------------------------
 
 
-def test_a_process_of_its_own_fills_the_cache(tmp_path, monkeypatch):
+def test_a_process_of_its_own_fills_the_cache(kernel, tmp_path, monkeypatch):
     lists = tmp_path / "lists"
-    kernel = next(each for each in ahead.listed("ERNIE-Image")["fp8"] if each.kernel == "_quantize_rows_kernel")
     monkeypatch.setattr(ahead, "_LISTS", lists)
     ahead.write_list("Mine", {"fp8": [kernel]})
     command = f"from pathlib import Path; from ernie_accel.kernels import ahead; ahead._LISTS = Path({str(lists)!r}); "

@@ -42,8 +42,8 @@ from ernie_accel.memory.planner import available_on_host, budget_of, check_fits,
 from ernie_accel.plugins import load_plugins
 from ernie_accel.recipes.presets import find_preset
 from ernie_accel.recipes.recommend import fitting_preset, recommend
-from ernie_accel.storage.meanwhile import prepare
 from ernie_accel.storage.loading import drop_enhancer, load_pipeline, refuse_transformer, was_saved_here
+from ernie_accel.storage.meanwhile import prepare
 from ernie_accel.storage.reading import forgetful
 from ernie_accel.storage.reading import read as read_saved
 from ernie_accel.transforms.weights.quantize import Quantize

@@ -26,9 +26,8 @@ from typing import Any
 VARIABLE = "ERNIE_ACCEL_COMPILE_AHEAD"
 #: The modules of this package that define Triton kernels.
 MODULES = ("decode", "gpu", "group_norm")
-#: With fewer cores, importing and compiling would slow each other down.
+#: With fewer cores, importing and compiling would slow each other down. A quarter of the cores compile.
 FEWEST_CORES = 4
-MOST_WORKERS = 8
 _PACKAGE = "ernie_accel.kernels"
 _LISTS = Path(__file__).parent / "launched"
 #: How Triton writes that a pointer or a number is a multiple of 16.
@@ -103,9 +102,9 @@ def start(family: str, precision: str, capability: tuple[int, int]) -> subproces
     command = [sys.executable, "-m", f"{_PACKAGE}.ahead", family, precision, *map(str, capability)]
     places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), "CUDA_VISIBLE_DEVICES": ""}
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    nowhere = subprocess.DEVNULL
     try:
-        process = subprocess.Popen(command, env=environment, **quiet)
+        process = subprocess.Popen(command, env=environment, stdin=nowhere, stdout=nowhere, stderr=nowhere)
     except OSError:  # no more processes allowed, say: kernels are compiled when they are launched
         return None
     threading.Thread(target=process.wait, name="ernie_accel: compiles ahead", daemon=True).start()
@@ -232,7 +231,7 @@ def _cores() -> int:
 
 def _main() -> None:
     family, precision, major, minor = sys.argv[1:]
-    compile_all(listed(family)[precision], (int(major), int(minor)), min(MOST_WORKERS, _cores() - 2))
+    compile_all(listed(family)[precision], (int(major), int(minor)), _cores() // 4)
 
 
 if __name__ == "__main__":

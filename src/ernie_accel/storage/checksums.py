@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 PIECE_BYTES = 64 * 2**20
-_BLOCK_BYTES = 2**22  # a thread needs the interpreter's lock between two of them only, while the main one imports
+_BLOCK_BYTES = 2**24  # a thread needs the interpreter's lock between two of them only, while the main one imports
 _THREADS = 16
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ernie_accel.common.collecting import without_collecting
 from ernie_accel.core.components import CallablePipeline
 from ernie_accel.core.context import NOT_SUPPORTED_YET
 from ernie_accel.core.dtypes import ALIASES, DTYPES, dtype_argument, dtype_name
@@ -183,6 +184,7 @@ def _fetch(model: str, pictures: bool, without_transformer: bool = False) -> Pat
         raise ErnieAccelError(f"cannot load {model!r}: {error}") from error
 
 
+@without_collecting()
 def _load_plain(folder: Path, dtype: torch.dtype, single: Path | None = None) -> CallablePipeline:
     index = vet(folder)
     filled = None if single is None else _filled(folder, index, single, dtype)

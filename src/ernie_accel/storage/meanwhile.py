@@ -1,4 +1,4 @@
-"""What happens beside reading a model, most of which is importing: its kernels are compiled, and its device wakes up."""
+"""What happens while a model is read, which mostly is importing: its kernels are compiled, its device wakes up."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LARGEST_INDEX = 2**20
 
 
 def prepare(model: str | os.PathLike[str], transforms: Iterable[Transform], machine: Context) -> None:
-    """Begin with what the first picture of a model needs, while it is about to be read: for CUDA, else there is nothing.
+    """Begin with what the first picture of a model needs on CUDA, while it is about to be read.
 
     The kernels that it will launch are compiled, if a list of them is known, and the device's libraries are loaded.
 
@@ -46,7 +46,7 @@ def prepare(model: str | os.PathLike[str], transforms: Iterable[Transform], mach
 
 
 def _wake(device: str) -> None:
-    """Have a CUDA device make its context, and load cuBLAS, cuDNN and attention: 1.4 s of a first picture on an H200."""
+    """Have a device make its context, and load cuBLAS, cuDNN and attention: 1.4 s of a first picture on an H200."""
     with contextlib.suppress(Exception):  # what does not work here is reported by whoever needs it
         x = torch.zeros(1, 16, 16, 16, device=device, dtype=torch.bfloat16)
         torch.matmul(x, x)

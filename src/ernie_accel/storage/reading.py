@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from ernie_accel.common.collecting import without_collecting
 from ernie_accel.core.apply import apply_request, report_of
 from ernie_accel.core.carried import carry
 from ernie_accel.core.components import CallablePipeline, modules_of
@@ -84,6 +85,7 @@ def load(
     return pipe
 
 
+@without_collecting()
 def read(
     folder: str | os.PathLike[str],
     transforms: Iterable[Transform],
