@@ -67,6 +67,7 @@ PHRASES = {
     "without a LoRA": "不带 LoRA",
     "attention, rank {}": "注意力，秩 {}",
     "all layers, rank {}": "所有层，秩 {}",
+    "second round": "第二轮",
     "Order of convergence, measured": "实测的收敛阶数",
     "{}: weak order": "{}：弱阶",
     "by tests/test_scheduler_solvers.py": "由 tests/test_scheduler_solvers.py 测得",

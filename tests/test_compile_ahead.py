@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
+import torch
 
 import ernie_accel
 from ernie_accel import FuseKernels, Quantize
 from ernie_accel.core.context import Context
 from ernie_accel.families import families
 from ernie_accel.kernels import ahead
-from ernie_accel.storage import meanwhile
+from ernie_accel.storage import loading, meanwhile, reading
 from ernie_accel.storage.manifest import SavedTransform, open_manifest
 from tests.pipelines import tiny_ernie, tiny_z_image
 
@@ -103,6 +106,7 @@ def test_it_starts_one_process_that_sees_no_gpu(monkeypatch):
         def wait(self):
             return 0
 
+    monkeypatch.setenv(ahead.VARIABLE, "1")
     monkeypatch.setattr(ahead, "_cores", lambda: 16)
     monkeypatch.setattr(subprocess, "Popen", Process)
     assert ahead.start("ERNIE-Image", "fp8", (9, 0)) is not None
@@ -187,3 +191,35 @@ def test_load_on_the_cpu_begins_nothing(tmp_path, started):
     tiny_ernie().save_pretrained(tmp_path)
     ernie_accel.load(tmp_path, device="cpu")
     assert started == []
+
+
+def test_the_device_wakes_beside_it_and_no_failure_is_heard_of(tmp_path, started, monkeypatch):
+    tiny_ernie().save_pretrained(tmp_path)
+    woken = threading.Event()
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *_: woken.set())
+    meanwhile._wake("cpu")
+    assert woken.is_set()
+    meanwhile._wake("a device that is not here")
+    meanwhile.prepare(tmp_path, (), H200)  # where there is no CUDA, its thread fails, and this goes on
+
+
+def test_reading_does_not_search_for_garbage_and_leaves_the_search_as_it_was(tmp_path, monkeypatch):
+    tiny_ernie().save_pretrained(tmp_path / "original")
+    ernie_accel.save(tiny_ernie(), tmp_path / "saved")
+    found = []
+    for module in (loading, reading):
+        real = module.assemble
+        monkeypatch.setattr(
+            module, "assemble", lambda *given, real=real: (found.append(gc.isenabled()), real(*given))[1]
+        )
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            ernie_accel.load(tmp_path / "original", device="cpu")
+            ernie_accel.load(tmp_path / "saved", device="cpu")
+            with pytest.raises(ernie_accel.ErnieAccelError):
+                ernie_accel.load(tmp_path / "neither", device="cpu")
+            assert gc.isenabled() is enabled
+        finally:
+            gc.enable()
+    assert found == [False] * 4

@@ -18,6 +18,8 @@ import contextlib
 import json
 import math
 import re
+import shlex
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -184,7 +186,7 @@ def main() -> None:
         print(f"| {name} | {shares} |", flush=True)
     if options.out is not None:
         record = {
-            "command": f"python -m tools.embedded_model.sensitivity --prompts {options.prompts}",
+            "command": shlex.join(["python", "-m", "tools.embedded_model.sensitivity", *sys.argv[1:]]),
             "device": options.device,
             "torch": torch.__version__,
             "architecture": options.architecture,

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Protocol, TypedDict
 
 #: Set to "0", nothing is compiled ahead.
 VARIABLE = "ERNIE_ACCEL_COMPILE_AHEAD"
@@ -32,6 +32,37 @@ _PACKAGE = "ernie_accel.kernels"
 _LISTS = Path(__file__).parent / "launched"
 #: How Triton writes that a pointer or a number is a multiple of 16.
 _MULTIPLE = [["tt.divisibility", 16]]
+
+
+class _Compiled(Protocol):
+    """What Triton makes of a kernel."""
+
+    src: object
+    metadata: object
+
+
+class _Kernel(Protocol):
+    """A kernel before it is compiled."""
+
+    arg_names: list[str]
+
+
+class _Function(Protocol):
+    """What Triton tells its hooks of a kernel."""
+
+    module: str
+    name: str
+    jit_function: _Kernel
+
+
+class _Specialization(TypedDict):
+    """What Triton tells its hooks of a launch; keys of constants and attributes are paths, of a parameter (number,)."""
+
+    signature: Mapping[str, object]
+    constants: Mapping[tuple[int, ...], object]
+    configs: list[Mapping[tuple[int, ...], object]]
+    num_warps: int
+    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -137,7 +168,7 @@ def _compiled(launched: Launched, capability: tuple[int, int]) -> bool:
     return True
 
 
-def _build_launcher(compiled: Any) -> None:
+def _build_launcher(compiled: _Compiled) -> None:
     """Have Triton build the C functions that launch kernels, into the same cache: 3 s of a first picture on an H200.
 
     Where that fails, as without a driver of CUDA or with another version of Triton, a launch builds what it needs.
@@ -148,7 +179,7 @@ def _build_launcher(compiled: Any) -> None:
     CudaLauncher(compiled.src, compiled.metadata)
 
 
-def compile_one(launched: Launched, capability: tuple[int, int]) -> Any:
+def compile_one(launched: Launched, capability: tuple[int, int]) -> _Compiled:
     """Compile a kernel for a CUDA device, which need not be here, as launching it would; return Triton's result."""
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
@@ -166,7 +197,8 @@ def compile_one(launched: Launched, capability: tuple[int, int]) -> Any:
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     options = make_backend(target).parse_options({"num_warps": launched.warps, "num_stages": launched.stages})
     source = ASTSource(kernel, launched.signature, constants, attributes)
-    return compile_source(source, target=target, options=options.__dict__)
+    compiled: _Compiled = compile_source(source, target=target, options=options.__dict__)
+    return compiled
 
 
 #: Triton's names of dtypes as constants.
@@ -196,13 +228,13 @@ class Recorder:
 
         knobs.runtime.jit_post_compile_hook = self._before
 
-    def _record(self, *, fn: Any, compile: Mapping[str, Any], **_: object) -> None:
+    def _record(self, *, fn: _Function, compile: _Specialization, **others: object) -> None:
         package, _, module = fn.module.rpartition(".")
         if package == _PACKAGE:
             self.found.append(_launched(module, fn, compile))
 
 
-def _launched(module: str, fn: Any, compile: Mapping[str, Any]) -> Launched:
+def _launched(module: str, fn: _Function, compile: _Specialization) -> Launched:
     names = fn.jit_function.arg_names
     (attributes,) = compile["configs"]
     return Launched(
@@ -216,7 +248,7 @@ def _launched(module: str, fn: Any, compile: Mapping[str, Any]) -> Launched:
     )
 
 
-def _plain(value: Any) -> float | bool | str | None:
+def _plain(value: object) -> float | bool | str | None:
     value = getattr(value, "value", value)  # a tl.constexpr
     return value if value is None or isinstance(value, bool | int | float) else str(value)
 
