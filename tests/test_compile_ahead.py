@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import os
+import json
 import subprocess
 import sys
 import threading
@@ -85,34 +85,43 @@ def test_a_list_is_written_as_it_is_read(tmp_path, monkeypatch):
 # ---- the process -----------------------------------------------------------------------------------------------------
 
 
-def test_a_process_of_its_own_fills_the_cache(kernel, tmp_path, monkeypatch):
-    lists = tmp_path / "lists"
-    monkeypatch.setattr(ahead, "_LISTS", lists)
-    ahead.write_list("Mine", {"fp8": [kernel]})
-    command = f"from pathlib import Path; from ernie_accel.kernels import ahead; ahead._LISTS = Path({str(lists)!r}); "
-    command += "import sys; sys.argv[1:] = ['Mine', 'fp8', '9', '0']; ahead._main()"
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    subprocess.run([sys.executable, "-c", command], env=environment, check=True)
-    assert list((tmp_path / "cache").rglob("*.cubin"))
+def test_a_process_of_its_own_fills_the_cache_and_imports_nothing_of_its_folder(kernel, tmp_path, monkeypatch):
+    folder, cache = tmp_path / "folder", tmp_path / "cache"
+    for name in ("ernie_accel", "json", "torch", "triton"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "__init__.py").write_text(f"open({str(tmp_path / name)!r}, 'w')")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv(ahead.VARIABLE, "1")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    monkeypatch.setattr(ahead, "_cores", lambda: 16)
+    monkeypatch.setattr(ahead, "listed", lambda _: {"fp8": (kernel,)})
+    process = ahead.start("ERNIE-Image", "fp8", (9, 0))
+    assert process.wait(timeout=120) == 0
+    assert [path.name for path in cache.rglob("*.cubin")] == ["_quantize_values_kernel.cubin"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "folder"]
 
 
 def test_it_starts_one_process_that_sees_no_gpu(monkeypatch):
-    begun = []
+    begun, given = [], []
 
     class Process:
         def __init__(self, command, env, **_):
             begun.append((command, env))
 
-        def wait(self):
-            return 0
+        def communicate(self, work):
+            given.append(json.loads(work))
 
     monkeypatch.setenv(ahead.VARIABLE, "1")
     monkeypatch.setattr(ahead, "_cores", lambda: 16)
     monkeypatch.setattr(subprocess, "Popen", Process)
     assert ahead.start("ERNIE-Image", "fp8", (9, 0)) is not None
     ((command, environment),) = begun
-    assert command[1:] == ["-m", "ernie_accel.kernels.ahead", "ERNIE-Image", "fp8", "9", "0"]
+    assert command[:2] == [sys.executable, "-c"]
     assert environment["CUDA_VISIBLE_DEVICES"] == ""
+    (work,) = given
+    assert work["capability"] == [9, 0]
+    assert tuple(ahead.Launched(**each) for each in work["launched"]) == ahead.listed("ERNIE-Image")["fp8"]
 
 
 @pytest.mark.parametrize(

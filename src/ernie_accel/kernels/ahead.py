@@ -128,17 +128,21 @@ def start(family: str, precision: str, capability: tuple[int, int]) -> subproces
     """
     if os.environ.get(VARIABLE) == "0" or _cores() < FEWEST_CORES or not sys.executable:
         return None
-    if importlib.util.find_spec("triton") is None or not listed(family).get(precision):
+    launched = listed(family).get(precision, ())
+    if importlib.util.find_spec("triton") is None or not launched:
         return None
-    command = [sys.executable, "-m", f"{_PACKAGE}.ahead", family, precision, *map(str, capability)]
-    places = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, places)), "CUDA_VISIBLE_DEVICES": ""}
-    nowhere = subprocess.DEVNULL
+    # It looks for modules where this process does, and not in the folder it runs in, which may be anybody's.
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {_PACKAGE} import ahead; ahead.main()"
+    work = json.dumps({"capability": capability, "launched": [asdict(each) for each in launched]})
+    environment, nowhere = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}, subprocess.DEVNULL
     try:
-        process = subprocess.Popen(command, env=environment, stdin=nowhere, stdout=nowhere, stderr=nowhere)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere
+        )
     except OSError:  # no more processes allowed, say: kernels are compiled when they are launched
         return None
-    threading.Thread(target=process.wait, name="ernie_accel: compiles ahead", daemon=True).start()
+    # The thread ends with the process; the process outlives this one by seconds at most.
+    threading.Thread(target=process.communicate, args=(work.encode(),), name=f"{__name__}.start", daemon=True).start()
     return process
 
 
@@ -261,10 +265,8 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _main() -> None:
-    family, precision, major, minor = sys.argv[1:]
-    compile_all(listed(family)[precision], (int(major), int(minor)), _cores() // 4)
-
-
-if __name__ == "__main__":
-    _main()
+def main() -> None:
+    """Compile what standard input names: the work of the process that `start` begins."""
+    work = json.load(sys.stdin)
+    major, minor = work["capability"]
+    compile_all((Launched(**each) for each in work["launched"]), (major, minor), _cores() // 4)
