@@ -33,9 +33,9 @@ def seen_through(pipe: Pipeline) -> Pipeline:
     The view is for plans: an object of the same class with the same modules, but for those that hold a wrapper.
     """
     modules = modules_of(pipe)
-    inside = {name: _without_wrappers(module, {}) for name, module in modules.items()}
-    if all(inside[name] is module for name, module in modules.items()):
+    if not any(map(_has_wrapper, modules.values())):
         return pipe
+    inside = {name: _without_wrappers(module, {}) for name, module in modules.items()}
     view = object.__new__(type(pipe))
     vars(view).update(vars(pipe))
     vars(view).update({name: module for name, module in inside.items() if module is not modules[name]})
@@ -45,6 +45,17 @@ def seen_through(pipe: Pipeline) -> Pipeline:
     if carried is not None:
         carry(view, carried)
     return view
+
+
+def _has_wrapper(module: torch.nn.Module) -> bool:
+    """Return whether a module, or one in it, is a wrapper; in a loop, as a plan asks this a hundred times."""
+    left = [module]
+    while left:
+        module = left.pop()
+        if is_compiled_wrapper(module):
+            return True
+        left.extend(child for child in module._modules.values() if child is not None)
+    return False
 
 
 def _without_wrappers(module: torch.nn.Module, known: dict[int, torch.nn.Module]) -> torch.nn.Module:

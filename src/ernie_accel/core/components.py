@@ -147,13 +147,17 @@ def _beside_transformer(pipe: Pipeline, says: str) -> str:
 def emptied_components(pipe: Pipeline, names: Iterable[str] | None) -> list[str]:
     """Return which of these components (None: of all) have no weights at the moment, because they were freed."""
     modules = modules_of(pipe)
-    return [
-        name
-        for name in (modules if names is None else names)
-        if name in modules
-        and (weights := list(modules[name].parameters()))
-        and not any(weight.numel() for weight in weights)
-    ]
+    return [name for name in (modules if names is None else names) if name in modules and _is_emptied(modules[name])]
+
+
+def _is_emptied(module: torch.nn.Module) -> bool:
+    """Return whether a module has parameters, and none of them an element."""
+    emptied = False
+    for weight in module.parameters():
+        if weight.numel():
+            return False
+        emptied = True
+    return emptied
 
 
 #: What ``torch.compile(module)`` calls the module that it wraps.
@@ -233,19 +237,37 @@ def weights_of(module: torch.nn.Module, *, all_buffers: bool = False) -> Iterato
             ``from_pretrained`` does not load them, so a cast must not touch them.
     """
     seen: set[int] = set()
-    for path, owner in module.named_modules():
-        held = [(name, tensor) for name, tensor in owner._parameters.items() if tensor is not None]
+    for path, owner in _walked(module):
+        held: list[tuple[str, torch.Tensor]] = [
+            (name, tensor) for name, tensor in owner._parameters.items() if tensor is not None
+        ]
         held += [
             (name, buffer)
             for name, buffer in owner._buffers.items()
             if buffer is not None and (all_buffers or name not in owner._non_persistent_buffers_set)
         ]
+        if held and _INSIDE in path:
+            path = ".".join(part for part in path.split(".") if part != _INSIDE)
         for name, tensor in held:
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                yield Weight(
-                    ".".join([*(part for part in path.split(".") if part not in ("", _INSIDE)), name]), owner, name
-                )
+                yield Weight(f"{path}.{name}" if path else name, owner, name)
+
+
+def _walked(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield what ``named_modules`` does, which is far slower: it has a generator at work for every level."""
+    seen: set[int] = set()
+    left = [("", module)]
+    while left:
+        path, each = left.pop()
+        if id(each) not in seen:
+            seen.add(id(each))
+            yield path, each
+            left += [
+                (f"{path}.{name}" if path else name, child)
+                for name, child in reversed(each._modules.items())
+                if child is not None
+            ]
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
