@@ -154,10 +154,10 @@ def compile_all(launched: Iterable[Launched], capability: tuple[int, int], worke
     launched = list(launched)
     for name in {each.module for each in launched}:
         _module(name)  # before the fork, so that workers share it
-    if workers < 2:
-        return sum(_compiled(each, capability) for each in launched)
     import multiprocessing
 
+    if workers < 2 or "fork" not in multiprocessing.get_all_start_methods():
+        return sum(_compiled(each, capability) for each in launched)
     with multiprocessing.get_context("fork").Pool(min(workers, len(launched))) as pool:
         return sum(pool.starmap(_compiled, [(each, capability) for each in launched], chunksize=1))
 
