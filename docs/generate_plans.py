@@ -1,4 +1,7 @@
-"""Write into the pages what ``ernie-accel plan`` prints: ``python docs/generate_plans.py``; a test holds them to it."""
+"""Write into the pages what ``ernie-accel plan`` prints: ``python docs/generate_plans.py``; a test holds them to it.
+
+A Chinese page shows what the command of the English one prints with ``--lang zh``.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 
 from ernie_accel.cli import main
 
-PAGES = tuple(Path(__file__).parent / name for name in ("concepts.md", "memory.md"))
+PAGES = tuple(Path(__file__).parent / name for name in ("concepts.md", "memory.md", "memory.zh.md"))
 #: A command and what it prints, up to the end of the block.
 SHOWN = re.compile(r"^\$ ernie-accel (?P<command>plan .*)\n(?P<printed>(?s:.*?))(?=^```)", flags=re.MULTILINE)
 

@@ -138,10 +138,11 @@ def needs(cls: type[Transform]) -> str:
 def undo(cls: type[Transform]) -> str:
     """Return whether it can be undone, from the receipts that `apply` writes."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    given = (node.value for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "no_undo")
     reasons = [
-        node.value.value
-        for node in ast.walk(tree)
-        if isinstance(node, ast.keyword) and node.arg == "no_undo" and isinstance(node.value, ast.Constant)
+        each.args[0].value
+        for each in given
+        if isinstance(each, ast.Call) and each.args and isinstance(each.args[0], ast.Constant)
     ]
     return "; ".join(["exact", *(f"none with {reason}" for reason in reasons)])
 

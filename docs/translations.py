@@ -3,6 +3,7 @@
 ``--mark PAGE ...`` says that the translation has what the English page says now; ``--code`` copies code that differs.
 A hash of what there is to translate is kept in ``docs/translations.json``: of the prose and of the comments in code,
 not of code, nor of where lines break. Code must be equal, comments aside, so that running the English page is enough.
+A plan that a page shows is printed by the command in the language of the page: see ``docs/generate_plans.py``.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ PAGES = (
 GENERATED = "docs/cards/"
 _BLOCK = re.compile(r"^```(?P<kind>\w*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 _COMMENT = re.compile(r"(?:(?<=\s)|^)#(?: (?P<text>.*))?$", re.MULTILINE)
+#: What `ernie-accel plan` prints, and the option for it that only a Chinese page needs.
+_PRINTED = re.compile(r"^(?P<command>\$ ernie-accel plan .*?)(?: --lang zh)?\n(?s:.*)", re.MULTILINE)
 _SHEET_FIGURES = re.compile(r"^\|.*\n|\d[\d.]*", re.MULTILINE)
 
 
@@ -84,11 +87,9 @@ def comments(code: str) -> list[str]:
 
 
 def code_blocks(text: str) -> list[tuple[str, str]]:
-    """Return kind and code of each block, without comments, nor what spaces stood before them."""
-    return [
-        (found["kind"], re.sub(r"[ \t]+$", "", _COMMENT.sub("", found["code"]), flags=re.MULTILINE))
-        for found in _BLOCK.finditer(text)
-    ]
+    """Return kind and code of each block, without comments, nor what spaces stood before them, nor printed plans."""
+    blocks = ((found["kind"], _PRINTED.sub(r"\g<command>\n", found["code"])) for found in _BLOCK.finditer(text))
+    return [(kind, re.sub(r"[ \t]+$", "", _COMMENT.sub("", code), flags=re.MULTILINE)) for kind, code in blocks]
 
 
 def digest(page: str) -> str:
@@ -126,6 +127,8 @@ def mark(pages: list[str]) -> None:
 def copy_code() -> None:
     """Give translations the blocks that differ from the English ones; comments in these are English again.
 
+    So are plans that a page shows, until `docs/generate_plans.py` has run.
+
     Raises:
         SystemExit: A page has more or fewer blocks than its translation.
     """
@@ -139,7 +142,9 @@ def copy_code() -> None:
 
         def replaced(found: re.Match[str], theirs: object = theirs) -> str:
             block, code = next(theirs)  # type: ignore[call-overload]
-            return found[0] if code_blocks(found[0]) == code else str(block)
+            if code_blocks(found[0]) == code:
+                return found[0]
+            return _PRINTED.sub(lambda plan: plan[0].replace(plan["command"], f"{plan['command']} --lang zh", 1), block)
 
         path.write_text(_BLOCK.sub(replaced, chinese), encoding="utf-8")
 

@@ -12,16 +12,34 @@ from pathlib import Path
 
 import pytest
 
-from ernie_accel import cli, optimize, report
+from ernie_accel import (
+    BatchPromptEncoding,
+    CacheSteps,
+    CallDefaults,
+    CastDtype,
+    FewSteps,
+    FreeAfterUse,
+    MakeContiguous,
+    Quantize,
+    Residency,
+    RewriteBlocks,
+    SwapScheduler,
+    TileVae,
+    TruncatePrompts,
+    Warmup,
+    cli,
+    optimize,
+    report,
+)
 from ernie_accel.batch import read_table
 from ernie_accel.batch.errors import BatchInputError
 from ernie_accel.common.chinese import CATALOGUE
 from ernie_accel.common.language import VARIABLE, language_asked_for, localized, said, say, speaking
 from ernie_accel.common.text import width
+from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Effect
-from ernie_accel.transforms.denoiser.rewrite_blocks import RewriteBlocks
-from ernie_accel.transforms.weights.cast_dtype import CastDtype
-from tests.pipelines import tiny_ernie
+from tests.examples import ELSEWHERE, EXAMPLES
+from tests.pipelines import after, tiny_ernie, tiny_flux, tiny_lumina2, tiny_sd, tiny_wan
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "ernie_accel"
@@ -49,28 +67,191 @@ def run(capsys, *arguments):
     return caught.value.code or 0, out, err
 
 
+def parsed(*folders):
+    """Yield the path and the tree of every module of the source, or of some of its folders."""
+    for path in sorted(SOURCE.rglob("*.py")):
+        name = path.relative_to(SOURCE).as_posix()
+        if path.name != "chinese.py" and (not folders or name.partition("/")[0] in folders):
+            yield name, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def templates_of(tree):
+    """Return the templates of messages in a module: what `say`, `said` and `joined` are called with."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
+    first = [call.args[0] for call in calls if getattr(call.func, "id", None) in ("say", "said")]
+    first += [call.args[1] for call in calls if getattr(call.func, "id", None) == "joined" and len(call.args) > 1]
+    named = {each.id for each in first if isinstance(each, ast.Name)}
+    given = [each for each in first if isinstance(each, ast.Constant)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and named & {getattr(each, "id", None) for each in node.targets}:
+            given.append(node.value)
+    return {each.value for each in given if isinstance(each, ast.Constant)}
+
+
 def strings():
     """Yield every string in the source, and whether it is the template of a message."""
-    for path in SOURCE.rglob("*.py"):
-        if path.name in ("chinese.py", "language.py"):
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        speaks = any(
-            isinstance(node, ast.ImportFrom) and node.module == "ernie_accel.common.language" for node in tree.body
-        )
-        calls = [
-            node.args[0]
-            for node in ast.walk(tree)
-            if speaks and isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("say", "said")
-        ]
-        named = {each.id for each in calls if isinstance(each, ast.Name)}
-        templates = {each.value for each in calls if isinstance(each, ast.Constant)}
+    for _, tree in parsed():
+        templates = templates_of(tree)
         for node in ast.walk(tree):
-            is_named = isinstance(node, ast.Assign) and named & {getattr(each, "id", None) for each in node.targets}
-            if is_named and isinstance(node.value, ast.Constant):
-                templates.add(node.value.value)
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 yield node.value, node.value in templates
+
+
+#: Where what plans, reports and the commands say is made.
+SAYING = ("cli", "core", "families", "kernels", "memory", "models", "quantization", "recipes", "residency", "samplers")
+SAYING += ("transforms",)
+#: What stays English there, by the reason: "module: function or class", or the call that a string is an argument of.
+ENGLISH = {
+    "exceptions are English, and so is what is made for one": (
+        "core/arguments.py: _advice",
+        "core/arguments.py: _in_words",
+        "core/arguments.py: arguments_of",
+        "core/context.py: Context.missing",
+        "core/context.py: NOT_SUPPORTED_YET",
+        "core/errors.py: ApplyError.__init__",
+        "core/errors.py: ConflictError.__init__",
+        "core/errors.py: MissingExtraError.__init__",
+        "core/errors.py: RestoreError.__init__",
+        "core/errors.py: UnknownNameError.__init__",
+        "core/hardware.py: _instead",
+        "core/plan.py: compose",
+        "kernels/low_rank.py: LowRankProduct.unmergeable_reason",
+        "memory/planner.py: budget_of",
+        "models/adapters.py: _tensor_problem",
+        "models/adapters.py: config_problems",
+        "models/adapters.py: weight_problems",
+        "models/ministral/enhancer.py: _too_long",
+        "quantization/choose.py: check_names",
+        "quantization/refusals.py: _LoadStateDict.__call__",
+        "quantization/refusals.py: _refuse_layerwise",
+        "quantization/refusals.py: refuse_other_weights",
+        "residency/keeper.py: _NO_COPY",
+        "transforms/calls/check_finite.py: _Check._no_rerun_reason",
+        "transforms/calls/check_finite.py: _Check._watching.check_and_call",
+        "transforms/calls/check_finite.py: _Decode.__call__",
+        "transforms/calls/explain_out_of_memory.py: _lines",
+        "transforms/calls/explain_out_of_memory.py: _smaller",
+        "transforms/calls/explain_out_of_memory.py: _words",
+        "transforms/calls/warm_up.py: Warmup.__post_init__",
+        "transforms/denoiser/cache_steps/blocks.py: BlockCache.bad_values",
+        "transforms/denoiser/cache_steps/cache_steps.py: CacheSteps.__post_init__",
+        "transforms/denoiser/cache_steps/forecast.py: Forecast.bad_values",
+        "transforms/prompts/encode_prompts.py: _split",
+        "transforms/scheduler/swap_scheduler.py: _alias_here",
+        "transforms/weights/free_after_use.py: _and_more",
+        "transforms/weights/quantize.py: Quantize.__post_init__",
+    ),
+    "a warning or a line of a log, as exceptions are": (
+        "models/adapters.py: Merges.__call__",
+        "models/adapters.py: _for_other_components",
+        "transforms/prompts/truncate_prompts.py: _Limit._shorten",
+    ),
+    "--help is English": ("Typer", "Option", "Argument"),
+    "the report of a batch is a file, and files are English": (
+        "cli/batch.py: _FACTS",
+        "cli/batch.py: _facts",
+        "cli/batch.py: _note_run",
+    ),
+    "where a figure was published": (
+        "core/hardware.py: Hardware(source)",
+        "core/hardware.py: Rates",
+        "core/hardware.py: _ADA",
+        "core/hardware.py: _AMPERE",
+        "core/hardware.py: _FROM_SHADERS",
+        "core/hardware.py: _cuda",
+        "core/hardware.py: _geforce",
+        "core/hardware.py: _peaks",
+        "families/ernie_image.py: CallSettings",
+        "families/newbie.py: CallSettings",
+        "families/published.py: Checkpoint",
+        "families/published.py: Checkpoint(note)",
+        "families/z_image.py: CallSettings",
+    ),
+    "only Python prints it, and that prints English": (
+        "kernels/linear.py: Fp8Linear.extra_repr",
+        "quantization/backend.py: Scheme",
+        "quantization/bitsandbytes.py: FourBitLinear.extra_repr",
+        "quantization/bitsandbytes.py: Int8Linear.extra_repr",
+        "quantization/choose.py: Choice.__str__",
+        "recipes/presets.py: _lines",
+        "transforms/denoiser/set_attention.py: SetAttention.explain",
+    ),
+    "it says that the fast path of prompts is not taken, to the code that takes the other": (
+        "models/ministral/weights.py: _decode_weight",
+        "models/ministral/weights.py: _too_old",
+        "models/ministral/weights.py: kernel_weights",
+    ),
+    "commands and code, the same in every language": (
+        "cli/app.py: _show_version",
+        "cli/app.py: demo_command",
+        "transforms/denoiser/set_attention.py: AttentionBackend(package)",
+        "transforms/scheduler/swap_scheduler.py: SwapScheduler._changes",
+    ),
+    "keys, which are translated where they are shown": (
+        "core/plan.py: Plan.effect",
+        "core/plan.py: _HEADER",
+        "core/plan.py: keep_entries",
+        "core/report.py: Entry.status",
+        "core/report.py: _HEADER",
+        "core/step.py: Step.verdict",
+    ),
+    "no text for a reader": (
+        "transforms/calls/explain_out_of_memory.py: compile",
+        "transforms/calls/warm_up.py: PROMPT",
+    ),
+}
+#: Calls whose arguments are messages, or the text of an exception or a warning.
+SPOKEN = re.compile(r"\w*(Error|Warning)|say|said|joined|localized|leave|warn|Note|TypeVar")
+WORDS = re.compile(r"[A-Za-z@]+[,:;]? [a-z]{2,}|[a-z]{2,} @")
+
+
+def places_of_english(*folders):
+    """Yield (place, text) of every string of words that is no message, no docstring, and in no exception."""
+    for path, tree in parsed(*folders):
+        templates, above = templates_of(tree), {}
+        for node in ast.walk(tree):
+            above |= dict.fromkeys(ast.iter_child_nodes(node), node)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                text = "".join(part.value if isinstance(part, ast.Constant) else "@" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                text = node.value
+            else:
+                continue
+            if text in templates or not WORDS.search(text) or isinstance(above[node], (ast.JoinedStr, ast.Expr)):
+                continue
+            place = place_of(node, above)
+            if place is not None:
+                yield f"{path}: {place}" if place not in ENGLISH["--help is English"] else place, text
+
+
+def place_of(node, above):
+    """Return where a string is: functions and classes, else the call it is given to, else the name it gets."""
+    definitions, call, name, below = [], None, None, node
+    while node in above:
+        below, node = node, above[node]
+        if isinstance(node, ast.Raise):
+            return None
+        if isinstance(node, ast.Call) and node.func is not below:
+            function = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            if SPOKEN.fullmatch(function):
+                return None
+            if function in ENGLISH["--help is English"]:
+                return function
+            call = call or (f"{function}({below.arg})" if isinstance(below, ast.keyword) else function)
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            name = getattr(target, "id", None)
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            definitions.insert(0, node.name)
+    return ".".join(definitions) or call or name
+
+
+def test_whatever_plans_and_commands_say_is_a_message_or_stays_english_for_a_reason():
+    found = dict(places_of_english(*SAYING))
+    known = {place for places in ENGLISH.values() for place in places}
+    assert {place: text for place, text in found.items() if place not in known} == {}, "say it by `said`"
+    assert sorted(known - found.keys()) == [], "nothing there is English any more"
 
 
 def fields(template):
@@ -136,7 +317,8 @@ def english_words(text):
 
 
 def english_phrases(text):
-    return re.findall(r"[A-Za-z]+(?: [A-Za-z]+){2,}", text.replace("NVIDIA GeForce RTX", ""))
+    names = r"NVIDIA GeForce RTX|pip install \S+"
+    return re.findall(r"[A-Za-z]+(?: [A-Za-z]+){2,}", re.sub(names, "", text))
 
 
 def labels_of(text, *known):
@@ -153,7 +335,7 @@ def test_a_plan_in_chinese_has_no_label_in_english(capsys, before):
     arguments = ("--lang", "zh", *asked) if before else (*asked, "--lang", "zh")
     code_zh, chinese, _ = run(capsys, *arguments)
     assert code_zh == code
-    assert chinese.startswith("计划：预设 'turbo-bf16'，用于 ErnieImagePipeline（ERNIE-Image），在 cuda (")
+    assert chinese.startswith("计划：预设 'turbo-bf16'，用于 ErnieImagePipeline（ERNIE-Image），设备 cuda（")
     assert len(chinese.splitlines()) == len(english.splitlines())
     for label in ("变换", "影响", "将改变什么", "总体影响：另一张图。", "阶段", "去噪", "占用峰值"):
         assert label in chinese
@@ -183,6 +365,86 @@ def test_a_plan_in_chinese_has_no_phrase_in_english(capsys, preset, device, mode
     assert "轮到时从内存取" in chinese
 
 
+@pytest.mark.parametrize("device", ["rtx3060", "t4", "ascend910b", "rocm", "cpu", "cuda:12.0:24GiB"])
+def test_a_recommendation_in_chinese_has_no_phrase_in_english(capsys, device):
+    _, chinese, _ = run(capsys, "--lang", "zh", "recommend", "--device", device)
+    assert re.match(r"关于 baidu/ERNIE-Image-Turbo：\n推荐用于 (cuda|npu|rocm|cpu).*：预设 '[a-z0-9-]+'\n", chinese)
+    assert english_phrases(chinese) == []
+
+
+def test_what_info_says_in_chinese_has_no_phrase_in_english(capsys):
+    _, english, _ = run(capsys, "info")
+    _, chinese, _ = run(capsys, "info", "--lang", "zh")
+    assert len(chinese.splitlines()) == len(english.splitlines())
+    assert "能在此运行。" in chinese
+    assert english_phrases(chinese) == []
+
+
+def test_a_refusal_in_chinese_has_no_phrase_in_english(capsys, tmp_path):
+    asked = ("optimize", "a red circle", "--preset", "npu-bf16", "--out", tmp_path / "a.png")
+    code, _, english = run(capsys, *asked)
+    code_zh, _, chinese = run(capsys, *asked, "--lang", "zh")
+    assert code == code_zh == 2
+    english, chinese = english[english.index("error: ") :], chinese[chinese.index("错误：") :]  # after a loading bar
+    assert english.startswith("error: Cannot apply preset 'npu-bf16':\n  MoveTo('npu')\n    - there is no 'npu' here")
+    assert english.endswith("Fix these, choose another preset, or pass --skip-unsupported.\n")
+    assert chinese.startswith("错误：无法应用预设 'npu-bf16'：\n  MoveTo('npu')\n    - 此处没有 'npu'")
+    assert chinese.endswith("请解决这些问题，换一个预设，或使用 --skip-unsupported。\n")
+    assert english_phrases(chinese) == []
+
+
+#: Machines with nothing but torch, so that each reason why something cannot run is heard.
+MACHINES = (
+    Context("cpu", "cpu", no_compile=said("torch.compile on CUDA needs triton: pip install triton")),
+    Context("cuda", "Tesla T4", (7, 5), 16 * 2**30),
+    Context("cuda", "NVIDIA H200", (9, 0), 141 * 2**30, {"triton": "3", "torchao": "0.18"}),
+    Context("npu", "Ascend 910B", None, 64 * 2**30),
+    Context("rocm", "rocm"),
+)
+#: What else there is to say of requests that do not fit a pipe.
+UNFIT = (
+    BatchPromptEncoding(cache=4, folder="pictures"),
+    CacheSteps(backend="cache-dit"),
+    CallDefaults("quality"),
+    CallDefaults("turbo", guidance_scale=9.0),
+    CastDtype("bfloat16", components=("nothing",)),
+    FewSteps("nowhere.safetensors", steps=4),
+    FreeAfterUse("nowhere"),
+    MakeContiguous(channels_last=("vae",), components=("transformer",)),
+    Quantize("int4", backend="quanto"),
+    Quantize("int8", correction_rank=4000),
+    Quantize("nf4", exclude=("nothing",), components=("transformer", "pe")),
+    Residency(1, device="npu"),
+    SwapScheduler("dpmpp_sde", karras=True),
+    TileVae(tile_px=33),
+    TileVae(overlap=0.3),
+    TruncatePrompts(10**6),
+    TruncatePrompts(1),
+    Warmup(sizes=((65, 64),), prompt_lengths=(10**7,)),
+)
+
+
+def said_of(pipe, transform, machine):
+    """Return all that a plan could say of a transform."""
+    before = CallDefaults(num_inference_steps=30) if transform.slot == "step-cache" else None
+    context = machine if before is None else after(machine, pipe, before)
+    reasons = [*transform.family_reasons(pipe), *transform.unsupported(pipe, context)]
+    if reasons:
+        return reasons
+    preview = transform.preview(pipe, context)
+    return [preview.note, *preview.changes, *preview.skipped.values()]
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.device_name)
+@pytest.mark.parametrize("made", [tiny_ernie, tiny_flux, tiny_sd, tiny_wan, tiny_lumina2], ids=lambda f: f.__name__)
+def test_what_a_plan_says_of_any_transform_has_no_phrase_in_english(made, machine):
+    pipe = made()
+    transforms = (*EXAMPLES, *ELSEWHERE, *UNFIT)
+    with speaking("zh"):
+        texts = {(repr(each), localized(text)) for each in transforms for text in said_of(pipe, each, machine)}
+    assert [(name, text) for name, text in sorted(texts) if english_phrases(text)] == []
+
+
 def test_columns_of_chinese_tables_line_up(capsys):
     _, chinese, _ = run(capsys, "--lang", "zh", "plan", "--preset", "turbo-bf16", "--device", "h200")
     lines = chinese.splitlines()
@@ -209,12 +471,13 @@ def test_a_report_in_chinese_has_no_label_in_english():
         assert "报告：" in found._repr_html_()
     assert str(found) == english
     assert english.startswith("Report: CastDtype('bfloat16'), RewriteBlocks() on ErnieImagePipeline, cpu")
-    notes = [entry.applied.note for entry in found.entries if entry.applied is not None]
     changed = [name for entry in found.entries if entry.applied is not None for name in entry.applied.changed]
     names = ("transformer.layers.*", "ErnieImagePipeline", "torch", "diffusers", *map(repr, (CastDtype("bfloat16"),)))
     versions = found.context.versions.values()
     assert (
-        labels_of(chinese, "RewriteBlocks()", "cpu", "CPU", "GiB", "text_encoder", *names, *notes, *changed, *versions)
+        labels_of(
+            chinese, "RewriteBlocks()", "restore()", "cpu", "CPU", "GiB", "text_encoder", *names, *changed, *versions
+        )
         == []
     )
     assert "已应用" in chinese

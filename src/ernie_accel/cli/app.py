@@ -16,7 +16,17 @@ import typer
 from ernie_accel.batch.input.options import none_if_auto
 from ernie_accel.cli.batch import batch_command
 from ernie_accel.cli.evaluate import evaluate_command
-from ernie_accel.common.language import LANGUAGES, VARIABLE, language_asked_for, say, speak, speaking
+from ernie_accel.common.language import (
+    LANGUAGES,
+    VARIABLE,
+    language_asked_for,
+    listed,
+    localized,
+    said,
+    say,
+    speak,
+    speaking,
+)
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from ernie_accel.core.files import check_file
 from ernie_accel.embedded import SIZE_PX
@@ -58,7 +68,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of the (first) picture.")]
 Skip = Annotated[bool, typer.Option("--skip-unsupported", help="Leave out what cannot run here instead of refusing.")]
 Lang = Annotated[
     str | None,
-    typer.Option(help="Language of plans, reports, summaries and errors of tables: en or zh; default: the locale's."),
+    typer.Option(help="Language of what is printed, but for help and evaluations: en or zh; default: the locale's."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -114,6 +124,7 @@ def demo_command(
     preset: PresetName = None,
 ) -> None:
     """Render the same prompts stock and optimized with the embedded model, and measure both."""
+    from ernie_accel.common.text import width
     from ernie_accel.core.context import Context
     from ernie_accel.core.transform import Transform
     from ernie_accel.demo.show import STEPS, bfloat16_pays, race_dtypes, show
@@ -128,28 +139,34 @@ def demo_command(
     beside: list[Transform] = []
     if preset is None and context.device == "cpu":
         race = race_dtypes()
-        typer.echo(f"bfloat16 against float32 on this CPU, stock: {race}")
+        typer.echo(say("bfloat16 against float32 on this CPU, stock: {race}", race=race.text))
         if bfloat16_pays(race):
             beside.append(CastDtype("bfloat16"))
             request = f"optimize(pipe, {beside[0]!r}, preset={chosen.name!r})"
-            typer.echo(f"So the optimized pipeline runs in bfloat16, and stock stays in float32: {request}")
+            typer.echo(
+                say("So the optimized pipeline runs in bfloat16, and stock stays in float32: {call}", call=request)
+            )
 
     def announce(what: str) -> None:
-        with_them = "".join(f" and {transform!r}" for transform in beside)
-        typer.echo(f"Rendering on {context} with {what}{with_them}; the first optimized picture may compile ...")
+        request = listed((what, *map(repr, beside)))
+        template = "Rendering on {machine} with {request}; the first optimized picture may compile ..."
+        typer.echo(say(template, machine=context.localized(), request=request))
 
     showing = show(out, chosen, *beside, device=context.torch_device, announce=announce)
     typer.echo(f"\n{showing.plan}\n\n{showing.report}\n")
     times = showing.times
     count = len(times.first_ms)
-    typer.echo(f"Measured in this run: {count} pairs of pictures, 128x128 px, {STEPS} steps; median, min, max:")
-    for name, series in (("stock", times.first_ms), ("optimized", times.second_ms)):
-        typer.echo(f"  {name:10}{statistics.median(series):8.1f} ms {min(series):8.1f} {max(series):8.1f}")
-    typer.echo(f"  ratio         {times}")
-    typer.echo(f"  the first optimized picture took {showing.first_call_s:.1f} s")
-    typer.echo(f"Contact sheet: {showing.sheet.resolve()}")
+    template = "Measured in this run: {count} pairs of pictures, 128x128 px, {steps} steps; median, min, max:"
+    typer.echo(say(template, count=count, steps=STEPS))
+    for name, series in ((say("stock"), times.first_ms), (say("optimized"), times.second_ms)):
+        padding = " " * (10 - width(name))
+        typer.echo(f"  {name}{padding}{statistics.median(series):8.1f} ms {min(series):8.1f} {max(series):8.1f}")
+    typer.echo(say("  ratio         {times}", times=times.text))
+    typer.echo(say("  the first optimized picture took {seconds:.1f} s", seconds=showing.first_call_s))
+    typer.echo(say("Contact sheet: {sheet}", sheet=showing.sheet.resolve()))
     if context.device != "cuda":
-        typer.echo("The library is made for GPUs: figures for them are in docs/performance.md and the README.")
+        template = "The library is made for GPUs: figures for them are in docs/performance.md and the README."
+        typer.echo(say(template))
 
 
 @command("plan")
@@ -223,8 +240,11 @@ def optimize_command(
     except ValueError as error:  # the name of the picture
         raise ErnieAccelError(f"--out {out}: {error}") from error
     if model is None and (reason := unknown_part(prompt)) is not None:
-        why = f"no model is named, and the embedded demo model draws nothing but flat shapes ({reason})"
-        typer.echo(f"note: {why}; name one: --model {REAL_MODEL}", err=True)
+        template = (
+            "no model is named, and the embedded demo model draws nothing but flat shapes ({reason}); name one: {how}"
+        )
+        note = said(template, reason=reason, how=f"--model {REAL_MODEL}")
+        typer.echo(say("note: {note}", note=note), err=True)
     pipe, the_report = load_and_optimize(model, dtype, preset, skip_unsupported, transformer)
     result = next(produce(pipe, [row], out.parent, overwrite=True, resume=False, progress=False))
     if result.error is not None:
@@ -256,7 +276,8 @@ def recommend_command(
     check_mode(mode)
     pipe = _to_plan(model, "auto", context)
     found = recommend(context, pipe, mode=mode or mode_of(model or REAL_MODEL))
-    typer.echo(f"For {model or REAL_MODEL}:\n{found}")
+    typer.echo(say("For {model}:", model=model or REAL_MODEL))
+    typer.echo(str(found))
     if context.torch_device in ("cuda", "npu"):
         planned = plan(pipe, preset=found.preset, context=context, memory="auto")
         typer.echo(f"\n{planned.memory}")
@@ -274,19 +295,20 @@ def info_command(model: PlannedModel = None) -> None:
 
     context = Context.detect()
     pipe = _to_plan(model, "auto", context)
-    typer.echo(f"ernie-accel {VERSION} on {context}")
+    typer.echo(say("ernie-accel {version} on {machine}", version=VERSION, machine=context.localized()))
     for package, version in context.versions.items():
         typer.echo(f"  {package:18} {version}")
     for package in OPTIONAL_PACKAGES:
         for reason in context.missing(package):
-            typer.echo(f"  {package:18} - {reason}")
-    typer.echo("Models that can be planned for without a download:")
+            typer.echo(f"  {package:18} - {localized(reason)}")
+    typer.echo(say("Models that can be planned for without a download:"))
     for checkpoint in CHECKPOINTS:
         typer.echo(f"  {checkpoint.names[0]}")
-    typer.echo(f"Presets for {model or REAL_MODEL}:")
+    typer.echo(say("Presets for {model}:", model=model or REAL_MODEL))
     for preset in presets.values():
         the_plan = plan(pipe, preset=preset, context=context)
-        typer.echo(f"  {preset.name:18} {'can run here' if the_plan.ok else 'cannot run here'}: {preset.summary}")
+        verdict = said("can run here") if the_plan.ok else said("cannot run here")
+        typer.echo(say("  {name:18} {verdict}: {summary}", name=preset.name, verdict=verdict, summary=preset.summary))
         for line in the_plan.problem_lines():
             typer.echo(f"    {line}")
 
@@ -358,6 +380,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             app(arguments)
         except ErnieAccelError as error:
-            text = str(error).replace("pass on_unsupported='skip'", "pass --skip-unsupported")
+            text = str(error).replace("on_unsupported='skip'", "--skip-unsupported")
             typer.echo(say("error: {text}", text=text), err=True)
             raise SystemExit(2) from None

@@ -198,7 +198,10 @@ def _check_outputs(job: Job) -> None:
     refuse_state_files(job.output_dir, job.log_json, job.prometheus)
     for name in _written_files(job):  # whatever may be overwritten: without its table no job can be resumed
         if (job.output_dir / name).resolve() == job.input_file.resolve():
-            reason = f"the job would replace its own table, {shown(name)}; rename the table, or choose another output"
+            reason = said(
+                "the job would replace its own table, {name}; rename the table, or choose another output",
+                name=shown(name),
+            )
             raise BatchOutputError(job.output_dir, [(None, reason)])
 
 
@@ -249,7 +252,7 @@ def _make(
             rows,
             refiner=refiner,
             facts=facts,
-            progress="demo model, shapes only" if job.uses_embedded else True,
+            progress=say("demo model, shapes only") if job.uses_embedded else True,
             metrics=metrics,
             stop=stop,
         )
@@ -442,9 +445,11 @@ def _unused(job: Job, rows: Sequence[Row]) -> list[str]:
         columns["seed"] = "seed"
     for name, option in columns.items():
         if all(row.columns.get(name, "").strip() for row in rows):
-            notes.append(f"{option} has no effect: every row has a {name} of its own")
+            notes.append(said("{option} has no effect: every row has a {name} of its own", option=option, name=name))
     if job.template is not None and "{prompt}" not in job.template and any("prompt" in row.columns for row in rows):
-        notes.append("the column 'prompt' has no effect: template makes the prompts; to use both, write {prompt} in it")
+        notes.append(
+            said("the column 'prompt' has no effect: template makes the prompts; to use both, write {{prompt}} in it")
+        )
     return notes
 
 

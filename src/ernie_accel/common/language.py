@@ -23,19 +23,37 @@ class Message(str):
     fields: Mapping[str, object] = {}
 
 
-def said(template: str, **fields: object) -> Message:
+def said(template: str, **fields: object) -> str:
     """Return a message in English, which `localized` can translate later; fields may be messages, too."""
     message = Message(template.format(**fields))
     message.template, message.fields = template, fields
     return message
 
 
-def joined(texts: Iterable[str | None]) -> str:
-    """Return texts as one message with "; " between them; those that are empty or None are left out."""
+def joined(texts: Iterable[str | None], between: str = "{first}; {second}") -> str:
+    """Return texts as one message, two at a time by the template `between`; those that are empty or None are left out.
+
+    Without a text that is not empty, it is "".
+    """
     whole = ""
     for text in filter(None, texts):
-        whole = said("{first}; {second}", first=whole, second=text) if whole else text
+        whole = said(between, first=whole, second=text) if whole else text
     return whole
+
+
+def listed(texts: Iterable[str]) -> str:
+    """Return texts as one message with "and" before the last."""
+    return _enumerated(texts, "{first} and {second}")
+
+
+def one_of(texts: Iterable[str]) -> str:
+    """Return texts as one message with "or" before the last."""
+    return _enumerated(texts, "{first} or {second}")
+
+
+def _enumerated(texts: Iterable[str], last: str) -> str:
+    *others, end = [*texts] or [""]
+    return joined((joined(others, "{first}, {second}"), end), last)
 
 
 def localized(text: str) -> str:

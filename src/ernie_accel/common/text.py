@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-from ernie_accel.common.language import Message, localized, said, say
+from ernie_accel.common.language import joined, localized, said, say
 
 
 def width(text: str) -> int:
@@ -81,11 +81,11 @@ def summarise(names: Sequence[str], most: int = 3) -> str:
     ]
     if len(shown) > most and all("." in name and " " not in name for name in names):
         roots = collections.Counter(name.split(".")[0] for name in names)
-        return ", ".join(say("{count} in {root}", count=count, root=root) for root, count in roots.items())
-    return ", ".join(shown)
+        shown = [say("{count} in {root}", count=count, root=root) for root, count in roots.items()]
+    return localized(joined(shown, "{first}, {second}"))
 
 
-def effect_text(effect: str, floor_db: float | None) -> Message:
+def effect_text(effect: str, floor_db: float | None) -> str:
     """Return an effect with its declared floor, as tables show it."""
     return said(effect) if floor_db is None else said("{effect}, >= {floor:g} dB", effect=said(effect), floor=floor_db)
 

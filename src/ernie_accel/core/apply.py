@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import torch
 
+from ernie_accel.common.language import said
 from ernie_accel.core.carried import carried_report, carry, drop
 from ernie_accel.core.compiled import apply_inside, previewed, seen_through
 from ernie_accel.core.components import AnyPipeline, Pipeline, pipe_bytes
@@ -71,7 +72,7 @@ def apply_request(
 def report_of(pipe: AnyPipeline) -> Report:
     """Return the report that a pipe carries, an empty one for an untouched pipe."""
     checked = check_pipeline(pipe)
-    return carried_report(checked) or Report("nothing applied", type(pipe).__name__, Context.detect(checked), ())
+    return carried_report(checked) or Report(said("nothing applied"), type(pipe).__name__, Context.detect(checked), ())
 
 
 def undo_all(pipe: Pipeline) -> None:
@@ -128,7 +129,7 @@ def _apply(pipe: Pipeline, base: Report, steps: Iterable[Step]) -> None:
         left = _rewind(pipe, report_of(pipe), keep=len(base.entries))
         if current is None or not isinstance(error, Exception):
             raise
-        so_far = Report("applied before the failure", type(pipe).__name__, base.context, done)
+        so_far = Report(said("applied before the failure"), type(pipe).__name__, base.context, done)
         stays = tuple(entry.step.transform for entry in left if entry.applied is not None)
         raise ApplyError(current.transform, f"{type(error).__name__}: {error}", so_far, stays) from error
 
@@ -175,7 +176,7 @@ class UnderWay:
     def no_way_back(self) -> str | None:
         """Why what was done so far cannot be undone; None if it can."""
         reason = next((undo.no_way_back for undo in self.journal if undo.no_way_back is not None), None)
-        return None if reason is None else f"it was interrupted half-way, and {reason}"
+        return None if reason is None else said("it was interrupted half-way, and {reason}", reason=reason)
 
     def objections(self) -> Iterator[str]:
         """Yield why the changes cannot be taken back without losing something."""

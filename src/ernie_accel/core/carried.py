@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.planned import CARRIED, CarriesPlan, PlannedPipe
 from ernie_accel.core.report import Report, planned_by
@@ -25,7 +26,8 @@ class Carried(CarriesPlan):
 
     def __reduce__(self) -> tuple[type[Carried], tuple[Report, int]]:
         """Pickle the report without its undos, which hold live objects."""
-        return Carried, (_without_undo(self.report, "this pipe came out of a pickle, and its undo stayed behind"), 0)
+        reason = said("this pipe came out of a pickle, and its undo stayed behind")
+        return Carried, (_without_undo(self.report, reason), 0)
 
 
 def _without_undo(report: Report, reason: str) -> Report:
@@ -49,7 +51,7 @@ def carried_report(pipe: Pipeline) -> Report | None:
         return None
     if carried.pipe_id == id(pipe):
         return carried.report
-    return _without_undo(carried.report, "this pipe is a copy; restore the pipe it was copied from")
+    return _without_undo(carried.report, said("this pipe is a copy; restore the pipe it was copied from"))
 
 
 def carry(pipe: Pipeline, report: Report) -> None:

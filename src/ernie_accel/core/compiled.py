@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import torch
 
-from ernie_accel.common.language import said
+from ernie_accel.common.language import joined, said
 from ernie_accel.common.text import summarise
 from ernie_accel.core.carried import carried_report, carry
 from ernie_accel.core.components import Pipeline, inside_of, is_compiled_wrapper, modules_of
@@ -125,7 +125,7 @@ def _with_note(note: str, found: Sequence[_Found], keeps: bool) -> str:
             "CompileVae() compile what this makes",
             names=names,
         )
-    return said("{first}; {second}", first=note, second=more) if note else more
+    return joined((note, more))
 
 
 def _found(pipe: Pipeline, transform: Transform, keeps: bool) -> list[_Found]:

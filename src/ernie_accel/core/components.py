@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 
+from ernie_accel.common.language import listed, said
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.library_hooks import library_hooks
 
@@ -126,22 +127,23 @@ def staying_denoisers_note(pipe: Pipeline, components: Iterable[str]) -> str:
     left = [name for name in denoisers_of(pipe) if name not in components]
     if not left or not set(components) & set(DENOISERS):
         return ""
-    return f"{' and '.join(left)} stays as it is (components={(*components, *left)!r} takes it, too)"
+    template = "{names} stays as it is (components={components!r} takes it, too)"
+    return said(template, names=listed(left), components=(*components, *left))
 
 
 def other_denoisers_note(pipe: Pipeline) -> str:
     """Return that denoisers beside "transformer" stay as they are, for the note of a plan; "" where there are none."""
-    return _beside_transformer(pipe, "stays as it is: a family's own blocks are those of its transformer")
+    return _beside_transformer(pipe, said("stays as it is: a family's own blocks are those of its transformer"))
 
 
 def uncached_denoisers_note(pipe: Pipeline) -> str:
     """Return that denoisers beside "transformer" compute all of their steps, for the note of a plan."""
-    return _beside_transformer(pipe, "computes all of its steps: those of the transformer alone are cached")
+    return _beside_transformer(pipe, said("computes all of its steps: those of the transformer alone are cached"))
 
 
 def _beside_transformer(pipe: Pipeline, says: str) -> str:
     left = [name for name in denoisers_of(pipe) if name != "transformer"]
-    return f"{' and '.join(left)} {says}" if left else ""
+    return said("{name} {reason}", name=listed(left), reason=says) if left else ""
 
 
 def emptied_components(pipe: Pipeline, names: Iterable[str] | None) -> list[str]:
@@ -181,10 +183,16 @@ def absent_components(pipe: Pipeline, names: Iterable[str] | None) -> list[str]:
     """Return one reason for each of `names` that is no module of this pipe (for ``Transform.unsupported``)."""
     modules = modules_of(pipe)
     denoisers = tuple(denoisers_of(pipe))
-    hint = f": write components={denoisers!r}" if denoisers and "transformer" not in denoisers else ""
+    is_other = denoisers and "transformer" not in denoisers
+    hint = said(": write components={denoisers!r}", denoisers=denoisers) if is_other else ""
     return [
-        f"{type(pipe).__name__} has no component {name!r}; its modules are {', '.join(modules)}"
-        f"{hint if name == 'transformer' else ''}"
+        said(
+            "{pipe} has no component {name!r}; its modules are {modules}{hint}",
+            pipe=type(pipe).__name__,
+            name=name,
+            modules=", ".join(modules),
+            hint=hint if name == "transformer" else "",
+        )
         for name in names or ()
         if name not in modules
     ]

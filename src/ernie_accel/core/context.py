@@ -6,14 +6,14 @@ import importlib.util
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, cast
 
 from ernie_accel.common.installed import package_places, version_of
-from ernie_accel.common.language import localized, said
+from ernie_accel.common.language import joined, localized, said
 from ernie_accel.core.components import AnyPipeline, Pipeline, device_of
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.hardware import GIB, hardware_named
@@ -57,7 +57,7 @@ _REQUIRED_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "nump
 SUPPORTED_DEVICES = ("cpu", "cuda", "npu")
 #: Other devices that torch runs on: name in `Context.device` -> what people call it.
 UNSUPPORTED_DEVICES: Mapping[str, str] = MappingProxyType(
-    {"rocm": "AMD GPUs (ROCm)", "mps": "Apple GPUs (mps)", "xpu": "Intel GPUs (xpu)"}
+    {"rocm": said("AMD GPUs (ROCm)"), "mps": said("Apple GPUs (mps)"), "xpu": said("Intel GPUs (xpu)")}
 )
 NOT_SUPPORTED_YET = f"Not supported yet: {', '.join(UNSUPPORTED_DEVICES.values())}."
 
@@ -127,6 +127,7 @@ class Context:
 
         if device.type == "cuda":
             facts = torch.cuda.get_device_properties(device)
+            no_triton = said("torch.compile on CUDA needs triton: pip install triton")
             is_amd = torch.version.hip is not None  # its major and minor are no CUDA compute capability
             return cls(
                 device="rocm" if is_amd else "cuda",
@@ -134,7 +135,7 @@ class Context:
                 capability=None if is_amd else (facts.major, facts.minor),
                 memory_bytes=facts.total_memory,
                 versions=installed_versions(),
-                no_compile=None if _importable("triton") else "torch.compile on CUDA needs triton: pip install triton",
+                no_compile=no_triton if not _importable("triton") else None,
             )
         if device.type == "npu":
             npu: ModuleType = vars(torch)["npu"]  # of torch_npu, without which there is no such device
@@ -170,7 +171,7 @@ class Context:
             major, minor, gib = described.groups()
             bundled = dict.fromkeys(_BUNDLED_PACKAGES, "unknown")
             memory = None if gib is None else int(float(gib) * GIB)
-            label = "a card that is not in the table"
+            label = said("a card that is not in the table")
             return cls("cuda", label, (int(major), int(minor)), memory, {**bundled, **installed_versions()})
         if (kind := name.strip().lower()) in UNSUPPORTED_DEVICES:
             return cls(kind, kind, versions=installed_versions())
@@ -190,8 +191,8 @@ class Context:
         """Say that the device is not supported yet; None if it is."""
         if self.device in SUPPORTED_DEVICES:
             return None
-        what = UNSUPPORTED_DEVICES.get(self.device, f"{self.device} devices")
-        return f"{what} are not supported yet: nothing was tested or measured on them"
+        what = UNSUPPORTED_DEVICES.get(self.device, said("{device} devices", device=self.device))
+        return said("{what} are not supported yet: nothing was tested or measured on them", what=what)
 
     def planned(self, pipe: Pipeline) -> PlannedPipe:
         """Return what `pipe` will be by the time the transform that asks runs."""
@@ -211,7 +212,7 @@ class Context:
                 said("{package} is not installed: pip install 'ernie-accel[{extra}]'", package=package, extra=extra)
             ]
         if package in _REGISTERED:
-            return [f"{package} is not installed: {_REGISTERED[package]}"]
+            return [said("{package} is not installed: {fix}", package=package, fix=_REGISTERED[package])]
         note = "For one of your own, call ernie_accel.register_package(...) first."
         raise UnknownNameError("package", package, (*OPTIONAL_PACKAGES, *_REGISTERED), note=note)
 
@@ -219,10 +220,12 @@ class Context:
         """Return the reason why `what` cannot run if it needs CUDA compute capability `need`; empty if it can."""
         if (self.capability or (0, 0)) >= need:
             return []
-        none = said("no CUDA ({device})", device=self.device)
-        have = "{}.{}".format(*self.capability) if self.capability else none
+        least = "{}.{}".format(*need)
+        if self.capability is None:
+            template = "{what} needs CUDA compute capability >= {need}; this device has no CUDA ({device})"
+            return [said(template, what=what, need=least, device=self.device)]
         template = "{what} needs CUDA compute capability >= {need}; this device has {have}"
-        return [said(template, what=what, need="{}.{}".format(*need), have=have)]
+        return [said(template, what=what, need=least, have="{}.{}".format(*self.capability))]
 
     def missing_triton(self, what: str, need: tuple[int, int]) -> list[str]:
         """Return the reasons why Triton kernels of capability `need` cannot run here; empty if they can."""
@@ -230,26 +233,29 @@ class Context:
         return self.missing_capability(what, need) + ([] if "triton" in self.versions else [triton])
 
     def __str__(self) -> str:
-        return self._text(str)
+        return self.text
 
     def localized(self) -> str:
         """Return the same text in the reader's language."""
-        return self._text(localized)
+        return localized(self.text)
 
-    def _text(self, speak: Callable[[str], str]) -> str:
-        parts = [self.device if self.device_name == self.device else f"{self.device} ({speak(self.device_name)}"]
+    @property
+    def text(self) -> str:
+        """The machine in words, for a message."""
+        facts = [self.device_name]
         if self.capability is not None:
             major, minor = self.capability
-            parts.append(speak(said("capability {major}.{minor}", major=major, minor=minor)))
+            facts.append(said("capability {major}.{minor}", major=major, minor=minor))
         if self.memory_bytes is not None:
-            parts.append(f"{self.memory_bytes / GIB:.0f} GiB")
-        text = ", ".join(parts) + (")" if "(" in parts[0] else "")
+            facts.append(f"{self.memory_bytes / GIB:.0f} GiB")
+        text = joined(facts, "{first}, {second}")
+        if self.device_name != self.device:
+            text = said("{device} ({facts})", device=self.device, facts=text)
         if self.not_supported is not None:
-            return speak(said("{machine}, which is not supported yet", machine=text))
+            return said("{machine}, which is not supported yet", machine=text)
         if self.idle is None:
             return text
-        idle = UNSUPPORTED_DEVICES[self.idle]
-        return speak(said("{machine}; {idle} are not supported yet", machine=text, idle=idle))
+        return said("{machine}; {idle} are not supported yet", machine=text, idle=UNSUPPORTED_DEVICES[self.idle])
 
 
 def installed_versions() -> Mapping[str, str]:
@@ -302,4 +308,4 @@ def _no_cpu_compile_reason() -> str | None:
     candidates = (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")
     if any(name and shutil.which(name) for name in candidates):
         return None
-    return "torch.compile on the CPU needs a C++ compiler, and none of g++, clang++, c++ is on the PATH"
+    return said("torch.compile on the CPU needs a C++ compiler, and none of g++, clang++, c++ is on the PATH")

@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 import torch
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import (
     Pipeline,
     absent_components,
@@ -47,11 +48,17 @@ def unsupported_cast_reasons(
         return reasons
     for name, module in modules_of(pipe, components).items():
         if not is_skeleton(module) and any(weight.tensor.device.type == "meta" for weight in weights_of(module)):
-            reasons.append(f"{name} is offloaded (its weights are on the meta device): cast before offloading")
+            reasons.append(
+                said("{name} is offloaded (its weights are on the meta device): cast before offloading", name=name)
+            )
         if upcasts_in_a_hook(module):
-            reasons.append(f"{name} stores its weights by layerwise casting, and casting would break its hooks")
+            reasons.append(
+                said("{name} stores its weights by layerwise casting, and casting would break its hooks", name=name)
+            )
     if dtype == "bfloat16" and context.capability is not None:
-        reasons += [f"{reason}: use 'float16'" for reason in context.missing_capability("bfloat16", (8, 0))]
+        reasons += [
+            said("{reason}: use 'float16'", reason=reason) for reason in context.missing_capability("bfloat16", (8, 0))
+        ]
     return reasons
 
 

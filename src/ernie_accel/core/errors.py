@@ -28,6 +28,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
+from ernie_accel.common.language import say
+
 __all__ = [
     "ApplyError",
     "ConflictError",
@@ -114,15 +116,19 @@ class UnsupportedError(ErnieAccelError):
 
     def __init__(self, plan: RefusedPlan) -> None:
         self.plan = plan
-        lines = [f"Cannot apply {plan.title}:", *plan.problem_lines()]
-        fixes = ["Fix these"]
-        if plan.preset is not None:
-            fixes.append("choose another preset")
-        if not plan.blockers:
-            fixes.append("pass on_unsupported='skip'")
-        *first, last = fixes
-        lines.append(f"{', '.join(first)}, or {last}." if first else f"{last}.")
-        super().__init__("\n".join(lines))
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        """Return the heading, all reasons, and what to do."""
+        can_skip, has_preset = not self.plan.blockers, self.plan.preset is not None
+        if can_skip and has_preset:
+            fix = say("Fix these, choose another preset, or pass on_unsupported='skip'.")
+        elif can_skip:
+            fix = say("Fix these, or pass on_unsupported='skip'.")
+        else:
+            fix = say("Fix these, or choose another preset.") if has_preset else say("Fix these.")
+        heading = say("Cannot apply {title}:", title=self.plan.title)
+        return "\n".join([heading, *self.plan.problem_lines(), fix])
 
 
 class ApplyError(ErnieAccelError):

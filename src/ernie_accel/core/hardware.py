@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal, get_args
 
+from ernie_accel.common.language import said
 from ernie_accel.core.errors import UnknownNameError, closest
 
 GIB = 2**30
@@ -286,94 +287,97 @@ _FROM_SHADERS = "rates by shaders and boost clock as the architecture's whitepap
 _AMPERE = f"NVIDIA's product page; {_FROM_SHADERS} (GA102)"
 _ADA = f"NVIDIA's product page; {_FROM_SHADERS} (Ada)"
 
+_FETCHES = said(
+    "multiplies in fp8, and fetches blocks that do not fit while it computes, which takes longer by the published "
+    "rates; nothing is published for this card"
+)
+
 _OWN = (
     Hardware("cpu", "cpu", "cpu", source="CPUs differ: nothing is assumed"),
     _cuda(
         "v100", "Tesla V100", (7, 0), (32, 31.73), (3, 16),
         rates=_peaks("NVIDIA V100 datasheet, SXM2", 0.9, fp16_tflops=125),
-        preset="turbo-fp16", why="has no bfloat16; nothing is published for this card",
+        preset="turbo-fp16", why=said("has no bfloat16; nothing is published for this card"),
     ),
     _cuda(
         "t4", "Tesla T4", (7, 5), (16, 14.56), (3, 16),
         rates=_peaks("NVIDIA T4 product brief", 0.32, fp16_tflops=65, int8_tops=130),
-        preset="turbo-fp16", why="has no bfloat16; nothing is published for this card",
+        preset="turbo-fp16", why=said("has no bfloat16; nothing is published for this card"),
     ),
     _cuda(
         "a100", "NVIDIA A100", (8, 0), (80, 79.14), (4, 16),
         rates=_peaks("NVIDIA A100 datasheet, SXM 80 GB", 2.039, bf16_tflops=312, fp16_tflops=312, int8_tops=624),
-        preset="turbo-bf16", why="has the memory for bf16; whether int8 is faster here nobody has published",
+        preset="turbo-bf16", why=said("has the memory for bf16; whether int8 is faster here nobody has published"),
     ),
     _cuda(
         "a10040gb", "NVIDIA A100", (8, 0), (40, 39.38), (4, 16),
         rates=_peaks("NVIDIA A100 datasheet, 40 GB", 1.555, bf16_tflops=312, fp16_tflops=312, int8_tops=624),
-        preset="turbo-bf16", why="has the memory for bf16; whether int8 is faster here nobody has published",
+        preset="turbo-bf16", why=said("has the memory for bf16; whether int8 is faster here nobody has published"),
     ),
     _cuda(
         "a100pcie", "NVIDIA A100 80GB PCIe", (8, 0), (80, 79.14), (4, 16),
         rates=_peaks("NVIDIA A100 datasheet, PCIe 80 GB", 1.935, bf16_tflops=312, fp16_tflops=312, int8_tops=624),
-        preset="turbo-bf16", why="has the memory for bf16; whether int8 is faster here nobody has published",
+        preset="turbo-bf16", why=said("has the memory for bf16; whether int8 is faster here nobody has published"),
     ),
     _cuda(
         "a6000", "NVIDIA RTX A6000", (8, 6), (48, 47.4), (4, 16),
         rates=_peaks(
             "NVIDIA GA102 whitepaper, RTX A6000", 0.768, bf16_tflops=154.8, fp16_tflops=154.8, int8_tops=309.7
         ),
-        preset="turbo-int8", why="the same architecture as the RTX 3090, where int8 takes 0.56 of the time",
+        preset="turbo-int8", why=said("the same architecture as the RTX 3090, where int8 takes 0.56 of the time"),
     ),
     _cuda(
         "a10g", "NVIDIA A10G", (8, 6), (24, 21.96), (4, 16),
         rates=_peaks("NVIDIA A10G datasheet", 0.6, bf16_tflops=70, fp16_tflops=70, int8_tops=140),
-        preset="turbo-int8", why="the same architecture as the RTX 3090, where int8 takes 0.56 of the time",
+        preset="turbo-int8", why=said("the same architecture as the RTX 3090, where int8 takes 0.56 of the time"),
     ),
     _cuda(
         "rtx3060", "NVIDIA GeForce RTX 3060", (8, 6), (12, 11.62), (4, 16),
         rates=_geforce(_AMPERE, 0.36, 25.5, int8=101.9),
-        preset="turbo-int8", why="published: bf16 43 s, fp8 28.7 s, int8 14.4 s", evidence="published",
+        preset="turbo-int8", why=said("published: bf16 43 s, fp8 28.7 s, int8 14.4 s"), evidence="published",
     ),
     _cuda(
         "rtx3090", "NVIDIA GeForce RTX 3090", (8, 6), (24, 23.55), (4, 16),
         rates=_geforce("NVIDIA GA102 whitepaper", 0.936, 71, int8=284),
         preset="turbo-int8",
-        why="published: bf16 12.4 s, fp8 12.7 s (no fp8 units), int8 7.0 s", evidence="published",
+        why=said("published: bf16 12.4 s, fp8 12.7 s (no fp8 units), int8 7.0 s"), evidence="published",
     ),
     _cuda(
         "rtx4060", "NVIDIA GeForce RTX 4060", (8, 9), (8, 7.6), (4, 8),
         rates=_geforce(_ADA, 0.272, 30.2, fp8=60.5, int8=121),
         preset="turbo-fp8",
-        why="multiplies in fp8, and fetches blocks that do not fit while it computes, which takes longer by the "
-        "published rates; nothing is published for this card",
+        why=_FETCHES,
     ),
     _cuda(
         "rtx4060ti", "NVIDIA GeForce RTX 4060 Ti", (8, 9), (8, 7.6), (4, 8),
         rates=_geforce(_ADA, 0.288, 44.1, fp8=88.3, int8=176.5),
         preset="turbo-fp8",
-        why="multiplies in fp8, and fetches blocks that do not fit while it computes, which takes longer by the "
-        "published rates; nothing is published for this card",
+        why=_FETCHES,
     ),
     _cuda(
         "rtx4060ti16gb", "NVIDIA GeForce RTX 4060 Ti", (8, 9), (16, 15.51), (4, 8),
         rates=_geforce(_ADA, 0.288, 44.1, fp8=88.3, int8=176.5),
-        preset="turbo-fp8", why="multiplies in fp8; nothing is published for this card",
+        preset="turbo-fp8", why=said("multiplies in fp8; nothing is published for this card"),
     ),
     _cuda(
         "rtx4070tisuper", "NVIDIA GeForce RTX 4070 Ti SUPER", (8, 9), (16, 15.51), (4, 16),
         rates=_geforce(_ADA, 0.672, 88.2, fp8=176.4, int8=352.8),
-        preset="turbo-fp8", why="multiplies in fp8; nothing is published for this card",
+        preset="turbo-fp8", why=said("multiplies in fp8; nothing is published for this card"),
     ),
     _cuda(
         "rtx4080", "NVIDIA GeForce RTX 4080", (8, 9), (16, 15.51), (4, 16),
         rates=_geforce("NVIDIA Ada whitepaper", 0.717, 97.5, fp8=194.9, int8=389.9),
-        preset="turbo-fp8", why="multiplies in fp8; nothing is published for this card",
+        preset="turbo-fp8", why=said("multiplies in fp8; nothing is published for this card"),
     ),
     _cuda(
         "rtx4090", "NVIDIA GeForce RTX 4090", (8, 9), (24, 23.51), (4, 16),
         rates=_geforce("NVIDIA Ada whitepaper", 1.008, 165.2, fp8=330.3, int8=660.6),
-        preset="turbo-fp8", why="multiplies in fp8; nothing is published for this card",
+        preset="turbo-fp8", why=said("multiplies in fp8; nothing is published for this card"),
     ),
     _cuda(
         "rtx4090d", "NVIDIA GeForce RTX 4090 D", (8, 9), (24, 23.51), (4, 16),
         rates=_geforce(_ADA, 1.008, 147.1, fp8=294.2, int8=588.4),
-        preset="turbo-fp8", why="multiplies in fp8; nothing is published for this card",
+        preset="turbo-fp8", why=said("multiplies in fp8; nothing is published for this card"),
     ),
     _cuda(
         "l4", "NVIDIA L4", (8, 9), (24, 21.96), (4, 16),
@@ -381,12 +385,12 @@ _OWN = (
             "NVIDIA L4 datasheet, half of its rates with sparsity", 0.3, bf16_tflops=121, fp16_tflops=121,
             fp8_tflops=242.5, int8_tops=242.5,
         ),
-        preset="turbo-fp8", why="multiplies in fp8; nothing is published for this card",
+        preset="turbo-fp8", why=said("multiplies in fp8; nothing is published for this card"),
     ),
     _cuda(
         "l40s", "NVIDIA L40S", (8, 9), (48, 44.34), (4, 16),
         rates=_peaks("NVIDIA L40S datasheet", 0.864, bf16_tflops=362, fp16_tflops=362, fp8_tflops=733, int8_tops=733),
-        preset="turbo-fp8", why="multiplies in fp8; nothing is published for this card",
+        preset="turbo-fp8", why=said("multiplies in fp8; nothing is published for this card"),
     ),
     _cuda(
         "h100", "NVIDIA H100", (9, 0), (80, 79.1), (5, 16),
@@ -395,7 +399,7 @@ _OWN = (
             int8_tops=1978.9,
         ),
         preset="turbo-fp8",
-        why="measured on an H200: a step of the stock model takes 95 ms in fp8 and 134 ms in bf16, both compiled",
+        why=said("measured on an H200: a step of the stock model takes 95 ms in fp8 and 134 ms in bf16, both compiled"),
         evidence="measured",
     ),
     _cuda(
@@ -404,7 +408,7 @@ _OWN = (
             "NVIDIA H100 PCIe product brief, half of its rates with sparsity", 2.0, bf16_tflops=756.5,
             fp16_tflops=756.5, fp8_tflops=1513, int8_tops=1513,
         ),
-        preset="turbo-fp8", why="multiplies in fp8; nothing is published for this card",
+        preset="turbo-fp8", why=said("multiplies in fp8; nothing is published for this card"),
     ),
     _cuda(
         "h100nvl", "NVIDIA H100 NVL", (9, 0), (94, 93), (5, 16),
@@ -412,7 +416,7 @@ _OWN = (
             "NVIDIA H100 datasheet, NVL, half of its rates with sparsity", 3.9, bf16_tflops=835.5, fp16_tflops=835.5,
             fp8_tflops=1670.5, int8_tops=1670.5,
         ),
-        preset="turbo-fp8", why="multiplies in fp8; nothing is published for this card",
+        preset="turbo-fp8", why=said("multiplies in fp8; nothing is published for this card"),
     ),
     _cuda(
         "h200", "NVIDIA H200", (9, 0), (141, 139.72), (5, 16),
@@ -427,7 +431,7 @@ _OWN = (
             ),
         ),
         preset="turbo-fp8",
-        why="measured: a step of the stock model takes 95 ms in fp8 and 134 ms in bf16, both compiled",
+        why=said("measured: a step of the stock model takes 95 ms in fp8 and 134 ms in bf16, both compiled"),
         evidence="measured",
     ),
     _cuda(
@@ -436,12 +440,12 @@ _OWN = (
             "NVIDIA HGX B200 datasheet, an eighth, half of its rates with sparsity", 8.0, bf16_tflops=2250,
             fp16_tflops=2250, fp8_tflops=4500, int8_tops=4500,
         ),
-        preset="turbo-fp8", why="multiplies in fp8; nothing is published for this card",
+        preset="turbo-fp8", why=said("multiplies in fp8; nothing is published for this card"),
     ),
     _cuda(
         "rtx5090", "NVIDIA GeForce RTX 5090", (12, 0), (32, 31.34), (5, 16),
         rates=_geforce("NVIDIA RTX Blackwell whitepaper", 1.792, 209.5, fp8=419, int8=838),
-        preset="turbo-fp8", why="multiplies in fp8; nothing is published for this card",
+        preset="turbo-fp8", why=said("multiplies in fp8; nothing is published for this card"),
     ),
     Hardware(
         "ascend910b", "Ascend 910B", "npu", None, 64 * GIB, usable_bytes=int(60.97 * GIB), pcie=(4, 16),
@@ -454,7 +458,7 @@ _OWN = (
             ),
         ),
         preset="npu-bf16",
-        why="masks as its kernels take them; no quantized kernels are known to work through diffusers here",
+        why=said("masks as its kernels take them; no quantized kernels are known to work through diffusers here"),
     ),
 )  # fmt: skip
 

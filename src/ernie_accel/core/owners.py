@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ernie_accel.common.language import said
 from ernie_accel.core.carried import carried_report
 from ernie_accel.core.components import Pipeline, emptied_components, inside_of, modules_of
 from ernie_accel.core.transform import Phase, Transform
@@ -51,8 +52,13 @@ def sharing_problems(pipe: Pipeline, changes: Iterable[str]) -> list[str]:
         if theirs:
             done = ", ".join(repr(claim.transform) for claim in theirs)
             reasons.append(
-                f"{name} is shared with another pipe ({type(theirs[0].pipe()).__name__}), for which it was changed by "
-                f"{done}: ernie_accel.restore that pipe first, or give this one a copy (copy.deepcopy)"
+                said(
+                    "{name} is shared with another pipe ({pipe}), for which it was changed by {done}: "
+                    "ernie_accel.restore that pipe first, or give this one a copy (copy.deepcopy)",
+                    name=name,
+                    pipe=type(theirs[0].pipe()).__name__,
+                    done=done,
+                )
             )
     return reasons
 
@@ -88,8 +94,11 @@ def freed_elsewhere_reasons(pipe: Pipeline, transform: Transform) -> list[str]:
     if transform.phase not in _CHANGE_WEIGHTS or _frees_weights(pipe):
         return []
     return [
-        f"{name} has no weights at the moment: FreeAfterUse() on another pipe that shares it has freed them; restore "
-        "that pipe first"
+        said(
+            "{name} has no weights at the moment: FreeAfterUse() on another pipe that shares it has freed them; "
+            "restore that pipe first",
+            name=name,
+        )
         for name in emptied_components(pipe, getattr(transform, "components", ()))
     ]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
-from ernie_accel.common.language import localized, said, say
+from ernie_accel.common.language import joined, localized, said, say
 from ernie_accel.common.text import effect_text, html_lines, html_table, human_bytes, summarise, table
 from ernie_accel.core.carried import carried_report
 from ernie_accel.core.compiled import previewed, seen_through
@@ -96,13 +96,13 @@ class Plan:
         return title_of((step.transform for step in self.steps), self.preset)
 
     def problem_lines(self) -> Iterator[str]:
-        """Yield all that stands in the way, indented, one reason a line."""
+        """Yield all that stands in the way in the reader's language, indented, one reason a line."""
         for blocker in self.blockers:
-            yield f"  - {blocker}"
+            yield f"  - {localized(blocker)}"
         for transform, reasons in self.problems.items():
             yield f"  {transform!r}"
             for reason in reasons:
-                yield f"    - {reason}"
+                yield f"    - {localized(reason)}"
 
     def __str__(self) -> str:
         header = tuple(map(say, _HEADER))
@@ -244,7 +244,7 @@ def plan_request(pipe: Pipeline, wanted: tuple[Transform, ...], preset: Preset |
     kept, _, removed = keep_entries(pipe, carried, wanted, machine) if carried else ((), (), ())
     the_plan = plan_steps(pipe, wanted, preset, machine, kept)
     stuck = tuple(
-        f"{entry.step.transform!r} would have to be undone first: {reason}"
+        said("{transform} would have to be undone first: {reason}", transform=repr(entry.step.transform), reason=reason)
         for entry in removed
         if (reason := reason_not_to_undo(entry)) is not None
     )
@@ -320,7 +320,7 @@ def _ask(
     """Ask one transform; an optional one is left out of a pipe of no known family, with the reason."""
     unknown = transform.family_reasons(seen) if optional else []
     if unknown:
-        return Step(transform, (), Preview((), note="; ".join(unknown)))
+        return Step(transform, (), Preview((), note=joined(unknown)))
     reasons = tuple(freed_elsewhere_reasons(pipe, transform) or transform.unsupported(seen, context))
     if reasons:
         return Step(transform, reasons, None)
@@ -390,7 +390,10 @@ def _blockers(pipe: Pipeline) -> Iterator[str]:
     names = bare_float8(pipe)
     if names:
         yield (
-            f"{', '.join(names)}: weights were cast to float8 without scales (torch_dtype=torch.float8_...), and no "
-            "kernel can run that. Load with torch_dtype=torch.bfloat16 and quantize instead: "
-            "ernie_accel.optimize(pipe, preset='turbo-fp8'), or ernie_accel.Quantize('fp8') among your transforms"
+            said(
+                "{names}: weights were cast to float8 without scales (torch_dtype=torch.float8_...), and no kernel "
+                "can run that. Load with torch_dtype=torch.bfloat16 and quantize instead: ernie_accel.optimize(pipe, "
+                "preset='turbo-fp8'), or ernie_accel.Quantize('fp8') among your transforms",
+                names=", ".join(names),
+            )
         )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from ernie_accel.common.language import said
 from ernie_accel.common.notes import Note
 from ernie_accel.core.components import Pipeline, device_of, modules_of, tensor_bytes, weights_of
 
@@ -61,7 +62,7 @@ class PlannedWeight:
     @classmethod
     def of(cls, tensor: torch.Tensor) -> PlannedWeight:
         """Describe a tensor as it is."""
-        stored_as = "another scheme" if hasattr(tensor, "__tensor_flatten__") else None
+        stored_as = said("another scheme") if hasattr(tensor, "__tensor_flatten__") else None
         return cls(tuple(tensor.shape), tensor.dtype, tensor_bytes(tensor), stored_as)
 
     def cast(self, dtype: torch.dtype) -> PlannedWeight:

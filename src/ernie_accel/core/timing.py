@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ernie_accel.common.language import said
+
 #: Above this ratio of median to minimum, something else was using the machine; on an idle one it is 1.0 to 1.2.
 BUSY_SPREAD = 1.5
 
@@ -54,14 +56,34 @@ class Race:
         """Which is faster, in words."""
         low, high = self.quartiles
         if self.too_busy:
-            return "this machine is too busy to tell"
-        return "faster" if low > 1 else "slower on this machine" if high < 1 else "no measurable difference"
+            return said("this machine is too busy to tell")
+        return (
+            said("faster")
+            if low > 1
+            else said("slower on this machine")
+            if high < 1
+            else said("no measurable difference")
+        )
 
     def __str__(self) -> str:
+        return self.text
+
+    @property
+    def text(self) -> str:
+        """The ratio and the verdict, or why there is none, for a message."""
         if self.too_busy:
-            return (
-                f"{self.verdict}: the median picture took {self.spread:.1f} times as long as the fastest one "
-                f"(alone, a machine stays below {BUSY_SPREAD:g}); run again when it is idle"
+            return said(
+                "{verdict}: the median picture took {spread:.1f} times as long as the fastest one (alone, a machine "
+                "stays below {limit:g}); run again when it is idle",
+                verdict=self.verdict,
+                spread=self.spread,
+                limit=BUSY_SPREAD,
             )
         low, high = self.quartiles
-        return f"{self.ratio:.2f} x  {self.verdict} (of the medians; quartiles of the pairs {low:.2f} to {high:.2f})"
+        return said(
+            "{ratio:.2f} x  {verdict} (of the medians; quartiles of the pairs {low:.2f} to {high:.2f})",
+            ratio=self.ratio,
+            verdict=self.verdict,
+            low=low,
+            high=high,
+        )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ernie_accel.api import optimize, plan, report
 from ernie_accel.common.contact_sheet import Column, contact_sheet
+from ernie_accel.common.language import said
 from ernie_accel.core.components import CallablePipeline
 from ernie_accel.core.plan import Plan
 from ernie_accel.core.preset import Preset
@@ -76,7 +77,8 @@ def describe_run(the_plan: Plan) -> str:
     """Return in words what really runs of a plan that skips what cannot."""
     if the_plan.ok:
         return the_plan.title
-    return f"{the_plan.title} without {', '.join(map(repr, the_plan.problems))}, which cannot run here"
+    names = ", ".join(map(repr, the_plan.problems))
+    return said("{title} without {names}, which cannot run here", title=the_plan.title, names=names)
 
 
 def show(

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
+from ernie_accel.common.language import said
 from ernie_accel.embedded.scenes import (
     COLOURS,
     MAX_OBJECTS,
@@ -196,9 +197,9 @@ def unknown_part(prompt: str) -> str | None:
         ends = [found.end() for token in (_TOKEN, _REQUEST_TOKEN) if (found := token.match(text, position))]
         if not ends:
             words = re.findall(r"[a-z0-9'-]+|\S", text[position : position + 40])
-            return f"it does not know {words[0]!r}"
+            return said("it does not know {word!r}", word=words[0])
         position = max(ends)
-    return None if any(shape in text for shape in _SHAPES) else "it names no shape"
+    return None if any(shape in text for shape in _SHAPES) else said("it names no shape")
 
 
 def parse(text: str, canvas: tuple[int, int] = (128, 128)) -> Scene | None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from ernie_accel.common.language import said
+
 
 @dataclass(frozen=True)
 class CallSettings:
@@ -244,7 +246,7 @@ class _UnknownFamily(Family):
         return type(pipe).__name__
 
     def unknown_reasons(self, pipe: object, why: str) -> list[str]:
-        return [f"{type(pipe).__name__} is of no known family, and {why}"]
+        return [said("{pipe} is of no known family, and {why}", pipe=type(pipe).__name__, why=why)]
 
 
 #: The family of every pipe that no other one fits: nothing is left precise, rewritten, enhanced or masked for it, it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ernie_accel.common.language import Message, said
+from ernie_accel.common.language import said
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Call:
     def __str__(self) -> str:
         return str(self.said())
 
-    def said(self) -> Message:
+    def said(self) -> str:
         """Return what is asked for as a message, which can be translated."""
         return said(
             "{pictures} of {width}x{height}, {tokens} tokens{guided}",

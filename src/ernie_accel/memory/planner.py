@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ernie_accel.common.language import localized, said, say
+from ernie_accel.common.language import listed, localized, said, say
 from ernie_accel.common.text import html_lines, html_table, human_gib, table
 from ernie_accel.core.components import PROMPT_COMPONENTS, Pipeline, device_of, modules_of, pipe_bytes
 from ernie_accel.core.context import Context
@@ -377,7 +376,7 @@ def _candidates(
         isinstance(each, Quantize) or (isinstance(each, FuseKernels) and each.precision == "fp8") for each in wanted
     )
     less = (
-        said("{names} in 8 bits ({scheme})", names=_and(eight[0].components), scheme=eight[0].scheme) if eight else ""
+        said("{names} in 8 bits ({scheme})", names=listed(eight[0].components), scheme=eight[0].scheme) if eight else ""
     )
     if budget is None:
         return
@@ -451,7 +450,7 @@ def _judge(
     unknown = [name for name, need in activations.items() if need is None]
     if unknown:
         left = "what {names} computes is not known of this pipeline: {size} are left for it"
-        why = (*why, said(left, names=_and([said(name) for name in unknown]), size=human_gib(UNKNOWN)))
+        why = (*why, said(left, names=listed([said(name) for name in unknown]), size=human_gib(UNKNOWN)))
     host = planned.kept_on_host
     if kept is not None and kept < planned.nbytes:
         layout = replace(keeps[0], weights=kept).layout(pipe, planned)
@@ -466,11 +465,6 @@ def _judge(
     if chosen:
         found = replace(found, transforms=(*chosen, ExplainOutOfMemory(predicted=found.needed)))
     return replace(found, fits=budget is None or found.needed <= budget)
-
-
-def _and(names: Sequence[str]) -> str:
-    """Return one name, or several joined: the last by "and"."""
-    return functools.reduce(lambda first, last: said("{first} and {last}", first=first, last=last), names)
 
 
 def _fetched(weights: int) -> str:

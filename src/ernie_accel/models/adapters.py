@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from ernie_accel.common.language import said
 from ernie_accel.common.notes import Note
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.stand_in import StandInMethod
@@ -486,17 +487,24 @@ def adapter_problems(transformer: nn.Module, lists: tuple[str, ...]) -> list[str
         for path, layer in transformer.get_submodule(name).named_modules():
             if "base_layer" in layer._modules and (problem := layer_problem(layer)) is not None:
                 problems.setdefault(problem, f"{name}.{path}")
-    return [f"an adapter is loaded that the kernels cannot take: {path}: {why}" for why, path in problems.items()]
+    return [
+        said("an adapter is loaded that the kernels cannot take: {path}: {why}", path=path, why=why)
+        for why, path in problems.items()
+    ]
 
 
 def layer_problem(layer: Any) -> str | None:
     """Return what a layer of PEFT's has that a `LowRankProduct` would leave out, or None."""
     if type(layer).__module__ != "peft.tuners.lora.layer":
-        return f"it has a {type(layer).__name__} of {type(layer).__module__}, and the kernels add LoRAs only"
+        return said(
+            "it has a {layer} of {module}, and the kernels add LoRAs only",
+            layer=type(layer).__name__,
+            module=type(layer).__module__,
+        )
     if vars(layer).get("lora_variant"):
-        return "it has a variant of LoRA, such as DoRA, and the kernels add plain ones only"
+        return said("it has a variant of LoRA, such as DoRA, and the kernels add plain ones only")
     if any(up.bias is not None for up in layer._modules["lora_B"]._modules.values()):
-        return "it has a LoRA with a bias, which the kernels do not add"
+        return said("it has a LoRA with a bias, which the kernels do not add")
     return None
 
 

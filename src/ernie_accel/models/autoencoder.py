@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ernie_accel.common.language import said
 from ernie_accel.core.stand_in import StandInForward
 from ernie_accel.kernels import ops, wide_attention
 
@@ -152,26 +153,26 @@ def _run(half: _Half, sample: Tensor) -> Tensor:
 def unsupported_reason(half: nn.Module) -> str | None:
     """Return what in a decoder or an encoder the fused one would compute differently, or None."""
     if "forward" in vars(half):
-        return "its forward was replaced (by offloading, for instance)"
+        return said("its forward was replaced (by offloading, for instance)")
     kinds = {"diffusers.models.autoencoders.vae.Decoder": "up_blocks"}
     kinds["diffusers.models.autoencoders.vae.Encoder"] = "down_blocks"
     stages = kinds.get(_path_of(half))
     if stages is None:
-        return f"it is a {_path_of(half)}"
+        return said("it is a {kind}", kind=_path_of(half))
     known = "UpDecoderBlock2D" if stages == "up_blocks" else "DownEncoderBlock2D"
     blocks: dict[str, tuple[nn.Module, str]] = {"mid_block": (half.get_submodule("mid_block"), "UNetMidBlock2D")}
     blocks |= {f"{stages}.{i}": (block, known) for i, block in enumerate(half.get_submodule(stages).children())}
     for path, (block, expected) in blocks.items():
         if _path_of(block) != f"diffusers.models.unets.unet_2d_blocks.{expected}":
-            return f"{path} is a {_path_of(block)}"
+            return said("{path} is a {kind}", path=path, kind=_path_of(block))
     if reason := _unsupported_norm_reason(half.conv_norm_out, half.conv_act):
-        return f"it ends with {reason}"
+        return said("it ends with {reason}", reason=reason)
     paths = {part: path for path, part in half.named_modules()}
     for part in _parts(cast(_Half, half)):
         kind = _KINDS.get(_path_of(part))
-        reason = f"is a {_path_of(part)}" if kind is None else kind.unsupported_reason(part)
+        reason = said("is a {kind}", kind=_path_of(part)) if kind is None else kind.unsupported_reason(part)
         if reason is not None:
-            return f"{paths[part]} {reason}"
+            return said("{name} {reason}", name=paths[part], reason=reason)
     return None
 
 
@@ -191,53 +192,53 @@ def _parts(half: _Half) -> list[nn.Module]:
 
 def _unsupported_resnet_reason(block: _Resnet) -> str | None:
     if any(type(conv) is not nn.Conv2d for conv in (block.conv1, block.conv2, block.conv_shortcut or block.conv2)):
-        return "has quantized or adapted convolutions"
+        return said("has quantized or adapted convolutions")
     for norm in (block.norm1, block.norm2):
         if reason := _unsupported_norm_reason(norm, block.nonlinearity):
-            return f"has {reason}"
+            return said("has {reason}", reason=reason)
     if block.dropout.p > 0:
-        return "drops values out"
+        return said("drops values out")
     if block.time_emb_proj is not None or block.time_embedding_norm not in ("default", "group"):
-        return "takes a time embedding"
+        return said("takes a time embedding")
     if block.upsample is not None or block.downsample is not None or block.output_scale_factor != 1:
-        return "resamples, or scales its output"
+        return said("resamples, or scales its output")
     return None
 
 
 def _unsupported_attention_reason(block: _Attention) -> str | None:
     if any(type(linear) is not nn.Linear for linear in (block.to_q, block.to_k, block.to_v, block.to_out[0])):
-        return "has quantized or adapted layers"
+        return said("has quantized or adapted layers")
     if type(block.processor).__name__ != "AttnProcessor2_0":
-        return f"computes with a {type(block.processor).__name__}"
+        return said("computes with a {processor}", processor=type(block.processor).__name__)
     if reason := _unsupported_norm_reason(block.group_norm):
-        return f"has {reason}"
+        return said("has {reason}", reason=reason)
     if any(norm is not None for norm in (block.spatial_norm, block.norm_q, block.norm_k)):
-        return "has other norms"
+        return said("has other norms")
     if block.to_out[1].p > 0:
-        return "drops values out"
+        return said("drops values out")
     if not block.residual_connection or block.rescale_output_factor != 1:
-        return "has no residual, or scales its output"
+        return said("has no residual, or scales its output")
     return None
 
 
 def _unsupported_norm_reason(norm: object, activation: object = None) -> str | None:
     if type(norm) is not nn.GroupNorm or not norm.affine:
-        return f"a {type(norm).__name__} for a norm"
+        return said("a {norm} for a norm", norm=type(norm).__name__)
     if activation is not None and type(activation) is not nn.SiLU:
-        return f"a {type(activation).__name__} for an activation"
+        return said("a {activation} for an activation", activation=type(activation).__name__)
     return None
 
 
 def _unsupported_upsampler_reason(block: _Upsampler) -> str | None:
     if block.norm is not None or not block.interpolate or block.use_conv_transpose or block.name != "conv":
-        return "does not interpolate and then convolve"
-    return None if type(block.conv) is nn.Conv2d else "has no convolution, or a quantized or adapted one"
+        return said("does not interpolate and then convolve")
+    return None if type(block.conv) is nn.Conv2d else said("has no convolution, or a quantized or adapted one")
 
 
 def _unsupported_downsampler_reason(block: _Downsampler) -> str | None:
     if block.norm is not None or not block.use_conv:
-        return "does not only convolve"
-    return None if type(block.conv) is nn.Conv2d else "has no convolution, or a quantized or adapted one"
+        return said("does not only convolve")
+    return None if type(block.conv) is nn.Conv2d else said("has no convolution, or a quantized or adapted one")
 
 
 def _run_resnet(

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ernie_accel.common.language import said
+
 #: What inductor and Triton read to find their files, and the part of the folder each gets.
 _VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
@@ -91,14 +93,24 @@ def unsupported_cache_reasons(folder: str | None, device: str) -> list[str]:
     place = Path(folder).absolute()
     if device == "cpu" and any(letter.isspace() for letter in str(place)):
         return [
-            f"cache={folder!r}: inductor's C++ compiler command breaks at the space in {place}; give another folder"
+            said(
+                "cache={folder!r}: inductor's C++ compiler command breaks at the space in {place}; give another folder",
+                folder=folder,
+                place=place,
+            )
         ]
     while not place.exists():
         place = place.parent
     if not place.is_dir():
-        return [f"cache={folder!r}: {place} is a file; give a folder, which is made where it is missing"]
+        return [
+            said(
+                "cache={folder!r}: {place} is a file; give a folder, which is made where it is missing",
+                folder=folder,
+                place=place,
+            )
+        ]
     if not os.access(place, os.W_OK | os.X_OK):
-        return [f"cache={folder!r}: {place} cannot be written to; give another folder"]
+        return [said("cache={folder!r}: {place} cannot be written to; give another folder", folder=folder, place=place)]
     return []
 
 

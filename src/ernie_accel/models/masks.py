@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ernie_accel.common.language import said
 from ernie_accel.common.notes import Note
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
@@ -166,5 +167,5 @@ def no_mask_reason(pipe: Pipeline, context: Context) -> str | None:
     """Return why no mask reaches the attention of `pipe` unless a batch really pads; None if one always does."""
     family = family_of(pipe)
     if family.always_masks is None:
-        return f"{family.name_for(pipe)} builds a mask only for a batch that really pads"
+        return said("{name} builds a mask only for a batch that really pads", name=family.name_for(pipe))
     return context.planned(pipe).elides_mask

@@ -9,6 +9,7 @@ from typing import Any, cast
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import nn
 
+from ernie_accel.common.language import joined, said
 from ernie_accel.core.undo import Undo
 from ernie_accel.kernels.low_rank import takes_fp8
 from ernie_accel.models.rewriting import RewrittenBlock, blocks_of
@@ -106,11 +107,11 @@ def install(
     model, skipped = cast(Any, transformer), {}
     for path, blocks, i, block in blocks_of(transformer, lists):
         if not isinstance(block, rewritten):
-            skipped[f"transformer.{path}"] = "it is no rewritten block"
+            skipped[f"transformer.{path}"] = said("it is no rewritten block")
             continue
         apart = [part for part in block.parts.values() if part.fused is None]
         if apart:
-            skipped[f"transformer.{path}"] = "; ".join(str(part.unfusible_reason()) for part in apart)
+            skipped[f"transformer.{path}"] = joined(part.unfusible_reason() for part in apart)
             continue
         undo.push(partial(blocks.__setitem__, i, block))
         for part in block.parts.values():

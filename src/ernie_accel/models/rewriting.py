@@ -17,6 +17,7 @@ from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import alignment_of, with_alignment
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.library_hooks import library_hooks
@@ -114,11 +115,13 @@ class Part(Adaptable):
             if beneath_loras:
                 layer = layer._modules.get("base_layer", layer)
             if type(layer) is not nn.Linear:
-                return (
-                    f"{name} is a {type(layer).__name__} (a LoRA, for instance), which has to stay a layer of its own"
+                return said(
+                    "{name} is a {layer} (a LoRA, for instance), which has to stay a layer of its own",
+                    name=name,
+                    layer=type(layer).__name__,
                 )
             if layer.bias is not None or type(layer.weight) is not nn.Parameter:
-                return f"{name} has a bias or a quantized weight"
+                return said("{name} has a bias or a quantized weight", name=name)
         return None
 
     def fuse(self) -> None:
@@ -288,13 +291,17 @@ def unsupported_reasons(
     """
     reasons = []
     if getattr(transformer, "gradient_checkpointing", False):
-        reasons.append("gradient checkpointing is on, and the rewritten blocks are for inference: switch it off")
+        reasons.append(said("gradient checkpointing is on, and the rewritten blocks are for inference: switch it off"))
     stock = [cast(Any, block.get_submodule(attention)) for *_, block in blocks_of(transformer, lists)]
     others = {type(each.processor).__name__ for each in stock if type(each.processor) not in processors}
     for other in sorted(others):
-        reasons.append(f"the attention has a processor of its own, {other}, which rewritten blocks would not call")
+        reasons.append(
+            said(
+                "the attention has a processor of its own, {other}, which rewritten blocks would not call", other=other
+            )
+        )
     if any(each.norm_q is None or each.norm_k is None for each in stock):
-        reasons.append("the attention does not norm queries and keys, as rewritten blocks do")
+        reasons.append(said("the attention does not norm queries and keys, as rewritten blocks do"))
     return reasons
 
 

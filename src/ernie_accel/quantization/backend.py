@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 
+from ernie_accel.common.language import listed, said
 from ernie_accel.core.context import Context
 
 
@@ -84,9 +85,15 @@ class LinearSpec:
     def not_multiple_of(self, inputs: int, outputs: int = 1) -> str | None:
         """Return why the shape does not fit if K is not a multiple of `inputs` or N none of `outputs`; else None."""
         if self.in_features % inputs:
-            return f"its {self.in_features} inputs are not a multiple of {inputs}"
+            return said(
+                "its {in_features} inputs are not a multiple of {inputs}", in_features=self.in_features, inputs=inputs
+            )
         if self.out_features % outputs:
-            return f"its {self.out_features} outputs are not a multiple of {outputs}"
+            return said(
+                "its {out_features} outputs are not a multiple of {outputs}",
+                out_features=self.out_features,
+                outputs=outputs,
+            )
         return None
 
 
@@ -123,10 +130,24 @@ class QuantizationBackend(ABC):
     def unsupported(self, scheme: str, context: Context) -> list[str]:
         """Return every reason why `scheme` cannot run on this machine; empty if it can."""
         if scheme not in self.schemes:
-            return [f"{self.name} has no {scheme}; it has {', '.join(self.schemes)}"]
+            return [
+                said(
+                    "{name} has no {scheme}; it has {schemes}",
+                    name=self.name,
+                    scheme=scheme,
+                    schemes=", ".join(self.schemes),
+                )
+            ]
         reasons = context.missing_capability(scheme, self.schemes[scheme])
         if not reasons and context.device not in self.devices:
-            reasons.append(f"{self.name} runs on {' and '.join(self.devices)}, not on {context.device}")
+            reasons.append(
+                said(
+                    "{name} runs on {devices}, not on {device}",
+                    name=self.name,
+                    devices=listed(self.devices),
+                    device=context.device,
+                )
+            )
         return reasons + (context.missing(self.package) if self.package else [])
 
     @abstractmethod

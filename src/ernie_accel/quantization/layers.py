@@ -76,7 +76,7 @@ def linear_sites(
     family = family_of(pipe)
     sites = []
     for component, module in modules_of(pipe, components).items():
-        patterns, why = exclude, "excluded"
+        patterns, why = exclude, said("excluded")
         if patterns is None:
             known = family.keep_precise.get(component)
             patterns = GENERIC_EXCLUDE if known is None else known
@@ -108,7 +108,10 @@ def linear_sites(
 def idle_patterns(exclude: tuple[str, ...] | None, paths: Collection[str]) -> list[str]:
     """Return one reason for each pattern of `exclude` that matches none of the `paths` of modules."""
     idle = [pattern for pattern in exclude or () if not any(re.match(pattern, path) for path in paths)]
-    return [f"exclude: {pattern!r} matches no layer{_meant(pattern, paths)}" for pattern in idle]
+    return [
+        said("exclude: {pattern!r} matches no layer{meant}", pattern=pattern, meant=_meant(pattern, paths))
+        for pattern in idle
+    ]
 
 
 def excludable_paths(pipe: Pipeline, components: Iterable[str]) -> Iterator[str]:
@@ -123,8 +126,8 @@ def excludable_paths(pipe: Pipeline, components: Iterable[str]) -> Iterator[str]
 def _meant(pattern: str, paths: Collection[str]) -> str:
     within = next((path for path in paths if re.search(pattern, path)), None)
     if within is None:
-        return ": leave it out, or look for the paths in named_modules()"
-    return f" from the start of its path, as {within!r}: write {f'.*{pattern}'!r}"
+        return said(": leave it out, or look for the paths in named_modules()")
+    return said(" from the start of its path, as {within!r}: write {pattern!r}", within=within, pattern=f".*{pattern}")
 
 
 def _matches(patterns: tuple[str, ...], paths: tuple[str, ...]) -> bool:
@@ -154,13 +157,13 @@ def quantized_as(layer: torch.nn.Module) -> str | None:
     if receipt is not None:
         return stored_name(receipt.scheme, receipt.backend, receipt.correction_rank)
     backend = holder_of(layer)
-    return f"another scheme by {backend.name}" if backend is not None else None
+    return said("another scheme by {backend}", backend=backend.name) if backend is not None else None
 
 
 def stored_name(scheme: str, backend: str, correction_rank: int | None) -> str:
     """Return how plans and errors call what a layer is stored as."""
-    corrected = f" with a correction of rank {correction_rank}" if correction_rank else ""
-    return f"{scheme} by {backend}{corrected}"
+    corrected = said(" with a correction of rank {rank}", rank=correction_rank) if correction_rank else ""
+    return said("{scheme} by {backend}{corrected}", scheme=scheme, backend=backend, corrected=corrected)
 
 
 def holder_of(layer: torch.nn.Module) -> QuantizationBackend | None:
@@ -194,17 +197,17 @@ def sqnr_db(original: torch.Tensor, approximation: torch.Tensor) -> float:
 def _obstacle(path: str, layer: torch.nn.Module, shared: set[int]) -> str | None:
     """Return why this layer cannot be replaced in any scheme; None if it can."""
     if _ADAPTERS & set(path.split(".")):
-        return "a LoRA adapter"
+        return said("a LoRA adapter")
     if not isinstance(layer, torch.nn.Linear) or quantized_as(layer) is not None:
         return None
     if type(layer).forward is not torch.nn.Linear.forward or isinstance(layer, NonDynamicallyQuantizableLinear):
-        return f"it is a {type(layer).__name__}, whose owner may read the weight itself"
+        return said("it is a {layer}, whose owner may read the weight itself", layer=type(layer).__name__)
     if id(layer.weight) in shared:
-        return "it shares its weight with another layer"
+        return said("it shares its weight with another layer")
     if layer.weight.device.type == "meta" and not is_skeleton(layer):
-        return "its weight is not loaded (meta device): quantize before offloading"
+        return said("its weight is not loaded (meta device): quantize before offloading")
     if not layer.weight.is_floating_point():
-        return f"its weight is {str(layer.weight.dtype).removeprefix('torch.')}"
+        return said("its weight is {dtype}", dtype=str(layer.weight.dtype).removeprefix("torch."))
     return None
 
 

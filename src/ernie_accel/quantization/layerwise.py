@@ -8,6 +8,7 @@ from typing import ClassVar, final
 
 import torch
 
+from ernie_accel.common.language import said
 from ernie_accel.core.library_hooks import library_hooks
 from ernie_accel.quantization.backend import LinearSpec, QuantizationBackend, plain_copy
 
@@ -54,4 +55,4 @@ class Layerwise(QuantizationBackend):
         return bool(library_hooks(layer).named("layerwise_casting"))
 
     def breaks_graph(self, scheme: str, dtype: torch.dtype) -> str | None:
-        return "layerwise casting changes the dtype of parameters inside the forward"
+        return said("layerwise casting changes the dtype of parameters inside the forward")

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, final
 
 import torch
 
+from ernie_accel.common.language import said
 from ernie_accel.core.context import Context
 from ernie_accel.quantization.backend import LinearSpec, QuantizationBackend, bias_of, defined_in, fix_empty_rows
 
@@ -32,13 +33,18 @@ class Quanto(QuantizationBackend):
         if scheme != "int8-weight-only" and context.device == "cuda":
             # MarlinF8QBytesTensor and quanto::unpack of quanto 0.2.7; the first of them failed to compile on an H200.
             reasons.append(
-                f"on CUDA quanto repacks {scheme} for kernels that it builds with nvcc at the first picture, and that "
-                "torch.compile cannot trace"
+                said(
+                    "on CUDA quanto repacks {scheme} for kernels that it builds with nvcc at the first picture, and "
+                    "that torch.compile cannot trace",
+                    scheme=scheme,
+                )
             )
         if scheme == "int4" and context.device == "cpu" and context.no_compile is not None:
             reasons.append(
-                "quanto unpacks int4 with a kernel that it builds at the first use, which needs a C++ compiler, and "
-                "none is on the PATH"
+                said(
+                    "quanto unpacks int4 with a kernel that it builds at the first use, which needs a C++ compiler, "
+                    "and none is on the PATH"
+                )
             )
         return reasons
 
@@ -83,7 +89,7 @@ class Quanto(QuantizationBackend):
 
     def breaks_graph(self, scheme: str, dtype: torch.dtype) -> str | None:
         if scheme == "int4" and dtype == torch.bfloat16:
-            return "quanto's int4 in bfloat16 cannot be traced"
+            return said("quanto's int4 in bfloat16 cannot be traced")
         return None
 
 

@@ -11,6 +11,7 @@ from typing import cast
 
 import torch
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import Pipeline, is_float8, modules_of
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.stand_in import Bound, StandInMethod
@@ -113,7 +114,7 @@ def _stuck_in(layer: torch.nn.Module) -> str | None:
     site = site_of(layer)
     if site is not None:
         return site.low_rank.unmergeable_reason
-    return None if quantized_as(base) is None else "its weight is quantized"
+    return None if quantized_as(base) is None else said("its weight is quantized")
 
 
 def refuse_other_weights(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:

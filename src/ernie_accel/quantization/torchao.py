@@ -46,19 +46,25 @@ class TorchAO(QuantizationBackend):
             reasons = context.missing_capability("int8", (8, 0)) + reasons
         if scheme == "int8-weight-only" and context.device == "cuda":
             # benchmarks/results/quantization_h200_202611.md: a compiled block took 2002 ms instead of 3.7 (torch 2.11).
-            reasons.append("torchao's int8-weight-only, compiled on CUDA, takes 500 times as long as bfloat16")
+            reasons.append(said("torchao's int8-weight-only, compiled on CUDA, takes 500 times as long as bfloat16"))
         return reasons
 
     def remark(self, scheme: str, device: str) -> str:
         if scheme == "int4" and device == "cuda":
-            return "tinygemm is made for single tokens: 4000 rows take 17 times as long as bfloat16; use nf4 instead"
+            return said(
+                "tinygemm is made for single tokens: 4000 rows take 17 times as long as bfloat16; use nf4 instead"
+            )
         if scheme in ("fp8", "int8") and device == "cuda":
             return said("faster only when compiled: add Compile()")
         return ""
 
     def layer_problem(self, scheme: str, spec: LinearSpec) -> str | None:
         if scheme in _BFLOAT16_ONLY and spec.dtype != torch.bfloat16:
-            return f"{scheme} starts from bfloat16 weights, and this is {_short(spec.dtype)}: add CastDtype('bfloat16')"
+            return said(
+                "{scheme} starts from bfloat16 weights, and this is {dtype}: add CastDtype('bfloat16')",
+                scheme=scheme,
+                dtype=_short(spec.dtype),
+            )
         if scheme in ("int4", "mxfp8"):
             return spec.not_multiple_of(32, 8 if scheme == "int4" else 16)
         return spec.not_multiple_of(16, 16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+from ernie_accel.common.language import said
 from ernie_accel.core.errors import UnknownNameError
 from ernie_accel.core.hardware import HARDWARE, Hardware, add_row
 from ernie_accel.core.preset import Preset
@@ -78,44 +79,55 @@ presets = PresetTable(
     Preset.of(
         "exact",
         None,
-        "Bitwise the same pictures: only what cannot change a bit.",
+        said("Bitwise the same pictures: only what cannot change a bit."),
         (KeepTimestepsOnHost(),),
     ),
     Preset.of(
         "turbo",
         "fp32",
-        "Few steps, compiled, in the precision the pipe came in: for CPUs; beside CastDtype('bfloat16') where it pays.",
+        said(
+            "Few steps, compiled, in the precision the pipe came in: for CPUs; beside CastDtype('bfloat16') where it "
+            "pays."
+        ),
         (RewriteBlocks(), MakeContiguous(), CallDefaults("turbo"), Compile(), RewriteEnhancer()),
     ),
     Preset.of(
         "turbo",
         "bf16",
-        "Few steps in bfloat16, on fused kernels or compiled: for a distilled (Turbo) checkpoint on any recent card.",
+        said(
+            "Few steps in bfloat16, on fused kernels or compiled: for a distilled (Turbo) checkpoint on any recent "
+            "card."
+        ),
         (*_FAST_BF16, MakeContiguous(), CallDefaults("turbo"), *_FAST_PARTS),
     ),
     Preset.of(
         "turbo",
         "fp16",
-        "Few steps in float16, compiled: for a distilled (Turbo) checkpoint on cards without bfloat16.",
+        said("Few steps in float16, compiled: for a distilled (Turbo) checkpoint on cards without bfloat16."),
         (CastDtype("float16"), MakeContiguous(), CallDefaults("turbo"), Compile()),
     ),
     Preset.of(
         "turbo",
         "fp8",
-        "Few steps with fp8 linears on fused kernels: for a distilled (Turbo) checkpoint on capability 8.9 and above.",
+        said(
+            "Few steps with fp8 linears on fused kernels: for a distilled (Turbo) checkpoint on capability 8.9 and "
+            "above."
+        ),
         (*_FAST_FP8, MakeContiguous(), CallDefaults("turbo"), *_FAST_PARTS),
         _FP8_ELSEWHERE,
     ),
     Preset.of(
         "turbo",
         "int8",
-        "Few steps with int8 linears, compiled: for a distilled (Turbo) checkpoint on capability 8.0 to 8.6.",
+        said("Few steps with int8 linears, compiled: for a distilled (Turbo) checkpoint on capability 8.0 to 8.6."),
         (*_INT8, MakeContiguous(), CallDefaults("turbo"), Compile(), FuseVae()),
     ),
     Preset.of(
         "turbo",
         "bf16",
-        "Few steps in bfloat16 on an Ascend NPU, with masks as it takes them: for a distilled (Turbo) checkpoint.",
+        said(
+            "Few steps in bfloat16 on an Ascend NPU, with masks as it takes them: for a distilled (Turbo) checkpoint."
+        ),
         (
             CastDtype("bfloat16"),
             ElideMask(),
@@ -129,32 +141,32 @@ presets = PresetTable(
     Preset.of(
         "turbo",
         "nvfp4",
-        "Few steps with nvfp4 linears, compiled: the fastest on capability 10.0 and above, at a visible cost.",
+        said("Few steps with nvfp4 linears, compiled: the fastest on capability 10.0 and above, at a visible cost."),
         (CastDtype("bfloat16"), Quantize("nvfp4"), MakeContiguous(), CallDefaults("turbo"), Compile(), FuseVae()),
     ),
     Preset.of(
         "turbo",
         "q4",
-        "Few steps with 4-bit weights (nf4), compiled: for memory and not for speed.",
+        said("Few steps with 4-bit weights (nf4), compiled: for memory and not for speed."),
         (CastDtype("bfloat16"), Quantize("nf4"), MakeContiguous(), CallDefaults("turbo"), Compile(), FuseVae()),
     ),
     Preset.of(
         "quality",
         "bf16",
-        "The family's full steps and guidance in bfloat16, compiled: for a base (undistilled) checkpoint.",
+        said("The family's full steps and guidance in bfloat16, compiled: for a base (undistilled) checkpoint."),
         (*_FAST_BF16, MakeContiguous(), CallDefaults("quality"), *_FAST_PARTS, BatchGuidance()),
     ),
     Preset.of(
         "quality",
         "fp8",
-        "The family's full steps and guidance with fp8 linears on fused kernels: for a base checkpoint.",
+        said("The family's full steps and guidance with fp8 linears on fused kernels: for a base checkpoint."),
         (*_FAST_FP8, MakeContiguous(), CallDefaults("quality"), *_FAST_PARTS, BatchGuidance()),
         _FP8_ELSEWHERE,
     ),
     Preset.of(
         "quality",
         "int8",
-        "The family's full steps and guidance with int8 linears, compiled: for a base checkpoint.",
+        said("The family's full steps and guidance with int8 linears, compiled: for a base checkpoint."),
         (*_INT8, MakeContiguous(), CallDefaults("quality"), Compile(), FuseVae()),
     ),
 )
@@ -202,5 +214,5 @@ def find_preset(preset: Preset | str) -> Preset:
     by_device = hardware_presets()
     if preset in by_device:
         base, row = presets[by_device[preset]], HARDWARE[preset]
-        return replace(base, name=row.key, summary=f"{base.name} for this card: {row.why}.")
+        return replace(base, name=row.key, summary=said("{name} for this card: {why}.", name=base.name, why=row.why))
     raise UnknownNameError("preset", preset, (*presets, *by_device))

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from ernie_accel.common.language import listed, localized, one_of, said, say
 from ernie_accel.common.text import html_lines, html_table, human_bytes
 from ernie_accel.core.components import AnyPipeline, Pipeline
 from ernie_accel.core.context import OPTIONAL_PACKAGES, Context
@@ -46,14 +47,19 @@ class Rung:
     def problems(self, context: Context) -> list[str]:
         """Return every reason why this is not for the machine of `context`."""
         if context.device not in self.devices:
-            return [f"pays on {' and '.join(self.devices)}, and this is {context.device}"]
+            return [
+                said("pays on {devices}, and this is {device}", devices=listed(self.devices), device=context.device)
+            ]
         reasons = []
         if self.capability is not None and context.device == "cuda":
             low, high = self.capability
             have = context.capability or (0, 0)
             if not low <= have <= high:
-                wanted = "{}.{}".format(*low) + (" and above" if high == _ANY else " to {}.{}".format(*high))
-                reasons.append(f"pays on CUDA compute capability {wanted}; this device has {have[0]}.{have[1]}")
+                least, most, found = ("{}.{}".format(*each) for each in (low, high, have))
+                to = said("{least} to {most}", least=least, most=most)
+                wanted = said("{least} and above", least=least) if high == _ANY else to
+                template = "pays on CUDA compute capability {wanted}; this device has {found}"
+                reasons.append(said(template, wanted=wanted, found=found))
         return reasons + _missing(context, self.package)
 
 
@@ -68,14 +74,14 @@ _BESIDE = int(3.5 * 2**30)
 #: From the fastest down; the first that pays here and can run here is recommended. nvfp4 is left to the user: it is
 #: faster than fp8 where it can run, and the loss can be seen.
 LADDER: tuple[Rung, ...] = (
-    Rung("fp8", "half the bytes of bf16, multiplied in fp8", ("cuda",), ((8, 9), _ANY), "triton"),
-    Rung("int8", "half the bytes of bf16, multiplied in int8", ("cuda",), ((8, 6), (8, 8)), "torchao"),
-    Rung("bf16", "the checkpoint's own precision on tensor cores", ("cuda", "npu"), ((8, 0), _ANY)),
-    Rung("fp16", "tensor cores of this generation know no bfloat16", ("cuda",), ((7, 0), (7, 9))),
-    Rung("q4", "a quarter of the bytes: for memory and not for speed", ("cuda",), ((7, 5), _ANY), "bitsandbytes"),
+    Rung("fp8", said("half the bytes of bf16, multiplied in fp8"), ("cuda",), ((8, 9), _ANY), "triton"),
+    Rung("int8", said("half the bytes of bf16, multiplied in int8"), ("cuda",), ((8, 6), (8, 8)), "torchao"),
+    Rung("bf16", said("the checkpoint's own precision on tensor cores"), ("cuda", "npu"), ((8, 0), _ANY)),
+    Rung("fp16", said("tensor cores of this generation know no bfloat16"), ("cuda",), ((7, 0), (7, 9))),
+    Rung("q4", said("a quarter of the bytes: for memory and not for speed"), ("cuda",), ((7, 5), _ANY), "bitsandbytes"),
     Rung(
         "fp32",
-        "few CPUs have bfloat16 units; `ernie-accel demo` measures this one",
+        said("few CPUs have bfloat16 units; `ernie-accel demo` measures this one"),
         ("cpu", "npu", "cuda"),
     ),
 )
@@ -102,26 +108,26 @@ class Recommendation:
     def __str__(self) -> str:
         lines = [self._heading(), *self._about()]
         if self.rejected:
-            lines.append("Not:")
+            lines.append(say("Not:"))
         for name, reasons in self.rejected.items():
-            lines += [f"  {name}: {reason}" for reason in reasons]
+            lines += [say("  {first}: {second}", first=name, second=reason) for reason in reasons]
         return "\n".join(lines)
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
         """Return what notebooks show."""
-        rows = [(name, reason) for name, reasons in self.rejected.items() for reason in reasons]
-        table = html_table(("not", "because"), rows) if rows else ""
+        rows = [(name, localized(reason)) for name, reasons in self.rejected.items() for reason in reasons]
+        table = html_table((say("not"), say("because")), rows) if rows else ""
         return html_lines(self._about(), self._heading()) + table
 
     def _heading(self) -> str:
-        return f"Recommended on {self.context}: preset {self.preset.name!r}"
+        return say("Recommended on {machine}: preset {name!r}", machine=self.context.localized(), name=self.preset.name)
 
     def _about(self) -> Iterator[str]:
-        yield f"  {self.preset.summary}"
-        yield from (f"  + {reason}" for reason in self.why)
-        yield from (f"  ! {warning}" for warning in self.warnings)
+        yield f"  {localized(self.preset.summary)}"
+        yield from (f"  + {localized(reason)}" for reason in self.why)
+        yield from (f"  ! {localized(warning)}" for warning in self.warnings)
 
 
 def recommend(
@@ -145,8 +151,9 @@ def recommend(
     family = family_of(checked)
     if mode is None:
         mode = "turbo" if "turbo" in family.modes else next(iter(family.modes), "turbo")
-    samplers = " or ".join(f"SwapScheduler({name!r})" for name in family.schedulers)
-    advice = (f"{family.name}'s guides sample with {samplers}: pass it beside the preset",) if samplers else ()
+    samplers = one_of(f"SwapScheduler({name!r})" for name in family.schedulers)
+    template = "{family}'s guides sample with {samplers}: pass it beside the preset"
+    advice = (said(template, family=family.name, samplers=samplers),) if samplers else ()
     machine = context or Context.detect(checked)
     rejected: dict[str, tuple[str, ...]] = {}
     candidates = [(*candidate, _refused(checked, candidate[0], machine)) for candidate in _candidates(machine, mode)]
@@ -155,11 +162,15 @@ def recommend(
         rejected.clear()
         for preset, why, problems, refused in candidates:
             if not problems and refused is not None and {transform.slot for transform in refused} <= allowed:
-                left_out = [f"pass on_unsupported='skip', which leaves out {line}" for line in _lines(refused)]
+                left_out = [
+                    said("pass on_unsupported='skip', which leaves out {line}", line=line) for line in _lines(refused)
+                ]
                 warnings = (*left_out, *_without_family(checked, preset), *_memory_warnings(checked, preset, machine))
                 return Recommendation(preset, machine, why + advice, MappingProxyType(rejected), warnings)
-            rejected[preset.name] = (*problems, *_lines(refused)) if refused is not None else ("the pipe cannot run",)
-    last = machine.not_supported or "nothing else can run"
+            rejected[preset.name] = (
+                (*problems, *_lines(refused)) if refused is not None else (said("the pipe cannot run"),)
+            )
+    last = machine.not_supported or said("nothing else can run")
     return Recommendation(presets["exact"], machine, (last,), MappingProxyType(rejected))
 
 
@@ -183,7 +194,7 @@ def _candidates(machine: Context, mode: str) -> list[tuple[Preset, tuple[str, ..
     own = None if row is None or row.preset is None else presets[row.preset]
     if row is not None and own is not None and mode == own.mode:
         package = next((rung.package for rung in LADDER if rung.precision == own.precision), None)
-        found.append((own, (f"{row.name}: {row.why}",), _missing(machine, package)))
+        found.append((own, (said("{first}: {second}", first=row.name, second=row.why),), _missing(machine, package)))
     precisions = [rung.precision for rung in LADDER]
     faster = precisions[: precisions.index(own.precision)] if found and own and own.precision in precisions else []
     ahead = 0
@@ -212,14 +223,19 @@ def _missing(context: Context, package: str | None) -> list[str]:
         return []
     if package in OPTIONAL_PACKAGES:
         return context.missing(package)
-    return [f"{package} is not installed (it comes with CUDA builds of torch): pip install {package}"]
+    return [
+        said("{package} is not installed (it comes with CUDA builds of torch): pip install {package}", package=package)
+    ]
 
 
 def _without_family(pipe: Pipeline | None, preset: Preset) -> Iterator[str]:
     """Yield what of a preset a pipe of no known family does without, and why."""
     if pipe is not None:
         for transform in preset.transforms_on(pipe):
-            yield from (f"does without {transform!r}: {reason}" for reason in transform.family_reasons(pipe))
+            yield from (
+                said("does without {transform}: {reason}", transform=repr(transform), reason=reason)
+                for reason in transform.family_reasons(pipe)
+            )
 
 
 def _refused(pipe: Pipeline | None, preset: Preset, machine: Context) -> Mapping[Transform, tuple[str, ...]] | None:
@@ -235,7 +251,11 @@ def _planned(pipe: Pipeline, preset: Preset, machine: Context) -> Plan:
 
 
 def _lines(refused: Mapping[Transform, tuple[str, ...]]) -> list[str]:
-    return [f"{transform!r}: {reason}" for transform, reasons in refused.items() for reason in reasons]
+    return [
+        said("{first}: {second}", first=repr(transform), second=reason)
+        for transform, reasons in refused.items()
+        for reason in reasons
+    ]
 
 
 def _memory_warnings(pipe: Pipeline | None, preset: Preset, machine: Context) -> tuple[str, ...]:
@@ -245,13 +265,26 @@ def _memory_warnings(pipe: Pipeline | None, preset: Preset, machine: Context) ->
     beside = 0 if machine.device == "cpu" else min(_BESIDE, weights)
     if weights + beside < machine.memory_bytes:
         return ()
-    computing = f" and about {human_bytes(beside)} for a call, graphs and the driver" if beside else ""
-    too_much = f"about {human_bytes(weights)} of weights{computing} do not fit into {human_bytes(machine.memory_bytes)}"
+    computing = said(" and about {size} for a call, graphs and the driver", size=human_bytes(beside)) if beside else ""
+    too_much = said(
+        "about {size} of weights{computing} do not fit into {memory}",
+        size=human_bytes(weights),
+        computing=computing,
+        memory=human_bytes(machine.memory_bytes),
+    )
     if machine.device == "cpu":
-        return (f"{too_much}: in bfloat16 they take half; load(..., prompt_enhancer=False) leaves the enhancer out",)
+        return (
+            said(
+                "{too_much}: in bfloat16 they take half; load(..., prompt_enhancer=False) leaves the enhancer out",
+                too_much=too_much,
+            ),
+        )
     return (
-        f"{too_much}: leave the pipe on the CPU; optimize(pipe, preset=..., memory='auto') brings it to the device in "
-        "the fastest way that fits",
+        said(
+            "{too_much}: leave the pipe on the CPU; optimize(pipe, preset=..., memory='auto') brings it to the "
+            "device in the fastest way that fits",
+            too_much=too_much,
+        ),
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ernie_accel.common.language import listed
 from ernie_accel.core.captured import plain_tensors
 from ernie_accel.core.components import (
     DENOISERS,
@@ -111,7 +112,7 @@ def shared_weights(pipe: Pipeline) -> list[str]:
         for tensor in _tensors_of(module.modules()):
             owner = owners.setdefault(id(tensor), name)
             if owner != name:
-                pairs[f"{owner} and {name}"] = None
+                pairs[listed((owner, name))] = None
     return list(pairs)
 
 

@@ -18,6 +18,8 @@ from typing import ClassVar, Protocol
 
 import torch
 
+from ernie_accel.common.language import said
+
 
 class Noise(Protocol):
     """A source of standard normal noise."""
@@ -74,7 +76,7 @@ class EulerAncestral(Solver):
     """
 
     stochastic = True
-    advice = "adds noise at every step, so it needs more steps than euler"
+    advice = said("adds noise at every step, so it needs more steps than euler")
 
     def advance(self, i: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         s, t = self.sigmas[i], self.sigmas[i + 1]
@@ -95,7 +97,7 @@ class LCM(Solver):
     """
 
     stochastic = True
-    advice = "only sound for distilled (few-step) checkpoints; others lose variance (contrast, texture)"
+    advice = said("only sound for distilled (few-step) checkpoints; others lose variance (contrast, texture)")
 
     def advance(self, i: int, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         s, t = self.sigmas[i], self.sigmas[i + 1]
@@ -107,7 +109,7 @@ class Heun(Solver):
     """Heun's method on the velocity: try an Euler step, then take the mean of the slopes at both ends."""
 
     evaluations = 2
-    advice = "two evaluations per step: n steps cost 2n - 1"
+    advice = said("two evaluations per step: n steps cost 2n - 1")
 
     def __init__(self, sigmas: Sequence[float], noise: Noise) -> None:
         super().__init__(sigmas, noise)
@@ -130,7 +132,7 @@ class Heun(Solver):
 class DPMpp2M(Solver):
     """DPM-Solver++(2M), multistep: one evaluation per step, the slope of the data from the last two."""
 
-    advice = "pays from about 20 steps on; at 8 it differs little from euler"
+    advice = said("pays from about 20 steps on; at 8 it differs little from euler")
 
     def __init__(self, sigmas: Sequence[float], noise: Noise) -> None:
         super().__init__(sigmas, noise)
@@ -176,7 +178,7 @@ class DPMpp2M(Solver):
 class DPMpp3M(DPMpp2M):
     """DPM-Solver++(3M), multistep: the slope and the curvature of the data from the last three evaluations."""
 
-    advice = "pays from about 20 steps on; at 8 it differs little from euler, and dpmpp_2m is steadier"
+    advice = said("pays from about 20 steps on; at 8 it differs little from euler, and dpmpp_2m is steadier")
 
     def _highest(self, i: int) -> int:
         # Below 15 steps the last but one step is of second order, for stability, as in diffusers.
@@ -188,7 +190,7 @@ class DPMpp2MSDE(DPMpp2M):
     """SDE-DPM-Solver++(2M): the multistep method for the stochastic equation with the same distributions."""
 
     stochastic = True
-    advice = "adds noise at every step, so it needs 20 or more steps"
+    advice = said("adds noise at every step, so it needs 20 or more steps")
 
     def _update(self, x: torch.Tensor, s: float, t: float, slopes: tuple[torch.Tensor, ...]) -> torch.Tensor:
         data = slopes[0] if len(slopes) == 1 else slopes[0] + slopes[1] / 2
@@ -204,7 +206,7 @@ class DPMppSDE(Solver):
 
     evaluations = 2
     stochastic = True
-    advice = "adds noise at every step; two evaluations per step: n steps cost 2n - 1"
+    advice = said("adds noise at every step; two evaluations per step: n steps cost 2n - 1")
 
     def __init__(self, sigmas: Sequence[float], noise: Noise) -> None:
         super().__init__(sigmas, noise)
@@ -235,7 +237,7 @@ class DPMppSDE(Solver):
 class UniPC(Solver):
     """UniPC-2 with B(h) = e^h - 1 ("bh2"): each evaluation also corrects the step that led to it."""
 
-    advice = "pays from about 20 steps on; at 8 it differs little from euler"
+    advice = said("pays from about 20 steps on; at 8 it differs little from euler")
 
     def __init__(self, sigmas: Sequence[float], noise: Noise) -> None:
         super().__init__(sigmas, noise)

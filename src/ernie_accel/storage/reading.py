@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from ernie_accel.common.collecting import without_collecting
+from ernie_accel.common.language import said
 from ernie_accel.core.apply import apply_request, report_of
 from ernie_accel.core.carried import carry
 from ernie_accel.core.components import CallablePipeline, modules_of
@@ -44,7 +45,7 @@ from ernie_accel.storage.manifest import INDEX, MANIFEST, WEIGHTS, Manifest, Sav
 from ernie_accel.storage.vetting import Index, check_links, vet
 from ernie_accel.storage.weights import SavedWeights
 
-_NOT_SAVED = "loaded as it was saved: the folder does not hold the originals"
+_NOT_SAVED = said("loaded as it was saved: the folder does not hold the originals")
 
 
 def load(

@@ -26,6 +26,7 @@ from diffusers.models.transformers.transformer_ernie_image import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.undo import Undo
 from ernie_accel.models import rewriting
@@ -255,7 +256,13 @@ def unsupported_reasons(transformer: nn.Module) -> list[str]:
     model, reasons = transformer_of(transformer), []
     axes, head_dim = tuple(model.config.rope_axes_dim), model.head_dim
     if sum(axes) != head_dim:
-        reasons.append(f"RoPE covers {sum(axes)} of {head_dim} dimensions of a head; only full rotation is rewritten")
+        reasons.append(
+            said(
+                "RoPE covers {axes} of {head_dim} dimensions of a head; only full rotation is rewritten",
+                axes=sum(axes),
+                head_dim=head_dim,
+            )
+        )
     processors = (ErnieImageSingleStreamAttnProcessor,)
     return reasons + rewriting.unsupported_reasons(transformer, BLOCKS, "self_attention", processors)
 

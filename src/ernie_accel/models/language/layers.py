@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ernie_accel.common.language import said
 from ernie_accel.models.language.architecture import MINISTRAL3, Architecture, Config, Layer, Norm
 
 #: Attends with the queries, keys and values of the same tokens: (q_bntd, k_bntd, v_bntd, scale) -> out_bntd.
@@ -40,11 +41,11 @@ def unsupported_config_reasons(config: Config, architecture: Architecture = MINI
     settings: Any = config.rope_parameters
     of_types = settings.values() if architecture.has_layer_types else (settings,)
     if any(each is not None and each["rope_type"] in ("dynamic", "longrope") for each in of_types):
-        reasons.append("its rotary embedding changes with the length of the text")
+        reasons.append(said("its rotary embedding changes with the length of the text"))
     if config.sliding_window is not None and not architecture.has_windows:
-        reasons.append(f"its attention slides over {config.sliding_window} tokens")
+        reasons.append(said("its attention slides over {sliding_window} tokens", sliding_window=config.sliding_window))
     if getattr(config, "use_bidirectional_attention", None):
-        reasons.append("its attention looks ahead, too")
+        reasons.append(said("its attention looks ahead, too"))
     return reasons
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ernie_accel.common.language import one_of, said
 from ernie_accel.core.captured import Fingerprint, only_listens
 from ernie_accel.core.library_hooks import NO_HOOKS, library_hooks
 from ernie_accel.core.stand_in import StandInForward, but_for_own
@@ -55,12 +56,15 @@ def unsupported_reasons(model: LanguageModel) -> list[str]:
     """Return why `RewrittenForward` cannot replace the forward of a language model; empty if it can."""
     architecture = architecture_of(model)
     if architecture is None:
-        *others, last = (known.model for known in ARCHITECTURES)
-        known = f"{', '.join(others)} or {last}"
-        return [f"its text encoder's language model is a {type(model).__name__}, not a {known}"]
+        known = one_of(known.model for known in ARCHITECTURES)
+        return [
+            said(
+                "its text encoder's language model is a {model}, not a {known}", model=type(model).__name__, known=known
+            )
+        ]
     forward = vars(model).get("forward")
     if forward is not None and library_hooks(model).accelerate is None and not isinstance(forward, StandInForward):
-        return ["the forward of its text encoder's language model was replaced already"]
+        return [said("the forward of its text encoder's language model was replaced already")]
     return _unsupported_reasons(model, architecture)
 
 
@@ -68,9 +72,15 @@ def _unsupported_reasons(model: LanguageModel, architecture: Architecture) -> li
     reasons = unsupported_config_reasons(model.config, architecture)
     embedding = type(model.embed_tokens).__name__
     if architecture.scaled_embedding not in (None, embedding):
-        reasons.append(f"its embedding is a {embedding}, not a {architecture.scaled_embedding}")
+        reasons.append(
+            said(
+                "its embedding is a {embedding}, not a {scaled_embedding}",
+                embedding=embedding,
+                scaled_embedding=architecture.scaled_embedding,
+            )
+        )
     if architecture.has_soft_caps and getattr(model.config, "_attn_implementation", None) == "sdpa":
-        reasons.append("its attention runs on sdpa, which ignores the cap of its scores")
+        reasons.append(said("its attention runs on sdpa, which ignores the cap of its scores"))
     return reasons
 
 

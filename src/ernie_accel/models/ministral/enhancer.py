@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import Tokenizer
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.library_hooks import library_hooks
@@ -151,12 +152,12 @@ def _too_long(tokens: int, positions: int) -> str:
 def unsupported_reasons(model: CausalLanguageModel, tokenizer: Tokenizer) -> list[str]:
     """Return why `PromptEnhancer` cannot replace the pipeline's own method for these; empty if it can."""
     if type(model).__name__ != "Ministral3ForCausalLM":
-        return [f"its prompt enhancer is a {type(model).__name__}, not a Ministral3ForCausalLM"]
+        return [said("its prompt enhancer is a {model}, not a Ministral3ForCausalLM", model=type(model).__name__)]
     reasons = unsupported_config_reasons(model.config)
     for name, values in _WITHOUT_EFFECT.items():
         value = getattr(model.generation_config, name, None)
         if value not in values:
-            reasons.append(f"its generation_config sets {name}={value!r}")
+            reasons.append(said("its generation_config sets {name}={value!r}", name=name, value=value))
     return reasons
 
 

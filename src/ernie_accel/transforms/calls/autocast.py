@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from ernie_accel.common.language import listed, said
 from ernie_accel.core.components import Pipeline, device_of, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.dtypes import DTYPES, unsupported_cast_reasons
@@ -19,7 +20,9 @@ from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import Arguments, Call, wrap_call
 
 #: Classes of models that do not run under autocast -> why.
-_BREAKS = {"ZImageControlNetModel": "writes its float32 padding tokens into results of autocast, of another dtype"}
+_BREAKS = {
+    "ZImageControlNetModel": said("writes its float32 padding tokens into results of autocast, of another dtype")
+}
 HALF = tuple(name for name in DTYPES if name != "float32")
 
 
@@ -58,12 +61,22 @@ class Autocast(Transform):
         for name, module in modules_of(pipe).items():
             kind = type(module).__name__
             if kind in _BREAKS:
-                reasons.append(f"{name} is a {kind}, which {_BREAKS[kind]}: use CastDtype({self.dtype!r})")
+                reasons.append(
+                    said(
+                        "{name} is a {kind}, which {breaks}: use CastDtype({dtype!r})",
+                        name=name,
+                        kind=kind,
+                        breaks=_BREAKS[kind],
+                        dtype=self.dtype,
+                    )
+                )
         planned = context.planned(pipe)
         found = {planned.dtype_of(name) for name, module in modules_of(pipe).items() if hasattr(module, "dtype")}
         dtypes = {str(dtype).removeprefix("torch.") for dtype in found - {None}}
         if dtypes and "float32" not in dtypes:
-            reasons.append(f"the weights are {' and '.join(sorted(dtypes))}: autocast is for float32 weights")
+            reasons.append(
+                said("the weights are {dtypes}: autocast is for float32 weights", dtypes=listed(sorted(dtypes)))
+            )
         return reasons
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
@@ -78,7 +91,7 @@ class Autocast(Transform):
         return Applied(self._changes(), undo=undo)
 
     def _changes(self) -> tuple[str, ...]:
-        return (f"products float32 -> {self.dtype}",)
+        return (said("products float32 -> {dtype}", dtype=self.dtype),)
 
 
 def _autocast(pipe: Pipeline, call: Call, arguments: Arguments, *, dtype: torch.dtype) -> object:

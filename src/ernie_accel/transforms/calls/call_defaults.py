@@ -68,8 +68,12 @@ class CallDefaults(Transform):
         family = family_of(pipe)
         if self.mode is None or family.modes:
             return []
-        unknown = f"no {self.mode} settings are known for {family.name_for(pipe)}"
-        return [f"{unknown}: give values, as in CallDefaults(num_inference_steps=8, guidance_scale=1.0)"]
+        unknown = said("no {mode} settings are known for {name}", mode=self.mode, name=family.name_for(pipe))
+        return [
+            said(
+                "{unknown}: give values, as in CallDefaults(num_inference_steps=8, guidance_scale=1.0)", unknown=unknown
+            )
+        ]
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         from ernie_accel.families import family_of
@@ -79,11 +83,25 @@ class CallDefaults(Transform):
             return self.family_reasons(pipe)
         if self.mode is not None and self.mode not in family.modes:
             other = next(iter(family.modes))
-            has = f"{family.name} has no {self.mode!r} settings; it has {', '.join(family.modes)}"
-            return [f"{has}: use CallDefaults({other!r}), or a preset whose name begins with '{other}-'"]
+            has = said(
+                "{name} has no {mode!r} settings; it has {modes}",
+                name=family.name,
+                mode=self.mode,
+                modes=", ".join(family.modes),
+            )
+            return [
+                said(
+                    "{has}: use CallDefaults({other!r}), or a preset whose name begins with {prefix!r}",
+                    has=has,
+                    other=other,
+                    prefix=f"{other}-",
+                )
+            ]
         accepted = inspect.signature(type(pipe).__call__).parameters
         return [
-            f"{type(pipe).__name__} takes no argument {name!r}" for name in self.wanted(pipe) if name not in accepted
+            said("{pipe} takes no argument {name!r}", pipe=type(pipe).__name__, name=name)
+            for name in self.wanted(pipe)
+            if name not in accepted
         ]
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
@@ -137,9 +155,11 @@ class CallDefaults(Transform):
 
 
 def _grid_warning(guidance: float, highest: float) -> str:
-    return (
-        f"guidance_scale {guidance:g} is above {highest:g}, where a distilled checkpoint can draw a grid of 8 or "
-        "16 px: lower it, or look at pictures with ernie_accel.fidelity.grid_score"
+    return said(
+        "guidance_scale {guidance:g} is above {highest:g}, where a distilled checkpoint can draw a grid of 8 "
+        "or 16 px: lower it, or look at pictures with ernie_accel.fidelity.grid_score",
+        guidance=guidance,
+        highest=highest,
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import Pipeline, Weight, modules_of, weights_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError
@@ -46,11 +47,18 @@ class CheckFinite(Transform):
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
-            return [f"{type(pipe).__name__} cannot tell when a step ends (it takes no callback_on_step_end)"]
+            return [
+                said("{pipe} cannot tell when a step ends (it takes no callback_on_step_end)", pipe=type(pipe).__name__)
+            ]
         if "latents" not in getattr(type(pipe), "_callback_tensor_inputs", ("latents",)):
-            return [f"{type(pipe).__name__} does not show its latents when a step ends (_callback_tensor_inputs)"]
+            return [
+                said(
+                    "{pipe} does not show its latents when a step ends (_callback_tensor_inputs)",
+                    pipe=type(pipe).__name__,
+                )
+            ]
         if getattr(pipe, "vae", None) is None:
-            return [f"{type(pipe).__name__} has no component 'vae'"]
+            return [said("{pipe} has no component 'vae'", pipe=type(pipe).__name__)]
         return []
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:

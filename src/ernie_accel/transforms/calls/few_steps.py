@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, cast
 
 import torch
 
+from ernie_accel.common.language import listed, said
 from ernie_accel.core.components import DENOISERS, Pipeline, is_compiled_wrapper, modules_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError
@@ -97,31 +98,47 @@ class FewSteps(Transform):
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         accepted = inspect.signature(type(pipe).__call__).parameters
         what = type(pipe).__name__
-        reasons = [f"{what} takes no argument {name!r}" for name in self.wanted(pipe) if name not in accepted]
+        reasons = [
+            said("{pipe} takes no argument {name!r}", pipe=what, name=name)
+            for name in self.wanted(pipe)
+            if name not in accepted
+        ]
         if not hasattr(pipe, "load_lora_weights"):
-            return [*reasons, f"{what} loads no LoRAs"]
+            return [*reasons, said("{pipe} loads no LoRAs", pipe=what)]
         if importlib.util.find_spec("peft") is None:
-            return [*reasons, "peft is not installed: pip install peft"]
+            return [*reasons, said("peft is not installed: pip install peft")]
         if any(self.adapter_name in adapters for adapters in _adapters_of(pipe).values()):
-            reasons.append(f"{what} has an adapter {self.adapter_name!r} already: choose another adapter_name")
+            reasons.append(
+                said(
+                    "{pipe} has an adapter {name!r} already: choose another adapter_name",
+                    pipe=what,
+                    name=self.adapter_name,
+                )
+            )
         found = self._layers(pipe)
         if isinstance(found, str):
             return [*reasons, found]
         planned = context.planned(pipe)
         if misfit := _misfit(found, planned):
-            reasons.append(f"lora={self.lora!r} is of another architecture: {misfit}")
+            reasons.append(said("lora={lora!r} is of another architecture: {misfit}", lora=self.lora, misfit=misfit))
         unable = sorted({name for name in _backends(planned) if not BACKENDS[name].takes_loras})
         if unable:
-            fix = "quantize with torchao, quanto or gguf, or load and fuse the LoRA first (pipe.fuse_lora())"
-            reasons.append(f"layers quantized by {' and '.join(unable)} take no LoRA: {fix}")
+            fix = said("quantize with torchao, quanto or gguf, or load and fuse the LoRA first (pipe.fuse_lora())")
+            reasons.append(said("layers quantized by {backends} take no LoRA: {fix}", backends=listed(unable), fix=fix))
         return reasons
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         layers = self._layers(pipe)
         if isinstance(layers, str):
             return Preview((), note=layers)
-        changes = (f"adapter {self.adapter_name} of {len(layers)} layers", *new_defaults(pipe, self.wanted(pipe)))
-        return Preview(changes, note="" if self.lora_scale == 1 else f"the LoRA counts {self.lora_scale:g} times")
+        changes = (
+            said("adapter {name} of {count} layers", name=self.adapter_name, count=len(layers)),
+            *new_defaults(pipe, self.wanted(pipe)),
+        )
+        return Preview(
+            changes,
+            note="" if self.lora_scale == 1 else said("the LoRA counts {scale:g} times", scale=self.lora_scale),
+        )
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         planned, layers = context.planned(pipe), self._layers(pipe)
@@ -172,18 +189,28 @@ class FewSteps(Transform):
         """Return what the LoRA holds, or why it cannot be used."""
         file = Path(self.lora)
         if not file.is_file() or file.suffix != ".safetensors":
-            found = "is no safetensors file" if file.exists() else "does not exist"
-            hub = "one on the Hub is downloaded first, with huggingface_hub.hf_hub_download(repo, file)"
-            return f"lora={self.lora!r} {found}: give the path of a file; {hub}"
+            found = said("is no safetensors file") if file.exists() else said("does not exist")
+            hub = said("one on the Hub is downloaded first, with huggingface_hub.hf_hub_download(repo, file)")
+            return said("lora={lora!r} {found}: give the path of a file; {hub}", lora=self.lora, found=found, hub=hub)
         status = file.stat()
         found_layers = _read(file.absolute(), status.st_mtime_ns, status.st_size, *_names_of(pipe))
         if isinstance(found_layers, str):
-            return f"lora={self.lora!r} {found_layers}"
+            return said("{name} {reason}", name=f"lora={self.lora!r}", reason=found_layers)
         there = {(name, path) for name in modules_of(pipe) for path in _paths(pipe, name)}
         missing = [f"{component}.{path}" for component, path in found_layers if (component, path) not in there]
         if missing:
-            count = f"{len(missing)} of its {len(found_layers)} layers are not in this {type(pipe).__name__}"
-            return f"lora={self.lora!r} is of another architecture: {count} (the first is {missing[0]})"
+            count = said(
+                "{count} of its {all} layers are not in this {pipe}",
+                count=len(missing),
+                all=len(found_layers),
+                pipe=type(pipe).__name__,
+            )
+            return said(
+                "lora={lora!r} is of another architecture: {count} (the first is {first})",
+                lora=self.lora,
+                count=count,
+                first=missing[0],
+            )
         return found_layers
 
 
@@ -209,21 +236,21 @@ def _read(file: Path, modified_ns: int, size: int, reader: _Reader, paths: tuple
     try:
         tensors, _ = _converted(file, reader, paths)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        return f"cannot be read: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        return said("cannot be read: {reason}", reason=(str(error).strip() or type(error).__name__).splitlines()[0])
     if isinstance(tensors, str):
         return tensors
     layers: dict[tuple[str, str], _LoraLayer] = {}
     for key, tensor in tensors.items():
         match = _TENSOR.fullmatch(key)
         if match is None:
-            return f"holds {key}, which is no part of a LoRA that this pipeline loads"
+            return said("holds {key}, which is no part of a LoRA that this pipeline loads", key=key)
         layer = layers.setdefault((match[1], match[2]), _LoraLayer())
         layer.numel += tensor.numel()
         if match[3] == "A":
             layer.columns = tensor.shape[-1]
         else:
             layer.rows = tensor.shape[0]
-    return layers or "holds no LoRA"
+    return layers or said("holds no LoRA")
 
 
 def _names_of(pipe: Pipeline) -> tuple[_Reader, tuple[str, ...]]:
@@ -242,7 +269,10 @@ def _converted(
         names = opened.keys()
     magnitudes = sum("dora_scale" in name or "lora_magnitude" in name for name in names)
     if magnitudes:
-        return f"is a DoRA ({magnitudes} tensors of magnitudes), of which only a part would be loaded", False
+        return said(
+            "is a DoRA ({count} tensors of magnitudes), of which only a part would be loaded",
+            count=magnitudes,
+        ), False
     # By folder and name: offline, diffusers 0.38 refuses the path of a file.
     tensors = reader(str(file.parent), weight_name=file.name, use_safetensors=True, local_files_only=True)
     if isinstance(tensors, tuple):  # Stable Diffusion's gives the alphas beside them
@@ -261,8 +291,26 @@ def _misfit(layers: _Layers, planned: PlannedPipe) -> str:
             continue  # quantized weights have shapes of their own
         if len(weight.shape) == 2 and weight.shape != (layer.rows, layer.columns):
             rows, columns = weight.shape
-            found.append(f"{component}.{path} is {rows} x {columns}, and the LoRA for {layer.rows} x {layer.columns}")
-    return f"{len(found)} of its {len(layers)} layers have another shape (the first: {found[0]})" if found else ""
+            found.append(
+                said(
+                    "{path} is {rows} x {columns}, and the LoRA for {lora_rows} x {lora_columns}",
+                    path=f"{component}.{path}",
+                    rows=rows,
+                    columns=columns,
+                    lora_rows=layer.rows,
+                    lora_columns=layer.columns,
+                )
+            )
+    return (
+        said(
+            "{count} of its {all} layers have another shape (the first: {first})",
+            count=len(found),
+            all=len(layers),
+            first=found[0],
+        )
+        if found
+        else ""
+    )
 
 
 def _adapters_of(pipe: Pipeline) -> dict[str, list[str]]:

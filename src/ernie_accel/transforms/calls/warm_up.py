@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 
+from ernie_accel.common.language import joined, listed, said
 from ernie_accel.core.components import (
     CallablePipeline,
     Pipeline,
@@ -56,8 +57,14 @@ class Combination(NamedTuple):
     tokens: int | None
 
     def __str__(self) -> str:
-        tokens = "" if self.tokens is None else f", {self.tokens} tokens"
-        return f"{self.width}x{self.height}, batch {self.batch}{tokens}"
+        tokens = "" if self.tokens is None else said(", {tokens} tokens", tokens=self.tokens)
+        return said(
+            "{width}x{height}, batch {batch}{tokens}",
+            width=self.width,
+            height=self.height,
+            batch=self.batch,
+            tokens=tokens,
+        )
 
 
 _V = TypeVar("_V")
@@ -109,21 +116,29 @@ class Warmup(Transform):
         kind = type(pipe).__name__
         accepted = _call_parameters(pipe)
         reasons = [
-            f"{kind} takes no argument {name!r}, and a warm-up passes it"
+            said("{kind} takes no argument {name!r}, and a warm-up passes it", kind=kind, name=name)
             for name in ("prompt", "height", "width", "num_inference_steps", "generator", "output_type")
             if name not in accepted
         ]
         inputs = _more_inputs(pipe)
         if inputs:
             reasons.append(
-                f"{kind} draws from {' and '.join(inputs)} beside the prompt, and a warm-up has none: warm it up by a "
-                "call of your own"
+                said(
+                    "{kind} draws from {inputs} beside the prompt, and a warm-up has none: warm it up by a call of "
+                    "your own",
+                    kind=kind,
+                    inputs=listed(inputs),
+                )
             )
         if getattr(pipe, "tokenizer", None) is None or getattr(pipe, "text_encoder", None) is None:
-            reasons.append(f"{kind} was loaded without text encoder or tokenizer, and a warm-up draws a prompt")
+            reasons.append(
+                said("{kind} was loaded without text encoder or tokenizer, and a warm-up draws a prompt", kind=kind)
+            )
             return reasons
         if context.planned(pipe).freed_to == "nowhere":
-            reasons.append("FreeAfterUse('nowhere') allows one call, and a warm-up would be that one: use to='disk'")
+            reasons.append(
+                said("FreeAfterUse('nowhere') allows one call, and a warm-up would be that one: use to='disk'")
+            )
         return reasons + self._bad_sizes(pipe) + self._bad_lengths(pipe, context) + self._too_many(pipe, context)
 
     def _too_many(self, pipe: Pipeline, context: Context) -> list[str]:
@@ -136,15 +151,27 @@ class Warmup(Transform):
         if captured <= planned.keeps_graphs:
             return []
         return [
-            f"{captured} of these pictures are captured, and {planned.keeps_graphs} graphs are kept: "
-            f"use CaptureGraphs(keep={captured})"
+            said(
+                "{captured} of these pictures are captured, and {keeps_graphs} graphs are kept: use "
+                "CaptureGraphs(keep={captured})",
+                captured=captured,
+                keeps_graphs=planned.keeps_graphs,
+            )
         ]
 
     def _bad_sizes(self, pipe: Pipeline) -> list[str]:
         multiple = math.lcm(family_of(pipe).size_multiple, int(getattr(pipe, "vae_scale_factor", 1)))
         return [
-            f"{type(pipe).__name__} draws sizes divisible by {multiple}, got {width}x{height}: "
-            f"use {_nearest(width, multiple)}x{_nearest(height, multiple)}"
+            said(
+                "{pipe} draws sizes divisible by {multiple}, got {width}x{height}: use "
+                "{nearest_width}x{nearest_height}",
+                pipe=type(pipe).__name__,
+                multiple=multiple,
+                width=width,
+                height=height,
+                nearest_width=_nearest(width, multiple),
+                nearest_height=_nearest(height, multiple),
+            )
             for width, height in self.sizes or ()
             if width % multiple or height % multiple
         ]
@@ -153,23 +180,44 @@ class Warmup(Transform):
         reasons, limit = [], context.planned(pipe).prompt_limit
         for length in self.prompt_lengths or ():
             if limit is not None and length > limit:
-                reasons.append(f"prompts are cut at {limit} tokens, so none has {length}: leave that length out")
+                reasons.append(
+                    said(
+                        "prompts are cut at {limit} tokens, so none has {length}: leave that length out",
+                        limit=limit,
+                        length=length,
+                    )
+                )
             elif length > pipe.tokenizer.model_max_length:
                 most = pipe.tokenizer.model_max_length
-                reasons.append(f"the tokenizer of {type(pipe).__name__} cuts at {most} tokens, got {length}")
+                reasons.append(
+                    said(
+                        "the tokenizer of {pipe} cuts at {most} tokens, got {length}",
+                        pipe=type(pipe).__name__,
+                        most=most,
+                        length=length,
+                    )
+                )
             elif prompt_of(pipe.tokenizer, length) is None:
                 special = len(pipe.tokenizer("")["input_ids"])
                 reasons.append(
-                    f"no prompt of exactly {length} tokens was found for the tokenizer of {type(pipe).__name__}, which "
-                    f"adds {special} special tokens: take another length"
+                    said(
+                        "no prompt of exactly {length} tokens was found for the tokenizer of {pipe}, which adds "
+                        "{special} special tokens: take another length",
+                        length=length,
+                        pipe=type(pipe).__name__,
+                        special=special,
+                    )
                 )
         return reasons
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         if not context.planned(pipe).on_first_call and not _is_compiled(pipe):
-            why = f"nothing is compiled or captured on {context.device}: the first picture takes as long as the others"
+            why = said(
+                "nothing is compiled or captured on {device}: the first picture takes as long as the others",
+                device=context.device,
+            )
             return Preview((), note=why)
-        return Preview(self._changes(pipe), note=f"{STEPS} steps each")
+        return Preview(self._changes(pipe), note=said("{steps} steps each", steps=STEPS))
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         spent: list[str] = []
@@ -186,9 +234,17 @@ class Warmup(Transform):
                 _draw(pipe, combination, decode=shape not in decoded)
                 if encodes_twice:  # what is encoded for the second time is captured
                     _draw(pipe, combination, decode=False)
-                spent.append(f"{combination}: {1000 * (time.perf_counter() - start):.0f} ms")
+                spent.append(
+                    said(
+                        "{combination}: {ms:.0f} ms",
+                        combination=str(combination),
+                        ms=1000 * (time.perf_counter() - start),
+                    )
+                )
                 decoded.add(shape)
-        note = "; ".join(spent) + ". Nothing to undo: compiled code goes with the undo of what compiled it"
+        note = said(
+            "{times}. Nothing to undo: compiled code goes with the undo of what compiled it", times=joined(spent)
+        )
         return Applied(self._changes(pipe), undo=Undo(), note=note)
 
     def _changes(self, pipe: Pipeline) -> tuple[str, ...]:
@@ -267,7 +323,7 @@ def _enhance(enhancer: EnhancerStandIn, size: tuple[int, int], batch: int) -> st
     start = time.perf_counter()
     for _ in range(2):
         enhancer.enhance([EnhanceRequest(PROMPT, *size, seed) for seed in range(batch)], max_new_tokens=TOKENS)
-    return f"prompts enhanced, batch {batch}: {1000 * (time.perf_counter() - start):.0f} ms"
+    return said("prompts enhanced, batch {batch}: {ms:.0f} ms", batch=batch, ms=1000 * (time.perf_counter() - start))
 
 
 def _draw(pipe: Pipeline, combination: Combination, *, decode: bool) -> None:

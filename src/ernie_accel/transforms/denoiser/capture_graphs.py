@@ -70,7 +70,10 @@ class CaptureGraphs(Transform):
         if planned.blocks is Blocks.STOCK and not rewritten_blocks(pipe).is_rewritten(pipe.transformer):
             return Preview((), note=said("the stock forward cannot be captured: add RewriteBlocks()"))
         if planned.autocast is not None:
-            return Preview((), note=f"what runs under autocast, here to {planned.autocast}, is not captured")
+            return Preview(
+                (),
+                note=said("what runs under autocast, here to {autocast}, is not captured", autocast=planned.autocast),
+            )
         if standing_in(pipe.transformer, GraphedForward) is not None:
             return Preview((), note=said("the transformer's forward is captured already"))
         return Preview(("transformer.forward",), note=other_denoisers_note(pipe))

@@ -83,15 +83,18 @@ class Compile(Transform):
     def family_reasons(self, pipe: Pipeline) -> list[str]:
         modules = modules_of(pipe)
         return [
-            f"{type(modules[name]).__name__} declares no repeated blocks to compile (_repeated_blocks)"
+            said(
+                "{model} declares no repeated blocks to compile (_repeated_blocks)",
+                model=type(modules[name]).__name__,
+            )
             for name in self.components
             if name in modules and not repeated_blocks(modules[name])
         ]
 
     def _broken_by_quantization(self, pipe: Pipeline, context: Context) -> list[str]:
         broken = context.planned(pipe).breaks_graph if self.fullgraph else {}
-        fix = "take another backend or scheme, or Compile(fullgraph=False)"
-        return [f"{broken[name]}: {fix}" for name in self.components if name in broken]
+        fix = said("take another backend or scheme, or Compile(fullgraph=False)")
+        return [said("{first}: {second}", first=broken[name], second=fix) for name in self.components if name in broken]
 
     def _broken_by_hooks(self, pipe: Pipeline, context: Context) -> list[str]:
         """Return which hooks of diffusers, there or planned, would break a full graph."""
@@ -105,9 +108,10 @@ class Compile(Transform):
             for name, call in _HOOKS_THAT_BREAK.items()
             if library_hooks(part).named(name)
         }
-        fix = "do without it, or take Compile(fullgraph=False)"
+        fix = said("do without it, or take Compile(fullgraph=False)")
         return [
-            f"{call} attaches hooks that torch.compile cannot trace in a full graph: {fix}" for call in sorted(found)
+            said("{call} attaches hooks that torch.compile cannot trace in a full graph: {fix}", call=call, fix=fix)
+            for call in sorted(found)
         ]
 
     def _leaves_to_kernels(self, pipe: Pipeline, context: Context) -> bool:
@@ -127,7 +131,7 @@ class Compile(Transform):
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         blocks = dict(self._blocks(pipe, context))
-        compiled = {name: "was compiled before" for name, block in blocks.items() if _is_compiled(block)}
+        compiled = {name: said("was compiled before") for name, block in blocks.items() if _is_compiled(block)}
         with Undo() as undo:
             for name, block in blocks.items():
                 if name not in compiled:

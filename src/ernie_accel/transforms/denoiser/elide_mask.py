@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import DENOISERS, Pipeline, other_denoisers_note
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import PlannedPipe
@@ -45,7 +46,7 @@ class ElideMask(Transform):
         return True
 
     def family_reasons(self, pipe: Pipeline) -> list[str]:
-        return family_of(pipe).unknown_reasons(pipe, "which masks can go is known family by family")
+        return family_of(pipe).unknown_reasons(pipe, said("which masks can go is known family by family"))
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         return self.family_reasons(pipe)
@@ -55,7 +56,7 @@ class ElideMask(Transform):
         return Preview(() if note else self._changes(pipe), note=note or other_denoisers_note(pipe))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
-        return replace(context.planned(pipe), elides_mask=f"{self!r} drops it")
+        return replace(context.planned(pipe), elides_mask=said("{transform} drops it", transform=repr(self)))
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         how = family_of(pipe).always_masks

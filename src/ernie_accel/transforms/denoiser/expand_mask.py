@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ernie_accel.common.language import listed, said
 from ernie_accel.core.components import DENOISERS, Pipeline, denoisers_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError
@@ -62,19 +63,30 @@ class ExpandAttentionMask(Transform):
     def _reasons(self, pipe: Pipeline) -> list[str]:
         masked = self._masked(pipe)
         if not masked:
-            denoisers = " and ".join(denoisers_of(pipe)) or "transformer"
-            return [f"{type(pipe).__name__}: no block of its {denoisers} takes an attention mask"]
+            denoisers = listed(denoisers_of(pipe)) or "transformer"
+            return [
+                said(
+                    "{pipe}: no block of its {denoisers} takes an attention mask",
+                    pipe=type(pipe).__name__,
+                    denoisers=denoisers,
+                )
+            ]
         blocks = (block for denoiser in masked.values() for _, block, *_ in masked_blocks(denoiser))
         own = {type(block).__name__ for block in blocks} & EXPAND_THEMSELVES
         if own:
-            return [f"{' and '.join(sorted(own))} expands its mask to [B, 1, S, S] itself: leave this out"]
+            return [said("{own} expands its mask to [B, 1, S, S] itself: leave this out", own=listed(sorted(own)))]
         folding = dict.fromkeys(name for denoiser in masked.values() for name in passed_by(denoiser))
         return [
-            f"{name} folds every mask to [B, 1, 1, S] itself, after which it cannot be expanded" for name in folding
+            said("{name} folds every mask to [B, 1, 1, S] itself, after which it cannot be expanded", name=name)
+            for name in folding
         ]
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
-        note = "" if context.device == "npu" else f"only Ascend's kernels need this, and this is {context.device}"
+        note = (
+            ""
+            if context.device == "npu"
+            else said("only Ascend's kernels need this, and this is {device}", device=context.device)
+        )
         return Preview(self._changes(pipe), note=note)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:

@@ -118,7 +118,7 @@ class FuseKernels(Transform):
             weight = planned.weights[name]
             gone.add(name)
             rows, columns = weight.shape
-            new[name] = replace(weight, nbytes=rows * columns, stored_as="fp8 by fused kernels", is_fresh=True)
+            new[name] = replace(weight, nbytes=rows * columns, stored_as=said("fp8 by fused kernels"), is_fresh=True)
             new[f"{name}_scale"] = PlannedWeight((1, rows), torch.float32, 4 * rows, is_fresh=True)
         if self.keep_originals:
             planned = planned.keeping(gone)
@@ -155,7 +155,7 @@ class FuseKernels(Transform):
                 refuse_other_weights(pipe, ("transformer",), undo)
                 refuse_unmerging(pipe, ("transformer",), undo)
         if not self.keep_originals and kept_bytes:
-            return Applied(on_kernels, no_undo="keep_originals=False: the weights are gone", skipped=skipped)
+            return Applied(on_kernels, no_undo=said("keep_originals=False: the weights are gone"), skipped=skipped)
         size = human_bytes(kept_bytes)
         kept = said("keeps {size} of originals in host memory for restore()", size=size) if kept_bytes else ""
         note = joined((self._attention_note(context), kept))
@@ -165,15 +165,25 @@ class FuseKernels(Transform):
         reasons = context.missing_triton(self.precision, (8, 9) if self.precision == "fp8" else (8, 0))
         family = family_of(pipe)
         if kernel_model(pipe) is None:
-            instead = ": use Quantize('fp8') in its place" if self.precision == "fp8" else ""
-            return [*reasons, f"there are no fused kernels for {family.name_for(pipe)} {whose(pipe)}{instead}"]
+            instead = said(": use Quantize('fp8') in its place") if self.precision == "fp8" else ""
+            return [
+                *reasons,
+                said(
+                    "there are no fused kernels for {name} {whose}{instead}",
+                    name=family.name_for(pipe),
+                    whose=whose(pipe),
+                    instead=instead,
+                ),
+            ]
         if self.attention == "fp8":
             reasons += self._no_fp8_attention_reasons(context)
         planned = _beneath_loras(pipe, context)
         if planned.blocks < Blocks.REWRITTEN and not rewritten_blocks(pipe).is_rewritten(pipe.transformer):
-            reasons.append("it builds on the rewritten blocks: add RewriteBlocks()")
+            reasons.append(said("it builds on the rewritten blocks: add RewriteBlocks()"))
         elif not self._on_kernels(pipe, context):
-            reasons.append("the linear layers of the rewritten blocks stand apart: use RewriteBlocks(), with fuse=True")
+            reasons.append(
+                said("the linear layers of the rewritten blocks stand apart: use RewriteBlocks(), with fuse=True")
+            )
         reasons += adapter_problems(pipe.transformer, rewritten_blocks(pipe).BLOCKS)
         paths = [name.removeprefix("transformer.").removesuffix(".weight") for name in planned.weights]
         reasons += idle_patterns(self.exclude, paths)
@@ -186,7 +196,7 @@ class FuseKernels(Transform):
         return reasons
 
     def _no_fp8_attention_reasons(self, context: Context) -> list[str]:
-        reasons = [] if self.precision == "fp8" else ["fp8 attention goes with FuseKernels('fp8')"]
+        reasons = [] if self.precision == "fp8" else [said("fp8 attention goes with FuseKernels('fp8')")]
         return reasons + _no_cudnn_reasons(context)
 
     def _attention(self, context: Context) -> str | None:
@@ -267,13 +277,13 @@ def _not_fp8_reason(weight: PlannedWeight, *, has_bias: bool) -> str | None:
     """Return why a linear layer cannot become an `Fp8Linear`, or None."""
     rows, columns = weight.shape
     if has_bias:
-        return "it has a bias"
+        return said("it has a bias")
     if weight.stored_as is not None:
-        return "its weight is quantized already"
+        return said("its weight is quantized already")
     if weight.dtype != torch.bfloat16:
-        return f"its weight is {weight.dtype}, not torch.bfloat16"
+        return said("its weight is {dtype}, not torch.bfloat16", dtype=weight.dtype)
     if rows % 16 or columns % 16:
-        return f"its shape {rows} x {columns} is not a multiple of 16"
+        return said("its shape {rows} x {columns} is not a multiple of 16", rows=rows, columns=columns)
     return None
 
 
@@ -297,6 +307,6 @@ def _swap(owner: torch.nn.Module, name: str, new: Fp8Linear, undo: Undo, keep: b
 
         undo.push(put_back)
     else:
-        undo.give_up("keep_originals=False: the weights are gone")
+        undo.give_up(said("keep_originals=False: the weights are gone"))
     setattr(owner, name, new)
     linear.weight.data = linear.weight.data.new_empty(0)

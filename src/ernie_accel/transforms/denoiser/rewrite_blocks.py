@@ -43,7 +43,7 @@ class RewriteBlocks(Transform):
 
     def family_reasons(self, pipe: Pipeline) -> list[str]:
         # For a known family there is nothing to do, which is no harm: the stock blocks compute the same.
-        return family_of(pipe).unknown_reasons(pipe, "blocks are rewritten family by family")
+        return family_of(pipe).unknown_reasons(pipe, said("blocks are rewritten family by family"))
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         blocks = rewritten_model(pipe)
@@ -55,8 +55,10 @@ class RewriteBlocks(Transform):
         reasons: list[str] = blocks.unsupported_reasons(transformer)
         if any("forward" in vars(part) for part in transformer.modules()):
             reasons.append(
-                "the transformer carries hooks already (offloading, layerwise casting): optimize first, then call "
-                "enable_model_cpu_offload() and the like"
+                said(
+                    "the transformer carries hooks already (offloading, layerwise casting): optimize first, then call "
+                    "enable_model_cpu_offload() and the like"
+                )
             )
         return reasons
 
@@ -80,7 +82,7 @@ class RewriteBlocks(Transform):
         }
         new = {f"{path}.weight": planned.concatenated(parts) for path, parts in parts_of.items()}
         gone = frozenset(f"{part}.weight" for parts in parts_of.values() for part in parts)
-        why = "the rewritten blocks build a mask only for a batch that really pads"
+        why = said("the rewritten blocks build a mask only for a batch that really pads")
         return replace(
             planned.with_weights(new, gone), blocks=Blocks.REWRITTEN, concatenates_linears=self.fuse, elides_mask=why
         )

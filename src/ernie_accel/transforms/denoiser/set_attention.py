@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 
-from ernie_accel.common.language import said
+from ernie_accel.common.language import joined, listed, one_of, said
 from ernie_accel.core.components import DENOISERS, Pipeline, denoisers_of
 from ernie_accel.core.context import UNSUPPORTED_DEVICES, Context
 from ernie_accel.core.errors import UnknownNameError
@@ -61,26 +61,28 @@ class AttentionBackend:
 BACKENDS: Mapping[str, AttentionBackend] = MappingProxyType(
     {
         "native": AttentionBackend(
-            "native", "torch's own choice for every call", ("cpu", "cuda", "npu", *UNSUPPORTED_DEVICES)
+            "native", said("torch's own choice for every call"), ("cpu", "cuda", "npu", *UNSUPPORTED_DEVICES)
         ),
         # [1, 32, 4224, 128] in bfloat16 takes cuDNN 0.44 ms on an H200, FlashAttention 2 0.88, the memory-efficient
         # kernel 1.66; before Hopper, cuDNN has no such lead.
         "cudnn": AttentionBackend(
-            "_native_cudnn", "cuDNN's, in torch", ("cuda",), (8, 0), (9, 0), dtypes=HALF, max_head_dim=128
+            "_native_cudnn", said("cuDNN's, in torch"), ("cuda",), (8, 0), (9, 0), dtypes=HALF, max_head_dim=128
         ),
         "flash": AttentionBackend(
             "_native_flash",
-            "FlashAttention 2, in torch",
+            said("FlashAttention 2, in torch"),
             ("cpu", "cuda"),
             capability=(8, 0),
             dtypes=HALF,
             max_head_dim=256,
             takes_mask=False,
         ),
-        "efficient": AttentionBackend("_native_efficient", "memory-efficient attention, in torch", capability=(5, 0)),
+        "efficient": AttentionBackend(
+            "_native_efficient", said("memory-efficient attention, in torch"), capability=(5, 0)
+        ),
         "math": AttentionBackend(
             "_native_math",
-            "plain products, in torch: slow, for reference",
+            said("plain products, in torch: slow, for reference"),
             ("cpu", "cuda", "npu", *UNSUPPORTED_DEVICES),
         ),
         "flash2": AttentionBackend(
@@ -94,17 +96,17 @@ BACKENDS: Mapping[str, AttentionBackend] = MappingProxyType(
         ),
         "flash3": AttentionBackend(
             "_flash_3",
-            "FlashAttention 3, Hopper only",
+            said("FlashAttention 3, Hopper only"),
             capability=(9, 0),
             capability_below=(10, 0),
             dtypes=HALF,
             max_head_dim=256,
             takes_mask=False,
-            package=("flash_attn_interface", "build it from github.com/Dao-AILab/flash-attention, folder hopper"),
+            package=("flash_attn_interface", said("build it from github.com/Dao-AILab/flash-attention, folder hopper")),
         ),
         "sage": AttentionBackend(
             "sage",
-            "SageAttention: queries and keys in int8, so it loses bits",
+            said("SageAttention: queries and keys in int8, so it loses bits"),
             capability=(8, 0),
             dtypes=HALF,
             max_head_dim=128,
@@ -113,16 +115,16 @@ BACKENDS: Mapping[str, AttentionBackend] = MappingProxyType(
         ),
         "xformers": AttentionBackend(
             "xformers",
-            "xformers' memory-efficient attention",
+            said("xformers' memory-efficient attention"),
             capability=(7, 0),
             package=("xformers", "pip install xformers"),
         ),
         "npu": AttentionBackend(
             "_native_npu",
-            "Ascend's fused attention",
+            said("Ascend's fused attention"),
             ("npu",),
             dtypes=HALF,
-            package=("torch_npu", "pip install 'ernie-accel[npu]' on a machine with Ascend drivers"),
+            package=("torch_npu", said("pip install 'ernie-accel[npu]' on a machine with Ascend drivers")),
         ),
     }
 )
@@ -181,8 +183,11 @@ class SetAttention(Transform):
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         if not any(_attentions(pipe)):
             return [
-                f"no attention of {type(pipe).__name__}'s denoiser goes through diffusers' dispatcher, so none can "
-                "be given another backend"
+                said(
+                    "no attention of {pipe}'s denoiser goes through diffusers' dispatcher, so none can be given "
+                    "another backend",
+                    pipe=type(pipe).__name__,
+                )
             ]
         return [] if self.backend == "auto" else unsupported_reasons(self.backend, pipe, context)
 
@@ -257,9 +262,15 @@ class SetAttention(Transform):
         return "\n".join(lines)
 
     def _note(self, name: str) -> str:
-        chosen = f"auto takes {name!r} ({BACKENDS[name].summary})" if self.backend == "auto" else ""
-        falls = "" if BACKENDS[name].takes_mask else "padded batches run on 'native', as this kernel takes no mask"
-        return "; ".join(part for part in (chosen, falls) if part)
+        chosen = (
+            said("auto takes {name!r} ({summary})", name=name, summary=BACKENDS[name].summary)
+            if self.backend == "auto"
+            else ""
+        )
+        falls = (
+            "" if BACKENDS[name].takes_mask else said("padded batches run on 'native', as this kernel takes no mask")
+        )
+        return joined((chosen, falls))
 
 
 def _changes(pipe: Pipeline, name: str, context: Context) -> tuple[str, ...]:
@@ -277,23 +288,60 @@ def unsupported_reasons(name: str, pipe: Pipeline, context: Context) -> list[str
     """Return every reason why a backend cannot serve this pipe on a machine; empty if it can."""
     backend, reasons = BACKENDS[name], []
     if context.device not in backend.devices:
-        reasons.append(f"{name!r} runs on {' and '.join(backend.devices)}; this device is {context.device}")
+        reasons.append(
+            said(
+                "{name!r} runs on {devices}; this device is {device}",
+                name=name,
+                devices=listed(backend.devices),
+                device=context.device,
+            )
+        )
     elif context.capability is not None:
         reasons += context.missing_capability(repr(name), backend.capability)
         if backend.capability_below is not None and context.capability >= backend.capability_below:
             have, limit = ("{}.{}".format(*capability) for capability in (context.capability, backend.capability_below))
-            reasons.append(f"{name!r} is built for CUDA compute capability < {limit}; this device has {have}")
+            reasons.append(
+                said(
+                    "{name!r} is built for CUDA compute capability < {limit}; this device has {have}",
+                    name=name,
+                    limit=limit,
+                    have=have,
+                )
+            )
     if backend.package is not None and backend.package[0] not in context.versions:
-        reasons.append(f"{name!r} needs {backend.package[0]}, which is not installed: {backend.package[1]}")
+        reasons.append(
+            said(
+                "{name!r} needs {package}, which is not installed: {fix}",
+                name=name,
+                package=backend.package[0],
+                fix=backend.package[1],
+            )
+        )
     dtype, head_dim = _dtype(pipe, context), _head_dim(pipe)
     if backend.dtypes and context.device != "cpu" and dtype not in backend.dtypes:
-        wanted = " or ".join(str(d).removeprefix("torch.") for d in backend.dtypes)
+        wanted = one_of(str(dtype).removeprefix("torch.") for dtype in backend.dtypes)
         found = str(dtype).removeprefix("torch.")
-        reasons.append(f"{name!r} computes in {wanted}; the transformer is {found}: add CastDtype('bfloat16')")
+        reasons.append(
+            said(
+                "{name!r} computes in {wanted}; the transformer is {found}: add CastDtype('bfloat16')",
+                name=name,
+                wanted=wanted,
+                found=found,
+            )
+        )
     if backend.max_head_dim is not None and head_dim is not None and head_dim > backend.max_head_dim:
-        reasons.append(f"{name!r} takes heads of at most {backend.max_head_dim}; this transformer has {head_dim}")
+        reasons.append(
+            said(
+                "{name!r} takes heads of at most {most}; this transformer has {head_dim}",
+                name=name,
+                most=backend.max_head_dim,
+                head_dim=head_dim,
+            )
+        )
     if not backend.takes_mask and no_mask_reason(pipe, context) is None:
-        reasons.append(f"{name!r} takes no mask, and this transformer passes one in every call: add ElideMask()")
+        reasons.append(
+            said("{name!r} takes no mask, and this transformer passes one in every call: add ElideMask()", name=name)
+        )
     return reasons
 
 

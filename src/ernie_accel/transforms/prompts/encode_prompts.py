@@ -78,12 +78,20 @@ class BatchPromptEncoding(Transform):
             )
         if getattr(pipe, "text_encoder", None) is None or getattr(pipe, "tokenizer", None) is None:
             return Preview(
-                (), note=f"this {type(pipe).__name__} has no text encoder or no tokenizer: nothing to encode"
+                (),
+                note=said(
+                    "this {pipe} has no text encoder or no tokenizer: nothing to encode", pipe=type(pipe).__name__
+                ),
             )
         if _encoding_or_none(pipe) is None:
             encoder = type(pipe.text_encoder).__name__
             return Preview(
-                (), note=f"how this {type(pipe).__name__} encodes prompts with a {encoder} is not known here"
+                (),
+                note=said(
+                    "how this {pipe} encodes prompts with a {encoder} is not known here",
+                    pipe=type(pipe).__name__,
+                    encoder=encoder,
+                ),
             )
         return Preview(self._changes(pipe), note=self._note())
 
@@ -111,8 +119,10 @@ class BatchPromptEncoding(Transform):
         return (encoding, said("{layer} run -> skipped", layer=_last_layer(pipe, how)))
 
     def _note(self) -> str:
-        where = f"in {self.folder}" if self.folder else "in memory"
-        return f"keeps the embeddings of {self.cache} prompts {where}" if self.cache else ""
+        where = said("in {folder}", folder=self.folder) if self.folder else said("in memory")
+        if not self.cache:
+            return ""
+        return said("keeps the embeddings of {count} prompts {where}", count=self.cache, where=where)
 
 
 class _KnowsTheCall(ABC):

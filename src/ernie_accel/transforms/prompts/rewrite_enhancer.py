@@ -61,7 +61,10 @@ class RewriteEnhancer(Transform):
             return Preview((), note=said("this {pipe} has no prompt enhancer", pipe=type(pipe).__name__))
         model = getattr(pipe, how.model)
         if is_moved_in_parts(model) or context.planned(pipe).offload in ("sequential", "group"):
-            why = f"{how.model} is offloaded or cast layer by layer: Offload('model') or 'stages' go with this"
+            why = said(
+                "{model} is offloaded or cast layer by layer: Offload('model') or 'stages' go with this",
+                model=how.model,
+            )
             return Preview((), note=why)
         problems = unsupported_reasons(model, getattr(pipe, how.tokenizer))
         return Preview((), note=joined(problems)) if problems else Preview(_changes(how))

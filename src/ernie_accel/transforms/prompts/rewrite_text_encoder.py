@@ -75,7 +75,7 @@ class RewriteTextEncoder(Transform):
         if _is_rewritten(model):
             return Preview((), note=said("the text encoder's forward is rewritten already"))
         if is_moved_in_parts(pipe.text_encoder) or context.planned(pipe).offload in ("sequential", "group"):
-            why = "text_encoder is offloaded or cast layer by layer: Offload('model') or 'stages' go with this"
+            why = said("text_encoder is offloaded or cast layer by layer: Offload('model') or 'stages' go with this")
             return Preview((), note=why)
         problems = unsupported_reasons(model)
         return Preview((), note=joined(problems)) if problems else Preview(_changes(pipe))

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
@@ -50,17 +51,29 @@ class TruncatePrompts(Transform):
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         tokenizer = getattr(pipe, "tokenizer", None)
         if tokenizer is None or not hasattr(pipe, "encode_prompt"):
-            return [f"{type(pipe).__name__} has no tokenizer (component 'tokenizer') to count with"]
+            return [said("{pipe} has no tokenizer (component 'tokenizer') to count with", pipe=type(pipe).__name__)]
         special = len(tokenizer("")["input_ids"])
         if self.max_tokens <= special:
-            return [f"max_tokens={self.max_tokens} leaves nothing beside the tokenizer's {special} special tokens"]
+            return [
+                said(
+                    "max_tokens={max_tokens} leaves nothing beside the tokenizer's {special} special tokens",
+                    max_tokens=self.max_tokens,
+                    special=special,
+                )
+            ]
         if self.max_tokens > tokenizer.model_max_length:
             most = tokenizer.model_max_length
-            return [f"max_tokens={self.max_tokens}, but the tokenizer itself cuts at {most}: use at most {most}"]
+            return [
+                said(
+                    "max_tokens={max_tokens}, but the tokenizer itself cuts at {most}: use at most {most}",
+                    max_tokens=self.max_tokens,
+                    most=most,
+                )
+            ]
         return []
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
-        return Preview(self._changes(pipe), note="prompts within the limit are not touched")
+        return Preview(self._changes(pipe), note=said("prompts within the limit are not touched"))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         return replace(context.planned(pipe), prompt_limit=self.max_tokens)
@@ -70,10 +83,16 @@ class TruncatePrompts(Transform):
         with Undo() as undo:
             undo.setattr(pipe, "encode_prompt", _ShortPrompts(pipe, limit))
             wrap_call(pipe, "lengths", limit.around, undo)
-        return Applied(changes, undo=undo, note="prompts within the limit are not touched")
+        return Applied(changes, undo=undo, note=said("prompts within the limit are not touched"))
 
     def _changes(self, pipe: Pipeline) -> tuple[str, ...]:
-        return (f"prompt tokens {pipe.tokenizer.model_max_length} -> {self.max_tokens}",)
+        return (
+            said(
+                "prompt tokens {most} -> {max_tokens}",
+                most=pipe.tokenizer.model_max_length,
+                max_tokens=self.max_tokens,
+            ),
+        )
 
 
 class _Limit:

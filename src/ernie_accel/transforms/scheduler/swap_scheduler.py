@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import UnknownNameError
@@ -81,26 +82,40 @@ class SwapScheduler(Transform):
         scheduler = getattr(pipe, "scheduler", None)
         if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
             found = type(scheduler).__name__
-            return [f"needs a flow-matching pipeline (FlowMatchEulerDiscreteScheduler); it has {found}"]
+            return [
+                said("needs a flow-matching pipeline (FlowMatchEulerDiscreteScheduler); it has {found}", found=found)
+            ]
         reasons = context.missing("scipy") if self.beta else []
         if SCHEDULERS[self.name] is not None and _passes(pipe, "per_token_timesteps"):
             reasons.append(
-                f"{type(pipe).__name__} gives each token a noise level of its own (per_token_timesteps), which only "
-                "'euler' knows"
+                said(
+                    "{pipe} gives each token a noise level of its own (per_token_timesteps), which only 'euler' knows",
+                    pipe=type(pipe).__name__,
+                )
             )
         if scheduler.config.invert_sigmas:
-            reasons.append("its FlowMatchEulerDiscreteScheduler has invert_sigmas=True; solvers need falling sigmas")
+            reasons.append(
+                said("its FlowMatchEulerDiscreteScheduler has invert_sigmas=True; solvers need falling sigmas")
+            )
         if self.shift is not None and scheduler.config.use_dynamic_shifting:
             reasons.append(
-                "its FlowMatchEulerDiscreteScheduler shifts by resolution (use_dynamic_shifting=True), so that "
-                f"shift={self.shift:g} would have no effect: leave it out"
+                said(
+                    "its FlowMatchEulerDiscreteScheduler shifts by resolution (use_dynamic_shifting=True), so that "
+                    "shift={shift:g} would have no effect: leave it out",
+                    shift=self.shift,
+                )
             )
         return reasons
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         changes = self._changes(pipe.scheduler)
         if not changes:
-            return Preview((), note=f"the scheduler is {self.name!r} already, shift {pipe.scheduler.shift:g}")
+            return Preview(
+                (),
+                note=said(
+                    "the scheduler is {name!r} already, shift {shift:g}", name=self.name, shift=pipe.scheduler.shift
+                ),
+            )
         return Preview(changes, note=self._note())
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
@@ -136,7 +151,7 @@ class SwapScheduler(Transform):
         have = old.name if old else "euler"
         changes = [] if have == self.name else [f"scheduler.step {have} -> {self.name}"]
         if self.timestep_spacing is not None and not (old and old.trailing):
-            changes.append(f"scheduler.timestep_spacing stock -> {self.timestep_spacing}")
+            changes.append(said("scheduler.timestep_spacing stock -> {spacing}", spacing=self.timestep_spacing))
         now = dict(scheduler.config) | {"shift": scheduler.shift}
         return tuple(changes) + tuple(
             f"scheduler.{key} {now[key]} -> {new}" for key, new in self._settings().items() if now[key] != new
@@ -146,8 +161,13 @@ class SwapScheduler(Transform):
         solver = SCHEDULERS[self.name]
         if solver is None:
             return ""
-        saved = "FlowMatchEulerDiscreteScheduler" + (" (stochastic, unseeded)" if self.name == "lcm" else "")
-        return f"{solver.advice}; save_pretrained writes a stock {saved}: swap again after loading"
+        unseeded = said(" (stochastic, unseeded)") if self.name == "lcm" else ""
+        return said(
+            "{advice}; save_pretrained writes a stock FlowMatchEulerDiscreteScheduler{unseeded}: swap again after "
+            "loading",
+            advice=solver.advice,
+            unseeded=unseeded,
+        )
 
 
 def _passes(pipe: Pipeline, keyword: str) -> bool:

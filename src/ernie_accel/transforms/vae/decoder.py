@@ -49,7 +49,7 @@ class CompileVae(Transform):
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = [] if context.no_compile is None else [context.no_compile]
         if not isinstance(_decoder(pipe), torch.nn.Module):
-            reasons.append(f"{type(pipe).__name__} has no vae.decoder")
+            reasons.append(said("{pipe} has no vae.decoder", pipe=type(pipe).__name__))
         return reasons + unsupported_cache_reasons(self.cache, context.device)
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
@@ -93,7 +93,7 @@ class FuseVae(Transform):
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         if not isinstance(_decoder(pipe), torch.nn.Module):
-            return [f"{type(pipe).__name__} has no vae.decoder"]
+            return [said("{pipe} has no vae.decoder", pipe=type(pipe).__name__)]
         return []  # where it cannot work it does nothing, and the pipe computes the same
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
@@ -130,11 +130,11 @@ def _halves(pipe: Pipeline) -> dict[str, torch.nn.Module]:
 def _left_out(module: torch.nn.Module, half: str) -> str | None:
     """Return why a decoder or encoder is left as it is; None if it is not."""
     if standing_in(module, _FUSED[half]) is not None:
-        return f"the {half} runs on the kernels already"
+        return said("the {half} runs on the kernels already", half=half)
     if module._compiled_call_impl is not None:
-        return f"the {half} is compiled already"
+        return said("the {half} is compiled already", half=half)
     reason = unsupported_reason(module)
-    return None if reason is None else f"not this {half}: {reason}"
+    return None if reason is None else said("not this {half}: {reason}", half=half, reason=reason)
 
 
 def _lay_out(decoder: torch.nn.Module, undo: Undo) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
@@ -80,14 +81,23 @@ class TileVae(Transform):
         if self.tile_px is None:
             return self._overlap_unsupported(pipe)
         if not hasattr(pipe.vae, "tile_sample_min_size"):
-            return [f"{type(pipe.vae).__name__} has no single tile size; leave tile_px out to use its own"]
+            return [
+                said("{vae} has no single tile size; leave tile_px out to use its own", vae=type(pipe.vae).__name__)
+            ]
         factor = _pixels_per_latent(pipe)
         if factor is None:
-            return [f"{type(pipe.vae).__name__} does not say how many pixels a latent has; leave tile_px out"]
+            return [
+                said("{vae} does not say how many pixels a latent has; leave tile_px out", vae=type(pipe.vae).__name__)
+            ]
         if self.tile_px % factor:
             below = self.tile_px - self.tile_px % factor
             return [
-                f"tile_px={self.tile_px} is not a multiple of the {factor} pixels of a latent: use {below or factor}"
+                said(
+                    "tile_px={tile_px} is not a multiple of the {factor} pixels of a latent: use {fits}",
+                    tile_px=self.tile_px,
+                    factor=factor,
+                    fits=below or factor,
+                )
             ]
         return self._overlap_unsupported(pipe)
 
@@ -99,8 +109,19 @@ class TileVae(Transform):
         if (tile * self.overlap).is_integer():
             return []
         whole = min(max(1, round(tile * self.overlap)), tile - 1) / tile
-        found = f"overlap={self.overlap:g} of a tile of {tile} latents is {tile * self.overlap:g} latents"
-        return [f"{found}, which is not whole, so that pictures would change their size: use overlap={whole:g}"]
+        found = said(
+            "overlap={overlap:g} of a tile of {tile} latents is {overlapping:g} latents",
+            overlap=self.overlap,
+            tile=tile,
+            overlapping=tile * self.overlap,
+        )
+        return [
+            said(
+                "{found}, which is not whole, so that pictures would change their size: use overlap={whole:g}",
+                found=found,
+                whole=whole,
+            )
+        ]
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         return _preview(pipe, self._settings(pipe))
@@ -128,13 +149,13 @@ def _pixels_per_latent(pipe: Pipeline) -> int | None:
 def _vae_lacks(pipe: Pipeline, switch: str, what: str) -> list[str]:
     vae = getattr(pipe, "vae", None)
     if vae is None:
-        return [f"{type(pipe).__name__} has no component 'vae'"]
-    return [] if hasattr(vae, switch) else [f"{type(vae).__name__} cannot do {what}"]
+        return [said("{pipe} has no component 'vae'", pipe=type(pipe).__name__)]
+    return [] if hasattr(vae, switch) else [said("{vae} cannot do {what}", vae=type(vae).__name__, what=what)]
 
 
 def _preview(pipe: Pipeline, settings: dict[str, object]) -> Preview:
     changes = _changes(pipe, settings)
-    return Preview(changes, note="" if changes else "the VAE has these settings already")
+    return Preview(changes, note="" if changes else said("the VAE has these settings already"))
 
 
 def _apply(pipe: Pipeline, settings: dict[str, object]) -> Applied:

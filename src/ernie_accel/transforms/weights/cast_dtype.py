@@ -80,15 +80,21 @@ class CastDtype(Transform):
             if how is not None:
                 others = tuple(other for other in modules_of(pipe, self.components) if other != name)
                 yield (
-                    f"{name} is quantized ({path} as {how}), and its layers would still compute in the dtype they "
-                    f"were made for: load it with that dtype, or leave it out with components={others!r}"
+                    said(
+                        "{name} is quantized ({path} as {how}), and its layers would still compute in the dtype they "
+                        "were made for: load it with that dtype, or leave it out with components={others!r}",
+                        name=name,
+                        path=path,
+                        how=how,
+                        others=others,
+                    )
                 )
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         todo = dict(self._weights_to_cast(pipe, context))
         if not todo:
             return Preview((), note=said("all weights are {dtype} already", dtype=self.dtype))
-        keeps = "keeps weights that lose bits in host memory for restore()" if self.keep_originals else ""
+        keeps = said("keeps weights that lose bits in host memory for restore()") if self.keep_originals else ""
         return Preview(tuple(todo), keeps)
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
@@ -116,12 +122,16 @@ class CastDtype(Transform):
                     undo.set_data(weight, cast, keep_on="cpu")
                     continue
                 if not reversible:
-                    undo.give_up("keep_originals=False: the bits that the cast dropped are gone")
+                    undo.give_up(said("keep_originals=False: the bits that the cast dropped are gone"))
                 undo.push(partial(_cast_back, weight, dtype, tensor.dtype, alignment_of(tensor)))
                 tensor.data = cast
         if undo.no_way_back is not None:
             return Applied(tuple(todo), no_undo=undo.no_way_back)
-        kept = f"keeps {human_bytes(lossy_bytes)} of originals in host memory for restore()" if lossy_bytes else ""
+        kept = (
+            said("keeps {size} of originals in host memory for restore()", size=human_bytes(lossy_bytes))
+            if lossy_bytes
+            else ""
+        )
         return Applied(tuple(todo), undo=undo, note=kept)
 
     def _weights_to_cast(

@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ernie_accel.common.language import said
 from ernie_accel.common.text import human_bytes
 from ernie_accel.core.captured import version_of
 from ernie_accel.core.components import (
@@ -42,8 +43,10 @@ from ernie_accel.core.undo import Undo
 #: Where weights go -> what the next call that needs them does.
 PLACES: Mapping[str, str] = MappingProxyType(
     {
-        "disk": "the next call that encodes a prompt reads them back",
-        "nowhere": "the next call that encodes a prompt fails: encode all prompts in one call, or pass prompt_embeds",
+        "disk": said("the next call that encodes a prompt reads them back"),
+        "nowhere": said(
+            "the next call that encodes a prompt fails: encode all prompts in one call, or pass prompt_embeds"
+        ),
     }
 )
 
@@ -82,26 +85,45 @@ class FreeAfterUse(Transform):
         reasons = absent_components(pipe, self.components)
         if not denoisers_of(pipe):
             reasons.append(
-                f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}, whose first step shows that "
-                "the prompts are encoded"
+                said(
+                    "{pipe} has none of {names}, whose first step shows that the prompts are encoded",
+                    pipe=type(pipe).__name__,
+                    names=", ".join(DENOISERS),
+                )
             )
         if reasons:
             return reasons
         parts = self._parts(pipe)
         if not parts:
-            reasons.append(f"{type(pipe).__name__} has none of {', '.join(PROMPT_COMPONENTS)}")
+            reasons.append(
+                said(
+                    "{pipe} has none of {names}",
+                    pipe=type(pipe).__name__,
+                    names=", ".join(PROMPT_COMPONENTS),
+                )
+            )
         for name, part in parts.items():
             if name not in PROMPT_COMPONENTS:
-                reasons.append(f"{name} works while or after the picture is denoised: it cannot be freed before")
+                reasons.append(
+                    said("{name} works while or after the picture is denoised: it cannot be freed before", name=name)
+                )
             if self.to == "disk" and any(hasattr(tensor, "__tensor_flatten__") for tensor in part.parameters()):
-                reasons.append(f"{name} is quantized, and its weights cannot be written as plain tensors: to='nowhere'")
+                reasons.append(
+                    said(
+                        "{name} is quantized, and its weights cannot be written as plain tensors: to='nowhere'",
+                        name=name,
+                    )
+                )
             if is_freed_by_another(pipe, part):
                 reasons.append(
-                    f"{name} is freed already, by FreeAfterUse() on another pipe that shares it: this pipe's calls "
-                    "free and fetch it, too, as long as the pipes share their denoiser; or restore that pipe first"
+                    said(
+                        "{name} is freed already, by FreeAfterUse() on another pipe that shares it: this pipe's calls "
+                        "free and fetch it, too, as long as the pipes share their denoiser; or restore that pipe first",
+                        name=name,
+                    )
                 )
             if library_hooks(part).accelerate is not None:
-                reasons.append(f"{name} is offloaded already: use one of the two")
+                reasons.append(said("{name} is offloaded already: use one of the two", name=name))
         return reasons
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
@@ -131,7 +153,7 @@ class FreeAfterUse(Transform):
                     if hasattr(part, method):
                         undo.setattr(part, method, _LoadingFirst(weights, getattr(part, method)))
         if self.to == "nowhere":
-            return Applied(tuple(parts), no_undo="to='nowhere': freed weights are gone", note=note)
+            return Applied(tuple(parts), no_undo=said("to='nowhere': freed weights are gone"), note=note)
         return Applied(tuple(parts), undo=undo, note=note)
 
     def _parts(self, pipe: Pipeline) -> dict[str, nn.Module]:
@@ -141,7 +163,7 @@ class FreeAfterUse(Transform):
 
     def _note(self, pipe: Pipeline) -> str:
         size = human_bytes(sum(map(module_bytes, self._parts(pipe).values())))
-        return f"frees {size} while denoising; {PLACES[self.to]}"
+        return said("frees {size} while denoising; {then}", size=size, then=PLACES[self.to])
 
 
 class _ComponentWeights(FreedWeights):

@@ -46,7 +46,11 @@ class MakeContiguous(Transform):
         reasons = absent_components(pipe, self.components) + absent_components(pipe, self.channels_last)
         if self.components is not None:
             reasons += [
-                f"channels_last names {name!r}, which is not among components={self.components!r}"
+                said(
+                    "channels_last names {name!r}, which is not among components={components!r}",
+                    name=name,
+                    components=self.components,
+                )
                 for name in self.channels_last
                 if name not in self.components
             ]
@@ -74,8 +78,10 @@ class MakeContiguous(Transform):
         return Applied(tuple(name for name, *_ in misplaced), undo=undo, note=self._note())
 
     def _note(self) -> str:
+        if not self.channels_last:
+            return ""
         names = ", ".join(self.channels_last)
-        return f"{names}: channels-last weights pay only in a compiled model, and slow down any other" if names else ""
+        return said("{names}: channels-last weights pay only in a compiled model, and slow down any other", names=names)
 
     def _with_other_layout(self, pipe: Pipeline) -> Iterator[tuple[str, Weight, torch.memory_format]]:
         """Yield (name, weight, the layout it should have) of every weight with another layout."""

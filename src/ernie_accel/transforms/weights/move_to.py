@@ -52,10 +52,17 @@ class MoveTo(Transform):
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = []
         if self.device.partition(":")[0] != context.torch_device:
-            reasons.append(f"there is no {self.device!r} here: the device is {context}")
+            reasons.append(
+                said("there is no {device!r} here: the device is {machine}", device=self.device, machine=context.text)
+            )
         hooked = components_offloaded_by_accelerate(pipe)
         if hooked:
-            reasons.append(f"{', '.join(hooked)}: offloaded, and moved by that; call pipe.remove_all_hooks() first")
+            reasons.append(
+                said(
+                    "{names}: offloaded, and moved by that; call pipe.remove_all_hooks() first",
+                    names=", ".join(hooked),
+                )
+            )
         return reasons
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import torch
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import (
     DENOISERS,
     GROUP_OFFLOAD_HOOKS,
@@ -30,10 +31,12 @@ from ernie_accel.core.undo import Undo
 #: Mode -> what is on the accelerator at a time.
 MODES: Mapping[str, str] = MappingProxyType(
     {
-        "model": "one component at a time; moving ERNIE-Image's transformer in costs a second or so a picture",
-        "sequential": "one layer at a time; the least memory, and by far the slowest",
-        "group": "a few blocks at a time (the next are loaded meanwhile if the device has streams), and the VAE",
-        "stages": "the transformer and the VAE all the time, text encoder and prompt enhancer only while they work",
+        "model": said("one component at a time; moving ERNIE-Image's transformer in costs a second or so a picture"),
+        "sequential": said("one layer at a time; the least memory, and by far the slowest"),
+        "group": said("a few blocks at a time (the next are loaded meanwhile if the device has streams), and the VAE"),
+        "stages": said(
+            "the transformer and the VAE all the time, text encoder and prompt enhancer only while they work"
+        ),
     }
 )
 
@@ -80,20 +83,36 @@ class Offload(Transform):
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = []
         if context.device == "cpu":
-            reasons.append("there is no accelerator to offload from: this device is cpu")
+            reasons.append(said("there is no accelerator to offload from: this device is cpu"))
         if self.mode == "model" and getattr(pipe, "model_cpu_offload_seq", None) is None:
-            reasons.append(f"{type(pipe).__name__} does not say in which order its components work: use 'group'")
+            reasons.append(
+                said("{pipe} does not say in which order its components work: use 'group'", pipe=type(pipe).__name__)
+            )
         if self.mode == "stages" and not any(self._prompt_components(pipe)):
-            reasons.append(f"{type(pipe).__name__} has none of {', '.join(PROMPT_COMPONENTS)}")
+            reasons.append(
+                said(
+                    "{pipe} has none of {names}",
+                    pipe=type(pipe).__name__,
+                    names=", ".join(PROMPT_COMPONENTS),
+                )
+            )
         if self.mode == "stages" and not denoisers_of(pipe):
-            reasons.append(f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}: use 'model'")
+            reasons.append(
+                said(
+                    "{pipe} has none of {names}: use 'model'",
+                    pipe=type(pipe).__name__,
+                    names=", ".join(DENOISERS),
+                )
+            )
         moved = components_offloaded_by_accelerate(pipe)
         if moved:
-            reasons.append(f"{', '.join(moved)}: offloaded already; call pipe.remove_all_hooks() first")
+            reasons.append(
+                said("{names}: offloaded already; call pipe.remove_all_hooks() first", names=", ".join(moved))
+            )
         return reasons
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
-        return Preview(self._changes(pipe), note=f"on the accelerator: {MODES[self.mode]}")
+        return Preview(self._changes(pipe), note=said("on the accelerator: {mode}", mode=MODES[self.mode]))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         return replace(context.planned(pipe), offload=self.mode, device=context.torch_device)
@@ -125,7 +144,7 @@ class Offload(Transform):
                 undo.push(partial(_end_cpu_offload, pipe, places))
                 enable = pipe.enable_model_cpu_offload if self.mode == "model" else pipe.enable_sequential_cpu_offload
                 enable(device=device)
-        return Applied(changes, undo=undo, note=f"on the accelerator: {MODES[self.mode]}")
+        return Applied(changes, undo=undo, note=said("on the accelerator: {mode}", mode=MODES[self.mode]))
 
     def _changes(self, pipe: Pipeline) -> tuple[str, ...]:
         if self.mode == "stages":

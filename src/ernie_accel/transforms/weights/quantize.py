@@ -140,7 +140,13 @@ class Quantize(Transform):
         choice = self.choose(context)
         reasons = list(choice.reasons)
         if self.device is not None and self.device.partition(":")[0] != context.torch_device:
-            reasons.append(f"device={self.device!r} is not the device that was planned for, {context}")
+            reasons.append(
+                said(
+                    "device={device!r} is not the device that was planned for, {machine}",
+                    device=self.device,
+                    machine=context.text,
+                )
+            )
         absent = absent_components(pipe, self.components)
         if absent or choice.chosen is None:
             return reasons + absent
@@ -165,12 +171,18 @@ class Quantize(Transform):
         remark = work.backend.remark(work.scheme, context.device)
         stays = staying_denoisers_note(pipe, self.components)
         left = _describe_left_out(work.left_out, len(work.sites))
-        note = joined((how, ", ".join(sizes), left, remark, stays))
+        note = joined((how, joined(sizes, "{first}, {second}"), left, remark, stays))
         return Preview(tuple(site.name for site in todo), note, work.left_out)
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         planned, why = _Work(self, pipe, context).planned(), self.breaks_graph(pipe, context)
-        broken = {} if why is None else dict.fromkeys(self.components, f"{self!r} comes before, and {why}")
+        broken = (
+            {}
+            if why is None
+            else dict.fromkeys(
+                self.components, said("{transform} comes before, and {why}", transform=repr(self), why=why)
+            )
+        )
         device = planned.device if self.device is None else self.device.partition(":")[0]
         return replace(planned, device=device, breaks_graph={**planned.breaks_graph, **broken})
 
@@ -193,15 +205,22 @@ class Quantize(Transform):
             if self.device is not None:
                 pipe.to(self.device)
         worst = min(receipts, key=lambda receipt: receipt.sqnr_db)
-        without = "" if worst.uncorrected_db is None else f"; {worst.uncorrected_db:.1f} dB without the correction"
-        note = f"{work.name}; weights at {worst.sqnr_db:.1f} dB SQNR or better (least: {worst.name}{without})"
+        plain = worst.uncorrected_db
+        without = "" if plain is None else said("; {db:.1f} dB without the correction", db=plain)
+        note = said(
+            "{scheme}; weights at {db:.1f} dB SQNR or better (least: {layer}{without})",
+            scheme=work.name,
+            db=worst.sqnr_db,
+            layer=worst.name,
+            without=without,
+        )
         if self.keep_originals:
-            kept = sum(receipt.bytes_before for receipt in receipts)
-            note += f"; keeps {human_bytes(kept)} of originals in host memory for restore()"
+            kept = human_bytes(sum(receipt.bytes_before for receipt in receipts))
+            note = joined((note, said("keeps {size} of originals in host memory for restore()", size=kept)))
         return Applied(
             tuple(receipt.name for receipt in receipts),
             undo=undo if self.keep_originals else None,
-            no_undo=None if self.keep_originals else "keep_originals=False: the weights are gone",
+            no_undo=None if self.keep_originals else said("keep_originals=False: the weights are gone"),
             skipped=work.left_out,
             note=note,
             details=tuple(receipts),
@@ -264,15 +283,35 @@ class _Work:
         asked = f"correction_rank={self.rank}"
         if not self.backend.takes_correction:
             able = [name for name, backend in BACKENDS.items() if backend.takes_correction]
-            return [f"{asked}: a layer of {self.backend.name} cannot carry one; leave it out, or use {', '.join(able)}"]
+            return [
+                said(
+                    "{asked}: a layer of {backend} cannot carry one; leave it out, or use {able}",
+                    asked=asked,
+                    backend=self.backend.name,
+                    able=", ".join(able),
+                )
+            ]
         specs = {site.name: self._spec(site) for site in self.todo}
         ranks = {n: largest_rank(spec, self.backend.stored_bytes(self.scheme, spec)) for n, spec in specs.items()}
         name = min(ranks, key=lambda name: ranks[name])
         if self.rank <= ranks[name]:
             return []
         shape = f"{specs[name].out_features} x {specs[name].in_features}"
-        fix = f"choose at most {ranks[name]}, or exclude it" if ranks[name] else "leave it out, or exclude the layer"
-        return [f"{asked}: {name} ({shape}) in {self.name} would take as much as unquantized, or more; {fix}"]
+        fix = (
+            said("choose at most {most}, or exclude it", most=ranks[name])
+            if ranks[name]
+            else said("leave it out, or exclude the layer")
+        )
+        return [
+            said(
+                "{asked}: {layer} ({shape}) in {scheme} would take as much as unquantized, or more; {fix}",
+                asked=asked,
+                layer=name,
+                shape=shape,
+                scheme=self.name,
+                fix=fix,
+            )
+        ]
 
     def quantize(self, linear: torch.nn.Linear) -> tuple[torch.nn.Module, float | None]:
         """Return the layer that replaces `linear`, and if it is corrected, the SQNR in dB that it has otherwise."""
@@ -290,17 +329,34 @@ class _Work:
         in_this_plan = [site for site in done if site.stored_as is None]
         if in_this_plan:
             stored_as = self._stored_as(in_this_plan[0])
-            return [f"{component} is quantized in the same plan already ({in_this_plan[0].name} as {stored_as})"]
+            return [
+                said(
+                    "{component} is quantized in the same plan already ({name} as {stored_as})",
+                    component=component,
+                    name=in_this_plan[0].name,
+                    stored_as=stored_as,
+                )
+            ]
         other = [site for site in done if todo or site.stored_as != self.name or site.left_out is not None]
         if other:
             return [
-                f"{component} is quantized already ({len(done)} layers, {other[0].name} as {other[0].stored_as}): "
-                "restore(pipe) first, or load the pipe unquantized"
+                said(
+                    "{component} is quantized already ({count} layers, {name} as {stored_as}): restore(pipe) first, or "
+                    "load the pipe unquantized",
+                    component=component,
+                    count=len(done),
+                    name=other[0].name,
+                    stored_as=other[0].stored_as,
+                )
             ]
         if todo or done:
             return []
         return [
-            f"{component}: no linear layer can be quantized: {_describe_left_out(self.left_out, len(mine), component)}"
+            said(
+                "{component}: no linear layer can be quantized: {left}",
+                component=component,
+                left=_describe_left_out(self.left_out, len(mine), component),
+            )
         ]
 
 
@@ -377,13 +433,16 @@ class _Unchanged:
         if place is None:
             return None
         if _merged_in(place[0]) - self._merged:
-            return f"a LoRA is fused into {self._path}; unload or unfuse it first (pipe.unfuse_lora())"
+            return said("a LoRA is fused into {path}; unload or unfuse it first (pipe.unfuse_lora())", path=self._path)
         if any(comes_and_goes(plain) for held in _held(self._layer) for plain in plain_tensors(held)):
             return None  # while they are kept elsewhere, nothing can write to them
         now = _bits_of(self._layer)
         if hasattr(place[0], "lora_A") or now[0] != self._made[0] or now == self._made:
             return None
-        return f"the quantized weight of {self._path} was changed since (a LoRA fused into it?), and would be lost"
+        return said(
+            "the quantized weight of {path} was changed since (a LoRA fused into it?), and would be lost",
+            path=self._path,
+        )
 
 
 def _merged_in(layer: torch.nn.Module) -> set[str]:

@@ -72,22 +72,44 @@ class Residency(Transform):
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         planned, reasons = context.planned(pipe), []
         if context.torch_device not in MOVERS:
-            fix = "" if self.device is not None else "; for a pipe on the host, name the device: device='cuda'"
-            reasons.append(f"there is no device memory to keep weights in: this device is {context.device}{fix}")
+            fix = "" if self.device is not None else said("; for a pipe on the host, name the device: device='cuda'")
+            reasons.append(
+                said(
+                    "there is no device memory to keep weights in: this device is {device}{fix}",
+                    device=context.device,
+                    fix=fix,
+                )
+            )
         if self.device is not None and self.device.partition(":")[0] != context.torch_device:
-            reasons.append(f"there is no {self.device!r} here: the device is {context}")
+            reasons.append(
+                said("there is no {device!r} here: the device is {machine}", device=self.device, machine=context.text)
+            )
         hooked = components_offloaded_by_accelerate(pipe)
         if hooked:
-            reasons.append(f"{', '.join(hooked)}: offloaded already; call pipe.remove_all_hooks() first")
+            reasons.append(
+                said("{names}: offloaded already; call pipe.remove_all_hooks() first", names=", ".join(hooked))
+            )
         freed = emptied_components(pipe, None)
         if freed or planned.freed_to is not None:
-            reasons.append(f"{', '.join(freed) or 'the prompt encoders'}: freed by FreeAfterUse, which it replaces")
+            reasons.append(
+                said(
+                    "{names}: freed by FreeAfterUse, which it replaces",
+                    names=", ".join(freed) or said("the prompt encoders"),
+                )
+            )
         reasons += [
-            f"{pair} have weights in common, which cannot come for each in its turn" for pair in shared_weights(pipe)
+            said("{pair} have weights in common, which cannot come for each in its turn", pair=pair)
+            for pair in shared_weights(pipe)
         ]
         least = least_weights(pipe, planned)
         if self.weights < least:
-            reasons.append(f"weights={self.weights} is too little: the least that works is {least} bytes")
+            reasons.append(
+                said(
+                    "weights={weights} is too little: the least that works is {least} bytes",
+                    weights=self.weights,
+                    least=least,
+                )
+            )
         return reasons
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
@@ -128,7 +150,7 @@ class Residency(Transform):
             refuse_moves(pipe, [component.module for component in moving], device, undo)
             for component in moving:
                 refuse_to_compile(component.blocks.values() if component.streams else (), undo)
-        changes = tuple(_describe(layout)) or (f"all weights stay on {device.type}",)
+        changes = tuple(_describe(layout)) or (said("all weights stay on {device}", device=device.type),)
         return Applied(
             changes, undo=undo, note=said("{size} of weights on the device at a time", size=human_bytes(layout.nbytes))
         )

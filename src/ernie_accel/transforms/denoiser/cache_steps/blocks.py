@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import torch
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import GROUP_OFFLOAD_HOOKS, Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.library_hooks import library_hooks
@@ -50,25 +51,41 @@ class BlockCache(CacheBackend):
         name = type(pipe.transformer).__name__
         blocks = getattr(pipe.transformer, BLOCKS, None)
         if not isinstance(blocks, torch.nn.ModuleList) or len(blocks) < 2:
-            reasons.append(f"{name} has no list {BLOCKS!r} of two blocks or more, of which all but the first can rest")
+            reasons.append(
+                said(
+                    "{name} has no list {blocks!r} of two blocks or more, of which all but the first can rest",
+                    name=name,
+                    blocks=BLOCKS,
+                )
+            )
         if getattr(pipe, "controlnet", None) is not None:
             reasons.append(
-                "a ControlNet adds to the output of single blocks, which a cache of blocks may skip: use "
-                "backend='forecast'"
+                said(
+                    "a ControlNet adds to the output of single blocks, which a cache of blocks may skip: use "
+                    "backend='forecast'"
+                )
             )
         if context.planned(pipe).keeps_graphs or standing_in(pipe.transformer, GraphedForward) is not None:
             reasons.append(
-                "captured graphs replay all blocks, whatever a cache of blocks decides: leave CaptureGraphs out, or "
-                "use backend='forecast'"
+                said(
+                    "captured graphs replay all blocks, whatever a cache of blocks decides: leave CaptureGraphs out, "
+                    "or use backend='forecast'"
+                )
             )
         grouped = _grouped(pipe, context)
         if grouped is not None:
-            reasons.append(f"{grouped} fetches the next block while one runs, and some would not: use 'forecast'")
+            reasons.append(
+                said(
+                    "{grouped} fetches the next block while one runs, and some would not: use 'forecast'",
+                    grouped=grouped,
+                )
+            )
         return reasons
 
     def note(self, wanted: CacheSettings, steps: int | None) -> str:
-        return (
-            f"computes the first block of every step, and the others where it changed by more than {wanted.threshold}"
+        return said(
+            "computes the first block of every step, and the others where it changed by more than {threshold}",
+            threshold=wanted.threshold,
         )
 
     def start(
@@ -88,7 +105,7 @@ def _grouped(pipe: Pipeline, context: Context) -> str | None:
     if context.planned(pipe).offload == "group":
         return "Offload('group')"
     if any(library_hooks(part).named(*GROUP_OFFLOAD_HOOKS) for part in pipe.transformer.modules()):
-        return "group offloading, which is on,"
+        return said("group offloading, which is on,")
     return None
 
 

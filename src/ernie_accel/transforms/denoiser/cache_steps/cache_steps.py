@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ernie_accel.common.language import joined, said
 from ernie_accel.core.captured import Fingerprint
 from ernie_accel.core.compiled import is_compiled_whole
 from ernie_accel.core.components import DENOISERS, Pipeline, uncached_denoisers_note
@@ -122,25 +123,41 @@ class CacheSteps(Transform):
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         family = family_of(pipe)
         if family.text_argument is None:
-            unknown = family.unknown_reasons(pipe, "which argument holds the prompts is known for each family")
-            return unknown or [f"{family.name} does not say which argument holds the prompts (Family.text_argument)"]
+            unknown = family.unknown_reasons(pipe, said("which argument holds the prompts is known for each family"))
+            return unknown or [
+                said("{name} does not say which argument holds the prompts (Family.text_argument)", name=family.name)
+            ]
         reasons = []
         steps = context.planned(pipe).num_inference_steps
         if steps is not None and steps < LEAST_STEPS:
             reasons.append(
-                f"{steps} steps are planned, and a cache pays from {LEAST_STEPS} on: leave it out, or plan more, as in "
-                "CallDefaults('quality')"
+                said(
+                    "{steps} steps are planned, and a cache pays from {least_steps} on: leave it out, or plan more, as "
+                    "in CallDefaults('quality')",
+                    steps=steps,
+                    least_steps=LEAST_STEPS,
+                )
             )
         noisy = _adds_noise(pipe, context)
         if noisy is not None:
-            reasons.append(f"{noisy} adds noise at every step, so earlier outputs do not predict the next: use another")
+            reasons.append(
+                said(
+                    "{noisy} adds noise at every step, so earlier outputs do not predict the next: use another",
+                    noisy=noisy,
+                )
+            )
         if getattr(pipe.transformer, "is_cache_enabled", False) or hasattr(pipe.transformer, "_context_manager"):
-            reasons.append(f"{type(pipe.transformer).__name__} has a cache of diffusers or cache-dit: disable it first")
+            reasons.append(
+                said(
+                    "{transformer} has a cache of diffusers or cache-dit: disable it first",
+                    transformer=type(pipe.transformer).__name__,
+                )
+            )
         return reasons + BACKENDS[self.backend].unsupported(pipe, context)
 
     def preview(self, pipe: Pipeline, context: Context) -> Preview:
         if standing_in(pipe.transformer, CachedForward) is not None:
-            return Preview((), note="steps are cached already")
+            return Preview((), note=said("steps are cached already"))
         return Preview(("transformer.forward",), note=self._note(pipe, context))
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
@@ -163,10 +180,18 @@ class CacheSteps(Transform):
 
     def _note(self, pipe: Pipeline, context: Context) -> str:
         steps = context.planned(pipe).num_inference_steps
-        note = "; ".join(filter(None, (BACKENDS[self.backend].note(self, steps), uncached_denoisers_note(pipe))))
+        note = joined((BACKENDS[self.backend].note(self, steps), uncached_denoisers_note(pipe)))
         if "strength" in inspect.signature(type(pipe).__call__).parameters:
-            return f"{note}; calls that run fewer than {LEAST_STEPS} steps, at a strength below 1 too, compute all"
-        return note if steps is None else f"{note}; calls of fewer than {LEAST_STEPS} steps compute all"
+            return said(
+                "{note}; calls that run fewer than {least_steps} steps, at a strength below 1 too, compute all",
+                note=note,
+                least_steps=LEAST_STEPS,
+            )
+        return (
+            note
+            if steps is None
+            else said("{note}; calls of fewer than {least_steps} steps compute all", note=note, least_steps=LEAST_STEPS)
+        )
 
 
 @dataclass
@@ -266,7 +291,7 @@ def _adds_noise(pipe: Pipeline, context: Context) -> str | None:
     name = chosen or (own.name if own is not None else "euler")
     solver = SCHEDULERS[name]
     if solver is not None and solver.stochastic:
-        return f"SwapScheduler({name!r})" if chosen else f"the scheduler ({name!r})"
+        return f"SwapScheduler({name!r})" if chosen else said("the scheduler ({name!r})", name=name)
     if chosen is None and pipe.scheduler.config.get("stochastic_sampling"):
-        return "the scheduler (stochastic_sampling=True)"
+        return said("the scheduler (stochastic_sampling=True)")
     return None

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.library_hooks import ACCELERATE
@@ -35,7 +36,7 @@ class DbCache(BlockCache):
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = [*context.missing("cache_dit"), *super().unsupported(pipe, context)]
         if context.device == "npu":
-            reasons.append("cache-dit chooses an attention kernel of its own on an NPU: use another backend")
+            reasons.append(said("cache-dit chooses an attention kernel of its own on an NPU: use another backend"))
         return reasons
 
     def cached(

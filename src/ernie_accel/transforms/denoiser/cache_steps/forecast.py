@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ernie_accel.common.language import said
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.transforms.denoiser.cache_steps.backend import CacheBackend, CacheSettings, Forward, Run, Trajectory
@@ -36,9 +37,9 @@ class Forecast(CacheBackend):
 
     def note(self, wanted: CacheSettings, steps: int | None) -> str:
         if steps is None:
-            return f"computes one of {wanted.every} steps and forecasts the others"
+            return said("computes one of {every} steps and forecasts the others", every=wanted.every)
         computed = sum(wanted.computes(step, steps) for step in range(steps))
-        return f"computes {computed} of {steps} steps and forecasts the others"
+        return said("computes {computed} of {steps} steps and forecasts the others", computed=computed, steps=steps)
 
     def start(
         self, wanted: CacheSettings, transformer: torch.nn.Module, forward: Forward, trajectory: Trajectory
