@@ -197,6 +197,7 @@ ENGLISH = {
     ),
     "no text for a reader": (
         "transforms/calls/explain_out_of_memory.py: compile",
+        "transforms/calls/few_steps.py: _Reader",
         "transforms/calls/warm_up.py: PROMPT",
     ),
 }
