@@ -404,7 +404,9 @@ def test_a_form_that_is_none_is_refused(service):
     [("GET", GENERATIONS, 405), ("GET", "/v1/../etc/passwd", 404), ("POST", f"{GENERATIONS}/", 404)],
 )
 def test_other_routes_are_refused_in_the_same_form(service, method, path, status):
-    refusal(service.client.request(method, path), status)
+    answer = service.client.request(method, path)
+    refusal(answer, status)
+    assert answer.headers.get("allow") == ("POST" if status == 405 else None)
 
 
 def test_another_model_is_not_there(service):
@@ -438,7 +440,9 @@ def test_a_full_queue_says_when_to_come_again_and_takes_all_of_a_request_or_noth
         thread, answers = service.in_background(lambda: service.draw("second"))
         wait_until(lambda: service.studio.waiting == 1)
         refused = service.draw("two more", n=2)
-        assert refusal(refused, 429, "queue_full")["type"] == "rate_limit_error"
+        error = refusal(refused, 429, "queue_full")
+        assert error["type"] == "rate_limit_error"
+        assert error["message"] == "1 picture waits already, and 2 may; try again later."
         assert 1 <= int(refused.headers["retry-after"]) <= 60
         assert service.studio.waiting == 1
         assert service.client.get("/health").json()["waiting"] == 1
@@ -446,6 +450,14 @@ def test_a_full_queue_says_when_to_come_again_and_takes_all_of_a_request_or_noth
         thread.join(20)
         assert answers[0].status_code == 200
         assert "two more" not in service.engine.prompts()
+
+
+def test_more_pictures_than_may_wait_are_a_mistake_and_none_is_begun():
+    with Served(max_queue=2) as service:
+        error = refusal(service.draw("three", n=3), 400, "above_max_value")
+        assert (error["param"], error["message"]) == ("n", "'n' is 3; this service takes 2 at most.")
+        assert service.draw("two", n=2).status_code == 200
+        assert service.engine.prompts() == ["two", "two"]
 
 
 def test_a_picture_that_takes_too_long_is_a_timeout_and_is_not_made_if_it_waits():
@@ -525,8 +537,10 @@ def test_a_key_is_asked_for_where_there_is_one():
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "s3cret"}):
             answer = service.client.post(GENERATIONS, json={"prompt": "x"}, headers=headers)
             assert refusal(answer, 401, "invalid_api_key")["type"] == "authentication_error"
-        service.client.headers["authorization"] = "Bearer s3cret"
-        assert service.draw().status_code == 200
+            assert answer.headers["www-authenticate"] == "Bearer"
+        for scheme in ("Bearer", "bearer", "BEARER "):  # RFC 9110: a scheme is one in any case
+            service.client.headers["authorization"] = f"{scheme} s3cret"
+            assert service.draw().status_code == 200
     assert "s3cret" not in repr(service.settings)
 
 

@@ -31,6 +31,7 @@ class ApiError(Exception):
         param: The field that is to blame; None: none is.
         code: For programs.
         retry_after_s: When to try again; None: not at all, or whenever.
+        headers: Further headers of the answer.
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class ApiError(Exception):
         code: str | None = None,
         *,
         retry_after_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         self.status, self.message, self.param, self.code = status, message, param, code
         self.retry_after_s = retry_after_s
+        self.headers = dict(headers or {})
         super().__init__(status, message, param, code)
 
     def body(self) -> dict[str, object]:
@@ -53,7 +56,11 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         """Return the error as an answer."""
-        headers = {} if self.retry_after_s is None else {"Retry-After": str(math.ceil(self.retry_after_s))}
+        headers = dict(self.headers)
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = str(math.ceil(self.retry_after_s))
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
         if self.status in (408, 413):  # the rest of the request is not read
             headers["Connection"] = "close"
         return JSONResponse(self.body(), self.status, headers)

@@ -67,7 +67,8 @@ def create_app(settings: Settings, load: Callable[[Settings], Engine] = load_eng
 
     @app.exception_handler(HTTPException)
     async def no_such_route(request: Request, error: HTTPException) -> Response:
-        return ApiError(error.status_code, f"{request.method} {request.url.path[:100]}: {error.detail}").response()
+        what = f"{request.method} {request.url.path[:100]}: {error.detail}"
+        return ApiError(error.status_code, what, headers=error.headers).response()  # Allow, of a 405
 
     @app.post("/v1/images/generations", openapi_extra=_documented("application/json"))
     async def generations(request: Request) -> Response:

@@ -94,8 +94,9 @@ class Gate:
             raise ApiError(503, "The service is stopping; ask another.", None, "stopping", retry_after_s=5)
         key = self._settings.api_key
         if key is not None:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not secrets.compare_digest(given, f"Bearer {key.get_secret_value()}".encode()):
+            scheme, _, given = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            is_right = secrets.compare_digest(given.strip(), key.get_secret_value().encode())
+            if scheme.lower() != b"bearer" or not is_right:
                 raise ApiError(401, "The API key is missing or wrong.", None, "invalid_api_key")
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:

@@ -176,7 +176,7 @@ class ImageRequest(BaseModel):
         limits: list[tuple[str, Any, float]] = [
             ("prompt", len(self.prompt), settings.max_prompt),
             ("negative_prompt", len(self.negative_prompt or ""), settings.max_prompt),
-            ("n", count, settings.max_n),
+            ("n", count, min(settings.max_n, settings.max_queue)),  # more would never find room
             ("num_inference_steps", self.num_inference_steps or 0, settings.max_steps),
             ("guidance_scale", self.guidance_scale or 0, settings.max_guidance),
             ("seed", (self.seed or 0) + count - 1, MAX_SEED),

@@ -92,6 +92,9 @@ class Studio:
             ApiError: The queue is full, or the engine cannot make them.
         """
         futures: list[Future[Result]] = []
+        # Asked before the first is queued, which might be begun at once. Only this thread queues any.
+        if (waiting := self.waiting) + len(rows) > self._settings.max_queue:
+            self._refuse(QueueFullError(waiting, self._settings.max_queue))
         try:
             for index, row in enumerate(rows):
                 watch = None if on_progress is None else (lambda progress, index=index: on_progress(index, progress))
@@ -187,7 +190,7 @@ class Studio:
             wait_s = min(60.0, max(1.0, math.ceil(60 * error.waiting / per_min))) if per_min else 1.0
             raise ApiError(
                 429,
-                f"{error.waiting} pictures wait already; try again later.",
+                f"{_pictures(error.waiting)} already, and {error.max_queue} may; try again later.",
                 None,
                 "queue_full",
                 retry_after_s=wait_s,
@@ -211,6 +214,10 @@ def _drawn_where_transparent(mask: Image.Image) -> bytes:
     file = io.BytesIO()
     mask.convert("L").save(file, "PNG")
     return file.getvalue()
+
+
+def _pictures(count: int) -> str:
+    return "1 picture waits" if count == 1 else f"{count} pictures wait"
 
 
 def _taken(path: Path) -> bytes:
