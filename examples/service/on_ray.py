@@ -1,6 +1,7 @@
 """The same app as replicas of Ray Serve, each with a pipe, a GPU and a queue of its own.
 
     serve run examples.service.on_ray:deployment
+    REPLICA_GPUS=0 serve run examples.service.on_ray:deployment  # where there is no GPU: a replica waits for one
 
 Ray Serve sends a request to the replica with the fewest under way, starts more as requests come, and drains those that
 it stops. Needs ``pip install 'ray[serve]'``. Limits hold for each replica.
