@@ -196,6 +196,7 @@ ENGLISH = {
         "core/step.py: Step.verdict",
     ),
     "no text for a reader": (
+        "kernels/ahead.py: start",
         "transforms/calls/explain_out_of_memory.py: compile",
         "transforms/calls/few_steps.py: _Reader",
         "transforms/calls/warm_up.py: PROMPT",
