@@ -130,6 +130,14 @@ def test_a_scheme_that_nobody_described_is_refused():
         ernie_accel.register_quantization_backend(Unknown())
 
 
+@pytest.mark.parametrize("device", ["h200", "cuda:8.9:16GiB", "rocm"])
+def test_a_plan_for_another_device_looks_for_the_packages_of_plug_ins(device, monkeypatch):
+    monkeypatch.setattr("ernie_accel.core.context._REGISTERED", {})
+    load = lambda: ernie_accel.register_package("peft", install="pip install peft")  # noqa: E731
+    monkeypatch.setattr("ernie_accel.core.context.load_plugins", load)
+    assert "peft" in Context.named(device).versions
+
+
 def test_a_package_of_ones_own_can_be_looked_for(monkeypatch):
     monkeypatch.setattr("ernie_accel.core.context._REGISTERED", {})
     context = Context("cpu", "a test")

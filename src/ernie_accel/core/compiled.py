@@ -201,8 +201,9 @@ def _put_back(pipe: Pipeline, component: str, wrapper: torch.nn.Module) -> None:
 
 
 def _put_back_within(root: torch.nn.Module, path: str, wrapper: torch.nn.Module) -> None:
-    place = place_of(inside_of(wrapper), root, path.partition(".")[2])
-    if place is None and place_of(wrapper, root, path.partition(".")[2]) is None:
+    within = path.partition(".")[2]
+    place = place_of(inside_of(wrapper), root, within)
+    if place is None and place_of(wrapper, root, within) is None:
         leave(path, "was replaced after `optimize`, and what torch.compile(...) had returned is not put back")
     elif place is not None and not is_compiled_wrapper(place[0]):
         place[0]._modules[place[1]] = wrapper

@@ -51,7 +51,7 @@ _DISTRIBUTIONS = {
 }
 _BUNDLED_PACKAGES = ("triton",)  # with CUDA builds of torch
 #: Used if installed, but no extra installs them: they are built for one version of torch and one kind of card.
-_UNBROUGHT_PACKAGES = ("flash_attn", "flash_attn_interface", "sageattention", "xformers")
+_WITHOUT_EXTRA = ("flash_attn", "flash_attn_interface", "sageattention", "xformers")
 _REQUIRED_PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy")
 
 SUPPORTED_DEVICES = ("cpu", "cuda", "npu")
@@ -166,19 +166,19 @@ class Context:
         Raises:
             UnknownNameError: There is no such device in the table.
         """
-        described = re.fullmatch(r"cuda:(\d+)\.(\d+)(?::(\d+(?:\.\d+)?)\s*gib)?", name.strip().lower())
+        load_plugins()  # they may register rows, and packages to look for
+        kind, installed = name.strip().lower(), installed_versions()
+        on_cuda = {**dict.fromkeys(_BUNDLED_PACKAGES, "unknown"), **installed}
+        described = re.fullmatch(r"cuda:(\d+)\.(\d+)(?::(\d+(?:\.\d+)?)\s*gib)?", kind)
         if described is not None:
             major, minor, gib = described.groups()
-            bundled = dict.fromkeys(_BUNDLED_PACKAGES, "unknown")
             memory = None if gib is None else int(float(gib) * GIB)
             label = said("a card that is not in the table")
-            return cls("cuda", label, (int(major), int(minor)), memory, {**bundled, **installed_versions()})
-        if (kind := name.strip().lower()) in UNSUPPORTED_DEVICES:
-            return cls(kind, kind, versions=installed_versions())
-        load_plugins()
+            return cls("cuda", label, (int(major), int(minor)), memory, on_cuda)
+        if kind in UNSUPPORTED_DEVICES:
+            return cls(kind, kind, versions=installed)
         row = hardware_named(name, note=NOT_SUPPORTED_YET)
-        bundled = dict.fromkeys(_BUNDLED_PACKAGES, "unknown") if row.device == "cuda" else {}
-        versions = {**bundled, **installed_versions()}
+        versions = on_cuda if row.device == "cuda" else installed
         return cls(row.device, row.name, row.capability, row.usable_bytes or row.memory_bytes, versions)
 
     @property
@@ -261,7 +261,7 @@ class Context:
 def installed_versions() -> Mapping[str, str]:
     """Return the versions of all packages the library can use, without importing any of them."""
     versions, places = {}, package_places()
-    for package in (*_REQUIRED_PACKAGES, *_BUNDLED_PACKAGES, *OPTIONAL_PACKAGES, *_UNBROUGHT_PACKAGES, *_REGISTERED):
+    for package in (*_REQUIRED_PACKAGES, *_BUNDLED_PACKAGES, *OPTIONAL_PACKAGES, *_WITHOUT_EXTRA, *_REGISTERED):
         if _importable(package):
             versions[package] = version_of(_DISTRIBUTIONS.get(package, package), places) or "unknown"
     return versions

@@ -291,6 +291,7 @@ def _hooks_around(owner: object, name: str) -> Iterator[tuple[object, str]]:
 
 
 def has_below_hooks(owner: object, name: str, value: object) -> bool:
+    """Return whether hooks of accelerate or diffusers go around `value`."""
     return any(vars(place).get(attribute) is value for place, attribute in _hooks_around(owner, name))
 
 
