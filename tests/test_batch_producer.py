@@ -44,6 +44,38 @@ def test_rows_from_many_threads_are_batched_and_each_is_answered(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{i:03d}.png" for i in range(60)]
 
 
+def test_a_picture_is_answered_while_the_next_batch_is_rendered(tmp_path):
+    begun, hold = threading.Event(), threading.Event()
+
+    def before(requests, call):
+        if call == 2:
+            begun.set()
+            assert hold.wait(30)
+
+    with Producer(StubEngine(before), tmp_path, batch_size=1) as producer:
+        first, second = (producer.submit(row) for row in make_rows(2))
+        try:
+            assert begun.wait(30)
+            assert first.result(10).path.is_file()
+            assert not second.done()
+        finally:
+            hold.set()
+        assert second.result(30).path.is_file()
+
+
+def test_everything_an_engine_does_is_done_in_one_thread(tmp_path):
+    threads = set()
+
+    class Engine(StubEngine):
+        def prepare(self, requests, timeout_s=None):
+            threads.add(threading.get_ident())
+
+    with Producer(Engine(lambda *_: threads.add(threading.get_ident())), tmp_path) as producer:
+        futures = [producer.submit(row) for row in make_rows(9)]
+        assert all(future.result(30).error is None for future in futures)
+    assert len(threads) == 1
+
+
 def test_a_failure_answers_its_own_row_only(tmp_path):
     def before(requests, call):
         if any(request.seed == 1 for request in requests):

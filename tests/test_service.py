@@ -656,6 +656,31 @@ def test_settings_come_from_the_environment_and_mistakes_are_named_together():
     assert "s3cret" not in message
 
 
+@pytest.mark.parametrize("name", ["SERVICE_API_KEY", "SERVICE_MODEL", "SERVICE_SERVED_NAME"])
+def test_an_empty_setting_is_a_mistake_and_no_open_door(name):
+    with pytest.raises(ErnieAccelError, match=f"{name}: .*at least 1 (character|item)"):
+        Settings.of({name: ""})
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"SERVICE_MODEL": "/nowhere/at/all"}, "there is no folder '/nowhere/at/all'"),
+        ({"SERVICE_PRESET": "nonsense"}, "Unknown preset 'nonsense'"),
+        ({"SERVICE_MEMORY": "much"}, "memory='much' is "),
+    ],
+)
+def test_what_cannot_be_loaded_is_one_message_and_exit_status_2(monkeypatch, capsys, given, reason):
+    from examples.service.__main__ import main
+
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert main() == 2
+    error = capsys.readouterr().err
+    assert f"error: {reason}" in error
+    assert "Traceback" not in error
+
+
 def test_openais_own_client_draws_edits_and_streams(service):
     openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
     address = f"http://127.0.0.1:{service.port}/v1"

@@ -21,6 +21,7 @@ except ModuleNotFoundError as error:
 from examples.service.app import Service, create_app
 from examples.service.connection import connection
 from examples.service.settings import Settings
+from examples.service.studio import load_engine
 
 
 class _Server(uvicorn.Server):
@@ -39,10 +40,13 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         settings = Settings.of(os.environ)
+        engine = load_engine(
+            settings
+        )  # here and not in the app: what is wrong is one line, and a signal ends it at once
     except ErnieAccelError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return serve(create_app(settings), settings)
+    return serve(create_app(settings, lambda _: engine), settings)
 
 
 def serve(app: FastAPI, settings: Settings) -> int:

@@ -14,6 +14,7 @@ PREFIX = "SERVICE_"
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(min_length=1)]
 
 
 class Settings(BaseModel):
@@ -47,14 +48,14 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
-    model: str | None = None
-    served_name: str | None = None
+    model: Name | None = None
+    served_name: Name | None = None
     preset: str = "auto"
     memory: str = "auto"
     enhancer: bool = True
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    api_key: SecretStr | None = None
+    api_key: Annotated[SecretStr, Field(min_length=1)] | None = None
     batch_size: Count | None = None
     max_queue: Count = 64
     timeout_s: Seconds = 120.0

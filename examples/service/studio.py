@@ -43,9 +43,13 @@ def load_engine(settings: Settings) -> Engine:
     import ernie_accel
 
     pipe: Any
+    preset: str | None
     if settings.model is None:
         pipe = ernie_accel.demo.load(prompt_enhancer=settings.enhancer)
-        ernie_accel.optimize(pipe, ernie_accel.CallDefaults("turbo"))
+        preset = (
+            None if settings.preset == "auto" else settings.preset
+        )  # auto compiles, which takes longer than drawing
+        ernie_accel.optimize(pipe, ernie_accel.CallDefaults("turbo"), preset=preset, memory=settings.memory)
     else:
         preset, memory = settings.preset, settings.memory
         pipe = ernie_accel.load(settings.model, preset=preset, memory=memory, prompt_enhancer=settings.enhancer)

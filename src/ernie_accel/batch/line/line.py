@@ -35,6 +35,7 @@ from ernie_accel.batch.input.row import Row
 from ernie_accel.batch.input.sift import Finding
 from ernie_accel.batch.input.task import SECOND_PASS_GUIDANCE, SecondPass, Task
 from ernie_accel.batch.line.schedule import Schedule
+from ernie_accel.batch.line.slot import Slot
 from ernie_accel.batch.output.folder import OutputFolder
 from ernie_accel.batch.output.ledger import REJECTED, Ledger
 from ernie_accel.batch.output.writer import Writer, Written, rejected_path
@@ -145,8 +146,10 @@ class Line:
         self._refiner = refiner
         self._refining = threading.BoundedSemaphore(1 if refiner is None else refiner.slots)
         self._orders = orders
-        # A single slot renders in the caller's thread: Ctrl-C then reaches a hung pipe, and CUDA has one thread.
+        # A single slot renders in the caller's thread: Ctrl-C then reaches a hung pipe, and CUDA has one thread. Where
+        # somebody waits for each row, it has a thread of its own: a picture is answered while the next is rendered.
         self._pool = ThreadPoolExecutor(engine.slots, "ernie-accel-slot") if engine.slots > 1 else None
+        self._slot = Slot() if engine.slots == 1 and orders is not None else None
         self._unprepared: deque[Task] = deque()
         self._prepared: list[Task] = []  # ahead of those in the schedule
         self._rendering: dict[Future[Sequence[Begun]], _Batch] = {}
@@ -219,6 +222,8 @@ class Line:
         finally:
             if self._pool is not None:
                 self._pool.shutdown(wait=False, cancel_futures=True)
+            if self._slot is not None:
+                self._slot.close()
             # Before what the writer has finished: an interrupt may have come when it had part of a batch.
             self._release(task for batch in self._rendering.values() for task in batch.tasks)
             self._rendering.clear()
@@ -245,6 +250,9 @@ class Line:
                 render = functools.partial(_one_of, self._refining, render)
             if self._orders is not None and (on_step := self._orders.watched(tasks)) is not None:
                 render = functools.partial(_watched, render, on_step)
+            if self._slot is not None:
+                self._slot.run(future, render)
+                return
             if self._pool is None:
                 _render_now(future, render)
                 return
@@ -270,8 +278,14 @@ class Line:
         wanted = some if self._orders is None else [task for task in some if not self._orders.dropped(task)]
         if not wanted:
             return some
+        prepare = functools.partial(self._engine.prepare, [task.current() for task in wanted], self._timeout_s)
         try:
-            self._engine.prepare([task.current() for task in wanted], self._timeout_s)
+            if self._slot is not None:  # in the thread that renders
+                prepared: Future[None] = Future()
+                self._slot.run(prepared, prepare)
+                prepared.result()
+            else:
+                prepare()
         except EngineLostError as error:
             self._fatal = error
             return []
