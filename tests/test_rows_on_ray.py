@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
+import zlib
 from pathlib import Path
 
 import pytest
-from examples.rows_on_ray import Draw, drawn
 from PIL import Image
 
 from ernie_accel.batch.engines import Request
 from tests.child_paths import PYTHONPATH
 from tests.stub_engine import StubEngine, picture_of
+
+pa = pytest.importorskip("pyarrow", reason="Ray Data hands over Arrow's tables")
+
+from examples.rows_on_ray import Draw, drawn  # noqa: E402  # needs what was looked for
 
 
 class NotingEngine(StubEngine):
@@ -29,15 +34,14 @@ class NotingEngine(StubEngine):
 
 
 def columns(count):
-    numpy = pytest.importorskip("numpy")
     prompts = ["fail" if i == 3 else f"cup{i}" for i in range(count)]
     names = [f"{i}.png" for i in range(count)]
     return {
-        "prompt": numpy.array(prompts),
-        "file_name": numpy.array(names),
-        "seed": numpy.arange(count) + 7,
-        "guidance_scale": numpy.full(count, numpy.nan),
-        "sku": numpy.arange(count),
+        "prompt": prompts,
+        "file_name": names,
+        "seed": list(range(7, 7 + count)),
+        "guidance_scale": [math.nan] * count,
+        "sku": list(range(count)),
     }
 
 
@@ -45,7 +49,7 @@ def test_a_batch_keeps_its_columns_and_each_row_has_its_outcome(tmp_path):
     batch = columns(5)
     batch["file_name"][4] = "../x"
     draw = Draw(lambda: NotingEngine(tmp_path / "notes"), str(tmp_path / "out"))
-    made = draw(batch)
+    made = draw(pa.table(batch)).to_pydict()
     assert list(made) == [*batch, "path", "picture_seed", "error"]
     assert [bool(error) for error in made["error"]] == [False, False, False, True, True]
     assert made["error"][3] == "LookupError: no such word"
@@ -53,18 +57,43 @@ def test_a_batch_keeps_its_columns_and_each_row_has_its_outcome(tmp_path):
     assert list(made["picture_seed"]) == [7, 8, 9, 10, 11]
     with Image.open(made["path"][2]) as found:
         assert found.tobytes() == picture_of(Request(prompt="", seed=9)).tobytes()
-    again = draw(batch)
-    assert list(again["path"]) == list(made["path"])
+    again = draw(pa.table(made)).to_pydict()  # with the columns of the first time
+    assert list(again) == list(made)
+    assert (again["path"], again["error"]) == (made["path"], made["error"])
     assert len((tmp_path / "notes").read_text().splitlines()) == 3  # what is there is not drawn again
 
 
 def test_a_row_without_a_seed_has_that_of_its_name(tmp_path):
     batch = {name: values[:2] for name, values in columns(2).items() if name != "seed"}
     draw = Draw(lambda: StubEngine(), str(tmp_path))
-    seeds = list(draw(batch)["picture_seed"])
+    seeds = draw(pa.table(batch))["picture_seed"].to_pylist()
     assert len(set(seeds)) == 2
     (tmp_path / "0.png").unlink()
-    assert list(draw({name: values[:1] for name, values in batch.items()})["picture_seed"]) == seeds[:1]
+    assert draw(pa.table(batch).slice(0, 1))["picture_seed"].to_pylist() == seeds[:1]
+
+
+def test_what_is_missing_in_one_row_changes_nothing_in_another(tmp_path):
+    seeds = [2**62 + 1, None]  # as a float, the first would be another
+    batch = pa.table({"prompt": ["cup", "mug"], "file_name": ["a.png", "b.png"], "seed": seeds})
+    made = Draw(StubEngine, str(tmp_path))(batch)
+    assert made["picture_seed"].to_pylist() == [2**62 + 1, zlib.crc32(b"b.png")]
+    assert made["seed"].to_pylist() == seeds
+    assert made["error"].to_pylist() == ["", ""]
+
+
+def test_a_row_without_a_prompt_or_a_name_is_not_drawn_as_none(tmp_path):
+    engine = StubEngine()
+    batch = pa.table({"prompt": ["cup", None, "mug"], "file_name": ["a.png", "b.png", None]})
+    made = Draw(lambda: engine, str(tmp_path))(batch)
+    assert [bool(error) for error in made["error"].to_pylist()] == [False, True, True]
+    assert [request.prompt for requests in engine.batches for request in requests] == ["cup"]
+
+
+def test_a_number_that_is_none_costs_its_own_row_only(tmp_path):
+    batch = pa.table({"prompt": ["a", "b", "c"], "file_name": ["a.png", "b.png", "c.png"], "seed": ["7", "soon", "-1"]})
+    made = Draw(StubEngine, str(tmp_path))(batch)
+    assert [bool(error) for error in made["error"].to_pylist()] == [False, True, True]
+    assert made["picture_seed"].to_pylist() == [7, zlib.crc32(b"b.png"), None]
 
 
 @pytest.mark.slow
@@ -79,8 +108,7 @@ def test_two_actors_share_the_rows_of_a_dataset(tmp_path):
 
         notes, out = tmp_path / "notes", tmp_path / "out"
         given = columns(200)
-        table = [{name: values[i].item() for name, values in given.items()} for i in range(200)]
-        rows = ray.data.from_items(table, override_num_blocks=8)
+        rows = ray.data.from_items(pa.table(given).to_pylist(), override_num_blocks=8)
         made = drawn(rows, lambda: NotingEngine(notes), str(out), actors=2, num_gpus=0, batch=10).take_all()
     finally:
         ray.shutdown()
