@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from ernie_accel.core.context import Context
 from ernie_accel.core.outputs import images_of
 from ernie_accel.core.transform import Transform
+from tests.copies import built_once
 
 
 def after(context: Context, pipe: Any, *transforms: Transform) -> Context:
@@ -48,6 +49,7 @@ def tiny_tokenizer() -> Any:
     )
 
 
+@built_once
 def tiny_ernie(*, layers: int = 2, dtype: torch.dtype = torch.float32, enhancer: bool = False) -> Any:
     """Return an ErnieImagePipeline of about 0.5 M parameters; 64x64 pixels are 16 tokens."""
     from diffusers import (
@@ -136,6 +138,7 @@ def tiny_enhancer(**settings: Any) -> Any:
     return Ministral3ForCausalLM(Ministral3Config(**config | settings))
 
 
+@built_once
 def tiny_flux() -> Any:
     """Return a FluxPipeline without text encoders: a pipeline of no family the library knows."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -200,6 +203,7 @@ def tiny_vae() -> Any:
     )
 
 
+@built_once
 def tiny_z_image() -> Any:
     """Return a ZImagePipeline with one block of each kind; 64x64 pixels are 16 tokens, padded to 32."""
     from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
@@ -240,6 +244,7 @@ def tiny_z_image() -> Any:
     )
 
 
+@built_once
 def tiny_lumina2() -> Any:
     """Return a Lumina2Pipeline, whose transformer is the one NewBie-image was made from; 64x64 pixels are 16 tokens."""
     from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
@@ -324,6 +329,7 @@ class PooledEmbedding(torch.nn.Module):
         return embedded + self.clip_text_pooled_proj(weight.new_ones(1, weight.shape[1])), caption
 
 
+@built_once
 def tiny_newbie() -> Any:
     """Return a Lumina2Pipeline around a `NextDiT`: the `pooled_projection_dim` variant, known by duck typing."""
     pipe = tiny_lumina2()
@@ -390,6 +396,7 @@ def interrupt_at(step: int) -> Any:
     return callback
 
 
+@built_once
 def tiny_sd() -> Any:
     """Return a StableDiffusionPipeline without text encoder: its denoiser is a UNet."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -418,6 +425,7 @@ def tiny_sd() -> Any:
     )
 
 
+@built_once
 def tiny_wan(*, first: bool = True) -> Any:
     """Return a WanPipeline without text encoder: two transformers take turns, or (Wan 2.2's fast way) only the second.
 

@@ -6,8 +6,6 @@ import functools
 import inspect
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +14,8 @@ import torch
 import ernie_accel
 from ernie_accel import Compile, CompileVae, Context
 from ernie_accel.models.compile_cache import InductorIn, compile_module
+from tests.forked import Forked
 from tests.pipelines import picture, tiny_ernie
-
-ROOT = Path(__file__).parents[1]
 
 #: A process of a user: a model of one block, one picture; then what the caches saw, and what is left of the settings.
 PROCESS = """
@@ -52,33 +49,30 @@ print(json.dumps({"out": out.tolist(), "hits": counters["inductor"]["fxgraph_cac
 """
 
 
-def run_process(folder: Path, own_folder: Path) -> dict:
-    """Run a user's process whose other compiled code, if any, goes to `own_folder`."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROCESS, str(folder)],
-        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(own_folder)},
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.slow
 def test_the_next_process_finds_what_the_first_compiled_and_damage_is_compiled_anew(tmp_path):
     folder, own = tmp_path / "kept" / "here", tmp_path / "own"
-    first = run_process(folder, own)
+    # What each imports, and nothing that it compiled; with threads of its own, torch would start more processes ahead.
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(own), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    forked = Forked("torch._inductor.compile_fx", "torch._dynamo", "ernie_accel.transforms", environment=environment)
+
+    def run_process():
+        return json.loads(forked.lines(PROCESS, str(folder))[-1])
+
+    first = run_process()
     assert (first["hits"], first["misses"]) == (0, 1)
-    second = run_process(folder, own)
+    second = run_process()
     assert (second["hits"], second["misses"]) == (1, 0)
     assert second["out"] == first["out"]
     for file in folder.rglob("*"):
         if file.is_file():
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    third = run_process(folder, own)
+    third = run_process()
     assert third["hits"] == 0 and third["misses"] > 0
     torch.testing.assert_close(third["out"], first["out"])  # torch may take other instructions then, so not bitwise
     assert first["same_settings"] and second["same_settings"] and third["same_settings"]
     assert not [file for file in own.rglob("*") if file.is_file()]
+    forked.close()
 
 
 def test_all_blocks_share_one_graph_as_they_do_without_a_folder(tmp_path, monkeypatch):
