@@ -39,8 +39,7 @@ def prepare(model: str | os.PathLike[str], transforms: Iterable[Transform], mach
     # It ends within two seconds. A daemon could be within CUDA when the process ends.
     threading.Thread(target=_wake, args=(machine.torch_device,), name="ernie_accel: wakes the device").start()
     name = _transformer_class(folder)
-    family = next((each for each in families() if name in each.transformer_classes), None)
-    if family is not None:
+    for family in [each for each in families() if name in each.transformer_classes][:1]:
         for precision in _precisions(folder, transforms):
             ahead.start(family.name, precision, machine.capability)
 
