@@ -5,8 +5,8 @@
 For tables that live where Ray reads them, and jobs whose next step is on Ray too. All actors must see the folder.
 Rows need `prompt` and `file_name`; `seed`, `width`, `height`, `steps`, `guidance_scale` and `negative_prompt` are used
 where they are there. What comes out are the same rows with `path`, `picture_seed` and `error`. Run again, it draws only
-what is missing. It has no ledger and no report: `ernie-accel batch --ray-actors` has both. Needs ``pip install 'ray[data]'``;
-where there is no GPU, ``--gpus 0``: an actor waits for one.
+what is missing. It has no ledger and no report: `ernie-accel batch --ray-actors` has both. It needs
+``pip install 'ray[data]'``. Each actor waits for a GPU; where there is none, give ``--gpus 0``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A table of prompts
 #
-# Rows may come from a CSV file (`read_table`), or from dicts and data frames.
+# Rows come from a file, CSV for instance (`read_table`), or from dicts or a data frame (`read_rows`).
 
 # %%
 from pathlib import Path
@@ -41,7 +41,7 @@ for column, result in enumerate(results):
 sheet
 
 # %% [markdown]
-# Run it again: pictures that are finished are kept, and the folder's manifest has every row with what became of it.
+# Run the notebook again and finished pictures are kept. The folder's manifest lists every row and what became of it.
 
 # %%
 print((Path("pictures") / "manifest.jsonl").read_text(encoding="utf-8"))

@@ -2,7 +2,7 @@
 # # Certify
 #
 # The same prompts from the same noise, with and without quantizing. A notebook shows the figures, and the pictures of
-# both below each other.
+# both.
 
 # %%
 import ernie_accel

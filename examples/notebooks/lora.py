@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A LoRA on an optimized pipe
 #
-# Load any LoRA for the model in the place of the random one that is made here. It needs `pip install peft`.
+# The LoRA made here is random: put any LoRA for the model in its place. It needs `pip install peft`.
 
 # %%
 from peft import LoraConfig

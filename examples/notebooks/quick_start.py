@@ -1,7 +1,8 @@
 # %% [markdown]
 # # Quick start
 #
-# What fits this machine, what would be done, a picture, what was done. In a notebook, plans and reports are tables.
+# What suits this machine, what would be done, a picture, and what was done. In a notebook, plans and reports are
+# tables.
 
 # %%
 import ernie_accel
@@ -17,7 +18,7 @@ ernie_accel.recommend(ernie_accel.Context.named("rtx3060"))
 # %% [markdown]
 # ## A picture
 #
-# Without a download: `pipe = ernie_accel.demo.load()`, and `height=128, width=128` in each call.
+# To try it without a download, write `pipe = ernie_accel.demo.load()`, and pass `height=128, width=128` in each call.
 
 # %%
 pipe = ernie_accel.load("baidu/ERNIE-Image-Turbo")
@@ -31,7 +32,8 @@ pipe("a lighthouse at dusk").images[0]
 ernie_accel.report(pipe)
 
 # %% [markdown]
-# The original, bit for bit:
+# The original, bit for bit. Where the originals of quantized weights were not kept, to save memory, the report says
+# that this cannot be undone, and `restore` raises an error.
 
 # %%
 ernie_accel.restore(pipe)
