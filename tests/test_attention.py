@@ -359,6 +359,7 @@ def test_it_refuses_processors_that_fold_the_mask_again(ernie):
     assert "Folding folds every mask to [B, 1, 1, S] itself" in step.reasons[0]
 
 
+@pytest.mark.slow
 def test_masks_and_compiling_go_together(ernie):
     before = picture(ernie, prompt=[SHORT, LONG])
     ernie_accel.optimize(ernie, ElideMask(), ExpandAttentionMask(), Compile())
@@ -418,6 +419,7 @@ def test_what_runs_natively_already_is_left_to_its_own_processor():
     assert step.verdict == "nothing to do"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lumina2", "newbie"])
 def test_blocks_of_lumina_2_compile_without_breaks(name):
     pipe = PIPELINES[name]()

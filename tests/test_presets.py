@@ -208,7 +208,9 @@ def test_with_a_pipe_its_own_reasons_count(flux):
     assert any(warning.startswith(expected) for warning in found.warnings)
 
 
-@pytest.mark.parametrize("name", ["exact", "turbo-fp32", "turbo-bf16", "quality-bf16"])
+@pytest.mark.parametrize(
+    "name", ["exact", pytest.param("turbo-fp32", marks=pytest.mark.slow), "turbo-bf16", "quality-bf16"]
+)
 def test_a_preset_does_what_a_pipe_of_no_known_family_allows_and_lists_the_rest(name, flux):
     stock = picture(flux)
     left_out = [step for step in ernie_accel.plan(flux, preset=name).steps if step.transform.family_reasons(flux)]
