@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import subprocess
@@ -13,6 +14,7 @@ import torch
 
 import ernie_accel
 from ernie_accel import FuseKernels, Quantize
+from ernie_accel.common.collecting import without_collecting
 from ernie_accel.core.context import Context
 from ernie_accel.families import families
 from ernie_accel.kernels import ahead
@@ -232,3 +234,17 @@ def test_reading_does_not_search_for_garbage_and_leaves_the_search_as_it_was(tmp
         finally:
             gc.enable()
     assert found == [False] * 4
+
+
+def test_the_last_of_several_loads_turns_the_search_for_garbage_on_again():
+    assert gc.isenabled()
+    first, second = contextlib.ExitStack(), contextlib.ExitStack()
+    try:
+        first.enter_context(without_collecting())
+        second.enter_context(without_collecting())
+        first.close()
+        assert not gc.isenabled()
+        second.close()
+        assert gc.isenabled()
+    finally:
+        gc.enable()

@@ -219,3 +219,9 @@ def test_all_of_a_folder_is_on_the_disk_before_it_takes_its_place(tmp_path, monk
     monkeypatch.setattr(folders, "_switch", checked)
     folders.replace_folder(tmp_path / "saved", write)
     assert (tmp_path / "saved" / "part" / "weights").read_bytes() == b"1"
+
+
+@pytest.mark.parametrize("name", [".", "", "/"])
+def test_a_folder_without_a_name_is_itself(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert current(Path(name)) == Path(name)

@@ -27,8 +27,10 @@ _CANNOT = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP
 
 def current(folder: Path) -> Path:
     """Return where the content of `folder` is: there, or beside it if a switch was killed half-way."""
+    if folder.exists():  # also "." and "/", which have no name and so nothing beside them
+        return folder
     old = _set_aside(folder.resolve() if folder.is_symlink() else folder)
-    return old if not folder.exists() and old.is_dir() else folder
+    return old if old.is_dir() else folder
 
 
 def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
