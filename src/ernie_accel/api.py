@@ -256,7 +256,8 @@ def load(
         return _load_saved(
             model, transforms, preset, memory, device, prompt_enhancer, on_unsupported, tuple(known), call
         )
-    prepare(model, (*transforms, *(named.transforms if named is not None else ())), machine)
+    likely = fitting_preset(machine) if preset == "auto" else named  # which of them fits, only the pipe can tell
+    prepare(model, (*transforms, *(likely.transforms if likely is not None else ())), machine, device)
     pipe = load_pipeline(
         os.fspath(model),
         dtype,
@@ -293,7 +294,7 @@ def _load_saved(
     plans = asked and memory is not None and machine.device not in ("cpu", "rocm")
     mapped = plans or (device is None and goes_to is not None)
     named = find_preset(preset) if preset is not None and preset != "auto" else None
-    prepare(model, transforms, machine)
+    prepare(model, transforms, machine, goes_to)
     place = None if mapped else device or (machine.torch_device if asked and memory is not None else "cpu")
     pipe, wanted = read_saved(model, transforms, machine, place, preset=named, known=known, elsewhere=plans)
     if not prompt_enhancer:

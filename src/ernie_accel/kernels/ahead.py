@@ -30,6 +30,9 @@ MODULES = ("decode", "gpu", "group_norm")
 FEWEST_CORES = 4
 _PACKAGE = "ernie_accel.kernels"
 _LISTS = Path(__file__).parent / "launched"
+#: What this process has begun to compile: a second load finds it, whichever thread it is in.
+_begun: set[tuple[str, str, tuple[int, int], str | None]] = set()
+_beginning = threading.Lock()
 #: How Triton writes that a pointer or a number is a multiple of 16.
 _MULTIPLE = [["tt.divisibility", 16]]
 
@@ -124,17 +127,26 @@ def start(family: str, precision: str, capability: tuple[int, int]) -> subproces
 
     Returns:
         The process, which nobody needs to wait for; None where there is nothing to compile, or nothing to do it with:
-        an unknown family, no Triton, fewer than four cores, or `ERNIE_ACCEL_COMPILE_AHEAD` set to "0".
+        an unknown family, no Triton, no interpreter of its own (as in a frozen program), fewer than four cores, or
+        `ERNIE_ACCEL_COMPILE_AHEAD` set to "0"; and where this process has begun it before.
     """
-    if os.environ.get(VARIABLE) == "0" or _cores() < FEWEST_CORES or not sys.executable:
+    if os.environ.get(VARIABLE) == "0" or _cores() < FEWEST_CORES:
+        return None
+    if not sys.executable or getattr(sys, "frozen", False):
         return None
     launched = listed(family).get(precision, ())
     if importlib.util.find_spec("triton") is None or not launched:
         return None
+    work_of = (family, precision, capability, os.environ.get("TRITON_CACHE_DIR"))
+    with _beginning:
+        if work_of in _begun:
+            return None
+        _begun.add(work_of)
     # It looks for modules where this process does, and not in the folder it runs in, which may be anybody's.
     code = f"import sys; sys.path[:] = {sys.path!r}; from {_PACKAGE} import ahead; ahead.main()"
     work = json.dumps({"capability": capability, "launched": [asdict(each) for each in launched]})
-    environment, nowhere = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}, subprocess.DEVNULL
+    # Whatever program that turns out to be, it does not begin another.
+    environment, nowhere = {**os.environ, "CUDA_VISIBLE_DEVICES": "", VARIABLE: "0"}, subprocess.DEVNULL
     try:
         process = subprocess.Popen(
             [sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere
@@ -150,19 +162,30 @@ def compile_all(launched: Iterable[Launched], capability: tuple[int, int], worke
     """Compile kernels into Triton's cache, several at once; return how many compiled.
 
     One that does not compile for this device, or with this version of Triton, is left out: it may never be launched.
+    If a worker dies, as for want of memory, those that are not compiled by then are left out.
+
+    Args:
+        launched: The kernels.
+        capability: Of the CUDA device, as (9, 0).
+        workers: Processes to compile in; below 2, or where processes cannot be forked, this one does it.
     """
     launched = list(launched)
     for name in {each.module for each in launched}:
         _module(name)  # before the fork, so that workers share it
     import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
 
+    workers = min(workers, len(launched))
     if workers < 2 or "fork" not in multiprocessing.get_all_start_methods():
         return sum(_compiled(each, capability) for each in launched)
-    with multiprocessing.get_context("fork").Pool(min(workers, len(launched))) as pool:
-        return sum(pool.starmap(_compiled, [(each, capability) for each in launched], chunksize=1))
+    # multiprocessing's own pool would wait for ever for what a dead worker was given.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        under_way = [pool.submit(_compiled, each, capability) for each in launched]
+        return sum(each.exception() is None and each.result() for each in under_way)
 
 
 def _compiled(launched: Launched, capability: tuple[int, int]) -> bool:
+    """Return whether a kernel compiled, into Triton's cache."""
     try:
         compiled = compile_one(launched, capability)
     except Exception:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ernie_accel.core.context import Context
+from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.transform import Transform
 from ernie_accel.families import families
 from ernie_accel.kernels import ahead
@@ -23,25 +24,44 @@ from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
 _LARGEST_INDEX = 2**20
 
 
-def prepare(model: str | os.PathLike[str], transforms: Iterable[Transform], machine: Context) -> None:
+def prepare(
+    model: str | os.PathLike[str], transforms: Iterable[Transform], machine: Context, device: str | None = None
+) -> None:
     """Begin with what the first picture of a model needs on CUDA, while it is about to be read.
 
     The kernels that it will launch are compiled, if a list of them is known, and the device's libraries are loaded.
+    Both go on after this returns, and nobody hears of it if they fail: a launch then does what is missing.
 
     Args:
         model: A folder of diffusers, or one that `save` wrote; for a hub id nothing is done.
-        transforms: What it is read with, beside what it was saved with.
+        transforms: What it is read with, beside what it was saved with. Of several `FuseKernels` the first counts.
         machine: Where it will run.
+        device: The name of that device, as "cuda:1"; None: where `MoveTo` sends it, else the current CUDA device.
     """
-    folder = current(Path(model))
-    if machine.device != "cuda" or machine.capability is None or not folder.is_dir():
+    if machine.device != "cuda" or machine.capability is None:
         return
-    # It ends within two seconds. A daemon could be within CUDA when the process ends.
-    threading.Thread(target=_wake, args=(machine.torch_device,), name="ernie_accel: wakes the device").start()
-    name = _transformer_class(folder)
-    for family in [each for each in families() if name in each.transformer_classes][:1]:
-        for precision in _precisions(folder, transforms):
-            ahead.start(family.name, precision, machine.capability)
+    folder, transforms = current(Path(model)), tuple(transforms)
+    if not folder.is_dir():
+        return
+    moved_to = (each.moves_to for each in transforms if each.moves_to is not None)
+    _start_to_wake(device or next(moved_to, machine.torch_device))
+    transformer = _transformer_class(folder)
+    family = next((each.name for each in families() if transformer in each.transformer_classes), "")
+    precision = _precision(folder, transforms) if family else None
+    if precision is not None:
+        ahead.start(family, precision, machine.capability)
+
+
+def _start_to_wake(device: str) -> None:
+    """Have a thread wake a CUDA device, by its number: a new thread's current device is the first one.
+
+    The thread ends within two seconds. It is no daemon, which could be within CUDA when the process ends.
+    """
+    with contextlib.suppress(Exception):  # what does not work here is reported by whoever needs it
+        where = torch.device(device)
+        if where.type == "cuda":
+            number = torch.cuda.current_device() if where.index is None else where.index
+            threading.Thread(target=_wake, args=(f"cuda:{number}",), name="ernie_accel: wakes the device").start()
 
 
 def _wake(device: str) -> None:
@@ -64,10 +84,14 @@ def _transformer_class(folder: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def _precisions(folder: Path, transforms: Iterable[Transform]) -> set[str]:
-    """Return the precisions of the kernels that a pipe will run on: one, or none."""
-    asked = {each.precision for each in transforms if isinstance(each, FuseKernels)}
-    if asked or not (folder / MANIFEST).is_file():
+def _precision(folder: Path, transforms: Iterable[Transform]) -> str | None:
+    """Return the precision of the kernels that a pipe will run on; None for one that runs on none, or is damaged."""
+    asked = next((each.precision for each in transforms if isinstance(each, FuseKernels)), None)
+    if asked is not None or not (folder / MANIFEST).is_file():
         return asked
-    saved = [each.transform for each in open_manifest(folder).transforms if each.changed]
-    return {str(data.get("precision")) for data in saved if data.get("transform") == FuseKernels.__name__}
+    try:
+        saved = [each.transform for each in open_manifest(folder).transforms if each.changed]
+    except (OSError, ErnieAccelError):  # for whoever reads it to complain about
+        return None
+    fused = (data for data in saved if data.get("transform") == FuseKernels.__name__)
+    return next((str(data.get("precision")) for data in fused), None)
