@@ -1,7 +1,7 @@
 """Draw a picture of each family on its fused kernels and write down what was launched; needs a Hopper GPU and cuDNN.
 
-``python -m tools.kernel_lists [FAMILY ...]``, after a change of what kernels there are, or of their parameters, block
-sizes or warps. The lists are for `ernie_accel.kernels.ahead`. Pipes have the published configurations, random weights,
+``python -m tools.kernel_lists [FAMILY ...]``, after kernels were added or removed, or their parameters, block sizes or
+warps changed. `ernie_accel.kernels.ahead` reads the lists. Pipes have the published configurations, random weights,
 and two layers: the kernels of one layer are those of all.
 """
 
@@ -33,8 +33,8 @@ def ernie_image(size: str, px: int, device: str) -> tuple[Any, Callable[[], obje
     return pipe, partial(pipe, prompt_of(TOKENS), use_pe=False, **call)
 
 
-def other(family: str, size: str, px: int, device: str) -> tuple[Any, Callable[[], object]]:
-    """Return a pipe without text encoder, and what draws a picture with it."""
+def without_text_encoder(family: str, size: str, px: int, device: str) -> tuple[Any, Callable[[], object]]:
+    """Return a pipe without text encoder, and what draws a picture with it from random embeddings."""
     pipe = random_family_pipeline(family, size, device, torch.bfloat16)
     latents = draws(family, pipe, px, TOKENS)
     assert isinstance(latents, partial)
@@ -44,13 +44,13 @@ def other(family: str, size: str, px: int, device: str) -> tuple[Any, Callable[[
 #: Name of the family -> (the mode of its presets, what makes a pipe of a size).
 FAMILIES: dict[str, tuple[str, Callable[[str, int, str], tuple[Any, Callable[[], object]]]]] = {
     "ERNIE-Image": ("turbo", ernie_image),
-    "Z-Image": ("turbo", partial(other, "z-image")),
-    "NewBie-image": ("quality", partial(other, "newbie")),
+    "Z-Image": ("turbo", partial(without_text_encoder, "z-image")),
+    "NewBie-image": ("quality", partial(without_text_encoder, "newbie")),
 }
 
 
 def record(family: str, size: str = "full", px: int = PIXELS, device: str = "cuda") -> dict[str, list[ahead.Launched]]:
-    """Return what a family launches by precision."""
+    """Return what a family launches, by precision; `size` is "full" or "tiny", `px` the pixels of a side."""
     mode, make = FAMILIES[family]
     found = {}
     for precision in ("bf16", "fp8"):
@@ -65,10 +65,14 @@ def record(family: str, size: str = "full", px: int = PIXELS, device: str = "cud
 
 
 def main() -> None:
-    """Record, write, and say how many."""
+    """Record and write the lists, and print how many kernels each has."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help=f"of {list(FAMILIES)}; default: all")
-    for family in parser.parse_args().families or FAMILIES:
+    families = parser.parse_args().families or list(FAMILIES)
+    unknown = [family for family in families if family not in FAMILIES]
+    if unknown:
+        parser.error(f"no such family: {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
+    for family in families:
         found = record(family)
         counts = ", ".join(f"{precision} {len(ahead.set_of(of))}" for precision, of in found.items())
         print(f"{ahead.write_list(family, found)}: {counts}")

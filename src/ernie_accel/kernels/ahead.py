@@ -1,4 +1,4 @@
-"""Compile the Triton kernels of a known family beside everything else that happens until its first picture.
+"""Compile the Triton kernels of a known family while everything else that its first picture needs goes on.
 
 Triton compiles a kernel when it is first launched, one after the other: 6 s of a first picture on an H200. What a
 family launches is known: ``launched/FAMILY.json`` lists it, as ``python -m tools.kernel_lists`` recorded it. `start`
@@ -22,11 +22,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol, TypedDict
 
-#: Set to "0", nothing is compiled ahead.
+#: The environment variable that, if it is "0", turns compiling ahead off.
 VARIABLE = "ERNIE_ACCEL_COMPILE_AHEAD"
 #: The modules of this package that define Triton kernels.
 MODULES = ("decode", "gpu", "group_norm")
-#: With fewer cores, importing and compiling would slow each other down. A quarter of the cores compile.
+#: On fewer cores, importing and compiling would slow each other down. A quarter of the cores compile.
 FEWEST_CORES = 4
 _PACKAGE = "ernie_accel.kernels"
 _LISTS = Path(__file__).parent / "launched"
@@ -75,11 +75,11 @@ class Launched:
     Attributes:
         module: The module of this package that defines it.
         kernel: Its name there.
-        signature: The type of each parameter, as Triton spells it: "*bf16", "i32", "fp32", "constexpr".
+        signature: Each parameter's type, as Triton spells it: "*bf16", "i32", "fp32", "constexpr".
         constants: The values of those that are "constexpr": numbers, booleans, None, or the name of a dtype ("bf16").
-        multiples: Of parameters whose value or address Triton looks at, whether that is a multiple of 16.
-        warps: Warps of a program.
-        stages: Steps of a loop that are under way together.
+        multiples: For parameters whose value or address Triton looks at: whether it is a multiple of 16.
+        warps: Warps per program (Triton's ``num_warps``).
+        stages: Iterations of a loop that overlap (Triton's ``num_stages``).
     """
 
     module: str
@@ -92,7 +92,7 @@ class Launched:
 
 
 def listed(family: str) -> dict[str, tuple[Launched, ...]]:
-    """Return what a family launches by its precision, "bf16" or "fp8"; nothing for one without a list."""
+    """Return what a family launches, by precision ("bf16" or "fp8"); nothing for a family without a list."""
     path = _LISTS / f"{family}.json"
     if not path.is_file():
         return {}
@@ -101,7 +101,11 @@ def listed(family: str) -> dict[str, tuple[Launched, ...]]:
 
 
 def write_list(family: str, found: Mapping[str, Iterable[Launched]]) -> Path:
-    """Write the list of a family, in an order of its own, and return where."""
+    """Write the list of a family, by precision and sorted, each kernel once; return the file.
+
+    Raises:
+        OSError: It cannot be written, as where the package is installed read-only.
+    """
     data = {
         precision: sorted(map(asdict, set_of(of)), key=lambda each: json.dumps(each, sort_keys=True))
         for precision, of in sorted(found.items())
@@ -113,7 +117,7 @@ def write_list(family: str, found: Mapping[str, Iterable[Launched]]) -> Path:
 
 
 def set_of(launched: Iterable[Launched]) -> list[Launched]:
-    """Return each once; their fields are dictionaries, so they have no hash."""
+    """Return each kernel once, in order; they hold dictionaries, so they have no hash."""
     return list({json.dumps(asdict(each), sort_keys=True): each for each in launched}.values())
 
 
@@ -196,9 +200,9 @@ def _compiled(launched: Launched, capability: tuple[int, int]) -> bool:
 
 
 def _build_launcher(compiled: _Compiled) -> None:
-    """Have Triton build the C functions that launch kernels, into the same cache: 3 s of a first picture on an H200.
+    """Have Triton build the C code that launches kernels, into the same cache: 3 s of a first picture on an H200.
 
-    Where that fails, as without a driver of CUDA or with another version of Triton, a launch builds what it needs.
+    This may fail, without CUDA's driver or with another version of Triton; a launch then builds what it needs.
     """
     from triton.backends.nvidia.driver import CudaLauncher, CudaUtils
 
@@ -207,7 +211,11 @@ def _build_launcher(compiled: _Compiled) -> None:
 
 
 def compile_one(launched: Launched, capability: tuple[int, int]) -> _Compiled:
-    """Compile a kernel for a CUDA device, which need not be here, as launching it would; return Triton's result."""
+    """Compile a kernel for a CUDA device, which need not be here, as launching it would; return Triton's result.
+
+    Raises:
+        Exception: Whatever Triton raises for a kernel or an option that it does not know, or cannot compile.
+    """
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -233,7 +241,11 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 class Recorder:
-    """Records which kernels of this package are launched while it is open, whether compiled before or not."""
+    """Records which kernels of this package are launched while it is open, whether compiled before or not.
+
+    Attributes:
+        found: Each launch that Triton had no binary for in memory, in order; the same kernel may come again.
+    """
 
     def __init__(self) -> None:
         self.found: list[Launched] = []
@@ -289,7 +301,7 @@ def _cores() -> int:
 
 
 def main() -> None:
-    """Compile what standard input names: the work of the process that `start` begins."""
+    """Compile what standard input names, as JSON: the work of the process that `start` begins."""
     work = json.load(sys.stdin)
     major, minor = work["capability"]
     compile_all((Launched(**each) for each in work["launched"]), (major, minor), _cores() // 4)

@@ -1,4 +1,4 @@
-"""What happens while a model is read, which mostly is importing: its kernels are compiled, its device wakes up."""
+"""What goes on while a model is read (mostly imports): its kernels are compiled, and its device wakes up."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ernie_accel.storage.folders import current
 from ernie_accel.storage.manifest import INDEX, MANIFEST, open_manifest
 from ernie_accel.transforms.denoiser.fuse_kernels import FuseKernels
 
-#: An index has some hundred bytes. What is longer is none, and reported by whoever reads it.
+#: Bytes. An index has a few hundred; a longer file is none, which whoever reads it reports.
 _LARGEST_INDEX = 2**20
 
 
@@ -65,7 +65,7 @@ def _start_to_wake(device: str) -> None:
 
 
 def _wake(device: str) -> None:
-    """Have a device make its context, and load cuBLAS, cuDNN and attention: 1.4 s of a first picture on an H200."""
+    """Create a device's context, and load cuBLAS, cuDNN and attention: 1.4 s of a first picture on an H200."""
     with contextlib.suppress(Exception):  # what does not work here is reported by whoever needs it
         x = torch.zeros(1, 16, 16, 16, device=device, dtype=torch.bfloat16)
         torch.matmul(x, x)
