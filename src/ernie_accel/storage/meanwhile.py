@@ -46,10 +46,10 @@ def prepare(
     moved_to = (each.moves_to for each in transforms if each.moves_to is not None)
     _start_to_wake(device or next(moved_to, machine.torch_device))
     transformer = _transformer_class(folder)
-    family = next((each.name for each in families() if transformer in each.transformer_classes), "")
-    precision = _precision(folder, transforms) if family else None
+    known = [each.name for each in families() if transformer in each.transformer_classes]
+    precision = _precision(folder, transforms) if known else None
     if precision is not None:
-        ahead.start(family, precision, machine.capability)
+        ahead.start(known[0], precision, machine.capability)
 
 
 def _start_to_wake(device: str) -> None:
