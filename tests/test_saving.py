@@ -385,6 +385,16 @@ def test_layers_that_cannot_run_here_are_refused_before_anything_large_is_read(s
         ernie_accel.load(saved)
 
 
+@pytest.mark.parametrize("place", [".", "..", ""])
+def test_the_folder_that_one_works_in_is_not_replaced(place, ernie, tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path if place != ".." else tmp_path / "inner")
+    (tmp_path / "inner" / "ernie_accel.json").touch()
+    (tmp_path / "ernie_accel.json").touch()
+    with pytest.raises(SavedPipelineError, match="give a name"):
+        ernie_accel.save(ernie, place)
+
+
 def test_nothing_foreign_is_overwritten(ernie, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")

@@ -48,7 +48,8 @@ def save(pipe: AnyPipeline, folder: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        SavedPipelineError: The folder holds something else, or the pipe something that cannot be saved.
+        SavedPipelineError: The folder holds something else, or has no name ("."), or the pipe holds something that
+            cannot be saved.
         RestoreError: Something applied after quantization cannot be undone.
         OSError: The folder cannot be written.
     """
@@ -57,6 +58,8 @@ def save(pipe: AnyPipeline, folder: str | os.PathLike[str]) -> Path:
     there = current(target)
     if there.exists() and not (there / MANIFEST).is_file() and (not there.is_dir() or any(there.iterdir())):
         raise SavedPipelineError(target, "is there already and was not written by ernie_accel.save; choose another")
+    if target.name in ("", ".."):  # whoever works in it would be left in a folder that is gone
+        raise SavedPipelineError(target, "has no name of its own, and save puts a new folder in its place; give a name")
     _check_can_be_saved(seen_through(checked), target)
     done = [entry for entry in report_of(checked).entries if entry.status != "skipped"]
     entries = [entry for entry in done if _travels(entry.step.transform)]
