@@ -226,6 +226,7 @@ def test_where_it_cannot_help_nothing_is_begun(why, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     family = "Other" if why == "no list" else "ERNIE-Image"
     assert ahead.start(family, "int8" if why == "no such precision" else "fp8", (9, 0)) is None
+    assert ahead._begun == set()  # so that a later load tries again
 
 
 # ---- when ------------------------------------------------------------------------------------------------------------

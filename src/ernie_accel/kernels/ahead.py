@@ -156,6 +156,8 @@ def start(family: str, precision: str, capability: tuple[int, int]) -> subproces
             [sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere
         )
     except OSError:  # no more processes allowed, say: kernels are compiled when they are launched
+        with _beginning:
+            _begun.discard(work_of)  # a later load may be allowed one
         return None
     # The thread ends with the process; the process outlives this one by seconds at most.
     threading.Thread(target=process.communicate, args=(work.encode(),), name=f"{__name__}.start", daemon=True).start()
