@@ -13,6 +13,7 @@ import threading
 
 import pytest
 import torch
+from tools.kernel_lists.recording import write_list
 
 import ernie_accel
 from ernie_accel import FuseKernels, MoveTo, Quantize
@@ -145,10 +146,12 @@ def test_a_worker_that_dies_holds_nobody_up(kernel, monkeypatch):
 
 
 def test_a_list_is_written_as_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(ahead, "_LISTS", tmp_path)
+    monkeypatch.setattr(ahead, "LISTS", tmp_path)
     one = ahead.Launched("gpu", "kernel", {"X": "*bf16", "N": "constexpr"}, {"N": None}, {"X": True}, 4, 3)
-    ahead.write_list("Mine", {"fp8": [one, one]})
+    write_list("Mine", {"fp8": [one, one]})
     assert ahead.listed("Mine") == {"fp8": (one,)}
+    (again,) = ahead.listed("Mine")["fp8"]
+    assert list(again.signature) == ["X", "N"]  # as declared, not sorted: Triton looks a kernel up by that order, too
     assert ahead.listed("Other") == {}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tools.kernel_lists.recording import Recorder, set_of
 
 import ernie_accel
 from ernie_accel.kernels import ahead
@@ -23,16 +24,16 @@ def draw(precision: str) -> None:
 def test_every_launch_finds_its_kernel(precision: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton import knobs
 
-    with ahead.Recorder() as recorder:
+    with Recorder() as recorder:
         draw(precision)
-    launched = ahead.set_of(recorder.found)
+    launched = set_of(recorder.found)
     assert len(launched) > 4
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     assert ahead.compile_all(launched, torch.cuda.get_device_capability()) == len(launched)
     hits: list[bool] = []
     monkeypatch.setattr(knobs.compilation, "listener", lambda *, cache_hit, **_: hits.append(cache_hit))
-    with ahead.Recorder() as again:
+    with Recorder() as again:
         draw(precision)
-    assert ahead.set_of(again.found) == launched
+    assert set_of(again.found) == launched
     assert len(hits) >= len(launched) and all(hits)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 import ernie_accel
-from ernie_accel.kernels import ahead
+from ernie_accel.kernels.ahead import Launched
+from tools.kernel_lists.recording import Recorder, set_of, write_list
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 from ladder_families import draws
@@ -49,14 +50,14 @@ FAMILIES: dict[str, tuple[str, Callable[[str, int, str], tuple[Any, Callable[[],
 }
 
 
-def record(family: str, size: str = "full", px: int = PIXELS, device: str = "cuda") -> dict[str, list[ahead.Launched]]:
+def record(family: str, size: str = "full", px: int = PIXELS, device: str = "cuda") -> dict[str, list[Launched]]:
     """Return what a family launches, by precision; `size` is "full" or "tiny", `px` the pixels of a side."""
     mode, make = FAMILIES[family]
     found = {}
     for precision in ("bf16", "fp8"):
         pipe, draw = make(size, px, device)
         del pipe.transformer.layers[LAYERS:]
-        with ahead.Recorder() as recorder:
+        with Recorder() as recorder:
             ernie_accel.optimize(pipe, preset=f"{mode}-{precision}", memory=None)
             draw()
         found[precision] = recorder.found
@@ -74,8 +75,8 @@ def main() -> None:
         parser.error(f"no such family: {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
     for family in families:
         found = record(family)
-        counts = ", ".join(f"{precision} {len(ahead.set_of(of))}" for precision, of in found.items())
-        print(f"{ahead.write_list(family, found)}: {counts}")
+        counts = ", ".join(f"{precision} {len(set_of(of))}" for precision, of in found.items())
+        print(f"{write_list(family, found)}: {counts}")
 
 
 if __name__ == "__main__":

@@ -16,20 +16,19 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol, TypedDict
+from typing import Protocol
 
 #: The environment variable that, if it is "0", turns compiling ahead off.
 VARIABLE = "ERNIE_ACCEL_COMPILE_AHEAD"
-#: The modules of this package that define Triton kernels.
-MODULES = ("decode", "gpu", "group_norm")
 #: On fewer cores, importing and compiling would slow each other down. A quarter of the cores compile.
 FEWEST_CORES = 4
+#: Where the lists are, FAMILY.json each; `tools.kernel_lists` writes them.
+LISTS = Path(__file__).parent / "launched"
 _PACKAGE = "ernie_accel.kernels"
-_LISTS = Path(__file__).parent / "launched"
 #: What this process has begun to compile: a second load finds it, whichever thread it is in.
 _begun: set[tuple[str, str, tuple[int, int], str | None]] = set()
 _beginning = threading.Lock()
@@ -42,30 +41,6 @@ class _Compiled(Protocol):
 
     src: object
     metadata: object
-
-
-class _Kernel(Protocol):
-    """A kernel before it is compiled."""
-
-    arg_names: list[str]
-
-
-class _Function(Protocol):
-    """What Triton tells its hooks of a kernel."""
-
-    module: str
-    name: str
-    jit_function: _Kernel
-
-
-class _Specialization(TypedDict):
-    """What Triton tells its hooks of a launch; keys of constants and attributes are paths, of a parameter (number,)."""
-
-    signature: Mapping[str, object]
-    constants: Mapping[tuple[int, ...], object]
-    configs: list[Mapping[tuple[int, ...], object]]
-    num_warps: int
-    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -93,32 +68,11 @@ class Launched:
 
 def listed(family: str) -> dict[str, tuple[Launched, ...]]:
     """Return what a family launches, by precision ("bf16" or "fp8"); nothing for a family without a list."""
-    path = _LISTS / f"{family}.json"
+    path = LISTS / f"{family}.json"
     if not path.is_file():
         return {}
     data = json.loads(path.read_text(encoding="utf-8"))
     return {precision: tuple(Launched(**each) for each in of) for precision, of in data.items()}
-
-
-def write_list(family: str, found: Mapping[str, Iterable[Launched]]) -> Path:
-    """Write the list of a family, by precision and sorted, each kernel once; return the file.
-
-    Raises:
-        OSError: It cannot be written, as where the package is installed read-only.
-    """
-    data = {
-        precision: sorted(map(asdict, set_of(of)), key=lambda each: json.dumps(each, sort_keys=True))
-        for precision, of in sorted(found.items())
-    }
-    _LISTS.mkdir(exist_ok=True)
-    path = _LISTS / f"{family}.json"
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    return path
-
-
-def set_of(launched: Iterable[Launched]) -> list[Launched]:
-    """Return each kernel once, in order; they hold dictionaries, so they have no hash."""
-    return list({json.dumps(asdict(each), sort_keys=True): each for each in launched}.values())
 
 
 def start(family: str, precision: str, capability: tuple[int, int]) -> subprocess.Popen[bytes] | None:
@@ -240,58 +194,6 @@ def compile_one(launched: Launched, capability: tuple[int, int]) -> _Compiled:
 
 #: Triton's names of dtypes as constants.
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
-class Recorder:
-    """Records which kernels of this package are launched while it is open, whether compiled before or not.
-
-    Attributes:
-        found: Each launch that Triton had no binary for in memory, in order; the same kernel may come again.
-    """
-
-    def __init__(self) -> None:
-        self.found: list[Launched] = []
-
-    def __enter__(self) -> Recorder:
-        from triton import JITFunction, knobs
-
-        for name in MODULES:
-            module = _module(name)
-            for kernel in vars(module).values():
-                if isinstance(kernel, JITFunction):
-                    kernel.device_caches.clear()  # Triton calls the hook for what it does not find there
-        self._before = knobs.runtime.jit_post_compile_hook
-        knobs.runtime.jit_post_compile_hook = self._record
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        from triton import knobs
-
-        knobs.runtime.jit_post_compile_hook = self._before
-
-    def _record(self, *, fn: _Function, compile: _Specialization, **others: object) -> None:
-        package, _, module = fn.module.rpartition(".")
-        if package == _PACKAGE:
-            self.found.append(_launched(module, fn, compile))
-
-
-def _launched(module: str, fn: _Function, compile: _Specialization) -> Launched:
-    names = fn.jit_function.arg_names
-    (attributes,) = compile["configs"]
-    return Launched(
-        module,
-        fn.name,
-        {name: str(kind) for name, kind in compile["signature"].items()},
-        {names[path[0]]: _plain(value) for path, value in compile["constants"].items()},
-        {names[path[0]]: bool(value) for path, value in attributes.items()},
-        compile["num_warps"],
-        compile["num_stages"],
-    )
-
-
-def _plain(value: object) -> float | bool | str | None:
-    value = getattr(value, "value", value)  # a tl.constexpr
-    return value if value is None or isinstance(value, bool | int | float) else str(value)
 
 
 def _module(name: str) -> ModuleType:
