@@ -15,7 +15,10 @@ from tools.embedded_model.corpus import captioned_scenes
 from tools.embedded_model.miniatures import MINIATURES, PROMPT_START, Miniature, patchify
 from tools.embedded_model.sensitivity import (
     by_kind,
+    compared,
+    computed,
     in_fp8,
+    kept,
     kept_precise,
     layer_errors_db,
     linears_of,
@@ -26,7 +29,9 @@ from tools.embedded_model.train import TOY, LatentPool, TrainingBatch, _Denoiser
 
 from ernie_accel.core.undo import Undo
 from ernie_accel.demo import load
-from ernie_accel.demo.judge import adherence
+from ernie_accel.demo.judge import ObjectVerdict, Verdict, adherence, summarize, unseen_prompts, verdicts
+from ernie_accel.embedded.scenes import all_backgrounds
+from ernie_accel.kernels.linear import Fp8Linear
 from tests.pipelines import randomize
 
 OTHERS = [miniature for miniature in MINIATURES.values() if not miniature.has_enhancer]
@@ -214,6 +219,60 @@ def test_training_goes_on_where_it_was_interrupted(miniature: Miniature, tmp_pat
 def test_wilsons_interval_is_that_of_the_textbook() -> None:
     assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert wilson(1.0, 100)[0] == pytest.approx(0.9630, abs=1e-4)
+
+
+def read_as(pictures: list[list[bool]]) -> list[Verdict]:
+    """Verdicts on pictures of which these objects are right."""
+    ground = all_backgrounds()[0]
+    objects = [[ObjectVerdict("red", "ring", "small", 1.0, right, True, True) for right in each] for each in pictures]
+    return [Verdict(tuple(each), ground, True, 0) for each in objects]
+
+
+def test_what_is_kept_is_counted_object_by_object_and_drawn_again_picture_by_picture() -> None:
+    before = read_as([[True, True]] * 99 + [[False, True]])
+    after = read_as([[True, True]] * 90 + [[False, False]] * 9 + [[True, True]])
+    of = kept(before, after)
+    assert (of.right_in_both, of.lost, of.gained) == (181, 18, 1)
+    assert of.share == pytest.approx(182 / 199)
+    low, high = of.interval
+    # Nine pictures in a hundred are lost: 3 by the binomial; were objects drawn, 18 in 200, 4.1 of them.
+    assert 0.5 * (high - low) == pytest.approx(1.96 * 0.09**0.5 * 0.91**0.5 / 10, rel=0.1)
+    assert kept(before, before)[1:] == (0, 0, 1.0, (1.0, 1.0))
+    assert kept(before, after) == of  # the same numbers each time
+
+
+def test_ways_to_compute_are_compared_on_the_same_pictures(
+    saved: tuple[Miniature, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load() -> Any:
+        pipe = miniatures.load(*reversed_arguments(saved))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    call = {"steps": 1, "guidance_scale": saved[0].guidance_scale}
+    found = compared(load, ("float32", "kernels-fp8"), 2, **call)
+    first, second = found["ways"].values()
+    assert found["prompts"] == 2 and found["compared_with"] == "float32"
+    assert first["kept"]["lost"] == first["kept"]["gained"] == 0
+    scenes = [scene for _, scene in unseen_prompts(2)]
+    assert first["objects"] == second["objects"] == sum(len(scene.objects) for scene in scenes)
+    assert summarize(verdicts(load(), 2, **call), scenes) == adherence(load(), 2, **call)
+    assert "| kernels-fp8 |" in capsys.readouterr().out
+
+
+def test_a_way_to_compute_has_options(saved: tuple[Miniature, Path]) -> None:
+    def blocks(way: str) -> Any:
+        return computed(miniatures.load(*reversed_arguments(saved)), way).transformer.layers
+
+    def in_fp8_of(block: Any) -> list[bool]:
+        return [
+            isinstance(part, Fp8Linear) for part in block.modules() if isinstance(part, Fp8Linear | torch.nn.Linear)
+        ]
+
+    plain, kept_one, attends = (blocks(f"kernels-fp8{one}") for one in ("", "@keep=layers[.]0[.]", "@attention=bf16"))
+    assert any(in_fp8_of(plain[0])) and not any(in_fp8_of(kept_one[0]))
+    assert in_fp8_of(kept_one[1]) == in_fp8_of(plain[1]) == in_fp8_of(attends[1])
+    assert plain[1].has_fp8_attention and not attends[1].has_fp8_attention
 
 
 def test_layers_are_rounded_as_fp8_does_and_given_back() -> None:

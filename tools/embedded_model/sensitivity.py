@@ -3,12 +3,16 @@
     python -m tools.embedded_model.sensitivity                                      # the embedded ERNIE-Image
     python -m tools.embedded_model.sensitivity --architecture z-image --folder FOLDER
     python -m tools.embedded_model.sensitivity --presets turbo-bf16 turbo-fp8       # what a card really computes
+    python -m tools.embedded_model.sensitivity --compare turbo-bf16 turbo-fp8       # only these two, prompt by prompt
 
 fp8 is emulated, so that any machine can tell: weights and activations are rounded to e4m3 with a scale per row, as
 torchao's row-wise scheme does, and multiplied in float32. First each linear layer alone is rounded, and the distance
 of the transformer's output from float32's is measured on the inputs of real steps. Then pictures are judged: in
 float32, in bfloat16, in fp8 without what the family keeps precise, in fp8 throughout, and on the fused kernels, in
 bfloat16 and in fp8, attention included. On a CPU these are computed by their twins in plain torch.
+
+With ``--compare`` nothing else is measured: each prompt is drawn from the same noise in each way, and the objects that
+one way draws right and another does not are counted. That tells far smaller differences than two shares do.
 """
 
 from __future__ import annotations
@@ -21,7 +25,8 @@ import re
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,11 +36,14 @@ from torch import Tensor, nn
 
 import ernie_accel
 from ernie_accel import CastDtype, Context, FuseKernels, RewriteBlocks
-from ernie_accel.demo.judge import Adherence, adherence, unseen_prompts
+from ernie_accel.demo.judge import Adherence, Verdict, adherence, summarize, unseen_prompts, verdicts
 from ernie_accel.families import family_of
 from tools.embedded_model import miniatures
 from tools.embedded_model.miniatures import MINIATURES
 
+#: Ways to compute beside the presets: in a dtype, or on the kernels (on a CPU, by their twins in plain torch).
+WAYS = ("float32", "bfloat16", "kernels-bf16", "kernels-fp8")
+_RESAMPLES = 10_000
 _E4M3, _E4M3_MAX, _LEAST = torch.float8_e4m3fn, 448.0, 1e-12
 
 
@@ -50,6 +58,48 @@ def wilson(share: float, n: int, z: float = 1.96) -> Interval:
     """Return the interval of a share that was measured `n` times."""
     middle, wide = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return Interval((middle - wide) / (1 + z * z / n), (middle + wide) / (1 + z * z / n))
+
+
+class Kept(NamedTuple):
+    """Of the objects that one way draws right, what another keeps.
+
+    Attributes:
+        right_in_both: Objects.
+        lost: Right in the first way only.
+        gained: Right in the other only.
+        share: What the other draws right, by what the first does.
+        interval: Where the true share lies with 95 % confidence, by a bootstrap over prompts.
+    """
+
+    right_in_both: int
+    lost: int
+    gained: int
+    share: float
+    interval: Interval
+
+
+def kept(reference: list[Verdict], other: list[Verdict]) -> Kept:
+    """Compare two ways by their verdicts on the same prompts, in the same order."""
+    pairs = [
+        torch.tensor([(one.is_right, two.is_right) for one, two in zip(first.objects, second.objects, strict=True)])
+        for first, second in zip(reference, other, strict=True)
+    ]
+    right, right_then = torch.cat(pairs).unbind(1)
+    counts = torch.stack([pair.sum(0) for pair in pairs]).double()
+    # The objects of a picture stand or fall together, so prompts are drawn again and not objects.
+    generator = torch.Generator().manual_seed(0)
+    shares = []
+    for _ in range(_RESAMPLES):
+        before, after = counts[torch.randint(len(counts), (len(counts),), generator=generator)].sum(0).tolist()
+        shares.append(after / max(before, 1))
+    low, high = torch.tensor(shares).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return Kept(
+        int((right & right_then).sum()),
+        int((right & ~right_then).sum()),
+        int((~right & right_then).sum()),
+        int(right_then.sum()) / max(int(right.sum()), 1),
+        Interval(low, high),
+    )
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -124,9 +174,12 @@ def by_kind(errors: dict[str, float]) -> dict[str, tuple[float, str]]:
     return dict(sorted(((kind, max(each)) for kind, each in kinds.items()), key=lambda entry: -entry[1][0]))
 
 
-def judged(load: Callable[[], Any], prompts: int, steps: int, guidance_scale: float) -> dict[str, Adherence]:
-    """Return the adherence in float32, bfloat16, fp8 with and without what the family keeps precise, and on kernels."""
-    measure = partial(adherence, n=prompts, steps=steps, guidance_scale=guidance_scale)
+def judged(load: Callable[[], Any], prompts: int, **call: Any) -> dict[str, Adherence]:
+    """Return the adherence in float32, bfloat16, fp8 with and without what the family keeps precise, and on kernels.
+
+    `call` are further arguments of ``judge.adherence``.
+    """
+    measure = partial(adherence, n=prompts, **call)
     found = {}
     pipe = load()
     found["float32"] = measure(pipe)
@@ -136,12 +189,65 @@ def judged(load: Callable[[], Any], prompts: int, steps: int, guidance_scale: fl
     with in_fp8(linears.values()):
         found["fp8 throughout"] = measure(pipe)
     found["bfloat16"] = measure(pipe.to(torch.bfloat16))
-    context = Context.detect() if pipe.device.type == "cuda" else Context.named("h200")
     for precision in ("bf16", "fp8"):
-        pipe = load()
-        on_kernels = CastDtype("bfloat16"), RewriteBlocks(), FuseKernels(precision)
-        found[f"fused kernels, {precision}"] = measure(ernie_accel.optimize(pipe, *on_kernels, context=context))
+        found[f"fused kernels, {precision}"] = measure(computed(load(), f"kernels-{precision}"))
     return found
+
+
+def computed(pipe: Any, way: str) -> Any:
+    """Return `pipe`, in float32, made to compute in one of `WAYS`, or by a preset.
+
+    Args:
+        pipe: A miniature.
+        way: What is in fp8 may have options: "turbo-fp8@attention=bf16" attends in bfloat16, and
+            "kernels-fp8@keep=layers[.]0[.]" keeps layers in bfloat16 beside the family's, by a regular expression.
+    """
+    way, *options = way.split("@")
+    if way in ("float32", "bfloat16"):
+        return pipe.to(getattr(torch, way))
+    given: dict[str, Any] = dict(option.split("=", 1) for option in options)
+    if "keep" in given:
+        theirs = family_of(pipe).keep_precise["transformer"]
+        of_it = [pattern for pattern in theirs if any(re.match(pattern, path) for path in linears_of(pipe))]
+        given["exclude"] = (*of_it, given.pop("keep"))
+    if way not in WAYS:
+        return ernie_accel.optimize(pipe, *([FuseKernels("fp8", **given)] if given else []), preset=way)
+    twins = Context.named("h200")
+    twins = replace(twins, versions={**twins.versions, "cudnn": "unknown"})  # whose attention has a twin, too
+    context = Context.detect() if pipe.device.type == "cuda" else twins
+    on_kernels = FuseKernels(way.removeprefix("kernels-"), **given)
+    return ernie_accel.optimize(pipe, CastDtype("bfloat16"), RewriteBlocks(), on_kernels, context=context)
+
+
+def compared(load: Callable[[], Any], ways: Sequence[str], prompts: int, **call: Any) -> dict[str, Any]:
+    """Draw the same prompts in several ways; print and return what each keeps of the first.
+
+    Args:
+        load: Returns a fresh miniature in float32.
+        ways: As in `computed`.
+        prompts: How many.
+        call: Further arguments of ``judge.verdicts``.
+    """
+    scenes = [scene for _, scene in unseen_prompts(prompts)]
+    print(f"| computed in | objects right | kept of {ways[0]}'s | 95 % interval | lost | gained |")
+    print("|---|---|---|---|---|---|")
+    read, record = {}, {}
+    for way in ways:
+        read[way] = verdicts(computed(load(), way), prompts, **call)
+        found, of = summarize(read[way], scenes), kept(read[ways[0]], read[way])
+        low, high = of.interval
+        kept_text = f"{of.share:.2%} | {low:.2%} to {high:.2%} | {of.lost} | {of.gained}"
+        print(f"| {way} | {found.object_fraction:.2%} of {found.objects} | {kept_text} |", flush=True)
+        record[way] = _as_json(found) | {"kept": of._asdict() | {"interval": list(of.interval)}}
+    return {"prompts": prompts, "compared_with": ways[0], "resamples": _RESAMPLES, "ways": record}
+
+
+def _as_json(found: Adherence) -> dict[str, Any]:
+    return {
+        "objects": found.objects,
+        "right": found.object_fraction,
+        "pictures_right": found.picture_fraction,
+    }
 
 
 def main() -> None:
@@ -151,13 +257,27 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="of a miniature that is not in the package")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--presets", nargs="*", default=[], help="judge these on this machine, too")
+    parser.add_argument(
+        "--compare",
+        nargs="*",
+        metavar="WAY",
+        default=[],
+        help=f"only compare with the first: {', '.join(WAYS)}, presets",
+    )
+    parser.add_argument("--batch", type=int, default=16, help="prompts a call")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     if (options.architecture == "ernie-image") != (options.folder is None):
         parser.error("--folder goes with every architecture but ernie-image, which is in the package")
+    if len(options.compare) == 1:
+        parser.error("--compare takes two ways to compute, or more")
     miniature = MINIATURES[options.architecture]
-    steps = 8 if miniature.has_enhancer else 9
+    call = {
+        "steps": 8 if miniature.has_enhancer else 9,
+        "guidance_scale": miniature.guidance_scale,
+        "batch_size": options.batch,
+    }
 
     def load() -> Any:
         pipe: Any = (
@@ -168,15 +288,30 @@ def main() -> None:
         pipe.set_progress_bar_config(disable=True)
         return pipe.to(options.device)
 
-    errors = layer_errors_db(load(), steps, miniature.guidance_scale)
+    if options.compare:
+        found = {"compared": compared(load, options.compare, options.prompts, **call)}
+    else:
+        found = _everything(load, options.prompts, options.presets, call)
+    if options.out is not None:
+        record = {
+            "command": shlex.join(["python", "-m", "tools.embedded_model.sensitivity", *sys.argv[1:]]),
+            "device": options.device,
+            "torch": torch.__version__,
+            "architecture": options.architecture,
+            **found,
+        }
+        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _everything(load: Callable[[], Any], prompts: int, presets: list[str], call: dict[str, Any]) -> dict[str, Any]:
+    errors = layer_errors_db(load(), call["steps"], call["guidance_scale"])
     precise = kept_precise(load())
     print("| layers | worst, dB | which | kept precise by the family |\n|---|---|---|---|")
     for kind, (error, path) in by_kind(errors).items():
         print(f"| `{kind}` | {error:.1f} | `{path}` | {'yes' if path in precise else ''} |", flush=True)
-    results = judged(load, options.prompts, steps, miniature.guidance_scale)
-    for preset in options.presets:
-        pipe = ernie_accel.optimize(load(), preset=preset)
-        results[preset] = adherence(pipe, options.prompts, steps, guidance_scale=miniature.guidance_scale)
+    results = judged(load, prompts, **call)
+    for preset in presets:
+        results[preset] = adherence(computed(load(), preset), prompts, **call)
     print("\n| computed in | objects right | 95 % interval | pictures right |\n|---|---|---|---|")
     for name, found in results.items():
         low, high = wilson(found.object_fraction, found.objects)
@@ -184,19 +319,7 @@ def main() -> None:
             f"{found.object_fraction:.2%} of {found.objects} | {low:.2%} to {high:.2%} | {found.picture_fraction:.1%}"
         )
         print(f"| {name} | {shares} |", flush=True)
-    if options.out is not None:
-        record = {
-            "command": shlex.join(["python", "-m", "tools.embedded_model.sensitivity", *sys.argv[1:]]),
-            "device": options.device,
-            "torch": torch.__version__,
-            "architecture": options.architecture,
-            "layer_errors_db": errors,
-            "adherence": {
-                name: {"objects": each.objects, "right": each.object_fraction, "pictures_right": each.picture_fraction}
-                for name, each in results.items()
-            },
-        }
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return {"layer_errors_db": errors, "adherence": {name: _as_json(each) for name, each in results.items()}}
 
 
 if __name__ == "__main__":

@@ -399,6 +399,20 @@ def adherence(
         guidance_scale: 1.0 means no guidance; 0.0 for Z-Image.
         batch_size: Prompts per call.
     """
+    scenes = [scene for _, scene in unseen_prompts(n, seed)]
+    return summarize(verdicts(pipe, n, steps, seed, guidance_scale=guidance_scale, batch_size=batch_size), scenes)
+
+
+def verdicts(
+    pipe: CallablePipeline,
+    n: int = 200,
+    steps: int = 8,
+    seed: int = 0,
+    *,
+    guidance_scale: float = 1.0,
+    batch_size: int = 16,
+) -> list[Verdict]:
+    """Draw what `adherence` draws and return the verdict on each prompt, in the order of `unseen_prompts`."""
     prompts = unseen_prompts(n, seed)
     scenes = [scene for _, scene in prompts]
     pictures: list[torch.Tensor] = [torch.empty(0)] * n
@@ -417,4 +431,4 @@ def adherence(
             )
             for i, picture in zip(batch, images_of(output).float().cpu(), strict=True):
                 pictures[i] = picture
-    return summarize(judge(pictures, scenes), scenes)
+    return judge(pictures, scenes)
