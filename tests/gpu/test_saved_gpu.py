@@ -7,9 +7,11 @@ import torch
 
 import ernie_accel
 from ernie_accel import Call, CastDtype, FuseKernels, Quantize, Residency, RewriteBlocks
+from ernie_accel.core.errors import SavedPipelineError
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.kernels import cudnn_attention
 from ernie_accel.memory.planner import plan_memory
+from ernie_accel.storage import meanwhile, read_ahead, reading
 from ernie_accel.transforms.weights.residency import least_weights
 from tests.pipelines import picture, tiny_ernie
 from tests.test_saving import assert_same_bits, bits
@@ -48,6 +50,46 @@ def test_it_is_placed_within_a_budget(saved):
     assert Residency in {type(entry.step.transform) for entry in ernie_accel.report(again).entries}
     for _ in range(2):
         assert torch.equal(picture(again), before)
+
+
+def test_it_is_read_ahead_for_whichever_stream_and_device_are_current(saved):
+    pipe, folder = saved
+    expected, last = picture(pipe), torch.device("cuda", torch.cuda.device_count() - 1)
+    for device in {torch.device("cuda", 0), last}:
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
+            again = ernie_accel.load(folder, device="cuda")
+            assert {tensor.device for tensor in bits(again).values()} == {device}
+            assert torch.equal(picture(again), expected)
+
+
+def test_what_was_read_for_nothing_leaves_no_memory(saved, monkeypatch):
+    _, folder = saved
+    begun = []
+
+    def refuse(*args):
+        wait_until_read(begun[0])
+        raise SavedPipelineError(folder, "names what is not data")
+
+    def wait_until_read(ahead):
+        ahead._started.result()
+        for reader in ahead._readers.values():
+            for _, parts in reader._pending.values():
+                for part in parts:
+                    part.result()
+
+    class Watched(read_ahead.ReadAhead):
+        def __enter__(self):
+            begun.append(self)
+            return self
+
+    monkeypatch.setattr(meanwhile, "_start_to_wake", lambda device: None)  # which takes memory of its own
+    monkeypatch.setattr(reading, "ReadAhead", Watched)
+    monkeypatch.setattr(reading, "vet", refuse)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    with pytest.raises(SavedPipelineError, match="names what is not data"):
+        ernie_accel.load(folder, device="cuda")
+    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
 
 
 @pytest.mark.parametrize("scheme", ["fp8", "int8", "nf4"])

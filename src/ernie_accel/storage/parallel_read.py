@@ -41,13 +41,16 @@ class Stored:
 class ParallelReader:
     """Reads tensors of one safetensors file in the background; a context manager, which waits for its threads."""
 
-    def __init__(self, file: Path, device: str, threads: int | None = None) -> None:
+    def __init__(
+        self, file: Path, device: str, threads: int | None = None, beside: ParallelReader | None = None
+    ) -> None:
         """Read the header; nothing else is read yet.
 
         Args:
             file: A safetensors file.
             device: Where the tensors go.
             threads: How many read; None: one for each core, 8 at most.
+            beside: A reader onto the same device, whose threads read this file, too; leaving that one ends them.
 
         Raises:
             SafetensorError: The file is damaged: header and size do not agree.
@@ -56,9 +59,12 @@ class ParallelReader:
         """
         self.tensors = stored_tensors(file)
         self._file, self._device = file, torch.device(device)
-        self._pool = ThreadPoolExecutor(threads or min(_THREADS, os.cpu_count() or 1), "ernie-accel-read")
-        self._blocks = threading.local()
-        self._stream = _current_stream(self._device)
+        if beside is None:
+            self._pool = ThreadPoolExecutor(threads or min(_THREADS, os.cpu_count() or 1), "ernie-accel-read")
+            self._blocks = threading.local()
+            self._stream = _current_stream(self._device)
+        else:
+            self._pool, self._blocks, self._stream = beside._pool, beside._blocks, beside._stream
         self._pending: dict[str, tuple[torch.Tensor, list[Future[None]]]] = {}
 
     def start(self, names: Iterable[str]) -> None:

@@ -42,6 +42,7 @@ from ernie_accel.storage.assembly import assemble, reading
 from ernie_accel.storage.folders import current
 from ernie_accel.storage.layers import repeats_rewriting
 from ernie_accel.storage.manifest import INDEX, MANIFEST, WEIGHTS, Manifest, SavedTransform, Verification, open_manifest
+from ernie_accel.storage.read_ahead import ReadAhead
 from ernie_accel.storage.vetting import Index, check_links, vet
 from ernie_accel.storage.weights import SavedWeights
 
@@ -99,8 +100,8 @@ def read(
 ) -> tuple[CallablePipeline, tuple[Transform, ...]]:
     """Read a pipe that `save` wrote, and apply nothing that follows quantization.
 
-    While files are verified, the library reads what is small and builds models without weights; a file's weights are
-    used once it is verified. Nothing is quantized, fused or cast anew.
+    While files are verified and weights begin to arrive, the library reads what is small and builds models without
+    weights; a file's weights are used once it is verified. Nothing is quantized, fused or cast anew.
 
     Args:
         folder: The folder.
@@ -123,7 +124,9 @@ def read(
     source = current(Path(folder))
     check_links(source)
     manifest = open_manifest(source)
-    with Verification(source, manifest.files) as files:
+    largest_first = sorted(manifest.components, key=lambda name: -manifest.files[f"{name}/{WEIGHTS}"].bytes)
+    large = (source / name / WEIGHTS for name in largest_first)
+    with Verification(source, manifest.files) as files, ReadAhead(large, device) as ahead:
         files.verify(*(name for name in manifest.files if not name.endswith(WEIGHTS)))
         index = vet(source, [cls for cls in known if not issubclass(cls, Transform)])
         _check_they_agree(source, manifest, index)
@@ -133,12 +136,11 @@ def read(
         receipts = {name: model.receipts() for name, model in manifest.components.items()}
         _check_can_run(source, receipts.values(), machine)
         early = _rewritten(pipe, manifest, saved, machine)
-        largest_first = sorted(manifest.components, key=lambda name: -manifest.files[f"{name}/{WEIGHTS}"].bytes)
         for name in largest_first:
             files.verify(f"{name}/{WEIGHTS}")
             with reading(source, f"{name}/{WEIGHTS}"):
                 weights = SavedWeights(source, name, manifest.components[name].aliases, receipts[name])
-                weights.fill(getattr(pipe, name), device, machine.torch_device)
+                weights.fill(getattr(pipe, name), device, machine.torch_device, ahead)
     if device is not None:
         pipe.to(device)
     quantized = [name for name, of in receipts.items() if of]

@@ -15,6 +15,7 @@ from ernie_accel.core.errors import SavedPipelineError
 from ernie_accel.core.transform import LayerReceipt
 from ernie_accel.storage.manifest import WEIGHTS
 from ernie_accel.storage.parallel_read import ParallelReader, Stored, stored_tensors
+from ernie_accel.storage.read_ahead import BegunFile, ReadAhead
 from ernie_accel.storage.tensor_file import ALIGNMENT
 
 if TYPE_CHECKING:
@@ -30,13 +31,14 @@ class SavedWeights:
     aliases: Mapping[str, str]
     receipts: Mapping[str, LayerReceipt]
 
-    def fill(self, module: torch.nn.Module, device: str | None, runs_on: str) -> None:
+    def fill(self, module: torch.nn.Module, device: str | None, runs_on: str, ahead: ReadAhead | None = None) -> None:
         """Put the saved bits into an empty model in place, quantized layers included.
 
         Args:
             module: The model.
             device: Where to; None for tensors that are mapped from the file.
             runs_on: Where the model will run, in the end.
+            ahead: What has begun to read files onto `device`.
 
         Raises:
             SavedPipelineError: File and model do not have the same tensors.
@@ -49,13 +51,13 @@ class SavedWeights:
         within = tuple(f"{path}." for path in self.receipts)
         wrapped: dict[str, torch.Tensor] = {}
         try:
-            with _opened(self.folder / self.name / WEIGHTS, device) as file:
+            with _opened(self.folder / self.name / WEIGHTS, device, ahead) as file:
                 by_layer: dict[str, list[str]] = {path: [] for path in self.receipts}
                 for name in file.tensors:
                     by_layer.get(name.partition("/")[0], []).append(name)
                 inside = {name for mine in by_layer.values() for name in mine}
                 outside = sorted(file.tensors.keys() - inside)
-                # All of it is checked before memory is allocated for any of it.
+                # All of it is checked before memory is allocated for any of it, unless it is being read ahead.
                 for path, receipt in self.receipts.items():
                     self._check_layer(module, path, receipt)
                 for name in outside:
@@ -147,9 +149,15 @@ class _MappedFile:
 
 
 @contextlib.contextmanager
-def _opened(file: Path, device: str | None) -> Iterator[_MappedFile | ParallelReader]:
+def _opened(
+    file: Path, device: str | None, ahead: ReadAhead | None
+) -> Iterator[_MappedFile | ParallelReader | BegunFile]:
     if device is None:
         yield _MappedFile(file)
+        return
+    begun = ahead.opened(file) if ahead is not None else None
+    if begun is not None:
+        yield begun
         return
     with ParallelReader(file, device) as reader:
         yield reader

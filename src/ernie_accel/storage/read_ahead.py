@@ -1,0 +1,118 @@
+"""Begin to read a saved folder's weights while everything else that loading needs is imported and built.
+
+Imports take seconds, and hold the interpreter; reading and copying need it between blocks only. Bytes that were read
+are in tensors that nobody has seen: whoever asks for them has verified and vetted by then, as if they were read only
+now.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from ernie_accel.storage.parallel_read import ParallelReader, Stored
+
+#: Kinds of devices onto which other threads than the main one were seen to read.
+_KINDS = ("cpu", "cuda")
+
+
+class ReadAhead:
+    """Reads weights of several files onto a device in the background.
+
+    A context manager: leaving it stops the threads, and drops what was not taken.
+    """
+
+    def __init__(self, files: Iterable[Path], device: str | None) -> None:
+        """Begin at once, in this order.
+
+        Args:
+            files: Safetensors files.
+            device: Where the tensors go; for None, and devices that are not known to take it, nothing is read ahead.
+        """
+        where = None if device is None else torch.device(device)
+        # This thread creates no context and no stream, which would wait for the device to wake up.
+        self._beginner = ThreadPoolExecutor(1, "ernie-accel-read-ahead")
+        self._readers: dict[Path, ParallelReader] = {}
+        self._where = where if where is not None and where.type in _KINDS else None
+        if self._where is None:
+            return
+        if self._where == torch.device("cuda"):  # a new thread's current device is the first one
+            self._where = torch.device("cuda", torch.cuda.current_device())
+        try:
+            self._opened = self._beginner.submit(self._open, tuple(files))
+            self._started = self._beginner.submit(self._start)
+        except BaseException:  # Ctrl-C too: or the threads would read on
+            self._close()
+            raise
+
+    def opened(self, file: Path) -> BegunFile | None:
+        """Return one of the files; None for one that is not read ahead, or cannot be opened."""
+        if self._where is None:
+            return None
+        self._opened.result()
+        reader = self._readers.get(file)
+        return None if reader is None else BegunFile(reader, self._started)
+
+    def _open(self, files: Iterable[Path]) -> None:
+        # A quarter of the cores, as for the checksums that are computed meanwhile: with more, imports take longer.
+        threads = max(2, (os.cpu_count() or 1) // 4)
+        for file in files:
+            beside = next(iter(self._readers.values()), None)
+            try:
+                self._readers[file] = ParallelReader(file, str(self._where), threads, beside)
+            except Exception:
+                continue  # whoever opens it once it was verified says what is wrong with it
+
+    def _start(self) -> None:
+        for reader in self._readers.values():
+            in_order = sorted((stored.start, name) for name, stored in reader.tensors.items())
+            reader.start(name for _, name in in_order)
+
+    def __enter__(self) -> ReadAhead:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+        if error is not None and self._where is not None and self._where.type == "cuda":
+            torch.cuda.empty_cache()  # what was read for nothing
+
+    def _close(self) -> None:
+        try:
+            self._beginner.shutdown(cancel_futures=True)
+        finally:
+            for reader in self._readers.values():
+                reader.__exit__(None, None, None)
+
+
+class BegunFile:
+    """A file that is being read; what `ParallelReader` is for one that is read only now."""
+
+    def __init__(self, reader: ParallelReader, started: Future[None]) -> None:
+        self.tensors: dict[str, Stored] = reader.tensors
+        self._reader, self._started = reader, started
+
+    def start(self, names: Iterable[str]) -> None:
+        """Wait until there is memory for all tensors.
+
+        Raises:
+            torch.OutOfMemoryError: The device has no memory for them.
+        """
+        self._started.result()
+
+    def take(self, name: str) -> torch.Tensor:
+        """Return a tensor, once all of it has arrived. Each is given out once.
+
+        Raises:
+            OSError: The file cannot be read, or has become shorter.
+        """
+        tensor = self._reader.take(name)
+        if tensor.is_cuda:  # it was allocated on the stream of another thread
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        return tensor

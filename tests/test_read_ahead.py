@@ -1,0 +1,127 @@
+"""A saved folder's weights arrive while the rest of loading goes on; nothing else changes, and nothing stays behind."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+
+import ernie_accel
+from ernie_accel.core.errors import SavedPipelineError
+from ernie_accel.storage import read_ahead, reading
+from ernie_accel.storage.manifest import WEIGHTS
+from ernie_accel.storage.parallel_read import ParallelReader
+from ernie_accel.storage.read_ahead import ReadAhead
+from ernie_accel.storage.tensor_file import write_tensors
+from tests.pipelines import tiny_ernie
+from tests.test_saving import assert_same_bits, bits
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return ernie_accel.save(tiny_ernie(), tmp_path_factory.mktemp("read ahead") / "saved")
+
+
+class _Watch:
+    """Notes what is read, and lets a test wait for it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.nbytes, self.tensors = 0, []
+        self._changed = threading.Condition()
+        read = ParallelReader._read
+
+        def watched(reader: ParallelReader, into: torch.Tensor, start: int) -> None:
+            read(reader, into, start)
+            with self._changed:
+                self.nbytes += into.numel()
+                self.tensors.append(weakref.ref(into))
+                self._changed.notify_all()
+
+        monkeypatch.setattr(ParallelReader, "_read", watched)
+
+    def wait_for(self, nbytes: int) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self.nbytes >= nbytes, timeout=60)
+
+
+def readers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("ernie-accel-read")]
+
+
+def nbytes_of(folder: Any) -> int:
+    files = [ParallelReader(file, "cpu") for file in folder.rglob(f"*{WEIGHTS}")]
+    return sum(stored.nbytes for file in files for stored in file.tensors.values())
+
+
+def test_all_weights_arrive_before_a_class_was_imported(saved, monkeypatch):
+    watch, expected = _Watch(monkeypatch), bits(ernie_accel.load(saved))
+    first, vet, arrived = watch.nbytes, reading.vet, []
+    monkeypatch.setattr(
+        reading, "vet", lambda *args: (arrived.append(watch.wait_for(first + nbytes_of(saved))), vet(*args))[1]
+    )
+    again = ernie_accel.load(saved)
+    assert arrived == [True]
+    assert watch.nbytes == 2 * first  # each is read once
+    assert_same_bits(bits(again), expected)
+    assert not readers()
+
+
+def test_what_was_read_for_nothing_is_dropped(saved, monkeypatch):
+    watch = _Watch(monkeypatch)
+
+    def refuse(*args: object) -> None:
+        assert watch.wait_for(nbytes_of(saved))
+        raise SavedPipelineError(saved, "names what is not data")
+
+    monkeypatch.setattr(reading, "vet", refuse)
+    with pytest.raises(SavedPipelineError, match="names what is not data"):
+        ernie_accel.load(saved)
+    assert not readers()
+    assert watch.tensors and not any(tensor() is not None for tensor in watch.tensors)
+
+
+def test_weights_that_a_plan_places_are_not_read_ahead(saved, monkeypatch):
+    watch = _Watch(monkeypatch)
+    machine = ernie_accel.Context.detect(device="cpu")
+    pipe, _ = reading.read(saved, (), machine, None)
+    assert watch.nbytes == 0
+    assert_same_bits(bits(pipe), bits(ernie_accel.load(saved)))
+
+
+@pytest.mark.parametrize("device", [None, "meta"])
+def test_devices_that_are_not_known_to_take_it_are_left_alone(device, saved):
+    file = saved / "transformer" / WEIGHTS
+    with ReadAhead([file], device) as ahead:
+        assert ahead.opened(file) is None
+        assert not readers()
+
+
+def test_memory_that_is_not_there_is_the_same_error_as_without(saved, monkeypatch):
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("the device is full")
+
+    def error() -> str:
+        with pytest.raises(SavedPipelineError, match="OutOfMemoryError: the device is full") as caught:
+            ernie_accel.load(saved)
+        return str(caught.value)
+
+    monkeypatch.setattr(ParallelReader, "start", full)
+    ahead = error()
+    assert not readers()
+    monkeypatch.setattr(read_ahead, "_KINDS", ())
+    assert error() == ahead
+
+
+def test_a_file_that_cannot_be_opened_is_for_whoever_opens_it(tmp_path):
+    write_tensors(tmp_path / "good", {"weight": torch.arange(5)})
+    (tmp_path / "bad").write_bytes(b"\xff" * 100)
+    with ReadAhead([tmp_path / "bad", tmp_path / "gone", tmp_path / "good"], "cpu") as ahead:
+        assert ahead.opened(tmp_path / "bad") is None
+        assert ahead.opened(tmp_path / "gone") is None
+        good = ahead.opened(tmp_path / "good")
+        good.start(good.tensors)
+        assert good.take("weight").equal(torch.arange(5))
+    assert not readers()
