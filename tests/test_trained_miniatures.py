@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,14 @@ from tools.embedded_model.miniatures import MINIATURES
 
 import ernie_accel
 from ernie_accel import CastDtype, Context, FuseKernels, RewriteBlocks
-from ernie_accel.demo.judge import adherence
+from ernie_accel.demo.judge import adherence, unseen_prompts
+from ernie_accel.kernels import reference
 from ernie_accel.kernels.linear import Fp8Linear
 
 TRAINED = Path(miniatures.__file__).with_name("trained")
 OTHERS = [name for name, each in MINIATURES.items() if not each.has_enhancer]
 #: A card whose kernels run here as their twins in plain torch.
-H200 = Context.named("h200")
+H200 = replace(Context.named("h200"), versions={**Context.named("h200").versions, "cudnn": "1.32"})
 
 
 @pytest.fixture(scope="module", params=OTHERS)
@@ -47,6 +50,44 @@ def test_most_objects_are_right_and_fp8_keeps_them(name: str) -> None:
     stock = drawn(name)
     assert stock > 0.75
     assert drawn(name, CastDtype("bf16"), RewriteBlocks(), FuseKernels("fp8")) >= stock - 0.05
+
+
+@torch.no_grad()
+def test_mixed_queries_and_keys_bring_attention_in_fp8_nearer_to_the_prediction_in_float32(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Z-Image -26.7 dB become -27.7, of Lumina 2 -28.3 become -29.5; pictures cannot tell so finely."""
+    pipe = miniatures.load(TRAINED / name, name)
+    pipe.set_progress_bar_config(disable=True)
+    calls: list[Any] = []
+    pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    texts = [text for text, _ in unseen_prompts(4, seed=3)]
+    arguments = {"guidance_scale": MINIATURES[name].guidance_scale, "output_type": "latent", "num_inference_steps": 3}
+    pipe(texts, height=128, width=128, generator=torch.Generator().manual_seed(0), **arguments)
+    want = predicted(pipe.transformer, calls, torch.float32)
+    ernie_accel.optimize(pipe, CastDtype("bf16"), RewriteBlocks(), FuseKernels("fp8"), context=H200)
+
+    def error_db() -> float:
+        return 20 * math.log10((predicted(pipe.transformer, calls, torch.bfloat16) - want).norm() / want.norm())
+
+    mixed = error_db()
+    monkeypatch.setattr(reference, "mixed", lambda x: x)
+    apart = error_db()
+    print(f"{mixed:.2f} dB, without mixing {apart:.2f}")
+    assert mixed < apart - 0.8
+
+
+def predicted(transformer: Any, calls: list[Any], dtype: torch.dtype) -> torch.Tensor:
+    def cast(x: Any) -> Any:
+        if isinstance(x, list):
+            return [cast(each) for each in x]
+        return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    found = []
+    for args, kwargs in calls[:3]:
+        out = transformer(*map(cast, args), **{key: cast(value) for key, value in kwargs.items()})[0]
+        found.append((torch.stack(out) if isinstance(out, list) else out).float())
+    return torch.stack(found)
 
 
 def test_an_untrained_transformer_draws_nothing(name: str) -> None:

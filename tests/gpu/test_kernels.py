@@ -261,6 +261,26 @@ def test_qkv_fp8_of_pairs(gpu, b: int, s: int, n: int, kv: int, d: int) -> None:
         assert (a.float() - e.float()).norm() <= (0.3 if INTERPRETED else 0.03) * e.float().norm()
 
 
+@pytest.mark.parametrize(("n", "kv", "d"), [(2, 2, 64), (6, 2, 48), (24, 8, 96), (30, 30, 128), (3, 3, 36)])
+def test_quarters_of_queries_and_keys_are_mixed(gpu, n: int, kv: int, d: int) -> None:
+    """Compared before they are rounded to float8; 8 does not divide the last size."""
+    qkv, weight_q, weight_k = rand(2, 5, (n + 2 * kv) * d), rand(d, seed=1), rand(d, seed=2)
+    angles = rand(2, 5, 1, d // 2, dtype=torch.float32, seed=3) * 3
+    rope, amax = torch.stack((angles.cos(), angles.sin())), torch.zeros(1, device=DEVICE)
+    got = gpu._qk_norm_rope(qkv, weight_q, weight_k, *rope, n, EPS, True, torch.float32, amax)
+    plain = reference.qk_norm_rope_pairs(qkv.float(), weight_q, weight_k, rope, n, EPS)
+    for a, turned in zip(got, plain, strict=True):
+        torch.testing.assert_close(a, reference.mixed(turned), rtol=1e-4, atol=1e-5)
+        assert torch.equal(reference.mixed(turned), turned) == (d % 8 != 0)
+    torch.testing.assert_close(amax[0], qkv[..., -kv * d :].abs().max().float())
+
+
+def test_mixed_queries_and_keys_have_the_same_products() -> None:
+    q, k = rand(2, 7, 3, 96, dtype=torch.float32), rand(2, 7, 3, 96, dtype=torch.float32, seed=1)
+    products, mixed = ((a * b).sum(-1) for a, b in ((q, k), (reference.mixed(q), reference.mixed(k))))
+    torch.testing.assert_close(mixed, products, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="cuDNN needs a GPU")
 @pytest.mark.parametrize(("n", "kv", "d"), [(30, 30, 128), (24, 8, 96)])
 @pytest.mark.parametrize("lengths", [None, [640, 577]])

@@ -205,16 +205,63 @@ def _gated_kernel(GATE_UP, Y, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _rotated_quarter(x, WEIGHT, COS, SIN, inverse, N: tl.constexpr, D: tl.constexpr, HEADS, BLOCK: tl.constexpr):
+    """Quarter N of the heads of a row, normed and rotated in pairs: the even dimensions and the odd ones."""
+    dim, pair = tl.arange(0, BLOCK), tl.arange(0, BLOCK // 2)
+    weight = tl.load(WEIGHT + N * (D // 4) + dim, mask=dim < D // 4, other=0.0).to(tl.float32)[None, :]
+    even, odd = tl.split(tl.reshape(x * inverse * weight, (HEADS, BLOCK // 2, 2)))
+    cos = tl.load(COS + N * (D // 8) + pair, mask=pair < D // 8, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(SIN + N * (D // 8) + pair, mask=pair < D // 8, other=0.0).to(tl.float32)[None, :]
+    return even * cos - odd * sin, even * sin + odd * cos
+
+
+@triton.jit
+def _norm_rotate_and_mix(
+    SOURCE, WEIGHT, COS, SIN, OUT, heads, eps, D: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr
+):  # fmt: skip
+    """The heads of a row: normed, rotated in pairs, and the quarters of each mixed. A thread has the same of all four.
+
+    Rounded once, at the end.
+    """
+    head, dim = tl.arange(0, HEADS), tl.arange(0, BLOCK)
+    inside = (head < heads)[:, None] & (dim < D // 4)[None, :]
+    at = head[:, None] * D + dim[None, :]
+    x0 = tl.load(SOURCE + at, mask=inside, other=0.0).to(tl.float32)
+    x1 = tl.load(SOURCE + D // 4 + at, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(SOURCE + D // 2 + at, mask=inside, other=0.0).to(tl.float32)
+    x3 = tl.load(SOURCE + 3 * (D // 4) + at, mask=inside, other=0.0).to(tl.float32)
+    # Half of each, for the mean of the mixing: its matrix has entries of 1 / 2.
+    inverse = 0.5 * tl.rsqrt(tl.sum(x0 * x0 + x1 * x1 + x2 * x2 + x3 * x3, 1) / D + eps)[:, None]
+    even0, odd0 = _rotated_quarter(x0, WEIGHT, COS, SIN, inverse, 0, D, HEADS, BLOCK)
+    even1, odd1 = _rotated_quarter(x1, WEIGHT, COS, SIN, inverse, 1, D, HEADS, BLOCK)
+    even2, odd2 = _rotated_quarter(x2, WEIGHT, COS, SIN, inverse, 2, D, HEADS, BLOCK)
+    even3, odd3 = _rotated_quarter(x3, WEIGHT, COS, SIN, inverse, 3, D, HEADS, BLOCK)
+    even0, even1, odd0, odd1 = even0 + even1, even0 - even1, odd0 + odd1, odd0 - odd1
+    even2, even3, odd2, odd3 = even2 + even3, even2 - even3, odd2 + odd3, odd2 - odd3
+    y0 = tl.reshape(tl.join(even0 + even2, odd0 + odd2), (HEADS, BLOCK))
+    y1 = tl.reshape(tl.join(even1 + even3, odd1 + odd3), (HEADS, BLOCK))
+    y2 = tl.reshape(tl.join(even0 - even2, odd0 - odd2), (HEADS, BLOCK))
+    y3 = tl.reshape(tl.join(even1 - even3, odd1 - odd3), (HEADS, BLOCK))
+    tl.store(OUT + at, y0.to(OUT.dtype.element_ty), mask=inside)
+    tl.store(OUT + D // 4 + at, y1.to(OUT.dtype.element_ty), mask=inside)
+    tl.store(OUT + D // 2 + at, y2.to(OUT.dtype.element_ty), mask=inside)
+    tl.store(OUT + 3 * (D // 4) + at, y3.to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _norm_and_rotate(
-    SOURCE, WEIGHT, COS, SIN, OUT, heads, eps, PAIRS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-    HEADS: tl.constexpr,
+    SOURCE, WEIGHT, COS, SIN, OUT, heads, eps, PAIRS: tl.constexpr, MIX: tl.constexpr, D: tl.constexpr,
+    HALF: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """The heads of a row: normed, then rotated, dimension i with i + D / 2, or with PAIRS 2 i with 2 i + 1.
 
-    COS and SIN have one value for each dimension, or with PAIRS for each pair.
+    COS and SIN have one value for each dimension, or with PAIRS for each pair. With PAIRS and MIX, their quarters are
+    mixed in the end.
     """
     head = tl.arange(0, HEADS)
-    if PAIRS:
+    if PAIRS and MIX and D % 8 == 0:
+        _norm_rotate_and_mix(SOURCE, WEIGHT, COS, SIN, OUT, heads, eps, D, HALF // 2, HEADS)
+    elif PAIRS:
         dim = tl.arange(0, 2 * HALF)
         inside = (head < heads)[:, None] & (dim < D)[None, :]
         at = head[:, None] * D + dim[None, :]
@@ -250,13 +297,16 @@ def _qk_norm_rope_kernel(
     QKV, WEIGHT_Q, WEIGHT_K, COS, SIN, Q, K, V_AMAX, eps, heads, kv_heads, FIND_AMAX: tl.constexpr,
     PAIRS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
 ):  # fmt: skip
+    """FIND_AMAX is set where all becomes float8."""
     row = tl.program_id(0).to(tl.int64)
     source = QKV + row * (heads + 2 * kv_heads) * D
     table = row * (D // 2 if PAIRS else D)
-    _norm_and_rotate(source, WEIGHT_Q, COS + table, SIN + table, Q + row * heads * D, heads, eps, PAIRS, D, HALF, HEADS)
     _norm_and_rotate(
-        source + heads * D, WEIGHT_K, COS + table, SIN + table, K + row * kv_heads * D, kv_heads, eps, PAIRS, D, HALF,
-        KV_HEADS,
+        source, WEIGHT_Q, COS + table, SIN + table, Q + row * heads * D, heads, eps, PAIRS, FIND_AMAX, D, HALF, HEADS
+    )  # fmt: skip
+    _norm_and_rotate(
+        source + heads * D, WEIGHT_K, COS + table, SIN + table, K + row * kv_heads * D, kv_heads, eps, PAIRS, FIND_AMAX,
+        D, HALF, KV_HEADS,
     )  # fmt: skip
     if FIND_AMAX:
         head, dim = tl.arange(0, KV_HEADS), tl.arange(0, 2 * HALF)

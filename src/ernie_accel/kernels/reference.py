@@ -144,8 +144,23 @@ def qkv_fp8(
 def qkv_fp8_pairs(
     qkv_bsm: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, rope_2bs1p: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `qk_norm_rope_pairs` and the values in float8, and the values' scale, as `qkv_fp8` does."""
-    return _in_fp8(*qk_norm_rope_pairs(qkv_bsm, weight_q_d, weight_k_d, rope_2bs1p, heads, eps), qkv_bsm)
+    """Return `qk_norm_rope_pairs`, `mixed`, and the values in float8, and the values' scale, as `qkv_fp8` does."""
+    q_bsnd, k_bsnd = qk_norm_rope_pairs(qkv_bsm, weight_q_d, weight_k_d, rope_2bs1p, heads, eps)
+    return _in_fp8(mixed(q_bsnd.float()), mixed(k_bsnd.float()), qkv_bsm)
+
+
+def mixed(x_bsnd: Tensor) -> Tensor:
+    """Return queries or keys with the quarters of each head mixed, by an orthogonal matrix (Hadamard's, of 4).
+
+    No product of a query and a key changes by it, but what float8 makes of them does. Slow rotations give many tokens
+    nearly the same number, hence the same rounding error, and no sum over tokens averages that away. Mixed with the
+    axes in the other quarters, the numbers differ. FlashAttention-3 (Shah et al., 2024) calls it incoherent processing;
+    here no program has to exchange a value for it. `x_bsnd` stays as it is where 8 does not divide D.
+    """
+    if x_bsnd.shape[-1] % 8:
+        return x_bsnd
+    a, b, c, d = x_bsnd.chunk(4, -1)
+    return torch.cat((a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d), -1) / 2
 
 
 def _in_fp8(q_bsnd: Tensor, k_bsnd: Tensor, qkv_bsm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
