@@ -166,10 +166,10 @@ def parts(tiny: bool) -> None:
             down = ops.quantize_rows(torch.randn(ranks, columns, device=device, dtype=torch.bfloat16))[0]
             factor, found = torch.ones(ranks, device=device), {}
             into = partial(ops.low_rank_into, values, down, factor)
-            for cut in [None] if kernels is None else itertools.product((32, 64), (128, 256), (3, 4)):
+            for cut in [None] if kernels is None else itertools.product((16, 32), (128, 256), (4, 6)):
                 if kernels is not None:
-                    kernels._FP8_LOW_RANK_ROWS, kernels._FP8_LOW_RANK_BLOCK, stages = cut
-                    kernels._FP8_LOW_RANK_STAGES = {64: stages, 128: stages}
+                    kernels._FP8_LOW_RANK_ROWS, block, kernels._FP8_LOW_RANK_STAGES = cut
+                    kernels._FP8_LOW_RANK_BLOCK = {64: block, 128: block}
                 try:
                     copying = partial(ops.with_low_rank, plain, scale, down, factor, spare)
                     found[cut] = round(microseconds(into), 1), round(microseconds(copying), 1)

@@ -240,15 +240,15 @@ def told(monkeypatch: pytest.MonkeyPatch) -> set[bool]:
     """Collect whether cuDNN's attention gets lengths."""
     seen: set[bool] = set()
 
-    def noting(attend: Any) -> Any:
+    def noting(attend: Any, at: int) -> Any:
         def attend_and_note(*arguments: Any) -> Any:
-            seen.add(arguments[-1] is not None)
+            seen.add(arguments[at] is not None)
             return attend(*arguments)
 
         return attend_and_note
 
-    for name in ("attention", "attention_fp8"):
-        monkeypatch.setattr(ops, name, noting(getattr(ops, name)))
+    for name, at in (("attention", 3), ("attention_fp8", 4)):
+        monkeypatch.setattr(ops, name, noting(getattr(ops, name), at))
     return seen
 
 

@@ -86,9 +86,9 @@ def test_fp8_halves_the_blocks_and_leaves_what_is_sensitive_precise(name: str) -
 def test_who_attends(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Main blocks and what refines noise in fp8, what refines the prompt in bf16, and nobody with a mask."""
     seen: list[tuple[str, bool]] = []
-    for kind in ("attention", "attention_fp8"):
+    for kind, at in (("attention", 3), ("attention_fp8", 4)):  # where each takes lengths
         attend = getattr(ops, kind)
-        monkeypatch.setattr(ops, kind, lambda *a, k=kind, f=attend: seen.append((k, a[-1] is not None)) or f(*a))
+        monkeypatch.setattr(ops, kind, lambda *a, k=kind, at=at, f=attend: seen.append((k, a[at] is not None)) or f(*a))
     pipe = fused(made(name, torch.bfloat16))
     with torch.no_grad():
         forward(pipe, name, (40,))

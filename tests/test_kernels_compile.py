@@ -54,6 +54,7 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(driver, "_active", AbsentCard(request.param))
     monkeypatch.setattr(JITFunction, "__getitem__", compile_it)
+    monkeypatch.setattr(gpu, "_shared_memory", lambda _: SHARED[request.param])
     yield kernels
     for name, some in kernels.items():
         for kernel in some:
@@ -99,6 +100,7 @@ def test_the_blocks(compiled: dict[str, list[Any]], has_fp8: bool) -> None:
         assert len(set(map(id, compiled["_norm_modulate_kernel"][-2:]))) == 1
         gpu.gelu_mul(rows(1, 2, 2 * HIDDEN), True, 64)
         gpu.qkv_fp8(qkv, head, head, cos, cos, HEADS, EPS)
+        gpu.qkv_fp8(qkv, head, head, cos, cos, HEADS, EPS, spare=64)
     assert names(gpu) - set(compiled) == {"_scales_and_gates_kernel"} | (set() if has_fp8 else FP8_ONLY)
 
 

@@ -91,6 +91,9 @@ def _with_spare_columns() -> list[tuple[str, tuple[Any, ...]]]:
         ("quantize_rows", (x,)),
         ("gelu_mul_fp8", (x,)),
         ("silu_mul_fp8", (x,)),
+        ("qkv_fp8", (rand(2, 5, 96), rand(8), rand(8), rand(2, 5, 1, 8), rand(2, 5, 1, 8), 4, EPS)),
+        ("qkv_fp8_pairs", (rand(2, 5, 64), rand(8), rand(8), rand(2, 2, 5, 1, 4), 4, EPS)),
+        ("attention_fp8", (*(rand(2, 5, 4, 8).to(ops.FP8) for _ in range(3)), torch.ones(10, 1), None)),
     ]
 
 
@@ -119,6 +122,20 @@ def test_without_lengths_all_keys_count() -> None:
     q8, k8, v8 = (x.to(ops.FP8) for x in (q, k, v))
     got, expected = (reference.attention_fp8(q8, k8, v8, torch.ones(14, 1), each) for each in (None, every))
     assert torch.equal(got.float(), expected.float())
+
+
+def test_attention_leaves_spare_columns_and_room_in_its_rows() -> None:
+    """The rows of the wide result mean the same: they are smaller by as much as their scale is larger."""
+    qkv, weight, rope = rand(2, 5, 64), torch.ones(8), rand(2, 2, 5, 1, 4)
+    *narrow, scale = reference.qkv_fp8_pairs(qkv, weight, weight, rope, 4, EPS)
+    *wide, wide_scale = reference.qkv_fp8_pairs(qkv, weight, weight, rope, 4, EPS, 64)
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(narrow, wide, strict=True))
+    assert torch.equal(wide_scale, scale * reference.ROOM)
+    alone = reference.attention_fp8(*narrow, scale, None).float() * scale.view(2, 5, 1)
+    got = reference.attention_fp8(*wide, wide_scale, None, 64).float()
+    assert got.shape == (2, 5, 96)
+    assert not got[..., 32:].any()
+    torch.testing.assert_close(got[..., :32] * wide_scale.view(2, 5, 1), alone, rtol=0.1, atol=0.01)
 
 
 def test_every_operator_has_a_case() -> None:

@@ -330,6 +330,29 @@ def test_attention_fp8(s: int, lengths: list[int]) -> None:
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="cuDNN needs a GPU")
 @LENGTHS
+@pytest.mark.parametrize("spare", [64, 192])
+def test_attention_fp8_with_spare_columns(s: int, lengths: list[int], spare: int) -> None:
+    pytest.importorskip("cudnn")
+    from ernie_accel.kernels import ops
+
+    b, counts = len(lengths), torch.tensor(lengths, device=DEVICE, dtype=torch.int32)
+    qkv, weight = rand(b, s, 3 * 4 * 128), torch.ones(128, device=DEVICE, dtype=DTYPE)
+    cos = torch.ones(b, s, 1, 128, device=DEVICE, dtype=DTYPE)
+    rotary = (qkv, weight, weight, cos, torch.zeros_like(cos), 4, EPS)
+    *narrow, scale = ops.qkv_fp8(*rotary)
+    *wide, wide_scale = ops.qkv_fp8(*rotary, spare)
+    torch.testing.assert_close(wide_scale, reference.ROOM * scale)
+    assert all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(narrow, wide, strict=True))
+    got = ops.attention_fp8(*wide, wide_scale, counts, spare)
+    assert got.shape == (b, s, 512 + spare)
+    got = got[..., :512].float() * wide_scale.view(b, s, 1)
+    expected = ops.attention_fp8(*narrow, scale, counts).float() * scale.view(b, s, 1)
+    for row in range(b):
+        assert (got[row] - expected[row]).norm() < 0.04 * expected[row].norm()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="cuDNN needs a GPU")
+@LENGTHS
 def test_attention_takes_values_as_they_lie_in_a_projection(s: int, lengths: list[int]) -> None:
     pytest.importorskip("cudnn")
     from ernie_accel.kernels import ops

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.kernels.kept_plans import KeptPlans
+from ernie_accel.kernels.reference import ROOM
 
 if TYPE_CHECKING:
     import cudnn
@@ -56,27 +57,32 @@ def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor 
     return _run(q_bsnd, k_bsnd, v_bsnd, lengths_b)
 
 
-def attention_fp8(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor, lengths_b: Tensor | None) -> Tensor:
-    """Return the attention output [B, S, N * D] in float8.
+def attention_fp8(
+    q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor, lengths_b: Tensor | None, spare: int = 0
+) -> Tensor:
+    """Return the attention output [B, S, N * D + spare] in float8; the spare columns are not written.
 
     Args:
         q_bsnd: Queries in float8_e4m3fn [B, S, N, D], contiguous, not scaled.
         k_bsnd: Keys, likewise.
         v_bsnd: Values, likewise, to be multiplied by `scale`.
-        scale: float32, all elements equal; the scale of the values and of the output.
+        scale: float32, all elements equal; the scale of the output: that of the values, or with `spare` ROOM times it.
         lengths_b: As in `attention`.
+        spare: Columns that follow the output's rows, which are smaller by ROOM then.
     """
     # The kernel computes in units of the scale: values in, output out; neither needs to be multiplied by it.
-    return _run(q_bsnd, k_bsnd, v_bsnd, lengths_b)
+    return _run(q_bsnd, k_bsnd, v_bsnd, lengths_b, spare)
 
 
-def _run(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor | None) -> Tensor:
+def _run(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor | None, spare: int = 0) -> Tensor:
     import cudnn
 
     by_lengths = lengths_b is not None or q_bsnd.dtype is torch.float8_e4m3fn
-    of = (q_bsnd.shape, k_bsnd.shape[2], v_bsnd.stride(), q_bsnd.dtype, q_bsnd.device, by_lengths)
+    of = (q_bsnd.shape, k_bsnd.shape[2], v_bsnd.stride(), q_bsnd.dtype, q_bsnd.device, by_lengths, spare)
     plan = _PLANS.get(of, lambda: _build(*of))
-    out_bsnd = torch.empty_like(q_bsnd)
+    batch, tokens, heads, size = q_bsnd.shape
+    out_bsw = q_bsnd.new_empty(batch, tokens, heads * size + spare)
+    out_bsnd = out_bsw[..., : heads * size].view(batch, tokens, heads, size)
     tensors = {"q": q_bsnd, "k": k_bsnd, "v": v_bsnd, "out": out_bsnd}
     pack = {plan.names[name]: tensor.transpose(1, 2) for name, tensor in tensors.items()} | plan.constants
     if lengths_b is not None:
@@ -85,7 +91,7 @@ def _run(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor | Non
     handle = _handle(q_bsnd.device)
     cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(q_bsnd.device).cuda_stream)
     plan.graph.execute(pack, workspace, handle=handle)
-    return out_bsnd.flatten(2, 3)
+    return out_bsw
 
 
 @functools.cache
@@ -102,6 +108,7 @@ def _build(
     dtype: torch.dtype,
     device: torch.device,
     by_lengths: bool,
+    spare: int,
 ) -> _Plan:
     """Build the graph for one shape; takes 35 to 65 ms on an H200, the first of its kind 0.5 to 0.8 s."""
     import cudnn
@@ -113,10 +120,10 @@ def _build(
     graph = cudnn.pygraph(
         io_data_type=kind, intermediate_data_type=fp32, compute_data_type=fp32, handle=_handle(device)
     )
-    shape, stride = [batch, heads, tokens, size], [tokens * heads * size, size, heads * size, 1]
-    shared = [batch, kv_heads, tokens, size]
+    shape, shared = [batch, heads, tokens, size], [batch, kv_heads, tokens, size]
+    pitch = heads * size + spare
     laid_out = {
-        "q": (shape, stride),
+        "q": (shape, [tokens * heads * size, size, heads * size, 1]),
         "k": (shared, [tokens * kv_heads * size, size, kv_heads * size, 1]),
         "v": (shared, [v_strides[at] for at in (0, 2, 1, 3)]),
     }
@@ -134,7 +141,8 @@ def _build(
             constants[counts[name]] = torch.full((batch, 1, 1, 1), tokens, device=device, dtype=torch.int32)
     options = {"attn_scale": size**-0.5, "is_inference": True, "use_causal_mask": False, "use_padding_mask": by_lengths}
     if is_fp8:
-        values = {"descale_q": 1.0, "descale_k": 1.0, "descale_v": 1.0, "scale_o": 1.0}
+        values = {"descale_q": 1.0, "descale_k": 1.0, "descale_v": 1.0}
+        values["scale_o"] = 1 / ROOM if spare else 1.0
         values |= {"descale_s": 1 / _PROBABILITY_SCALE, "scale_s": _PROBABILITY_SCALE}
         scales = {name: graph.tensor(name=name, **one, data_type=fp32) for name in values}
         out, _, *largest = graph.sdpa_fp8(**names, **scales, **counts, **options)
@@ -144,7 +152,7 @@ def _build(
         constants |= {amax: torch.zeros(1, 1, 1, 1, device=device) for amax in largest}
     else:
         out, _ = graph.sdpa(**names, **counts, **options)
-    out.set_output(True).set_dim(shape).set_stride(stride)
+    out.set_output(True).set_dim(shape).set_stride([tokens * pitch, size, pitch, 1])
     try:
         graph.validate()
         graph.build_operation_graph()

@@ -340,21 +340,31 @@ def qk_norm_rope_pairs(
     return reference.qk_norm_rope_pairs(qkv_bsm, weight_q_d, weight_k_d, rope_2bs1p, heads, eps)
 
 
-def _fake_qkv_fp8_pairs(qkv: Tensor, q: Tensor, k: Tensor, rope: Tensor, heads: int, eps: float) -> tuple[Tensor, ...]:
+def _fake_qkv_fp8_pairs(
+    qkv: Tensor, q: Tensor, k: Tensor, rope: Tensor, heads: int, eps: float, spare: int = 0
+) -> tuple[Tensor, ...]:
     others = _kv_heads(qkv, len(q), heads)
     made = (_rows_of_heads(qkv, n, len(q), FP8) for n in (heads, others, others))
     return (*made, qkv.new_empty(qkv.shape[0] * qkv.shape[1], 1, dtype=torch.float32))
 
 
 @_operator(
-    cuda=lambda qkv, q, k, rope, heads, eps: _gpu().qkv_fp8(qkv, q, k, rope[0], rope[1], heads, eps, True),
+    cuda=lambda qkv, q, k, rope, heads, eps, spare=0: _gpu().qkv_fp8(
+        qkv, q, k, rope[0], rope[1], heads, eps, True, spare
+    ),
     fake=_fake_qkv_fp8_pairs,
 )
 def qkv_fp8_pairs(
-    qkv_bsm: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, rope_2bs1p: Tensor, heads: int, eps: float
+    qkv_bsm: Tensor,
+    weight_q_d: Tensor,
+    weight_k_d: Tensor,
+    rope_2bs1p: Tensor,
+    heads: int,
+    eps: float,
+    spare: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `reference.qkv_fp8_pairs`: (queries, keys, values, scale of the values)."""
-    return reference.qkv_fp8_pairs(qkv_bsm, weight_q_d, weight_k_d, rope_2bs1p, heads, eps)
+    """Return `reference.qkv_fp8_pairs`: (queries, keys, values, scale of attention's rows)."""
+    return reference.qkv_fp8_pairs(qkv_bsm, weight_q_d, weight_k_d, rope_2bs1p, heads, eps, spare)
 
 
 @_operator(
@@ -372,17 +382,24 @@ def qk_norm_rope(
 
 
 @_operator(
-    cuda=lambda *arguments: _gpu().qkv_fp8(*arguments),
-    fake=lambda qkv, q, k, cos, sin, heads, eps: (
+    cuda=lambda *arguments: _gpu().qkv_fp8(*arguments[:7], spare=_spare(arguments, 7)),
+    fake=lambda qkv, q, k, cos, sin, heads, eps, spare=0: (
         *(_heads_like(qkv, heads, FP8) for _ in range(3)),
         qkv.new_empty(qkv.shape[0] * qkv.shape[1], 1, dtype=torch.float32),
     ),
 )
 def qkv_fp8(
-    qkv_bs3h: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, heads: int, eps: float
+    qkv_bs3h: Tensor,
+    weight_q_d: Tensor,
+    weight_k_d: Tensor,
+    cos_bs1d: Tensor,
+    sin_bs1d: Tensor,
+    heads: int,
+    eps: float,
+    spare: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `reference.qkv_fp8`: (queries, keys, values, scale of the values)."""
-    return reference.qkv_fp8(qkv_bs3h, weight_q_d, weight_k_d, cos_bs1d, sin_bs1d, heads, eps)
+    """Return `reference.qkv_fp8`: (queries, keys, values, scale of attention's rows)."""
+    return reference.qkv_fp8(qkv_bs3h, weight_q_d, weight_k_d, cos_bs1d, sin_bs1d, heads, eps, spare)
 
 
 @_operator(
@@ -396,11 +413,13 @@ def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor 
 
 @_operator(
     cuda=lambda *arguments: _cudnn().attention_fp8(*arguments),
-    fake=lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]),
+    fake=lambda q, k, v, scale, lengths, spare=0: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3] + spare),
 )
-def attention_fp8(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor, lengths_b: Tensor | None) -> Tensor:
-    """Return `reference.attention_fp8`: float8, with `scale` [B * S, 1] for its rows, too."""
-    return reference.attention_fp8(q_bsnd, k_bsnd, v_bsnd, scale, lengths_b)
+def attention_fp8(
+    q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor, lengths_b: Tensor | None, spare: int = 0
+) -> Tensor:
+    """Return `reference.attention_fp8`: float8, with `scale` [B * S, 1] for its rows."""
+    return reference.attention_fp8(q_bsnd, k_bsnd, v_bsnd, scale, lengths_b, spare)
 
 
 @_operator(

@@ -131,22 +131,36 @@ def qk_norm_rope_pairs(
 
 
 def qkv_fp8(
-    qkv_bs3h: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, heads: int, eps: float
+    qkv_bs3h: Tensor,
+    weight_q_d: Tensor,
+    weight_k_d: Tensor,
+    cos_bs1d: Tensor,
+    sin_bs1d: Tensor,
+    heads: int,
+    eps: float,
+    spare: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `qk_norm_rope` and the values in float8 [B, S, N, D], and the values' scale, once per row [B * S, 1].
+    """Return `qk_norm_rope` and the values in float8 [B, S, N, D], and the scale of `attention_fp8`'s rows [B * S, 1].
 
     Queries and keys need no scale: they are normed, and float8_e4m3fn reaches from 2 ** -9 to 448. The values share
-    one scale, because attention sums over their rows.
+    one scale, because attention sums over their rows. It is that of the rows, too, times ROOM where `spare` columns
+    follow them.
     """
-    return _in_fp8(*qk_norm_rope(qkv_bs3h, weight_q_d, weight_k_d, cos_bs1d, sin_bs1d, heads, eps), qkv_bs3h)
+    return _in_fp8(*qk_norm_rope(qkv_bs3h, weight_q_d, weight_k_d, cos_bs1d, sin_bs1d, heads, eps), qkv_bs3h, spare)
 
 
 def qkv_fp8_pairs(
-    qkv_bsm: Tensor, weight_q_d: Tensor, weight_k_d: Tensor, rope_2bs1p: Tensor, heads: int, eps: float
+    qkv_bsm: Tensor,
+    weight_q_d: Tensor,
+    weight_k_d: Tensor,
+    rope_2bs1p: Tensor,
+    heads: int,
+    eps: float,
+    spare: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `qk_norm_rope_pairs`, `mixed`, and the values in float8, and the values' scale, as `qkv_fp8` does."""
+    """Return `qk_norm_rope_pairs`, `mixed`, and the values in float8, and the scale of the rows, as `qkv_fp8` does."""
     q_bsnd, k_bsnd = qk_norm_rope_pairs(qkv_bsm, weight_q_d, weight_k_d, rope_2bs1p, heads, eps)
-    return _in_fp8(mixed(q_bsnd.float()), mixed(k_bsnd.float()), qkv_bsm)
+    return _in_fp8(mixed(q_bsnd.float()), mixed(k_bsnd.float()), qkv_bsm, spare)
 
 
 def mixed(x_bsnd: Tensor) -> Tensor:
@@ -163,12 +177,13 @@ def mixed(x_bsnd: Tensor) -> Tensor:
     return torch.cat((a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d), -1) / 2
 
 
-def _in_fp8(q_bsnd: Tensor, k_bsnd: Tensor, qkv_bsm: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _in_fp8(q_bsnd: Tensor, k_bsnd: Tensor, qkv_bsm: Tensor, spare: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     v = qkv_bsm[..., -k_bsnd.shape[2] * k_bsnd.shape[3] :].float()
     scale = v.abs().amax().clamp_min(SMALLEST_AMAX) / FP8_MAX
     v8 = (v / scale).to(torch.float8_e4m3fn).view(k_bsnd.shape)
     q8, k8 = (x.float().clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn) for x in (q_bsnd, k_bsnd))
-    return q8, k8, v8, scale.expand(q_bsnd.shape[0] * q_bsnd.shape[1], 1).contiguous()
+    of_rows = scale * ROOM if spare else scale
+    return q8, k8, v8, of_rows.expand(q_bsnd.shape[0] * q_bsnd.shape[1], 1).contiguous()
 
 
 def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor | None) -> Tensor:
@@ -185,10 +200,15 @@ def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor 
     return F.scaled_dot_product_attention(q, k, v, attn_mask=counts_b11s).transpose(1, 2).flatten(2, 3)
 
 
-def attention_fp8(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor, lengths_b: Tensor | None) -> Tensor:
-    """Return `attention` in float8, with the scale of the values, whose range it cannot exceed."""
+def attention_fp8(
+    q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, scale: Tensor, lengths_b: Tensor | None, spare: int = 0
+) -> Tensor:
+    """Return `attention` in float8 [B, S, N * D + spare], with the scale of the values, whose range it cannot exceed.
+
+    With `spare` columns of zeros, for `low_rank_into`, its rows are smaller by ROOM.
+    """
     out = attention(q_bsnd.float(), k_bsnd.float(), v_bsnd.float(), lengths_b)
-    return out.to(torch.float8_e4m3fn)
+    return _with_columns((out / ROOM if spare else out).to(torch.float8_e4m3fn), spare)
 
 
 def gelu_mul(gate_up_bs2f: Tensor) -> Tensor:

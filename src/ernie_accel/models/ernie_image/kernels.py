@@ -51,8 +51,9 @@ class KernelErnieBlock(KernelBlock, RewrittenErnieBlock):
         qk = (qkv_bs3h, norm_q.weight, norm_k.weight, cos_bs1d, sin_bs1d, heads, norm_q.eps)
         padding_is_known = lengths_b is not None or mask_b11s is None
         if padding_is_known and self.has_fp8_attention:
-            *qkv_bsnd, scale = ops.qkv_fp8(*qk)
-            branch_bsh = to_out(Fp8Rows(ops.attention_fp8(*qkv_bsnd, scale, lengths_b), scale))
+            spare = spare_columns(to_out)
+            *qkv_bsnd, scale = ops.qkv_fp8(*qk, spare)
+            branch_bsh = to_out(Fp8Rows(ops.attention_fp8(*qkv_bsnd, scale, lengths_b, spare), scale))
         else:
             q_bsnd, k_bsnd = ops.qk_norm_rope(*qk)
             v_bsnd = qkv_bs3h.chunk(3, -1)[2].unflatten(-1, (heads, -1))

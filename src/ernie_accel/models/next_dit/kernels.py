@@ -131,8 +131,9 @@ class KernelNextBlock(KernelBlock, RewrittenNextBlock):
         qk = (qkv_bsm, norm_q.weight, norm_k.weight, rope, heads, norm_q.eps)
         padding_is_known = lengths_b is not None or mask is None
         if padding_is_known and self.has_fp8_attention:
-            *qkv_bsnd, scale = ops.qkv_fp8_pairs(*qk)
-            branch_bsh = to_out(Fp8Rows(ops.attention_fp8(*qkv_bsnd, scale, lengths_b), scale))
+            spare = spare_columns(to_out)
+            *qkv_bsnd, scale = ops.qkv_fp8_pairs(*qk, spare)
+            branch_bsh = to_out(Fp8Rows(ops.attention_fp8(*qkv_bsnd, scale, lengths_b, spare), scale))
         else:
             q_bsnd, k_bsnd = ops.qk_norm_rope_pairs(*qk)
             v_bsnd = qkv_bsm[..., -k_bsnd.shape[2] * k_bsnd.shape[3] :].unflatten(-1, k_bsnd.shape[2:])
