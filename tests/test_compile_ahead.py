@@ -386,3 +386,21 @@ def test_the_last_of_several_loads_turns_the_search_for_garbage_on_again():
         assert gc.isenabled()
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize(("fails", "frozen", "generation"), [(False, False, 2), (True, False, 0), (False, True, 0)])
+def test_what_a_load_leaves_is_old_unless_it_failed_or_somebody_froze_objects(fails, frozen, generation):
+    gc.unfreeze()
+    gc.collect()
+    try:
+        if frozen:
+            gc.freeze()
+        count = gc.get_freeze_count()
+        with contextlib.suppress(KeyboardInterrupt), without_collecting():
+            made = [[]]
+            if fails:
+                raise KeyboardInterrupt
+        assert any(each is made for each in gc.get_objects(generation))
+        assert gc.get_freeze_count() == count
+    finally:
+        gc.freeze()  # as `collected` has it

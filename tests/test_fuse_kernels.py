@@ -16,6 +16,7 @@ import ernie_accel
 from ernie_accel.core.components import pipe_bytes
 from ernie_accel.core.undo import Undo
 from ernie_accel.kernels import cudnn_attention, ops
+from ernie_accel.kernels.linear import Fp8Linear
 from ernie_accel.models.ernie_image import kernels
 from ernie_accel.models.ernie_image.blocks import RewrittenAttention
 from tests.pipelines import after, picture, tiny_ernie, tiny_flux
@@ -378,3 +379,14 @@ def test_asking_again_for_what_keeps_no_originals_changes_nothing_and_more_can_b
     assert ernie_accel.report(pipe).entries == first.entries
     ernie_accel.optimize(pipe, *wanted, ernie_accel.KeepTimestepsOnHost(), context=H200)
     assert ernie_accel.report(pipe).entries[:2] == first.entries
+
+
+def test_a_layer_of_a_model_without_weights_is_what_one_with_weights_is():
+    weight = torch.randn(32, 48, dtype=torch.bfloat16)
+    real, empty = Fp8Linear(weight), Fp8Linear(weight.to("meta"))
+    kinds = [
+        [(name, buffer.shape, buffer.stride(), buffer.dtype) for name, buffer in each.named_buffers()]
+        for each in (real, empty)
+    ]
+    assert kinds[0] == kinds[1]
+    assert {buffer.device.type for buffer in empty.buffers()} == {"meta"}

@@ -49,7 +49,11 @@ class Fp8Linear(nn.Module):
     def __init__(self, weight_nk: Tensor) -> None:
         """Quantize `weight_nk` [N, K], rounded to the nearest float8."""
         super().__init__()
-        values, scale = reference.quantize_rows(weight_nk.detach())
+        if weight_nk.is_meta:  # of a model without weights: torch takes a millisecond and more to compute nothing
+            values = weight_nk.new_empty(weight_nk.shape, dtype=torch.float8_e4m3fn)
+            scale = weight_nk.new_empty(len(weight_nk), dtype=torch.float32)
+        else:
+            values, scale = reference.quantize_rows(weight_nk.detach())
         self.in_features, self.out_features = weight_nk.shape[1], weight_nk.shape[0]
         self.register_buffer("weight", values)  # no parameters: nothing here can be trained
         self.register_buffer("weight_scale", scale.view(1, -1))
