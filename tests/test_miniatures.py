@@ -13,6 +13,7 @@ import torch
 from tools.embedded_model import architecture, miniatures, sensitivity
 from tools.embedded_model.corpus import captioned_scenes
 from tools.embedded_model.miniatures import MINIATURES, PROMPT_START, Miniature, patchify
+from tools.embedded_model.parts import OPERANDS, attend, part_errors_db, parts_in_fp8
 from tools.embedded_model.sensitivity import (
     by_kind,
     compared,
@@ -27,6 +28,8 @@ from tools.embedded_model.sensitivity import (
 )
 from tools.embedded_model.train import TOY, LatentPool, TrainingBatch, _Denoiser, _Gradients, train_denoiser
 
+import ernie_accel
+from ernie_accel import RewriteBlocks
 from ernie_accel.core.undo import Undo
 from ernie_accel.demo import load
 from ernie_accel.demo.judge import ObjectVerdict, Verdict, adherence, summarize, unseen_prompts, verdicts
@@ -308,6 +311,44 @@ def test_every_layer_has_an_error_and_the_kinds_are_sorted(
     assert worst[0] == max(errors.values())
     assert len(kept_precise(pipe)) == 1
     assert all(torch.equal(value, weights[name]) for name, value in pipe.transformer.state_dict().items())
+
+
+@torch.no_grad()
+def test_attention_is_rounded_operand_by_operand(saved: tuple[Miniature, Path]) -> None:
+    pipe = ernie_accel.optimize(miniatures.load(*reversed_arguments(saved)), RewriteBlocks())
+    attention = pipe.transformer.layers[0].attention_part
+    heads, size = attention.heads, len(attention.norm_q.weight)
+    q, k, v = (torch.randn(2, 9, n, size) for n in (heads, heads, heads))
+    mask = (torch.arange(9) < torch.tensor([[9], [5]]))[:, None, None]
+    want = attention.attend(q, k, v, mask)
+    for mixes in (False, True):
+        torch.testing.assert_close(attend(q, k, v, mask, of=set(), mixes=mixes), want, rtol=1e-4, atol=1e-5)
+    for operand in OPERANDS:
+        assert 0.001 < (attend(q, k, v, mask, of={operand}, mixes=True) - want).norm() / want.norm() < 0.2
+    with parts_in_fp8(pipe, operands={"keys"}, within="layers"):
+        assert torch.equal(attention.attend(q, k, v, mask), attend(q, k, v, mask, of={"keys"}, mixes=True))
+        assert "attend" not in vars(pipe.transformer.noise_refiner[0].attention_part)
+    assert torch.equal(attention.attend(q, k, v, mask), want)
+
+
+def test_every_part_of_fp8_has_an_error_and_leaves_nothing_behind(saved: tuple[Miniature, Path]) -> None:
+    pipe = miniatures.load(*reversed_arguments(saved))
+    pipe.set_progress_bar_config(disable=True)
+    errors = part_errors_db(pipe, 2, saved[0].guidance_scale, prompts=1)
+    assert len(errors.pop("by step")) == 2
+    assert {name.split(":")[0] for name in errors} == {
+        "all",
+        "all, queries and keys not mixed",
+        "products",
+        "attention",
+        "attention, not mixed",
+        "block",
+    }
+    assert all(-120 < error < 0 for error in errors.values())
+    parts = [error for name, error in errors.items() if not name.startswith("all")]
+    assert errors["all"] > max(parts) - 1.5  # errors of two halves add up, and seldom cancel
+    again = part_errors_db(pipe, 2, saved[0].guidance_scale, prompts=1)
+    assert again["products"] == errors["products"]
 
 
 def test_the_judge_reads_pictures_of_every_miniature(saved: tuple[Miniature, Path]) -> None:

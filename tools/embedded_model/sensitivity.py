@@ -141,6 +141,16 @@ def layer_errors_db(pipe: Any, steps: int, guidance_scale: float, prompts: int =
         guidance_scale: Of these pictures.
         prompts: How many are drawn.
     """
+    outputs = replayed(pipe, steps, guidance_scale, prompts)
+    exact, errors = outputs(), {}
+    for path, linear in linears_of(pipe).items():
+        with in_fp8([linear]):
+            errors[path] = error_db(outputs(), exact)
+    return errors
+
+
+def replayed(pipe: Any, steps: int, guidance_scale: float, prompts: int) -> Callable[[], Tensor]:
+    """Draw pictures, and return a function that returns the transformer's outputs on their inputs [calls, B, ...]."""
     calls: list[tuple[Any, Any]] = []
     hook = pipe.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
@@ -159,11 +169,12 @@ def layer_errors_db(pipe: Any, steps: int, guidance_scale: float, prompts: int =
     def copied(args: Any) -> Any:
         return [list(each) if isinstance(each, list) else each for each in args]
 
-    exact, errors = outputs(), {}
-    for path, linear in linears_of(pipe).items():
-        with in_fp8([linear]):
-            errors[path] = 20 * math.log10(max(float((outputs() - exact).norm() / exact.norm()), 1e-12))
-    return errors
+    return outputs
+
+
+def error_db(found: Tensor, exact: Tensor) -> float:
+    """Return the distance of `found` from `exact`, relative to the latter, in dB."""
+    return 20 * math.log10(max(float((found - exact).norm() / exact.norm()), 1e-12))
 
 
 def by_kind(errors: dict[str, float]) -> dict[str, tuple[float, str]]:
