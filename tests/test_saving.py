@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickletools
 import threading
 from dataclasses import dataclass, field, fields
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -639,6 +640,17 @@ def test_the_pieces_of_one_file_are_checked_at_the_same_time(tmp_path, monkeypat
     expected = checksums.checksums([tmp_path / "file"], threads=1)
     monkeypatch.setattr(checksums, "_digest", together)
     assert checksums.checksums([tmp_path / "file"]) == expected
+
+
+def test_each_thread_has_one_block_of_memory_for_all_its_pieces(tmp_path, monkeypatch):
+    from ernie_accel.storage import checksums
+
+    made, new = [], checksums.mmap.mmap
+    monkeypatch.setattr(checksums, "mmap", SimpleNamespace(mmap=lambda *args: made.append(args) or new(*args)))
+    monkeypatch.setattr(checksums, "PIECE_BYTES", 1000)
+    (tmp_path / "file").write_bytes(b"x" * 4000)
+    checksums.checksums([tmp_path / "file"], threads=1)
+    assert len(made) == 1
 
 
 def test_every_field_of_a_receipt_is_saved():

@@ -8,7 +8,9 @@ also write its new checksum.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
+import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +19,7 @@ from types import TracebackType
 PIECE_BYTES = 64 * 2**20
 _BLOCK_BYTES = 2**24  # a thread needs the interpreter's lock between two of them only, while the main one imports
 _THREADS = 16
+_blocks = threading.local()
 
 
 class Checking:
@@ -78,11 +81,18 @@ def checksums(files: Iterable[Path], threads: int | None = None) -> list[str]:
 
 
 def _digest(path: Path, start: int) -> bytes:
-    digest, left = hashlib.sha256(), PIECE_BYTES
-    block = memoryview(bytearray(_BLOCK_BYTES))
+    digest, left, block = hashlib.sha256(), PIECE_BYTES, _block()
     with path.open("rb", buffering=0) as file:
         file.seek(start)
         while left and (count := file.readinto(block[: min(left, _BLOCK_BYTES)])):
             digest.update(block[:count])
             left -= count
     return digest.digest()
+
+
+def _block() -> memoryview:
+    """Return this thread's block of memory. A new bytearray each time is cleared under the interpreter's lock: 6 ms."""
+    if not hasattr(_blocks, "block"):
+        _blocks.block = memoryview(mmap.mmap(-1, _BLOCK_BYTES))
+    block: memoryview = _blocks.block
+    return block
