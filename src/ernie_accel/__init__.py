@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from ernie_accel.common.collecting import without_collecting
 from ernie_accel.exports import HOME_OF, SUBPACKAGES, VERSION
 
 __version__ = VERSION
@@ -23,7 +24,8 @@ __all__ = sorted((*HOME_OF, *SUBPACKAGES))
 
 def __getattr__(name: str) -> Any:
     if name in HOME_OF:
-        value = getattr(importlib.import_module(HOME_OF[name]), name)
+        with without_collecting():  # torch may have left half a million objects, all in use
+            value = getattr(importlib.import_module(HOME_OF[name]), name)
     elif name in SUBPACKAGES:
         value = importlib.import_module(f"ernie_accel.{name}")
     else:
