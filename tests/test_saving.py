@@ -642,6 +642,30 @@ def test_the_pieces_of_one_file_are_checked_at_the_same_time(tmp_path, monkeypat
     assert checksums.checksums([tmp_path / "file"]) == expected
 
 
+def test_what_waits_for_a_thread_is_done_by_more_of_them_once_the_caller_waits(tmp_path, monkeypatch):
+    from ernie_accel.storage import checksums
+
+    monkeypatch.setattr(checksums, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(checksums.os, "cpu_count", lambda: 3)
+    (tmp_path / "file").write_bytes(bytes(number % 251 for number in range(6500)))
+    expected = checksums.checksums([tmp_path / "file"])
+    four, begun, digest = threading.Barrier(4), threading.Semaphore(0), checksums._digest
+
+    def together(path, start):
+        begun.release()
+        if start < 4000:
+            four.wait(timeout=10)  # the first thread alone would wait here, and break it
+        return digest(path, start)
+
+    monkeypatch.setattr(checksums, "_digest", together)
+    with checksums.Checking([tmp_path / "file"], threads=1) as checking:
+        assert begun.acquire(timeout=10)
+        assert not begun.acquire(timeout=0.2)
+        checking.hurry()
+        assert checking.of(tmp_path / "file") == expected[0]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ernie-accel-checksum")]
+
+
 def test_each_thread_has_one_block_of_memory_for_all_its_pieces(tmp_path, monkeypatch):
     from ernie_accel.storage import checksums
 

@@ -42,15 +42,25 @@ class Checking:
         """
         sizes = {file: file.stat().st_size for file in files}
         # Hashing and reading release the interpreter's lock.
-        self._pool = ThreadPoolExecutor(threads or min(_THREADS, os.cpu_count() or 1), "ernie-accel-checksum")
+        self._pools = [ThreadPoolExecutor(threads or _most_threads(), "ernie-accel-checksum")]
         self._pieces: dict[Path, list[Future[bytes]]] = {}
         try:
             for file, size in sizes.items():
                 starts = range(0, max(size, 1), PIECE_BYTES)
-                self._pieces[file] = [self._pool.submit(_digest, file, start) for start in starts]
+                self._pieces[file] = [self._pools[0].submit(_digest, file, start) for start in starts]
         except BaseException:  # Ctrl-C too: or the threads would read on
             self.close()
             raise
+
+    def hurry(self) -> None:
+        """Have one thread for each core, 16 at most, do what no thread has begun: the caller only waits from now on."""
+        pool = ThreadPoolExecutor(_most_threads(), "ernie-accel-checksum")
+        self._pools.append(pool)
+        for file, pieces in self._pieces.items():
+            self._pieces[file] = [
+                pool.submit(_digest, file, number * PIECE_BYTES) if piece.cancel() else piece
+                for number, piece in enumerate(pieces)
+            ]
 
     def of(self, file: Path) -> str:
         """Return the checksum of a file in hex, once it is known.
@@ -70,7 +80,14 @@ class Checking:
 
     def close(self) -> None:
         """Stop the threads, once they are through with the pieces under way."""
-        self._pool.shutdown(cancel_futures=True)
+        for pool in self._pools:
+            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in self._pools:
+            pool.shutdown()
+
+
+def _most_threads() -> int:
+    return min(_THREADS, os.cpu_count() or 1)
 
 
 def checksums(files: Iterable[Path], threads: int | None = None) -> list[str]:
