@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ernie_accel.common.collecting import without_collecting
+from ernie_accel.common.packages import packages_looked_up_once
 from ernie_accel.core.components import CallablePipeline
 from ernie_accel.core.context import NOT_SUPPORTED_YET
 from ernie_accel.core.dtypes import ALIASES, DTYPES, dtype_argument, dtype_name
@@ -185,6 +186,7 @@ def _fetch(model: str, pictures: bool, without_transformer: bool = False) -> Pat
 
 
 @without_collecting()
+@packages_looked_up_once()
 def _load_plain(folder: Path, dtype: torch.dtype, single: Path | None = None) -> CallablePipeline:
     index = vet(folder)
     filled = None if single is None else _filled(folder, index, single, dtype)

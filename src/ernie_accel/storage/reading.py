@@ -17,6 +17,7 @@ import torch
 
 from ernie_accel.common.collecting import without_collecting
 from ernie_accel.common.language import said
+from ernie_accel.common.packages import packages_looked_up_once
 from ernie_accel.core.apply import apply_request, report_of
 from ernie_accel.core.carried import carry
 from ernie_accel.core.components import CallablePipeline, modules_of
@@ -88,6 +89,7 @@ def load(
 
 
 @without_collecting()
+@packages_looked_up_once()
 def read(
     folder: str | os.PathLike[str],
     transforms: Iterable[Transform],
