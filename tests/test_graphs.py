@@ -11,9 +11,11 @@ import torch
 import ernie_accel
 from ernie_accel.core.undo import Undo
 from ernie_accel.kernels import ops
+from ernie_accel.models import graphed_forward
 from ernie_accel.models.ernie_image import blocks as ernie_image_blocks
 from ernie_accel.models.ernie_image import kernels as ernie_image_kernels
 from ernie_accel.models.graphed_forward import GraphedForward
+from ernie_accel.models.token_layout import LAYOUT, PaddingRule
 from tests.pipelines import after, picture, tiny_ernie, tiny_flux
 
 H200 = ernie_accel.Context("cuda", "NVIDIA H200", (9, 0))
@@ -228,6 +230,32 @@ def test_large_images_run_as_before(graphed: Any) -> None:
     pipe, recorder = graphed
     assert torch.equal(picture(pipe, height=160, width=160), picture(tiny_ernie(), height=160, width=160))
     assert recorder.captures == 0
+
+
+@pytest.mark.parametrize(
+    ("attention", "free", "captures"), [("fp8", 9, 1), ("fp8", 7, 0), ("bf16", 9, 0), (None, 9, 0)]
+)
+def test_large_images_are_captured_where_that_costs_neither_time_nor_memory_that_is_short(
+    attention: str | None, free: int, captures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 a graph would attend by lengths, which takes longer; in fp8 every call does."""
+    pipe, recorder = ernie_accel.optimize(tiny_ernie(), ernie_accel.RewriteBlocks()), Recorder()
+    if attention is not None:
+        ernie_image_kernels.install(pipe.transformer, Undo(), "bf16")
+    if attention == "fp8":  # which needs products in fp8, too
+        rule = PaddingRule(64, "lengths", always_lengths=True)
+        LAYOUT.required(pipe.transformer).padding_rule = lambda: rule
+    expected = picture(pipe, steps=4, height=160, width=160)
+    monkeypatch.setattr(graphed_forward, "FEW_TOKENS", 64)
+    monkeypatch.setattr(graphed_forward, "MANY_TOKENS", 100)
+    monkeypatch.setattr(graphed_forward, "free_bytes", lambda _: free * 2**30)
+    pipe.transformer.forward = GraphedForward(pipe.transformer, ernie_image_blocks, None, 2, recorder)
+    assert torch.equal(picture(pipe, steps=4, height=160, width=160), expected)  # 100 tokens
+    assert recorder.captures == captures
+    picture(pipe, steps=4, height=176, width=160)
+    assert recorder.captures == captures
+    picture(pipe, steps=4, height=128, width=128)
+    assert recorder.captures == captures + 1
 
 
 def test_both_ways_of_returning_work(graphed: Any) -> None:

@@ -93,7 +93,7 @@ class PlannedPipe:
         prompt_limit: Tokens that prompts are cut at; None: by the tokenizer only.
         enhances_prompts: Whether a call may have its prompts enhanced.
         keeps_graphs: Graphs of the denoiser that are kept; 0 where none are captured.
-        graph_tokens: Image tokens, times the batch, above which the denoiser is not captured.
+        graph_tokens: Image tokens, times the batch, up to which the denoiser is captured for certain.
         breaks_graph: Why the layers of a component cannot be compiled without graph breaks, by component.
         on_first_call: What compiles or captures on the first call, by slot of the transform that does so.
         kept_on_host: Bytes of originals that wait in host memory, so that ``restore`` is exact.

@@ -17,6 +17,15 @@ from ernie_accel.core.captured import Fingerprint, bring_whole, version_of
 from ernie_accel.models.replayed_forward import ReplayedForward
 from ernie_accel.models.replays import Capture
 from ernie_accel.models.rewritten import PreparedPositions, RewrittenModel
+from ernie_accel.models.token_layout import LAYOUT
+
+#: Images of more tokens, times the batch, keep a GPU busy whatever the host does.
+FEW_TOKENS = 2048
+#: Up to here graphs are used all the same where they cost no time and there is memory: a host that is busy with other
+#: things, or a LoRA, may need as long to launch a step as the GPU to run it. Two pictures of about 1024 x 1024 pixels.
+MANY_TOKENS = 8448
+#: Bytes that have to be free on the device for that. ERNIE-Image's graph of 4224 tokens keeps 0.6 GiB.
+FREE_FOR_MANY = 8 * 2**30
 
 
 @dataclass(frozen=True)
@@ -33,15 +42,21 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
 
     At every step it checks whether the transformer is what it was. Steps of a picture are recognised by their text,
     which is the same tensor in each.
+
+    Images of up to `max_tokens` tokens, times the batch, are captured. None: up to `FEW_TOKENS`; up to `MANY_TOKENS`
+    where attention takes lengths anyway (in bfloat16 its kernel without them, which no graph uses, is the faster one)
+    and `FREE_FOR_MANY` are free when such an image first comes.
     """
 
-    captured: ClassVar[tuple[str, ...]] = (*ReplayedForward.captured, "_picture", "_given", "_prepared", "_filled")
+    captured: ClassVar[tuple[str, ...]] = (
+        *ReplayedForward.captured, "_picture", "_given", "_prepared", "_filled", "_large"
+    )  # fmt: skip
 
     def __init__(
         self,
         transformer: torch.nn.Module,
         blocks: RewrittenModel,
-        max_tokens: int,
+        max_tokens: int | None,
         keep: int,
         capture: Capture | None = None,
     ) -> None:
@@ -55,6 +70,7 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
         self._given: tuple[Tensor, ...] = ()  # its encoded prompts, which identify it
         self._prepared: tuple[Tensor, PreparedPositions] | None = None  # its text and positions
         self._filled: _Inputs | None = None  # the inputs that have them
+        self._large: dict[int, bool] = {}  # more tokens than a few: whether they are captured
 
     @property
     def _blocks(self) -> RewrittenModel:
@@ -65,7 +81,7 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
         arguments = dict(zip(self._blocks.FORWARD_ARGUMENTS, args, strict=False)) | kwargs
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._blocks.serves(arguments):
             return self.inner_forward(**arguments)
-        if self._blocks.token_count(self.module, arguments) > self._max_tokens:
+        if not self._captures(self._blocks.token_count(self.module, arguments)):
             return self.inner_forward(**arguments)
         steps = {name: arguments[name] for name in self._blocks.STEP_INPUTS}
         device = _tensors(*steps.values())[0].device
@@ -79,6 +95,16 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
         with self._lock, torch.cuda.device_of(_tensors(*steps.values())[0]):  # type: ignore[no-untyped-call]
             self._forget_if_stale(now)
             return self._blocks.as_output(self._sample(arguments, steps), arguments)
+
+    def _captures(self, tokens: int) -> bool:
+        """Return whether images of so many tokens, times the batch, are captured."""
+        if self._max_tokens is not None or tokens <= FEW_TOKENS:
+            return tokens <= (FEW_TOKENS if self._max_tokens is None else self._max_tokens)
+        if tokens not in self._large:
+            always_lengths = LAYOUT.required(self.module).padding_rule().always_lengths
+            fits = tokens <= MANY_TOKENS and always_lengths
+            self._large[tokens] = fits and free_bytes(next(self.module.parameters()).device) > FREE_FOR_MANY
+        return self._large[tokens]
 
     def _sample(self, arguments: Mapping[str, Any], steps: Mapping[str, Tensor | list[Tensor]]) -> Tensor:
         shapes = tuple((x.shape, x.dtype, x.device) for x in _tensors(*steps.values()))
@@ -110,6 +136,17 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
         static = {**inputs.steps, self._blocks.PICTURE_INPUT: inputs.text, "at": inputs.at, "return_dict": False}
         sample: Tensor = self.inner_forward(**{**arguments, **static})[0]
         return sample
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that torch could still give this process on a CUDA device; 0 on any other."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device)
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)  # newer than torch 2.6
+    allowed = total if fraction is None else int(total * fraction(device))
+    return min(free, allowed - held) + held - torch.cuda.memory_allocated(device)
 
 
 def _tensors(*given: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ from ernie_accel.core.stand_in import standing_in
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
-from ernie_accel.models.graphed_forward import GraphedForward
+from ernie_accel.models.graphed_forward import FEW_TOKENS, GraphedForward
 from ernie_accel.models.rewritten import rewritten_blocks, rewritten_model, whose
 
 
@@ -25,15 +25,17 @@ class CaptureGraphs(Transform):
     of eight steps, six need no launches. Image size and prompt length make a shape; where `FuseKernels` pads tokens,
     64 prompt lengths share one. Only the graphs of the last few shapes are kept. Changes are noticed at the next step:
     weights that were moved or replaced, adapters that were loaded, scaled, switched or merged, another attention
-    backend. If a layer has hooks, nothing is captured. Pictures above about 700 x 700 pixels run as before, because
-    they keep the GPU busy anyway, and so do calls under autocast.
+    backend. If a layer has hooks, nothing is captured, nor are calls under autocast.
 
     Pays:
         Below about 700 x 700 pixels. At 256x256 a step takes 11.2 ms in compiled blocks and 10.9 with ``turbo-bf16``,
-        which adds graphs; 7.7 with ``turbo-fp8``, where torchao's compiled fp8 without graphs takes 21.8.
+        which adds graphs; 7.7 with ``turbo-fp8``, where torchao's compiled fp8 without graphs takes 21.8. Above, where
+        the host is slow, or busy with other things.
 
     Attributes:
-        max_tokens: Images of more tokens (of 16 x 16 pixels), times the batch, are not captured.
+        max_tokens: Images of more tokens (of 16 x 16 pixels), times the batch, are not captured. None: of more than
+            2048, or of more than 8448 (two pictures of about 1024 x 1024) where attention is in fp8 and more than
+            8 GiB of the device's memory are free when the first such picture is drawn.
         keep: How many shapes to keep graphs of.
     """
 
@@ -41,11 +43,11 @@ class CaptureGraphs(Transform):
     slot: ClassVar[str] = "graphs"
     effect: ClassVar[Effect] = Effect.EXACT
 
-    max_tokens: int = field(default=2048, kw_only=True)
+    max_tokens: int | None = field(default=None, kw_only=True)
     keep: int = field(default=4, kw_only=True)
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 0 or self.keep < 1:
+        if (self.max_tokens or 0) < 0 or self.keep < 1:
             raise ValueError(f"max_tokens must be >= 0 and keep >= 1, got {self.max_tokens} and {self.keep}")
 
     @property
@@ -79,7 +81,8 @@ class CaptureGraphs(Transform):
         return Preview(("transformer.forward",), note=other_denoisers_note(pipe))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
-        planned = replace(context.planned(pipe), keeps_graphs=self.keep, graph_tokens=self.max_tokens)
+        most = FEW_TOKENS if self.max_tokens is None else self.max_tokens
+        planned = replace(context.planned(pipe), keeps_graphs=self.keep, graph_tokens=most)
         return planned.compiling(self.slot)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
