@@ -31,6 +31,6 @@ def test_ranks_differ_in_columns_and_not_in_operators(
     assert all(each["operators"] == seen[0]["operators"] for each in seen)
     assert seen[0]["operators"]["ernie_accel.low_rank_into.default"] == 9
     assert all(each["added_in_place"] == 3 for each in seen)  # of the first block, in bfloat16
-    assert [each["spare_columns"].keys() - {"0"} for each in seen[:2]] == [{"64"}, {"64", "128", "192"}]
+    assert [each["spare_columns"].keys() - {"0"} for each in seen[:2]] == [{"128"}, {"128", "256"}]
     assert all(len(each["steps_ms"]) == 1 and not each["captured_anew"] for each in seen)
     assert out.with_suffix(".md").read_text("utf-8") in capsys.readouterr().out

@@ -358,7 +358,7 @@ def _fp8_low_rank_kernel(
     X, X_SCALE, DOWN, FACTOR, OUT, OUT_SCALE, rows, width, x_pitch, pitch, ranks, COPY: tl.constexpr,
     SHRINK: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Float8 rows times a few others, into the columns of OUT after the rows; zeros beyond the ranks.
+    """Float8 rows times a few others, into the columns of OUT after the rows; zeros into those beyond the ranks.
 
     With COPY it also writes the rows there, times SHRINK, and their scales. Without, OUT is X.
     """
@@ -382,6 +382,10 @@ def _fp8_low_rank_kernel(
     factor = tl.load(FACTOR + rank, mask=rank < ranks, other=0.0)[:, None]
     low = tl.trans(tl.minimum(tl.maximum(total * (factor * SHRINK), -448.0), 448.0))
     tl.store(out_at + width + rank[None, :], low.to(tl.float8e4nv), mask=here & (rank < pitch - width)[None, :])
+    for start in range(tl.num_programs(1) * RANKS, pitch - width, RANKS):  # by the first of them, too
+        rank = start + tl.arange(0, RANKS)
+        zeros = tl.zeros((ROWS, RANKS), dtype=tl.float32).to(tl.float8e4nv)
+        tl.store(out_at + width + rank[None, :], zeros, mask=copies[:, None] & (rank < pitch - width)[None, :])
     if COPY:
         tl.store(OUT_SCALE + row, tl.load(X_SCALE + row, mask=copies, other=0.0) * (1.0 / SHRINK), mask=copies)
 
@@ -531,10 +535,10 @@ def _fp8_low_rank(
     x: Tensor, x_scale: Tensor, down_rk: Tensor, factor_r: Tensor, out: Tensor, scale: Tensor, rows: int, *, copy: bool
 ) -> None:
     (ranks, width), pitch = down_rk.shape, out.shape[-1]
-    at_once = 64 if pitch - width <= 64 else 128
+    at_once = 64 if ranks <= 64 else 128
     block = _FP8_LOW_RANK_BLOCK[at_once]
     stages = min(_FP8_LOW_RANK_STAGES, _shared_memory(x.device) // (block * (_FP8_LOW_RANK_ROWS + at_once)))
-    _fp8_low_rank_kernel[(ceil_div(rows, _FP8_LOW_RANK_ROWS), ceil_div(pitch - width, at_once))](
+    _fp8_low_rank_kernel[(ceil_div(rows, _FP8_LOW_RANK_ROWS), ceil_div(ranks, at_once))](
         x, x_scale, down_rk, factor_r, out, scale, rows, width, x.shape[-1], pitch, ranks, COPY=copy,
         SHRINK=1 / ROOM if copy else 1.0, ROWS=_FP8_LOW_RANK_ROWS, RANKS=at_once, BLOCK=block, num_warps=4,
         num_stages=stages,

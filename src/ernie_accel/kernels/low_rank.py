@@ -22,8 +22,9 @@ from ernie_accel.kernels.spare_terms import KEPT_PART_OF_WEIGHT, KeptTerms, Spar
 
 #: Ranks are padded with zeros to a multiple of this, as products want them.
 RANK_MULTIPLE_OF = 16
-#: Spare columns of float8 rows and weights are padded to a multiple of this, so that rows start with sectors of memory.
-SPARE_MULTIPLE_OF = 64
+#: Spare columns of float8 rows and weights are padded to a multiple of this: a product reads 128 columns at a time
+#: anyway, and rows that start with lines of memory are read in fewer of them.
+SPARE_MULTIPLE_OF = 128
 _UPDATING = threading.Lock()
 
 
