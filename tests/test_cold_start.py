@@ -133,7 +133,9 @@ def test_loading_writes_what_the_folder_holds_and_hardly_more(on_h200, tmp_path,
     read = []
     once = ParallelReader._read
     monkeypatch.setattr(
-        ParallelReader, "_read", lambda self, into, start: (read.append(into.numel()), once(self, into, start))[1]
+        ParallelReader,
+        "_read",
+        lambda self, pieces, start: (read.extend(piece.numel() for piece in pieces), once(self, pieces, start))[1],
     )
     with _Written() as counter:
         again = ernie_accel.load(folder)

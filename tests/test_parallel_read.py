@@ -43,13 +43,14 @@ def test_bits_are_those_of_the_formats_own_library(block, threads, file, monkeyp
         assert read[name].reshape(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8)), name
 
 
-def test_what_goes_to_a_device_passes_through_one_block_per_thread(file, monkeypatch):
+@pytest.mark.parametrize("elsewhere", ["cuda", "meta"])
+def test_what_goes_to_a_device_passes_through_one_block_per_thread(elsewhere, file, monkeypatch):
     """Bounds the host's memory; a stand-in tensor says that it is elsewhere."""
     monkeypatch.setattr(parallel_read, "BLOCK_BYTES", 512)
-    used = set()
+    used, waits = set(), []
 
     class Elsewhere:
-        device = torch.device("meta")
+        device = torch.device(elsewhere)
 
         def __init__(self, target):
             self.target = target
@@ -57,18 +58,37 @@ def test_what_goes_to_a_device_passes_through_one_block_per_thread(file, monkeyp
         def numel(self):
             return self.target.numel()
 
-        def copy_(self, block):
-            used.add((threading.get_ident(), block.data_ptr()))
+        def copy_(self, block, non_blocking=False):
+            used.add((threading.get_ident(), block.untyped_storage().data_ptr()))
+            waits.append(not non_blocking)
             self.target.copy_(block)
 
     with ParallelReader(file, "cpu", 2) as reader:
         read = reader._read
-        monkeypatch.setattr(reader, "_read", lambda into, start: read(Elsewhere(into), start))
+        monkeypatch.setattr(reader, "_read", lambda pieces, start: read(list(map(Elsewhere, pieces)), start))
         reader.start(reader.tensors)
         found = {name: reader.take(name) for name in reader.tensors}
     assert found["matrix"].equal(TENSORS["matrix"])
+    assert found["half"].equal(TENSORS["half"])
+    assert (waits.count(False) > 0) is (elsewhere == "cuda")  # of a block's pieces it waits only for the last one
     assert 1 <= len(used) <= 2
     assert len({thread for thread, _ in used}) == len(used)
+
+
+def test_tensors_that_follow_each_other_are_read_at_once(file, monkeypatch):
+    blocks, read = [], ParallelReader._read
+    monkeypatch.setattr(
+        ParallelReader, "_read", lambda self, pieces, start: (blocks.append(len(pieces)), read(self, pieces, start))[1]
+    )
+    with ParallelReader(file, "cpu", 1) as reader:
+        in_order = sorted((each.start, name) for name, each in reader.tensors.items() if each.nbytes)
+        names = [name for _, name in in_order]
+        for together, expected in ((names, [len(names)]), (names[::2], [1] * len(names[::2]))):
+            blocks.clear()
+            reader.start(together[::-1])
+            for name in together:
+                assert reader.take(name).equal(TENSORS[name])
+            assert blocks == expected
 
 
 def test_a_truncated_file_is_refused_by_its_header(file):

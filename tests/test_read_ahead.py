@@ -33,11 +33,11 @@ class _Watch:
         self._changed = threading.Condition()
         read = ParallelReader._read
 
-        def watched(reader: ParallelReader, into: torch.Tensor, start: int) -> None:
-            read(reader, into, start)
+        def watched(reader: ParallelReader, pieces: list[torch.Tensor], start: int) -> None:
+            read(reader, pieces, start)
             with self._changed:
-                self.nbytes += into.numel()
-                self.tensors.append(weakref.ref(into))
+                self.nbytes += sum(piece.numel() for piece in pieces)
+                self.tensors += map(weakref.ref, pieces)
                 self._changed.notify_all()
 
         monkeypatch.setattr(ParallelReader, "_read", watched)

@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
@@ -22,8 +22,9 @@ import torch
 
 from ernie_accel.storage.tensor_file import DTYPES
 
-#: What a thread reads and copies at a time; all of the host's memory that an accelerator's tensors need, per thread.
-BLOCK_BYTES = 16 * 2**20
+#: What a thread reads at a time; all of the host's memory that an accelerator's tensors need, per thread. Between two,
+#: it takes the interpreter's lock, which the main thread may need: small tensors share a block.
+BLOCK_BYTES = 32 * 2**20
 #: More gain nothing: a few saturate memory, and disks too.
 _THREADS = 8
 
@@ -36,6 +37,27 @@ class Stored:
     dtype: torch.dtype
     start: int
     nbytes: int
+
+
+@dataclass
+class _Block:
+    """Bytes of a file that one thread reads at once: pieces of tensors that follow each other there.
+
+    Attributes:
+        start: Where they begin in the file.
+        pieces: Where they go.
+        parts: For each piece, what its tensor waits for.
+        nbytes: Of all pieces.
+    """
+
+    start: int = 0
+    pieces: list[torch.Tensor] = field(default_factory=list)
+    parts: list[list[Future[None]]] = field(default_factory=list)
+    nbytes: int = 0
+
+    def takes(self, piece: torch.Tensor, start: int) -> bool:
+        """Return whether a piece follows the others in the file, and there is room for it."""
+        return start == self.start + self.nbytes and self.nbytes + piece.numel() <= BLOCK_BYTES
 
 
 class ParallelReader:
@@ -68,21 +90,33 @@ class ParallelReader:
         self._pending: dict[str, tuple[torch.Tensor, list[Future[None]]]] = {}
 
     def start(self, names: Iterable[str]) -> None:
-        """Allocate these tensors and begin to read them, in this order.
+        """Allocate these tensors and begin to read them, in the order in which they lie in the file.
 
         Raises:
             torch.OutOfMemoryError: The device has no memory for them.
         """
-        for name in names:
+        block = _Block()
+        for name in sorted(names, key=lambda name: self.tensors[name].start):
             stored = self.tensors[name]
             tensor = torch.empty(stored.shape, dtype=stored.dtype, device=self._device)
             # A scalar has no dimension that could be counted in bytes.
-            into = tensor.reshape(-1).view(torch.uint8)
-            parts = (
-                self._pool.submit(self._read, into[at : at + BLOCK_BYTES], stored.start + at)
-                for at in range(0, stored.nbytes, BLOCK_BYTES)
-            )
-            self._pending[name] = tensor, list(parts)
+            into, parts = tensor.reshape(-1).view(torch.uint8), list[Future[None]]()
+            self._pending[name] = tensor, parts
+            for at in range(0, stored.nbytes, BLOCK_BYTES):
+                piece = into[at : at + BLOCK_BYTES]
+                if not block.takes(piece, stored.start + at):
+                    self._submit(block)
+                    block = _Block(stored.start + at)
+                block.pieces.append(piece)
+                block.parts.append(parts)
+                block.nbytes += piece.numel()
+        self._submit(block)
+
+    def _submit(self, block: _Block) -> None:
+        if block.pieces:
+            read = self._pool.submit(self._read, block.pieces, block.start)
+            for parts in block.parts:
+                parts.append(read)
 
     def take(self, name: str) -> torch.Tensor:
         """Return a tensor that was started, once all of it has arrived. Each is given out once.
@@ -95,22 +129,26 @@ class ParallelReader:
             part.result()
         return tensor
 
-    def _read(self, into: torch.Tensor, start: int) -> None:
-        """Fill bytes on the device with those of the file that begin at `start`."""
-        direct = into.device.type == "cpu"
-        block = into if direct else self._block()[: into.numel()]
-        array: Any = block.numpy()
-        view, done = memoryview(array), 0
+    def _read(self, pieces: list[torch.Tensor], start: int) -> None:
+        """Fill bytes on the device, one piece after the other, with those of the file that begin at `start`."""
+        direct = pieces[0].device.type == "cpu"
+        nbytes = [piece.numel() for piece in pieces]
+        block = None if direct else self._block()[: sum(nbytes)]
         with self._file.open("rb", buffering=0) as file:
             file.seek(start)
-            while done < len(view):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise OSError(f"it ends at byte {start + done}, within a tensor")
-                done += count
-        if not direct:
+            for into in pieces if block is None else [block]:
+                array: Any = into.numpy()
+                view, done = memoryview(array), 0
+                while done < len(view):
+                    count = file.readinto(view[done:])
+                    if not count:
+                        raise OSError(f"it ends at byte {file.tell()}, within a tensor")
+                    done += count
+        if block is not None:
             with self._stream:
-                into.copy_(block)  # returns once it is done, so the block is free again
+                for number, (into, source) in enumerate(zip(pieces, torch.split(block, nbytes), strict=True), 1):
+                    # CUDA copies in order: the last one returns once all are done, so the block is free again.
+                    into.copy_(source, non_blocking=into.device.type == "cuda" and number < len(pieces))
 
     def _block(self) -> torch.Tensor:
         """Return this thread's block of host memory: pinned for CUDA, if the system lets us pin so much."""

@@ -70,8 +70,7 @@ class ReadAhead:
 
     def _start(self) -> None:
         for reader in self._readers.values():
-            in_order = sorted((stored.start, name) for name, stored in reader.tensors.items())
-            reader.start(name for _, name in in_order)
+            reader.start(reader.tensors)
 
     def __enter__(self) -> ReadAhead:
         return self
