@@ -2,10 +2,10 @@
 
 ``python benchmarks/cold_start.py --size full --folder /scratch`` on a GPU: 24 GB of random bfloat16 weights without
 prompt enhancer, and some 13 GB saved. Each figure is of a fresh process. Each kind is measured twice: with empty caches
-of compiled code (Inductor's and Triton's), then with those that its first process left, as a user's second process
-finds them. The files are in the system's cache, unless ``--cold`` drops them from there first (Linux; files that nobody
-has mapped). Modules have bytecode, as installers leave it: where the packages have none, that of all modules is written
-to the folder before anything is timed.
+of compiled code (Inductor's and Triton's), then, unless ``--first-only``, with those that its first process left, as a
+user's second process finds them. The files are in the system's cache, unless ``--cold`` drops them from there first
+(Linux; files that nobody has mapped). Modules have bytecode, as installers leave it: where the packages have none, that
+of all modules is written to the folder before anything is timed.
 
     stock   diffusers' from_pretrained, .to(device), Quantize("fp8"), Compile()
     preset  ernie_accel.load(original, preset="turbo-fp8")
@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         for kind in KINDS:
             files = weights(saved if kind == "saved" else original)
             with tempfile.TemporaryDirectory() as code:
-                for each, caches in CACHES.items():
+                for each, caches in list(CACHES.items())[: 1 if arguments.first_only else None]:
                     if arguments.cold:
                         drop_from_cache(files)
                     else:
@@ -251,6 +252,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "size": arguments.size,
         "device": arguments.device,
         "cache": "cold" if arguments.cold else "warm",
+        "versions": {name: version(name) for name in _LARGE},
         "bytes": sizes,
         "read_gb_s": read_rate(weights(saved)),
         "bytecode": where,
@@ -268,7 +270,7 @@ def table(found: dict[str, Any]) -> Iterator[str]:
     yield "| | compiled code | first picture | imports | load | GB/s | until the first picture | a picture | vs saved |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for each, caches in CACHES.items():
-        for kind in KINDS:
+        for kind in KINDS if found[each][KINDS[0]] else ():
             nbytes = found["bytes"]["saved" if kind == "saved" else "original"]
             first, imported, loaded = (median(each, kind, f"{name}_s") for name in ("first", "imported", "loaded"))
             cells = [kind, caches, f"{first:.1f} s", f"{imported:.1f} s", f"{loaded - imported:.1f} s"]
@@ -290,6 +292,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the pipelines go, and stay; default: a temporary folder")
     parser.add_argument("--device", help="default: cuda where there is one")
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--first-only", action="store_true", help="measure with empty caches of compiled code only")
     parser.add_argument("--cold", action="store_true", help="drop the files from the system's cache before each run")
     parser.add_argument("--save", type=Path, help="JSON file for the figures; default: in the folder")
     parser.add_argument("--profile", type=Path, help="text file for what loading a saved folder spends its time in")
