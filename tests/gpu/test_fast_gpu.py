@@ -9,6 +9,8 @@ import torch
 
 import ernie_accel
 from ernie_accel import CaptureGraphs, FuseKernels, KeepTimestepsOnHost, RewriteBlocks, SwapScheduler
+from ernie_accel.core.stand_in import standing_in
+from ernie_accel.models.graphed_forward import GraphedForward
 from ernie_accel.samplers.solvers import SCHEDULERS
 
 
@@ -50,6 +52,34 @@ def test_replays_are_bitwise_the_same(pipe: Any, transforms: tuple[Any, ...]) ->
     ernie_accel.optimize(pipe, *transforms, CaptureGraphs())
     got = [latents(pipe, prompt) for prompt in ("a red circle", "a blue square on white", "a red circle")]
     assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize(("gib", "captured"), [(None, True), (6, False)])
+def test_large_pictures_are_captured_where_there_is_memory(pipe: Any, gib: int | None, captured: bool) -> None:
+    """A limit that a process has set for itself counts as the card's."""
+    pytest.importorskip("cudnn")
+    if gib is not None and not hasattr(torch.cuda, "get_per_process_memory_fraction"):
+        pytest.skip("this torch does not tell a process its limit")
+    settings = {"height": 768, "width": 768, "num_inference_steps": 4, "guidance_scale": 1.0, "use_pe": False}
+
+    def draw() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        drawn: torch.Tensor = pipe("a red circle", generator=generator, output_type="latent", **settings).images
+        return drawn
+
+    transforms = (RewriteBlocks(), FuseKernels("fp8"))
+    ernie_accel.optimize(pipe, *transforms)
+    expected = draw()
+    ernie_accel.optimize(pipe, *transforms, CaptureGraphs())
+    total = torch.cuda.get_device_properties(0).total_memory
+    try:
+        torch.cuda.set_per_process_memory_fraction(1.0 if gib is None else gib * 2**30 / total)
+        assert torch.equal(draw(), expected)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    graphed = standing_in(pipe.transformer, GraphedForward)
+    assert graphed is not None
+    assert (len(graphed._graphs) > 0) == captured
 
 
 @pytest.mark.parametrize("preset", ["turbo-bf16", "turbo-fp8"])
