@@ -141,14 +141,15 @@ class _LoadStateDict(StandInMethod):
             ErnieAccelError: Those of a quantized layer are not quantized as it is; nothing has been loaded.
         """
         owner = cast(torch.nn.Module, self.owner)
-        for path, layer in owner.named_modules():
+        paths = {module: path for path, module in owner.named_modules()}
+        for layer, path in paths.items():
             is_fp8 = isinstance(layer, Fp8Linear)
             stored = "fp8 by fused kernels" if is_fp8 else quantized_as(layer)
             if stored is None:
                 continue
             brings_parts = any(
                 key in state_dict
-                for part in _parts_at(owner, path)
+                for part in _parts_at(owner, path, paths)
                 for key in (f"{part}.weight", f"{part}.base_layer.weight")
             )
             makes_plain = assign and not is_fp8
@@ -160,20 +161,20 @@ class _LoadStateDict(StandInMethod):
         return self.call_inner(state_dict, strict=strict, assign=assign, **kwargs)
 
 
-def _parts_at(model: torch.nn.Module, path: str) -> tuple[str, ...]:
-    """Return the paths of the stock layers that the layer at `path` stands for: those fused into it, or its own."""
+def _parts_at(model: torch.nn.Module, path: str, paths: Mapping[torch.nn.Module, str]) -> tuple[str, ...]:
+    """Return the paths of the stock layers that the layer at `path` stands for: those fused into it, or its own.
+
+    `paths` has those of all modules of the model: a LoRA's weights are loaded so, too, and to look for each anew would
+    take half of that time.
+    """
     parent, _, name = path.rpartition(".")
     above = model.get_submodule(parent)
     if isinstance(above, LowRankProduct):
-        return tuple(_path_of(model, place.owner, place.name) for place in above.places)
+        return tuple(f"{paths[place.owner]}.{place.name}" for place in above.places)
     if getattr(above, "fused_name", None) != name:
         return ()
     names: tuple[str, ...] = above.fusible  # type: ignore[assignment]
     return tuple(f"{parent}.{each}" for each in names)
-
-
-def _path_of(model: torch.nn.Module, owner: torch.nn.Module, name: str) -> str:
-    return next(f"{path}.{name}" for path, module in model.named_modules() if module is owner)
 
 
 def _can_hold(layer: torch.nn.Module, path: str, state: Mapping[str, torch.Tensor], *, assign: bool) -> bool:
