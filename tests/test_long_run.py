@@ -60,7 +60,7 @@ def test_all_sizes_and_batches_come_early_and_prompts_differ():
 
 
 #: Functions that are cached without bound, and of what there are only a few.
-FEW = {"_handle": "devices", "_checker": "options"} | dict.fromkeys(
+FEW = {"_handle": "devices", "_shared_memory": "devices", "_checker": "options"} | dict.fromkeys(
     ("_by_mask_class", "_corrected_class", "_prepared_class"), "classes"
 )
 
