@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import importlib.metadata
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -11,6 +13,7 @@ import textwrap
 import pytest
 
 import ernie_accel
+from ernie_accel.common import packages
 from ernie_accel.common.packages import packages_looked_up_once
 from tests.pipelines import tiny_ernie
 
@@ -63,6 +66,47 @@ def test_what_somebody_else_put_there_meanwhile_stays(looks, monkeypatch):
     with packages_looked_up_once():
         monkeypatch.setattr(importlib.metadata, "packages_distributions", other)
     assert importlib.metadata.packages_distributions is other
+
+
+@pytest.fixture
+def installed(tmp_path):
+    """A distribution that declares no packages, some of whose files are gone."""
+    about = tmp_path / "some_thing-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: some-thing\nVersion: 1.0\n\nText\nName: no\n")
+    there = ["thing/__init__.py", "thing/a, b.txt", "single.py", "native.abi3.so", "no_suffix", "partly/second.py"]
+    gone = ["gone/__init__.py", "gone.py", "partly/first.py"]
+    outside = ["../../bin/thing", "some_thing-1.0.dist-info/METADATA", "some_thing-1.0.dist-info/RECORD"]
+    for name in there:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with (about / "RECORD").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows((name, "sha256=0", "1") for name in [*there, *gone, *outside])
+    return importlib.metadata.Distribution.at(about)
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_packages_are_those_with_a_file_that_is_there(later, installed, monkeypatch):
+    monkeypatch.delattr(importlib.metadata, "_get_toplevel_name", raising=False)
+    if later:
+        monkeypatch.setattr(importlib.metadata, "_get_toplevel_name", None, raising=False)
+    found = sorted(packages._inferred(installed))
+    assert found == ["native", *(["no_suffix"] if later else []), "partly", "single", "thing"]
+
+
+#: What Python's own function looks for differs before 3.12, where it is fast.
+SAME = pytest.mark.skipif(sys.version_info < (3, 12), reason="Python's own function looks for other files")
+
+
+@pytest.mark.parametrize("odd", [pytest.param(False, marks=SAME), True])
+def test_it_says_what_pythons_own_function_says(odd, installed, monkeypatch):
+    some = [installed, *itertools.islice(importlib.metadata.distributions(), 40)]
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: iter(some))
+    monkeypatch.setattr(packages, "_LOOKS_FOR_ALL_FILES", True)
+    if odd:
+        monkeypatch.setattr(packages, "_inferred", lambda _: 1 / 0)
+    with packages_looked_up_once():
+        assert importlib.metadata.packages_distributions() == packages._STANDARD()
 
 
 def test_a_load_in_a_fresh_process_looks_once(tmp_path):

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
+import inspect
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_STANDARD = importlib.metadata.packages_distributions
+#: Versions of Python whose own function looks for every file of every package, which takes most of its time.
+_LOOKS_FOR_ALL_FILES = (3, 12) <= sys.version_info[:2] <= (3, 13)
 
 
 class _Lookup:
@@ -36,8 +46,45 @@ class _Lookup:
         """Return the distributions that each top-level package is of."""
         known = self._known
         if known is None:
-            known = self._known = dict(self._look_up())
+            quickly = _LOOKS_FOR_ALL_FILES and self._look_up is _STANDARD
+            known = self._known = dict(_looked_up() if quickly else self._look_up())
         return {package: list(names) for package, names in known.items()}  # whoever asks may change it
+
+
+def _looked_up() -> Mapping[str, list[str]]:
+    """Return what ``packages_distributions`` does, without looking for files that make no difference."""
+    declared: Callable[[Any], Iterable[str]] | None = getattr(importlib.metadata, "_top_level_declared", None)
+    if declared is None:
+        return _STANDARD()
+    found: dict[str, list[str]] = defaultdict(list)
+    try:
+        for distribution in importlib.metadata.distributions():
+            for package in declared(distribution) or _inferred(distribution):
+                found[package].append(distribution.metadata["Name"])
+    except Exception:  # whatever is odd about a package, Python's own function says
+        return _STANDARD()
+    return found
+
+
+def _inferred(distribution: importlib.metadata.Distribution) -> Iterable[str]:
+    """Return the top-level packages of which a distribution has at least one file."""
+    record = distribution.read_text("RECORD")
+    if record is None:
+        inferred: Iterable[str] = importlib.metadata._top_level_inferred(distribution)  # type: ignore[attr-defined]
+        return inferred
+    files: dict[str, list[str]] = defaultdict(list)
+    for path, *_ in csv.reader(record.splitlines()):
+        first, is_within, _ = path.partition("/")
+        name = first if is_within else inspect.getmodulename(first)
+        if name is None and hasattr(importlib.metadata, "_get_toplevel_name"):  # of later releases, 3.13 among them
+            name = first
+        if name is not None:
+            files[name].append(path)
+    return [
+        name
+        for name, paths in files.items()
+        if "." not in name and any(Path(str(distribution.locate_file(path))).exists() for path in paths)
+    ]
 
 
 _lookup = _Lookup()
