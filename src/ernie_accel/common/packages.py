@@ -11,8 +11,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+_Declared = Callable[[importlib.metadata.Distribution], Iterable[str]]
 _STANDARD = importlib.metadata.packages_distributions
 #: Versions of Python whose own function looks for every file of every package, which takes most of its time.
 _LOOKS_FOR_ALL_FILES = (3, 12) <= sys.version_info[:2] <= (3, 13)
@@ -53,7 +53,7 @@ class _Lookup:
 
 def _looked_up() -> Mapping[str, list[str]]:
     """Return what ``packages_distributions`` does, without looking for files that make no difference."""
-    declared: Callable[[Any], Iterable[str]] | None = getattr(importlib.metadata, "_top_level_declared", None)
+    declared: _Declared | None = getattr(importlib.metadata, "_top_level_declared", None)
     if declared is None:
         return _STANDARD()
     found: dict[str, list[str]] = defaultdict(list)
