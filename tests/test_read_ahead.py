@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -48,7 +51,16 @@ class _Watch:
 
 
 def readers() -> list[str]:
+    """Return the names of threads that are still at work."""
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("ernie-accel-read")]
+
+
+def ended() -> bool:
+    """Return whether threads with nothing left to do have ended by themselves."""
+    until = time.monotonic() + 10
+    while readers() and time.monotonic() < until:
+        time.sleep(0.01)
+    return not readers()
 
 
 def nbytes_of(folder: Any) -> int:
@@ -66,7 +78,7 @@ def test_all_weights_arrive_before_a_class_was_imported(saved, monkeypatch):
     assert arrived == [True]
     assert watch.nbytes == 2 * first  # each is read once
     assert_same_bits(bits(again), expected)
-    assert not readers()
+    assert ended()
 
 
 def test_what_was_read_for_nothing_is_dropped(saved, monkeypatch):
@@ -124,4 +136,22 @@ def test_a_file_that_cannot_be_opened_is_for_whoever_opens_it(tmp_path):
         good = ahead.opened(tmp_path / "good")
         good.start(good.tensors)
         assert good.take("weight").equal(torch.arange(5))
-    assert not readers()
+    assert ended()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_load_waits_for_the_end_of_threads_only_where_something_is_left_to_stop(fails, saved, monkeypatch):
+    waits, shutdown = [], ThreadPoolExecutor.shutdown
+
+    def noted(pool: ThreadPoolExecutor, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        waits.append(wait)
+        shutdown(pool, wait, cancel_futures=cancel_futures)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", noted)
+    if fails:
+        monkeypatch.setattr(reading, "vet", lambda *args: 1 / 0)
+    with contextlib.suppress(ZeroDivisionError):
+        ernie_accel.load(saved)
+    assert any(waits) is fails
+    assert len(waits) >= 4
+    assert ended()

@@ -76,13 +76,17 @@ class Checking:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(wait=kind is not None or not all(piece.done() for of in self._pieces.values() for piece in of))
 
-    def close(self) -> None:
-        """Stop the threads, once they are through with the pieces under way."""
+    def close(self, *, wait: bool = True) -> None:
+        """Stop the threads, once they are through with the pieces under way.
+
+        Args:
+            wait: Return only then; threads with nothing left to do end by themselves.
+        """
         for pool in self._pools:
             pool.shutdown(wait=False, cancel_futures=True)
-        for pool in self._pools:
+        for pool in self._pools if wait else ():
             pool.shutdown()
 
 

@@ -284,7 +284,7 @@ class Verification:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._found.close()
+        self._found.__exit__(kind, error, trace)
 
 
 def _check_sizes(folder: Path, files: Mapping[str, SavedFile]) -> None:

@@ -46,8 +46,8 @@ class ReadAhead:
         try:
             self._opened = self._beginner.submit(self._open, tuple(files))
             self._started = self._beginner.submit(self._start)
-        except BaseException:  # Ctrl-C too: or the threads would read on
-            self._close()
+        except BaseException as error:  # Ctrl-C too: or the threads would read on
+            self._close(error)
             raise
 
     def opened(self, file: Path) -> BegunFile | None:
@@ -78,16 +78,16 @@ class ReadAhead:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
+        self._close(error)
         if error is not None and self._where is not None and self._where.type == "cuda":
             torch.cuda.empty_cache()  # what was read for nothing
 
-    def _close(self) -> None:
+    def _close(self, error: BaseException | None) -> None:
         try:
-            self._beginner.shutdown(cancel_futures=True)
+            self._beginner.shutdown(wait=error is not None, cancel_futures=True)
         finally:
             for reader in self._readers.values():
-                reader.__exit__(None, None, None)
+                reader.__exit__(None if error is None else type(error), error, None)
 
 
 class BegunFile:
