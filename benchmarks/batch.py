@@ -109,13 +109,13 @@ class Timed(LocalEngine):
 
     def render(self, requests: Any, timeout_s: float | None = None) -> Any:
         """Render, and note when."""
-        return self._noted(super().render, requests, timeout_s)
+        return self._timed(super().render, requests, timeout_s)
 
     def begin(self, requests: Any, timeout_s: float | None = None) -> Any:
         """Begin to render, and note when."""
-        return self._noted(super().begin, requests, timeout_s)
+        return self._timed(super().begin, requests, timeout_s)
 
-    def _noted(self, render: Callable[..., Any], requests: Any, timeout_s: float | None) -> Any:
+    def _timed(self, render: Callable[..., Any], requests: Any, timeout_s: float | None) -> Any:
         start = time.perf_counter()
         outcomes = render(requests, timeout_s)
         self.renders.append((start, time.perf_counter(), len(requests)))

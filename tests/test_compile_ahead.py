@@ -401,6 +401,7 @@ def test_what_a_load_leaves_is_old_unless_it_failed_or_somebody_froze_objects(fa
             if fails:
                 raise KeyboardInterrupt
         assert any(each is made for each in gc.get_objects(generation))
-        assert gc.get_freeze_count() == count
+        assert gc.get_freeze_count() <= count  # those that ended meanwhile are gone
+        assert (gc.get_freeze_count() > 0) == frozen
     finally:
         gc.freeze()  # as `collected` has it
