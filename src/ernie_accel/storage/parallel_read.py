@@ -170,7 +170,7 @@ class ParallelReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # Threads with nothing left to do end by themselves; waiting for that took 50 ms for each on one host.
+        # Threads with nothing left to do end by themselves; under a profiler, waiting for eight took 0.4 s on one host.
         self._pool.shutdown(wait=error is not None or bool(self._pending), cancel_futures=True)
         self._pending.clear()
 
