@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import multiprocessing
@@ -17,7 +16,6 @@ from tools.kernel_lists.recording import write_list
 
 import ernie_accel
 from ernie_accel import FuseKernels, MoveTo, Quantize
-from ernie_accel.common.collecting import without_collecting
 from ernie_accel.core.context import Context
 from ernie_accel.families import families
 from ernie_accel.kernels import ahead
@@ -372,36 +370,3 @@ def test_reading_does_not_search_for_garbage_and_leaves_the_search_as_it_was(tmp
         finally:
             gc.enable()
     assert found == [False] * 4
-
-
-def test_the_last_of_several_loads_turns_the_search_for_garbage_on_again():
-    assert gc.isenabled()
-    first, second = contextlib.ExitStack(), contextlib.ExitStack()
-    try:
-        first.enter_context(without_collecting())
-        second.enter_context(without_collecting())
-        first.close()
-        assert not gc.isenabled()
-        second.close()
-        assert gc.isenabled()
-    finally:
-        gc.enable()
-
-
-@pytest.mark.parametrize(("fails", "frozen", "generation"), [(False, False, 2), (True, False, 0), (False, True, 0)])
-def test_what_a_load_leaves_is_old_unless_it_failed_or_somebody_froze_objects(fails, frozen, generation):
-    gc.unfreeze()
-    gc.collect()
-    try:
-        if frozen:
-            gc.freeze()
-        count = gc.get_freeze_count()
-        with contextlib.suppress(KeyboardInterrupt), without_collecting():
-            made = [[]]
-            if fails:
-                raise KeyboardInterrupt
-        assert any(each is made for each in gc.get_objects(generation))
-        assert gc.get_freeze_count() <= count  # those that ended meanwhile are gone
-        assert (gc.get_freeze_count() > 0) == frozen
-    finally:
-        gc.freeze()  # as `collected` has it

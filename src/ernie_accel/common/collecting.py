@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+#: Blocks that import fewer modules than this, as every load but the first, leave little that is old.
+_MANY_MODULES = 100
 
 
 class _Search:
@@ -15,11 +19,12 @@ class _Search:
         self._lock = threading.Lock()
         self._turned_off = 0  # by how many
         self._was_on = False  # before the first of them
+        self._modules = 0  # that were imported before it
 
     def turn_off(self) -> None:
         with self._lock:
             if not self._turned_off:
-                self._was_on = gc.isenabled()
+                self._was_on, self._modules = gc.isenabled(), len(sys.modules)
                 gc.disable()
             self._turned_off += 1
 
@@ -27,7 +32,8 @@ class _Search:
         with self._lock:
             self._turned_off -= 1
             if self._was_on and not self._turned_off:
-                if keeping and not gc.get_freeze_count():  # what others froze must stay frozen
+                imported = len(sys.modules) - self._modules >= _MANY_MODULES
+                if keeping and imported and not gc.get_freeze_count():  # what others froze must stay frozen
                     # Together they only move all objects to the oldest generation.
                     gc.freeze()
                     gc.unfreeze()
@@ -44,8 +50,9 @@ def without_collecting() -> Iterator[None]:
     Importing takes a tenth less time: there are many new objects, and hardly any cycles. Blocks of several threads may
     overlap: the last one to end turns the search on again, if it was on before the first one.
 
-    What is there then counts as old, which only a full search looks at: going through all that was imported, twice,
-    took an eighth of loading. After a block that fails, nothing does, so that what it leaves is found soon.
+    Once many modules were imported, all objects count as old, which only a full search looks at: going through them,
+    twice, took an eighth of loading. After a block that imported little or failed, none do, so that pipes that were
+    dropped, and what a failure leaves, are found soon.
     """
     _search.turn_off()
     keeping = False
