@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -15,6 +16,7 @@ from tools.embedded_model.corpus import captioned_scenes
 from tools.embedded_model.miniatures import MINIATURES, PROMPT_START, Miniature, patchify
 from tools.embedded_model.parts import OPERANDS, attend, part_errors_db, parts_in_fp8
 from tools.embedded_model.sensitivity import (
+    Kept,
     by_kind,
     compared,
     computed,
@@ -37,6 +39,7 @@ from ernie_accel.embedded.scenes import all_backgrounds
 from ernie_accel.kernels.linear import Fp8Linear
 from tests.pipelines import randomize
 
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 OTHERS = [miniature for miniature in MINIATURES.values() if not miniature.has_enhancer]
 
 
@@ -236,12 +239,36 @@ def test_what_is_kept_is_counted_object_by_object_and_drawn_again_picture_by_pic
     after = read_as([[True, True]] * 90 + [[False, False]] * 9 + [[True, True]])
     of = kept(before, after)
     assert (of.right_in_both, of.lost, of.gained) == (181, 18, 1)
-    assert of.share == pytest.approx(182 / 199)
-    low, high = of.interval
+    assert of.share == pytest.approx(181 / 199)
+    assert of.right_ratio == pytest.approx(182 / 199)
     # Nine pictures in a hundred are lost: 3 by the binomial; were objects drawn, 18 in 200, 4.1 of them.
-    assert 0.5 * (high - low) == pytest.approx(1.96 * 0.09**0.5 * 0.91**0.5 / 10, rel=0.1)
-    assert kept(before, before)[1:] == (0, 0, 1.0, (1.0, 1.0))
+    for low, high in (of.interval, of.right_ratio_interval):
+        assert 0.5 * (high - low) == pytest.approx(1.96 * 0.09**0.5 * 0.91**0.5 / 10, rel=0.1)
+    same = kept(before, before)
+    assert same[1:] == (0, 0, (1.0, 1.0), (1.0, 1.0)) and same.share == same.right_ratio == 1.0
     assert kept(before, after) == of  # the same numbers each time
+
+
+def test_what_is_gained_makes_up_for_losses_in_the_ratio_and_is_not_kept() -> None:
+    left, right = [[True, False]] * 50, [[False, True]] * 50
+    of = kept(read_as(left + left), read_as(left + right))
+    assert (of.share, of.right_ratio) == (0.5, 1.0)
+    assert of.interval.high < 0.65 and of.right_ratio_interval == (1.0, 1.0)
+    more = kept(read_as(left + right), read_as([[True, True]] * 60 + [[False, False]] * 40))
+    assert (more.share, more.right_ratio) == (0.6, 1.2)
+    assert more.interval.high < 0.75 and more.right_ratio_interval.high > 1.2
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("kept_*.json")), ids=lambda file: file.stem)
+def test_results_say_what_follows_from_their_counts(file: Path) -> None:
+    found = json.loads(file.read_text(encoding="utf-8"))["compared"]
+    reference = found["ways"][found["compared_with"]]
+    for way in found["ways"].values():
+        of = way["kept"]
+        assert Kept(**{name: of[name] for name in Kept._fields if name in of}).as_json() == of
+        assert of["right_ratio"] == pytest.approx(way["right"] / reference["right"], abs=1e-12)
+        low, high = of["right_ratio_interval"]
+        assert low <= of["right_ratio"] <= high
 
 
 def test_ways_to_compute_are_compared_on_the_same_pictures(
@@ -257,6 +284,7 @@ def test_ways_to_compute_are_compared_on_the_same_pictures(
     first, second = found["ways"].values()
     assert found["prompts"] == 2 and found["compared_with"] == "float32"
     assert first["kept"]["lost"] == first["kept"]["gained"] == 0
+    assert set(second["kept"]) == {*Kept._fields, "share", "right_ratio"}
     scenes = [scene for _, scene in unseen_prompts(2)]
     assert first["objects"] == second["objects"] == sum(len(scene.objects) for scene in scenes)
     assert summarize(verdicts(load(), 2, **call), scenes) == adherence(load(), 2, **call)

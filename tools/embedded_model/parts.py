@@ -2,7 +2,7 @@
 
     python -m tools.embedded_model.parts --architecture z-image --folder tools/embedded_model/trained/z-image
 
-Two presets draw nearly the same objects, so objects cannot tell where an error comes from. The distance of the
+Two presets draw nearly the same objects, so objects cannot show where an error comes from. The distance of the
 transformer's output from float32's can, on the inputs of all steps of a few pictures, with one part at a time in fp8.
 As in ``sensitivity.py``, fp8 is emulated: what the kernels round is rounded, and so are the probabilities, as in cuDNN;
 all else is float32.

@@ -12,7 +12,7 @@ float32, in bfloat16, in fp8 without what the family keeps precise, in fp8 throu
 bfloat16 and in fp8, attention included. On a CPU these are computed by their twins in plain torch.
 
 With ``--compare`` nothing else is measured: each prompt is drawn from the same noise in each way, and the objects that
-one way draws right and another does not are counted. That tells far smaller differences than two shares do.
+one way draws right and another does not are counted. That shows far smaller differences than two shares do.
 """
 
 from __future__ import annotations
@@ -61,21 +61,36 @@ def wilson(share: float, n: int, z: float = 1.96) -> Interval:
 
 
 class Kept(NamedTuple):
-    """Of the objects that one way draws right, what another keeps.
+    """Of the objects that one way draws right, what another keeps, and how many the other draws right in all.
 
     Attributes:
         right_in_both: Objects.
         lost: Right in the first way only.
         gained: Right in the other only.
-        share: What the other draws right, by what the first does.
-        interval: Where the true share lies with 95 % confidence, by a bootstrap over prompts.
+        interval: Where the true `share` lies with 95 % confidence, by a bootstrap over prompts.
+        right_ratio_interval: The same of `right_ratio`.
     """
 
     right_in_both: int
     lost: int
     gained: int
-    share: float
-    interval: Interval
+    interval: Interval | None = None
+    right_ratio_interval: Interval | None = None
+
+    @property
+    def share(self) -> float:
+        """What the other keeps of the objects that the first draws right: gains do not count."""
+        return self.right_in_both / max(self.right_in_both + self.lost, 1)
+
+    @property
+    def right_ratio(self) -> float:
+        """How many the other draws right over how many the first does: the ratio of adherences, gains included."""
+        return (self.right_in_both + self.gained) / max(self.right_in_both + self.lost, 1)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all of it, without intervals that are not known."""
+        found = self._asdict() | {"share": self.share, "right_ratio": self.right_ratio}
+        return {name: value for name, value in found.items() if value is not None}
 
 
 def kept(reference: list[Verdict], other: list[Verdict]) -> Kept:
@@ -84,22 +99,17 @@ def kept(reference: list[Verdict], other: list[Verdict]) -> Kept:
         torch.tensor([(one.is_right, two.is_right) for one, two in zip(first.objects, second.objects, strict=True)])
         for first, second in zip(reference, other, strict=True)
     ]
-    right, right_then = torch.cat(pairs).unbind(1)
-    counts = torch.stack([pair.sum(0) for pair in pairs]).double()
+    # For each prompt: right in the first way, in the other, and in both.
+    counts = torch.stack([torch.stack([*pair.sum(0), pair.all(1).sum()]) for pair in pairs])
+    right, right_then, both = counts.sum(0).tolist()
     # The objects of a picture stand or fall together, so prompts are drawn again and not objects.
     generator = torch.Generator().manual_seed(0)
-    shares = []
+    drawn = []
     for _ in range(_RESAMPLES):
-        before, after = counts[torch.randint(len(counts), (len(counts),), generator=generator)].sum(0).tolist()
-        shares.append(after / max(before, 1))
-    low, high = torch.tensor(shares).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return Kept(
-        int((right & right_then).sum()),
-        int((right & ~right_then).sum()),
-        int((~right & right_then).sum()),
-        int(right_then.sum()) / max(int(right.sum()), 1),
-        Interval(low, high),
-    )
+        before, *after = counts[torch.randint(len(counts), (len(counts),), generator=generator)].sum(0).tolist()
+        drawn.append([each / max(before, 1) for each in after])
+    (ratio_low, low), (ratio_high, high) = torch.tensor(drawn).quantile(torch.tensor([0.025, 0.975]), dim=0).tolist()
+    return Kept(both, right - both, right_then - both, Interval(low, high), Interval(ratio_low, ratio_high))
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -231,7 +241,7 @@ def computed(pipe: Any, way: str) -> Any:
 
 
 def compared(load: Callable[[], Any], ways: Sequence[str], prompts: int, **call: Any) -> dict[str, Any]:
-    """Draw the same prompts in several ways; print and return what each keeps of the first.
+    """Draw the same prompts in several ways; print and return how many objects each draws right and keeps of the first.
 
     Args:
         load: Returns a fresh miniature in float32.
@@ -240,17 +250,23 @@ def compared(load: Callable[[], Any], ways: Sequence[str], prompts: int, **call:
         call: Further arguments of ``judge.verdicts``.
     """
     scenes = [scene for _, scene in unseen_prompts(prompts)]
-    print(f"| computed in | objects right | kept of {ways[0]}'s | 95 % interval | lost | gained |")
-    print("|---|---|---|---|---|---|")
+    columns = f"ratio to {ways[0]}'s | 95 % interval | kept of {ways[0]}'s | 95 % interval | lost | gained"
+    print(f"| computed in | objects right | {columns} |")
+    print("|---|---|---|---|---|---|---|---|")
     read, record = {}, {}
     for way in ways:
         read[way] = verdicts(computed(load(), way), prompts, **call)
         found, of = summarize(read[way], scenes), kept(read[ways[0]], read[way])
-        low, high = of.interval
-        kept_text = f"{of.share:.2%} | {low:.2%} to {high:.2%} | {of.lost} | {of.gained}"
-        print(f"| {way} | {found.object_fraction:.2%} of {found.objects} | {kept_text} |", flush=True)
-        record[way] = _as_json(found) | {"kept": of._asdict() | {"interval": list(of.interval)}}
+        ratio = f"{of.right_ratio:.2%} | {_text(of.right_ratio_interval)}"
+        share = f"{of.share:.2%} | {_text(of.interval)}"
+        right = f"{found.object_fraction:.2%} of {found.objects}"
+        print(f"| {way} | {right} | {ratio} | {share} | {of.lost} | {of.gained} |", flush=True)
+        record[way] = _as_json(found) | {"kept": of.as_json()}
     return {"prompts": prompts, "compared_with": ways[0], "resamples": _RESAMPLES, "ways": record}
+
+
+def _text(interval: Interval | None) -> str:
+    return "" if interval is None else f"{interval.low:.2%} to {interval.high:.2%}"
 
 
 def _as_json(found: Adherence) -> dict[str, Any]:
