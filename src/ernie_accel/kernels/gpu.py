@@ -222,9 +222,9 @@ def _rotated_quarter(x, WEIGHT, COS, SIN, inverse, N: tl.constexpr, D: tl.conste
 def _norm_rotate_and_mix(
     SOURCE, WEIGHT, COS, SIN, OUT, heads, eps, D: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr
 ):  # fmt: skip
-    """The heads of a row: normed, rotated in pairs, and the quarters of each mixed. A thread has the same of all four.
+    """The heads of a row: normed, rotated in pairs, and the quarters of each mixed; rounded once, at the end.
 
-    Rounded once, at the end.
+    Each thread holds the same elements of all four quarters.
     """
     head, dim = tl.arange(0, HEADS), tl.arange(0, BLOCK)
     inside = (head < heads)[:, None] & (dim < D // 4)[None, :]
@@ -259,7 +259,7 @@ def _norm_and_rotate(
     """The heads of a row: normed, then rotated, dimension i with i + D / 2, or with PAIRS 2 i with 2 i + 1.
 
     COS and SIN have one value for each dimension, or with PAIRS for each pair. With PAIRS and MIX, their quarters are
-    mixed in the end.
+    mixed last.
     """
     head = tl.arange(0, HEADS)
     if PAIRS and MIX and D % 8 == 0:
@@ -300,7 +300,7 @@ def _qk_norm_rope_kernel(
     QKV, WEIGHT_Q, WEIGHT_K, COS, SIN, Q, K, V_AMAX, eps, heads, kv_heads, FIND_AMAX: tl.constexpr,
     PAIRS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """FIND_AMAX is set where all becomes float8."""
+    """FIND_AMAX is set when the outputs are float8."""
     row = tl.program_id(0).to(tl.int64)
     source = QKV + row * (heads + 2 * kv_heads) * D
     table = row * (D // 2 if PAIRS else D)
