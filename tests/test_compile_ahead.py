@@ -70,7 +70,7 @@ def begun(monkeypatch):
             self.work = json.loads(work)
 
     monkeypatch.setenv(ahead.VARIABLE, "1")
-    monkeypatch.setattr(ahead, "_cores", lambda: 16)
+    monkeypatch.setattr(ahead, "cores", lambda: 16)
     monkeypatch.setattr(subprocess, "Popen", Process)
     return processes
 
@@ -165,7 +165,7 @@ def test_a_process_of_its_own_fills_the_cache_and_imports_nothing_of_its_folder(
     monkeypatch.setenv(ahead.VARIABLE, "1")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
-    monkeypatch.setattr(ahead, "_cores", lambda: 16)
+    monkeypatch.setattr(ahead, "cores", lambda: 16)
     monkeypatch.setattr(ahead, "listed", lambda _: {"fp8": (kernel,)})
     process = ahead.start("ERNIE-Image", "fp8", (9, 0))
     assert process.wait(timeout=120) == 0
@@ -217,7 +217,7 @@ def test_where_it_cannot_help_nothing_is_begun(why, monkeypatch):
         raise BlockingIOError
 
     monkeypatch.setattr(subprocess, "Popen", refuse)
-    monkeypatch.setattr(ahead, "_cores", lambda: 2 if why == "few cores" else 16)
+    monkeypatch.setattr(ahead, "cores", lambda: 2 if why == "few cores" else 16)
     monkeypatch.setenv(ahead.VARIABLE, "0" if why == "switched off" else "1")
     if why == "no interpreter":
         monkeypatch.setattr(sys, "executable", "")

@@ -629,7 +629,7 @@ def test_the_pieces_of_one_file_are_checked_at_the_same_time(tmp_path, monkeypat
     from ernie_accel.storage import checksums
 
     monkeypatch.setattr(checksums, "PIECE_BYTES", 1000)
-    monkeypatch.setattr(checksums.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(checksums, "cores", lambda: 2)
     both, digest = threading.Barrier(2), checksums._digest
 
     def together(path, start):
@@ -646,7 +646,7 @@ def test_what_waits_for_a_thread_is_done_by_more_of_them_once_the_caller_waits(t
     from ernie_accel.storage import checksums
 
     monkeypatch.setattr(checksums, "PIECE_BYTES", 1000)
-    monkeypatch.setattr(checksums.os, "cpu_count", lambda: 3)
+    monkeypatch.setattr(checksums, "cores", lambda: 3)
     (tmp_path / "file").write_bytes(bytes(number % 251 for number in range(6500)))
     expected = checksums.checksums([tmp_path / "file"])
     four, begun, digest = threading.Barrier(4), threading.Semaphore(0), checksums._digest

@@ -22,6 +22,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
+from ernie_accel.common.cores import cores
+
 #: The environment variable that, if it is "0", turns compiling ahead off.
 VARIABLE = "ERNIE_ACCEL_COMPILE_AHEAD"
 #: On fewer cores, importing and compiling would slow each other down. A quarter of the cores compile.
@@ -88,7 +90,7 @@ def start(family: str, precision: str, capability: tuple[int, int]) -> subproces
         an unknown family, no Triton, no interpreter of its own (as in a frozen program), fewer than four cores, or
         `ERNIE_ACCEL_COMPILE_AHEAD` set to "0"; and where this process has begun it before.
     """
-    if os.environ.get(VARIABLE) == "0" or _cores() < FEWEST_CORES:
+    if os.environ.get(VARIABLE) == "0" or cores() < FEWEST_CORES:
         return None
     if not sys.executable or getattr(sys, "frozen", False):
         return None
@@ -200,12 +202,8 @@ def _module(name: str) -> ModuleType:
     return importlib.import_module(f"{_PACKAGE}.{name}")
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def main() -> None:
     """Compile what standard input names, as JSON: the work of the process that `start` begins."""
     work = json.load(sys.stdin)
     major, minor = work["capability"]
-    compile_all((Launched(**each) for each in work["launched"]), (major, minor), _cores() // 4)
+    compile_all((Launched(**each) for each in work["launched"]), (major, minor), cores() // 4)

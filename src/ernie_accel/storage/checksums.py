@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-import os
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
+
+from ernie_accel.common.cores import cores
 
 PIECE_BYTES = 64 * 2**20
 _BLOCK_BYTES = 2**25  # a thread needs the interpreter's lock between two of them only, while the main one imports
@@ -35,7 +36,7 @@ class Checking:
 
         Args:
             files: Their pieces are read side by side, whichever file they are of.
-            threads: How many work; None: one for each core, 16 at most.
+            threads: How many work; None: one for each core that this process may use, 16 at most.
 
         Raises:
             OSError: A file cannot be looked at.
@@ -91,7 +92,7 @@ class Checking:
 
 
 def _most_threads() -> int:
-    return min(_THREADS, os.cpu_count() or 1)
+    return min(_THREADS, cores())
 
 
 def checksums(files: Iterable[Path], threads: int | None = None) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import stat
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
+from ernie_accel.common.cores import background_threads
 from ernie_accel.core.errors import SavedPipelineError
 from ernie_accel.core.transform import LayerReceipt
 from ernie_accel.storage.checksums import Checking, checksums
@@ -235,9 +235,8 @@ def _checksum(data: dict[str, object]) -> str:
 class Verification:
     """Verify the files of a folder by their checksums, while the caller does something else.
 
-    A context manager. Small files come first, then weights, the largest first. A quarter of the cores work on it: with
-    all of them, importing diffusers and transformers meanwhile took 10 s instead of 6 (16 cores, 12 GB). `hurry` gives
-    it the others, too.
+    A context manager. Small files come first, then weights, the largest first. A quarter of the cores work on it;
+    `hurry` gives it the others, too.
     """
 
     def __init__(self, folder: Path, files: Mapping[str, SavedFile]) -> None:
@@ -250,7 +249,7 @@ class Verification:
         self._expected = {name: file.sha256 for name, file in files.items() if file.sha256 is not None}
         order = sorted(self._expected, key=lambda name: (name.endswith(".safetensors"), -files[name].bytes))
         try:
-            self._found = Checking((folder / name for name in order), threads=max(2, (os.cpu_count() or 1) // 4))
+            self._found = Checking((folder / name for name in order), threads=background_threads())
         except OSError as error:
             raise SavedPipelineError(folder, f"cannot be read: {error}") from error
 

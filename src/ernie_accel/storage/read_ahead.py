@@ -7,7 +7,6 @@ now.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ from types import TracebackType
 
 import torch
 
+from ernie_accel.common.cores import background_threads
 from ernie_accel.storage.parallel_read import ParallelReader, Stored
 
 #: Kinds of devices onto which other threads than the main one were seen to read.
@@ -59,8 +59,7 @@ class ReadAhead:
         return None if reader is None else BegunFile(reader, self._started)
 
     def _open(self, files: Iterable[Path]) -> None:
-        # A quarter of the cores, as for the checksums that are computed meanwhile: with more, imports take longer.
-        threads = max(2, (os.cpu_count() or 1) // 4)
+        threads = background_threads()
         for file in files:
             beside = next(iter(self._readers.values()), None)
             try:
