@@ -6,6 +6,7 @@ import contextlib
 import threading
 import time
 import weakref
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -68,7 +69,7 @@ def nbytes_of(folder: Any) -> int:
     return sum(stored.nbytes for file in files for stored in file.tensors.values())
 
 
-def test_all_weights_arrive_before_a_class_was_imported(saved, monkeypatch):
+def test_all_weights_arrive_before_the_folder_is_vetted(saved, monkeypatch):
     watch, expected = _Watch(monkeypatch), bits(ernie_accel.load(saved))
     first, vet, arrived = watch.nbytes, reading.vet, []
     monkeypatch.setattr(
@@ -104,16 +105,21 @@ def test_weights_that_a_plan_places_are_not_read_ahead(saved, monkeypatch):
 
 
 @pytest.mark.parametrize("device", [None, "meta"])
-def test_devices_that_are_not_known_to_take_it_are_left_alone(device, saved):
+def test_unsupported_devices_are_left_alone(device, saved):
     file = saved / "transformer" / WEIGHTS
     with ReadAhead([file], device) as ahead:
         assert ahead.opened(file) is None
         assert not readers()
 
 
-def test_memory_that_is_not_there_is_the_same_error_as_without(saved, monkeypatch):
-    def full(*args: object) -> None:
-        raise torch.OutOfMemoryError("the device is full")
+def test_out_of_memory_raises_the_same_error_as_without_reading_ahead(saved, monkeypatch):
+    second = sorted(saved.rglob(f"*{WEIGHTS}"), key=lambda file: -file.stat().st_size)[1]  # the largest comes first
+    start = ParallelReader.start
+
+    def full(reader: ParallelReader, names: Iterable[str]) -> None:
+        if reader._file == second:
+            raise torch.OutOfMemoryError("the device is full")
+        start(reader, names)
 
     def error() -> str:
         with pytest.raises(SavedPipelineError, match="OutOfMemoryError: the device is full") as caught:
@@ -122,12 +128,13 @@ def test_memory_that_is_not_there_is_the_same_error_as_without(saved, monkeypatc
 
     monkeypatch.setattr(ParallelReader, "start", full)
     ahead = error()
+    assert f"{second.parent.name}/{WEIGHTS}" in ahead
     assert not readers()
     monkeypatch.setattr(read_ahead, "_KINDS", ())
     assert error() == ahead
 
 
-def test_a_file_that_cannot_be_opened_is_for_whoever_opens_it(tmp_path):
+def test_a_damaged_file_is_skipped(tmp_path):
     write_tensors(tmp_path / "good", {"weight": torch.arange(5)})
     (tmp_path / "bad").write_bytes(b"\xff" * 100)
     with ReadAhead([tmp_path / "bad", tmp_path / "gone", tmp_path / "good"], "cpu") as ahead:
@@ -137,6 +144,21 @@ def test_a_file_that_cannot_be_opened_is_for_whoever_opens_it(tmp_path):
         good.start(good.tensors)
         assert good.take("weight").equal(torch.arange(5))
     assert ended()
+
+
+def _as_if_on_cuda(ahead: ReadAhead) -> int:
+    ahead._where = torch.device("cuda")
+    return 0
+
+
+def test_memory_that_cannot_be_freed_does_not_hide_what_failed(saved, monkeypatch):
+    def fail() -> None:
+        raise RuntimeError("the device is lost")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", fail)
+    with pytest.raises(ZeroDivisionError), ReadAhead([saved / "transformer" / WEIGHTS], "cpu") as ahead:
+        1 / _as_if_on_cuda(ahead)
+    assert not readers()
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -661,7 +661,7 @@ def test_what_waits_for_a_thread_is_done_by_more_of_them_once_the_caller_waits(t
     with checksums.Checking([tmp_path / "file"], threads=1) as checking:
         assert begun.acquire(timeout=10)
         assert not begun.acquire(timeout=0.2)
-        checking.hurry()
+        checking.use_all_cores()
         assert checking.of(tmp_path / "file") == expected[0]
 
 

@@ -53,7 +53,7 @@ class Checking:
             self.close()
             raise
 
-    def hurry(self) -> None:
+    def use_all_cores(self) -> None:
         """Have one thread for each core, 16 at most, do what no thread has begun: the caller only waits from now on."""
         pool = ThreadPoolExecutor(_most_threads(), "ernie-accel-checksum")
         self._pools.append(pool)

@@ -236,7 +236,7 @@ class Verification:
     """Verify the files of a folder by their checksums, while the caller does something else.
 
     A context manager. Small files come first, then weights, the largest first. A quarter of the cores work on it;
-    `hurry` gives it the others, too.
+    `use_all_cores` gives it the others, too.
     """
 
     def __init__(self, folder: Path, files: Mapping[str, SavedFile]) -> None:
@@ -266,9 +266,9 @@ class Verification:
                 self._folder, f"is damaged: {', '.join(changed)} has other bytes than were saved; {fix}"
             )
 
-    def hurry(self) -> None:
-        """Use all cores from now on: the caller has nothing else left to do."""
-        self._found.hurry()
+    def use_all_cores(self) -> None:
+        """Verify on all cores from now on: the caller has nothing else left to do."""
+        self._found.use_all_cores()
 
     def _is_changed(self, name: str) -> bool:
         expected = self._expected.get(name)

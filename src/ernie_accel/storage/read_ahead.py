@@ -7,6 +7,7 @@ now.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -32,11 +33,11 @@ class ReadAhead:
 
         Args:
             files: Safetensors files.
-            device: Where the tensors go; for None, and devices that are not known to take it, nothing is read ahead.
+            device: Where the tensors go; nothing is read ahead for None, nor for unsupported devices.
         """
         where = None if device is None else torch.device(device)
         # This thread creates no context and no stream, which would wait for the device to wake up.
-        self._beginner = ThreadPoolExecutor(1, "ernie-accel-read-ahead")
+        self._starter = ThreadPoolExecutor(1, "ernie-accel-read-ahead")
         self._readers: dict[Path, ParallelReader] = {}
         self._where = where if where is not None and where.type in _KINDS else None
         if self._where is None:
@@ -44,19 +45,20 @@ class ReadAhead:
         if self._where == torch.device("cuda"):  # a new thread's current device is the first one
             self._where = torch.device("cuda", torch.cuda.current_device())
         try:
-            self._opened = self._beginner.submit(self._open, tuple(files))
-            self._started = self._beginner.submit(self._start)
+            files = tuple(files)
+            self._opened = self._starter.submit(self._open, files)
+            self._started = {file: self._starter.submit(self._start, file) for file in files}
         except BaseException as error:  # Ctrl-C too: or the threads would read on
             self._close(error)
             raise
 
-    def opened(self, file: Path) -> BegunFile | None:
+    def opened(self, file: Path) -> FileBeingRead | None:
         """Return one of the files; None for one that is not read ahead, or cannot be opened."""
         if self._where is None:
             return None
         self._opened.result()
         reader = self._readers.get(file)
-        return None if reader is None else BegunFile(reader, self._started)
+        return None if reader is None else FileBeingRead(reader, self._started[file])
 
     def _open(self, files: Iterable[Path]) -> None:
         threads = background_threads()
@@ -67,9 +69,9 @@ class ReadAhead:
             except Exception:
                 continue  # whoever opens it once it was verified says what is wrong with it
 
-    def _start(self) -> None:
-        for reader in self._readers.values():
-            reader.start(reader.tensors)
+    def _start(self, file: Path) -> None:
+        if file in self._readers:
+            self._readers[file].start(self._readers[file].tensors)
 
     def __enter__(self) -> ReadAhead:
         return self
@@ -79,17 +81,18 @@ class ReadAhead:
     ) -> None:
         self._close(error)
         if error is not None and self._where is not None and self._where.type == "cuda":
-            torch.cuda.empty_cache()  # what was read for nothing
+            with contextlib.suppress(RuntimeError):  # a device that failed may fail here too: `error` says why
+                torch.cuda.empty_cache()  # what was read for nothing
 
     def _close(self, error: BaseException | None) -> None:
         try:
-            self._beginner.shutdown(wait=error is not None, cancel_futures=True)
+            self._starter.shutdown(wait=error is not None, cancel_futures=True)
         finally:
             for reader in self._readers.values():
                 reader.__exit__(None if error is None else type(error), error, None)
 
 
-class BegunFile:
+class FileBeingRead:
     """A file that is being read; what `ParallelReader` is for one that is read only now."""
 
     def __init__(self, reader: ParallelReader, started: Future[None]) -> None:
@@ -97,7 +100,7 @@ class BegunFile:
         self._reader, self._started = reader, started
 
     def start(self, names: Iterable[str]) -> None:
-        """Wait until there is memory for all tensors.
+        """Wait until there is memory for all tensors of this file.
 
         Raises:
             torch.OutOfMemoryError: The device has no memory for them.

@@ -138,7 +138,7 @@ def read(
         receipts = {name: model.receipts() for name, model in manifest.components.items()}
         _check_can_run(source, receipts.values(), machine)
         early = _rewritten(pipe, manifest, saved, machine)
-        files.hurry()
+        files.use_all_cores()
         for name in largest_first:
             files.verify(f"{name}/{WEIGHTS}")
             with reading(source, f"{name}/{WEIGHTS}"):

@@ -15,7 +15,7 @@ from ernie_accel.core.errors import SavedPipelineError
 from ernie_accel.core.transform import LayerReceipt
 from ernie_accel.storage.manifest import WEIGHTS
 from ernie_accel.storage.parallel_read import ParallelReader, Stored, stored_tensors
-from ernie_accel.storage.read_ahead import BegunFile, ReadAhead
+from ernie_accel.storage.read_ahead import FileBeingRead, ReadAhead
 from ernie_accel.storage.tensor_file import ALIGNMENT
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class _MappedFile:
 @contextlib.contextmanager
 def _opened(
     file: Path, device: str | None, ahead: ReadAhead | None
-) -> Iterator[_MappedFile | ParallelReader | BegunFile]:
+) -> Iterator[_MappedFile | ParallelReader | FileBeingRead]:
     if device is None:
         yield _MappedFile(file)
         return
