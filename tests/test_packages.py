@@ -9,6 +9,8 @@ import itertools
 import subprocess
 import sys
 import textwrap
+import threading
+from unittest import mock
 
 import pytest
 
@@ -68,6 +70,50 @@ def test_what_somebody_else_put_there_meanwhile_stays(looks, monkeypatch):
     assert importlib.metadata.packages_distributions is other
 
 
+def test_a_function_that_a_library_kept_for_later_looks_again(looks):
+    with packages_looked_up_once():
+        kept = importlib.metadata.packages_distributions
+        kept()
+        kept()
+    assert len(looks) == 1
+    kept()
+    kept()  # something may have been installed meanwhile
+    assert len(looks) == 3
+    with packages_looked_up_once():
+        importlib.metadata.packages_distributions()
+        kept()
+    assert len(looks) == 5
+
+
+def test_a_thread_that_looks_while_the_block_ends_leaves_nothing_behind(monkeypatch):
+    looking, ends, looks = threading.Event(), threading.Event(), []
+
+    def look() -> dict[str, list[str]]:
+        looks.append(None)
+        looking.set()
+        assert ends.wait(timeout=10)
+        return {}
+
+    monkeypatch.setattr(importlib.metadata, "packages_distributions", look)
+    with packages_looked_up_once():
+        kept = importlib.metadata.packages_distributions
+        thread = threading.Thread(target=kept)
+        thread.start()
+        assert looking.wait(timeout=10)
+    ends.set()
+    thread.join()
+    kept()
+    assert len(looks) == 2
+
+
+def test_a_library_that_wraps_what_it_finds_there_can_be_asked_in_later_blocks(looks, monkeypatch):
+    with packages_looked_up_once():
+        first = importlib.metadata.packages_distributions
+        monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: first())
+    with packages_looked_up_once():
+        assert importlib.metadata.packages_distributions() == {"PIL": ["pillow"], "torch": ["torch"]}
+
+
 @pytest.fixture
 def installed(tmp_path):
     """A distribution that declares no packages, some of whose files are gone."""
@@ -98,15 +144,30 @@ def test_packages_are_those_with_a_file_that_is_there(later, installed, monkeypa
 SAME = pytest.mark.skipif(sys.version_info < (3, 12), reason="Python's own function looks for other files")
 
 
-@pytest.mark.parametrize("odd", [pytest.param(False, marks=SAME), True])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        pytest.param(None, marks=SAME),
+        OSError("no such folder"),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+        KeyError("Name"),
+        TypeError("no text"),
+        AttributeError("_top_level_inferred"),
+        csv.Error("field larger than field limit"),
+    ],
+    ids=lambda odd: type(odd).__name__,
+)
 def test_it_says_what_pythons_own_function_says(odd, installed, monkeypatch):
     some = [installed, *itertools.islice(importlib.metadata.distributions(), 40)]
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: iter(some))
     monkeypatch.setattr(packages, "_LOOKS_FOR_ALL_FILES", True)
-    if odd:
-        monkeypatch.setattr(packages, "_inferred", lambda _: 1 / 0)
+    quick, inferred = mock.Mock(wraps=packages._looked_up), mock.Mock(wraps=packages._inferred, side_effect=odd)
+    monkeypatch.setattr(packages, "_looked_up", quick)
+    monkeypatch.setattr(packages, "_inferred", inferred)
     with packages_looked_up_once():
         assert importlib.metadata.packages_distributions() == packages._STANDARD()
+    assert quick.call_count == 1
+    assert inferred.called
 
 
 def test_a_load_in_a_fresh_process_looks_once(tmp_path):

@@ -17,38 +17,59 @@ _STANDARD = importlib.metadata.packages_distributions
 #: Versions of Python whose own function looks for every file of every package, which takes most of its time.
 _LOOKS_FOR_ALL_FILES = (3, 12) <= sys.version_info[:2] <= (3, 13)
 
+#: What a package with unusual or damaged metadata raises.
+_ODD = (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error)
 
-class _Lookup:
-    """An answer of ``importlib.metadata.packages_distributions``, which several threads may have remembered at once."""
 
-    def __init__(self) -> None:
+class _Answer:
+    """What ``importlib.metadata.packages_distributions`` returns, remembered until a block ends."""
+
+    def __init__(self, look_up: Callable[[], Mapping[str, list[str]]]) -> None:
+        self.look_up = look_up
         self._lock = threading.Lock()
-        self._by = 0  # how many have it remembered
-        self._look_up = importlib.metadata.packages_distributions
-        self._known: dict[str, list[str]] | None = None
-
-    def remember(self) -> None:
-        with self._lock:
-            if not self._by:
-                self._look_up, self._known = importlib.metadata.packages_distributions, None
-                importlib.metadata.packages_distributions = self.answer
-            self._by += 1
-
-    def forget(self) -> None:
-        with self._lock:
-            self._by -= 1
-            if not self._by:
-                self._known = None
-                if importlib.metadata.packages_distributions == self.answer:  # or somebody has replaced it meanwhile
-                    importlib.metadata.packages_distributions = self._look_up
+        self._known: Mapping[str, list[str]] | None = None
+        self._is_over = False
 
     def answer(self) -> Mapping[str, list[str]]:
         """Return the distributions that each top-level package is of."""
         known = self._known
         if known is None:
-            quickly = _LOOKS_FOR_ALL_FILES and self._look_up is _STANDARD
-            known = self._known = dict(_looked_up() if quickly else self._look_up())
+            quickly = _LOOKS_FOR_ALL_FILES and self.look_up is _STANDARD
+            known = dict(_looked_up() if quickly else self.look_up())
+            with self._lock:
+                if not self._is_over:  # a library may have kept this function for later
+                    self._known = known
         return {package: list(names) for package, names in known.items()}  # whoever asks may change it
+
+    def end(self) -> None:
+        """Remember nothing from now on."""
+        with self._lock:
+            self._known, self._is_over = None, True
+
+
+class _Lookup:
+    """An answer of ``importlib.metadata.packages_distributions``, shared by several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._shared = _Answer(importlib.metadata.packages_distributions)
+
+    def remember(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._shared = _Answer(importlib.metadata.packages_distributions)
+                importlib.metadata.packages_distributions = self._shared.answer
+            self._users += 1
+
+    def forget(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._shared.end()
+                # Somebody may have replaced it meanwhile.
+                if importlib.metadata.packages_distributions == self._shared.answer:
+                    importlib.metadata.packages_distributions = self._shared.look_up
 
 
 def _looked_up() -> Mapping[str, list[str]]:
@@ -61,7 +82,7 @@ def _looked_up() -> Mapping[str, list[str]]:
         for distribution in importlib.metadata.distributions():
             for package in declared(distribution) or _inferred(distribution):
                 found[package].append(distribution.metadata["Name"])
-    except Exception:  # whatever is odd about a package, Python's own function says
+    except _ODD:  # what exactly, Python's own function says
         return _STANDARD()
     return found
 
@@ -94,8 +115,7 @@ _lookup = _Lookup()
 def packages_looked_up_once() -> Iterator[None]:
     """Have ``importlib.metadata.packages_distributions`` look at the disk once within the block, in the whole process.
 
-    diffusers and many a transformers ask when they are imported, 0.8 s each where a few hundred packages are installed.
-    Blocks of several threads may overlap.
+    diffusers and some versions of transformers ask when they are imported. Blocks of several threads may overlap.
     """
     _lookup.remember()
     try:
