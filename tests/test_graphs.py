@@ -235,7 +235,7 @@ def test_large_images_run_as_before(graphed: Any) -> None:
 @pytest.mark.parametrize(
     ("attention", "free", "captures"), [("fp8", 9, 1), ("fp8", 7, 0), ("bf16", 9, 0), (None, 9, 0)]
 )
-def test_large_images_are_captured_where_that_costs_neither_time_nor_memory_that_is_short(
+def test_large_images_are_captured_only_in_fp8_and_with_free_memory(
     attention: str | None, free: int, captures: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In bfloat16 a graph would attend by lengths, which takes longer; in fp8 every call does."""
@@ -256,6 +256,53 @@ def test_large_images_are_captured_where_that_costs_neither_time_nor_memory_that
     assert recorder.captures == captures
     picture(pipe, steps=4, height=128, width=128)
     assert recorder.captures == captures + 1
+
+
+def test_memory_that_is_free_later_counts_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, recorder = ernie_accel.optimize(tiny_ernie(), ernie_accel.RewriteBlocks()), Recorder()
+    pipe.transformer.forward = GraphedForward(pipe.transformer, ernie_image_blocks, None, 2, recorder)
+    monkeypatch.setattr(graphed_forward, "FEW_TOKENS", 1)
+    rule = PaddingRule(64, "lengths", always_lengths=True)
+    LAYOUT.required(pipe.transformer).padding_rule = lambda: rule
+    for free, captures in ((7, 0), (9, 1), (7, 1)):  # the graph that is there is used
+        monkeypatch.setattr(graphed_forward, "free_bytes", lambda _, free=free: free * 2**30)
+        picture(pipe, steps=4)
+        assert recorder.captures == captures
+
+
+def test_a_capture_without_memory_is_given_up_and_the_picture_drawn() -> None:
+    pipe, tries = ernie_accel.optimize(tiny_ernie(), ernie_accel.RewriteBlocks()), 0
+
+    def no_memory(work: Any, pool: Any) -> Any:
+        nonlocal tries
+        tries += 1
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    pipe.transformer.forward = GraphedForward(pipe.transformer, ernie_image_blocks, 64, 2, no_memory)
+    for _ in range(2):
+        assert torch.equal(picture(pipe, steps=4), picture(tiny_ernie(), steps=4))
+    assert tries == 1
+    weight = next(pipe.transformer.parameters())
+    before, weight.data = weight.data, weight.data.clone()  # a weight elsewhere: there may be room now
+    picture(pipe, steps=4)
+    assert tries == 2
+    assert before.data_ptr() != weight.data_ptr()
+
+
+@pytest.mark.parametrize(("fraction", "free"), [(0.5, 5), (1.0, 13), (None, 13)])
+def test_free_memory_is_what_torch_could_still_give(
+    fraction: float | None, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it holds and does not use counts, and a limit that the process has set for itself."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10, 20))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 8)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 5)
+    if fraction is None:
+        monkeypatch.delattr(torch.cuda, "get_per_process_memory_fraction", raising=False)
+    else:
+        monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: fraction, raising=False)
+    assert graphed_forward.free_bytes(torch.device("cuda", 0)) == free
+    assert graphed_forward.free_bytes(torch.device("cpu")) == 0
 
 
 def test_both_ways_of_returning_work(graphed: Any) -> None:

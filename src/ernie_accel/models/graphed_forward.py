@@ -19,10 +19,11 @@ from ernie_accel.models.replays import Capture
 from ernie_accel.models.rewritten import PreparedPositions, RewrittenModel
 from ernie_accel.models.token_layout import LAYOUT
 
-#: Images of more tokens, times the batch, keep a GPU busy whatever the host does.
+#: Images of more tokens, times the batch, keep a GPU busy unless the host is slow.
 FEW_TOKENS = 2048
-#: Up to here graphs are used all the same where they cost no time and there is memory: a host that is busy with other
-#: things, or a LoRA, may need as long to launch a step as the GPU to run it. Two pictures of about 1024 x 1024 pixels.
+#: Larger ones, up to here, are captured where that costs no time and there is memory: a host that is busy with other
+#: things, or a LoRA, may need as long to launch a step as the GPU to run it. Two pictures of about 1024 x 1024 pixels,
+#: or one with guidance.
 MANY_TOKENS = 8448
 #: Bytes that have to be free on the device for that. ERNIE-Image's graph of 4224 tokens keeps 0.6 GiB.
 FREE_FOR_MANY = 8 * 2**30
@@ -45,11 +46,12 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
 
     Images of up to `max_tokens` tokens, times the batch, are captured. None: up to `FEW_TOKENS`; up to `MANY_TOKENS`
     where attention takes lengths anyway (in bfloat16 its kernel without them, which no graph uses, is the faster one)
-    and `FREE_FOR_MANY` are free when such an image first comes.
+    and `FREE_FOR_MANY` are free when such an image is first drawn. What runs out of memory while it is captured is not
+    captured again until the transformer changes.
     """
 
     captured: ClassVar[tuple[str, ...]] = (
-        *ReplayedForward.captured, "_picture", "_given", "_prepared", "_filled", "_large"
+        *ReplayedForward.captured, "_picture", "_given", "_prepared", "_filled", "_large", "_too_large"
     )  # fmt: skip
 
     def __init__(
@@ -70,7 +72,8 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
         self._given: tuple[Tensor, ...] = ()  # its encoded prompts, which identify it
         self._prepared: tuple[Tensor, PreparedPositions] | None = None  # its text and positions
         self._filled: _Inputs | None = None  # the inputs that have them
-        self._large: dict[int, bool] = {}  # more tokens than a few: whether they are captured
+        self._large: set[tuple[torch.device, int]] = set()  # more tokens than a few, which are captured
+        self._too_large: set[tuple[torch.device, int]] = set()  # tokens for whose graph there was no memory
 
     @property
     def _blocks(self) -> RewrittenModel:
@@ -81,10 +84,11 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
         arguments = dict(zip(self._blocks.FORWARD_ARGUMENTS, args, strict=False)) | kwargs
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._blocks.serves(arguments):
             return self.inner_forward(**arguments)
-        if not self._captures(self._blocks.token_count(self.module, arguments)):
-            return self.inner_forward(**arguments)
         steps = {name: arguments[name] for name in self._blocks.STEP_INPUTS}
         device = _tensors(*steps.values())[0].device
+        tokens = self._blocks.token_count(self.module, arguments)
+        if not self._captures(device, tokens):
+            return self.inner_forward(**arguments)
         if torch.is_autocast_enabled(device.type):  # what it casts is kept for as long as the context lasts
             return self.inner_forward(**arguments)
         now = Fingerprint.of(self.module)
@@ -94,17 +98,25 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
             return self.inner_forward(**arguments)
         with self._lock, torch.cuda.device_of(_tensors(*steps.values())[0]):  # type: ignore[no-untyped-call]
             self._forget_if_stale(now)
-            return self._blocks.as_output(self._sample(arguments, steps), arguments)
+            if (device, tokens) not in self._too_large:
+                try:
+                    return self._blocks.as_output(self._sample(arguments, steps), arguments)
+                except torch.OutOfMemoryError:
+                    self._too_large.add((device, tokens))
+        return self.inner_forward(**arguments)  # which needs less; if not, this error is the one to see
 
-    def _captures(self, tokens: int) -> bool:
+    def _captures(self, device: torch.device, tokens: int) -> bool:
         """Return whether images of so many tokens, times the batch, are captured."""
+        large, which = self._large, (device, tokens)  # another thread may put an empty set in its place
         if self._max_tokens is not None or tokens <= FEW_TOKENS:
             return tokens <= (FEW_TOKENS if self._max_tokens is None else self._max_tokens)
-        if tokens not in self._large:
-            always_lengths = LAYOUT.required(self.module).padding_rule().always_lengths
-            fits = tokens <= MANY_TOKENS and always_lengths
-            self._large[tokens] = fits and free_bytes(next(self.module.parameters()).device) > FREE_FOR_MANY
-        return self._large[tokens]
+        if which in large:
+            return True
+        always_lengths = LAYOUT.required(self.module).padding_rule().always_lengths
+        if tokens > MANY_TOKENS or not always_lengths or free_bytes(device) <= FREE_FOR_MANY:
+            return False
+        large.add(which)
+        return True
 
     def _sample(self, arguments: Mapping[str, Any], steps: Mapping[str, Tensor | list[Tensor]]) -> Tensor:
         shapes = tuple((x.shape, x.dtype, x.device) for x in _tensors(*steps.values()))

@@ -33,9 +33,9 @@ class CaptureGraphs(Transform):
         the host is slow, or busy with other things.
 
     Attributes:
-        max_tokens: Images of more tokens (of 16 x 16 pixels), times the batch, are not captured. None: of more than
-            2048, or of more than 8448 (two pictures of about 1024 x 1024) where attention is in fp8 and more than
-            8 GiB of the device's memory are free when the first such picture is drawn.
+        max_tokens: Images of more tokens (of 16 x 16 pixels), times the batch, are not captured. None: 2048, or 8448
+            where attention is in fp8 and more than 8 GiB of the device's memory are free when the first such picture
+            is drawn. 8448 is two pictures of about 1024 x 1024, or one with guidance.
         keep: How many shapes to keep graphs of.
     """
 
@@ -44,7 +44,7 @@ class CaptureGraphs(Transform):
     effect: ClassVar[Effect] = Effect.EXACT
 
     max_tokens: int | None = field(default=None, kw_only=True)
-    keep: int = field(default=4, kw_only=True)
+    keep: int = field(default=8, kw_only=True)
 
     def __post_init__(self) -> None:
         if (self.max_tokens or 0) < 0 or self.keep < 1:
