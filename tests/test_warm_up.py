@@ -154,6 +154,16 @@ def test_more_graphs_than_are_kept_is_a_reason_with_the_number_to_keep(ernie):
     assert reasons(Compile()) == []
 
 
+@pytest.mark.parametrize(("precision", "captured"), [("fp8", 3), ("bf16", 0)])
+def test_large_pictures_count_where_they_may_be_captured(precision, captured):
+    pipe = tiny_ernie(dtype=torch.bfloat16)
+    cudnn = Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6", "cudnn": "1.32"})
+    planned = RewriteBlocks(), FuseKernels(precision), CaptureGraphs(keep=1)
+    wanted = Warmup(sizes=((1024, 1024), (848, 1264), (1264, 848), (2048, 2048)))  # the last is too large
+    reasons = wanted.unsupported(pipe, after(cudnn, pipe, *planned))
+    assert [f"{captured} of these pictures are captured" in each for each in reasons] == [True] * bool(captured)
+
+
 def test_prompt_lengths_that_share_a_graph_are_one():
     pipe = tiny_ernie(dtype=torch.bfloat16)
     cudnn = Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6", "cudnn": "1.32"})

@@ -85,6 +85,7 @@ class PlannedPipe:
         elides_mask: What keeps attention masks away from batches that need none; None where all get one.
         attention: Name of the attention backend that was chosen; None where none was.
         takes_lengths: Whether all blocks take the lengths of prompts in place of a mask.
+        always_lengths: Whether they take them where nothing is padded, too.
         tokens_multiple_of: What the tokens of a row are padded to a multiple of.
         batches_guidance: Whether both halves of guidance are one batch where the pipeline calls its denoiser for each.
         autocast: Dtype that calls are cast to; None: none.
@@ -93,7 +94,7 @@ class PlannedPipe:
         prompt_limit: Tokens that prompts are cut at; None: by the tokenizer only.
         enhances_prompts: Whether a call may have its prompts enhanced.
         keeps_graphs: Graphs of the denoiser that are kept; 0 where none are captured.
-        graph_tokens: Image tokens, times the batch, up to which the denoiser is captured for certain.
+        graph_tokens: Image tokens, times the batch, up to which the denoiser may be captured.
         breaks_graph: Why the layers of a component cannot be compiled without graph breaks, by component.
         on_first_call: What compiles or captures on the first call, by slot of the transform that does so.
         kept_on_host: Bytes of originals that wait in host memory, so that ``restore`` is exact.
@@ -108,6 +109,7 @@ class PlannedPipe:
     elides_mask: str | None = None
     attention: str | None = None
     takes_lengths: bool = False
+    always_lengths: bool = False
     tokens_multiple_of: int = 1
     batches_guidance: bool = False
     autocast: str | None = None

@@ -13,7 +13,7 @@ from ernie_accel.core.stand_in import standing_in
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
-from ernie_accel.models.graphed_forward import FEW_TOKENS, GraphedForward
+from ernie_accel.models.graphed_forward import FEW_TOKENS, MANY_TOKENS, GraphedForward
 from ernie_accel.models.rewritten import rewritten_blocks, rewritten_model, whose
 
 
@@ -81,8 +81,11 @@ class CaptureGraphs(Transform):
         return Preview(("transformer.forward",), note=other_denoisers_note(pipe))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
-        most = FEW_TOKENS if self.max_tokens is None else self.max_tokens
-        planned = replace(context.planned(pipe), keeps_graphs=self.keep, graph_tokens=most)
+        planned = context.planned(pipe)
+        most = self.max_tokens
+        if most is None:
+            most = MANY_TOKENS if planned.always_lengths else FEW_TOKENS
+        planned = replace(planned, keeps_graphs=self.keep, graph_tokens=most)
         return planned.compiling(self.slot)
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:

@@ -127,6 +127,7 @@ class FuseKernels(Transform):
             planned.with_weights(new, frozenset(gone)).compiling(self.slot),  # Triton compiles at the first launch
             blocks=Blocks.KERNELS,
             takes_lengths=lengths,
+            always_lengths=self._attention(context) == "fp8",
             tokens_multiple_of=kernels_of(pipe).TOKENS_MULTIPLE_OF if lengths else 1,
         )
 
