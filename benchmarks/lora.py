@@ -147,7 +147,7 @@ def parts(tiny: bool) -> None:
         x = torch.randn(1, tokens, columns, device=device, dtype=torch.bfloat16)
         weight, weight_scale = ops.quantize_rows(torch.randn(features, columns, device=device, dtype=torch.bfloat16))
         row, products = weight_scale.view(1, -1), {}
-        for spare in (0, 64, 128, 192):
+        for spare in (0, 128, 256):
             values, scale = ops.quantize_rows(x, spare)
             down = ops.quantize_rows(torch.randn(max(spare, 16), columns, device=device, dtype=torch.bfloat16))[0]
             factor, wide = torch.ones(len(down), device=device), weight.new_zeros(features, columns + spare)
@@ -160,7 +160,7 @@ def parts(tiny: bool) -> None:
         rounds = [{spare: microseconds(product) for spare, product in products.items()} for _ in range(4)]
         times = {spare: statistics.median(each[spare] for each in rounds[1:]) for spare in products}
         print(name, "product by spare columns:", {spare: round(us, 1) for spare, us in times.items()}, flush=True)
-        for ranks, spare in ((16, 64), (48, 64), (96, 128), (192, 192)):
+        for ranks, spare in ((16, 128), (48, 128), (96, 128), (192, 256)):
             values, scale = ops.quantize_rows(x, spare)
             plain = ops.quantize_rows(x)[0]
             down = ops.quantize_rows(torch.randn(ranks, columns, device=device, dtype=torch.bfloat16))[0]

@@ -185,9 +185,9 @@ class Transform(ABC):
             raise ValueError("components takes a tuple of at least one name, as in ('transformer',); got ()")
 
     @property
+    @abstractmethod
     def effect(self) -> Effect:
         """What this transform, with these arguments, does to the picture."""
-        raise NotImplementedError(f"{type(self).__name__} does not say its effect")
 
     @property
     def occupies(self) -> str:

@@ -26,8 +26,8 @@ _NORM_WARPS = {True: 4, False: 8}
 #: Rows that a program of the low-rank kernel multiplies: 4224 keep all 132 multiprocessors of a Hopper card busy.
 _LOW_RANK_ROWS = 32
 #: The same where both operands are float8: their rows are the product's columns, so that 32 need no padding and the
-#: ranks, 64 or 128 of them, are the rows. By these, the columns of a step of its loop: the fastest of 13 on an H200,
-#: where 4224 rows of 4096 take 6.3 us with 64 ranks and 9.7 with 128, and of 12288 17.5 and 25.1.
+#: ranks, 64 or 128 of them, are the rows. By these, the columns of a step of its loop: among the fastest of 13 on an
+#: H200, where 4224 rows of 4096 take 6.3 us with 64 ranks and 9.7 with 128, and of 12288 17.5 and 25.1.
 _FP8_LOW_RANK_ROWS = 32
 _FP8_LOW_RANK_BLOCK = {64: 256, 128: 128}
 _FP8_LOW_RANK_STAGES = 6  # steps of the loop that are under way together, where there is shared memory for so many

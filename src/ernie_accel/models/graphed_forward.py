@@ -46,7 +46,7 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
 
     Images of up to `max_tokens` tokens, times the batch, are captured. None: up to `FEW_TOKENS`; up to `MANY_TOKENS`
     where attention takes lengths anyway (in bfloat16 its kernel without them, which no graph uses, is the faster one)
-    and `FREE_FOR_MANY` are free when such an image is first drawn. What runs out of memory while it is captured is not
+    and `FREE_FOR_MANY` are free when such an image is drawn. What runs out of memory while it is captured is not
     captured again until the transformer changes.
     """
 
@@ -108,9 +108,9 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
     def _captures(self, device: torch.device, tokens: int) -> bool:
         """Return whether images of so many tokens, times the batch, are captured."""
         large, which = self._large, (device, tokens)  # another thread may put an empty set in its place
-        if self._max_tokens is not None or tokens <= FEW_TOKENS:
-            return tokens <= (FEW_TOKENS if self._max_tokens is None else self._max_tokens)
-        if which in large:
+        if self._max_tokens is not None:
+            return tokens <= self._max_tokens
+        if tokens <= FEW_TOKENS or which in large:
             return True
         always_lengths = LAYOUT.required(self.module).padding_rule().always_lengths
         if tokens > MANY_TOKENS or not always_lengths or free_bytes(device) <= FREE_FOR_MANY:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from safetensors import SafetensorError
 
 from ernie_accel.common.cores import background_threads
 from ernie_accel.storage.parallel_read import ParallelReader, Stored
@@ -66,7 +67,7 @@ class ReadAhead:
             beside = next(iter(self._readers.values()), None)
             try:
                 self._readers[file] = ParallelReader(file, str(self._where), threads, beside)
-            except Exception:
+            except (SafetensorError, ValueError, OSError, RuntimeError):  # the last: the device is not there
                 continue  # whoever opens it once it was verified says what is wrong with it
 
     def _start(self, file: Path) -> None:

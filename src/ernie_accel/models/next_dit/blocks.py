@@ -115,11 +115,7 @@ class RewrittenNextBlock(RewrittenBlock, ABC):
     def modulation_of(self, condition: Tensor | None) -> Modulation | None:
         """Return the modulation by what the family's blocks take, the embedded time; None for a block without."""
 
-    def chains(self, blocks: nn.ModuleList) -> bool:
-        """Return whether `run_chain` can run these blocks, of which this is the first."""
-        return False
-
-    def run_chain(
+    def run_together(
         self,
         blocks: nn.ModuleList,
         x_bsh: Tensor,
@@ -127,9 +123,9 @@ class RewrittenNextBlock(RewrittenBlock, ABC):
         rope: Tensor,
         condition: Tensor | None,
         lengths_b: Tensor | None,
-    ) -> Tensor:
-        """Return what `run_blocks` does; the end of each block and the start of the next are one launch."""
-        raise NotImplementedError
+    ) -> Tensor | None:
+        """Return what `run_blocks` does with blocks of which this is the first; None: one after the other."""
+        return None
 
     def modulated(self, mod_b4h: Tensor) -> Modulation:
         """Return scales and gates of what the modulation layer gives [B, 4 * H]."""
@@ -184,8 +180,10 @@ def run_blocks(
         lengths_b: Real tokens of each row.
     """
     first = blocks[0] if len(blocks) else None
-    if isinstance(first, RewrittenNextBlock) and first.chains(blocks):
-        return first.run_chain(blocks, x_bsh, mask, rope, condition, lengths_b)
+    if isinstance(first, RewrittenNextBlock):
+        out_bsh = first.run_together(blocks, x_bsh, mask, rope, condition, lengths_b)
+        if out_bsh is not None:
+            return out_bsh
     for block in blocks:
         x_bsh = block(x_bsh, mask, rope, condition, lengths_b=lengths_b)
     return x_bsh

@@ -50,11 +50,7 @@ class KernelNextBlock(KernelBlock, RewrittenNextBlock):
         out_bsh: Tensor = ops.add_normed(x_bsh, branch_bsh, after_mlp.weight, gate_mlp, after_mlp.eps)
         return out_bsh
 
-    def chains(self, blocks: nn.ModuleList) -> bool:
-        """Return whether nothing has to happen between these blocks: all are alike, and none has hooks."""
-        return all(type(block) is type(self) and _is_bare(block) for block in blocks)
-
-    def run_chain(
+    def run_together(
         self,
         blocks: nn.ModuleList,
         x_bsh: Tensor,
@@ -62,8 +58,13 @@ class KernelNextBlock(KernelBlock, RewrittenNextBlock):
         rope: Tensor,
         condition: Tensor | None,
         lengths_b: Tensor | None,
-    ) -> Tensor:
-        """Return what `run_blocks` does; the end of each block and the start of the next are one launch."""
+    ) -> Tensor | None:
+        """Return what `run_blocks` does; the end of each block and the start of the next are one launch.
+
+        None if something may have to happen between them: if not all are alike, or one has hooks.
+        """
+        if not all(type(block) is type(self) and _is_bare(block) for block in blocks):
+            return None
         if rope.is_complex():
             rope = real(rope)
         chain = [cast(KernelNextBlock, block) for block in blocks]

@@ -34,8 +34,8 @@ class CaptureGraphs(Transform):
 
     Attributes:
         max_tokens: Images of more tokens (of 16 x 16 pixels), times the batch, are not captured. None: 2048, or 8448
-            where attention is in fp8 and more than 8 GiB of the device's memory are free when the first such picture
-            is drawn. 8448 is two pictures of about 1024 x 1024, or one with guidance.
+            where attention is in fp8 and more than 8 GiB of the device's memory are free when such a picture is drawn.
+            8448 is two pictures of about 1024 x 1024, or one with guidance.
         keep: How many shapes to keep graphs of.
     """
 
