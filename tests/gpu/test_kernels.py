@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ernie_accel.kernels import reference
+from ernie_accel.kernels.hopper import attention as hopper
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -188,7 +189,8 @@ def test_qkv_fp8(gpu, b: int, s: int, n: int, d: int) -> None:
     qkv, weight_q, weight_k = rand(b, s, 3 * n * d), rand(d, seed=1), rand(d, seed=2)
     angles = rand(b, s, 1, d, dtype=torch.float32, seed=3) * 3
     cos, sin = angles.cos().to(DTYPE), angles.sin().to(DTYPE)
-    *got, scale = gpu.qkv_fp8(qkv, weight_q, weight_k, cos, sin, n, EPS)
+    *qk, v, scale = gpu.qkv_fp8(qkv, weight_q, weight_k, cos, sin, n, EPS)
+    got = (*qk, as_they_are(v, qk[1].shape))
     *expected, expected_scale = reference.qkv_fp8(qkv, weight_q, weight_k, cos, sin, n, EPS)
     torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
     for a, e in zip(got, expected, strict=True):
@@ -253,7 +255,8 @@ def test_qkv_fp8_of_pairs(gpu, b: int, s: int, n: int, kv: int, d: int) -> None:
     qkv, weight_q, weight_k = rand(b, s, (n + 2 * kv) * d), rand(d, seed=1), rand(d, seed=2)
     angles = rand(b, s, 1, d // 2, dtype=torch.float32, seed=3) * 3
     rope = torch.stack((angles.cos(), angles.sin()))
-    *got, scale = gpu.qkv_fp8(qkv, weight_q, weight_k, *rope, n, EPS, True)
+    *qk, v, scale = gpu.qkv_fp8(qkv, weight_q, weight_k, *rope, n, EPS, True)
+    got = (*qk, as_they_are(v, qk[1].shape))
     *expected, expected_scale = reference.qkv_fp8_pairs(qkv, weight_q, weight_k, rope, n, EPS)
     torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
     for a, e in zip(got, expected, strict=True):
@@ -309,13 +312,37 @@ def test_attention_of_fewer_heads_of_keys(n: int, kv: int, d: int, lengths: list
         assert errors[1] < 0.15
 
 
+@pytest.fixture(params=["hopper", "cudnn"])
+def attends(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Who attends: the kernel of Hopper cards, or cuDNN there, too."""
+    if request.param == "cudnn":
+        pytest.importorskip("cudnn")
+        monkeypatch.setattr(hopper, "takes", lambda q: False)
+    elif not hopper.takes(torch.empty(1, 1, 1, 128, device=DEVICE, dtype=DTYPE)):
+        pytest.skip("needs a Hopper card")
+    return str(request.param)
+
+
+def as_they_are(v: torch.Tensor, shape_bsnd: torch.Size) -> torch.Tensor:
+    """Return values [B, S, N, D], whichever kernel they are laid out for."""
+    if v.shape == shape_bsnd:
+        return v
+    tokens = shape_bsnd[1]
+    # Where each token of a group went, found by laying out their numbers.
+    numbers = torch.arange(hopper.GROUP, dtype=torch.uint8).view(1, -1, 1, 1)
+    place = hopper.laid_out(numbers.view(torch.float8_e4m3fn)).view(torch.uint8).flatten().long()
+    token = torch.arange(v.shape[-1]) // hopper.GROUP * hopper.GROUP + place.repeat(v.shape[-1] // hopper.GROUP)
+    found = torch.empty_like(v.view(torch.uint8))
+    found[..., token.to(v.device)] = v.view(torch.uint8)
+    return found[..., :tokens].permute(0, 3, 1, 2).contiguous().view(v.dtype)
+
+
 LENGTHS = pytest.mark.parametrize(("s", "lengths"), [(4224, [4224]), (257, [257]), (384, [384, 321]), (640, [1, 640])])
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="cuDNN needs a GPU")
 @LENGTHS
-def test_attention_fp8(s: int, lengths: list[int]) -> None:
-    pytest.importorskip("cudnn")
+def test_attention_fp8(attends: str, s: int, lengths: list[int]) -> None:
     from ernie_accel.kernels import ops
 
     b, counts = len(lengths), torch.tensor(lengths, device=DEVICE, dtype=torch.int32)
@@ -324,7 +351,7 @@ def test_attention_fp8(s: int, lengths: list[int]) -> None:
     cos = torch.ones(b, s, 1, 128, device=DEVICE, dtype=DTYPE)
     q8, k8, v8, scale = ops.qkv_fp8(qkv, weight, weight, cos, torch.zeros_like(cos), 4, EPS)
     got = ops.attention_fp8(q8, k8, v8, scale, counts).float()
-    expected = reference.attention_fp8(q8, k8, v8, scale, counts).float()
+    expected = reference.attention_fp8(q8, k8, as_they_are(v8, k8.shape), scale, counts).float()
     for row in range(b):
         assert (got[row] - expected[row]).norm() < 0.06 * expected[row].norm()
 
@@ -332,8 +359,7 @@ def test_attention_fp8(s: int, lengths: list[int]) -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="cuDNN needs a GPU")
 @LENGTHS
 @pytest.mark.parametrize("spare", [64, 192])
-def test_attention_fp8_with_spare_columns(s: int, lengths: list[int], spare: int) -> None:
-    pytest.importorskip("cudnn")
+def test_attention_fp8_with_spare_columns(attends: str, s: int, lengths: list[int], spare: int) -> None:
     from ernie_accel.kernels import ops
 
     b, counts = len(lengths), torch.tensor(lengths, device=DEVICE, dtype=torch.int32)
@@ -354,8 +380,7 @@ def test_attention_fp8_with_spare_columns(s: int, lengths: list[int], spare: int
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="cuDNN needs a GPU")
 @LENGTHS
-def test_attention_takes_values_as_they_lie_in_a_projection(s: int, lengths: list[int]) -> None:
-    pytest.importorskip("cudnn")
+def test_attention_takes_values_as_they_lie_in_a_projection(attends: str, s: int, lengths: list[int]) -> None:
     from ernie_accel.kernels import ops
 
     counts = torch.tensor(lengths, device=DEVICE, dtype=torch.int32)
@@ -370,21 +395,20 @@ def test_attention_takes_values_as_they_lie_in_a_projection(s: int, lengths: lis
 @pytest.mark.skipif(DEVICE == "cpu", reason="cuDNN needs a GPU")
 def test_one_plan_serves_all_lengths() -> None:
     pytest.importorskip("cudnn")
-    from ernie_accel.kernels import cudnn_attention, ops
+    from ernie_accel.kernels import cudnn_attention
 
     q, k, v = (rand(2, 192, 4, 128, seed=seed) for seed in range(3))
     before = len(cudnn_attention._PLANS)
     for length in range(1, 192, 13):
         counts = torch.tensor([length, 192], device=DEVICE, dtype=torch.int32)
-        got, expected = (attend(q, k, v, counts).float() for attend in (ops.attention, reference.attention))
+        got, expected = (attend(q, k, v, counts).float() for attend in (cudnn_attention.attention, reference.attention))
         assert (got - expected).norm() < 0.01 * expected.norm()
     assert len(cudnn_attention._PLANS) == before + 1
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="cuDNN needs a GPU")
 @pytest.mark.parametrize("s", [4224, 257])
-def test_without_lengths_all_keys_count(s: int) -> None:
-    pytest.importorskip("cudnn")
+def test_without_lengths_all_keys_count(attends: str, s: int) -> None:
     from ernie_accel.kernels import ops
 
     q, k, v = (rand(2, s, 4, 128, seed=seed) for seed in range(3))
@@ -392,8 +416,78 @@ def test_without_lengths_all_keys_count(s: int) -> None:
     assert (got - expected).norm() < 0.01 * expected.norm()
     q8, k8, v8 = (x.to(torch.float8_e4m3fn) for x in (q, k, v))
     scale = torch.ones(2 * s, 1, device=DEVICE)
-    got, expected = (f(q8, k8, v8, scale, None).float() for f in (ops.attention_fp8, reference.attention_fp8))
+    laid_out = hopper.laid_out(v8) if attends == "hopper" else v8
+    got = ops.attention_fp8(q8, k8, laid_out, scale, None).float()
+    expected = reference.attention_fp8(q8, k8, v8, scale, None).float()
     assert (got - expected).norm() < 0.06 * expected.norm()
+
+
+HOPPER_CUTS = [(size, element, cut) for (size, element), cuts in hopper.CUTS.items() for cut in cuts]
+
+
+@pytest.mark.parametrize(("b", "s", "n", "kv", "d"), [(1, 5, 2, 2, 96), (2, 33, 6, 2, 96), (2, 140, 3, 3, 128)])
+def test_values_are_laid_out_for_hopper(gpu, monkeypatch, b: int, s: int, n: int, kv: int, d: int) -> None:
+    qkv, weight = rand(b, s, (n + 2 * kv) * d), torch.ones(d, device=DEVICE, dtype=DTYPE)
+    rope = torch.stack((torch.ones(b, s, 1, d // 2, device=DEVICE), torch.zeros(b, s, 1, d // 2, device=DEVICE)))
+    monkeypatch.setattr(hopper, "takes", lambda q: False)
+    *_, plain, scale = gpu.qkv_fp8(qkv, weight, weight, *rope, n, EPS, True, 64)
+    monkeypatch.setattr(hopper, "takes", lambda q: True)
+    *_, got, same_scale = gpu.qkv_fp8(qkv, weight, weight, *rope, n, EPS, True, 64)
+    assert torch.equal(scale, same_scale)
+    assert got.shape == hopper.shape_of_values(plain.shape)
+    assert torch.equal(got.view(torch.uint8), hopper.laid_out(plain).view(torch.uint8))
+    assert torch.equal(as_they_are(got, plain.shape).view(torch.uint8), plain.view(torch.uint8))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a Hopper card")
+@pytest.mark.parametrize("attends", ["hopper"], indirect=True)
+@pytest.mark.parametrize(("size", "element", "cut"), HOPPER_CUTS)
+@pytest.mark.parametrize(
+    ("s", "n", "kv", "lengths"), [(256, 2, 2, None), (200, 6, 2, [200, 77]), (1000, 3, 1, [993]), (33, 200, 100, [1])]
+)
+def test_every_cut_of_hoppers_attention(
+    attends: str, size: int, element: int, cut: hopper.Cut, s: int, n: int, kv: int, lengths: list[int] | None
+) -> None:
+    """Keys beyond the lengths are of other rows' magnitude, and must not count."""
+    b = 1 if lengths is None else len(lengths)
+    counts = None if lengths is None else torch.tensor(lengths, device=DEVICE, dtype=torch.int32)
+    for dtype in (torch.float8_e4m3fn,) if element == 1 else (torch.bfloat16, torch.float16):
+        q, k, v = (
+            rand(b, s, heads, size, dtype=torch.float32, seed=at).to(dtype) for at, heads in enumerate((n, kv, kv))
+        )
+        tiles = -(-s // cut.queries) * n * b
+        values = hopper.laid_out(v) if element == 1 else v
+        got = hopper.run(cut, tiles, min(tiles, 132), q, k, values, counts, 64 if element == 1 else 0, 1.0).float()
+        got = got[..., : n * size]
+        expected = reference.attention(q.float(), k.float(), v.float(), counts)
+        assert got.shape == expected.shape
+        assert (got - expected).norm() < (0.05 if element == 1 else 0.005) * expected.norm()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a Hopper card")
+@pytest.mark.parametrize("attends", ["hopper"], indirect=True)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_does_not_get_lost_in_hoppers_attention(attends: str, bad: float) -> None:
+    from ernie_accel.kernels import ops
+
+    q, k, v = (rand(1, 300, 2, 128, seed=seed) for seed in range(3))
+    q[0, 7, 1, 3] = bad
+    rows = ops.attention(q, k, v, None).isfinite().view(300, 2, 128).all(-1)
+    assert rows.sum() == 599
+    assert not rows[7, 1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "size", "element", "queries"),
+    [(4224, 30, 128, 1, 192), (4224, 32, 128, 1, 128), (4224, 48, 96, 1, 192), (1152, 30, 128, 2, 128)],
+)
+def test_hoppers_attention_is_cut_so_that_multiprocessors_are_busy(
+    tokens: int, heads: int, size: int, element: int, queries: int
+) -> None:
+    """30 heads of 4224 tokens in tiles of 192 are five rounds of 132 multiprocessors, 32 heads of 128 eight."""
+    tiles, cut = hopper.cheapest(hopper.CUTS[size, element], tokens, heads, 132)
+    assert cut.queries == queries
+    assert tiles == -(-tokens // queries) * heads
 
 
 def test_zero_rows_stay_zero_and_finite(gpu) -> None:

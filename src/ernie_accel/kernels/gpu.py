@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ernie_accel.kernels.hopper import attention as hopper
 from ernie_accel.kernels.reference import FP8_MAX, ROOM
 from ernie_accel.kernels.sizes import ceil_div, next_power_of_2
 
@@ -31,6 +32,8 @@ _LOW_RANK_ROWS = 32
 _FP8_LOW_RANK_ROWS = 32
 _FP8_LOW_RANK_BLOCK = {64: 256, 128: 128}
 _FP8_LOW_RANK_STAGES = 6  # steps of the loop that are under way together, where there is shared memory for so many
+#: Tokens whose values a program lays out anew: a line of memory in float8.
+_LAID_OUT_TOKENS = 128
 #: Columns of a row that are not worth being cut any further.
 _SMALLEST_CHUNK = 512
 
@@ -331,6 +334,29 @@ def _quantize_values_kernel(QKV, V_AMAX, V, SCALE, row_width, width, BLOCK: tl.c
     tl.store(SCALE + row, fp8_scale * ROOM)
 
 
+@triton.jit(do_not_specialize=["tokens", "padded"])
+def _lay_out_values_kernel(
+    QKV, V_AMAX, V, SCALE, tokens, padded, kv_heads, row_width, D: tl.constexpr, BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr, ROOM: tl.constexpr,
+):  # fmt: skip
+    """The same, as ``hopper/attention.cu`` reads them: [B, N, D, padded], within groups of 16 keys in its order."""
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    position = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    within = position % 16
+    token = position - within + 2 * (within // 4) + within % 2 + 8 * (within % 4 // 2)
+    dim = tl.arange(0, BLOCK)
+    fp8_scale = _fp8_scale(tl.load(V_AMAX))
+    at = (batch * tokens + token)[:, None] * row_width + row_width - (kv_heads - head) * D + dim[None, :]
+    v = tl.load(QKV + at, mask=(token < tokens)[:, None] & (dim < D)[None, :], other=0.0).to(tl.float32)
+    v = tl.trans((v * (1.0 / fp8_scale)).to(tl.float8e4nv))
+    to = ((batch * kv_heads + head) * D + dim)[:, None] * padded + position[None, :]
+    tl.store(V + to, v, mask=(dim < D)[:, None] & (position < padded)[None, :])
+    if head == 0:
+        row = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+        scale = tl.zeros((TOKENS,), dtype=tl.float32) + fp8_scale * ROOM
+        tl.store(SCALE + batch * tokens + row, scale, mask=row < tokens)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _low_rank_kernel(
     X, X_SCALE, DOWN, OUT, rows, width, ranks, ROWS: tl.constexpr, RANKS: tl.constexpr, BLOCK: tl.constexpr,
@@ -609,17 +635,26 @@ def qkv_fp8(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return queries, keys and values in float8 [B, S, N, D], and the scale of what attention makes of them [B * S, 1].
 
-    That is the values' scale, for each row; where `spare` columns will follow, times ROOM.
+    That is the values' scale, for each row; where `spare` columns will follow, times ROOM. Values for the kernel of
+    Hopper cards are laid out as it reads them (`hopper.attention.laid_out`).
     """
     qkv_bsm = qkv_bsm.contiguous()
     amax = torch.zeros(1, device=qkv_bsm.device)
     fp8 = torch.float8_e4m3fn
     q, k = _qk_norm_rope(qkv_bsm, weight_q_d, weight_k_d, cos, sin, heads, eps, pairs, fp8, amax)
-    rows, width = k.shape[0] * k.shape[1], k.shape[2] * k.shape[3]
-    v, scale = torch.empty_like(k), amax.new_empty(rows, 1)
-    _quantize_values_kernel[(rows,)](
-        qkv_bsm, amax, v, scale, qkv_bsm.shape[-1], width, BLOCK=next_power_of_2(width),
-        ROOM=ROOM if spare else 1.0, num_warps=_warps(width),
+    (batch, tokens, kv_heads, size), room = k.shape, ROOM if spare else 1.0
+    scale = amax.new_empty(batch * tokens, 1)
+    if hopper.takes(q):
+        v = k.new_empty(hopper.shape_of_values(k.shape))
+        _lay_out_values_kernel[(ceil_div(v.shape[-1], _LAID_OUT_TOKENS), kv_heads, batch)](
+            qkv_bsm, amax, v, scale, tokens, v.shape[-1], kv_heads, qkv_bsm.shape[-1], D=size,
+            BLOCK=next_power_of_2(size), TOKENS=_LAID_OUT_TOKENS, ROOM=room, num_warps=4,
+        )  # fmt: skip
+        return q, k, v, scale
+    v, width = torch.empty_like(k), kv_heads * size
+    _quantize_values_kernel[(batch * tokens,)](
+        qkv_bsm, amax, v, scale, qkv_bsm.shape[-1], width, BLOCK=next_power_of_2(width), ROOM=room,
+        num_warps=_warps(width),
     )  # fmt: skip
     return q, k, v, scale
 

@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.kernels import reference
+from ernie_accel.kernels.hopper import attention as hopper
 
 FP8 = torch.float8_e4m3fn
 
@@ -86,8 +87,9 @@ def _gpu() -> ModuleType:
     return importlib.import_module("ernie_accel.kernels.gpu")
 
 
-def _cudnn() -> ModuleType:
-    return importlib.import_module("ernie_accel.kernels.cudnn_attention")
+def _attention(q: Tensor) -> ModuleType:
+    """Return what attends with such queries on CUDA."""
+    return hopper if hopper.takes(q) else importlib.import_module("ernie_accel.kernels.cudnn_attention")
 
 
 def _group_norm() -> ModuleType:
@@ -344,8 +346,13 @@ def _fake_qkv_fp8_pairs(
     qkv: Tensor, q: Tensor, k: Tensor, rope: Tensor, heads: int, eps: float, spare: int = 0
 ) -> tuple[Tensor, ...]:
     others = _kv_heads(qkv, len(q), heads)
-    made = (_rows_of_heads(qkv, n, len(q), FP8) for n in (heads, others, others))
-    return (*made, qkv.new_empty(qkv.shape[0] * qkv.shape[1], 1, dtype=torch.float32))
+    return _fp8_heads(*(_rows_of_heads(qkv, n, len(q), FP8) for n in (heads, others)))
+
+
+def _fp8_heads(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    """Return queries, keys, and what belongs to them: values and the scale of attention's rows."""
+    v = k.new_empty(hopper.shape_of_values(k.shape)) if hopper.takes(q) else torch.empty_like(k)
+    return q, k, v, q.new_empty(q.shape[0] * q.shape[1], 1, dtype=torch.float32)
 
 
 @_operator(
@@ -383,9 +390,8 @@ def qk_norm_rope(
 
 @_operator(
     cuda=lambda *arguments: _gpu().qkv_fp8(*arguments[:7], spare=_spare(arguments, 7)),
-    fake=lambda qkv, q, k, cos, sin, heads, eps, spare=0: (
-        *(_heads_like(qkv, heads, FP8) for _ in range(3)),
-        qkv.new_empty(qkv.shape[0] * qkv.shape[1], 1, dtype=torch.float32),
+    fake=lambda qkv, q, k, cos, sin, heads, eps, spare=0: _fp8_heads(
+        _heads_like(qkv, heads, FP8), _heads_like(qkv, heads, FP8)
     ),
 )
 def qkv_fp8(
@@ -403,7 +409,7 @@ def qkv_fp8(
 
 
 @_operator(
-    cuda=lambda *arguments: _cudnn().attention(*arguments),
+    cuda=lambda q, *others: _attention(q).attention(q, *others),
     fake=lambda q, *_: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3]),
 )
 def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor | None) -> Tensor:
@@ -412,7 +418,7 @@ def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor 
 
 
 @_operator(
-    cuda=lambda *arguments: _cudnn().attention_fp8(*arguments),
+    cuda=lambda q, *others: _attention(q).attention_fp8(q, *others),
     fake=lambda q, k, v, scale, lengths, spare=0: q.new_empty(*q.shape[:2], q.shape[2] * q.shape[3] + spare),
 )
 def attention_fp8(

@@ -1,0 +1,1 @@
+"""Kernels in CUDA C++ for Hopper cards, compiled when they are first needed."""

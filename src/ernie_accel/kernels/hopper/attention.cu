@@ -1,0 +1,406 @@
+// Attention on the tensor cores of Hopper cards (compute capability 9.0), in bfloat16, float16 or float8.
+//
+// After FlashAttention-3 (https://arxiv.org/abs/2407.08608): one warp brings queries, keys and values into shared memory
+// by the tensor memory accelerator (TMA), while GROUPS warpgroups of 128 threads multiply, each 64 queries. While a
+// warpgroup computes the exponentials of one block of keys, the tensor cores multiply those of the next. A program runs
+// over many tiles of queries, so that the next tile's first keys arrive before the last tile is written.
+//
+// `attention.py` puts in front HEAD, the constants of its `Cut`, FLOAT8, FLOAT16, and functions around the instruction
+// wgmma. In shared memory a tile is cut into chunks of QK_CHUNK or V_CHUNK bytes of each row, one chunk behind the other;
+// a chunk is as wide as its swizzle.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct alignas(64) TensorMap { u64 opaque[16]; };
+
+constexpr int ELEMENT = FLOAT8 ? 1 : 2;
+constexpr int QUERIES = 64 * GROUPS;
+constexpr int QK_CHUNKS = (HEAD * ELEMENT + QK_CHUNK - 1) / QK_CHUNK;
+constexpr int Q_BYTES = QUERIES * QK_CHUNK * QK_CHUNKS;
+constexpr int K_BYTES = KEYS * QK_CHUNK * QK_CHUNKS;
+constexpr int V_BYTES = HEAD * KEYS * ELEMENT;
+constexpr int V_CHUNKS = (FLOAT8 ? KEYS : HEAD * ELEMENT) / V_CHUNK;
+constexpr int STEP = 32 / ELEMENT;  // keys that one instruction sums over
+constexpr int STEPS = KEYS / STEP;
+constexpr int A_REGISTERS = 4 * STEPS;
+// Probabilities, at most 1, are multiplied by 2 ** OFFSET, so that float8 has a range for them below its 448.
+constexpr float OFFSET = FLOAT8 ? 8 : 0;
+#define MINUS_INFINITY __int_as_float(0xff800000)
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+
+__device__ __forceinline__ void init_barrier(u32 barrier, u32 count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
+}
+
+__device__ __forceinline__ void expect_bytes(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void wait(u32 barrier, u32 phase) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra over;\n"
+      "bra again;\n"
+      "over:\n"
+      "}\n" ::"r"(barrier), "r"(phase) : "memory");
+}
+
+__device__ __forceinline__ void load_tile(u32 to, const TensorMap* map, u32 barrier, int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+      ::"r"(to), "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
+}
+
+// Named barriers; 0 is that of __syncthreads.
+__device__ __forceinline__ void turn_wait(int id) { asm volatile("bar.sync %0, 256;" ::"r"(id) : "memory"); }
+__device__ __forceinline__ void turn_give(int id) { asm volatile("bar.arrive %0, 256;" ::"r"(id) : "memory"); }
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int LEFT> __device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+}
+
+// Keeps the compiler from moving registers across an instruction that reads or writes them later.
+template <int N> __device__ __forceinline__ void hold(float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+template <int N> __device__ __forceinline__ void hold(u32 (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(x[i])::"memory");
+}
+
+// A matrix in shared memory as wgmma reads it: groups of eight rows lie 8 * CHUNK bytes apart, chunks `apart` bytes.
+template <int CHUNK> __device__ __forceinline__ u64 matrix(u32 address, u32 apart) {
+  constexpr u64 SWIZZLE = CHUNK == 128 ? 1 : CHUNK == 64 ? 2 : 3;
+  return (u64)((address & 0x3ffff) >> 4) | (u64)((apart & 0x3ffff) >> 4) << 16 | (u64)((8 * CHUNK) >> 4) << 32 |
+         SWIZZLE << 62;
+}
+
+__device__ __forceinline__ float exp2_of(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ u32 two(float low, float high) {
+  u32 y;
+#if FLOAT8
+  unsigned short half;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(half) : "f"(high), "f"(low));
+  y = half;
+#elif FLOAT16
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+#else
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+#endif
+  return y;
+}
+
+// Of a product of 64 rows, a thread holds in x[4 i] to x[4 i + 3] the columns 8 i + 2 (lane % 4) and the next of its row
+// lane / 4, then those of row lane / 4 + 8. As operand it holds as many adjacent ones of each row as 32 bits do. In
+// float8 they are made adjacent by the order of the values: see `attention.py`.
+__device__ __forceinline__ void to_operand(u32 (&a)[A_REGISTERS], const float (&x)[KEYS / 2]) {
+#pragma unroll
+  for (int i = 0; i < STEPS; ++i) {
+#if FLOAT8
+    const float* s = x + 16 * i;
+    a[4 * i] = two(s[0], s[1]) | two(s[4], s[5]) << 16;
+    a[4 * i + 1] = two(s[2], s[3]) | two(s[6], s[7]) << 16;
+    a[4 * i + 2] = two(s[8], s[9]) | two(s[12], s[13]) << 16;
+    a[4 * i + 3] = two(s[10], s[11]) | two(s[14], s[15]) << 16;
+#else
+    const float* s = x + 8 * i;
+    a[4 * i] = two(s[0], s[1]);
+    a[4 * i + 1] = two(s[2], s[3]);
+    a[4 * i + 2] = two(s[4], s[5]);
+    a[4 * i + 3] = two(s[6], s[7]);
+#endif
+  }
+}
+
+// The running softmax of the two rows of a thread.
+struct Softmax {
+  float max0, max1, sum0, sum1;
+
+  // Turns scores into probabilities, up to the factor of their rows. Returns whether earlier sums of any row of the warp
+  // have to be multiplied by its factor.
+  __device__ __forceinline__ bool update(float (&s)[KEYS / 2], float scale, float& factor0, float& factor1) {
+    float a0 = s[0], a1 = s[2], b0 = s[1], b1 = s[3];
+#pragma unroll
+    for (int i = 1; i < KEYS / 8; ++i) {
+      a0 = fmaxf(a0, s[4 * i]);
+      b0 = fmaxf(b0, s[4 * i + 1]);
+      a1 = fmaxf(a1, s[4 * i + 2]);
+      b1 = fmaxf(b1, s[4 * i + 3]);
+    }
+    a0 = fmaxf(a0, b0);
+    a1 = fmaxf(a1, b1);
+    a0 = fmaxf(a0, __shfl_xor_sync(0xffffffff, a0, 1));
+    a1 = fmaxf(a1, __shfl_xor_sync(0xffffffff, a1, 1));
+    a0 = fmaxf(a0, __shfl_xor_sync(0xffffffff, a0, 2));
+    a1 = fmaxf(a1, __shfl_xor_sync(0xffffffff, a1, 2));
+    const bool grows = __any_sync(0xffffffff, a0 > max0 || a1 > max1);
+    a0 = fmaxf(a0, max0);
+    a1 = fmaxf(a1, max1);
+    factor0 = exp2_of((max0 - a0) * scale);
+    factor1 = exp2_of((max1 - a1) * scale);
+    max0 = a0;
+    max1 = a1;
+    const float less0 = max0 * scale - OFFSET, less1 = max1 * scale - OFFSET;
+    float c0 = 0, c1 = 0, d0 = 0, d1 = 0;
+#pragma unroll
+    for (int i = 0; i < KEYS / 8; ++i) {
+      s[4 * i] = exp2_of(s[4 * i] * scale - less0);
+      s[4 * i + 1] = exp2_of(s[4 * i + 1] * scale - less0);
+      s[4 * i + 2] = exp2_of(s[4 * i + 2] * scale - less1);
+      s[4 * i + 3] = exp2_of(s[4 * i + 3] * scale - less1);
+      c0 += s[4 * i];
+      d0 += s[4 * i + 1];
+      c1 += s[4 * i + 2];
+      d1 += s[4 * i + 3];
+    }
+    sum0 = sum0 * factor0 + (c0 + d0);
+    sum1 = sum1 * factor1 + (c1 + d1);
+    return grows;
+  }
+};
+
+// Four words of each of four adjacent lanes, transposed.
+__device__ __forceinline__ void transpose(u32 (&w)[4], int lane) {
+#pragma unroll
+  for (int far = 1; far <= 2; far *= 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & far) continue;
+      const bool odd = lane & far;
+      const u32 got = __shfl_xor_sync(0xffffffff, odd ? w[i] : w[i | far], far);
+      if (odd) w[i] = got; else w[i | far] = got;
+    }
+  }
+}
+
+// Writes the row of an output that four lanes hold, 32 columns at once: each lane eight that are adjacent.
+__device__ __forceinline__ void store_row(void* to, const float (&o)[HEAD / 2], int second, float factor, int lane) {
+#pragma unroll
+  for (int i = 0; i < HEAD / 8; i += 4) {
+    u32 w[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) w[j] = two(o[4 * (i + j) + second] * factor, o[4 * (i + j) + second + 1] * factor);
+    transpose(w, lane);
+    if (to == nullptr) continue;
+    char* at = static_cast<char*>(to) + (8 * i + 8 * (lane % 4)) * ELEMENT;
+#if FLOAT8
+    *reinterpret_cast<uint2*>(at) = make_uint2(w[0] | w[1] << 16, w[2] | w[3] << 16);
+#else
+    *reinterpret_cast<uint4*>(at) = make_uint4(w[0], w[1], w[2], w[3]);
+#endif
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
+attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
+          const __grid_constant__ TensorMap v_map, char* __restrict__ out, const int* __restrict__ lengths, int tokens,
+          int heads, int shared_by, int tiles_of_queries, int tiles, int pitch, float scale, float out_scale) {
+  extern __shared__ __align__(1024) char memory[];
+  const u32 q_at = shared_address(memory), k_at = q_at + Q_BYTES, v_at = k_at + STAGES * K_BYTES;
+  const u32 barriers = v_at + STAGES * V_BYTES;
+  const u32 q_full = barriers, q_free = barriers + 8;
+  const auto k_full = [&](int stage) { return barriers + 16 + 32 * stage; };
+  const auto k_free = [&](int stage) { return barriers + 24 + 32 * stage; };
+  const auto v_full = [&](int stage) { return barriers + 32 + 32 * stage; };
+  const auto v_free = [&](int stage) { return barriers + 40 + 32 * stage; };
+  if (threadIdx.x == 0) {
+    init_barrier(q_full, 1);
+    init_barrier(q_free, 4 * GROUPS);
+    for (int stage = 0; stage < STAGES; ++stage) {
+      init_barrier(k_full(stage), 1);
+      init_barrier(v_full(stage), 1);
+      init_barrier(k_free(stage), 4 * GROUPS);
+      init_barrier(v_free(stage), 4 * GROUPS);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  __syncthreads();
+
+  const int group = threadIdx.x / 128;
+  if (group == 0) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GROUPS == 2 ? 24 : 32));
+    if (threadIdx.x != 0) return;
+    int stage = 0;
+    u32 phase = 0, q_phase = 0;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+      const int first = tile % tiles_of_queries * QUERIES, head = tile / tiles_of_queries % heads;
+      const int batch = tile / tiles_of_queries / heads, kv_head = head / shared_by;
+      const int length = lengths == nullptr ? tokens : min(tokens, max(1, lengths[batch]));
+      const int blocks = (length + KEYS - 1) / KEYS;
+      for (int block = blocks - 1; block >= 0; --block) {
+        wait(k_free(stage), phase ^ 1);
+        expect_bytes(k_full(stage), K_BYTES);
+#pragma unroll
+        for (int c = 0; c < QK_CHUNKS; ++c)
+          load_tile(k_at + stage * K_BYTES + c * KEYS * QK_CHUNK, &k_map, k_full(stage), c * (QK_CHUNK / ELEMENT), kv_head,
+                    block * KEYS, batch);
+        if (block == blocks - 1) {
+          wait(q_free, q_phase ^ 1);
+          expect_bytes(q_full, Q_BYTES);
+#pragma unroll
+          for (int c = 0; c < QK_CHUNKS; ++c)
+            load_tile(q_at + c * QUERIES * QK_CHUNK, &q_map, q_full, c * (QK_CHUNK / ELEMENT), head, first, batch);
+          q_phase ^= 1;
+        }
+        wait(v_free(stage), phase ^ 1);
+        expect_bytes(v_full(stage), V_BYTES);
+#pragma unroll
+        for (int c = 0; c < V_CHUNKS; ++c) {
+#if FLOAT8
+          load_tile(v_at + stage * V_BYTES + c * HEAD * V_CHUNK, &v_map, v_full(stage), block * KEYS + c * V_CHUNK, 0,
+                    kv_head, batch);
+#else
+          load_tile(v_at + stage * V_BYTES + c * KEYS * V_CHUNK, &v_map, v_full(stage), c * (V_CHUNK / ELEMENT), kv_head,
+                    block * KEYS, batch);
+#endif
+        }
+        if (++stage == STAGES) {
+          stage = 0;
+          phase ^= 1;
+        }
+      }
+    }
+    return;
+  }
+
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPS == 2 ? 240 : 160));
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, turn = group, next = group % GROUPS + 1;
+  if (TAKES_TURNS && group == GROUPS) turn_give(1);
+  const u32 q_mine = q_at + (group - 1) * 64 * QK_CHUNK;
+  int k_stage = 0, v_stage = 0;
+  u32 k_phase = 0, v_phase = 0, q_phase = 0;
+  float s[KEYS / 2], o[HEAD / 2];
+  u32 p[A_REGISTERS];
+
+  const auto scores = [&]() {
+    hold(s);
+    wgmma_fence();
+#pragma unroll
+    for (int byte = 0; byte < HEAD * ELEMENT; byte += 32) {
+      const int chunk = byte / QK_CHUNK, rest = byte % QK_CHUNK;
+      multiply_scores(s, matrix<QK_CHUNK>(q_mine + chunk * QUERIES * QK_CHUNK + rest, 16),
+                      matrix<QK_CHUNK>(k_at + k_stage * K_BYTES + chunk * KEYS * QK_CHUNK + rest, 16), byte > 0);
+    }
+    wgmma_commit();
+  };
+  const auto add_values = [&]() {
+    hold(o);
+    hold(p);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+      const u32 at = v_at + v_stage * V_BYTES;
+#if FLOAT8
+      const u64 values = matrix<V_CHUNK>(at + i * STEP / V_CHUNK * HEAD * V_CHUNK + i * STEP % V_CHUNK, 16);
+#else
+      const u64 values = matrix<V_CHUNK>(at + i * STEP * V_CHUNK, KEYS * V_CHUNK);
+#endif
+      multiply_values(o, p + 4 * i, values);
+    }
+    wgmma_commit();
+  };
+  const auto k_done = [&]() {
+    if (lane == 0) arrive(k_free(k_stage));
+    if (++k_stage == STAGES) {
+      k_stage = 0;
+      k_phase ^= 1;
+    }
+  };
+  const auto v_done = [&]() {
+    if (lane == 0) arrive(v_free(v_stage));
+    if (++v_stage == STAGES) {
+      v_stage = 0;
+      v_phase ^= 1;
+    }
+  };
+
+  for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int first = tile % tiles_of_queries * QUERIES, head = tile / tiles_of_queries % heads;
+    const int batch = tile / tiles_of_queries / heads;
+    const int length = lengths == nullptr ? tokens : min(tokens, max(1, lengths[batch]));
+    const int blocks = (length + KEYS - 1) / KEYS;
+    Softmax softmax{MINUS_INFINITY, MINUS_INFINITY, 0, 0};
+    float factor0, factor1;
+
+    wait(q_full, q_phase);
+    q_phase ^= 1;
+    wait(k_full(k_stage), k_phase);
+    scores();
+#pragma unroll
+    for (int i = 0; i < HEAD / 2; ++i) o[i] = 0;
+    wgmma_wait<0>();
+    hold(s);
+    k_done();
+    // Of all blocks only the last has keys that are not real. It comes first.
+    const int left = length - (blocks - 1) * KEYS - 2 * (lane % 4);
+    if (left < KEYS)
+#pragma unroll
+      for (int i = 0; i < KEYS / 8; ++i) {
+        if (8 * i >= left) s[4 * i] = s[4 * i + 2] = MINUS_INFINITY;
+        if (8 * i + 1 >= left) s[4 * i + 1] = s[4 * i + 3] = MINUS_INFINITY;
+      }
+    softmax.update(s, scale, factor0, factor1);
+    to_operand(p, s);
+
+#pragma unroll 1
+    for (int block = blocks - 2; block >= 0; --block) {
+      wait(k_full(k_stage), k_phase);
+      if (TAKES_TURNS) turn_wait(turn);
+      scores();
+      wait(v_full(v_stage), v_phase);
+      add_values();
+      if (TAKES_TURNS) turn_give(next);
+      wgmma_wait<1>();
+      hold(s);
+      k_done();
+      const bool rescale = softmax.update(s, scale, factor0, factor1);
+      wgmma_wait<0>();
+      hold(o);
+      hold(p);
+      v_done();
+      if (rescale)
+#pragma unroll
+        for (int i = 0; i < HEAD / 8; ++i) {
+          o[4 * i] *= factor0;
+          o[4 * i + 1] *= factor0;
+          o[4 * i + 2] *= factor1;
+          o[4 * i + 3] *= factor1;
+        }
+      to_operand(p, s);
+    }
+    if (lane == 0) arrive(q_free);
+    wait(v_full(v_stage), v_phase);
+    add_values();
+    float sum0 = softmax.sum0, sum1 = softmax.sum1;
+    sum0 += __shfl_xor_sync(0xffffffff, sum0, 1);
+    sum1 += __shfl_xor_sync(0xffffffff, sum1, 1);
+    sum0 += __shfl_xor_sync(0xffffffff, sum0, 2);
+    sum1 += __shfl_xor_sync(0xffffffff, sum1, 2);
+    wgmma_wait<0>();
+    hold(o);
+    v_done();
+
+    const int token = first + (group - 1) * 64 + warp * 16 + lane / 4;
+    char* row = out + ((long long)(batch * tokens + token) * pitch + head * HEAD) * ELEMENT;
+    store_row(token < tokens ? row : nullptr, o, 0, out_scale / sum0, lane);
+    store_row(token + 8 < tokens ? row + 8ll * pitch * ELEMENT : nullptr, o, 2, out_scale / sum1, lane);
+  }
+}

@@ -1,0 +1,258 @@
+"""Attention for Hopper cards; the kernel, and how it works, is in ``attention.cu``.
+
+It reads on the device how many tokens of each row are real, at no cost, and needs no plan for a number of tokens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.kernels.hopper.compiling import Kernel, check, compile_for, driver
+from ernie_accel.kernels.reference import ROOM
+from ernie_accel.kernels.sizes import ceil_div
+
+#: Float8 values lie in groups of so many keys.
+GROUP = 16
+_CAPABILITY, _ARCHITECTURE = (9, 0), "sm_90a"
+_BARRIERS = 1024  # bytes behind the tiles, for the barriers of up to 31 stages
+#: CU_TENSOR_MAP_DATA_TYPE_...
+_MAP_TYPES = {torch.float8_e4m3fn: 0, torch.float16: 6, torch.bfloat16: 9}
+_INSTRUCTION_TYPES = {torch.float8_e4m3fn: "e4m3", torch.float16: "f16", torch.bfloat16: "bf16"}
+_SWIZZLES = {32: 1, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_..., by bytes
+_256_BYTES = 3  # CU_TENSOR_MAP_L2_PROMOTION_...
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the work is cut.
+
+    Attributes:
+        keys: That a warpgroup multiplies at once.
+        groups: Warpgroups of a program; each has 64 queries.
+        stages: Blocks of keys and values that shared memory holds.
+        qk_chunk: Bytes of a row of queries or keys that lie together in shared memory: 32, 64 or 128.
+        v_chunk: The same of a row of values, which in float8 is a dimension of all keys.
+        takes_turns: Whether warpgroups multiply in turns, so that one multiplies while another computes exponentials.
+        cost: Time of a tile on an otherwise idle device, against that of the other cuts of these heads.
+    """
+
+    keys: int
+    groups: int
+    stages: int
+    qk_chunk: int
+    v_chunk: int
+    takes_turns: bool
+    cost: float = 1.0
+
+    @property
+    def queries(self) -> int:
+        """Queries of a tile."""
+        return 64 * self.groups
+
+    def shared_bytes(self, size: int, element: int) -> int:
+        """Return the shared memory that a program takes, for heads of `size` elements of so many bytes."""
+        row = ceil_div(size * element, self.qk_chunk) * self.qk_chunk
+        return self.queries * row + self.stages * self.keys * (row + size * element) + _BARRIERS
+
+
+#: For heads of so many dimensions, by bytes of an element: the fastest of 9 to 11 on an H200 at 4224 tokens (newbie,
+#: 2 x 24 heads of 96, and Z-Image, 30 of 128). Which of two it is depends on how many tiles the multiprocessors get.
+CUTS = {
+    (96, 1): (Cut(128, 3, 2, 128, 128, takes_turns=True), Cut(192, 2, 2, 128, 64, takes_turns=False, cost=0.75)),
+    (96, 2): (Cut(112, 3, 2, 64, 64, takes_turns=True), Cut(176, 2, 2, 64, 64, takes_turns=True, cost=0.7)),
+    (128, 1): (Cut(192, 2, 2, 128, 64, takes_turns=True), Cut(96, 3, 3, 128, 32, takes_turns=True, cost=1.5)),
+    (128, 2): (Cut(176, 2, 2, 128, 128, takes_turns=True),),
+}
+
+
+def takes(q_bsnd: Tensor) -> bool:
+    """Return whether there is a kernel for such queries on their device."""
+    known = (q_bsnd.shape[-1], q_bsnd.element_size()) in CUTS and q_bsnd.dtype in _MAP_TYPES
+    return known and q_bsnd.is_cuda and _is_usable(q_bsnd.device)
+
+
+@functools.cache
+def _is_usable(device: torch.device) -> bool:
+    if torch.cuda.get_device_capability(device) != _CAPABILITY:
+        return False
+    try:
+        # Whatever else may be missing is missing here, too.
+        compile_for(_ARCHITECTURE, 'extern "C" __global__ void nothing() {}')
+        return bool(driver())
+    except (ErnieAccelError, OSError):
+        return False
+
+
+def shape_of_values(shape_bsnd: torch.Size) -> tuple[int, int, int, int]:
+    """Return the shape [B, N, D, S'] of laid-out values; S' is S up to a multiple of GROUP."""
+    batch, tokens, heads, size = shape_bsnd
+    return batch, heads, size, ceil_div(tokens, GROUP) * GROUP
+
+
+def laid_out(v_bsnd: Tensor) -> Tensor:
+    """Return float8 values as the kernel reads them [B, N, D, S'], in plain torch; padding is zero.
+
+    A thread holds the probabilities of keys 2 i, 2 i + 1, 2 i + 8 and 2 i + 9 of a group; as an operand of the next
+    product they have to be adjacent. So the values are put in that order, and no thread has to exchange anything.
+    """
+    batch, tokens, heads, size = v_bsnd.shape
+    position = torch.arange(ceil_div(tokens, GROUP) * GROUP, device=v_bsnd.device)
+    within = position % GROUP
+    token = position - within + 2 * (within // 4) + within % 2 + 8 * (within % 4 // 2)
+    padded = v_bsnd.new_zeros(batch, len(position), heads, size, dtype=torch.uint8)
+    padded[:, :tokens] = v_bsnd.view(torch.uint8)
+    return padded[:, token].permute(0, 2, 3, 1).contiguous().view(v_bsnd.dtype)
+
+
+def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor | None) -> Tensor:
+    """Return the attention output [B, S, N * D]; arguments are those of `cudnn_attention.attention`."""
+    if any(stride % 8 for stride in v_bsnd.stride()[:3]) or v_bsnd.stride(3) != 1 or v_bsnd.data_ptr() % 16:
+        v_bsnd = v_bsnd.contiguous()
+    return _run(q_bsnd.contiguous(), k_bsnd.contiguous(), v_bsnd, lengths_b)
+
+
+def attention_fp8(
+    q_bsnd: Tensor, k_bsnd: Tensor, v_bnds: Tensor, scale: Tensor, lengths_b: Tensor | None, spare: int = 0
+) -> Tensor:
+    """Return the attention output [B, S, N * D + spare] in float8.
+
+    Arguments are those of `cudnn_attention.attention_fp8`, but values as `laid_out` makes them.
+    """
+    return _run(q_bsnd, k_bsnd, v_bnds, lengths_b, spare, 1 / ROOM if spare else 1.0)
+
+
+def _run(
+    q_bsnd: Tensor, k_bsnd: Tensor, v: Tensor, lengths_b: Tensor | None, spare: int = 0, out_scale: float = 1.0
+) -> Tensor:
+    (batch, tokens, heads, size), element = q_bsnd.shape, q_bsnd.element_size()
+    programs = _multiprocessors(q_bsnd.device)
+    tiles, cut = cheapest(CUTS[size, element], tokens, batch * heads, programs)
+    return run(cut, tiles, programs, q_bsnd, k_bsnd, v, lengths_b, spare, out_scale)
+
+
+def run(
+    cut: Cut,
+    tiles: int,
+    programs: int,
+    q_bsnd: Tensor,
+    k_bsnd: Tensor,
+    v: Tensor,
+    lengths_b: Tensor | None,
+    spare: int,
+    out_scale: float,
+) -> Tensor:
+    """Return the output; see `attention` and `attention_fp8`."""
+    (batch, tokens, heads, size), element = q_bsnd.shape, q_bsnd.element_size()
+    per_qk, per_v = cut.qk_chunk // element, cut.v_chunk // element
+    q_map = _TensorMap(q_bsnd, (per_qk, 1, cut.queries, 1), cut.qk_chunk)
+    k_map = _TensorMap(k_bsnd, (per_qk, 1, cut.keys, 1), cut.qk_chunk)
+    v_map = _TensorMap(v, (per_v, size, 1, 1) if element == 1 else (per_v, 1, cut.keys, 1), cut.v_chunk)
+    pitch = heads * size + spare
+    out = q_bsnd.new_empty(batch, tokens, pitch)
+    integers = tokens, heads, heads // k_bsnd.shape[2], ceil_div(tokens, cut.queries), tiles, pitch
+    arguments = (
+        q_map.value, k_map.value, v_map.value, ctypes.c_void_p(out.data_ptr()),
+        ctypes.c_void_p(0 if lengths_b is None else lengths_b.data_ptr()), *map(ctypes.c_int, integers),
+        ctypes.c_float(size**-0.5 * math.log2(math.e)), ctypes.c_float(out_scale),
+    )  # fmt: skip
+    kernel = _kernel(cut, size, q_bsnd.dtype, q_bsnd.device)
+    kernel.launch(min(tiles, programs), 128 * (cut.groups + 1), arguments)
+    return out
+
+
+def cheapest(cuts: tuple[Cut, ...], tokens: int, heads: int, multiprocessors: int) -> tuple[int, Cut]:
+    """Return the cut by which the busiest multiprocessor has least to do, and its number of tiles."""
+
+    def costs(cut: Cut) -> float:
+        return ceil_div(ceil_div(tokens, cut.queries) * heads, multiprocessors) * cut.cost
+
+    cut = min(cuts, key=costs)
+    return ceil_div(tokens, cut.queries) * heads, cut
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class _TensorMap:
+    """How TMA reads tiles of a tensor of four dimensions: 128 bytes, which the kernel gets by value.
+
+    Attributes:
+        value: The bytes.
+    """
+
+    def __init__(self, x: Tensor, box: tuple[int, int, int, int], chunk: int) -> None:
+        """Encode it.
+
+        Args:
+            x: Of [B, S, N, D] or [B, N, D, S], dense in the last dimension; the strides of others are multiples of 16
+                bytes.
+            box: Sizes of a tile, the last dimension first.
+            chunk: Bytes of a row of a tile.
+        """
+        self._memory = ctypes.create_string_buffer(128 + 64)
+        self.value = (ctypes.c_char * 128).from_buffer(self._memory, -ctypes.addressof(self._memory) % 64)
+        sizes, strides = x.shape[::-1], x.stride()[2::-1]
+        result = driver().cuTensorMapEncodeTiled(
+            ctypes.byref(self.value), _MAP_TYPES[x.dtype], 4, ctypes.c_void_p(x.data_ptr()),
+            (ctypes.c_uint64 * 4)(*sizes), (ctypes.c_uint64 * 3)(*(stride * x.element_size() for stride in strides)),
+            (ctypes.c_uint32 * 4)(*box), (ctypes.c_uint32 * 4)(1, 1, 1, 1), 0, _SWIZZLES[chunk], _256_BYTES, 0,
+        )  # fmt: skip
+        check(result, f"cuTensorMapEncodeTiled for {tuple(x.shape)} with strides {x.stride()}")
+
+
+@functools.cache
+def _kernel(cut: Cut, size: int, dtype: torch.dtype, device: torch.device) -> Kernel:
+    code = compile_for(_ARCHITECTURE, source_of(cut, size, dtype))
+    return Kernel(code, "attention", cut.shared_bytes(size, dtype.itemsize))
+
+
+def source_of(cut: Cut, size: int, dtype: torch.dtype) -> str:
+    """Return the kernel's source, in CUDA C++, for heads of `size` dimensions."""
+    is_fp8 = dtype is torch.float8_e4m3fn
+    constants = {
+        "HEAD": size, "KEYS": cut.keys, "GROUPS": cut.groups, "STAGES": cut.stages, "QK_CHUNK": cut.qk_chunk,
+        "V_CHUNK": cut.v_chunk, "TAKES_TURNS": int(cut.takes_turns), "FLOAT8": int(is_fp8),
+        "FLOAT16": int(dtype is torch.float16),
+    }  # fmt: skip
+    defined = (f"#define {name} {value}" for name, value in constants.items())
+    body = Path(__file__).with_name("attention.cu").read_text(encoding="utf-8")
+    return "\n".join((*defined, *_instructions(cut.keys, size, _INSTRUCTION_TYPES[dtype]), body))
+
+
+def _instructions(keys: int, size: int, kind: str) -> Iterator[str]:
+    """Yield functions around wgmma, which has to be given each register of a thread by name."""
+    sums, transposed = (32, "") if kind == "e4m3" else (16, ", 1")
+    names, registers = ", ".join(f"%{i}" for i in range(keys // 2)), keys // 2
+    yield f"""\
+__device__ __forceinline__ void multiply_scores(
+    float (&x)[{registers}], unsigned long long a, unsigned long long b, int adds) {{
+  asm volatile(
+      "{{\\n"
+      ".reg .pred adds;\\n"
+      "setp.ne.b32 adds, %{registers + 2}, 0;\\n"
+      "wgmma.mma_async.sync.aligned.m64n{keys}k{sums}.f32.{kind}.{kind} {{{names}}}, "
+      "%{registers}, %{registers + 1}, adds, 1, 1{transposed.replace("1", "0") * 2};\\n"
+      "}}\\n" : {", ".join(f'"+f"(x[{i}])' for i in range(registers))} : "l"(a), "l"(b), "r"(adds));
+}}"""
+    names, registers = ", ".join(f"%{i}" for i in range(size // 2)), size // 2
+    a = ", ".join(f"%{registers + i}" for i in range(4))
+    yield f"""\
+__device__ __forceinline__ void multiply_values(
+    float (&x)[{registers}], const unsigned* a, unsigned long long b) {{
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n{size}k{sums}.f32.{kind}.{kind} {{{names}}}, "
+      "{{{a}}}, %{registers + 4}, 1, 1, 1{transposed};\\n"
+      : {", ".join(f'"+f"(x[{i}])' for i in range(registers))}
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}}"""
