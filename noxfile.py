@@ -26,6 +26,7 @@ TEST = (
     "openai>=1.90",
     "pandas>=2",  # of ray.data
     "triton>=3; sys_platform == 'linux'",
+    "nvidia-cuda-nvrtc>=13; sys_platform == 'linux'",  # compiles CUDA C++ without a GPU
 )
 
 #: A process for each core, of one thread each: the models are too small for more. The attacks, the longest, come first.

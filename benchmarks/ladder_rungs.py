@@ -76,7 +76,7 @@ RUNGS: dict[str, tuple[str, Change]] = {
         optimized(lambda a, _: [a.FuseKernels("fp8", attention="bf16", keep_originals=False)], "turbo-fp8"),
     ),
     "turbo-fp8": (
-        "+ fp8 attention by cuDNN where it is installed: the preset",
+        "+ fp8 attention, with ernie-accel[cudnn]: the preset",
         optimized(lambda a, _: [a.FuseKernels("fp8", keep_originals=False)], "turbo-fp8"),
     ),
     "turbo-fp8 CompileVae": (

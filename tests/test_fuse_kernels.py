@@ -145,7 +145,7 @@ def test_fp8_attention_keeps_the_floor_where_prompts_are_padded_too(prompt: Any)
     bf16_attention = latents(fused(pipe), prompt=prompt)
     ernie_accel.restore(pipe)
     transforms = (ernie_accel.RewriteBlocks(), ernie_accel.FuseKernels("fp8"))
-    assert "attention in fp8 by cuDNN" in str(ernie_accel.plan(pipe, *transforms, context=WITH_CUDNN))
+    assert "attention in fp8 by the lengths of prompts" in str(ernie_accel.plan(pipe, *transforms, context=WITH_CUDNN))
     got = latents(ernie_accel.optimize(pipe, *transforms, context=WITH_CUDNN), prompt=prompt)
     assert sqnr_db(got, expected) > 10
     assert not torch.equal(got, bf16_attention)
@@ -362,7 +362,9 @@ def test_the_choice_of_attention_is_said() -> None:
     bf16 = ernie_accel.FuseKernels("bf16")
     assert "planned anew for each prompt length: cudnn is not installed" in bf16.preview(pipe, rewritten).note
     with_cudnn = after(WITH_CUDNN, pipe, ernie_accel.RewriteBlocks())
-    assert bf16.preview(pipe, with_cudnn).note == "attention in bf16 by cuDNN where no backend is chosen"
+    assert (
+        bf16.preview(pipe, with_cudnn).note == "attention in bf16 by the lengths of prompts where no backend is chosen"
+    )
     assert bf16.preview(pipe, replace(rewritten, capability=(8, 9))).note == ""
     assert "cudnn" in ernie_accel.FuseKernels("fp8", attention="fp8").unsupported(pipe, rewritten)[0]
     with pytest.raises(ernie_accel.UnknownNameError):

@@ -115,6 +115,7 @@ ENGLISH = {
         "core/errors.py: UnknownNameError.__init__",
         "core/hardware.py: _instead",
         "core/plan.py: compose",
+        "kernels/hopper/attention.py: _TensorMap.__init__",
         "kernels/low_rank.py: LowRankProduct.unmergeable_reason",
         "memory/planner.py: budget_of",
         "models/adapters.py: _tensor_problem",
@@ -197,6 +198,9 @@ ENGLISH = {
     ),
     "no text for a reader": (
         "kernels/ahead.py: start",
+        "kernels/hopper/attention.py: _instructions",
+        "kernels/hopper/attention.py: _is_usable",
+        "kernels/hopper/attention.py: source_of",
         "transforms/calls/explain_out_of_memory.py: compile",
         "transforms/calls/few_steps.py: _Reader",
         "transforms/calls/warm_up.py: PROMPT",

@@ -66,14 +66,18 @@ CATALOGUE: Mapping[str, str] = MappingProxyType(
         "the kernels cannot run here: {reasons}": "内核在此无法运行：{reasons}",
         "the blocks run on the kernels already": "模块已在内核上运行",
         "keeps {size} of originals in host memory for restore()": "原始权重 {size} 留在内存中，供 restore() 使用",
-        "attention in {precision} by cuDNN where no backend is chosen": "未选后端处由 cuDNN 计算 {precision} 注意力",
-        "attention in {precision} by cuDNN": "由 cuDNN 计算 {precision} 注意力",
+        "attention in {precision} by the lengths of prompts where no backend is chosen": (
+            "未选后端处按提示词长度计算 {precision} 注意力"
+        ),
+        "attention in {precision} by the lengths of prompts": "按提示词长度计算 {precision} 注意力",
         "attention by torch, planned anew for each prompt length: {reason}": (
             "注意力由 torch 计算，每种提示词长度都要重新准备：{reason}"
         ),
         "attention in bf16": "注意力用 bf16",
         "{first}: {second}": "{first}：{second}",
-        "cuDNN's own attention needs CUDA compute capability >= 9.0": "cuDNN 自带的注意力要求 CUDA 计算能力 >= 9.0",
+        "attention by the lengths of prompts needs CUDA compute capability >= 9.0": (
+            "按提示词长度计算注意力要求 CUDA 计算能力 >= 9.0"
+        ),
         "the kernels take bfloat16 weights, found {found}: add CastDtype('bfloat16')": (
             "内核只接受 bfloat16 权重，现为 {found}：请加上 CastDtype('bfloat16')"
         ),
@@ -107,8 +111,8 @@ CATALOGUE: Mapping[str, str] = MappingProxyType(
         "{component}: {size} fetched when its turn comes": "{component}：{size} 轮到时从内存取",
         "all weights stay on {device}": "所有权重都留在 {device} 上",
         "the decoder is compiled already": "解码器已编译",
-        "the fused kernels call cuDNN themselves, with the lengths of prompts instead of a mask": (
-            "融合内核自行调用 cuDNN，用提示词长度代替掩码"
+        "the fused kernels attend themselves, with the lengths of prompts instead of a mask": (
+            "融合内核自行计算注意力，用提示词长度代替掩码"
         ),
         "attention runs on {name!r} already": "注意力已由 {name!r} 计算",
         "{pipe} is not known to read them on the host": "不清楚 {pipe} 是否从内存读取它们",

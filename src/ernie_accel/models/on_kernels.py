@@ -15,8 +15,9 @@ from ernie_accel.kernels.low_rank import takes_fp8
 from ernie_accel.models.rewriting import RewrittenBlock, blocks_of
 from ernie_accel.models.token_layout import LAYOUT, PaddingRule
 
-#: With cuDNN's own attention tokens are padded to a multiple of this: for each number of tokens it plans anew, which
-#: takes 35 to 65 ms on an H200. A product works on tiles of 128 rows, so the padding costs nearly nothing.
+#: With attention by lengths tokens are padded to a multiple of this: for each number of tokens a step is captured anew,
+#: and cuDNN plans anew, which takes 35 to 65 ms on an H200. A product works on tiles of 128 rows, so the padding costs
+#: nearly nothing.
 TOKENS_MULTIPLE_OF = 64
 
 
@@ -27,7 +28,7 @@ class KernelBlock(RewrittenBlock):
     derives from this one first, then from its rewritten block.
 
     Attributes:
-        attends_in: Precision of cuDNN's own attention, "fp8" (between two fp8 products) or "bf16"; None for torch's.
+        attends_in: Precision of attention by lengths, "fp8" (between two fp8 products) or "bf16"; None for torch's.
     """
 
     def __init__(self, block: RewrittenBlock, attends_in: str | None) -> None:
@@ -43,7 +44,7 @@ class KernelBlock(RewrittenBlock):
 
     @property
     def has_fp8_attention(self) -> bool:
-        """Whether cuDNN attends in fp8, whichever backends are chosen."""
+        """Whether attention is in fp8, whichever backends are chosen."""
         return self.attends_in == "fp8" and takes_fp8(self.attention_part.to_out[0])
 
 

@@ -107,7 +107,7 @@ class KernelModel(Protocol):
         Args:
             transformer: With rewritten blocks.
             undo: Takes it back.
-            attention: "fp8" or "bf16" for attention by cuDNN itself, which takes lengths; None leaves it to torch.
+            attention: "fp8" or "bf16" for attention of the kernels, which takes lengths; None leaves it to torch.
         """
 
     def is_left_open(self, transformer: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from ernie_accel.kernels.sizes import ceil_div
 
 #: Float8 values lie in groups of so many keys.
 GROUP = 16
-_CAPABILITY, _ARCHITECTURE = (9, 0), "sm_90a"
+_CAPABILITY, ARCHITECTURE = (9, 0), "sm_90a"
 _BARRIERS = 1024  # bytes behind the tiles, for the barriers of up to 31 stages
 #: CU_TENSOR_MAP_DATA_TYPE_...
 _MAP_TYPES = {torch.float8_e4m3fn: 0, torch.float16: 6, torch.bfloat16: 9}
@@ -86,7 +86,7 @@ def _is_usable(device: torch.device) -> bool:
         return False
     try:
         # Whatever else may be missing is missing here, too.
-        compile_for(_ARCHITECTURE, 'extern "C" __global__ void nothing() {}')
+        compile_for(ARCHITECTURE, 'extern "C" __global__ void nothing() {}')
         return bool(driver())
     except (ErnieAccelError, OSError):
         return False
@@ -213,8 +213,8 @@ class _TensorMap:
 
 @functools.cache
 def _kernel(cut: Cut, size: int, dtype: torch.dtype, device: torch.device) -> Kernel:
-    code = compile_for(_ARCHITECTURE, source_of(cut, size, dtype))
-    return Kernel(code, "attention", cut.shared_bytes(size, dtype.itemsize))
+    compiled = compile_for(ARCHITECTURE, source_of(cut, size, dtype))
+    return Kernel(compiled.code, "attention", cut.shared_bytes(size, dtype.itemsize))
 
 
 def source_of(cut: Cut, size: int, dtype: torch.dtype) -> str:

@@ -10,6 +10,7 @@ import functools
 import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,70 +19,87 @@ from ernie_accel.core.errors import ErnieAccelError
 _SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
+class Compiled(NamedTuple):
+    """What a compiler made of a source.
+
+    Attributes:
+        code: Machine code.
+        log: Its remarks, with the registers of each function and what was spilled from them.
+    """
+
+    code: bytes
+    log: str
+
+
 @functools.cache
 def driver() -> ctypes.CDLL:
-    """Return the driver's library."""
+    """Return the driver's library.
+
+    Raises:
+        OSError: There is none.
+    """
     return ctypes.CDLL("libcuda.so.1")
 
 
 @functools.cache
 def _nvrtc() -> ctypes.CDLL:
-    """Return NVRTC of the CUDA version that torch was built for.
-
-    Raises:
-        ErnieAccelError: It is not there.
-    """
-    for name in _names_of_nvrtc():
+    """Return NVRTC of the CUDA version that torch was built for; without CUDA, any that is installed."""
+    for path in _paths_of_nvrtc():
         try:
-            return ctypes.CDLL(name)
+            for beside in sorted(path.parent.glob("libnvrtc-builtins.so*")):
+                ctypes.CDLL(str(beside))  # or NVRTC would look for it in the system's folders alone
+            return ctypes.CDLL(str(path))
         except OSError:
             continue
-    raise ErnieAccelError("NVRTC was not found. Torch's builds for CUDA bring it as nvidia-cuda-nvrtc.")
+    raise ErnieAccelError("NVRTC was not found. Torch's builds for CUDA bring it: the package nvidia-cuda-nvrtc.")
 
 
-def _names_of_nvrtc() -> Iterator[str]:
-    major = (torch.version.cuda or "").split(".")[0]
-    yield f"libnvrtc.so.{major}"
+def _paths_of_nvrtc() -> Iterator[Path]:
+    version = (torch.version.cuda or "*").split(".")[0]
+    if torch.version.cuda:
+        yield Path(f"libnvrtc.so.{version}")  # torch has loaded it, from wherever it lies
     spec = importlib.util.find_spec("nvidia")
     for folder in () if spec is None else spec.submodule_search_locations or ():
-        yield from (str(path) for path in sorted(Path(folder).glob(f"*/lib/libnvrtc.so.{major}*")))
+        yield from sorted(Path(folder).glob(f"*/lib/libnvrtc.so.{version}"))
 
 
 def check(result: int, what: str) -> None:
-    """Raise if a call of the driver or NVRTC did not succeed."""
+    """Raise an `ErnieAccelError` if a call of the driver or of NVRTC did not succeed."""
     if result != 0:
         raise ErnieAccelError(f"{what} failed with code {result}.")
 
 
-def compile_for(architecture: str, source: str) -> bytes:
-    """Return the machine code of `source`.
+def compile_for(architecture: str, source: str) -> Compiled:
+    """Compile CUDA C++.
 
     Args:
         architecture: As NVRTC names it: "sm_90a".
-        source: CUDA C++, without includes.
+        source: Without includes.
 
     Raises:
-        ErnieAccelError: It does not compile; the message has the compiler's.
+        ErnieAccelError: It does not compile; the message has the compiler's. Or there is no NVRTC.
     """
-    nvrtc, program, size = _nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
-    check(
-        nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None),
-        "nvrtcCreateProgram",
-    )
+    nvrtc, program = _nvrtc(), ctypes.c_void_p()
+    created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
+    check(created, "nvrtcCreateProgram")
     try:
         options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17", b"--use_fast_math"]
+        options.append(b"--ptxas-options=-v")
         result = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+        log = _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode(errors="replace")
         if result != 0:
-            nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-            log = ctypes.create_string_buffer(size.value)
-            nvrtc.nvrtcGetProgramLog(program, log)
-            raise ErnieAccelError(f"NVRTC: {log.value.decode(errors='replace')[:2000]}")
-        check(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)), "nvrtcGetCUBINSize")
-        code = ctypes.create_string_buffer(size.value)
-        check(nvrtc.nvrtcGetCUBIN(program, code), "nvrtcGetCUBIN")
-        return code.raw
+            raise ErnieAccelError(f"NVRTC failed with code {result}: {log[:2000]}")
+        return Compiled(_read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program), log)
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _read(get_size: Any, get: Any, program: ctypes.c_void_p) -> bytes:
+    size = ctypes.c_size_t()
+    check(get_size(program, ctypes.byref(size)), get_size.__name__)
+    data = ctypes.create_string_buffer(size.value)
+    check(get(program, data), get.__name__)
+    return data.raw
 
 
 class Kernel:
@@ -102,12 +120,12 @@ class Kernel:
         self._shared_bytes = shared_bytes
 
     def launch(self, programs: int, threads: int, arguments: Sequence[object]) -> None:
-        """Launch `programs` of `threads` each on the current stream.
+        """Launch it on the current stream.
 
         Args:
-            programs: How many.
-            threads: Of each.
-            arguments: As ctypes has them.
+            programs: Programs (thread blocks).
+            threads: Threads of each.
+            arguments: The kernel's, as ctypes has them.
         """
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))  # type: ignore[arg-type]
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)

@@ -28,7 +28,7 @@ class BatchGuidance(Transform):
     any other call is computed on its own. A step that does not ask for the second call (``cfg_trunc_ratio``) costs one
     half that is not needed; the steps after it are computed one by one.
 
-    Prompts of unequal lengths share a batch by their lengths, on fused kernels with attention by cuDNN, or by a mask,
+    Prompts of unequal lengths share a batch by their lengths, on fused kernels with attention by lengths, or by a mask,
     on the CPU. Elsewhere a mask would slow attention down, so only prompts of equal lengths are computed together.
     Activations take the memory of two rows. The backends "cache-dit" and "diffusers" of `CacheSteps` judge each half on
     its own, so they compute it on its own.

@@ -50,10 +50,11 @@ class FuseKernels(Transform):
     seven launches per block; the products run on the fp8 tensor cores. Nothing is compiled by ``torch.compile``, so the
     first picture takes only seconds. It replaces ``Quantize("fp8")``, and needs `RewriteBlocks`.
 
-    With the extra "cudnn" and capability 9.0, attention is called from cuDNN directly. It skips padding without a mask,
-    and one plan serves 64 prompt lengths, where torch makes a plan for each. In bfloat16, cuDNN has a faster kernel for
-    batches in which nothing is padded, which `CaptureGraphs` cannot use. If attention is in bfloat16 and you choose a
-    backend by name ("native" is torch's own), that backend is used instead.
+    With the extra "cudnn" and capability 9.0 or higher, attention skips padding by the lengths of prompts, without a
+    mask. On Hopper cards (9.0), heads of 96 and 128, those of ERNIE-Image, Z-Image and NewBie-image, have a kernel of
+    this library, after FlashAttention-3. Elsewhere cuDNN is called directly: one plan serves 64 prompt lengths, where
+    torch makes a plan for each. If attention is in bfloat16 and you choose a backend by name ("native" is torch's own),
+    that backend is used instead.
 
     LoRAs are loaded, switched, scaled, merged and unloaded by diffusers' own calls, before and after: each is a
     low-rank part in bfloat16 beside the product (``docs/lora.md``).
@@ -64,7 +65,7 @@ class FuseKernels(Transform):
 
     Attributes:
         precision: "fp8", or "bf16" for the kernels without quantization, which is a no-op where they cannot run.
-        attention: With precision "fp8": "fp8" (by cuDNN, with the extra "cudnn" and capability 9.0), "bf16", or "auto"
+        attention: With precision "fp8": "fp8" (with the extra "cudnn" and capability 9.0 or higher), "bf16", or "auto"
             for fp8 where that is possible; the plan says which one it is.
         exclude: Regular expressions of layers to leave in bfloat16, matched from the start of the path within the
             transformer; None takes the family's list.
@@ -201,7 +202,7 @@ class FuseKernels(Transform):
         return reasons + _no_cudnn_reasons(context)
 
     def _attention(self, context: Context) -> str | None:
-        """Return the precision of cuDNN's own attention, or None where torch's stays."""
+        """Return the precision of attention by lengths, or None where torch's stays."""
         if _no_cudnn_reasons(context):
             return None
         return "fp8" if self.attention != "bf16" and self.precision == "fp8" else "bf16"
@@ -210,8 +211,10 @@ class FuseKernels(Transform):
         attention = self._attention(context)
         if attention is not None:
             if attention == "bf16":
-                return said("attention in {precision} by cuDNN where no backend is chosen", precision=attention)
-            return said("attention in {precision} by cuDNN", precision=attention)
+                return said(
+                    "attention in {precision} by the lengths of prompts where no backend is chosen", precision=attention
+                )
+            return said("attention in {precision} by the lengths of prompts", precision=attention)
         if self.precision != "fp8":
             missing = context.missing("cudnn") if (context.capability or (0, 0)) >= _CUDNN_CAPABILITY else []
             return joined(
@@ -268,9 +271,9 @@ def _beneath_loras(pipe: Pipeline, context: Context) -> PlannedPipe:
 
 
 def _no_cudnn_reasons(context: Context) -> list[str]:
-    """Return why cuDNN's own attention cannot be called."""
+    """Return why attention by lengths is not possible."""
     old = (context.capability or (0, 0)) < _CUDNN_CAPABILITY
-    reasons = [said("cuDNN's own attention needs CUDA compute capability >= 9.0")] if old else []
+    reasons = [said("attention by the lengths of prompts needs CUDA compute capability >= 9.0")] if old else []
     return reasons + context.missing("cudnn")
 
 

@@ -133,7 +133,7 @@ BACKENDS: Mapping[str, AttentionBackend] = MappingProxyType(
 PREFERRED = ("npu", "flash3", "cudnn", "flash2", "flash", "native")
 
 #: Why "auto" chooses none.
-_LEFT_OPEN = said("the fused kernels call cuDNN themselves, with the lengths of prompts instead of a mask")
+_LEFT_OPEN = said("the fused kernels attend themselves, with the lengths of prompts instead of a mask")
 
 
 @dataclass(frozen=True, repr=False)
@@ -150,7 +150,7 @@ class SetAttention(Transform):
     Attributes:
         backend: A key of `BACKENDS`: "native", "cudnn", "flash", "efficient", "math" (all in torch), "flash2",
             "flash3", "sage", "xformers", "npu" (packages). "auto" takes the first of `PREFERRED` that runs (see
-            `explain`), and none where `FuseKernels` calls cuDNN itself. A name overrides those calls in blocks whose
+            `explain`), and none where `FuseKernels` attends itself. A name overrides those calls in blocks whose
             attention is in bfloat16, and in all blocks the padding that lets prompt lengths share plans and graphs.
     """
 
