@@ -115,7 +115,7 @@ ENGLISH = {
         "core/errors.py: UnknownNameError.__init__",
         "core/hardware.py: _instead",
         "core/plan.py: compose",
-        "kernels/hopper/attention.py: _TensorMap.__init__",
+        "kernels/hopper/attention.py: _encoded",
         "kernels/low_rank.py: LowRankProduct.unmergeable_reason",
         "memory/planner.py: budget_of",
         "models/adapters.py: _tensor_problem",

@@ -477,6 +477,21 @@ def test_what_is_not_finite_does_not_get_lost_in_hoppers_attention(attends: str,
     assert not rows[7, 1]
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a Hopper card")
+@pytest.mark.parametrize("attends", ["hopper"], indirect=True)
+@pytest.mark.parametrize("size", [96, 128])
+def test_long_sums_in_fp8_are_not_too_small(attends: str, size: int) -> None:
+    """Thousands of keys of about the same weight, and values of one sign: what tensor cores cut off would add up."""
+    from ernie_accel.kernels import ops
+
+    q, k, v = (rand(1, 4224, 2, size, dtype=torch.float32, seed=seed) for seed in range(3))
+    q8, k8, v8 = (x.to(torch.float8_e4m3fn) for x in (q * 0.2, k * 0.2, v * 0.2 + 0.5))
+    got = ops.attention_fp8(q8, k8, hopper.laid_out(v8), torch.ones(4224, 1, device=DEVICE), None).float()
+    expected = reference.attention(q8.float(), k8.float(), v8.float(), None)
+    assert abs(float(got.mean() / expected.mean()) - 1) < 0.02
+    assert (got - expected).norm() < 0.025 * expected.norm()
+
+
 @pytest.mark.parametrize(
     ("tokens", "heads", "size", "element", "queries"),
     [(4224, 30, 128, 1, 192), (4224, 32, 128, 1, 128), (4224, 48, 96, 1, 192), (1152, 30, 128, 2, 128)],

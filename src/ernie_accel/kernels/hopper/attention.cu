@@ -21,6 +21,15 @@ constexpr int Q_BYTES = QUERIES * QK_CHUNK * QK_CHUNKS;
 constexpr int K_BYTES = KEYS * QK_CHUNK * QK_CHUNKS;
 constexpr int V_BYTES = HEAD * KEYS * ELEMENT;
 constexpr int V_CHUNKS = (FLOAT8 ? KEYS : HEAD * ELEMENT) / V_CHUNK;
+// In float8, values have eight more dimensions of ones, so that the product with the probabilities has their sums, too.
+constexpr int OUTPUTS = HEAD + (FLOAT8 ? 8 : 0);
+constexpr int V_CHUNK_BYTES = (FLOAT8 ? OUTPUTS : KEYS) * V_CHUNK;
+constexpr int V_STAGE = V_CHUNKS * V_CHUNK_BYTES;
+// The tensor cores add products of float8 with about 14 bits and cut off the rest: a sum over thousands of keys comes out
+// several percent too small. So each EVERY blocks it is added to one in float32, in shared memory; and the sums of the
+// probabilities, which lose as much, are computed in the same way. Twice as often would cost 3 % of the time.
+constexpr int EVERY = FLOAT8 ? 1536 / KEYS : 0;
+constexpr int KEPT_BYTES = FLOAT8 ? 128 * GROUPS * OUTPUTS / 2 * 4 : 0;
 constexpr int STEP = 32 / ELEMENT;  // keys that one instruction sums over
 constexpr int STEPS = KEYS / STEP;
 constexpr int A_REGISTERS = 4 * STEPS;
@@ -158,13 +167,14 @@ struct Softmax {
     max0 = a0;
     max1 = a1;
     const float less0 = max0 * scale - OFFSET, less1 = max1 * scale - OFFSET;
-    float c0 = 0, c1 = 0, d0 = 0, d1 = 0;
+    float c0 = 0, c1 = 0, d0 = 0, d1 = 0;  // in four parts: no sum waits for the one before
 #pragma unroll
     for (int i = 0; i < KEYS / 8; ++i) {
       s[4 * i] = exp2_of(s[4 * i] * scale - less0);
       s[4 * i + 1] = exp2_of(s[4 * i + 1] * scale - less0);
       s[4 * i + 2] = exp2_of(s[4 * i + 2] * scale - less1);
       s[4 * i + 3] = exp2_of(s[4 * i + 3] * scale - less1);
+      if (FLOAT8) continue;
       c0 += s[4 * i];
       d0 += s[4 * i + 1];
       c1 += s[4 * i + 2];
@@ -191,7 +201,7 @@ __device__ __forceinline__ void transpose(u32 (&w)[4], int lane) {
 }
 
 // Writes the row of an output that four lanes hold, 32 columns at once: each lane eight that are adjacent.
-__device__ __forceinline__ void store_row(void* to, const float (&o)[HEAD / 2], int second, float factor, int lane) {
+__device__ __forceinline__ void store_row(void* to, const float (&o)[OUTPUTS / 2], int second, float factor, int lane) {
 #pragma unroll
   for (int i = 0; i < HEAD / 8; i += 4) {
     u32 w[4];
@@ -214,7 +224,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
           int heads, int shared_by, int tiles_of_queries, int tiles, int pitch, float scale, float out_scale) {
   extern __shared__ __align__(1024) char memory[];
   const u32 q_at = shared_address(memory), k_at = q_at + Q_BYTES, v_at = k_at + STAGES * K_BYTES;
-  const u32 barriers = v_at + STAGES * V_BYTES;
+  float4* const kept = reinterpret_cast<float4*>(memory + Q_BYTES + STAGES * (K_BYTES + V_STAGE));
+  const u32 barriers = v_at + STAGES * V_STAGE + KEPT_BYTES;
   const u32 q_full = barriers, q_free = barriers + 8;
   const auto k_full = [&](int stage) { return barriers + 16 + 32 * stage; };
   const auto k_free = [&](int stage) { return barriers + 24 + 32 * stage; };
@@ -230,8 +241,16 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
       init_barrier(v_free(stage), 4 * GROUPS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   }
+#if FLOAT8
+  // The ones, once: no load writes over them, and a swizzle does not change them.
+  constexpr int WORDS = 8 * V_CHUNK / 4;
+  for (int i = threadIdx.x; i < STAGES * V_CHUNKS * WORDS; i += blockDim.x) {
+    char* const chunk = memory + Q_BYTES + STAGES * K_BYTES + i / WORDS * V_CHUNK_BYTES;
+    reinterpret_cast<u32*>(chunk + HEAD * V_CHUNK)[i % WORDS] = 0x38383838;
+  }
+#endif
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncthreads();
 
   const int group = threadIdx.x / 128;
@@ -265,10 +284,10 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #pragma unroll
         for (int c = 0; c < V_CHUNKS; ++c) {
 #if FLOAT8
-          load_tile(v_at + stage * V_BYTES + c * HEAD * V_CHUNK, &v_map, v_full(stage), block * KEYS + c * V_CHUNK, 0,
+          load_tile(v_at + stage * V_STAGE + c * V_CHUNK_BYTES, &v_map, v_full(stage), block * KEYS + c * V_CHUNK, 0,
                     kv_head, batch);
 #else
-          load_tile(v_at + stage * V_BYTES + c * KEYS * V_CHUNK, &v_map, v_full(stage), c * (V_CHUNK / ELEMENT), kv_head,
+          load_tile(v_at + stage * V_STAGE + c * V_CHUNK_BYTES, &v_map, v_full(stage), c * (V_CHUNK / ELEMENT), kv_head,
                     block * KEYS, batch);
 #endif
         }
@@ -287,7 +306,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
   const u32 q_mine = q_at + (group - 1) * 64 * QK_CHUNK;
   int k_stage = 0, v_stage = 0;
   u32 k_phase = 0, v_phase = 0, q_phase = 0;
-  float s[KEYS / 2], o[HEAD / 2];
+  float s[KEYS / 2], o[OUTPUTS / 2];
   u32 p[A_REGISTERS];
 
   const auto scores = [&]() {
@@ -307,11 +326,11 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
-      const u32 at = v_at + v_stage * V_BYTES;
+      const u32 at = v_at + v_stage * V_STAGE;
 #if FLOAT8
-      const u64 values = matrix<V_CHUNK>(at + i * STEP / V_CHUNK * HEAD * V_CHUNK + i * STEP % V_CHUNK, 16);
+      const u64 values = matrix<V_CHUNK>(at + i * STEP / V_CHUNK * V_CHUNK_BYTES + i * STEP % V_CHUNK, 16);
 #else
-      const u64 values = matrix<V_CHUNK>(at + i * STEP * V_CHUNK, KEYS * V_CHUNK);
+      const u64 values = matrix<V_CHUNK>(at + i * STEP * V_CHUNK, V_CHUNK_BYTES);
 #endif
       multiply_values(o, p + 4 * i, values);
     }
@@ -332,6 +351,29 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     }
   };
 
+#if FLOAT8
+  float kept_factor0 = 1, kept_factor1 = 1;
+  // Adds what is kept, if there is anything, to the output; puts the sum in its place and starts anew, or leaves it.
+  const auto keep = [&](bool there, bool starts_anew) {
+#pragma unroll
+    for (int i = 0; i < OUTPUTS / 8; ++i) {
+      float4* const at = kept + i * 128 * GROUPS + (threadIdx.x - 128);
+      if (there) {
+        const float4 before = *at;
+        o[4 * i] += before.x * kept_factor0;
+        o[4 * i + 1] += before.y * kept_factor0;
+        o[4 * i + 2] += before.z * kept_factor1;
+        o[4 * i + 3] += before.w * kept_factor1;
+      }
+      if (starts_anew) {
+        *at = make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
+        o[4 * i] = o[4 * i + 1] = o[4 * i + 2] = o[4 * i + 3] = 0;
+      }
+    }
+    kept_factor0 = kept_factor1 = 1;
+  };
+#endif
+
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int first = tile % tiles_of_queries * QUERIES, head = tile / tiles_of_queries % heads;
     const int batch = tile / tiles_of_queries / heads;
@@ -345,7 +387,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     wait(k_full(k_stage), k_phase);
     scores();
 #pragma unroll
-    for (int i = 0; i < HEAD / 2; ++i) o[i] = 0;
+    for (int i = 0; i < OUTPUTS / 2; ++i) o[i] = 0;
     wgmma_wait<0>();
     hold(s);
     k_done();
@@ -367,9 +409,9 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
       scores();
       wait(v_full(v_stage), v_phase);
       add_values();
-      if (TAKES_TURNS) turn_give(next);
       wgmma_wait<1>();
       hold(s);
+      if (TAKES_TURNS) turn_give(next);
       k_done();
       const bool rescale = softmax.update(s, scale, factor0, factor1);
       wgmma_wait<0>();
@@ -378,12 +420,17 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
       v_done();
       if (rescale)
 #pragma unroll
-        for (int i = 0; i < HEAD / 8; ++i) {
+        for (int i = 0; i < OUTPUTS / 8; ++i) {
           o[4 * i] *= factor0;
           o[4 * i + 1] *= factor0;
           o[4 * i + 2] *= factor1;
           o[4 * i + 3] *= factor1;
         }
+#if FLOAT8
+      kept_factor0 *= factor0;
+      kept_factor1 *= factor1;
+      if ((blocks - 1 - block) % EVERY == 0) keep(blocks - 1 - block > EVERY, true);
+#endif
       to_operand(p, s);
     }
     if (lane == 0) arrive(q_free);
@@ -397,6 +444,11 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     wgmma_wait<0>();
     hold(o);
     v_done();
+#if FLOAT8
+    if (blocks > EVERY) keep(true, false);
+    sum0 = o[OUTPUTS / 2 - 4];
+    sum1 = o[OUTPUTS / 2 - 2];
+#endif
 
     const int token = first + (group - 1) * 64 + warp * 16 + lane / 4;
     char* row = out + ((long long)(batch * tokens + token) * pitch + head * HEAD) * ELEMENT;

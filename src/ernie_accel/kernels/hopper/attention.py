@@ -61,7 +61,9 @@ class Cut:
     def shared_bytes(self, size: int, element: int) -> int:
         """Return the shared memory that a program takes, for heads of `size` elements of so many bytes."""
         row = ceil_div(size * element, self.qk_chunk) * self.qk_chunk
-        return self.queries * row + self.stages * self.keys * (row + size * element) + _BARRIERS
+        outputs = size + 8 if element == 1 else size  # in float8, with the sums of probabilities
+        kept = 4 * self.queries * outputs if element == 1 else 0
+        return self.queries * row + self.stages * self.keys * (row + outputs * element) + kept + _BARRIERS
 
 
 #: For heads of so many dimensions, by bytes of an element: the fastest of 9 to 11 on an H200 at 4224 tokens (newbie,
@@ -153,14 +155,14 @@ def run(
     """Return the output; see `attention` and `attention_fp8`."""
     (batch, tokens, heads, size), element = q_bsnd.shape, q_bsnd.element_size()
     per_qk, per_v = cut.qk_chunk // element, cut.v_chunk // element
-    q_map = _TensorMap(q_bsnd, (per_qk, 1, cut.queries, 1), cut.qk_chunk)
-    k_map = _TensorMap(k_bsnd, (per_qk, 1, cut.keys, 1), cut.qk_chunk)
-    v_map = _TensorMap(v, (per_v, size, 1, 1) if element == 1 else (per_v, 1, cut.keys, 1), cut.v_chunk)
+    q_map = _map_of(q_bsnd, (per_qk, 1, cut.queries, 1), cut.qk_chunk)
+    k_map = _map_of(k_bsnd, (per_qk, 1, cut.keys, 1), cut.qk_chunk)
+    v_map = _map_of(v, (per_v, size, 1, 1) if element == 1 else (per_v, 1, cut.keys, 1), cut.v_chunk)
     pitch = heads * size + spare
     out = q_bsnd.new_empty(batch, tokens, pitch)
     integers = tokens, heads, heads // k_bsnd.shape[2], ceil_div(tokens, cut.queries), tiles, pitch
     arguments = (
-        q_map.value, k_map.value, v_map.value, ctypes.c_void_p(out.data_ptr()),
+        q_map, k_map, v_map, ctypes.c_void_p(out.data_ptr()),
         ctypes.c_void_p(0 if lengths_b is None else lengths_b.data_ptr()), *map(ctypes.c_int, integers),
         ctypes.c_float(size**-0.5 * math.log2(math.e)), ctypes.c_float(out_scale),
     )  # fmt: skip
@@ -184,31 +186,37 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-class _TensorMap:
-    """How TMA reads tiles of a tensor of four dimensions: 128 bytes, which the kernel gets by value.
+def _map_of(x: Tensor, box: tuple[int, int, int, int], chunk: int) -> ctypes.Array[ctypes.c_char]:
+    """Return a description of tiles for TMA (CUtensorMap), which the kernel gets by value.
 
-    Attributes:
-        value: The bytes.
+    Args:
+        x: Of [B, S, N, D] or [B, N, D, S], dense in the last dimension; its address and the strides of the others are
+            multiples of 16 bytes.
+        box: Sizes of a tile, the last dimension first. What of it lies outside `x` is read as zeros.
+        chunk: Bytes of a row of a tile.
     """
+    return _encoded(x.data_ptr(), x.dtype, x.shape, x.stride(), box, chunk)
 
-    def __init__(self, x: Tensor, box: tuple[int, int, int, int], chunk: int) -> None:
-        """Encode it.
 
-        Args:
-            x: Of [B, S, N, D] or [B, N, D, S], dense in the last dimension; the strides of others are multiples of 16
-                bytes.
-            box: Sizes of a tile, the last dimension first.
-            chunk: Bytes of a row of a tile.
-        """
-        self._memory = ctypes.create_string_buffer(128 + 64)
-        self.value = (ctypes.c_char * 128).from_buffer(self._memory, -ctypes.addressof(self._memory) % 64)
-        sizes, strides = x.shape[::-1], x.stride()[2::-1]
-        result = driver().cuTensorMapEncodeTiled(
-            ctypes.byref(self.value), _MAP_TYPES[x.dtype], 4, ctypes.c_void_p(x.data_ptr()),
-            (ctypes.c_uint64 * 4)(*sizes), (ctypes.c_uint64 * 3)(*(stride * x.element_size() for stride in strides)),
-            (ctypes.c_uint32 * 4)(*box), (ctypes.c_uint32 * 4)(1, 1, 1, 1), 0, _SWIZZLES[chunk], _256_BYTES, 0,
-        )  # fmt: skip
-        check(result, f"cuTensorMapEncodeTiled for {tuple(x.shape)} with strides {x.stride()}")
+@functools.lru_cache(256)  # encoding one takes 25 us; torch's allocator gives a step the memory of the step before
+def _encoded(
+    address: int,
+    dtype: torch.dtype,
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    box: tuple[int, int, int, int],
+    chunk: int,
+) -> ctypes.Array[ctypes.c_char]:
+    memory = ctypes.create_string_buffer(128 + 64)
+    aligned = (ctypes.c_char * 128).from_buffer(memory, -ctypes.addressof(memory) % 64)
+    # Sizes and strides have 64 bits, boxes 32; the first dimension is the dense one.
+    result = driver().cuTensorMapEncodeTiled(
+        ctypes.byref(aligned), _MAP_TYPES[dtype], 4, ctypes.c_void_p(address), (ctypes.c_uint64 * 4)(*shape[::-1]),
+        (ctypes.c_uint64 * 3)(*(stride * dtype.itemsize for stride in strides[2::-1])), (ctypes.c_uint32 * 4)(*box),
+        (ctypes.c_uint32 * 4)(1, 1, 1, 1), 0, _SWIZZLES[chunk], _256_BYTES, 0,
+    )  # fmt: skip
+    check(result, f"cuTensorMapEncodeTiled for {tuple(shape)} with strides {strides}")
+    return aligned
 
 
 @functools.cache
@@ -227,10 +235,12 @@ def source_of(cut: Cut, size: int, dtype: torch.dtype) -> str:
     }  # fmt: skip
     defined = (f"#define {name} {value}" for name, value in constants.items())
     body = Path(__file__).with_name("attention.cu").read_text(encoding="utf-8")
-    return "\n".join((*defined, *_instructions(cut.keys, size, _INSTRUCTION_TYPES[dtype]), body))
+    return "\n".join(
+        (*defined, *_instructions(cut.keys, size + 8 if is_fp8 else size, _INSTRUCTION_TYPES[dtype]), body)
+    )
 
 
-def _instructions(keys: int, size: int, kind: str) -> Iterator[str]:
+def _instructions(keys: int, outputs: int, kind: str) -> Iterator[str]:
     """Yield functions around wgmma, which has to be given each register of a thread by name."""
     sums, transposed = (32, "") if kind == "e4m3" else (16, ", 1")
     names, registers = ", ".join(f"%{i}" for i in range(keys // 2)), keys // 2
@@ -245,13 +255,13 @@ __device__ __forceinline__ void multiply_scores(
       "%{registers}, %{registers + 1}, adds, 1, 1{transposed.replace("1", "0") * 2};\\n"
       "}}\\n" : {", ".join(f'"+f"(x[{i}])' for i in range(registers))} : "l"(a), "l"(b), "r"(adds));
 }}"""
-    names, registers = ", ".join(f"%{i}" for i in range(size // 2)), size // 2
+    names, registers = ", ".join(f"%{i}" for i in range(outputs // 2)), outputs // 2
     a = ", ".join(f"%{registers + i}" for i in range(4))
     yield f"""\
 __device__ __forceinline__ void multiply_values(
     float (&x)[{registers}], const unsigned* a, unsigned long long b) {{
   asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n{size}k{sums}.f32.{kind}.{kind} {{{names}}}, "
+      "wgmma.mma_async.sync.aligned.m64n{outputs}k{sums}.f32.{kind}.{kind} {{{names}}}, "
       "{{{a}}}, %{registers + 4}, 1, 1, 1{transposed};\\n"
       : {", ".join(f'"+f"(x[{i}])' for i in range(registers))}
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
