@@ -66,10 +66,10 @@ class Cut:
         return self.queries * row + self.stages * self.keys * (row + outputs * element) + kept + _BARRIERS
 
 
-#: For heads of so many dimensions, by bytes of an element: the fastest of 9 to 11 on an H200 at 4224 tokens (newbie,
+#: For heads of so many dimensions, by bytes of an element: the fastest of 9 to 11 on an H200 at 4224 tokens (NewBie,
 #: 2 x 24 heads of 96, and Z-Image, 30 of 128). Which of two it is depends on how many tiles the multiprocessors get.
 CUTS = {
-    (96, 1): (Cut(128, 3, 2, 128, 128, takes_turns=True), Cut(192, 2, 2, 128, 64, takes_turns=False, cost=0.75)),
+    (96, 1): (Cut(128, 3, 2, 128, 128, takes_turns=True), Cut(192, 2, 2, 128, 64, takes_turns=False, cost=0.68)),
     (96, 2): (Cut(112, 3, 2, 64, 64, takes_turns=True), Cut(176, 2, 2, 64, 64, takes_turns=True, cost=0.7)),
     (128, 1): (Cut(192, 2, 2, 128, 64, takes_turns=True), Cut(96, 3, 3, 128, 32, takes_turns=True, cost=1.5)),
     (128, 2): (Cut(176, 2, 2, 128, 128, takes_turns=True),),
