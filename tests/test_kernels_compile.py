@@ -16,6 +16,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from ernie_accel.kernels import decode, gpu, group_norm
+from ernie_accel.kernels.hopper import attention as hopper
 
 EPS = 1e-6
 WIDTH, HEADS, HIDDEN = 4096, 32, 12288  # ERNIE-Image's transformer
@@ -67,6 +68,15 @@ def names(module: Any) -> set[str]:
     return {name for name, value in vars(module).items() if isinstance(value, JITFunction) and name.endswith("_kernel")}
 
 
+@pytest.fixture(params=[False, True], ids=["", "hopper"])
+def values_of(request: pytest.FixtureRequest, compiled: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the kernel that nobody needs: values are laid out on Hopper cards alone, and there not for all heads."""
+    if request.param and driver.active.get_current_target().arch != 90:
+        pytest.skip("no Hopper card")
+    monkeypatch.setattr(hopper, "takes", lambda _: request.param)
+    return "_quantize_values_kernel" if request.param else "_lay_out_values_kernel"
+
+
 @pytest.fixture
 def has_fp8(compiled: dict[str, list[Any]]) -> bool:
     return bool(driver.active.get_current_target().arch >= 89)
@@ -76,7 +86,7 @@ def rows(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype)
 
 
-def test_the_blocks(compiled: dict[str, list[Any]], has_fp8: bool) -> None:
+def test_the_blocks(compiled: dict[str, list[Any]], has_fp8: bool, values_of: str) -> None:
     x, weight = rows(1, 2, WIDTH), rows(WIDTH)
     scale, shift, gate = (rows(1, 1, WIDTH, dtype=torch.float32) for _ in range(3))
     qkv, head = rows(1, 2, 3 * WIDTH), rows(WIDTH // HEADS)
@@ -101,14 +111,14 @@ def test_the_blocks(compiled: dict[str, list[Any]], has_fp8: bool) -> None:
         gpu.gelu_mul(rows(1, 2, 2 * HIDDEN), True, 64)
         gpu.qkv_fp8(qkv, head, head, cos, cos, HEADS, EPS)
         gpu.qkv_fp8(qkv, head, head, cos, cos, HEADS, EPS, spare=64)
-    assert names(gpu) - set(compiled) == {"_scales_and_gates_kernel"} | (set() if has_fp8 else FP8_ONLY)
+    assert names(gpu) - set(compiled) == {"_scales_and_gates_kernel", values_of} | (set() if has_fp8 else FP8_ONLY)
 
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "size", "hidden"), [(30, 30, 128, 10240), (24, 8, 96, 9216)], ids=["Z-Image", "NewBie-image"]
 )
 def test_the_blocks_of_next_dit(
-    compiled: dict[str, list[Any]], has_fp8: bool, heads: int, kv_heads: int, size: int, hidden: int
+    compiled: dict[str, list[Any]], has_fp8: bool, values_of: str, heads: int, kv_heads: int, size: int, hidden: int
 ) -> None:
     width = heads * size
     x, weight, head = rows(1, 2, width), rows(width), rows(size)
@@ -125,7 +135,7 @@ def test_the_blocks_of_next_dit(
     if has_fp8:
         gpu.quantize_rows(x)
         gpu.qkv_fp8(qkv, head, head, table, table, heads, EPS, True)
-    assert names(gpu) - set(compiled) == LOW_RANK | (set() if has_fp8 else FP8_ONLY)
+    assert names(gpu) - set(compiled) == LOW_RANK | {values_of} | (set() if has_fp8 else FP8_ONLY)
 
 
 def test_the_vae_decoder(compiled: dict[str, list[Any]]) -> None:
