@@ -339,7 +339,11 @@ def _lay_out_values_kernel(
     QKV, V_AMAX, V, SCALE, tokens, padded, kv_heads, row_width, D: tl.constexpr, BLOCK: tl.constexpr,
     TOKENS: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """The same, as ``hopper/attention.cu`` reads them: [B, N, D, padded], within groups of 16 keys in its order."""
+    """Quantize the values of a fused projection, with one scale for all, as ``hopper/attention.cu`` reads them.
+
+    That is [B, N, D, padded], and within groups of 16 keys in its order; `padded` is a multiple of 16.
+    """
+    padded = tl.multiple_of(padded, 16)
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     position = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     within = position % 16

@@ -42,7 +42,7 @@ def _operator(
     def on_its_device(x: Tensor, *others: object) -> _R:
         if x.device.index == torch.cuda.current_device():
             return cuda(x, *others)
-        with torch.cuda.device(x.device):  # Triton and cuDNN launch on the current one
+        with torch.cuda.device(x.device):  # what is launched is launched on the current one
             return cuda(x, *others)
 
     def register(twin: Callable[..., _R]) -> Callable[..., _R]:
@@ -370,7 +370,10 @@ def qkv_fp8_pairs(
     eps: float,
     spare: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `reference.qkv_fp8_pairs`: (queries, keys, values, scale of attention's rows)."""
+    """Return `reference.qkv_fp8_pairs`: (queries, keys, values, scale of attention's rows).
+
+    Values are as `attention_fp8` takes them on this device: on Hopper cards as `hopper.attention.laid_out` makes them.
+    """
     return reference.qkv_fp8_pairs(qkv_bsm, weight_q_d, weight_k_d, rope_2bs1p, heads, eps, spare)
 
 
@@ -404,7 +407,10 @@ def qkv_fp8(
     eps: float,
     spare: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `reference.qkv_fp8`: (queries, keys, values, scale of attention's rows)."""
+    """Return `reference.qkv_fp8`: (queries, keys, values, scale of attention's rows).
+
+    Values are as `attention_fp8` takes them on this device: on Hopper cards as `hopper.attention.laid_out` makes them.
+    """
     return reference.qkv_fp8(qkv_bs3h, weight_q_d, weight_k_d, cos_bs1d, sin_bs1d, heads, eps, spare)
 
 

@@ -1,9 +1,10 @@
 // Attention on the tensor cores of Hopper cards (compute capability 9.0), in bfloat16, float16 or float8.
 //
-// After FlashAttention-3 (https://arxiv.org/abs/2407.08608): one warp brings queries, keys and values into shared memory
-// by the tensor memory accelerator (TMA), while GROUPS warpgroups of 128 threads multiply, each 64 queries. While a
-// warpgroup computes the exponentials of one block of keys, the tensor cores multiply those of the next. A program runs
-// over many tiles of queries, so that the next tile's first keys arrive before the last tile is written.
+// After FlashAttention-3 (https://arxiv.org/abs/2407.08608): a thread of the first warpgroup (128 threads), the producer,
+// has the tensor memory accelerator (TMA) bring queries, keys and values into shared memory; the other GROUPS warpgroups,
+// the consumers, multiply them, each for 64 queries. While a consumer computes the exponentials of one block of keys, the
+// tensor cores multiply those of the next. A thread block works on one tile of queries after the other, so that the first
+// keys of the next tile arrive before the last one is written.
 //
 // `attention.py` puts in front HEAD, the constants of its `Cut`, FLOAT8, FLOAT16, and functions around the instruction
 // wgmma. In shared memory a tile is cut into chunks of QK_CHUNK or V_CHUNK bytes of each row, one chunk behind the other;
@@ -33,6 +34,9 @@ constexpr int KEPT_BYTES = FLOAT8 ? 128 * GROUPS * OUTPUTS / 2 * 4 : 0;
 constexpr int STEP = 32 / ELEMENT;  // keys that one instruction sums over
 constexpr int STEPS = KEYS / STEP;
 constexpr int A_REGISTERS = 4 * STEPS;
+static_assert(HEAD % 32 == 0 && KEYS % STEP == 0 && STAGES <= 31, "rows of the output, terms of a sum, barriers");
+static_assert(QUERIES <= 256 && KEYS <= 256, "rows that TMA reads at once");
+static_assert(Q_BYTES % 1024 == 0 && K_BYTES % 1024 == 0, "a swizzle repeats after eight rows of at most 128 bytes");
 // Probabilities, at most 1, are multiplied by 2 ** OFFSET, so that float8 has a range for them below its 448.
 constexpr float OFFSET = FLOAT8 ? 8 : 0;
 #define MINUS_INFINITY __int_as_float(0xff800000)
@@ -69,7 +73,7 @@ __device__ __forceinline__ void load_tile(u32 to, const TensorMap* map, u32 barr
       ::"r"(to), "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
 }
 
-// Named barriers; 0 is that of __syncthreads.
+// Warpgroups take turns by named barriers (ping-pong scheduling); 0 is that of __syncthreads.
 __device__ __forceinline__ void turn_wait(int id) { asm volatile("bar.sync %0, 256;" ::"r"(id) : "memory"); }
 __device__ __forceinline__ void turn_give(int id) { asm volatile("bar.arrive %0, 256;" ::"r"(id) : "memory"); }
 
@@ -162,11 +166,13 @@ struct Softmax {
     const bool grows = __any_sync(0xffffffff, a0 > max0 || a1 > max1);
     a0 = fmaxf(a0, max0);
     a1 = fmaxf(a1, max1);
-    factor0 = exp2_of((max0 - a0) * scale);
-    factor1 = exp2_of((max1 - a1) * scale);
+    // Scores of minus infinity alone have no largest one to subtract: they count nothing by themselves.
+    const float from0 = a0 == MINUS_INFINITY ? 0 : a0, from1 = a1 == MINUS_INFINITY ? 0 : a1;
+    factor0 = exp2_of((max0 - from0) * scale);
+    factor1 = exp2_of((max1 - from1) * scale);
     max0 = a0;
     max1 = a1;
-    const float less0 = max0 * scale - OFFSET, less1 = max1 * scale - OFFSET;
+    const float less0 = from0 * scale - OFFSET, less1 = from1 * scale - OFFSET;
     float c0 = 0, c1 = 0, d0 = 0, d1 = 0;  // in four parts: no sum waits for the one before
 #pragma unroll
     for (int i = 0; i < KEYS / 8; ++i) {
@@ -218,6 +224,15 @@ __device__ __forceinline__ void store_row(void* to, const float (&o)[OUTPUTS / 2
   }
 }
 
+// Where a tile begins, and how many keys count there. There is at least one: without any, consumers would wait for ever.
+struct Tile { int first, head, batch, length, blocks; };
+
+__device__ __forceinline__ Tile tile_of(int tile, const int* lengths, int tokens, int heads, int tiles_of_queries) {
+  const int batch = tile / tiles_of_queries / heads;
+  const int length = lengths == nullptr ? tokens : min(tokens, max(1, lengths[batch]));
+  return {tile % tiles_of_queries * QUERIES, tile / tiles_of_queries % heads, batch, length, (length + KEYS - 1) / KEYS};
+}
+
 extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
 attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
           const __grid_constant__ TensorMap v_map, char* __restrict__ out, const int* __restrict__ lengths, int tokens,
@@ -260,10 +275,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     int stage = 0;
     u32 phase = 0, q_phase = 0;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const int first = tile % tiles_of_queries * QUERIES, head = tile / tiles_of_queries % heads;
-      const int batch = tile / tiles_of_queries / heads, kv_head = head / shared_by;
-      const int length = lengths == nullptr ? tokens : min(tokens, max(1, lengths[batch]));
-      const int blocks = (length + KEYS - 1) / KEYS;
+      const auto [first, head, batch, length, blocks] = tile_of(tile, lengths, tokens, heads, tiles_of_queries);
+      const int kv_head = head / shared_by;
       for (int block = blocks - 1; block >= 0; --block) {
         wait(k_free(stage), phase ^ 1);
         expect_bytes(k_full(stage), K_BYTES);
@@ -375,10 +388,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #endif
 
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-    const int first = tile % tiles_of_queries * QUERIES, head = tile / tiles_of_queries % heads;
-    const int batch = tile / tiles_of_queries / heads;
-    const int length = lengths == nullptr ? tokens : min(tokens, max(1, lengths[batch]));
-    const int blocks = (length + KEYS - 1) / KEYS;
+    const auto [first, head, batch, length, blocks] = tile_of(tile, lengths, tokens, heads, tiles_of_queries);
     Softmax softmax{MINUS_INFINITY, MINUS_INFINITY, 0, 0};
     float factor0, factor1;
 

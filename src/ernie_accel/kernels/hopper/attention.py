@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,29 +21,32 @@ from ernie_accel.kernels.hopper.compiling import Kernel, check, compile_for, dri
 from ernie_accel.kernels.reference import ROOM
 from ernie_accel.kernels.sizes import ceil_div
 
+_log = logging.getLogger(__name__)
 #: Float8 values lie in groups of so many keys.
 GROUP = 16
-_CAPABILITY, ARCHITECTURE = (9, 0), "sm_90a"
+ARCHITECTURE = "sm_90a"
+_CAPABILITY = (9, 0)
 _BARRIERS = 1024  # bytes behind the tiles, for the barriers of up to 31 stages
 #: CU_TENSOR_MAP_DATA_TYPE_...
 _MAP_TYPES = {torch.float8_e4m3fn: 0, torch.float16: 6, torch.bfloat16: 9}
 _INSTRUCTION_TYPES = {torch.float8_e4m3fn: "e4m3", torch.float16: "f16", torch.bfloat16: "bf16"}
 _SWIZZLES = {32: 1, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_..., by bytes
-_256_BYTES = 3  # CU_TENSOR_MAP_L2_PROMOTION_...
+_L2_PROMOTION_256_BYTES = 3  # CU_TENSOR_MAP_L2_PROMOTION_...
+_ALIGNED_TO = 16  # bytes: what TMA asks of addresses and strides
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How the work is cut.
+class Tiling:
+    """The shape of a thread block's tiles, and how they go through shared memory.
 
     Attributes:
-        keys: That a warpgroup multiplies at once.
-        groups: Warpgroups of a program; each has 64 queries.
+        keys: Keys of a block, the step of the loop.
+        groups: Warpgroups that multiply; each has 64 queries.
         stages: Blocks of keys and values that shared memory holds.
         qk_chunk: Bytes of a row of queries or keys that lie together in shared memory: 32, 64 or 128.
-        v_chunk: The same of a row of values, which in float8 is a dimension of all keys.
+        v_chunk: The same of a row of values; in float8 a row is one dimension of all keys.
         takes_turns: Whether warpgroups multiply in turns, so that one multiplies while another computes exponentials.
-        cost: Time of a tile on an otherwise idle device, against that of the other cuts of these heads.
+        cost: Time of a tile, in units of the first tiling for such heads.
     """
 
     keys: int
@@ -66,31 +70,35 @@ class Cut:
         return self.queries * row + self.stages * self.keys * (row + outputs * element) + kept + _BARRIERS
 
 
-#: For heads of so many dimensions, by bytes of an element: the fastest of 9 to 11 on an H200 at 4224 tokens (NewBie,
-#: 2 x 24 heads of 96, and Z-Image, 30 of 128). Which of two it is depends on how many tiles the multiprocessors get.
-CUTS = {
-    (96, 1): (Cut(128, 3, 2, 128, 128, takes_turns=True), Cut(192, 2, 2, 128, 64, takes_turns=False, cost=0.68)),
-    (96, 2): (Cut(112, 3, 2, 64, 64, takes_turns=True), Cut(176, 2, 2, 64, 64, takes_turns=True, cost=0.7)),
-    (128, 1): (Cut(192, 2, 2, 128, 64, takes_turns=True), Cut(96, 3, 3, 128, 32, takes_turns=True, cost=1.5)),
-    (128, 2): (Cut(176, 2, 2, 128, 128, takes_turns=True),),
+#: By dimensions of a head and bytes of an element: the fastest of 9 to 14 candidates on an H200 with 4224 tokens, for
+#: NewBie-image (2 x 24 heads of 96) and Z-Image (30 of 128). Which of two it is depends on how many tiles there are for
+#: each multiprocessor.
+TILINGS = {
+    (96, 1): (Tiling(128, 3, 2, 128, 128, takes_turns=True), Tiling(192, 2, 2, 128, 64, takes_turns=False, cost=0.68)),
+    (96, 2): (Tiling(112, 3, 2, 64, 64, takes_turns=True), Tiling(176, 2, 2, 64, 64, takes_turns=True, cost=0.7)),
+    (128, 1): (Tiling(192, 2, 2, 128, 64, takes_turns=True), Tiling(96, 3, 3, 128, 32, takes_turns=True, cost=1.5)),
+    (128, 2): (Tiling(176, 2, 2, 128, 128, takes_turns=True),),
 }
 
 
 def takes(q_bsnd: Tensor) -> bool:
     """Return whether there is a kernel for such queries on their device."""
-    known = (q_bsnd.shape[-1], q_bsnd.element_size()) in CUTS and q_bsnd.dtype in _MAP_TYPES
-    return known and q_bsnd.is_cuda and _is_usable(q_bsnd.device)
+    if not q_bsnd.is_cuda or q_bsnd.dtype not in _MAP_TYPES:
+        return False
+    # Under torch.compile a size may be a symbol, which cannot be looked up.
+    known = any(q_bsnd.shape[-1] == size and q_bsnd.element_size() == element for size, element in TILINGS)
+    return known and _is_usable(q_bsnd.device)
 
 
 @functools.cache
 def _is_usable(device: torch.device) -> bool:
-    if torch.cuda.get_device_capability(device) != _CAPABILITY:
+    if torch.cuda.get_device_capability(device) != _CAPABILITY or torch.version.hip is not None:
         return False
     try:
-        # Whatever else may be missing is missing here, too.
-        compile_for(ARCHITECTURE, 'extern "C" __global__ void nothing() {}')
-        return bool(driver())
-    except (ErnieAccelError, OSError):
+        Kernel(compile_for(ARCHITECTURE, 'extern "C" __global__ void nothing() {}').code, "nothing", 0, device)
+        return bool(driver().cuTensorMapEncodeTiled)
+    except (ErnieAccelError, OSError, AttributeError) as error:  # the last for a driver without that function
+        _log.warning("cuDNN attends in place of the kernel for Hopper cards: %s", error)
         return False
 
 
@@ -116,35 +124,74 @@ def laid_out(v_bsnd: Tensor) -> Tensor:
 
 
 def attention(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, lengths_b: Tensor | None) -> Tensor:
-    """Return the attention output [B, S, N * D]; arguments are those of `cudnn_attention.attention`."""
-    if any(stride % 8 for stride in v_bsnd.stride()[:3]) or v_bsnd.stride(3) != 1 or v_bsnd.data_ptr() % 16:
-        v_bsnd = v_bsnd.contiguous()
-    return _run(q_bsnd.contiguous(), k_bsnd.contiguous(), v_bsnd, lengths_b)
+    """Return the attention output [B, S, N * D]; see `cudnn_attention.attention`.
+
+    Lengths are taken as at least 1 and at most S.
+
+    Raises:
+        ErnieAccelError: The arguments do not go together.
+    """
+    _check(q_bsnd, k_bsnd, v_bsnd, k_bsnd.shape, lengths_b)
+    return _run(q_bsnd, k_bsnd, v_bsnd, lengths_b)
 
 
 def attention_fp8(
     q_bsnd: Tensor, k_bsnd: Tensor, v_bnds: Tensor, scale: Tensor, lengths_b: Tensor | None, spare: int = 0
 ) -> Tensor:
-    """Return the attention output [B, S, N * D + spare] in float8.
+    """Return the attention output [B, S, N * D + spare] in float8; see `cudnn_attention.attention_fp8`.
 
-    Arguments are those of `cudnn_attention.attention_fp8`, but values as `laid_out` makes them.
+    Values are as `laid_out` makes them. Lengths are taken as at least 1 and at most S.
+
+    Raises:
+        ErnieAccelError: The arguments do not go together.
     """
+    _check(q_bsnd, k_bsnd, v_bnds, shape_of_values(k_bsnd.shape), lengths_b, spare)
     return _run(q_bsnd, k_bsnd, v_bnds, lengths_b, spare, 1 / ROOM if spare else 1.0)
+
+
+def _check(
+    q_bsnd: Tensor,
+    k_bsnd: Tensor,
+    v: Tensor,
+    shape_of_v: tuple[int, ...],
+    lengths_b: Tensor | None,
+    spare: int = 0,
+) -> None:
+    """Refuse what the kernel would read as something else."""
+    batch, tokens, heads, size = q_bsnd.shape
+    given = f"queries {tuple(q_bsnd.shape)}, keys {tuple(k_bsnd.shape)}, values {tuple(v.shape)}"
+    if not q_bsnd.dtype == k_bsnd.dtype == v.dtype or not q_bsnd.device == k_bsnd.device == v.device:
+        raise ErnieAccelError(f"Queries, keys and values need the same dtype and device: {given}.")
+    if k_bsnd.shape != (batch, tokens, k_bsnd.shape[2], size) or tuple(v.shape) != tuple(shape_of_v):
+        raise ErnieAccelError(f"These shapes do not go together: {given}; expected values {tuple(shape_of_v)}.")
+    if heads % k_bsnd.shape[2]:
+        raise ErnieAccelError(f"{heads} heads of queries cannot share {k_bsnd.shape[2]} heads of keys.")
+    if spare % _ALIGNED_TO:
+        raise ErnieAccelError(f"Spare columns come in multiples of {_ALIGNED_TO}, found {spare}.")
+    if lengths_b is not None and (
+        lengths_b.dtype != torch.int32
+        or lengths_b.shape != (batch,)
+        or not lengths_b.is_contiguous()
+        or lengths_b.device != q_bsnd.device
+    ):
+        raise ErnieAccelError(
+            f"Lengths are {batch} adjacent int32 on {q_bsnd.device}, found {lengths_b.dtype} "
+            f"{tuple(lengths_b.shape)} on {lengths_b.device}."
+        )
 
 
 def _run(
     q_bsnd: Tensor, k_bsnd: Tensor, v: Tensor, lengths_b: Tensor | None, spare: int = 0, out_scale: float = 1.0
 ) -> Tensor:
-    (batch, tokens, heads, size), element = q_bsnd.shape, q_bsnd.element_size()
-    programs = _multiprocessors(q_bsnd.device)
-    tiles, cut = cheapest(CUTS[size, element], tokens, batch * heads, programs)
-    return run(cut, tiles, programs, q_bsnd, k_bsnd, v, lengths_b, spare, out_scale)
+    batch, tokens, heads, size = q_bsnd.shape
+    multiprocessors = _multiprocessors(q_bsnd.device)
+    tiling = cheapest(TILINGS[size, q_bsnd.element_size()], tokens, batch * heads, multiprocessors)
+    return run(tiling, multiprocessors, q_bsnd, k_bsnd, v, lengths_b, spare, out_scale)
 
 
 def run(
-    cut: Cut,
-    tiles: int,
-    programs: int,
+    tiling: Tiling,
+    most_blocks: int,
     q_bsnd: Tensor,
     k_bsnd: Tensor,
     v: Tensor,
@@ -152,33 +199,44 @@ def run(
     spare: int,
     out_scale: float,
 ) -> Tensor:
-    """Return the output; see `attention` and `attention_fp8`."""
+    """Return the output [B, S, N * D + spare], times `out_scale`, by this tiling and at most so many thread blocks.
+
+    The tensors are those of `attention` or `attention_fp8`.
+    """
     (batch, tokens, heads, size), element = q_bsnd.shape, q_bsnd.element_size()
-    per_qk, per_v = cut.qk_chunk // element, cut.v_chunk // element
-    q_map = _map_of(q_bsnd, (per_qk, 1, cut.queries, 1), cut.qk_chunk)
-    k_map = _map_of(k_bsnd, (per_qk, 1, cut.keys, 1), cut.qk_chunk)
-    v_map = _map_of(v, (per_v, size, 1, 1) if element == 1 else (per_v, 1, cut.keys, 1), cut.v_chunk)
-    pitch = heads * size + spare
-    out = q_bsnd.new_empty(batch, tokens, pitch)
-    integers = tokens, heads, heads // k_bsnd.shape[2], ceil_div(tokens, cut.queries), tiles, pitch
+    pitch, tiles_of_queries = heads * size + spare, ceil_div(tokens, tiling.queries)
+    out, tiles = q_bsnd.new_empty(batch, tokens, pitch), tiles_of_queries * heads * batch
+    if not tiles:
+        return out
+    q_bsnd, k_bsnd, v = (_as_tma_reads(each) for each in (q_bsnd, k_bsnd, v))
+    per_qk, per_v = tiling.qk_chunk // element, tiling.v_chunk // element
+    integers = tokens, heads, heads // k_bsnd.shape[2], tiles_of_queries, tiles, pitch
     arguments = (
-        q_map, k_map, v_map, ctypes.c_void_p(out.data_ptr()),
-        ctypes.c_void_p(0 if lengths_b is None else lengths_b.data_ptr()), *map(ctypes.c_int, integers),
-        ctypes.c_float(size**-0.5 * math.log2(math.e)), ctypes.c_float(out_scale),
+        _map_of(q_bsnd, (per_qk, 1, tiling.queries, 1), tiling.qk_chunk),
+        _map_of(k_bsnd, (per_qk, 1, tiling.keys, 1), tiling.qk_chunk),
+        _map_of(v, (per_v, size, 1, 1) if element == 1 else (per_v, 1, tiling.keys, 1), tiling.v_chunk),
+        ctypes.c_void_p(out.data_ptr()), ctypes.c_void_p(0 if lengths_b is None else lengths_b.data_ptr()),
+        *map(ctypes.c_int, integers), ctypes.c_float(size**-0.5 * math.log2(math.e)), ctypes.c_float(out_scale),
     )  # fmt: skip
-    kernel = _kernel(cut, size, q_bsnd.dtype, q_bsnd.device)
-    kernel.launch(min(tiles, programs), 128 * (cut.groups + 1), arguments)
+    kernel = _kernel(tiling, size, q_bsnd.dtype, q_bsnd.device)
+    kernel.launch(min(tiles, most_blocks), 128 * (tiling.groups + 1), arguments)
     return out
 
 
-def cheapest(cuts: tuple[Cut, ...], tokens: int, heads: int, multiprocessors: int) -> tuple[int, Cut]:
-    """Return the cut by which the busiest multiprocessor has least to do, and its number of tiles."""
+def _as_tma_reads(x: Tensor) -> Tensor:
+    """Return `x`, or a copy if its last dimension is not dense, or an address or a stride not aligned."""
+    strides = [stride * x.element_size() for stride in x.stride()[:-1]]
+    if x.stride(-1) == 1 and x.data_ptr() % _ALIGNED_TO == 0 and all(i and i % _ALIGNED_TO == 0 for i in strides):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
-    def costs(cut: Cut) -> float:
-        return ceil_div(ceil_div(tokens, cut.queries) * heads, multiprocessors) * cut.cost
 
-    cut = min(cuts, key=costs)
-    return ceil_div(tokens, cut.queries) * heads, cut
+def cheapest(tilings: tuple[Tiling, ...], tokens: int, heads: int, multiprocessors: int) -> Tiling:
+    """Return the tiling by which the busiest multiprocessor has least to do; `heads` are those of all rows."""
+    return min(
+        tilings,
+        key=lambda tiling: ceil_div(ceil_div(tokens, tiling.queries) * heads, multiprocessors) * tiling.cost,
+    )
 
 
 @functools.cache
@@ -198,7 +256,9 @@ def _map_of(x: Tensor, box: tuple[int, int, int, int], chunk: int) -> ctypes.Arr
     return _encoded(x.data_ptr(), x.dtype, x.shape, x.stride(), box, chunk)
 
 
-@functools.lru_cache(256)  # encoding one takes 25 us; torch's allocator gives a step the memory of the step before
+@functools.lru_cache(
+    256
+)  # torch's allocator gives a step the memory of the step before; without this, encoding takes 2/3 of a call
 def _encoded(
     address: int,
     dtype: torch.dtype,
@@ -213,31 +273,30 @@ def _encoded(
     result = driver().cuTensorMapEncodeTiled(
         ctypes.byref(aligned), _MAP_TYPES[dtype], 4, ctypes.c_void_p(address), (ctypes.c_uint64 * 4)(*shape[::-1]),
         (ctypes.c_uint64 * 3)(*(stride * dtype.itemsize for stride in strides[2::-1])), (ctypes.c_uint32 * 4)(*box),
-        (ctypes.c_uint32 * 4)(1, 1, 1, 1), 0, _SWIZZLES[chunk], _256_BYTES, 0,
+        (ctypes.c_uint32 * 4)(1, 1, 1, 1), 0, _SWIZZLES[chunk], _L2_PROMOTION_256_BYTES, 0,
     )  # fmt: skip
     check(result, f"cuTensorMapEncodeTiled for {tuple(shape)} with strides {strides}")
     return aligned
 
 
 @functools.cache
-def _kernel(cut: Cut, size: int, dtype: torch.dtype, device: torch.device) -> Kernel:
-    compiled = compile_for(ARCHITECTURE, source_of(cut, size, dtype))
-    return Kernel(compiled.code, "attention", cut.shared_bytes(size, dtype.itemsize))
+def _kernel(tiling: Tiling, size: int, dtype: torch.dtype, device: torch.device) -> Kernel:
+    compiled = compile_for(ARCHITECTURE, source_of(tiling, size, dtype))
+    return Kernel(compiled.code, "attention", tiling.shared_bytes(size, dtype.itemsize), device)
 
 
-def source_of(cut: Cut, size: int, dtype: torch.dtype) -> str:
+def source_of(tiling: Tiling, size: int, dtype: torch.dtype) -> str:
     """Return the kernel's source, in CUDA C++, for heads of `size` dimensions."""
     is_fp8 = dtype is torch.float8_e4m3fn
     constants = {
-        "HEAD": size, "KEYS": cut.keys, "GROUPS": cut.groups, "STAGES": cut.stages, "QK_CHUNK": cut.qk_chunk,
-        "V_CHUNK": cut.v_chunk, "TAKES_TURNS": int(cut.takes_turns), "FLOAT8": int(is_fp8),
-        "FLOAT16": int(dtype is torch.float16),
+        "HEAD": size, "KEYS": tiling.keys, "GROUPS": tiling.groups, "STAGES": tiling.stages,
+        "QK_CHUNK": tiling.qk_chunk, "V_CHUNK": tiling.v_chunk, "TAKES_TURNS": int(tiling.takes_turns),
+        "FLOAT8": int(is_fp8), "FLOAT16": int(dtype is torch.float16),
     }  # fmt: skip
     defined = (f"#define {name} {value}" for name, value in constants.items())
+    instructions = _instructions(tiling.keys, size + 8 if is_fp8 else size, _INSTRUCTION_TYPES[dtype])
     body = Path(__file__).with_name("attention.cu").read_text(encoding="utf-8")
-    return "\n".join(
-        (*defined, *_instructions(cut.keys, size + 8 if is_fp8 else size, _INSTRUCTION_TYPES[dtype]), body)
-    )
+    return "\n".join((*defined, *instructions, body))
 
 
 def _instructions(keys: int, outputs: int, kind: str) -> Iterator[str]:

@@ -46,12 +46,13 @@ def _nvrtc() -> ctypes.CDLL:
     """Return NVRTC of the CUDA version that torch was built for; without CUDA, any that is installed."""
     for path in _paths_of_nvrtc():
         try:
-            for beside in sorted(path.parent.glob("libnvrtc-builtins.so*")):
-                ctypes.CDLL(str(beside))  # or NVRTC would look for it in the system's folders alone
+            if path.is_absolute():
+                for beside in sorted(path.parent.glob("libnvrtc-builtins.so*")):
+                    ctypes.CDLL(str(beside))  # NVRTC loads it by name, and may not look in its own folder
             return ctypes.CDLL(str(path))
         except OSError:
             continue
-    raise ErnieAccelError("NVRTC was not found. Torch's builds for CUDA bring it: the package nvidia-cuda-nvrtc.")
+    raise ErnieAccelError("NVRTC was not found. Torch's builds for CUDA bring it, in the package nvidia-cuda-nvrtc.")
 
 
 def _paths_of_nvrtc() -> Iterator[Path]:
@@ -64,9 +65,16 @@ def _paths_of_nvrtc() -> Iterator[Path]:
 
 
 def check(result: int, what: str) -> None:
-    """Raise an `ErnieAccelError` if a call of the driver or of NVRTC did not succeed."""
+    """Raise an `ErnieAccelError` if a call of the driver did not succeed."""
     if result != 0:
-        raise ErnieAccelError(f"{what} failed with code {result}.")
+        name = ctypes.c_char_p()
+        driver().cuGetErrorName(result, ctypes.byref(name))
+        raise ErnieAccelError(f"{what} failed with {(name.value or b'an unknown error').decode()} ({result}).")
+
+
+def _check_nvrtc(result: int, what: str) -> None:
+    if result != 0:
+        raise ErnieAccelError(f"NVRTC: {what} failed with code {result}.")
 
 
 def compile_for(architecture: str, source: str) -> Compiled:
@@ -77,16 +85,20 @@ def compile_for(architecture: str, source: str) -> Compiled:
         source: Without includes.
 
     Raises:
-        ErnieAccelError: It does not compile; the message has the compiler's. Or there is no NVRTC.
+        ErnieAccelError: There is no NVRTC, or it cannot compile this; the message has the compiler's.
     """
     nvrtc, program = _nvrtc(), ctypes.c_void_p()
     created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
-    check(created, "nvrtcCreateProgram")
+    _check_nvrtc(created, "nvrtcCreateProgram")
     try:
         options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17", b"--use_fast_math"]
         options.append(b"--ptxas-options=-v")
         result = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
-        log = _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).decode(errors="replace")
+        log = (
+            _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
+            .rstrip(b"\0")
+            .decode(errors="replace")
+        )
         if result != 0:
             raise ErnieAccelError(f"NVRTC failed with code {result}: {log[:2000]}")
         return Compiled(_read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program), log)
@@ -96,40 +108,54 @@ def compile_for(architecture: str, source: str) -> Compiled:
 
 def _read(get_size: Any, get: Any, program: ctypes.c_void_p) -> bytes:
     size = ctypes.c_size_t()
-    check(get_size(program, ctypes.byref(size)), get_size.__name__)
+    _check_nvrtc(get_size(program, ctypes.byref(size)), get_size.__name__)
     data = ctypes.create_string_buffer(size.value)
-    check(get(program, data), get.__name__)
+    _check_nvrtc(get(program, data), get.__name__)
     return data.raw
 
 
 class Kernel:
-    """A kernel on the current device."""
+    """A kernel that is loaded on a CUDA device."""
 
-    def __init__(self, code: bytes, name: str, shared_bytes: int) -> None:
+    def __init__(self, code: bytes, name: str, shared_bytes: int, device: torch.device) -> None:
         """Load it.
 
         Args:
             code: Machine code.
-            name: Of the function.
-            shared_bytes: Of shared memory that each program takes.
+            name: Name of the function in it.
+            shared_bytes: Dynamic shared memory of each thread block, in bytes.
+            device: CUDA device, with its number.
         """
         module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
-        check(driver().cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
-        check(driver().cuModuleGetFunction(ctypes.byref(self._function), module, name.encode()), "cuModuleGetFunction")
-        check(driver().cuFuncSetAttribute(self._function, _SHARED_MEMORY, shared_bytes), "cuFuncSetAttribute")
-        self._shared_bytes = shared_bytes
+        self._shared_bytes, self._device = shared_bytes, device
+        with torch.cuda.device(device):
+            self._enter_context()
+            check(driver().cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
+            found = driver().cuModuleGetFunction(ctypes.byref(self._function), module, name.encode())
+            check(found, f"cuModuleGetFunction for {name}")
+            check(driver().cuFuncSetAttribute(self._function, _SHARED_MEMORY, shared_bytes), "cuFuncSetAttribute")
 
-    def launch(self, programs: int, threads: int, arguments: Sequence[object]) -> None:
-        """Launch it on the current stream.
+    def launch(self, blocks: int, threads: int, arguments: Sequence[object]) -> None:
+        """Launch it on the device's current stream; the device has to be the current one.
 
         Args:
-            programs: Programs (thread blocks).
-            threads: Threads of each.
-            arguments: The kernel's, as ctypes has them.
+            blocks: Number of thread blocks.
+            threads: Threads of each block.
+            arguments: The kernel's arguments, as ctypes has them.
         """
+        self._enter_context()
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))  # type: ignore[arg-type]
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
         result = driver().cuLaunchKernel(
-            self._function, programs, 1, 1, threads, 1, 1, self._shared_bytes, stream, pointers, None
+            self._function, blocks, 1, 1, threads, 1, 1, self._shared_bytes, stream, pointers, None
         )
         check(result, "cuLaunchKernel")
+
+    def _enter_context(self) -> None:
+        """Make the device's context current if none is: a thread has none before its first call of the runtime."""
+        context, device = ctypes.c_void_p(), ctypes.c_int()
+        check(driver().cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
+        if context.value is None:
+            check(driver().cuDeviceGet(ctypes.byref(device), self._device.index), "cuDeviceGet")
+            check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain")
+            check(driver().cuCtxSetCurrent(context), "cuCtxSetCurrent")
