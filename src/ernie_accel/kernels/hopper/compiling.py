@@ -10,7 +10,7 @@ import functools
 import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -94,23 +94,20 @@ def compile_for(architecture: str, source: str) -> Compiled:
         options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17", b"--use_fast_math"]
         options.append(b"--ptxas-options=-v")
         result = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
-        log = (
-            _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
-            .rstrip(b"\0")
-            .decode(errors="replace")
-        )
+        log = _read("ProgramLog", program).rstrip(b"\0").decode(errors="replace")
         if result != 0:
             raise ErnieAccelError(f"NVRTC failed with code {result}: {log[:2000]}")
-        return Compiled(_read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program), log)
+        return Compiled(_read("CUBIN", program), log)
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def _read(get_size: Any, get: Any, program: ctypes.c_void_p) -> bytes:
-    size = ctypes.c_size_t()
-    _check_nvrtc(get_size(program, ctypes.byref(size)), get_size.__name__)
+def _read(what: str, program: ctypes.c_void_p) -> bytes:
+    """Return a result of the compiler: "CUBIN" or "ProgramLog"."""
+    nvrtc, size = _nvrtc(), ctypes.c_size_t()
+    _check_nvrtc(getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size)), f"nvrtcGet{what}Size")
     data = ctypes.create_string_buffer(size.value)
-    _check_nvrtc(get(program, data), get.__name__)
+    _check_nvrtc(getattr(nvrtc, f"nvrtcGet{what}")(program, data), f"nvrtcGet{what}")
     return data.raw
 
 
