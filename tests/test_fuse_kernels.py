@@ -153,7 +153,7 @@ def test_fp8_attention_keeps_the_floor_where_prompts_are_padded_too(prompt: Any)
 
 @pytest.fixture
 def attended(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Count by what blocks attend: "attention" and "attention_fp8" are cuDNN's, "torch" and "torch, mask" are not."""
+    """Count by what blocks attend: "attention" and "attention_fp8" by lengths, "torch" and "torch, mask" not."""
     seen: Counter[str] = Counter()
 
     def counting(name: str) -> None:
@@ -238,7 +238,7 @@ def test_with_cudnn_few_numbers_of_tokens_are_made_of_many(precision: str) -> No
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> set[bool]:
-    """Collect whether cuDNN's attention gets lengths."""
+    """Collect whether attention gets lengths."""
     seen: set[bool] = set()
 
     def noting(attend: Any, at: int) -> Any:

@@ -1,9 +1,12 @@
 """Attention called from cuDNN directly, through the package nvidia-cudnn-frontend; twins are in ``reference.py``.
 
+It is called where ``hopper/`` has no kernel: on other cards than Hopper's, for heads of other sizes than 96 and 128, or
+without NVRTC.
+
 cuDNN plans for a number of tokens, which takes part of a second. It can read on the device how many tokens of each row
-are real, so one plan serves batches with padded prompts. On an H200 this costs a fifth more time in bfloat16 (0.52 ms
-instead of 0.43 at 4224 tokens); in fp8 it is the faster kernel (4224 tokens, 30 heads: 0.323 ms with 60 of them
-padding, 0.358 without lengths), so lengths are passed there even where nothing is padded.
+are real, so one plan serves batches with padded prompts. On an H200, with heads of 128, this cost it a fifth more time
+in bfloat16 (0.52 ms instead of 0.43 at 4224 tokens); in fp8 it was the faster kernel (4224 tokens, 30 heads: 0.323 ms
+with 60 of them padding, 0.358 without lengths), so lengths are passed there even where nothing is padded.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
     which is the same tensor in each.
 
     Images of up to `max_tokens` tokens, times the batch, are captured. None: up to `FEW_TOKENS`; up to `MANY_TOKENS`
-    where attention takes lengths anyway (in bfloat16 its kernel without them, which no graph uses, is the faster one)
-    and `FREE_FOR_MANY` are free when such an image is drawn. What runs out of memory while it is captured is not
+    where attention takes lengths anyway (in bfloat16 cuDNN's kernel without them, which no graph uses, is the faster
+    one) and `FREE_FOR_MANY` are free when such an image is drawn. What runs out of memory while it is captured is not
     captured again until the transformer changes.
     """
 

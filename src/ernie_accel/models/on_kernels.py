@@ -60,7 +60,8 @@ def padding_rule(blocks: tuple[nn.Module, ...]) -> PaddingRule:
     """Return how the rows of a transformer are padded, given all its blocks.
 
     To a multiple only where all blocks take lengths: others would need a mask, which is slow or refused.
-    In fp8 attention takes as long with lengths as without, so it needs no second plan; in bfloat16 it takes longer.
+    In fp8 attention takes no longer with lengths than without, so one graph, and one plan of cuDNN's, serves both. In
+    bfloat16 cuDNN takes longer with them; the kernel for Hopper cards does not.
     """
     on_kernels = [block for block in blocks if isinstance(block, KernelBlock)]
     if len(on_kernels) < len(blocks) or not all(block.takes_lengths for block in on_kernels):
@@ -77,8 +78,8 @@ def is_left_open(transformer: nn.Module, lists: tuple[str, ...], attention: str)
     return all(is_unnamed(block.get_submodule(attention)) for *_, block in blocks_of(transformer, lists))
 
 
-def calls_cudnn(transformer: nn.Module, lists: tuple[str, ...]) -> bool:
-    """Return whether all blocks call cuDNN's attention themselves now."""
+def attends_by_lengths(transformer: nn.Module, lists: tuple[str, ...]) -> bool:
+    """Return whether all blocks attend by lengths themselves now."""
     return padding_rule(tuple(block for *_, block in blocks_of(transformer, lists))).padding_input == "lengths"
 
 
@@ -151,9 +152,9 @@ class KernelFamily:
         """Return whether nobody has chosen an attention backend for any block, stock or not, or by defaults."""
         return is_left_open(transformer, self.lists, self.attention)
 
-    def calls_cudnn(self, transformer: nn.Module) -> bool:
-        """Return whether all blocks call cuDNN's attention themselves now."""
-        return calls_cudnn(transformer, self.lists)
+    def attends_by_lengths(self, transformer: nn.Module) -> bool:
+        """Return whether all blocks attend by lengths themselves now."""
+        return attends_by_lengths(transformer, self.lists)
 
     def is_installed(self, transformer: nn.Module) -> bool:
         """Return whether `install` has been here."""

@@ -113,8 +113,8 @@ class KernelModel(Protocol):
     def is_left_open(self, transformer: nn.Module) -> bool:
         """Return whether nobody has chosen an attention backend for any block."""
 
-    def calls_cudnn(self, transformer: nn.Module) -> bool:
-        """Return whether all blocks call cuDNN's attention themselves now."""
+    def attends_by_lengths(self, transformer: nn.Module) -> bool:
+        """Return whether all blocks attend by lengths themselves now."""
 
 
 def rewritten_model(pipe: Pipeline) -> RewrittenModel | None:
@@ -158,12 +158,12 @@ def block_paths(pipe: Pipeline) -> tuple[str, ...]:
     return tuple(f"transformer.{name}.{i}" for name in names for i in range(len(getattr(pipe.transformer, name))))
 
 
-def calls_cudnn(pipe: Pipeline, context: Context) -> bool:
-    """Return whether all blocks call cuDNN's attention themselves, or will by then."""
+def attends_by_lengths(pipe: Pipeline, context: Context) -> bool:
+    """Return whether all blocks attend by lengths themselves, or will by then."""
     kernels = kernel_model(pipe)
     if kernels is None:
         return False
-    return context.planned(pipe).takes_lengths or kernels.calls_cudnn(pipe.transformer)
+    return context.planned(pipe).takes_lengths or kernels.attends_by_lengths(pipe.transformer)
 
 
 def inputs_of(family: Family) -> ForwardInputs | None:

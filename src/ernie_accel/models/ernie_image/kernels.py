@@ -15,7 +15,7 @@ from ernie_accel.models import on_kernels
 from ernie_accel.models.ernie_image.blocks import BLOCKS, Modulation, RewrittenErnieBlock
 from ernie_accel.models.on_kernels import TOKENS_MULTIPLE_OF, KernelBlock
 
-__all__ = ["TOKENS_MULTIPLE_OF", "KernelErnieBlock", "calls_cudnn", "install", "is_installed", "is_left_open"]
+__all__ = ["TOKENS_MULTIPLE_OF", "KernelErnieBlock", "attends_by_lengths", "install", "is_installed", "is_left_open"]
 
 
 class KernelErnieBlock(KernelBlock, RewrittenErnieBlock):
@@ -32,7 +32,7 @@ class KernelErnieBlock(KernelBlock, RewrittenErnieBlock):
     ) -> Tensor:
         """Return the hidden states [B, S, H] after this block; see `RewrittenErnieBlock.forward`.
 
-        `lengths_b`, how many tokens of each row are real, is what `mask_b11s` says, for cuDNN's own attention; with
+        `lengths_b`, how many tokens of each row are real, is what `mask_b11s` says, for attention by lengths; with
         both None all are.
         """
         shift_sa, scale_sa, gate_sa, shift_mlp, scale_mlp, gate_mlp = modulation
@@ -82,9 +82,9 @@ def is_left_open(transformer: nn.Module) -> bool:
     return on_kernels.is_left_open(transformer, BLOCKS, "self_attention")
 
 
-def calls_cudnn(transformer: nn.Module) -> bool:
-    """Return whether all blocks call cuDNN's attention themselves now."""
-    return on_kernels.calls_cudnn(transformer, BLOCKS)
+def attends_by_lengths(transformer: nn.Module) -> bool:
+    """Return whether all blocks attend by lengths themselves now."""
+    return on_kernels.attends_by_lengths(transformer, BLOCKS)
 
 
 def is_installed(transformer: nn.Module) -> bool:

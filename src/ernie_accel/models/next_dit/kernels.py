@@ -35,7 +35,7 @@ class KernelNextBlock(KernelBlock, RewrittenNextBlock):
     ) -> Tensor:
         """Return the hidden states after this block; see `RewrittenNextBlock.compute`.
 
-        `lengths_b`, how many tokens of each row are real, is what `mask` says, for cuDNN's own attention; with both
+        `lengths_b`, how many tokens of each row are real, is what `mask` says, for attention by lengths; with both
         None all are.
         """
         if rope is None or (modulation is not None and modulation.is_per_token):

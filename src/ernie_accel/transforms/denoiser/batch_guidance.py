@@ -15,7 +15,7 @@ from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import wrap_call
 from ernie_accel.families import family_of
 from ernie_accel.models.guided_forward import EncodeBoth, GuidedForward
-from ernie_accel.models.rewritten import calls_cudnn, rewritten_blocks, rewritten_model, whose
+from ernie_accel.models.rewritten import attends_by_lengths, rewritten_blocks, rewritten_model, whose
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,7 +68,7 @@ class BatchGuidance(Transform):
             return Preview((), note=said("it builds on rewritten blocks: add RewriteBlocks()"))
         if standing_in(pipe.transformer, GuidedForward) is not None:
             return Preview((), note=said("both halves of guidance are one batch already"))
-        masks = context.device != "cpu" and not calls_cudnn(pipe, context)
+        masks = context.device != "cpu" and not attends_by_lengths(pipe, context)
         equal = said("where prompt and negative prompt have equally many tokens: others would need a mask")
         note = equal if masks else ""
         return Preview(("transformer.forward", said("guidance two calls -> one batch")), note=note)

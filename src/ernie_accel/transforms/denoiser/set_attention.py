@@ -23,7 +23,7 @@ from ernie_accel.core.undo import Undo
 from ernie_accel.models.fused_npu import with_prepared_masks
 from ernie_accel.models.masks import no_mask_reason
 from ernie_accel.models.processors import BY_MASK, ByMask, attentions, processor_for, send_through_dispatcher
-from ernie_accel.models.rewritten import calls_cudnn
+from ernie_accel.models.rewritten import attends_by_lengths
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -234,7 +234,7 @@ class SetAttention(Transform):
         """Return the name of the backend that is used on a machine; None if "auto" chooses none."""
         if self.backend != "auto":
             return self.backend
-        if calls_cudnn(pipe, context):
+        if attends_by_lengths(pipe, context):
             return None
         return next((name for name in PREFERRED if _auto_accepts(name, pipe, context)), "native")
 
@@ -274,8 +274,8 @@ class SetAttention(Transform):
 
 
 def _changes(pipe: Pipeline, name: str, context: Context) -> tuple[str, ...]:
-    wanted, unnamed_is_cudnn = BACKENDS[name].diffusers, calls_cudnn(pipe, context)
-    return tuple(path for path, part in _attentions(pipe) if unnamed_is_cudnn or _name_of(part.processor) != wanted)
+    wanted, by_lengths = BACKENDS[name].diffusers, attends_by_lengths(pipe, context)
+    return tuple(path for path, part in _attentions(pipe) if by_lengths or _name_of(part.processor) != wanted)
 
 
 def _auto_accepts(name: str, pipe: Pipeline, context: Context) -> bool:
