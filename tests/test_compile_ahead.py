@@ -37,7 +37,7 @@ def nothing_begun(monkeypatch):
 @pytest.fixture
 def kernel():
     """A kernel that compiles fast."""
-    return next(each for each in ahead.listed("ERNIE-Image")["fp8"] if each.kernel == "_quantize_values_kernel")
+    return next(each for each in ahead.listed("ERNIE-Image")["fp8"] if each.kernel == "_lay_out_values_kernel")
 
 
 @pytest.fixture

@@ -71,7 +71,8 @@ def test_what_was_read_for_nothing_leaves_no_memory(saved, monkeypatch):
         raise SavedPipelineError(folder, "names what is not data")
 
     def wait_until_read(ahead):
-        ahead._started.result()
+        for started in ahead._started.values():
+            started.result()
         for reader in ahead._readers.values():
             for _, parts in reader._pending.values():
                 for part in parts:

@@ -343,18 +343,22 @@ def _lay_out_values_kernel(
 
     That is [B, N, D, padded], and within groups of 16 keys in its order; `padded` is a multiple of 16.
     """
-    padded = tl.multiple_of(padded, 16)
+    words = tl.multiple_of(padded // 4, 4)
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    position = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    within = position % 16
-    token = position - within + 2 * (within // 4) + within % 2 + 8 * (within % 4 // 2)
+    word = tl.program_id(0) * (TOKENS // 4) + tl.arange(0, TOKENS // 4)  # four tokens, which are transposed together
+    token = word // 4 * 16 + word % 4 * 2
     dim = tl.arange(0, BLOCK)
     fp8_scale = _fp8_scale(tl.load(V_AMAX))
-    at = (batch * tokens + token)[:, None] * row_width + row_width - (kv_heads - head) * D + dim[None, :]
-    v = tl.load(QKV + at, mask=(token < tokens)[:, None] & (dim < D)[None, :], other=0.0).to(tl.float32)
-    v = tl.trans((v * (1.0 / fp8_scale)).to(tl.float8e4nv))
-    to = ((batch * kv_heads + head) * D + dim)[:, None] * padded + position[None, :]
-    tl.store(V + to, v, mask=(dim < D)[:, None] & (position < padded)[None, :])
+    source = QKV + batch * tokens * row_width + row_width - (kv_heads - head) * D
+    packed = tl.zeros((TOKENS // 4, BLOCK), dtype=tl.int32)
+    for i in tl.static_range(4):
+        from_token = token + i % 2 + i // 2 * 8
+        here = (from_token < tokens)[:, None] & (dim < D)[None, :]
+        v = tl.load(source + from_token[:, None] * row_width + dim[None, :], mask=here, other=0.0).to(tl.float32)
+        byte = (v * (1.0 / fp8_scale)).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        packed |= byte.to(tl.int32) << (8 * i)
+    to = ((batch * kv_heads + head) * D + dim)[:, None] * words + word[None, :]
+    tl.store(V + to, tl.trans(packed), mask=(dim < D)[:, None] & (word < words)[None, :])
     if head == 0:
         row = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
         scale = tl.zeros((TOKENS,), dtype=tl.float32) + fp8_scale * ROOM
@@ -651,7 +655,7 @@ def qkv_fp8(
     if hopper.takes(q):
         v = k.new_empty(hopper.shape_of_values(k.shape))
         _lay_out_values_kernel[(ceil_div(v.shape[-1], _LAID_OUT_TOKENS), kv_heads, batch)](
-            qkv_bsm, amax, v, scale, tokens, v.shape[-1], kv_heads, qkv_bsm.shape[-1], D=size,
+            qkv_bsm, amax, v.view(torch.int32), scale, tokens, v.shape[-1], kv_heads, qkv_bsm.shape[-1], D=size,
             BLOCK=next_power_of_2(size), TOKENS=_LAID_OUT_TOKENS, ROOM=room, num_warps=4,
         )  # fmt: skip
         return q, k, v, scale

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ernie_accel.core.errors import ErnieAccelError
-from ernie_accel.kernels.hopper.compiling import Kernel, check, compile_for, driver
+from ernie_accel.kernels.hopper.compiling import Kernel, check, compile_for, driver, enter_context
 from ernie_accel.kernels.reference import ROOM
 from ernie_accel.kernels.sizes import ceil_div
 
@@ -208,6 +208,7 @@ def run(
     out, tiles = q_bsnd.new_empty(batch, tokens, pitch), tiles_of_queries * heads * batch
     if not tiles:
         return out
+    enter_context(q_bsnd.device)
     q_bsnd, k_bsnd, v = (_as_tma_reads(each) for each in (q_bsnd, k_bsnd, v))
     per_qk, per_v = tiling.qk_chunk // element, tiling.v_chunk // element
     integers = tokens, heads, heads // k_bsnd.shape[2], tiles_of_queries, tiles, pitch
@@ -256,9 +257,8 @@ def _map_of(x: Tensor, box: tuple[int, int, int, int], chunk: int) -> ctypes.Arr
     return _encoded(x.data_ptr(), x.dtype, x.shape, x.stride(), box, chunk)
 
 
-@functools.lru_cache(
-    256
-)  # torch's allocator gives a step the memory of the step before; without this, encoding takes 2/3 of a call
+# Torch's allocator gives a step the memory of the step before. Encoding anew would take most of a call's time.
+@functools.lru_cache(256)
 def _encoded(
     address: int,
     dtype: torch.dtype,

@@ -111,6 +111,16 @@ def _read(what: str, program: ctypes.c_void_p) -> bytes:
     return data.raw
 
 
+def enter_context(device: torch.device) -> None:
+    """Make a CUDA device's context current if there is none: a thread has none before its first call of the runtime."""
+    context, handle = ctypes.c_void_p(), ctypes.c_int()
+    check(driver().cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
+    if context.value is None:
+        check(driver().cuDeviceGet(ctypes.byref(handle), device.index), "cuDeviceGet")
+        check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain")
+        check(driver().cuCtxSetCurrent(context), "cuCtxSetCurrent")
+
+
 class Kernel:
     """A kernel that is loaded on a CUDA device."""
 
@@ -126,33 +136,23 @@ class Kernel:
         module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         self._shared_bytes, self._device = shared_bytes, device
         with torch.cuda.device(device):
-            self._enter_context()
+            enter_context(device)
             check(driver().cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
             found = driver().cuModuleGetFunction(ctypes.byref(self._function), module, name.encode())
             check(found, f"cuModuleGetFunction for {name}")
             check(driver().cuFuncSetAttribute(self._function, _SHARED_MEMORY, shared_bytes), "cuFuncSetAttribute")
 
     def launch(self, blocks: int, threads: int, arguments: Sequence[object]) -> None:
-        """Launch it on the device's current stream; the device has to be the current one.
+        """Launch it on the device's current stream, in the device's context (`enter_context`).
 
         Args:
             blocks: Number of thread blocks.
             threads: Threads of each block.
             arguments: The kernel's arguments, as ctypes has them.
         """
-        self._enter_context()
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(each) for each in arguments))  # type: ignore[arg-type]
         stream = ctypes.c_void_p(torch.cuda.current_stream(self._device).cuda_stream)
         result = driver().cuLaunchKernel(
             self._function, blocks, 1, 1, threads, 1, 1, self._shared_bytes, stream, pointers, None
         )
         check(result, "cuLaunchKernel")
-
-    def _enter_context(self) -> None:
-        """Make the device's context current if none is: a thread has none before its first call of the runtime."""
-        context, device = ctypes.c_void_p(), ctypes.c_int()
-        check(driver().cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
-        if context.value is None:
-            check(driver().cuDeviceGet(ctypes.byref(device), self._device.index), "cuDeviceGet")
-            check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain")
-            check(driver().cuCtxSetCurrent(context), "cuCtxSetCurrent")
