@@ -105,7 +105,7 @@ def test_listed_kernels_are_those_of_the_package(family, precision):
 def test_a_listed_kernel_compiles_without_a_gpu_and_is_found_again(kernel, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     assert ahead.compile_all([kernel], (9, 0)) == 1
-    assert [path.suffix for path in tmp_path.rglob("_quantize_values_kernel.cubin")] == [".cubin"]
+    assert [path.suffix for path in tmp_path.rglob("_lay_out_values_kernel.cubin")] == [".cubin"]
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert ahead.compile_all([kernel], (9, 0)) == 1
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
@@ -169,7 +169,7 @@ def test_a_process_of_its_own_fills_the_cache_and_imports_nothing_of_its_folder(
     monkeypatch.setattr(ahead, "listed", lambda _: {"fp8": (kernel,)})
     process = ahead.start("ERNIE-Image", "fp8", (9, 0))
     assert process.wait(timeout=120) == 0
-    assert [path.name for path in cache.rglob("*.cubin")] == ["_quantize_values_kernel.cubin"]
+    assert [path.name for path in cache.rglob("*.cubin")] == ["_lay_out_values_kernel.cubin"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "folder"]
 
 
