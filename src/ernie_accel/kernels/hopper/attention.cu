@@ -6,8 +6,8 @@
 // tensor cores multiply those of the next. A thread block works on one tile of queries after the other, so that the first
 // keys of the next tile arrive before the last one is written.
 //
-// `attention.py` puts in front HEAD, the constants of its `Cut`, FLOAT8, FLOAT16, and functions around the instruction
-// wgmma. In shared memory a tile is cut into chunks of QK_CHUNK or V_CHUNK bytes of each row, one chunk behind the other;
+// `attention.py` puts in front HEAD, the constants of its `Tiling`, FLOAT8, FLOAT16, and functions around the
+// instruction wgmma. In shared memory a tile is cut into chunks of QK_CHUNK or V_CHUNK bytes of each row, one chunk behind the other;
 // a chunk is as wide as its swizzle.
 
 typedef unsigned int u32;
