@@ -7,8 +7,8 @@
 // keys of the next tile arrive before the last one is written.
 //
 // `attention.py` puts in front HEAD, the constants of its `Tiling`, FLOAT8, FLOAT16, and functions around the
-// instruction wgmma. In shared memory a tile is cut into chunks of QK_CHUNK or V_CHUNK bytes of each row, one chunk behind the other;
-// a chunk is as wide as its swizzle.
+// instruction wgmma. In shared memory a tile is cut into chunks of QK_CHUNK or V_CHUNK bytes of each row, one chunk
+// behind the other; a chunk is as wide as its swizzle.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
