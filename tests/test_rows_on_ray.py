@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import zlib
 from pathlib import Path
 
@@ -20,13 +21,18 @@ from examples.rows_on_ray import Draw, drawn  # noqa: E402  # needs what was loo
 
 
 class NotingEngine(StubEngine):
-    """Notes in a folder which process rendered which prompt."""
+    """Notes in a file which process rendered which prompt, after as many processes as are asked for have started."""
 
-    def __init__(self, notes):
+    def __init__(self, notes, processes=1):
         super().__init__(self._note, seconds=0.01)
-        self._notes = notes
+        self._notes, self._processes = Path(notes), processes
+        Path(f"{notes}-{os.getpid()}").touch()
 
     def _note(self, requests, call):
+        deadline = time.monotonic() + 60
+        while len(list(self._notes.parent.glob(f"{self._notes.name}-*"))) < self._processes:
+            assert time.monotonic() < deadline, "the other process has not started"
+            time.sleep(0.05)
         if any(request.prompt == "fail" for request in requests):
             raise LookupError("no such word")
         with Path(self._notes).open("a") as file:
@@ -109,7 +115,9 @@ def test_two_actors_share_the_rows_of_a_dataset(tmp_path):
         notes, out = tmp_path / "notes", tmp_path / "out"
         given = columns(200)
         rows = ray.data.from_items(pa.table(given).to_pylist(), override_num_blocks=8)
-        made = drawn(rows, lambda: NotingEngine(notes), str(out), actors=2, num_gpus=0, batch=10).take_all()
+        made = drawn(
+            rows, lambda: NotingEngine(notes, processes=2), str(out), actors=2, num_gpus=0, batch=10
+        ).take_all()
     finally:
         ray.shutdown()
     assert sorted(row["sku"] for row in made) == list(range(200))
