@@ -4,10 +4,11 @@ On a GPU: ``python benchmarks/attention.py --out benchmarks/results/attention_NA
 ``--tiny`` runs the same code on the twins in plain torch; its times say nothing. Writes OUT.json and OUT.md, by
 default into the folder that the environment variable OUT names.
 
-Sizes are those of the three families at 1024x1024 pixels with 128 text tokens, of which 60 are padding. Times are of
-calls back to back in a captured graph, after as many that bring the card to its sustained clock. Errors are against
-float32 with the same operands: for values around 0, and for values around 1/2 at nearly equal weights, where sums are
-long and of one sign. In fp8, laying out the values is not counted: in a block, the launch that quantizes them does it.
+Sizes are those of the three families at 1024x1024 pixels with 128 text tokens, of which 60 are padding. Times are
+medians of calls back to back, after half a second of them, which brings the card to its sustained clock. Errors are of
+the first head, against float32 with the same operands: for values around 0, and for values around 1/2 at nearly equal
+weights, where sums are long and of one sign. In fp8, laying out the values is not counted: in a block, the launch that
+quantizes them does it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ladder_measures import CUDA, milliseconds
 from torch import Tensor
 
 from ernie_accel.core.context import Context
@@ -35,6 +37,7 @@ from ernie_accel.quantization.layers import sqnr_db
 FULL = {"ERNIE-Image": (1, 4224, 32, 32, 128), "Z-Image": (1, 4224, 30, 30, 128), "NewBie-image": (2, 4224, 24, 8, 96)}
 TINY = {"Z-Image": (1, 80, 2, 2, 128), "NewBie-image": (2, 80, 3, 1, 96)}
 PADDING = 60
+CALLS = 1000 if CUDA else 1
 COLUMNS = ("sizes", "precision", "who", "us", "TFLOP/s", "dB, values around 0", "dB, around 1/2")
 
 
@@ -66,11 +69,12 @@ def rows(name: str, sizes: tuple[int, int, int, int, int], device: str) -> Itera
     flops = 4 * batch * heads * tokens * (tokens - PADDING) * size
     for precision, dtype in (("bf16", torch.bfloat16), ("fp8", torch.float8_e4m3fn)):
         operands = [drawn(sizes, spread, mean, dtype, device) for spread, mean in ((1.0, 0.0), (0.2, 0.5))]
-        expected = [exact(*each, tokens - PADDING) for each in operands]
+        expected = [reference.attention(*(x[:1, :, :1].float() for x in each), lengths_b[:1]) for each in operands]
         for who, attend in attends(precision, operands[0][0], lengths_b):
             try:
-                got = [attend(*each).view(batch, tokens, heads, size)[:1, :, :1] for each in operands]
-                us = microseconds(lambda attend=attend, each=operands[0]: attend(*each), device)
+                got = [attend(*each)[:1, :, :size] for each in operands]
+                milliseconds(lambda attend=attend, each=operands[0]: attend(*each), CALLS)
+                us = milliseconds(lambda attend=attend, each=operands[0]: attend(*each), CALLS) * 1e3
             except ErnieAccelError as error:
                 yield {"sizes": name, "precision": precision, "who": who, "error": str(error)}
                 continue
@@ -118,33 +122,6 @@ def drawn(
         for count in (heads, kv_heads, kv_heads)
     )
     return q.to(dtype), k.to(dtype), (v + mean).to(dtype)
-
-
-def exact(q_bsnd: Tensor, k_bsnd: Tensor, v_bsnd: Tensor, length: int) -> Tensor:
-    """Return the first head of the first row in float32 [1, S, 1, D]."""
-    q, k, v = (each[0, :, 0].float() for each in (q_bsnd, k_bsnd[:, :length], v_bsnd[:, :length]))
-    return (torch.softmax(q @ k.t() * q.shape[-1] ** -0.5, -1) @ v)[None, :, None]
-
-
-def microseconds(work: Callable[[], Tensor], device: str) -> float:
-    """Return the time of a call among many, after some that are not counted."""
-    if device == "cpu":
-        start = time.perf_counter()
-        work()
-        return (time.perf_counter() - start) * 1e6
-    work()
-    graph, calls, replays = torch.cuda.CUDAGraph(), 20, 80
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            work()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for i in range(replays):
-        if i == replays // 2:
-            start.record()
-        graph.replay()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / (replays - replays // 2) / calls * 1e3
 
 
 def write(result: dict[str, Any], out: Path) -> str:

@@ -26,7 +26,7 @@ with_nvrtc = pytest.mark.skipif(
 def test_every_tiling_compiles_without_spilling(size: int, element: int, tiling: attention.Tiling) -> None:
     """Products whose registers are spilled or shared would wait for each other; ptxas remarks on both."""
     for dtype in KINDS[element]:
-        code, log = compiling.compile_for(attention.ARCHITECTURE, attention.source_of(tiling, size, dtype))
+        code, log = compiling.compile_source(attention.source_of(tiling, size, dtype))
         assert code[1:4] == b"ELF"
         assert re.findall(r"(\d+) bytes spill", log) == ["0", "0"]
         assert "serialized" not in log
@@ -47,7 +47,7 @@ def test_a_tile_fits_into_shared_memory_and_its_swizzles(size: int, element: int
 @with_nvrtc
 def test_an_error_of_the_compiler_is_told() -> None:
     with pytest.raises(ErnieAccelError, match=r"NVRTC failed with code \d+: kernel.cu\(1\): error"):
-        compiling.compile_for("sm_90a", "not CUDA")
+        compiling.compile_source("not CUDA")
 
 
 @pytest.mark.parametrize("lacks", ["nvrtc", "driver", "capability"])
@@ -56,7 +56,7 @@ def test_without_what_it_needs_it_takes_nothing_and_says_why(
 ) -> None:
     capability = (10, 0) if lacks == "capability" else (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(attention, "compile_for", lambda *_: compiling.Compiled(b"", ""))
+    monkeypatch.setattr(attention, "compile_source", lambda *_: compiling.Compiled(b"", ""))
     monkeypatch.setattr(attention, "driver", lambda: SimpleNamespace(cuTensorMapEncodeTiled=object()))
     monkeypatch.setattr(attention, "Kernel", lambda *_: None)
     is_usable = attention._is_usable.__wrapped__
@@ -66,7 +66,7 @@ def test_without_what_it_needs_it_takes_nothing_and_says_why(
         raise ErnieAccelError("there is none") if lacks == "nvrtc" else OSError("there is none")
 
     if lacks != "capability":
-        monkeypatch.setattr(attention, "compile_for" if lacks == "nvrtc" else "driver", missing)
+        monkeypatch.setattr(attention, "compile_source" if lacks == "nvrtc" else "driver", missing)
         assert not is_usable(torch.device("cuda:0"))
         assert "cuDNN attends in place of the kernel for Hopper cards: there is none" in caplog.text
 

@@ -1,10 +1,10 @@
 // Attention on the tensor cores of Hopper cards (compute capability 9.0), in bfloat16, float16 or float8.
 //
-// After FlashAttention-3 (https://arxiv.org/abs/2407.08608): a thread of the first warpgroup (128 threads), the producer,
-// has the tensor memory accelerator (TMA) bring queries, keys and values into shared memory; the other GROUPS warpgroups,
-// the consumers, multiply them, each for 64 queries. While a consumer computes the exponentials of one block of keys, the
-// tensor cores multiply those of the next. A thread block works on one tile of queries after the other, so that the first
-// keys of the next tile arrive before the last one is written.
+// After FlashAttention-3 (https://arxiv.org/abs/2407.08608): a thread of the first warpgroup (128 threads), the
+// producer, has the tensor memory accelerator (TMA) bring queries, keys and values into shared memory; the other GROUPS
+// warpgroups, the consumers, multiply them, each for 64 queries. While a consumer computes the exponentials of one block
+// of keys, the tensor cores multiply those of the next. A thread block works on one tile of queries after the other, so
+// that the first keys of the next tile arrive before the last one is written.
 //
 // `attention.py` puts in front HEAD, the constants of its `Tiling`, FLOAT8, FLOAT16, and functions around the
 // instruction wgmma. In shared memory a tile is cut into chunks of QK_CHUNK or V_CHUNK bytes of each row, one chunk
@@ -26,9 +26,9 @@ constexpr int V_CHUNKS = (FLOAT8 ? KEYS : HEAD * ELEMENT) / V_CHUNK;
 constexpr int OUTPUTS = HEAD + (FLOAT8 ? 8 : 0);
 constexpr int V_CHUNK_BYTES = (FLOAT8 ? OUTPUTS : KEYS) * V_CHUNK;
 constexpr int V_STAGE = V_CHUNKS * V_CHUNK_BYTES;
-// The tensor cores add products of float8 with about 14 bits and cut off the rest: a sum over thousands of keys comes out
-// several percent too small. So each EVERY blocks it is added to one in float32, in shared memory; and the sums of the
-// probabilities, which lose as much, are computed in the same way. Twice as often would cost 3 % of the time.
+// The tensor cores add products of float8 with about 14 bits and cut off the rest: a sum over thousands of keys comes
+// out several percent too small. So each EVERY blocks it is added to one in float32, in shared memory; and the sums of
+// the probabilities, which lose as much, are computed in the same way. Twice as often would cost 2 to 3 % of the time.
 constexpr int EVERY = FLOAT8 ? 1536 / KEYS : 0;
 constexpr int KEPT_BYTES = FLOAT8 ? 128 * GROUPS * OUTPUTS / 2 * 4 : 0;
 constexpr int STEP = 32 / ELEMENT;  // keys that one instruction sums over
@@ -314,7 +314,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
   }
 
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(GROUPS == 2 ? 240 : 160));
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, turn = group, next = group % GROUPS + 1;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, next = group % GROUPS + 1;
   if (TAKES_TURNS && group == GROUPS) turn_give(1);
   const u32 q_mine = q_at + (group - 1) * 64 * QK_CHUNK;
   int k_stage = 0, v_stage = 0;
@@ -415,7 +415,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #pragma unroll 1
     for (int block = blocks - 2; block >= 0; --block) {
       wait(k_full(k_stage), k_phase);
-      if (TAKES_TURNS) turn_wait(turn);
+      if (TAKES_TURNS) turn_wait(group);
       scores();
       wait(v_full(v_stage), v_phase);
       add_values();

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from ernie_accel.core.errors import ErnieAccelError
-from ernie_accel.kernels.hopper.compiling import Kernel, check, compile_for, driver, enter_context
+from ernie_accel.kernels.hopper.compiling import Kernel, check, compile_source, driver, enter_context
 from ernie_accel.kernels.reference import ROOM
 from ernie_accel.kernels.sizes import ceil_div
 
 _log = logging.getLogger(__name__)
 #: Float8 values lie in groups of so many keys.
 GROUP = 16
-ARCHITECTURE = "sm_90a"
 _CAPABILITY = (9, 0)
 _BARRIERS = 1024  # bytes behind the tiles, for the barriers of up to 31 stages
 #: CU_TENSOR_MAP_DATA_TYPE_...
@@ -63,16 +62,16 @@ class Tiling:
         return 64 * self.groups
 
     def shared_bytes(self, size: int, element: int) -> int:
-        """Return the shared memory that a program takes, for heads of `size` elements of so many bytes."""
+        """Return the shared memory that a thread block takes, for heads of `size` elements of so many bytes."""
         row = ceil_div(size * element, self.qk_chunk) * self.qk_chunk
         outputs = size + 8 if element == 1 else size  # in float8, with the sums of probabilities
         kept = 4 * self.queries * outputs if element == 1 else 0
         return self.queries * row + self.stages * self.keys * (row + outputs * element) + kept + _BARRIERS
 
 
-#: By dimensions of a head and bytes of an element: the fastest of 9 to 14 candidates on an H200 with 4224 tokens, for
-#: NewBie-image (2 x 24 heads of 96) and Z-Image (30 of 128). Which of two it is depends on how many tiles there are for
-#: each multiprocessor.
+#: By dimensions of a head and bytes of an element: the fastest of those tried (5 to 14) on an H200 with 4224 tokens,
+#: for NewBie-image (2 x 24 heads of 96) and Z-Image (30 of 128). Which of two it is depends on how many tiles there are
+#: for each multiprocessor.
 TILINGS = {
     (96, 1): (Tiling(128, 3, 2, 128, 128, takes_turns=True), Tiling(192, 2, 2, 128, 64, takes_turns=False, cost=0.68)),
     (96, 2): (Tiling(112, 3, 2, 64, 64, takes_turns=True), Tiling(176, 2, 2, 64, 64, takes_turns=True, cost=0.7)),
@@ -95,7 +94,7 @@ def _is_usable(device: torch.device) -> bool:
     if torch.cuda.get_device_capability(device) != _CAPABILITY or torch.version.hip is not None:
         return False
     try:
-        Kernel(compile_for(ARCHITECTURE, 'extern "C" __global__ void nothing() {}').code, "nothing", 0, device)
+        Kernel(compile_source('extern "C" __global__ void nothing() {}').code, "nothing", 0, device)
         return bool(driver().cuTensorMapEncodeTiled)
     except (ErnieAccelError, OSError, AttributeError) as error:  # the last for a driver without that function
         _log.warning("cuDNN attends in place of the kernel for Hopper cards: %s", error)
@@ -281,7 +280,7 @@ def _encoded(
 
 @functools.cache
 def _kernel(tiling: Tiling, size: int, dtype: torch.dtype, device: torch.device) -> Kernel:
-    compiled = compile_for(ARCHITECTURE, source_of(tiling, size, dtype))
+    compiled = compile_source(source_of(tiling, size, dtype))
     return Kernel(compiled.code, "attention", tiling.shared_bytes(size, dtype.itemsize), device)
 
 

@@ -16,6 +16,8 @@ import torch
 
 from ernie_accel.core.errors import ErnieAccelError
 
+#: As NVRTC names a Hopper card with all its instructions.
+_ARCHITECTURE = "sm_90a"
 _SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -77,12 +79,8 @@ def _check_nvrtc(result: int, what: str) -> None:
         raise ErnieAccelError(f"NVRTC: {what} failed with code {result}.")
 
 
-def compile_for(architecture: str, source: str) -> Compiled:
-    """Compile CUDA C++.
-
-    Args:
-        architecture: As NVRTC names it: "sm_90a".
-        source: Without includes.
+def compile_source(source: str) -> Compiled:
+    """Compile CUDA C++, without includes, for Hopper cards.
 
     Raises:
         ErnieAccelError: There is no NVRTC, or it cannot compile this; the message has the compiler's.
@@ -91,7 +89,7 @@ def compile_for(architecture: str, source: str) -> Compiled:
     created = nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
     _check_nvrtc(created, "nvrtcCreateProgram")
     try:
-        options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17", b"--use_fast_math"]
+        options = [f"--gpu-architecture={_ARCHITECTURE}".encode(), b"--std=c++17", b"--use_fast_math"]
         options.append(b"--ptxas-options=-v")
         result = nvrtc.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
         log = _read("ProgramLog", program).rstrip(b"\0").decode(errors="replace")
