@@ -579,7 +579,14 @@ def test_long_sums_in_fp8_are_not_too_small(attends: str, size: int) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "heads", "size", "element", "queries"),
-    [(4224, 30, 128, 1, 192), (4224, 32, 128, 1, 128), (4224, 48, 96, 1, 192), (1152, 30, 128, 2, 128)],
+    [
+        (4224, 30, 128, 1, 192),
+        (4224, 32, 128, 1, 128),
+        (4224, 48, 96, 1, 192),
+        (1152, 30, 128, 2, 192),
+        (4224, 30, 128, 2, 192),
+        (4224, 32, 128, 2, 128),
+    ],
 )
 def test_hoppers_attention_is_tiled_so_that_multiprocessors_are_busy(
     tokens: int, heads: int, size: int, element: int, queries: int

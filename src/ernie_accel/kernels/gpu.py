@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """The Triton kernels and how they are launched. The twins in ``reference.py`` define what each computes.
 
-All of them move each byte once and are memory-bound; block shapes were chosen on an H200 at 4224 rows of 4096 and
-12288. A program handles whole rows, so that a row's norm and its fp8 scale need no second pass.
+All of them move each byte once and are memory-bound; block shapes were chosen on an H200, at the sizes of the three
+families. A program handles whole rows, so that a row's norm and its fp8 scale need no second pass.
 """
 
 from __future__ import annotations
@@ -18,12 +18,8 @@ from ernie_accel.kernels.hopper import attention as hopper
 from ernie_accel.kernels.reference import FP8_MAX, ROOM
 from ernie_accel.kernels.sizes import ceil_div, next_power_of_2
 
-#: Rows that a program of the norm kernel handles together. It reads the modulation vectors once. With the loops below,
-#: and the warps for a row of 4096, by whether it quantizes, it was the fastest of 36 on an H200 (40 and 37 us).
-_ROWS = 2
-_LOOPS = {True: 8, False: 1}
-_MANY_ROWS = 2048  # with fewer, a program loops once, or there would be fewer programs than multiprocessors
-_NORM_WARPS = {True: 4, False: 8}
+#: Rows whose values a program looks at for the largest.
+_V_ROWS = 8
 #: Rows that a program of the low-rank kernel multiplies: 4224 keep all 132 multiprocessors of a Hopper card busy.
 _LOW_RANK_ROWS = 32
 #: The same where both operands are float8: their rows are the product's columns, so that 32 need no padding and the
@@ -43,59 +39,123 @@ def _fp8_scale(amax, TOP: tl.constexpr = 448.0):
     return tl.maximum(amax, 1e-12) / TOP
 
 
+@triton.jit
+def _add_branch(
+    x, branch, inverse, BRANCH_WEIGHT, GATE, X_OUT, column, WIDTH: tl.constexpr, NORM_BRANCH: tl.constexpr,
+    HAS_GATE: tl.constexpr,
+):  # fmt: skip
+    """Part of a row plus that of a branch; it is written, too."""
+    inside = column < WIDTH
+    dtype = x.dtype
+    branch = branch.to(tl.float32)
+    if NORM_BRANCH:
+        weight = tl.load(BRANCH_WEIGHT + column, mask=inside, other=0.0).to(tl.float32)
+        branch = ((branch * inverse).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+    if HAS_GATE:
+        gate = tl.load(GATE + column, mask=inside, other=0.0).to(tl.float32)
+        branch = (gate * branch).to(dtype).to(tl.float32)
+    x = (x.to(tl.float32) + branch).to(dtype)
+    tl.store(X_OUT + column, x, mask=inside)
+    return x
+
+
+@triton.jit
+def _modulate(
+    x, inverse, WEIGHT, SCALE, SHIFT, column, WIDTH: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+):  # fmt: skip
+    """Part of a row, normed and modulated; zero outside the row."""
+    inside = column < WIDTH
+    dtype = x.dtype
+    weight = tl.load(WEIGHT + column, mask=inside, other=0.0).to(tl.float32)
+    y = ((x.to(tl.float32) * inverse).to(dtype).to(tl.float32) * weight).to(dtype)
+    if HAS_SCALE:
+        y = y.to(tl.float32) * tl.load(SCALE + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_SHIFT:
+        y = y.to(tl.float32) + tl.load(SHIFT + column, mask=inside, other=0.0).to(tl.float32)
+    if not (HAS_SHIFT and QUANTIZE):  # else not rounded twice: the conversion would be a slow one
+        y = y.to(dtype)
+    return y
+
+
+@triton.jit
+def _square(x):
+    x = x.to(tl.float32)
+    return x * x
+
+
+@triton.jit
+def _abs(x):
+    return tl.abs(x.to(tl.float32))
+
+
 @triton.jit(do_not_specialize=["tokens"])  # or it would be compiled again for a number that 16 does not divide
 def _norm_modulate_kernel(
     X, BRANCH, BRANCH_WEIGHT, GATE, WEIGHT, SCALE, SHIFT, X_OUT, Y, Y_SCALE, tokens, gate_stride, scale_stride,
     shift_stride, pitch, eps, WIDTH: tl.constexpr, HAS_BRANCH: tl.constexpr, NORM_BRANCH: tl.constexpr,
     HAS_GATE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, QUANTIZE: tl.constexpr,
-    ROWS: tl.constexpr, LOOPS: tl.constexpr, BLOCK: tl.constexpr, SPARE: tl.constexpr, TOP: tl.constexpr,
+    CHUNK: tl.constexpr, HAS_THIRD: tl.constexpr, SPARE: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
-    """With SPARE, quantized rows are `pitch` apart; TOP is the largest value of one."""
+    """A row is two or three chunks of so many columns. With SPARE, quantized rows are `pitch` apart.
+
+    TOP is the largest value of a quantized row.
+    """
     batch = tl.program_id(1).to(tl.int64)
-    start = batch * tokens * WIDTH  # 64 bits once; within a batch element 32 bits do
-    column = tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    dtype = X.dtype.element_ty
-    weight = tl.load(WEIGHT + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if HAS_SCALE:
-        scale = tl.load(SCALE + batch * scale_stride + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if HAS_SHIFT:
-        shift = tl.load(SHIFT + batch * shift_stride + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if HAS_GATE:
-        gate = tl.load(GATE + batch * gate_stride + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if NORM_BRANCH:
-        branch_weight = tl.load(BRANCH_WEIGHT + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    for i in range(LOOPS):
-        token = (tl.program_id(0) * LOOPS + i) * ROWS + tl.arange(0, ROWS)
-        at = token[:, None] * WIDTH + column[None, :]
-        here = (token < tokens)[:, None] & inside[None, :]
-        x = tl.load(X + start + at, mask=here, other=0.0).to(tl.float32)
-        if HAS_BRANCH:
-            branch = tl.load(BRANCH + start + at, mask=here, other=0.0).to(tl.float32)
-            if NORM_BRANCH:
-                inverse = tl.rsqrt(tl.sum(branch * branch, 1) / WIDTH + eps)[:, None]
-                branch = ((branch * inverse).to(dtype).to(tl.float32) * branch_weight).to(dtype).to(tl.float32)
-            if HAS_GATE:
-                branch = (gate * branch).to(dtype).to(tl.float32)
-            x = (x + branch).to(dtype)
-            tl.store(X_OUT + start + at, x, mask=here)
-            x = x.to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)[:, None]
-        y = ((x * inverse).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
-        if HAS_SCALE:
-            y = y * scale
-        if HAS_SHIFT:
-            y = y + shift
-        y = y.to(dtype)
-        if QUANTIZE:
-            y = y.to(tl.float32)  # zero outside the row: so are weight, scale and shift
-            fp8_scale = _fp8_scale(tl.max(tl.abs(y), 1), TOP)
-            apart = pitch if SPARE else WIDTH
-            y_at = batch * tokens * apart + token[:, None] * apart + column[None, :]
-            tl.store(Y + y_at, (y * (1.0 / fp8_scale)[:, None]).to(tl.float8e4nv), mask=here)
-            tl.store(Y_SCALE + batch * tokens + token, fp8_scale, mask=token < tokens)
-        else:
-            tl.store(Y + start + at, y, mask=here)
+    row = batch * tokens + tl.program_id(0)
+    at0 = tl.arange(0, CHUNK)
+    at1, at2 = CHUNK + at0, 2 * CHUNK + at0
+    inside0, inside1, inside2 = at0 < WIDTH, at1 < WIDTH, at2 < WIDTH
+    x, branch, x_out = X + row * WIDTH, BRANCH + row * WIDTH, X_OUT + row * WIDTH
+    # The whole row is read first, so that all of it is under way at once. A row a program, its vectors read anew, beat
+    # several at a time or in a loop with vectors kept (39 us against 41 to 60, 2304 columns, H200): it needs few
+    # registers, so that many programs wait for memory together.
+    x0 = tl.load(x + at0, mask=inside0, other=0.0)
+    x1 = tl.load(x + at1, mask=inside1, other=0.0)
+    if HAS_THIRD:
+        x2 = tl.load(x + at2, mask=inside2, other=0.0)
+    if HAS_BRANCH:
+        branch0 = tl.load(branch + at0, mask=inside0, other=0.0)
+        branch1 = tl.load(branch + at1, mask=inside1, other=0.0)
+        if HAS_THIRD:
+            branch2 = tl.load(branch + at2, mask=inside2, other=0.0)
+        inverse = 1.0
+        if NORM_BRANCH:
+            squares = _square(branch0) + _square(branch1)
+            if HAS_THIRD:
+                squares += _square(branch2)
+            inverse = tl.rsqrt(tl.sum(squares, 0) / WIDTH + eps)
+        gate = GATE + batch * gate_stride
+        x0 = _add_branch(x0, branch0, inverse, BRANCH_WEIGHT, gate, x_out, at0, WIDTH, NORM_BRANCH, HAS_GATE)
+        x1 = _add_branch(x1, branch1, inverse, BRANCH_WEIGHT, gate, x_out, at1, WIDTH, NORM_BRANCH, HAS_GATE)
+        if HAS_THIRD:
+            x2 = _add_branch(x2, branch2, inverse, BRANCH_WEIGHT, gate, x_out, at2, WIDTH, NORM_BRANCH, HAS_GATE)
+    squares = _square(x0) + _square(x1)
+    if HAS_THIRD:
+        squares += _square(x2)
+    inverse = tl.rsqrt(tl.sum(squares, 0) / WIDTH + eps)
+    scale, shift = SCALE + batch * scale_stride, SHIFT + batch * shift_stride
+    y0 = _modulate(x0, inverse, WEIGHT, scale, shift, at0, WIDTH, HAS_SCALE, HAS_SHIFT, QUANTIZE)
+    y1 = _modulate(x1, inverse, WEIGHT, scale, shift, at1, WIDTH, HAS_SCALE, HAS_SHIFT, QUANTIZE)
+    if HAS_THIRD:
+        y2 = _modulate(x2, inverse, WEIGHT, scale, shift, at2, WIDTH, HAS_SCALE, HAS_SHIFT, QUANTIZE)
+    if QUANTIZE:
+        largest = tl.maximum(_abs(y0), _abs(y1))
+        if HAS_THIRD:
+            largest = tl.maximum(largest, _abs(y2))
+        fp8_scale = _fp8_scale(tl.max(largest, 0), TOP)
+        factor = 1.0 / fp8_scale
+        y = Y + row * (pitch if SPARE else WIDTH)
+        tl.store(y + at0, (y0.to(tl.float32) * factor).to(tl.float8e4nv), mask=inside0)
+        tl.store(y + at1, (y1.to(tl.float32) * factor).to(tl.float8e4nv), mask=inside1)
+        if HAS_THIRD:
+            tl.store(y + at2, (y2.to(tl.float32) * factor).to(tl.float8e4nv), mask=inside2)
+        tl.store(Y_SCALE + row, fp8_scale)
+    else:
+        y = Y + row * WIDTH
+        tl.store(y + at0, y0, mask=inside0)
+        tl.store(y + at1, y1, mask=inside1)
+        if HAS_THIRD:
+            tl.store(y + at2, y2, mask=inside2)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -149,6 +209,13 @@ def _quantize_rows_kernel(X, Y, Y_SCALE, width, pitch, BLOCK: tl.constexpr, TOP:
 
 
 @triton.jit
+def _times_sigmoid(x, logit):
+    """``x / (1 + exp(-logit))``, without the checks that a division takes."""
+    root = tl.rsqrt(1.0 + tl.exp2(-1.4426950408889634 * logit))
+    return x * root * root
+
+
+@triton.jit
 def _gelu(x):
     """GELU as ``x * sigmoid(x * p(x * x))``, cheaper than with erf and within 3e-5 of it.
 
@@ -156,17 +223,19 @@ def _gelu(x):
     """
     x2 = tl.minimum(x * x, 36.0)
     logit = x * (1.59501569 + x2 * (0.0740111359 - 0.00070304348 * x2))
-    return x / (1.0 + tl.exp(-logit))
+    return _times_sigmoid(x, logit)
 
 
 @triton.jit
-def _gated_chunk(GATE, UP, column, width, SILU: tl.constexpr):
+def _gated_chunk(GATE, UP, column, width, SILU: tl.constexpr, ROUND: tl.constexpr):
     inside = column < width
     gate = tl.load(GATE + column, mask=inside, other=0.0)
     up = tl.load(UP + column, mask=inside, other=0.0).to(tl.float32)
     x = gate.to(tl.float32)
-    x = x / (1.0 + tl.exp(-x)) if SILU else _gelu(x)
-    return x.to(gate.dtype).to(tl.float32) * up
+    x = _times_sigmoid(x, x) if SILU else _gelu(x)
+    if ROUND:
+        x = x.to(gate.dtype).to(tl.float32)
+    return x * up
 
 
 @triton.jit
@@ -174,20 +243,23 @@ def _gated_quantize_kernel(
     GATE_UP, Y, Y_SCALE, width, pitch, SILU: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
     THIRD: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
-    """A row is up to three chunks of so many columns, held in registers until its largest value is known."""
+    """A row is up to three chunks of so many columns, held in registers until its largest value is known.
+
+    Nothing is rounded before that, which would take a slow conversion for each value.
+    """
     row = tl.program_id(0).to(tl.int64)
     gate = GATE_UP + row * 2 * width
     up = gate + width
     at0 = tl.arange(0, FIRST)
-    y0 = _gated_chunk(gate, up, at0, width, SILU)
+    y0 = _gated_chunk(gate, up, at0, width, SILU, False)
     amax = tl.max(tl.abs(y0), 0)
     if SECOND > 0:
         at1 = FIRST + tl.arange(0, SECOND)
-        y1 = _gated_chunk(gate, up, at1, width, SILU)
+        y1 = _gated_chunk(gate, up, at1, width, SILU, False)
         amax = tl.maximum(amax, tl.max(tl.abs(y1), 0))
     if THIRD > 0:
         at2 = FIRST + SECOND + tl.arange(0, THIRD)
-        y2 = _gated_chunk(gate, up, at2, width, SILU)
+        y2 = _gated_chunk(gate, up, at2, width, SILU, False)
         amax = tl.maximum(amax, tl.max(tl.abs(y2), 0))
     fp8_scale = _fp8_scale(amax, TOP)
     inverse = 1.0 / fp8_scale
@@ -206,7 +278,7 @@ def _gated_kernel(GATE_UP, Y, width, SILU: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     gate = GATE_UP + row * 2 * width
-    y = _gated_chunk(gate, gate + width, column, width, SILU)
+    y = _gated_chunk(gate, gate + width, column, width, SILU, True)
     tl.store(Y + row * width + column, y.to(Y.dtype.element_ty), mask=inside)
 
 
@@ -298,28 +370,39 @@ def _norm_and_rotate(
         tl.store(OUT + D // 2 + at, (x2 * cos2 + x1 * sin2).to(OUT.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _qk_norm_rope_kernel(
-    QKV, WEIGHT_Q, WEIGHT_K, COS, SIN, Q, K, V_AMAX, eps, heads, kv_heads, FIND_AMAX: tl.constexpr,
+    QKV, WEIGHT_Q, WEIGHT_K, COS, SIN, Q, K, V_AMAX, eps, rows, heads, kv_heads, FIND_AMAX: tl.constexpr,
     PAIRS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    V_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """FIND_AMAX is set when the outputs are float8."""
-    row = tl.program_id(0).to(tl.int64)
-    source = QKV + row * (heads + 2 * kv_heads) * D
-    table = row * (D // 2 if PAIRS else D)
-    _norm_and_rotate(
-        source, WEIGHT_Q, COS + table, SIN + table, Q + row * heads * D, heads, eps, PAIRS, FIND_AMAX, D, HALF, HEADS
-    )  # fmt: skip
-    _norm_and_rotate(
-        source + heads * D, WEIGHT_K, COS + table, SIN + table, K + row * kv_heads * D, kv_heads, eps, PAIRS, FIND_AMAX,
-        D, HALF, KV_HEADS,
-    )  # fmt: skip
-    if FIND_AMAX:
-        head, dim = tl.arange(0, KV_HEADS), tl.arange(0, 2 * HALF)
-        at = head[:, None] * D + dim[None, :]
-        inside = (head < kv_heads)[:, None] & (dim < D)[None, :]
-        v = tl.load(source + (heads + kv_heads) * D + at, mask=inside, other=0.0).to(tl.float32)
-        tl.atomic_max(V_AMAX, tl.max(tl.max(tl.abs(v), 1), 0))
+    """FIND_AMAX is set when the outputs are float8: the first programs look at the values of V_ROWS rows each.
+
+    Programs that looked at their own row's would take 45 us in place of 38 (NewBie-image, H200).
+    """
+    row_width = (heads + 2 * kv_heads) * D
+    others = tl.cdiv(rows, V_ROWS) if FIND_AMAX else 0
+    row = (tl.program_id(0) - others).to(tl.int64)
+    if row >= 0:
+        source = QKV + row * row_width
+        table = row * (D // 2 if PAIRS else D)
+        _norm_and_rotate(
+            source, WEIGHT_Q, COS + table, SIN + table, Q + row * heads * D, heads, eps, PAIRS, FIND_AMAX, D, HALF,
+            HEADS,
+        )  # fmt: skip
+        _norm_and_rotate(
+            source + heads * D, WEIGHT_K, COS + table, SIN + table, K + row * kv_heads * D, kv_heads, eps, PAIRS,
+            FIND_AMAX, D, HALF, KV_HEADS,
+        )  # fmt: skip
+    elif FIND_AMAX:
+        column = tl.arange(0, KV_HEADS * 2 * HALF)
+        largest = tl.zeros((KV_HEADS * 2 * HALF,), dtype=tl.float32)
+        for i in tl.static_range(V_ROWS):
+            row = tl.program_id(0).to(tl.int64) * V_ROWS + i
+            inside = column < tl.where(row < rows, kv_heads * D, 0)
+            v = tl.load(QKV + row * row_width + (heads + kv_heads) * D + column, mask=inside, other=0.0)
+            largest = tl.maximum(largest, tl.abs(v.to(tl.float32)))
+        tl.atomic_max(V_AMAX, tl.max(largest, 0))
 
 
 @triton.jit
@@ -446,10 +529,9 @@ def norm_modulate(
     x_out = x_bsh if branch_bsh is None else torch.empty_like(x_bsh)
     y = x_bsh.new_empty(batch, tokens, width + spare, dtype=torch.float8_e4m3fn if quantize else x_bsh.dtype)
     y_scale = x_bsh.new_empty(batch * tokens, 1, dtype=torch.float32) if quantize else None
-    loops = _LOOPS[quantize] if batch * tokens >= _MANY_ROWS else 1
     vectors = [_vector(each, weight_h) for each in (gate_b1h, scale_b1h, shift_b1h)]
-    norms_branch = branch_weight_h is not None
-    _norm_modulate_kernel[(ceil_div(tokens, _ROWS * loops), batch)](
+    chunk = next_power_of_2(ceil_div(width, 3))
+    _norm_modulate_kernel[(tokens, batch)](
         x_bsh,
         x_bsh if branch_bsh is None else branch_bsh.contiguous(),
         weight_h if branch_weight_h is None else branch_weight_h,
@@ -466,17 +548,16 @@ def norm_modulate(
         eps,
         WIDTH=width,
         HAS_BRANCH=branch_bsh is not None,
-        NORM_BRANCH=norms_branch,
+        NORM_BRANCH=branch_weight_h is not None,
         HAS_GATE=gate_b1h is not None,
         HAS_SCALE=scale_b1h is not None,
         HAS_SHIFT=shift_b1h is not None,
         QUANTIZE=quantize,
-        ROWS=_ROWS,
-        LOOPS=loops,
-        BLOCK=next_power_of_2(width),
+        CHUNK=chunk,
+        HAS_THIRD=width > 2 * chunk,
         SPARE=spare > 0,
         TOP=_top(spare),
-        num_warps=min(_warps(width), 8 if norms_branch else _NORM_WARPS[quantize]),  # both rows in registers
+        num_warps=max(1, min(8, chunk // 256)),  # 8 columns of a chunk are the 16 bytes that a thread reads at once
     )
     return x_out, y, y_scale
 
@@ -683,11 +764,13 @@ def _qk_norm_rope(
     size = len(weight_q_d)
     kv_heads = (width // size - heads) // 2
     q, k = (qkv_bsm.new_empty(batch, tokens, n, size, dtype=dtype) for n in (heads, kv_heads))
-    _qk_norm_rope_kernel[(batch * tokens,)](
+    rows = batch * tokens
+    programs = rows if v_amax is None else rows + ceil_div(rows, _V_ROWS)
+    _qk_norm_rope_kernel[(programs,)](
         qkv_bsm.contiguous(), weight_q_d, weight_k_d, cos.contiguous(), sin.contiguous(), q, k,
-        q if v_amax is None else v_amax, eps, heads, kv_heads, FIND_AMAX=v_amax is not None, PAIRS=pairs,
+        q if v_amax is None else v_amax, eps, rows, heads, kv_heads, FIND_AMAX=v_amax is not None, PAIRS=pairs,
         D=size, HALF=next_power_of_2(size // 2), HEADS=next_power_of_2(heads), KV_HEADS=next_power_of_2(kv_heads),
-        num_warps=4,
+        V_ROWS=_V_ROWS, num_warps=4,
     )  # fmt: skip
     return q, k
 

@@ -73,10 +73,10 @@ class Tiling:
 #: for NewBie-image (2 x 24 heads of 96) and Z-Image (30 of 128). Which of two it is depends on how many tiles there are
 #: for each multiprocessor.
 TILINGS = {
-    (96, 1): (Tiling(128, 3, 2, 128, 128, takes_turns=True), Tiling(192, 2, 2, 128, 64, takes_turns=False, cost=0.68)),
+    (96, 1): (Tiling(128, 3, 2, 128, 128, takes_turns=False), Tiling(192, 2, 2, 128, 64, takes_turns=False, cost=0.72)),
     (96, 2): (Tiling(112, 3, 2, 64, 64, takes_turns=True), Tiling(176, 2, 2, 64, 64, takes_turns=True, cost=0.7)),
-    (128, 1): (Tiling(192, 2, 2, 128, 64, takes_turns=True), Tiling(96, 3, 3, 128, 32, takes_turns=True, cost=1.5)),
-    (128, 2): (Tiling(176, 2, 2, 128, 128, takes_turns=True),),
+    (128, 1): (Tiling(192, 2, 2, 128, 64, takes_turns=True), Tiling(96, 3, 3, 128, 32, takes_turns=False, cost=1.5)),
+    (128, 2): (Tiling(176, 2, 2, 128, 128, takes_turns=True), Tiling(80, 3, 2, 128, 128, takes_turns=False, cost=1.45)),
 }
 
 
