@@ -1,7 +1,7 @@
 // Attention on the tensor cores of Hopper cards (compute capability 9.0), in bfloat16, float16 or float8.
 //
-// After FlashAttention-3 (https://arxiv.org/abs/2407.08608): a thread of the first warpgroup (128 threads), the
-// producer, has the tensor memory accelerator (TMA) bring queries, keys and values into shared memory; the other GROUPS
+// After FlashAttention-3 (https://arxiv.org/abs/2407.08608): threads of the first warpgroup (128 threads), the producer,
+// have the tensor memory accelerator (TMA) bring queries, keys and values into shared memory; the other GROUPS
 // warpgroups, the consumers, multiply them, each for 64 queries. While a consumer computes the exponentials of one block
 // of keys, the tensor cores multiply those of the next. A thread block works on one tile of queries after the other, so
 // that the first keys of the next tile arrive before the last one is written.
@@ -31,10 +31,13 @@ constexpr int V_STAGE = V_CHUNKS * V_CHUNK_BYTES;
 // the probabilities, which lose as much, are computed in the same way. Twice as often would cost 2 to 3 % of the time.
 constexpr int EVERY = FLOAT8 ? 1536 / KEYS : 0;
 constexpr int KEPT_BYTES = FLOAT8 ? 128 * GROUPS * OUTPUTS / 2 * 4 : 0;
+// In float8, two groups get their queries apart, each as soon as it is done with those before: 318 us in place of 330
+// (ERNIE-Image, H200). Three would drift apart and wait for each other's keys: 314 us in place of 300 (Z-Image).
+constexpr int Q_PARTS = FLOAT8 && GROUPS == 2 ? 2 : 1;
 constexpr int STEP = 32 / ELEMENT;  // keys that one instruction sums over
 constexpr int STEPS = KEYS / STEP;
 constexpr int A_REGISTERS = 4 * STEPS;
-static_assert(HEAD % 32 == 0 && KEYS % STEP == 0 && STAGES <= 31, "rows of the output, terms of a sum, barriers");
+static_assert(HEAD % 32 == 0 && KEYS % STEP == 0 && STAGES <= 30, "rows of the output, terms of a sum, barriers");
 static_assert(QUERIES <= 256 && KEYS <= 256, "rows that TMA reads at once");
 static_assert(Q_BYTES % 1024 == 0 && K_BYTES % 1024 == 0, "a swizzle repeats after eight rows of at most 128 bytes");
 // Probabilities, at most 1, are multiplied by 2 ** OFFSET, so that float8 has a range for them below its 448.
@@ -241,14 +244,17 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
   const u32 q_at = shared_address(memory), k_at = q_at + Q_BYTES, v_at = k_at + STAGES * K_BYTES;
   float4* const kept = reinterpret_cast<float4*>(memory + Q_BYTES + STAGES * (K_BYTES + V_STAGE));
   const u32 barriers = v_at + STAGES * V_STAGE + KEPT_BYTES;
-  const u32 q_full = barriers, q_free = barriers + 8;
-  const auto k_full = [&](int stage) { return barriers + 16 + 32 * stage; };
-  const auto k_free = [&](int stage) { return barriers + 24 + 32 * stage; };
-  const auto v_full = [&](int stage) { return barriers + 32 + 32 * stage; };
-  const auto v_free = [&](int stage) { return barriers + 40 + 32 * stage; };
+  const auto k_full = [&](int stage) { return barriers + 32 * stage; };
+  const auto k_free = [&](int stage) { return barriers + 32 * stage + 8; };
+  const auto v_full = [&](int stage) { return barriers + 32 * stage + 16; };
+  const auto v_free = [&](int stage) { return barriers + 32 * stage + 24; };
+  const auto q_full = [&](int part) { return barriers + 32 * STAGES + 16 * part; };
+  const auto q_free = [&](int part) { return barriers + 32 * STAGES + 16 * part + 8; };
   if (threadIdx.x == 0) {
-    init_barrier(q_full, 1);
-    init_barrier(q_free, 4 * GROUPS);
+    for (int part = 0; part < Q_PARTS; ++part) {
+      init_barrier(q_full(part), 1);
+      init_barrier(q_free(part), 4 * GROUPS / Q_PARTS);
+    }
     for (int stage = 0; stage < STAGES; ++stage) {
       init_barrier(k_full(stage), 1);
       init_barrier(v_full(stage), 1);
@@ -268,14 +274,34 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncthreads();
 
-  const int group = threadIdx.x / 128;
+  // The shuffle tells the compiler that this is the same for a warp, so that what follows from it takes uniform registers.
+  const int warp_of_block = Q_PARTS == 1 ? threadIdx.x / 32 : __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
+  const int group = warp_of_block / 4;
   if (group == 0) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(GROUPS == 2 ? 24 : 32));
-    if (threadIdx.x != 0) return;
+    if (threadIdx.x % 32 != 0) return;
+    const auto load_queries = [&](const Tile& tile, int part, u32 phase) {
+      wait(q_free(part), phase);
+      expect_bytes(q_full(part), Q_BYTES / Q_PARTS);
+      const int row = QUERIES / Q_PARTS * part;
+#pragma unroll
+      for (int c = 0; c < QK_CHUNKS; ++c)
+        load_tile(q_at + (c * QUERIES + row) * QK_CHUNK, &q_map, q_full(part), c * (QK_CHUNK / ELEMENT), tile.head,
+                  tile.first + row, tile.batch);
+    };
+    if (warp_of_block > 0) {
+      u32 phase = 1;
+      if (Q_PARTS > 1 && warp_of_block <= Q_PARTS)
+#pragma unroll 1
+        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, phase ^= 1)
+          load_queries(tile_of(tile, lengths, tokens, heads, tiles_of_queries), warp_of_block - 1, phase);
+      return;
+    }
     int stage = 0;
-    u32 phase = 0, q_phase = 0;
+    u32 phase = 0, q_phase = 1;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-      const auto [first, head, batch, length, blocks] = tile_of(tile, lengths, tokens, heads, tiles_of_queries);
+      const Tile now = tile_of(tile, lengths, tokens, heads, tiles_of_queries);
+      const auto [first, head, batch, length, blocks] = now;
       const int kv_head = head / shared_by;
       for (int block = blocks - 1; block >= 0; --block) {
         wait(k_free(stage), phase ^ 1);
@@ -284,12 +310,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         for (int c = 0; c < QK_CHUNKS; ++c)
           load_tile(k_at + stage * K_BYTES + c * KEYS * QK_CHUNK, &k_map, k_full(stage), c * (QK_CHUNK / ELEMENT), kv_head,
                     block * KEYS, batch);
-        if (block == blocks - 1) {
-          wait(q_free, q_phase ^ 1);
-          expect_bytes(q_full, Q_BYTES);
-#pragma unroll
-          for (int c = 0; c < QK_CHUNKS; ++c)
-            load_tile(q_at + c * QUERIES * QK_CHUNK, &q_map, q_full, c * (QK_CHUNK / ELEMENT), head, first, batch);
+        if (Q_PARTS == 1 && block == blocks - 1) {
+          load_queries(now, 0, q_phase);
           q_phase ^= 1;
         }
         wait(v_free(stage), phase ^ 1);
@@ -392,7 +414,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     Softmax softmax{MINUS_INFINITY, MINUS_INFINITY, 0, 0};
     float factor0, factor1;
 
-    wait(q_full, q_phase);
+    wait(q_full(Q_PARTS == 1 ? 0 : group - 1), q_phase);
     q_phase ^= 1;
     wait(k_full(k_stage), k_phase);
     scores();
@@ -443,7 +465,7 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
 #endif
       to_operand(p, s);
     }
-    if (lane == 0) arrive(q_free);
+    if (lane == 0) arrive(q_free(Q_PARTS == 1 ? 0 : group - 1));
     wait(v_full(v_stage), v_phase);
     add_values();
     float sum0 = softmax.sum0, sum1 = softmax.sum1;

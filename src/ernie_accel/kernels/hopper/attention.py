@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 #: Float8 values lie in groups of so many keys.
 GROUP = 16
 _CAPABILITY = (9, 0)
-_BARRIERS = 1024  # bytes behind the tiles, for the barriers of up to 31 stages
+_BARRIERS = 1024  # bytes behind the tiles, for the barriers of up to 30 stages
 #: CU_TENSOR_MAP_DATA_TYPE_...
 _MAP_TYPES = {torch.float8_e4m3fn: 0, torch.float16: 6, torch.bfloat16: 9}
 _INSTRUCTION_TYPES = {torch.float8_e4m3fn: "e4m3", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -210,9 +210,10 @@ def run(
     enter_context(q_bsnd.device)
     q_bsnd, k_bsnd, v = (_as_tma_reads(each) for each in (q_bsnd, k_bsnd, v))
     per_qk, per_v = tiling.qk_chunk // element, tiling.v_chunk // element
+    queries_at_once = 64 if element == 1 and tiling.groups == 2 else tiling.queries  # QUERIES / Q_PARTS of the kernel
     integers = tokens, heads, heads // k_bsnd.shape[2], tiles_of_queries, tiles, pitch
     arguments = (
-        _map_of(q_bsnd, (per_qk, 1, tiling.queries, 1), tiling.qk_chunk),
+        _map_of(q_bsnd, (per_qk, 1, queries_at_once, 1), tiling.qk_chunk),
         _map_of(k_bsnd, (per_qk, 1, tiling.keys, 1), tiling.qk_chunk),
         _map_of(v, (per_v, size, 1, 1) if element == 1 else (per_v, 1, tiling.keys, 1), tiling.v_chunk),
         ctypes.c_void_p(out.data_ptr()), ctypes.c_void_p(0 if lengths_b is None else lengths_b.data_ptr()),
