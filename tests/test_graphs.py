@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from ernie_accel.models import graphed_forward
 from ernie_accel.models.ernie_image import blocks as ernie_image_blocks
 from ernie_accel.models.ernie_image import kernels as ernie_image_kernels
 from ernie_accel.models.graphed_forward import GraphedForward
+from ernie_accel.models.replays import Replays
 from ernie_accel.models.token_layout import LAYOUT, PaddingRule
 from tests.pipelines import after, picture, tiny_ernie, tiny_flux
 
@@ -130,6 +132,33 @@ def test_a_first_step_that_fails_is_not_taken_for_done(graphed: Any, monkeypatch
             picture(pipe, steps=4)
     picture(pipe, steps=4)
     assert (recorder.captures, recorder.replays) == (1, 3)
+
+
+def test_graphs_of_a_pipe_that_was_dropped_are_not_freed_in_a_capture() -> None:
+    """CUDA would refuse that, and break the capture."""
+    freed: list[bool] = []
+    seen: list[int] = []
+
+    class Dropped:
+        def __del__(self) -> None:
+            freed.append(True)
+
+    def work() -> torch.Tensor:
+        kept = [[i] for i in range(50_000)]  # enough for a search or two
+        seen.append(len(freed))
+        return torch.tensor(float(len(kept)))
+
+    replays: Replays[None, torch.Tensor] = Replays(1, Recorder())
+    replays.run("", work)
+    gc.collect()
+    dropped = Dropped()
+    dropped.itself = dropped  # type: ignore[attr-defined]
+    del dropped
+    assert replays.run("", work) == 50_000
+    assert seen[:2] == [0, 0]  # done and captured; the recorder does the work once more to replay it
+    gc.collect()
+    assert freed
+    assert gc.isenabled()
 
 
 def test_the_graph_that_was_not_used_for_longest_goes() -> None:

@@ -13,6 +13,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+from ernie_accel.common.collecting import without_collecting
 from ernie_accel.kernels.kept_plans import collected_plans
 
 #: What the work reads, and what it returns.
@@ -87,7 +88,9 @@ class Replays(Generic[Inputs, Result]):
                 return result
             if entry.made is None:
                 pool = next((other.made[0].pool() for other in self._entries.values() if other.made is not None), None)
-                entry.made = self._capture(work, pool)
+                # Graphs of a pipe that was dropped are freed by the search for garbage, which would break the capture.
+                with without_collecting():
+                    entry.made = self._capture(work, pool)
             graph, result = entry.made
             graph.replay()
         return result
