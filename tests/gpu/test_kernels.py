@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
 
 EPS = 1e-6
-SIZES = [(1, 5, 64), (2, 7, 96), (3, 1, 33), (2, 3, 1100)]
+SIZES = [(1, 5, 64), (2, 7, 96), (3, 1, 33), (2, 3, 1100), (1, 2, 100), (1, 2, 1)]
 SIZES += [(1, 300, 4096), (2, 130, 3840), (2, 130, 2304)] if DEVICE == "cuda" else []
 
 

@@ -1,4 +1,4 @@
-"""Python's search for garbage, which finds nothing while modules are imported and models are built."""
+"""Turn Python's search for garbage off, where it finds nothing (imports, loading) or must free nothing (captures)."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ _search = _Search()
 def without_collecting() -> Iterator[None]:
     """Turn the search off within the block, in the whole process; what is no longer referred to is freed as ever.
 
-    Importing takes less time so: there are many new objects, and hardly any cycles. Nor is anything freed that must
-    not be just then, such as a CUDA graph while another one is captured. Blocks of several threads may overlap: the
-    last one to end turns the search on again, if it was on before the first one.
+    Importing takes less time so: there are many new objects, and hardly any cycles. Nor does it free what would break
+    work under way, such as a CUDA graph while another one is captured. Blocks of several threads may overlap: the last
+    one to end turns the search on again, if it was on before the first one.
 
     Once many modules were imported, all objects count as old, which only a full search looks at: else the next two
     searches would go through all of them. After a block that imported little or failed, none do, so that pipes that

@@ -1,6 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """The Triton kernels and how they are launched. The twins in ``reference.py`` define what each computes.
 
+Of what a twin rounds, a kernel does not round what it makes float8 of right away: neither gate nor product of a gated
+branch, nor a norm after a shift.
+
 All of them move each byte once and are memory-bound; block shapes were chosen on an H200, at the sizes of the three
 families. A program handles whole rows, so that a row's norm and its fp8 scale need no second pass.
 """
@@ -41,11 +44,10 @@ def _fp8_scale(amax, TOP: tl.constexpr = 448.0):
 
 @triton.jit
 def _add_branch(
-    x, branch, inverse, BRANCH_WEIGHT, GATE, X_OUT, column, WIDTH: tl.constexpr, NORM_BRANCH: tl.constexpr,
-    HAS_GATE: tl.constexpr,
+    x, branch, inverse, BRANCH_WEIGHT, GATE, X_OUT, column, width, NORM_BRANCH: tl.constexpr, HAS_GATE: tl.constexpr
 ):  # fmt: skip
     """Part of a row plus that of a branch; it is written, too."""
-    inside = column < WIDTH
+    inside = column < width
     dtype = x.dtype
     branch = branch.to(tl.float32)
     if NORM_BRANCH:
@@ -73,7 +75,7 @@ def _modulate(
         y = y.to(tl.float32) * tl.load(SCALE + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_SHIFT:
         y = y.to(tl.float32) + tl.load(SHIFT + column, mask=inside, other=0.0).to(tl.float32)
-    if not (HAS_SHIFT and QUANTIZE):  # else not rounded twice: the conversion would be a slow one
+    if not (HAS_SHIFT and QUANTIZE):  # rounding a sum of float32 before float8 would take a slow conversion for each
         y = y.to(dtype)
     return y
 
@@ -96,7 +98,7 @@ def _norm_modulate_kernel(
     HAS_GATE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, QUANTIZE: tl.constexpr,
     CHUNK: tl.constexpr, HAS_THIRD: tl.constexpr, SPARE: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
-    """A row is two or three chunks of so many columns. With SPARE, quantized rows are `pitch` apart.
+    """A row is two or three chunks of CHUNK columns. With SPARE, quantized rows are `pitch` apart.
 
     TOP is the largest value of a quantized row.
     """
@@ -106,9 +108,9 @@ def _norm_modulate_kernel(
     at1, at2 = CHUNK + at0, 2 * CHUNK + at0
     inside0, inside1, inside2 = at0 < WIDTH, at1 < WIDTH, at2 < WIDTH
     x, branch, x_out = X + row * WIDTH, BRANCH + row * WIDTH, X_OUT + row * WIDTH
-    # The whole row is read first, so that all of it is under way at once. A row a program, its vectors read anew, beat
-    # several at a time or in a loop with vectors kept (39 us against 41 to 60, 2304 columns, H200): it needs few
-    # registers, so that many programs wait for memory together.
+    # The whole row is read first, so that all of it is under way at once. One row a program, with its vectors read
+    # again, beat several rows, at once or in a loop (39 us vs 41 to 60, 2304 columns, H200): it needs few registers,
+    # so that many programs wait for memory together.
     x0 = tl.load(x + at0, mask=inside0, other=0.0)
     x1 = tl.load(x + at1, mask=inside1, other=0.0)
     if HAS_THIRD:
@@ -168,15 +170,14 @@ def _gated_add_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < width
     x = tl.load(X + row * width + column, mask=inside)
-    branch = tl.load(BRANCH + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    branch = tl.load(BRANCH + row * width + column, mask=inside, other=0.0)
+    inverse = 1.0
     if NORM_BRANCH:
-        weight = tl.load(BRANCH_WEIGHT + column, mask=inside, other=0.0).to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(branch * branch, 0) / width + eps)
-        branch = ((branch * inverse).to(x.dtype).to(tl.float32) * weight).to(x.dtype).to(tl.float32)
-    if HAS_GATE:
-        gate = tl.load(GATE + batch * gate_stride + column, mask=inside).to(tl.float32)
-        branch = (gate * branch).to(x.dtype).to(tl.float32)
-    tl.store(OUT + row * width + column, (x.to(tl.float32) + branch).to(x.dtype), mask=inside)
+        inverse = tl.rsqrt(tl.sum(_square(branch), 0) / width + eps)
+    gate = GATE + batch * gate_stride
+    _add_branch(
+        x, branch, inverse, BRANCH_WEIGHT, gate, OUT + row * width, column, width, NORM_BRANCH, HAS_GATE
+    )  # fmt: skip
 
 
 @triton.jit
@@ -245,7 +246,7 @@ def _gated_quantize_kernel(
 ):  # fmt: skip
     """A row is up to three chunks of so many columns, held in registers until its largest value is known.
 
-    Nothing is rounded before that, which would take a slow conversion for each value.
+    Nothing is rounded before then: each value would take a slow conversion.
     """
     row = tl.program_id(0).to(tl.int64)
     gate = GATE_UP + row * 2 * width
@@ -378,11 +379,11 @@ def _qk_norm_rope_kernel(
 ):  # fmt: skip
     """FIND_AMAX is set when the outputs are float8: the first programs look at the values of V_ROWS rows each.
 
-    Programs that looked at their own row's would take 45 us in place of 38 (NewBie-image, H200).
+    Programs that looked at their own row's would take 45 us instead of 38 (NewBie-image, H200).
     """
     row_width = (heads + 2 * kv_heads) * D
-    others = tl.cdiv(rows, V_ROWS) if FIND_AMAX else 0
-    row = (tl.program_id(0) - others).to(tl.int64)
+    amax_programs = tl.cdiv(rows, V_ROWS) if FIND_AMAX else 0
+    row = (tl.program_id(0) - amax_programs).to(tl.int64)
     if row >= 0:
         source = QKV + row * row_width
         table = row * (D // 2 if PAIRS else D)
@@ -398,9 +399,9 @@ def _qk_norm_rope_kernel(
         column = tl.arange(0, KV_HEADS * 2 * HALF)
         largest = tl.zeros((KV_HEADS * 2 * HALF,), dtype=tl.float32)
         for i in tl.static_range(V_ROWS):
-            row = tl.program_id(0).to(tl.int64) * V_ROWS + i
-            inside = column < tl.where(row < rows, kv_heads * D, 0)
-            v = tl.load(QKV + row * row_width + (heads + kv_heads) * D + column, mask=inside, other=0.0)
+            v_row = tl.program_id(0).to(tl.int64) * V_ROWS + i
+            inside = column < tl.where(v_row < rows, kv_heads * D, 0)
+            v = tl.load(QKV + v_row * row_width + (heads + kv_heads) * D + column, mask=inside, other=0.0)
             largest = tl.maximum(largest, tl.abs(v.to(tl.float32)))
         tl.atomic_max(V_AMAX, tl.max(largest, 0))
 

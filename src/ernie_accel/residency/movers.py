@@ -160,7 +160,7 @@ class _Pins:
             self._pinned.pop()
 
     def close_later(self) -> None:
-        """Do so in a thread of its own: garbage is collected anywhere, also while a graph is captured."""
+        """Do so in a thread of its own: garbage is collected anywhere, also while others capture a graph."""
         if self._thread is not None:
             threading.Thread(target=self.close, name="ernie-accel-unpinning", daemon=True).start()
 

@@ -31,13 +31,11 @@ constexpr int V_STAGE = V_CHUNKS * V_CHUNK_BYTES;
 // the probabilities, which lose as much, are computed in the same way. Twice as often would cost 2 to 3 % of the time.
 constexpr int EVERY = FLOAT8 ? 1536 / KEYS : 0;
 constexpr int KEPT_BYTES = FLOAT8 ? 128 * GROUPS * OUTPUTS / 2 * 4 : 0;
-// In float8, two groups get their queries apart, each as soon as it is done with those before: 318 us in place of 330
-// (ERNIE-Image, H200). Three would drift apart and wait for each other's keys: 314 us in place of 300 (Z-Image).
-constexpr int Q_PARTS = FLOAT8 && GROUPS == 2 ? 2 : 1;
 constexpr int STEP = 32 / ELEMENT;  // keys that one instruction sums over
 constexpr int STEPS = KEYS / STEP;
 constexpr int A_REGISTERS = 4 * STEPS;
-static_assert(HEAD % 32 == 0 && KEYS % STEP == 0 && STAGES <= 30, "rows of the output, terms of a sum, barriers");
+static_assert(HEAD % 32 == 0 && KEYS % STEP == 0 && 32 * STAGES + 16 * Q_PARTS <= 1024,
+              "rows of the output, terms of a sum, barriers");
 static_assert(QUERIES <= 256 && KEYS <= 256, "rows that TMA reads at once");
 static_assert(Q_BYTES % 1024 == 0 && K_BYTES % 1024 == 0, "a swizzle repeats after eight rows of at most 128 bytes");
 // Probabilities, at most 1, are multiplied by 2 ** OFFSET, so that float8 has a range for them below its 448.
@@ -274,7 +272,8 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   __syncthreads();
 
-  // The shuffle tells the compiler that this is the same for a warp, so that what follows from it takes uniform registers.
+  // The shuffle tells the compiler that this is the same for a warp, so that the barriers of its part of the queries take
+  // uniform registers. With one part they do anyway.
   const int warp_of_block = Q_PARTS == 1 ? threadIdx.x / 32 : __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
   const int group = warp_of_block / 4;
   if (group == 0) {
@@ -301,16 +300,15 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
     u32 phase = 0, q_phase = 1;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
       const Tile now = tile_of(tile, lengths, tokens, heads, tiles_of_queries);
-      const auto [first, head, batch, length, blocks] = now;
-      const int kv_head = head / shared_by;
-      for (int block = blocks - 1; block >= 0; --block) {
+      const int kv_head = now.head / shared_by;
+      for (int block = now.blocks - 1; block >= 0; --block) {
         wait(k_free(stage), phase ^ 1);
         expect_bytes(k_full(stage), K_BYTES);
 #pragma unroll
         for (int c = 0; c < QK_CHUNKS; ++c)
           load_tile(k_at + stage * K_BYTES + c * KEYS * QK_CHUNK, &k_map, k_full(stage), c * (QK_CHUNK / ELEMENT), kv_head,
-                    block * KEYS, batch);
-        if (Q_PARTS == 1 && block == blocks - 1) {
+                    block * KEYS, now.batch);
+        if (Q_PARTS == 1 && block == now.blocks - 1) {
           load_queries(now, 0, q_phase);
           q_phase ^= 1;
         }
@@ -320,10 +318,10 @@ attention(const __grid_constant__ TensorMap q_map, const __grid_constant__ Tenso
         for (int c = 0; c < V_CHUNKS; ++c) {
 #if FLOAT8
           load_tile(v_at + stage * V_STAGE + c * V_CHUNK_BYTES, &v_map, v_full(stage), block * KEYS + c * V_CHUNK, 0,
-                    kv_head, batch);
+                    kv_head, now.batch);
 #else
           load_tile(v_at + stage * V_STAGE + c * V_CHUNK_BYTES, &v_map, v_full(stage), c * (V_CHUNK / ELEMENT), kv_head,
-                    block * KEYS, batch);
+                    block * KEYS, now.batch);
 #endif
         }
         if (++stage == STAGES) {
