@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """The Triton kernels and how they are launched. The twins in ``reference.py`` define what each computes.
 
-Of what a twin rounds, a kernel does not round what it makes float8 of right away: neither gate nor product of a gated
-branch, nor a norm after a shift.
+Before float8 a kernel leaves out some of the twin's roundings: of gate and product in a gated branch, and of a norm
+after a shift.
 
 All of them move each byte once and are memory-bound; block shapes were chosen on an H200, at the sizes of the three
 families. A program handles whole rows, so that a row's norm and its fp8 scale need no second pass.
@@ -75,7 +75,7 @@ def _modulate(
         y = y.to(tl.float32) * tl.load(SCALE + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_SHIFT:
         y = y.to(tl.float32) + tl.load(SHIFT + column, mask=inside, other=0.0).to(tl.float32)
-    if not (HAS_SHIFT and QUANTIZE):  # rounding a sum of float32 before float8 would take a slow conversion for each
+    if not (HAS_SHIFT and QUANTIZE):  # float8 is made of the float32 sum: rounding that first is a slow conversion
         y = y.to(dtype)
     return y
 
