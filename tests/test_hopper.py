@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.kernels import ops, reference
-from ernie_accel.kernels.hopper import attention, compiling
+from ernie_accel.kernels.hopper import attention, compiling, product
 
 TILINGS = [(size, element, tiling) for (size, element), tilings in attention.TILINGS.items() for tiling in tilings]
 KINDS = {1: (torch.float8_e4m3fn,), 2: (torch.bfloat16, torch.float16)}
@@ -45,6 +45,67 @@ def test_a_tile_fits_into_shared_memory_and_its_swizzles(size: int, element: int
 
 
 @with_nvrtc
+@pytest.mark.parametrize("activation", [0, 1, 2])
+def test_every_product_compiles_without_spilling(activation: int) -> None:
+    code, log = compiling.compile_source(product.source_of(activation))
+    assert code[1:4] == b"ELF"
+    assert re.findall(r"(\d+) bytes spill", log) == ["0", "0"]
+    assert "serialized" not in log
+    assert "setmaxnreg" not in log  # that it is ignored
+    assert "warning" not in log
+    assert product.shared_bytes() <= 227 * 1024
+
+
+#: Features, terms, whether halves gate each other, and whether the kernel is the faster one for 4224 rows (H200).
+PRODUCTS = [
+    (12288, 4096, False, True),  # ERNIE-Image
+    (4096, 4096, False, True),
+    (24576, 4096, True, True),
+    (4096, 12288, False, True),
+    (11520, 3840, False, False),  # Z-Image: tiles for 11.25 rounds; cuBLAS' smaller ones take 11.5
+    (3840, 3840, False, True),
+    (20480, 3840, True, True),
+    (3840, 10240, False, True),
+]
+
+
+@pytest.mark.parametrize(("features", "terms", "gated", "faster"), PRODUCTS)
+def test_who_multiplies(features: int, terms: int, gated: bool, faster: bool) -> None:
+    assert product.is_faster(4224, features, terms, terms, 132, gated=gated) == faster
+    assert not product.is_faster(128, features, terms, terms, 132, gated=gated)  # a prompt
+
+
+def test_leaving_out_columns_counts() -> None:
+    """Of 128 spare columns, the kernel reads those that an adapter needs."""
+    assert not product.is_faster(4224, 11520, 3840, 3840, 132, gated=False)
+    assert product.is_faster(4224, 11520, 3840 + 48, 3840 + 128, 132, gated=False)
+
+
+@pytest.mark.parametrize(
+    ("columns", "features", "pitch", "terms", "gated", "taken"),
+    [
+        (4096, 24576, 4096, 4096, True, True),
+        (4096, 24576, 4224, 4096, True, True),  # a weight that is part of a wider one
+        (4224, 24576, 4224, 4112, True, True),
+        (4096, 24576, 4104, 4096, True, False),  # rows that TMA cannot read
+        (4104, 24576, 4104, 4104, True, False),
+        (4096, 4104, 4096, 4096, False, True),
+        (4096, 8200, 4096, 4096, True, False),  # halves of which no row is aligned
+    ],
+)
+def test_products_that_the_kernel_can_read(
+    columns: int, features: int, pitch: int, terms: int, gated: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(product, "is_usable", lambda device: True)
+    monkeypatch.setattr(product, "is_faster", lambda *sizes, gated: True)
+    monkeypatch.setattr(product, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    x = torch.empty(64, columns, dtype=torch.float8_e4m3fn)
+    weight = torch.empty(features, pitch, dtype=torch.float8_e4m3fn)[:, :columns]
+    assert product.takes(x, weight, terms, gated=gated) == taken
+
+
+@with_nvrtc
 def test_an_error_of_the_compiler_is_told() -> None:
     with pytest.raises(ErnieAccelError, match=r"NVRTC failed with code \d+: kernel.cu\(1\): error"):
         compiling.compile_source("not CUDA")
@@ -56,24 +117,24 @@ def test_without_what_it_needs_it_takes_nothing_and_says_why(
 ) -> None:
     capability = (10, 0) if lacks == "capability" else (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(attention, "compile_source", lambda *_: compiling.Compiled(b"", ""))
-    monkeypatch.setattr(attention, "driver", lambda: SimpleNamespace(cuTensorMapEncodeTiled=object()))
-    monkeypatch.setattr(attention, "Kernel", lambda *_: None)
-    is_usable = attention._is_usable.__wrapped__
+    monkeypatch.setattr(compiling, "compile_source", lambda *_: compiling.Compiled(b"", ""))
+    monkeypatch.setattr(compiling, "driver", lambda: SimpleNamespace(cuTensorMapEncodeTiled=object()))
+    monkeypatch.setattr(compiling, "Kernel", lambda *_: None)
+    is_usable = compiling.is_usable.__wrapped__
     assert is_usable(torch.device("cuda:0")) == (lacks != "capability")
 
     def missing(*_: object) -> None:
         raise ErnieAccelError("there is none") if lacks == "nvrtc" else OSError("there is none")
 
     if lacks != "capability":
-        monkeypatch.setattr(attention, "compile_source" if lacks == "nvrtc" else "driver", missing)
+        monkeypatch.setattr(compiling, "compile_source" if lacks == "nvrtc" else "driver", missing)
         assert not is_usable(torch.device("cuda:0"))
-        assert "cuDNN attends in place of the kernel for Hopper cards: there is none" in caplog.text
+        assert "cuDNN and cuBLAS are used in place of the kernels for Hopper cards: there is none" in caplog.text
 
 
 def test_who_attends(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA alone, and with heads of 96 and 128; the others are cuDNN's."""
-    monkeypatch.setattr(attention, "_is_usable", lambda device: True)
+    monkeypatch.setattr(attention, "is_usable", lambda device: True)
     for size, device, expected in ((128, "cuda", True), (96, "cuda", True), (64, "cuda", False), (128, "cpu", False)):
         with FakeTensorMode():
             q = torch.empty(1, 1, 1, size, dtype=torch.bfloat16, device=device)

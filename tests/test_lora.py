@@ -15,9 +15,9 @@ from torch import nn
 
 import ernie_accel
 from ernie_accel import Context, ErnieAccelError, FuseKernels, Quantize, RewriteBlocks
-from ernie_accel.kernels import reference
+from ernie_accel.kernels import ops, reference
 from ernie_accel.kernels.linear import Fp8Linear, Fp8Rows
-from ernie_accel.kernels.low_rank import LowRankProduct, Place, Site
+from ernie_accel.kernels.low_rank import LowRankProduct, Place, Site, gated
 from ernie_accel.models.adapters import update_products
 from ernie_accel.models.graphed_forward import GraphedForward
 from ernie_accel.models.rewritten import rewritten_blocks
@@ -417,6 +417,50 @@ def test_the_product_is_that_of_its_definition(columns: int, strength: float) ->
     assert product.alone() is alone
     assert alone.weight.is_contiguous()
     assert torch.equal(alone.weight.view(torch.uint8), stored.view(torch.uint8))
+
+
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("strength", [0.0, 1.0, 3000.0])
+@pytest.mark.parametrize("room", [0, 64, 128])
+def test_a_gated_product_is_the_product_gated(strength: float, room: int, silu: bool) -> None:
+    """Without adapters, with them in spare columns, and with adapters too large for these."""
+    product, _ = product_of_two(32, strength)
+    if strength == 0.0:
+        for place in product.places:
+            vars(place.adapted)["_disable_adapters"] = True
+    rows = Fp8Rows(*reference.quantize_rows(torch.randn(2, 5, 32).bfloat16(), room))
+    gate = ops.silu_mul_fp8 if silu else ops.gelu_mul_fp8
+    with torch.no_grad():
+        values, scale = gate(product(rows), 64)
+        for given in (product, product.product) if strength == 0.0 and room == 0 else (product,):
+            got = gated(given, rows, 64, silu=silu)
+            assert got.values.shape == (2, 5, 24 + 64)
+            assert torch.equal(got.values[..., :24].view(torch.uint8), values[..., :24].view(torch.uint8))
+            assert torch.equal(got.scale, scale)
+    assert (product.spare > 0) == (strength == 1.0)
+
+
+@pytest.mark.parametrize("where", ["product", "within", "forward", "compiled"])
+def test_whoever_watches_a_product_sees_it_before_it_is_gated(where: str) -> None:
+    product, _ = product_of_two(32)
+    watched, calls = product.product if where == "within" else product, list[object]()
+    given = watched.forward
+
+    def counted(*args: object) -> object:
+        calls.append(args)
+        return given(*args)
+
+    if where == "forward":
+        watched.forward = counted  # type: ignore[method-assign,assignment]
+    elif where == "compiled":
+        watched._compiled_call_impl = counted  # type: ignore[assignment]
+    else:
+        watched.register_forward_hook(lambda module, args, out: calls.append(out))
+    rows = Fp8Rows(*reference.quantize_rows(torch.randn(1, 2, 32).bfloat16()))
+    with torch.no_grad():
+        got = gated(product, rows, 0, silu=True)
+    assert len(calls) == 1
+    assert got.values.shape == (1, 2, 24)
 
 
 def test_no_row_is_clamped_that_is_all_in_the_direction_of_an_adapter() -> None:

@@ -68,6 +68,11 @@ def _cases() -> list[tuple[str, tuple[Any, ...]]]:
             for kv in (2, 4)
         ),
         ("linear_fp8", (rows, scale, weight, weight_scale.view(1, -1))),
+        ("linear_fp8", (rows, scale, weight, weight_scale.view(1, -1), 16)),
+        *(
+            ("gated_linear_fp8", (rows, scale, weight, weight_scale.view(1, -1), *others))
+            for others in ((True,), (False,), (True, 64), (False, 64, 16))
+        ),
         ("low_rank_fp8", (rows, scale, rand(3, 32))),
         *((name, (*arguments, 64)) for name, arguments in _with_spare_columns()),
         ("with_low_rank", (rows, scale, weight[:3], rand(3), 64)),
@@ -141,7 +146,7 @@ def test_attention_leaves_spare_columns_and_room_in_its_rows() -> None:
 def test_every_operator_has_a_case() -> None:
     names = {name for name, value in vars(ops).items() if callable(value) and not name.startswith("_")}
     assert {name for name, _ in CASES} == names & set(dir(torch.ops.ernie_accel))
-    assert len({name for name, _ in CASES}) == 29
+    assert len({name for name, _ in CASES}) == 30
 
 
 @pytest.mark.parametrize(("name", "arguments"), CASES, ids=lambda value: value if isinstance(value, str) else "")

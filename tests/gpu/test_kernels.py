@@ -8,10 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.kernels import reference
 from ernie_accel.kernels.hopper import attention as hopper
+from ernie_accel.kernels.hopper import compiling, product
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -653,6 +655,88 @@ def test_linear_fp8_equals_its_twin() -> None:
     got = ops.linear_fp8(x, x_scale, weight, weight_scale)
     expected = ops.linear_fp8(x.cpu(), x_scale.cpu(), weight.cpu(), weight_scale.cpu())
     assert (got.cpu().float() - expected.float()).norm() / expected.float().norm() < 1e-2
+
+
+on_hopper = pytest.mark.skipif(
+    DEVICE == "cpu" or not compiling.is_usable(torch.device(DEVICE, 0)), reason="needs a Hopper card"
+)
+
+
+def product_of(m: int, n: int, k: int) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Return operands of a product in float8 and the product in float64."""
+    x, x_scale = reference.quantize_rows(rand(m, k))
+    weight, weight_scale = reference.quantize_rows(rand(n, k, seed=3))
+    exact = (x.double() * x_scale.double()) @ (weight.double() * weight_scale.double().view(-1, 1)).t()
+    return (x, x_scale, weight, weight_scale.view(1, -1)), exact
+
+
+@on_hopper
+@pytest.mark.parametrize("activation", [None, "silu", "gelu"])
+@pytest.mark.parametrize(
+    ("m", "n", "k"),
+    [(1, 256, 144), (128, 512, 128), (300, 1280, 160), (77, 528, 4112), (4224, 3840, 3840), (8448, 2320, 2304)],
+)
+def test_hoppers_product(m: int, n: int, k: int, activation: str | None) -> None:
+    """Tiles that are full and that are not, of rows, features and terms; each often enough to find a race."""
+    operands, exact = product_of(m, n, k)
+    got = product.product(*operands, k, activation)
+    if activation is not None:
+        gate, up = exact.bfloat16().double().chunk(2, 1)
+        exact = (functional.silu(gate) if activation == "silu" else functional.gelu(gate)) * up
+    assert (got.double() - exact).norm() / exact.norm() < 4e-3
+    for _ in range(20):
+        assert torch.equal(product.product(*operands, k, activation), got)
+
+
+@on_hopper
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_hoppers_product_reads_only_the_terms_that_count(activation: str | None) -> None:
+    """Of rows and of a weight that are wider, in whatever rest of a block they end."""
+    for terms in (256, 272, 304, 352, 368):
+        operands, exact = product_of(200, 1040, terms)
+        x, x_scale, weight, weight_scale = operands
+        wide_x, wide_weight = (torch.full((len(each), 512), float("nan"), device=DEVICE) for each in (x, weight))
+        wide_x[:, :terms], wide_weight[:, :terms] = x.float(), weight.float()
+        wide = wide_x.to(x.dtype), x_scale, wide_weight.to(x.dtype), weight_scale
+        got = product.product(*wide, terms, activation)
+        assert torch.equal(got, product.product(*operands, terms, activation))
+        if activation is None:
+            assert (got.double() - exact).norm() / exact.norm() < 4e-3
+
+
+@on_hopper
+def test_hoppers_product_by_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They give what cuBLAS and the kernels beside it do, within a rounding; spare columns are left to others."""
+    from ernie_accel.kernels import ops
+
+    operands, _ = product_of(4224, 4096, 2048)
+    assert product.takes(operands[0], operands[2], 2048, gated=False)
+    calls = [lambda: (ops.linear_fp8(*operands),)]
+    calls += [lambda silu=silu, spare=spare: ops.gated_linear_fp8(*operands, silu, spare) for silu, spare in CHOICES]
+    got = [call() for call in calls]
+    monkeypatch.setattr(product, "takes", lambda *_, gated: False)
+    for ours, theirs, (_, spare) in zip(got, [call() for call in calls], [(None, 0), *CHOICES], strict=True):
+        one, other = ours[0].float(), theirs[0].float()
+        if len(ours) == 2:
+            columns = one.shape[-1] - spare
+            one, other = ((x[..., :columns] * scale) for x, (_, scale) in ((one, ours), (other, theirs)))
+        assert one.shape == other.shape
+        assert (one - other).norm() / other.norm() < (3e-2 if len(ours) == 2 else 4e-3)
+
+
+CHOICES = [(True, 0), (False, 0), (True, 128)]
+
+
+@on_hopper
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_does_not_get_lost_in_hoppers_product(bad: float) -> None:
+    (x, x_scale, weight, weight_scale), _ = product_of(256, 512, 256)
+    x_scale[5] = bad
+    for activation in (None, "silu", "gelu"):
+        got = product.product(x, x_scale, weight, weight_scale, 256, activation)
+        assert not got[5].isfinite().all()
+        assert got[:5].isfinite().all()
+        assert got[6:].isfinite().all()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2 or DEVICE == "cpu", reason="needs two GPUs")

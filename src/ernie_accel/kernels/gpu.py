@@ -199,13 +199,30 @@ def _scales_and_gates_kernel(MOD, OUT, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _quantize_rows_kernel(X, Y, Y_SCALE, width, pitch, BLOCK: tl.constexpr, TOP: tl.constexpr):
+def _quantize_rows_kernel(
+    X, Y, Y_SCALE, width, pitch, FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr, TOP: tl.constexpr
+):
+    """A row is up to three chunks of so many columns, held in registers until its largest value is known."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < width
-    x = tl.load(X + row * width + column, mask=inside, other=0.0).to(tl.float32)
-    fp8_scale = _fp8_scale(tl.max(tl.abs(x), 0), TOP)
-    tl.store(Y + row * pitch + column, (x * (1.0 / fp8_scale)).to(tl.float8e4nv), mask=inside)
+    x, y = X + row * width, Y + row * pitch
+    at0 = tl.arange(0, FIRST)
+    x0 = tl.load(x + at0, mask=at0 < width, other=0.0)
+    amax = tl.max(_abs(x0), 0)
+    if SECOND > 0:
+        at1 = FIRST + tl.arange(0, SECOND)
+        x1 = tl.load(x + at1, mask=at1 < width, other=0.0)
+        amax = tl.maximum(amax, tl.max(_abs(x1), 0))
+    if THIRD > 0:
+        at2 = FIRST + SECOND + tl.arange(0, THIRD)
+        x2 = tl.load(x + at2, mask=at2 < width, other=0.0)
+        amax = tl.maximum(amax, tl.max(_abs(x2), 0))
+    fp8_scale = _fp8_scale(amax, TOP)
+    inverse = 1.0 / fp8_scale
+    tl.store(y + at0, (x0.to(tl.float32) * inverse).to(tl.float8e4nv), mask=at0 < width)
+    if SECOND > 0:
+        tl.store(y + at1, (x1.to(tl.float32) * inverse).to(tl.float8e4nv), mask=at1 < width)
+    if THIRD > 0:
+        tl.store(y + at2, (x2.to(tl.float32) * inverse).to(tl.float8e4nv), mask=at2 < width)
     tl.store(Y_SCALE + row, fp8_scale)
 
 
@@ -611,9 +628,11 @@ def quantize_rows(x_bsk: Tensor, spare: int = 0) -> tuple[Tensor, Tensor]:
     rows = x_bsk.numel() // width
     y = x_bsk.new_empty(*x_bsk.shape[:-1], width + spare, dtype=torch.float8_e4m3fn)
     scale = x_bsk.new_empty(rows, 1, dtype=torch.float32)
+    first, second, third = _chunks(width)
     _quantize_rows_kernel[(rows,)](
-        x_bsk, y, scale, width, width + spare, BLOCK=next_power_of_2(width), TOP=_top(spare), num_warps=_warps(width)
-    )
+        x_bsk, y, scale, width, width + spare, FIRST=first, SECOND=second, THIRD=third, TOP=_top(spare),
+        num_warps=_warps(first),
+    )  # fmt: skip
     return y, scale
 
 

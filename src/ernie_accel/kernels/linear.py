@@ -65,6 +65,11 @@ class Fp8Linear(nn.Module):
         out: Tensor = ops.linear_fp8(rows.values, rows.scale, self.weight, self.weight_scale)
         return out
 
+    def gated(self, x: Tensor | Fp8Rows, spare: int, *, silu: bool) -> Fp8Rows:
+        """Return the second half of the product [..., N / 2], gated by the first; see `ops.gated_linear_fp8`."""
+        rows = x if isinstance(x, Fp8Rows) else Fp8Rows(*ops.quantize_rows(x))
+        return Fp8Rows(*ops.gated_linear_fp8(*rows, self.weight, self.weight_scale, silu, spare))
+
     def requantize(self, start: int, weight_nk: Tensor) -> None:
         """Give output features from `start` on another weight, in the same memory, and keep it in place of theirs.
 

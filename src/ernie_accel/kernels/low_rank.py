@@ -112,10 +112,10 @@ class LowRankProduct(nn.Module):
         if not torch.compiler.is_compiling():
             self.update()
         if self.wide is not None:
-            return self._product_of_wide(x)
-        if isinstance(x, Fp8Rows) and x.values.shape[-1] > self.weight.shape[1]:  # adapters went since it was made
-            x = Fp8Rows(x.values[..., : self.weight.shape[1]].contiguous(), x.scale)
-        out: Tensor = self.product(x)
+            out: Tensor = ops.linear_fp8(*self._wide_rows(x), *self._wide_weight)
+            return out
+        x = self._without_spare(x)
+        out = self.product(x)
         down, up = self.down, self.up
         if down is None or up is None:
             return out
@@ -126,7 +126,37 @@ class LowRankProduct(nn.Module):
         out.view(-1, out.shape[-1]).addmm_(low.to(out.dtype), up.t().to(out.dtype))  # autocast may have chosen another
         return out
 
-    def _product_of_wide(self, x: Tensor | Fp8Rows) -> Tensor:
+    def gated(self, x: Tensor | Fp8Rows, spare: int, *, silu: bool) -> Fp8Rows | None:
+        """Return the second half of its result [..., N / 2], gated by the first: see `ops.gated_linear_fp8`.
+
+        None: a LoRA is added to the result, so it has to be there.
+        """
+        if not torch.compiler.is_compiling():
+            self.update()
+        product = self.product
+        if not isinstance(product, Fp8Linear) or not self._is_bare or (self.wide is None and self.down is not None):
+            return None
+        if self.wide is None:
+            return product.gated(self._without_spare(x), spare, silu=silu)
+        wide, scale, terms = self._wide_weight
+        return Fp8Rows(*ops.gated_linear_fp8(*self._wide_rows(x), wide, scale, silu, spare, terms))
+
+    def _without_spare(self, x: Tensor | Fp8Rows) -> Tensor | Fp8Rows:
+        """Return rows without columns for adapters that went since they were made."""
+        columns = self.weight.shape[1]
+        if isinstance(x, Fp8Rows) and x.values.shape[-1] > columns:
+            return Fp8Rows(x.values[..., :columns].contiguous(), x.scale)
+        return x
+
+    @property
+    def _wide_weight(self) -> tuple[Tensor, Tensor, int]:
+        """The weight with spare columns, the scales of its features, and how many columns have something."""
+        product = cast(Fp8Linear, self.product)
+        wide, down = cast(Tensor, self.wide), cast(Tensor, self.down)
+        return wide, product.weight_scale, product.in_features + len(down)
+
+    def _wide_rows(self, x: Tensor | Fp8Rows) -> Fp8Rows:
+        """Return rows with what the adapters make of them in spare columns."""
         product, wide, down, factor = cast(Fp8Linear, self.product), self.wide, self.down, self.factor
         if wide is None or down is None or factor is None:
             raise RuntimeError("a product with spare columns has nothing to write there")
@@ -140,8 +170,7 @@ class LowRankProduct(nn.Module):
                 made[..., :columns] = values[..., :columns]
                 values = made
             ops.low_rank_into(values, down, factor)
-        out: Tensor = ops.linear_fp8(values, scale, wide, product.weight_scale)
-        return out
+        return Fp8Rows(values, scale)
 
     def update(self) -> None:
         """Take over what PEFT's layers have now, if that changed."""
@@ -165,9 +194,7 @@ class LowRankProduct(nn.Module):
 
     @property
     def _is_bare(self) -> bool:
-        """Whether calling the product is nothing more than its class's forward."""
-        product = self.product
-        return not product._forward_pre_hooks and not product._forward_hooks and library_hooks(product) is NO_HOOKS
+        return is_bare(self.product)
 
     def _look_at_weight(self) -> list[object]:
         """Return all that the low-rank part depends on of the weight, as plain data."""
@@ -573,6 +600,25 @@ def spare_columns(layer: nn.Module) -> int:
     if not torch.compiler.is_compiling():
         layer.update()  # it may have been moved since the forward began
     return layer.spare
+
+
+def gated(layer: nn.Module, rows: Tensor | Fp8Rows, spare: int, *, silu: bool) -> Fp8Rows:
+    """Return what `layer` gives [..., N / 2], its second half gated by the first, in float8 with `spare` columns.
+
+    Together with a float8 product, unless somebody has to see the product: a hook, or an adapter that is added to it.
+    """
+    if isinstance(layer, (Fp8Linear, LowRankProduct)) and is_bare(layer):
+        found = layer.gated(rows, spare, silu=silu)
+        if found is not None:
+            return found
+    gate = ops.silu_mul_fp8 if silu else ops.gelu_mul_fp8
+    return Fp8Rows(*gate(layer(rows), spare))
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Return whether calling `module` is nothing more than its class's forward: no hooks, nothing compiled."""
+    hooked = module._forward_pre_hooks or module._forward_hooks or library_hooks(module) is not NO_HOOKS
+    return not hooked and "forward" not in vars(module) and module._compiled_call_impl is None
 
 
 def takes_fp8(layer: nn.Module | None) -> bool:

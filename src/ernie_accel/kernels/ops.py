@@ -20,6 +20,7 @@ from torch._ops import OpOverload
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.kernels import reference
 from ernie_accel.kernels.hopper import attention as hopper
+from ernie_accel.kernels.hopper import product as hopper_product
 
 FP8 = torch.float8_e4m3fn
 
@@ -474,18 +475,22 @@ def affine(x_bchw: Tensor, affine_b2c: Tensor, silu: bool) -> Tensor:
     return reference.affine(x_bchw, affine_b2c, silu)
 
 
-def _scaled_mm(x_bsk: Tensor, x_scale: Tensor, weight_nk: Tensor, weight_scale: Tensor) -> Tensor:
-    out = torch._scaled_mm(
-        x_bsk.flatten(0, -2), weight_nk.t(), x_scale, weight_scale, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
+def _linear_fp8(x_bsk: Tensor, x_scale: Tensor, weight_nk: Tensor, weight_scale: Tensor, terms: int = 0) -> Tensor:
+    x_mk, terms = x_bsk.flatten(0, -2), terms or x_bsk.shape[-1]
+    if hopper_product.takes(x_mk, weight_nk, terms, gated=False):
+        out = hopper_product.product(x_mk, x_scale, weight_nk, weight_scale, terms)
+    else:
+        out = torch._scaled_mm(
+            x_mk, weight_nk.t(), x_scale, weight_scale, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
     return out.view(*x_bsk.shape[:-1], -1)
 
 
 @_operator(
-    cuda=_scaled_mm,
-    fake=lambda x, x_scale, weight, weight_scale: x.new_empty(*x.shape[:-1], weight.shape[0], dtype=torch.bfloat16),
+    cuda=_linear_fp8,
+    fake=lambda x, x_scale, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0], dtype=torch.bfloat16),
 )
-def linear_fp8(x_bsk: Tensor, x_scale: Tensor, weight_nk: Tensor, weight_scale: Tensor) -> Tensor:
+def linear_fp8(x_bsk: Tensor, x_scale: Tensor, weight_nk: Tensor, weight_scale: Tensor, terms: int = 0) -> Tensor:
     """Return the bfloat16 product [B, S, N] of quantized rows [B, S, K] and a quantized weight [N, K].
 
     Args:
@@ -493,9 +498,59 @@ def linear_fp8(x_bsk: Tensor, x_scale: Tensor, weight_nk: Tensor, weight_scale: 
         x_scale: float32 scale of each row.
         weight_nk: float8 weight.
         weight_scale: float32 scale of each output feature [1, N].
+        terms: How many of the K columns count, a multiple of 16; those that follow are zeros in the weight, and may be
+            left out. 0: all.
     """
     x_2d, rows = x_bsk.float().flatten(0, -2) * x_scale, weight_nk.float() * weight_scale.view(-1, 1)
     return (x_2d @ rows.t()).to(torch.bfloat16).view(*x_bsk.shape[:-1], -1)
+
+
+def _gated_linear_fp8(
+    x_bsk: Tensor,
+    x_scale: Tensor,
+    weight_nk: Tensor,
+    weight_scale: Tensor,
+    silu: bool,
+    spare: int = 0,
+    terms: int = 0,
+) -> tuple[Tensor, Tensor]:
+    x_mk, columns = x_bsk.flatten(0, -2), terms or x_bsk.shape[-1]
+    if not hopper_product.takes(x_mk, weight_nk, columns, gated=True):
+        gate_up_bs2f, gpu = _linear_fp8(x_bsk, x_scale, weight_nk, weight_scale, terms), _gpu()
+        gated: tuple[Tensor, Tensor] = (gpu.silu_mul if silu else gpu.gelu_mul)(gate_up_bs2f, True, spare)
+        return gated
+    out = hopper_product.product(x_mk, x_scale, weight_nk, weight_scale, columns, "silu" if silu else "gelu")
+    quantized: tuple[Tensor, Tensor] = _gpu().quantize_rows(out.view(*x_bsk.shape[:-1], -1), spare)
+    return quantized
+
+
+@_operator(
+    cuda=_gated_linear_fp8,
+    fake=lambda x, x_scale, weight, weight_scale, silu, *rest: _fp8_like(x, weight.shape[0] // 2, _spare(rest, 0)),
+)
+def gated_linear_fp8(
+    x_bsk: Tensor,
+    x_scale: Tensor,
+    weight_nk: Tensor,
+    weight_scale: Tensor,
+    silu: bool,
+    spare: int = 0,
+    terms: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Return `reference.silu_mul` or `reference.gelu_mul` of a product, quantized: (float8 [B, S, N / 2], scales).
+
+    Args:
+        x_bsk: float8 rows, with `x_scale` [B * S, 1].
+        x_scale: float32 scale of each row.
+        weight_nk: float8 weight: the first half of its features gates the second.
+        weight_scale: float32 scale of each feature [1, N].
+        silu: By SiLU; else by GELU.
+        spare: Columns that follow the result.
+        terms: How many of the K columns count; see `linear_fp8`.
+    """
+    gate_up_bs2f = linear_fp8(x_bsk, x_scale, weight_nk, weight_scale, terms)
+    gate = reference.silu_mul if silu else reference.gelu_mul
+    return reference.quantize_rows(gate(gate_up_bs2f), spare)
 
 
 @_operator(

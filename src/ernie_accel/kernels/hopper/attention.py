@@ -7,31 +7,29 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ernie_accel.core.errors import ErnieAccelError
-from ernie_accel.kernels.hopper.compiling import Kernel, check, compile_source, driver, enter_context
+from ernie_accel.kernels.hopper.compiling import (
+    Kernel,
+    compile_source,
+    enter_context,
+    is_usable,
+    multiprocessors,
+    texts,
+)
+from ernie_accel.kernels.hopper.instructions import from_registers, from_shared_memory
+from ernie_accel.kernels.hopper.tensor_maps import ALIGNED_TO, MAP_TYPES, as_tma_reads, tensor_map
 from ernie_accel.kernels.reference import ROOM
 from ernie_accel.kernels.sizes import ceil_div
 
-_log = logging.getLogger(__name__)
 #: Float8 values lie in groups of so many keys.
 GROUP = 16
-_CAPABILITY = (9, 0)
 _BARRIERS = 1024  # bytes behind the tiles, for the barriers: 31 stages and two parts of the queries
-#: CU_TENSOR_MAP_DATA_TYPE_...
-_MAP_TYPES = {torch.float8_e4m3fn: 0, torch.float16: 6, torch.bfloat16: 9}
-_INSTRUCTION_TYPES = {torch.float8_e4m3fn: "e4m3", torch.float16: "f16", torch.bfloat16: "bf16"}
-_SWIZZLES = {32: 1, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_..., by bytes
-_L2_PROMOTION_256_BYTES = 3  # CU_TENSOR_MAP_L2_PROMOTION_...
-_ALIGNED_TO = 16  # bytes: what TMA asks of addresses and strides
 
 
 @dataclass(frozen=True)
@@ -91,23 +89,11 @@ TILINGS = {
 
 def takes(q_bsnd: Tensor) -> bool:
     """Return whether there is a kernel for such queries on their device."""
-    if not q_bsnd.is_cuda or q_bsnd.dtype not in _MAP_TYPES:
+    if not q_bsnd.is_cuda or q_bsnd.dtype not in MAP_TYPES:
         return False
     # Under torch.compile a size may be a symbol, which cannot be looked up.
     known = any(q_bsnd.shape[-1] == size and q_bsnd.element_size() == element for size, element in TILINGS)
-    return known and _is_usable(q_bsnd.device)
-
-
-@functools.cache
-def _is_usable(device: torch.device) -> bool:
-    if torch.cuda.get_device_capability(device) != _CAPABILITY or torch.version.hip is not None:
-        return False
-    try:
-        Kernel(compile_source('extern "C" __global__ void nothing() {}').code, "nothing", 0, device)
-        return bool(driver().cuTensorMapEncodeTiled)
-    except (ErnieAccelError, OSError, AttributeError) as error:  # the last for a driver without that function
-        _log.warning("cuDNN attends in place of the kernel for Hopper cards: %s", error)
-        return False
+    return known and is_usable(q_bsnd.device)
 
 
 def shape_of_values(shape_bsnd: torch.Size) -> tuple[int, int, int, int]:
@@ -174,8 +160,8 @@ def _check(
         raise ErnieAccelError(f"These shapes do not go together: {given}; expected values {tuple(shape_of_v)}.")
     if heads % k_bsnd.shape[2]:
         raise ErnieAccelError(f"{heads} heads of queries cannot share {k_bsnd.shape[2]} heads of keys.")
-    if spare % _ALIGNED_TO:
-        raise ErnieAccelError(f"Spare columns come in multiples of {_ALIGNED_TO}, found {spare}.")
+    if spare % ALIGNED_TO:
+        raise ErnieAccelError(f"Spare columns come in multiples of {ALIGNED_TO}, found {spare}.")
     if lengths_b is not None and (
         lengths_b.dtype != torch.int32
         or lengths_b.shape != (batch,)
@@ -192,9 +178,9 @@ def _run(
     q_bsnd: Tensor, k_bsnd: Tensor, v: Tensor, lengths_b: Tensor | None, spare: int = 0, out_scale: float = 1.0
 ) -> Tensor:
     batch, tokens, heads, size = q_bsnd.shape
-    multiprocessors = _multiprocessors(q_bsnd.device)
-    tiling = cheapest(TILINGS[size, q_bsnd.element_size()], tokens, batch * heads, multiprocessors)
-    return run(tiling, multiprocessors, q_bsnd, k_bsnd, v, lengths_b, spare, out_scale)
+    blocks = multiprocessors(q_bsnd.device)
+    tiling = cheapest(TILINGS[size, q_bsnd.element_size()], tokens, batch * heads, blocks)
+    return run(tiling, blocks, q_bsnd, k_bsnd, v, lengths_b, spare, out_scale)
 
 
 def run(
@@ -217,14 +203,14 @@ def run(
     if not tiles:
         return out
     enter_context(q_bsnd.device)
-    q_bsnd, k_bsnd, v = (_as_tma_reads(each) for each in (q_bsnd, k_bsnd, v))
+    q_bsnd, k_bsnd, v = (as_tma_reads(each) for each in (q_bsnd, k_bsnd, v))
     per_qk, per_v = tiling.qk_chunk // element, tiling.v_chunk // element
     queries_at_once = tiling.queries // tiling.query_parts(element)
     integers = tokens, heads, heads // k_bsnd.shape[2], tiles_of_queries, tiles, pitch
     arguments = (
-        _map_of(q_bsnd, (per_qk, 1, queries_at_once, 1), tiling.qk_chunk),
-        _map_of(k_bsnd, (per_qk, 1, tiling.keys, 1), tiling.qk_chunk),
-        _map_of(v, (per_v, size, 1, 1) if element == 1 else (per_v, 1, tiling.keys, 1), tiling.v_chunk),
+        tensor_map(q_bsnd, (per_qk, 1, queries_at_once, 1), tiling.qk_chunk),
+        tensor_map(k_bsnd, (per_qk, 1, tiling.keys, 1), tiling.qk_chunk),
+        tensor_map(v, (per_v, size, 1, 1) if element == 1 else (per_v, 1, tiling.keys, 1), tiling.v_chunk),
         ctypes.c_void_p(out.data_ptr()), ctypes.c_void_p(0 if lengths_b is None else lengths_b.data_ptr()),
         *map(ctypes.c_int, integers), ctypes.c_float(size**-0.5 * math.log2(math.e)), ctypes.c_float(out_scale),
     )  # fmt: skip
@@ -233,59 +219,12 @@ def run(
     return out
 
 
-def _as_tma_reads(x: Tensor) -> Tensor:
-    """Return `x`, or a copy if its last dimension is not dense, or an address or a stride not aligned."""
-    strides = [stride * x.element_size() for stride in x.stride()[:-1]]
-    if x.stride(-1) == 1 and x.data_ptr() % _ALIGNED_TO == 0 and all(i and i % _ALIGNED_TO == 0 for i in strides):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
 def cheapest(tilings: tuple[Tiling, ...], tokens: int, heads: int, multiprocessors: int) -> Tiling:
     """Return the tiling by which the busiest multiprocessor has least to do; `heads` are those of all rows."""
     return min(
         tilings,
         key=lambda tiling: ceil_div(ceil_div(tokens, tiling.queries) * heads, multiprocessors) * tiling.cost,
     )
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _map_of(x: Tensor, box: tuple[int, int, int, int], chunk: int) -> ctypes.Array[ctypes.c_char]:
-    """Return a description of tiles for TMA (CUtensorMap), which the kernel gets by value.
-
-    Args:
-        x: Of [B, S, N, D] or [B, N, D, S], dense in the last dimension; its address and the strides of the others are
-            multiples of 16 bytes.
-        box: Sizes of a tile, the last dimension first. What of it lies outside `x` is read as zeros.
-        chunk: Bytes of a row of a tile.
-    """
-    return _encoded(x.data_ptr(), x.dtype, x.shape, x.stride(), box, chunk)
-
-
-# Torch's allocator gives a step the memory of the step before. Encoding anew would take most of a call's time.
-@functools.lru_cache(256)
-def _encoded(
-    address: int,
-    dtype: torch.dtype,
-    shape: torch.Size,
-    strides: tuple[int, ...],
-    box: tuple[int, int, int, int],
-    chunk: int,
-) -> ctypes.Array[ctypes.c_char]:
-    memory = ctypes.create_string_buffer(128 + 64)
-    aligned = (ctypes.c_char * 128).from_buffer(memory, -ctypes.addressof(memory) % 64)
-    # Sizes and strides have 64 bits, boxes 32; the first dimension is the dense one.
-    result = driver().cuTensorMapEncodeTiled(
-        ctypes.byref(aligned), _MAP_TYPES[dtype], 4, ctypes.c_void_p(address), (ctypes.c_uint64 * 4)(*shape[::-1]),
-        (ctypes.c_uint64 * 3)(*(stride * dtype.itemsize for stride in strides[2::-1])), (ctypes.c_uint32 * 4)(*box),
-        (ctypes.c_uint32 * 4)(1, 1, 1, 1), 0, _SWIZZLES[chunk], _L2_PROMOTION_256_BYTES, 0,
-    )  # fmt: skip
-    check(result, f"cuTensorMapEncodeTiled for {tuple(shape)} with strides {strides}")
-    return aligned
 
 
 @functools.cache
@@ -303,34 +242,8 @@ def source_of(tiling: Tiling, size: int, dtype: torch.dtype) -> str:
         "Q_PARTS": tiling.query_parts(dtype.itemsize), "FLOAT8": int(is_fp8), "FLOAT16": int(dtype is torch.float16),
     }  # fmt: skip
     defined = (f"#define {name} {value}" for name, value in constants.items())
-    instructions = _instructions(tiling.keys, size + 8 if is_fp8 else size, _INSTRUCTION_TYPES[dtype])
-    body = Path(__file__).with_name("attention.cu").read_text(encoding="utf-8")
-    return "\n".join((*defined, *instructions, body))
-
-
-def _instructions(keys: int, outputs: int, kind: str) -> Iterator[str]:
-    """Yield functions around wgmma, which has to be given each register of a thread by name."""
-    sums, transposed = (32, "") if kind == "e4m3" else (16, ", 1")
-    names, registers = ", ".join(f"%{i}" for i in range(keys // 2)), keys // 2
-    yield f"""\
-__device__ __forceinline__ void multiply_scores(
-    float (&x)[{registers}], unsigned long long a, unsigned long long b, int adds) {{
-  asm volatile(
-      "{{\\n"
-      ".reg .pred adds;\\n"
-      "setp.ne.b32 adds, %{registers + 2}, 0;\\n"
-      "wgmma.mma_async.sync.aligned.m64n{keys}k{sums}.f32.{kind}.{kind} {{{names}}}, "
-      "%{registers}, %{registers + 1}, adds, 1, 1{transposed.replace("1", "0") * 2};\\n"
-      "}}\\n" : {", ".join(f'"+f"(x[{i}])' for i in range(registers))} : "l"(a), "l"(b), "r"(adds));
-}}"""
-    names, registers = ", ".join(f"%{i}" for i in range(outputs // 2)), outputs // 2
-    a = ", ".join(f"%{registers + i}" for i in range(4))
-    yield f"""\
-__device__ __forceinline__ void multiply_values(
-    float (&x)[{registers}], const unsigned* a, unsigned long long b) {{
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n{outputs}k{sums}.f32.{kind}.{kind} {{{names}}}, "
-      "{{{a}}}, %{registers + 4}, 1, 1, 1{transposed};\\n"
-      : {", ".join(f'"+f"(x[{i}])' for i in range(registers))}
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
-}}"""
+    instructions = (
+        from_shared_memory("multiply_scores", tiling.keys, dtype),
+        from_registers("multiply_values", size + 8 if is_fp8 else size, dtype),
+    )
+    return "\n".join((*defined, *instructions, *texts("shared.cu", "attention.cu")))

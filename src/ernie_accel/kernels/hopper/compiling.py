@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,8 @@ import torch
 
 from ernie_accel.core.errors import ErnieAccelError
 
+_log = logging.getLogger(__name__)
+_CAPABILITY = (9, 0)
 #: As NVRTC names a Hopper card with all its instructions.
 _ARCHITECTURE = "sm_90a"
 _SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -100,6 +103,12 @@ def compile_source(source: str) -> Compiled:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+def texts(*names: str) -> Iterator[str]:
+    """Yield the texts of files in this folder."""
+    for name in names:
+        yield Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
 def _read(what: str, program: ctypes.c_void_p) -> bytes:
     """Return a result of the compiler: "CUBIN" or "ProgramLog"."""
     nvrtc, size = _nvrtc(), ctypes.c_size_t()
@@ -117,6 +126,25 @@ def enter_context(device: torch.device) -> None:
         check(driver().cuDeviceGet(ctypes.byref(handle), device.index), "cuDeviceGet")
         check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), "cuDevicePrimaryCtxRetain")
         check(driver().cuCtxSetCurrent(context), "cuCtxSetCurrent")
+
+
+@functools.cache
+def is_usable(device: torch.device) -> bool:
+    """Return whether a CUDA device is a Hopper card, and there is all that kernels for it need."""
+    if torch.cuda.get_device_capability(device) != _CAPABILITY or torch.version.hip is not None:
+        return False
+    try:
+        Kernel(compile_source('extern "C" __global__ void nothing() {}').code, "nothing", 0, device)
+        return bool(driver().cuTensorMapEncodeTiled)
+    except (ErnieAccelError, OSError, AttributeError) as error:  # the last for a driver without that function
+        _log.warning("cuDNN and cuBLAS are used in place of the kernels for Hopper cards: %s", error)
+        return False
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a CUDA device has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class Kernel:

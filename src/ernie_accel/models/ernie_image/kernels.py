@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ernie_accel.core.undo import Undo
 from ernie_accel.kernels import ops
 from ernie_accel.kernels.linear import Fp8Rows
-from ernie_accel.kernels.low_rank import product_of, spare_columns, takes_fp8
+from ernie_accel.kernels.low_rank import gated, product_of, spare_columns, takes_fp8
 from ernie_accel.models import on_kernels
 from ernie_accel.models.ernie_image.blocks import BLOCKS, Modulation, RewrittenErnieBlock
 from ernie_accel.models.on_kernels import TOKENS_MULTIPLE_OF, KernelBlock
@@ -68,11 +68,7 @@ class KernelErnieBlock(KernelBlock, RewrittenErnieBlock):
             rows = Fp8Rows(values, scale)
         else:
             x_bsh, rows = ops.add_norm_modulate(*add)
-        gate_up_bs2f = gate_up(rows)
-        if takes_fp8(down):
-            rows = Fp8Rows(*ops.gelu_mul_fp8(gate_up_bs2f, spare_columns(down)))
-        else:
-            rows = ops.gelu_mul(gate_up_bs2f)
+        rows = gated(gate_up, rows, spare_columns(down), silu=False) if takes_fp8(down) else ops.gelu_mul(gate_up(rows))
         out_bsh: Tensor = ops.gated_add(x_bsh, down(rows), gate_mlp)
         return out_bsh
 

@@ -9,10 +9,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from ernie_accel.core.library_hooks import library_hooks
 from ernie_accel.kernels import ops
 from ernie_accel.kernels.linear import Fp8Rows
-from ernie_accel.kernels.low_rank import product_of, spare_columns, takes_fp8
+from ernie_accel.kernels.low_rank import gated, is_bare, product_of, spare_columns, takes_fp8
 from ernie_accel.models.next_dit.blocks import Modulation, RewrittenNextBlock
 from ernie_accel.models.next_dit.positions import real
 from ernie_accel.models.on_kernels import KernelBlock
@@ -63,7 +62,7 @@ class KernelNextBlock(KernelBlock, RewrittenNextBlock):
 
         None if something may have to happen between them: if not all are alike, or one has hooks.
         """
-        if not all(type(block) is type(self) and _is_bare(block) for block in blocks):
+        if not all(type(block) is type(self) and is_bare(block) for block in blocks):
             return None
         if rope.is_complex():
             rope = real(rope)
@@ -149,15 +148,5 @@ class KernelNextBlock(KernelBlock, RewrittenNextBlock):
             rows = Fp8Rows(*quantized)
         else:
             x_bsh, rows = ops.add_norm_scale(*add)
-        gate_up_bs2f = gate_up(rows)
-        if takes_fp8(down):
-            rows = Fp8Rows(*ops.silu_mul_fp8(gate_up_bs2f, spare_columns(down)))
-        else:
-            rows = ops.silu_mul(gate_up_bs2f)
+        rows = gated(gate_up, rows, spare_columns(down), silu=True) if takes_fp8(down) else ops.silu_mul(gate_up(rows))
         return x_bsh, down(rows)
-
-
-def _is_bare(block: nn.Module) -> bool:
-    """Return whether calling `block` is nothing more than its class's forward: no hooks, nothing compiled."""
-    hooked = block._forward_pre_hooks or block._forward_hooks or library_hooks(block)
-    return not hooked and "forward" not in vars(block) and block._compiled_call_impl is None
