@@ -26,7 +26,6 @@ from ernie_accel.kernels.sizes import ceil_div
 
 #: Rows and features of a tile, and bytes of each that lie together in shared memory.
 _ROWS, _FEATURES, _TERMS = 128, 256, 128
-_STEP = 32  # the same of what is beyond full blocks
 _PART = 64  # columns of the output that are written at once
 _STAGES = 3  # blocks of terms that shared memory holds
 _BARRIERS = 256  # bytes behind all others
@@ -52,7 +51,7 @@ def takes(x_mk: Tensor, weight_nk: Tensor, terms: int, *, gated: bool) -> bool:
     if not x_mk.is_cuda or x_mk.dtype != torch.float8_e4m3fn or not is_usable(x_mk.device):
         return False
     features = len(weight_nk)
-    if features % (16 if gated else 8) or terms % ALIGNED_TO or terms < _TERMS:
+    if features % (16 if gated else 8) or terms % ALIGNED_TO:
         return False
     if not is_as_tma_reads(x_mk) or not is_as_tma_reads(weight_nk):
         return False
@@ -95,7 +94,7 @@ def product(
         x_scale: float32 scale of each row, [M, 1].
         weight_nk: float8 weight.
         weight_scale: float32 scale of each feature, [1, N].
-        terms: Columns that count: a multiple of 16, at least 128.
+        terms: Columns that count: a multiple of 16.
         activation: Of the first half of the features, which gates the second: "silu", "gelu", or None.
     """
     (rows, _), features = x_mk.shape, len(weight_nk)
@@ -112,8 +111,6 @@ def product(
     arguments = (
         tensor_map(x[None, :, None], (_TERMS, 1, _ROWS, 1), _TERMS),
         tensor_map(weight, (_TERMS, 1, _FEATURES // halves, 1), _TERMS),
-        tensor_map(x[None, :, None], (_STEP, 1, _ROWS, 1), _STEP),
-        tensor_map(weight, (_STEP, 1, _FEATURES // halves, 1), _STEP),
         tensor_map(out[None, :, None], (_PART, 1, 64, 1), 2 * _PART),
         ctypes.c_void_p(x_scale.data_ptr()), ctypes.c_void_p(weight_scale.data_ptr()),
         *map(ctypes.c_int, (rows, columns, terms, row_tiles, feature_tiles)),
