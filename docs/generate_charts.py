@@ -30,18 +30,6 @@ BY_RUNG = {
         ),
         "ms_1024",
     ),
-    "z_image": (
-        "Z-Image-Turbo on an H200, ms per step at 1024x1024 px",
-        "z_image_h200_202611",
-        (
-            ("stock diffusers, bf16", "stock"),
-            ("with compile_repeated_blocks", "stock+compile"),
-            ("preset turbo-bf16", "turbo-bf16"),
-            ("torchao fp8, compiled", "torchao-fp8+compile"),
-            ("preset turbo-fp8", "turbo-fp8"),
-        ),
-        "ms_1024",
-    ),
     "parts": (
         "Beside the denoiser on an H200, ms",
         "parts_fused_h200_202611",
@@ -75,15 +63,29 @@ CAPS = (("stock, no cap", "fits_h200_202611", "stock"), *(
 ))  # fmt: skip
 
 
-#: NewBie-image was measured in two runs: (label, results, rung).
-NEWBIE = (
-    ("stock diffusers, bf16", "newbie_h200_202611", "stock"),
-    ("with compile_repeated_blocks", "newbie_h200_202611", "compiled-bf16"),
-    ("preset quality-bf16", "newbie_h200_202611", "quality-bf16"),
-    ("stock diffusers, bf16, in a later run", "newbie_fp8_h200_202611", "stock"),
-    ("torchao fp8, compiled, in a later run", "newbie_fp8_h200_202611", "compiled-fp8"),
-    ("preset quality-fp8, in a later run", "newbie_fp8_h200_202611", "quality-fp8"),
-)
+#: What was measured in several runs: title and bars, (label, results, rung) each.
+BY_RUNS = {
+    "z_image": (
+        "Z-Image-Turbo on an H200, ms per step at 1024x1024 px",
+        (
+            ("stock diffusers, bf16, in an earlier run", "z_image", "stock"),
+            ("with compile_repeated_blocks", "z_image_products", "stock+compile"),
+            ("preset turbo-bf16", "z_image_products", "turbo-bf16"),
+            ("torchao fp8, compiled", "z_image_products", "torchao-fp8+compile"),
+            ("preset turbo-fp8", "z_image_products", "turbo-fp8"),
+        ),
+    ),
+    "newbie": (
+        "NewBie-image with guidance on an H200, ms per step at 1024x1024 px",
+        (
+            ("stock diffusers, bf16", "newbie_products", "stock"),
+            ("with compile_repeated_blocks, in an earlier run", "newbie", "compiled-bf16"),
+            ("preset quality-bf16, in an earlier run", "newbie_norms", "quality-bf16"),
+            ("torchao fp8, compiled", "newbie_products", "compiled-fp8"),
+            ("preset quality-fp8", "newbie_products", "quality-fp8"),
+        ),
+    ),
+}
 #: A row of the table of samplers: its name, and the order that was measured.
 ORDER = re.compile(r"^\| `(\w+)` \|.*\| ([\d.]+)( \(weak\))? \|$", re.MULTILINE)
 #: A row of the table of diffusers' tests: a request, tests that pass on stock, with the request too, and lost ones.
@@ -98,7 +100,6 @@ def charts() -> dict[str, str]:
         "fits": _fits,
         "batch": _batch,
         "schemes": _schemes,
-        "newbie": _newbie,
         "lora": _lora,
         "orders": _orders,
         "diffusers_tests": _diffusers_tests,
@@ -106,17 +107,17 @@ def charts() -> dict[str, str]:
     return {
         f"{name}{ending}": text
         for ending, say in ((".svg", str), (".zh.svg", in_chinese))
-        for name, text in (*_by_rung(say), *((name, draw(say)) for name, draw in drawn.items()))
+        for name, text in (*_by_rung(say), *_by_runs(say), *((name, draw(say)) for name, draw in drawn.items()))
     }
 
 
-def _newbie(say: Say) -> str:
-    bars = []
-    for label, results, name in NEWBIE:
-        (rung,) = (rung for rung in _read(results)["rungs"] if rung["rung"] == name)
-        bars.append(Bar(label, (rung["ms_1024"],), f"{rung['ms_1024']:.1f} ms"))
-    title = "NewBie-image with guidance on an H200, ms per step at 1024x1024 px"
-    return bar_chart(title, bars, note="benchmarks/results/newbie_*h200_202611.json", say=say)
+def _by_runs(say: Say) -> Iterator[tuple[str, str]]:
+    for name, (title, shown) in BY_RUNS.items():
+        bars = []
+        for label, results, wanted in shown:
+            (rung,) = (rung for rung in _read(f"{results}_h200_202611")["rungs"] if rung["rung"] == wanted)
+            bars.append(Bar(label, (rung["ms_1024"],), f"{rung['ms_1024']:.1f} ms"))
+        yield name, bar_chart(title, bars, note=f"benchmarks/results/{name}*h200_202611.json", say=say)
 
 
 def _lora(say: Say) -> str:

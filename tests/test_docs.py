@@ -145,7 +145,7 @@ def test_no_page_compares_figures_without_a_picture(page):
 
 def test_the_words_of_chinese_charts_are_chinese():
     chinese = script("charts_zh").in_chinese
-    assert chinese("preset turbo-fp8, in a later run") == "预设 turbo-fp8，后来的一次运行"
+    assert chinese("preset turbo-fp8, in an earlier run") == "预设 turbo-fp8，先前的一次运行"
     assert chinese("17.7 GiB") == "17.7 GiB"
     with pytest.raises(SystemExit, match="has no Chinese for: a nicer picture"):
         chinese("a nicer picture")
@@ -205,11 +205,12 @@ def test_every_plan_in_the_docs_is_compared():
         ),
         (
             "Z-Image-Turbo",
-            "z_image/stock z_image_norms/stock+compile z_image_norms/torchao-fp8+compile z_image_norms/turbo-fp8",
+            "z_image/stock z_image_products/stock+compile z_image_products/torchao-fp8+compile "
+            "z_image_products/turbo-fp8",
         ),
         (
             "NewBie-image",
-            "newbie_norms/stock newbie/compiled-bf16 newbie/compiled-fp8 newbie_norms/quality-fp8",
+            "newbie_products/stock newbie/compiled-bf16 newbie_products/compiled-fp8 newbie_products/quality-fp8",
         ),
     ],
 )

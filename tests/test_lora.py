@@ -422,8 +422,11 @@ def test_the_product_is_that_of_its_definition(columns: int, strength: float) ->
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("strength", [0.0, 1.0, 3000.0])
 @pytest.mark.parametrize("room", [0, 64, 128])
-def test_a_gated_product_is_the_product_gated(strength: float, room: int, silu: bool) -> None:
+def test_a_gated_product_is_the_product_gated(
+    strength: float, room: int, silu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without adapters, with them in spare columns, and with adapters too large for these."""
+    monkeypatch.setattr(ops, "products_gate", lambda x: True)
     product, _ = product_of_two(32, strength)
     if strength == 0.0:
         for place in product.places:
@@ -441,7 +444,8 @@ def test_a_gated_product_is_the_product_gated(strength: float, room: int, silu: 
 
 
 @pytest.mark.parametrize("where", ["product", "within", "forward", "compiled"])
-def test_whoever_watches_a_product_sees_it_before_it_is_gated(where: str) -> None:
+def test_whoever_watches_a_product_sees_it_before_it_is_gated(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "products_gate", lambda x: True)
     product, _ = product_of_two(32)
     watched, calls = product.product if where == "within" else product, list[object]()
     given = watched.forward

@@ -4,7 +4,7 @@
     gpu.py         the Triton kernels of the blocks and their launches; imported at first use
     group_norm.py  the Triton kernels of the VAE's decoder
     decode.py      the Triton kernels of the prompt enhancer
-    hopper/        attention on Hopper cards, in CUDA C++
+    hopper/        attention and float8 products on Hopper cards, in CUDA C++
     cudnn_attention.py  attention by cuDNN, in bf16 and fp8; wide_attention.py  attention of heads too wide for flash
     kept_plans.py  the last plans of a library that plans for each shape
     linear.py      the layer with an fp8 weight

@@ -605,9 +605,10 @@ def spare_columns(layer: nn.Module) -> int:
 def gated(layer: nn.Module, rows: Tensor | Fp8Rows, spare: int, *, silu: bool) -> Fp8Rows:
     """Return what `layer` gives [..., N / 2], its second half gated by the first, in float8 with `spare` columns.
 
-    Together with a float8 product, unless somebody has to see the product: a hook, or an adapter that is added to it.
+    Where the product can do it, unless somebody has to see the product: a hook, or an adapter that is added to it.
     """
-    if isinstance(layer, (Fp8Linear, LowRankProduct)) and is_bare(layer):
+    values = rows.values if isinstance(rows, Fp8Rows) else rows
+    if isinstance(layer, (Fp8Linear, LowRankProduct)) and ops.products_gate(values) and is_bare(layer):
         found = layer.gated(rows, spare, silu=silu)
         if found is not None:
             return found

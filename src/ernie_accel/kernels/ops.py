@@ -21,6 +21,7 @@ from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.kernels import reference
 from ernie_accel.kernels.hopper import attention as hopper
 from ernie_accel.kernels.hopper import product as hopper_product
+from ernie_accel.kernels.hopper.compiling import is_usable
 
 FP8 = torch.float8_e4m3fn
 
@@ -503,6 +504,14 @@ def linear_fp8(x_bsk: Tensor, x_scale: Tensor, weight_nk: Tensor, weight_scale: 
     """
     x_2d, rows = x_bsk.float().flatten(0, -2) * x_scale, weight_nk.float() * weight_scale.view(-1, 1)
     return (x_2d @ rows.t()).to(torch.bfloat16).view(*x_bsk.shape[:-1], -1)
+
+
+def products_gate(x_bsk: Tensor) -> bool:
+    """Return whether `gated_linear_fp8` of such rows does without the product in memory, if its sizes allow it.
+
+    Elsewhere it is the two kernels that it stands for, which plans of memory should see. A compiler cannot ask.
+    """
+    return not torch.compiler.is_compiling() and x_bsk.is_cuda and is_usable(x_bsk.device)
 
 
 def _gated_linear_fp8(
