@@ -602,18 +602,16 @@ def spare_columns(layer: nn.Module) -> int:
     return layer.spare
 
 
-def gated(layer: nn.Module, rows: Tensor | Fp8Rows, spare: int, *, silu: bool) -> Fp8Rows:
+def gated(layer: nn.Module, rows: Tensor | Fp8Rows, spare: int, *, silu: bool) -> Fp8Rows | None:
     """Return what `layer` gives [..., N / 2], its second half gated by the first, in float8 with `spare` columns.
 
-    Where the product can do it, unless somebody has to see the product: a hook, or an adapter that is added to it.
+    None: the layer has to be called, and another kernel gates. That is so where the product cannot do it, and where
+    somebody has to see it: a hook, or an adapter that is added to it.
     """
     values = rows.values if isinstance(rows, Fp8Rows) else rows
-    if isinstance(layer, (Fp8Linear, LowRankProduct)) and ops.products_gate(values) and is_bare(layer):
-        found = layer.gated(rows, spare, silu=silu)
-        if found is not None:
-            return found
-    gate = ops.silu_mul_fp8 if silu else ops.gelu_mul_fp8
-    return Fp8Rows(*gate(layer(rows), spare))
+    if not isinstance(layer, (Fp8Linear, LowRankProduct)) or not ops.products_gate(values) or not is_bare(layer):
+        return None
+    return layer.gated(rows, spare, silu=silu)
 
 
 def is_bare(module: nn.Module) -> bool:
