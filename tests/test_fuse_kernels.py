@@ -40,6 +40,23 @@ def fused(pipe: Any, precision: str = "fp8", **kwargs: Any) -> Any:
     )
 
 
+def count_gated(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Have products gate within, as on a Hopper card; return a list that grows by whether each gates by SiLU."""
+    monkeypatch.setattr(ops, "gates_in_product", lambda x: True)
+    counted, given = list[bool](), ops.gated_linear_fp8
+    monkeypatch.setattr(ops, "gated_linear_fp8", lambda *a: (counted.append(a[4]), given(*a))[1])
+    return counted
+
+
+def test_gating_within_the_product_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = fused(tiny_ernie(dtype=torch.bfloat16, layers=3))
+    expected = latents(pipe)
+    counted = count_gated(monkeypatch)
+    assert torch.equal(latents(pipe), expected)
+    assert len(counted) > 0
+    assert not any(counted)
+
+
 @pytest.mark.parametrize("precision", ["fp8", "bf16"])
 @pytest.mark.parametrize(
     "call", [{}, {"prompt": ["a red circle on blue", "a"]}, {"guidance_scale": 4.0}], ids=["plain", "padded", "guided"]

@@ -16,7 +16,7 @@ from ernie_accel.kernels.linear import Fp8Linear
 from ernie_accel.models.graphed_forward import GraphedForward
 from ernie_accel.models.rewritten import kernels_of, rewritten_blocks
 from tests.pipelines import picture
-from tests.test_fuse_kernels import sqnr_db
+from tests.test_fuse_kernels import count_gated, sqnr_db
 from tests.test_graphs import Recorder
 from tests.test_rewrite_next_dit import CALLS, FAMILIES, LONG, latents, made, step
 
@@ -51,6 +51,16 @@ def test_pictures_keep_the_promised_floor(name: str, precision: str, context: Co
     assert sqnr_db(got, expected) > floor
     assert not torch.equal(got, expected)
     assert torch.equal(latents(ernie_accel.restore(pipe), **CALLS[call]), expected)
+
+
+@every_family
+def test_gating_within_the_product_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = fused(made(name, torch.bfloat16))
+    expected = latents(pipe, **CALLS["plain"])
+    counted = count_gated(monkeypatch)
+    assert torch.equal(latents(pipe, **CALLS["plain"]), expected)
+    assert len(counted) > 0
+    assert all(counted)
 
 
 @every_family

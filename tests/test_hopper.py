@@ -56,7 +56,7 @@ def test_every_product_compiles_without_spilling(activation: int) -> None:
     assert product.shared_bytes() <= 227 * 1024
 
 
-#: Features, terms, whether halves gate each other, and whether the kernel is the faster one for 4224 rows (H200).
+#: Features, terms, whether one half gates the other, and whether the kernel is the faster one for 4224 rows (H200).
 PRODUCTS = [
     (12288, 4096, False, True),  # ERNIE-Image
     (4096, 4096, False, True),
@@ -91,18 +91,48 @@ def test_leaving_out_columns_counts() -> None:
         (4104, 24576, 4104, 4104, True, False),
         (4096, 4104, 4096, 4096, False, True),
         (4096, 8200, 4096, 4096, True, False),  # halves of which no row is aligned
+        (112, 4096, 112, 112, False, False),  # not one full block
+        (4096, 4096, 4096, 4112, False, False),  # more terms than there are columns
     ],
 )
 def test_products_that_the_kernel_can_read(
-    columns: int, features: int, pitch: int, terms: int, gated: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
+    columns: int, features: int, pitch: int, terms: int, gated: bool, taken: bool, as_on_hopper: None
 ) -> None:
+    x, x_scale, weight, weight_scale = operands(columns, features, pitch)
+    assert product.takes(x, x_scale, weight, weight_scale, terms, gated=gated) == taken
+
+
+def test_products_that_the_kernel_would_read_as_something_else_are_left_to_torch(as_on_hopper: None) -> None:
+    """Which refuses them, or can."""
+    x, x_scale, weight, weight_scale = operands(4096, 4096, 4096)
+
+    def taken(**others: torch.Tensor) -> bool:
+        given = {"x_mk": x, "x_scale": x_scale, "weight_nk": weight, "weight_scale": weight_scale} | others
+        return product.takes(**given, terms=4096, gated=False)
+
+    assert taken()
+    assert not taken(x_scale=x_scale[:1])  # one for all rows
+    assert not taken(weight_scale=weight_scale[:, :1])
+    assert not taken(weight_scale=weight_scale.double())
+    assert not taken(x_scale=torch.empty(128, 1)[::2])
+    assert not taken(weight_scale=torch.empty(1, 4097)[:, 1:])  # two scales are read at once
+    assert not taken(weight_nk=weight.view(torch.float8_e5m2))
+    assert not taken(x_mk=x.view(torch.float8_e5m2))
+
+
+@pytest.fixture
+def as_on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "is_usable", lambda device: True)
     monkeypatch.setattr(product, "is_faster", lambda *sizes, gated: True)
     monkeypatch.setattr(product, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+
+
+def operands(columns: int, features: int, pitch: int) -> tuple[torch.Tensor, ...]:
+    """Return rows, their scales, a weight that is part of one with `pitch` columns, and its scales."""
     x = torch.empty(64, columns, dtype=torch.float8_e4m3fn)
     weight = torch.empty(features, pitch, dtype=torch.float8_e4m3fn)[:, :columns]
-    assert product.takes(x, weight, terms, gated=gated) == taken
+    return x, torch.empty(64, 1), weight, torch.empty(1, features)
 
 
 @with_nvrtc

@@ -426,7 +426,7 @@ def test_a_gated_product_is_the_product_gated(
     strength: float, room: int, silu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without adapters, with them in spare columns, and with adapters too large for these."""
-    monkeypatch.setattr(ops, "products_gate", lambda x: True)
+    monkeypatch.setattr(ops, "gates_in_product", lambda x: True)
     product, _ = product_of_two(32, strength)
     if strength == 0.0:
         for place in product.places:
@@ -455,9 +455,11 @@ def test_on_other_cards_a_product_is_called_and_gated_by_another_kernel() -> Non
     assert gated(product.product, rows, 0, silu=True) is None
 
 
-@pytest.mark.parametrize("where", ["product", "within", "forward", "compiled"])
-def test_a_product_that_somebody_watches_is_not_gated_within(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "products_gate", lambda x: True)
+@pytest.mark.parametrize("where", ["product", "within", "forward", "compiled", "everywhere"])
+def test_a_product_that_somebody_watches_is_not_gated_within(
+    where: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.setattr(ops, "gates_in_product", lambda x: True)
     product, _ = product_of_two(32)
     watched, calls = product.product if where == "within" else product, list[object]()
     given = watched.forward
@@ -470,6 +472,11 @@ def test_a_product_that_somebody_watches_is_not_gated_within(where: str, monkeyp
         watched.forward = counted  # type: ignore[method-assign,assignment]
     elif where == "compiled":
         watched._compiled_call_impl = counted  # type: ignore[assignment]
+    elif where == "everywhere":
+        hook = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, args, out: calls.append(out) if module is product else None
+        )
+        request.addfinalizer(hook.remove)
     else:
         watched.register_forward_hook(lambda module, args, out: calls.append(out))
     rows = Fp8Rows(*reference.quantize_rows(torch.randn(1, 2, 32).bfloat16()))

@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
 
 EPS = 1e-6
-SIZES = [(1, 5, 64), (2, 7, 96), (3, 1, 33), (2, 3, 1100), (1, 2, 100), (1, 2, 1)]
+SIZES = [(1, 5, 64), (2, 7, 96), (3, 1, 33), (2, 3, 1100), (1, 2, 1636), (1, 2, 100), (1, 2, 1)]
 SIZES += [(1, 300, 4096), (2, 130, 3840), (2, 130, 2304)] if DEVICE == "cuda" else []
 
 
@@ -674,7 +674,15 @@ def product_of(m: int, n: int, k: int) -> tuple[tuple[Tensor, Tensor, Tensor, Te
 @pytest.mark.parametrize("activation", [None, "silu", "gelu"])
 @pytest.mark.parametrize(
     ("m", "n", "k"),
-    [(1, 256, 144), (128, 512, 128), (300, 1280, 160), (77, 528, 4112), (4224, 3840, 3840), (8448, 2320, 2304)],
+    [
+        (1, 256, 144),
+        (128, 512, 128),
+        (300, 1280, 160),
+        (77, 528, 4112),
+        (4224, 3840, 3840),
+        (8448, 2320, 2304),
+        (4224, 3840, 3888),  # several tiles for each thread block, and a rest
+    ],
 )
 def test_hoppers_product(m: int, n: int, k: int, activation: str | None) -> None:
     """Tiles that are full and that are not, of rows, features and terms; each often enough to find a race."""
@@ -710,7 +718,8 @@ def test_hoppers_product_by_the_operators(monkeypatch: pytest.MonkeyPatch) -> No
     from ernie_accel.kernels import ops
 
     operands, _ = product_of(4224, 4096, 2048)
-    assert product.takes(operands[0], operands[2], 2048, gated=False)
+    assert product.takes(*operands, 2048, gated=False)
+    assert product.takes(*operands, 2048, gated=True)
     calls = [lambda: (ops.linear_fp8(*operands),)]
     calls += [lambda silu=silu, spare=spare: ops.gated_linear_fp8(*operands, silu, spare) for silu, spare in CHOICES]
     got = [call() for call in calls]

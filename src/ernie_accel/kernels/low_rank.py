@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks_of_all
 
 from ernie_accel.core.captured import comes_and_goes, version_of
 from ernie_accel.core.errors import ErnieAccelError
@@ -22,8 +23,8 @@ from ernie_accel.kernels.spare_terms import KEPT_PART_OF_WEIGHT, KeptTerms, Spar
 
 #: Ranks are padded with zeros to a multiple of this, as products want them.
 RANK_MULTIPLE_OF = 16
-#: Spare columns of float8 rows and weights are padded to a multiple of this: a product reads 128 columns at a time
-#: anyway, and rows that start with lines of memory are read in fewer of them.
+#: Spare columns of float8 rows and weights are padded to a multiple of this: cuBLAS reads 128 columns at a time anyway,
+#: and rows that start with lines of memory are read in fewer of them.
 SPARE_MULTIPLE_OF = 128
 _UPDATING = threading.Lock()
 
@@ -129,12 +130,11 @@ class LowRankProduct(nn.Module):
     def gated(self, x: Tensor | Fp8Rows, spare: int, *, silu: bool) -> Fp8Rows | None:
         """Return the second half of its result [..., N / 2], gated by the first: see `ops.gated_linear_fp8`.
 
-        None: a LoRA is added to the result, so it has to be there.
+        None: the result has to be there, because a LoRA is added to it or a hook sees it, or is not float8's.
         """
-        if not torch.compiler.is_compiling():
-            self.update()
+        self.update()
         product = self.product
-        if not isinstance(product, Fp8Linear) or not self._is_bare or (self.wide is None and self.down is not None):
+        if type(product) is not Fp8Linear or not self._is_bare or (self.wide is None and self.down is not None):
             return None
         if self.wide is None:
             return product.gated(self._without_spare(x), spare, silu=silu)
@@ -150,7 +150,7 @@ class LowRankProduct(nn.Module):
 
     @property
     def _wide_weight(self) -> tuple[Tensor, Tensor, int]:
-        """The weight with spare columns, the scales of its features, and how many columns have something."""
+        """The weight with spare columns, the scales of its features, and how many of its columns are in use."""
         product = cast(Fp8Linear, self.product)
         wide, down = cast(Tensor, self.wide), cast(Tensor, self.down)
         return wide, product.weight_scale, product.in_features + len(down)
@@ -609,7 +609,7 @@ def gated(layer: nn.Module, rows: Tensor | Fp8Rows, spare: int, *, silu: bool) -
     somebody has to see it: a hook, or an adapter that is added to it.
     """
     values = rows.values if isinstance(rows, Fp8Rows) else rows
-    if not isinstance(layer, (Fp8Linear, LowRankProduct)) or not ops.products_gate(values) or not is_bare(layer):
+    if not isinstance(layer, (Fp8Linear, LowRankProduct)) or not ops.gates_in_product(values) or not is_bare(layer):
         return None
     return layer.gated(rows, spare, silu=silu)
 
@@ -617,6 +617,7 @@ def gated(layer: nn.Module, rows: Tensor | Fp8Rows, spare: int, *, silu: bool) -
 def is_bare(module: nn.Module) -> bool:
     """Return whether calling `module` is nothing more than its class's forward: no hooks, nothing compiled."""
     hooked = module._forward_pre_hooks or module._forward_hooks or library_hooks(module) is not NO_HOOKS
+    hooked = hooked or hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks
     return not hooked and "forward" not in vars(module) and module._compiled_call_impl is None
 
 

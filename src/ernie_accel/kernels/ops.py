@@ -478,7 +478,7 @@ def affine(x_bchw: Tensor, affine_b2c: Tensor, silu: bool) -> Tensor:
 
 def _linear_fp8(x_bsk: Tensor, x_scale: Tensor, weight_nk: Tensor, weight_scale: Tensor, terms: int = 0) -> Tensor:
     x_mk, terms = x_bsk.flatten(0, -2), terms or x_bsk.shape[-1]
-    if hopper_product.takes(x_mk, weight_nk, terms, gated=False):
+    if hopper_product.takes(x_mk, x_scale, weight_nk, weight_scale, terms, gated=False):
         out = hopper_product.product(x_mk, x_scale, weight_nk, weight_scale, terms)
     else:
         out = torch._scaled_mm(
@@ -506,10 +506,11 @@ def linear_fp8(x_bsk: Tensor, x_scale: Tensor, weight_nk: Tensor, weight_scale: 
     return (x_2d @ rows.t()).to(torch.bfloat16).view(*x_bsk.shape[:-1], -1)
 
 
-def products_gate(x_bsk: Tensor) -> bool:
+def gates_in_product(x_bsk: Tensor) -> bool:
     """Return whether `gated_linear_fp8` of such rows does without the product in memory, if its sizes allow it.
 
-    Elsewhere it is the two kernels that it stands for, which plans of memory should see. A compiler cannot ask.
+    Elsewhere two kernels do it, with the product in memory between them, which plans have to count. A compiler cannot
+    ask.
     """
     return not torch.compiler.is_compiling() and x_bsk.is_cuda and is_usable(x_bsk.device)
 
@@ -524,7 +525,7 @@ def _gated_linear_fp8(
     terms: int = 0,
 ) -> tuple[Tensor, Tensor]:
     x_mk, columns = x_bsk.flatten(0, -2), terms or x_bsk.shape[-1]
-    if not hopper_product.takes(x_mk, weight_nk, columns, gated=True):
+    if not hopper_product.takes(x_mk, x_scale, weight_nk, weight_scale, columns, gated=True):
         gate_up_bs2f, gpu = _linear_fp8(x_bsk, x_scale, weight_nk, weight_scale, terms), _gpu()
         gated: tuple[Tensor, Tensor] = (gpu.silu_mul if silu else gpu.gelu_mul)(gate_up_bs2f, True, spare)
         return gated

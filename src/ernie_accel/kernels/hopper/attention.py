@@ -20,7 +20,7 @@ from ernie_accel.kernels.hopper.compiling import (
     enter_context,
     is_usable,
     multiprocessors,
-    texts,
+    sources,
 )
 from ernie_accel.kernels.hopper.instructions import from_registers, from_shared_memory
 from ernie_accel.kernels.hopper.tensor_maps import ALIGNED_TO, MAP_TYPES, as_tma_reads, tensor_map
@@ -246,4 +246,4 @@ def source_of(tiling: Tiling, size: int, dtype: torch.dtype) -> str:
         from_shared_memory("multiply_scores", tiling.keys, dtype),
         from_registers("multiply_values", size + 8 if is_fp8 else size, dtype),
     )
-    return "\n".join((*defined, *instructions, *texts("shared.cu", "attention.cu")))
+    return "\n".join((*defined, *instructions, *sources("shared.cu", "attention.cu")))

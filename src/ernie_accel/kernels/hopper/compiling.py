@@ -103,7 +103,7 @@ def compile_source(source: str) -> Compiled:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def texts(*names: str) -> Iterator[str]:
+def sources(*names: str) -> Iterator[str]:
     """Yield the texts of files in this folder."""
     for name in names:
         yield Path(__file__).with_name(name).read_text(encoding="utf-8")

@@ -1,24 +1,24 @@
 // A product of quantized rows and a quantized weight on the tensor cores of Hopper cards, in float8 with one scale for
-// each row of either, bfloat16 out. With ACTIVATION, of two halves of the output features one gates the other, and only
-// what comes of it is written.
+// each row of either, bfloat16 out. With ACTIVATION, the first half of the output features gates the second, and only
+// the gated half is written.
 //
 // A thread block works on one tile of the output after the other. A producer, one thread of the last warpgroup (128
 // threads), has TMA bring tiles of both factors into shared memory; the other two warpgroups, the consumers, multiply
 // them, each 64 rows by 256 features, and leave the result there, so that they can go on at once. With ACTIVATION three
-// warps beside the producer, the writers, make of it what TMA then writes.
+// warps beside the producer, the writers, gate it for TMA to write.
 //
-// `product.py` puts in front STAGES, ACTIVATION, the instruction wgmma as a function, and `shared.cu`.
+// `product.py` puts in front the sizes of a tile (ROWS, FEATURES, TERMS, PART), STAGES, ACTIVATION, the instruction
+// wgmma as a function, and `shared.cu`.
 
-constexpr int ROWS = 128, FEATURES = 256, TERMS = 128;  // of a tile; a row of TERMS bytes is as wide as a swizzle
 constexpr int X_BYTES = ROWS * TERMS, W_BYTES = FEATURES * TERMS, STAGE = X_BYTES + W_BYTES;
 constexpr int OUTPUTS = ACTIVATION ? FEATURES / 2 : FEATURES;  // columns of the output that a tile makes
 constexpr int CONSUMERS = ROWS / 64;
 #if ACTIVATION
 constexpr int WRITERS = 96;
 #endif
-// Results of a consumer lie in parts of 64 features, whose rows are as wide as a swizzle, too.
-constexpr int PART = 64, PART_BYTES = 64 * PART * 2, RESULT_BYTES = FEATURES / PART * PART_BYTES;
-static_assert(CONSUMERS == 2, "named barriers");
+// Results of a consumer lie in parts of PART features.
+constexpr int PART_BYTES = 64 * PART * 2, RESULT_BYTES = FEATURES / PART * PART_BYTES;
+static_assert(CONSUMERS == 2 && TERMS == 128 && PART == 64 && OUTPUTS % PART == 0, "named barriers, swizzles, parts");
 
 __device__ __forceinline__ void store_tile(const TensorMap* map, u32 from, int column, int row) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];"

@@ -1,7 +1,7 @@
 """Products in float8 for Hopper cards, with one scale for each row and each feature; see ``product.cu``.
 
-Beside cuBLAS they can have two halves of their output features gate each other before anything is written, and leave
-out columns that are only room; and their larger tiles take less time and power where they fill the card.
+Unlike cuBLAS' they can gate one half of their output features by the other before anything is written, and leave out
+unused spare columns. Their larger tiles take less time and power where they fill the card.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from ernie_accel.kernels.hopper.compiling import (
     enter_context,
     is_usable,
     multiprocessors,
-    texts,
+    sources,
 )
 from ernie_accel.kernels.hopper.instructions import from_shared_memory
 from ernie_accel.kernels.hopper.tensor_maps import ALIGNED_TO, is_as_tma_reads, tensor_map
 from ernie_accel.kernels.sizes import ceil_div
 
-#: Rows and features of a tile, and bytes of each that lie together in shared memory.
+#: Rows and features of a tile, and bytes of each that lie together in shared memory: as wide as a swizzle.
 _ROWS, _FEATURES, _TERMS = 128, 256, 128
-_PART = 64  # columns of the output that are written at once
+_PART = 64  # columns of the output that are written at once: as wide as a swizzle, too
 _STAGES = 3  # blocks of terms that shared memory holds
 _BARRIERS = 256  # bytes behind all others
 _THREADS = 384
-#: cuBLAS' time for a product, and for one whose result another kernel gates, over this one's for as many full tiles:
-#: on an H200, sustained, 1.03 to 1.06, and 1.02 to 1.06 (NewBie-image, Z-Image, ERNIE-Image).
+#: cuBLAS' time relative to this kernel's, with full tiles, and together with the kernel that gates its result: on an
+#: H200 at its power limit 1.03 to 1.06, and 1.02 to 1.06 (NewBie-image, Z-Image, ERNIE-Image), in single experiments.
 _THEIR_COST, _THEIR_COST_GATED = 1.04, 1.05
 _THEIR_TILE = 128
 #: Below so many tiles for each multiprocessor, cuBLAS has smaller ones.
@@ -39,23 +39,33 @@ _FEWEST_TILES = 2
 _ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2}
 
 
-def takes(x_mk: Tensor, weight_nk: Tensor, terms: int, *, gated: bool) -> bool:
+def takes(x_mk: Tensor, x_scale: Tensor, weight_nk: Tensor, weight_scale: Tensor, terms: int, *, gated: bool) -> bool:
     """Return whether there is a kernel for such operands that is faster than cuBLAS.
 
     Args:
         x_mk: Rows [M, K].
+        x_scale: Their scales, [M, 1].
         weight_nk: Weight [N, K].
+        weight_scale: The scales of its features, [1, N].
         terms: How many of the K columns count.
-        gated: Whether two halves of the features gate each other.
+        gated: Whether the first half of the features gates the second.
     """
-    if not x_mk.is_cuda or x_mk.dtype != torch.float8_e4m3fn or not is_usable(x_mk.device):
+    operands, scales, device = (x_mk, weight_nk), (x_scale, weight_scale), x_mk.device
+    if not x_mk.is_cuda or any(x.dtype != torch.float8_e4m3fn or x.device != device for x in operands):
         return False
-    features = len(weight_nk)
+    if any(x.dtype != torch.float32 or x.device != device or not x.is_contiguous() for x in scales):
+        return False
+    rows, features = len(x_mk), len(weight_nk)
+    # Two adjacent scales of features are read at once.
+    if (x_scale.numel(), weight_scale.numel()) != (rows, features) or weight_scale.data_ptr() % 8:
+        return False
     if features % (16 if gated else 8) or terms % ALIGNED_TO:
         return False
-    if not is_as_tma_reads(x_mk) or not is_as_tma_reads(weight_nk):
+    if not _TERMS <= terms <= min(x_mk.shape[1], weight_nk.shape[1]):
         return False
-    return is_faster(len(x_mk), features, terms, x_mk.shape[1], multiprocessors(x_mk.device), gated=gated)
+    if not is_usable(device) or not all(map(is_as_tma_reads, operands)):
+        return False
+    return is_faster(rows, features, terms, x_mk.shape[1], multiprocessors(device), gated=gated)
 
 
 def is_faster(rows: int, features: int, terms: int, columns: int, processors: int, *, gated: bool) -> bool:
@@ -69,7 +79,7 @@ def is_faster(rows: int, features: int, terms: int, columns: int, processors: in
         terms: Columns that count.
         columns: All columns, K.
         processors: Multiprocessors.
-        gated: Whether two halves of the features gate each other.
+        gated: Whether the first half of the features gates the second.
     """
     row_tiles = ceil_div(rows, _ROWS)
     tiles = row_tiles * ceil_div(features, _FEATURES)
@@ -89,12 +99,14 @@ def product(
 ) -> Tensor:
     """Return the product in bfloat16, [M, N], or [M, N / 2] where one half of the features gates the other.
 
+    Operands are those that `takes` accepts, whichever is faster.
+
     Args:
         x_mk: float8 rows.
         x_scale: float32 scale of each row, [M, 1].
         weight_nk: float8 weight.
         weight_scale: float32 scale of each feature, [1, N].
-        terms: Columns that count: a multiple of 16.
+        terms: Columns that count: a multiple of 16, at least 128.
         activation: Of the first half of the features, which gates the second: "silu", "gelu", or None.
     """
     (rows, _), features = x_mk.shape, len(weight_nk)
@@ -103,7 +115,6 @@ def product(
     if not rows:
         return out
     enter_context(x_mk.device)
-    x_scale, weight_scale = x_scale.contiguous(), weight_scale.contiguous()
     row_tiles, feature_tiles = ceil_div(rows, _ROWS), ceil_div(features, _FEATURES)
     halves = 2 if activation else 1
     pitch = weight_nk.stride(0)
@@ -132,7 +143,8 @@ def _kernel(activation: int, device: torch.device) -> Kernel:
 
 def source_of(activation: int) -> str:
     """Return the kernel's source, in CUDA C++; the activation is 0 for none, 1 for SiLU, 2 for GELU."""
-    constants = {"STAGES": _STAGES, "ACTIVATION": activation, "FLOAT8": 0, "FLOAT16": 0}
+    tile = {"ROWS": _ROWS, "FEATURES": _FEATURES, "TERMS": _TERMS, "PART": _PART, "STAGES": _STAGES}
+    constants = {**tile, "ACTIVATION": activation, "FLOAT8": 0, "FLOAT16": 0}
     defined = (f"#define {name} {value}" for name, value in constants.items())
     multiply = from_shared_memory("multiply", _FEATURES, torch.float8_e4m3fn)
-    return "\n".join((*defined, multiply, *texts("shared.cu", "product.cu")))
+    return "\n".join((*defined, multiply, *sources("shared.cu", "product.cu")))

@@ -68,16 +68,15 @@ class KernelErnieBlock(KernelBlock, RewrittenErnieBlock):
             rows = Fp8Rows(values, scale)
         else:
             x_bsh, rows = ops.add_norm_modulate(*add)
-        together = gated(gate_up, rows, spare_columns(down), silu=False) if takes_fp8(down) else None
-        if together is not None:
-            rows = together
-        else:
+        spare = spare_columns(down)
+        gated_rows = gated(gate_up, rows, spare, silu=False) if takes_fp8(down) else None
+        if gated_rows is None:
             gate_up_bs2f = gate_up(rows)
             if takes_fp8(down):
-                rows = Fp8Rows(*ops.gelu_mul_fp8(gate_up_bs2f, spare_columns(down)))
+                gated_rows = Fp8Rows(*ops.gelu_mul_fp8(gate_up_bs2f, spare))
             else:
-                rows = ops.gelu_mul(gate_up_bs2f)
-        out_bsh: Tensor = ops.gated_add(x_bsh, down(rows), gate_mlp)
+                gated_rows = ops.gelu_mul(gate_up_bs2f)
+        out_bsh: Tensor = ops.gated_add(x_bsh, down(gated_rows), gate_mlp)
         return out_bsh
 
 

@@ -148,12 +148,12 @@ class KernelNextBlock(KernelBlock, RewrittenNextBlock):
             rows = Fp8Rows(*quantized)
         else:
             x_bsh, rows = ops.add_norm_scale(*add)
-        together = gated(gate_up, rows, spare_columns(down), silu=True) if takes_fp8(down) else None
-        if together is not None:
-            return x_bsh, down(together)
-        gate_up_bs2f = gate_up(rows)
-        if takes_fp8(down):
-            rows = Fp8Rows(*ops.silu_mul_fp8(gate_up_bs2f, spare_columns(down)))
-        else:
-            rows = ops.silu_mul(gate_up_bs2f)
-        return x_bsh, down(rows)
+        spare = spare_columns(down)
+        gated_rows = gated(gate_up, rows, spare, silu=True) if takes_fp8(down) else None
+        if gated_rows is None:
+            gate_up_bs2f = gate_up(rows)
+            if takes_fp8(down):
+                gated_rows = Fp8Rows(*ops.silu_mul_fp8(gate_up_bs2f, spare))
+            else:
+                gated_rows = ops.silu_mul(gate_up_bs2f)
+        return x_bsh, down(gated_rows)
