@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 import ernie_accel
 from ernie_accel.families import UNKNOWN, families, family_of
+from ernie_accel.models.rewritten import rewritten_model
 from ernie_accel.samplers.solvers import SCHEDULERS
 from tests.examples import EXAMPLES, differences, snapshot
 from tests.pipelines import PIPELINES, picture, tiny_lumina2
@@ -32,6 +34,34 @@ def test_a_renamed_transformer_is_known_by_its_shape(monkeypatch):
     assert family_of(pipe).name == "NewBie-image"
     pipe.transformer.config = {**pipe.transformer.config, "pooled_projection_dim": None}
     assert family_of(pipe) is UNKNOWN
+
+
+def test_the_authors_code_is_known_by_its_layers():
+    """It is a plain module, without a config."""
+    pipe = PIPELINES["newbie"]()
+    del pipe.transformer.config
+    assert family_of(pipe) is UNKNOWN
+    pipe.transformer.clip_text_pooled_proj = torch.nn.Linear(2, 2)
+    pipe.transformer.time_text_embed = torch.nn.Linear(2, 2)
+    assert family_of(pipe).name == "NewBie-image"
+    assert family_of(pipe).rewritten is None  # these are Lumina 2's blocks by its names
+
+
+@pytest.mark.parametrize("name", ["ernie", "z_image", "lumina2"])
+def test_a_forward_with_arguments_that_are_not_known_stays_as_it_is(name, monkeypatch):
+    """As diffusers' pull request 12803 has it for NewBie-image: the rewritten forward would not take them."""
+    pipe = PIPELINES[name]()
+    expected, stock = picture(pipe), type(pipe.transformer).forward
+
+    def forward(self, *args, **kwargs):
+        return stock(self, *args, **kwargs)
+
+    known, more = inspect.signature(stock), inspect.Parameter("pooled_projections", inspect.Parameter.KEYWORD_ONLY)
+    forward.__signature__ = known.replace(parameters=[*known.parameters.values(), more])
+    monkeypatch.setattr(type(pipe.transformer), "forward", forward)
+    ernie_accel.optimize(pipe, ernie_accel.RewriteBlocks())
+    assert rewritten_model(pipe) is None
+    assert torch.equal(picture(pipe), expected)
 
 
 def test_the_pooled_embedding_is_really_used():

@@ -426,6 +426,18 @@ def test_without_lengths_all_keys_count(attends: str, s: int) -> None:
     assert (got - expected).norm() < 0.06 * expected.norm()
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="the twin attends there")
+@pytest.mark.parametrize("lengths", [None, [7, 3]])
+def test_attention_in_float32(lengths: list[int] | None) -> None:
+    """No kernel takes it; `CheckFinite` repeats a picture in it."""
+    from ernie_accel.kernels import ops
+
+    q, k, v = (rand(2, 7, 4, 128, seed=seed).float() for seed in range(3))
+    counts = None if lengths is None else torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    expected = reference.attention(q.cpu(), k.cpu(), v.cpu(), None if counts is None else counts.cpu())
+    torch.testing.assert_close(ops.attention(q, k, v, counts).cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
 TILINGS = [(size, element, tiling) for (size, element), tilings in hopper.TILINGS.items() for tiling in tilings]
 
 

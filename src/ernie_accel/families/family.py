@@ -132,17 +132,19 @@ class Shape:
     Attributes:
         modules: Names of child modules, all of which it has.
         config: Names of settings, all of which its config has, and not as None.
+        others: Shapes that it may have instead, as other code writes the same architecture.
     """
 
     modules: tuple[str, ...]
-    config: tuple[str, ...]
+    config: tuple[str, ...] = ()
+    others: tuple[Shape, ...] = ()
 
     def fits(self, transformer: object) -> bool:
-        """Return whether `transformer` has all of these."""
+        """Return whether `transformer` has all of these, or all of one of the others."""
         config = getattr(transformer, "config", None) or {}
-        return all(hasattr(transformer, name) for name in self.modules) and all(
-            _setting(config, name) is not None for name in self.config
-        )
+        named = all(hasattr(transformer, name) for name in self.modules)
+        is_set = all(_setting(config, name) is not None for name in self.config)
+        return (named and is_set) or any(other.fits(transformer) for other in self.others)
 
 
 def _setting(config: object, name: str) -> object:

@@ -13,12 +13,19 @@ from ernie_accel.families.family import (
     SingleFileNames,
 )
 
+_REFINERS = ("context_refiner", "noise_refiner")
+
 NEWBIE = Family(
     name="NewBie-image",
     transformer_classes=("Lumina2Transformer2DModel",),
     # Its pooled CLIP text embedding is what NewBie adds to Lumina 2: `pooled_projection_dim` in diffusers' open pull
-    # request 12803. Z-Image has the refiners too, and FLUX the setting; only this architecture has both.
-    shape=Shape(modules=("context_refiner", "noise_refiner", "layers"), config=("pooled_projection_dim",)),
+    # request 12803, layers of its own in the authors' code, which has no config. Z-Image has the refiners too, FLUX
+    # has the setting; only this architecture has both.
+    shape=Shape(
+        modules=(*_REFINERS, "layers"),
+        config=("pooled_projection_dim",),
+        others=(Shape(modules=(*_REFINERS, "layers", "clip_text_pooled_proj", "time_text_embed")),),
+    ),
     modes=MappingProxyType({"quality": CallSettings(28, None, "the authors' guides name 20 to 28 steps")}),
     schedulers=("unipc", "dpmpp_2m_sde"),
     size_multiple=16,

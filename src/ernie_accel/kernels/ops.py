@@ -90,8 +90,12 @@ def _gpu() -> ModuleType:
 
 
 def _attention(q: Tensor) -> ModuleType:
-    """Return what attends with such queries on CUDA."""
-    return hopper if hopper.takes(q) else importlib.import_module("ernie_accel.kernels.cudnn_attention")
+    """Return what attends with such queries on CUDA; in float32, as after an overflow, torch does."""
+    if hopper.takes(q):
+        return hopper
+    if q.dtype not in (torch.float16, torch.bfloat16, FP8):
+        return reference
+    return importlib.import_module("ernie_accel.kernels.cudnn_attention")
 
 
 def _group_norm() -> ModuleType:

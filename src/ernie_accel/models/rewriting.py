@@ -278,6 +278,12 @@ def blocks_of(transformer: nn.Module, lists: tuple[str, ...]) -> Iterator[tuple[
             yield f"{name}.{i}", blocks, i, block
 
 
+def takes_all_of(rewritten: Callable[..., object], stock: Callable[..., object]) -> bool:
+    """Return whether a rewritten forward takes all arguments of the stock one; other versions of it may take more."""
+    known, asked = (inspect.signature(each).parameters.keys() for each in (rewritten, stock))
+    return asked <= known
+
+
 def unsupported_reasons(
     transformer: nn.Module, lists: tuple[str, ...], attention: str, processors: tuple[type, ...]
 ) -> list[str]:

@@ -242,8 +242,8 @@ def serves(arguments: Mapping[str, object]) -> bool:
 
 
 def fits(transformer: nn.Module) -> bool:
-    """Return whether this is the implementation that is rewritten."""
-    return True
+    """Return whether this is the implementation that is rewritten, as far as its arguments tell."""
+    return rewriting.takes_all_of(forward, type(transformer).forward)
 
 
 def is_rewritten(transformer: nn.Module) -> bool:

@@ -39,8 +39,9 @@ class NextRewriting:
         return (f"{names.attention}.{rewriting.SelfAttention.fused_name}", f"{names.feed_forward}.{fused}")
 
     def fits(self, transformer: nn.Module) -> bool:
-        """Return whether this is the implementation that is rewritten: its forward is diffusers' own."""
-        return type(transformer).forward is self.transformer.forward
+        """Return whether this is the implementation that is rewritten: its forward is diffusers' own, as known here."""
+        stock = type(transformer).forward
+        return stock is self.transformer.forward and rewriting.takes_all_of(self.forward.function, stock)
 
     def is_rewritten(self, transformer: nn.Module) -> bool:
         """Return whether `rewrite` has been here."""
