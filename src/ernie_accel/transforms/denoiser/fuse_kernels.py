@@ -47,8 +47,8 @@ class FuseKernels(Transform):
     """Run rewritten blocks on fused kernels, and store and multiply their linear layers in fp8.
 
     Norm, modulation, residual, RoPE, GELU or SiLU and the fp8 conversion of activations (one scale per row) take six or
-    seven launches per block; the products run on the fp8 tensor cores. On Hopper cards those that gate the feed-forward
-    do so before they write anything, by a kernel of this library. Nothing is compiled by ``torch.compile``, so the
+    seven launches per block; the products run on the fp8 tensor cores. On Hopper cards the product of gate and up gates
+    its result before writing it, by a kernel of this library. Nothing is compiled by ``torch.compile``, so the
     first picture takes only seconds. It replaces ``Quantize("fp8")``, and needs `RewriteBlocks`.
 
     With the extra "cudnn" and capability 9.0 or higher, attention skips padding by the lengths of prompts, without a
