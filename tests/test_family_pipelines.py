@@ -15,9 +15,12 @@ from PIL import Image
 import ernie_accel
 from ernie_accel import Context
 from ernie_accel.core.transform import ROUNDING_REL
+from ernie_accel.kernels.linear import Fp8Linear
 from tests.pipelines import picture, randomize, tiny_lumina2, tiny_newbie, tiny_z_image
+from tests.test_fuse_kernels import sqnr_db
 
 H200 = Context("cuda", "NVIDIA H200", (9, 0))
+WITH_CUDNN = Context("cuda", "NVIDIA H200", (9, 0), versions={"triton": "3.6", "cudnn": "1.32"})
 
 
 def z_image_of(cls: str, **more: Any) -> Any:
@@ -129,3 +132,17 @@ def test_a_preset_draws_what_stock_draws(name: str, preset: str) -> None:
         assert torch.equal(got, expected)
     assert (got - expected).norm() <= ROUNDING_REL[str(dtype).removeprefix("torch.")] * expected.norm()
     assert torch.equal(latents(ernie_accel.restore(pipe), call), before)
+
+
+@pytest.mark.parametrize("name", [name for name in PIPES if name != "NewBie-image"])
+def test_fp8_on_the_kernels_keeps_its_floor(name: str) -> None:
+    """By the kernels' twins; the guided ones draw both halves."""
+    make, call = PIPES[name]
+    pipe = in_dtype(make(), torch.bfloat16)
+    expected, fuse = latents(pipe, call), ernie_accel.FuseKernels("fp8")
+    ernie_accel.optimize(pipe, ernie_accel.RewriteBlocks(), fuse, context=WITH_CUDNN)
+    assert any(isinstance(part, Fp8Linear) for part in pipe.transformer.modules())
+    got = latents(pipe, call)
+    assert fuse.floor_db is not None
+    assert sqnr_db(got, expected) > fuse.floor_db
+    assert torch.equal(latents(ernie_accel.restore(pipe), call), expected)
