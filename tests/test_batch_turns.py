@@ -67,6 +67,19 @@ def test_ctrl_c_under_a_timeout_leaves_nobody_in_the_pipe():
     assert picture.tobytes() == picture_of(Request(prompt="a cup", seed=1)).tobytes()
 
 
+def test_ctrl_c_while_the_thread_starts_leaves_nobody_in_the_pipe_either(monkeypatch):
+    pipe, start = OneAtATime(steps=10_000), threading.Thread.start
+
+    def interrupted(thread):
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        LocalEngine(pipe).render([Request(prompt="a cup", seed=1)], 30.0)
+    assert pipe.inside == 0
+
+
 def test_a_pipe_that_hangs_is_nobodys_turn_any_more():
     release = threading.Event()
 

@@ -233,8 +233,9 @@ class LocalEngine(Engine):
         future: Future[_T] = Future()
         # A daemon, so that a step which never ends does not keep the program from ending.
         arguments = (future, work, expired, self._turn)
-        threading.Thread(target=_fulfil, args=arguments, daemon=True).start()
+        thread = threading.Thread(target=_fulfil, args=arguments, daemon=True)
         try:
+            thread.start()  # it waits until the thread runs, and Ctrl-C may come then
             return future.result(timeout_s)
         except FutureTimeoutError:
             if future.done():  # the pipe itself raised a TimeoutError

@@ -70,13 +70,12 @@ class KernelErnieBlock(KernelBlock, RewrittenErnieBlock):
             x_bsh, rows = ops.add_norm_modulate(*add)
         spare = spare_columns(down)
         gated_rows = gated(gate_up, rows, spare, silu=False) if takes_fp8(down) else None
-        if gated_rows is None:
+        if gated_rows is not None:
+            rows = gated_rows
+        else:
             gate_up_bs2f = gate_up(rows)
-            if takes_fp8(down):
-                gated_rows = Fp8Rows(*ops.gelu_mul_fp8(gate_up_bs2f, spare))
-            else:
-                gated_rows = ops.gelu_mul(gate_up_bs2f)
-        out_bsh: Tensor = ops.gated_add(x_bsh, down(gated_rows), gate_mlp)
+            rows = Fp8Rows(*ops.gelu_mul_fp8(gate_up_bs2f, spare)) if takes_fp8(down) else ops.gelu_mul(gate_up_bs2f)
+        out_bsh: Tensor = ops.gated_add(x_bsh, down(rows), gate_mlp)
         return out_bsh
 
 

@@ -150,10 +150,9 @@ class KernelNextBlock(KernelBlock, RewrittenNextBlock):
             x_bsh, rows = ops.add_norm_scale(*add)
         spare = spare_columns(down)
         gated_rows = gated(gate_up, rows, spare, silu=True) if takes_fp8(down) else None
-        if gated_rows is None:
+        if gated_rows is not None:
+            rows = gated_rows
+        else:
             gate_up_bs2f = gate_up(rows)
-            if takes_fp8(down):
-                gated_rows = Fp8Rows(*ops.silu_mul_fp8(gate_up_bs2f, spare))
-            else:
-                gated_rows = ops.silu_mul(gate_up_bs2f)
-        return x_bsh, down(gated_rows)
+            rows = Fp8Rows(*ops.silu_mul_fp8(gate_up_bs2f, spare)) if takes_fp8(down) else ops.silu_mul(gate_up_bs2f)
+        return x_bsh, down(rows)
