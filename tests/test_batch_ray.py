@@ -169,8 +169,9 @@ def test_an_actor_without_a_place_is_waited_for_and_logged(cluster, monkeypatch,
 
     monkeypatch.setattr(module, "_TELL_S", 0.2)
     engine = module.RayEngine(StepPipe, actors=2, num_gpus=0, num_cpus=2)
+    (without,) = [actor for actor in engine._actors if actor not in engine._loaded]  # whichever Ray has started first
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(engine._describe, engine._actors[1])
+        waiting = pool.submit(engine._first_described, [without])
         while "2 CPU (0 free)" not in caplog.text:
             assert not waiting.done()
             time.sleep(0.05)
@@ -178,6 +179,26 @@ def test_an_actor_without_a_place_is_waited_for_and_logged(cluster, monkeypatch,
         with pytest.raises(WorkerLostError):
             waiting.result(30)
     assert "Waiting for a Ray actor" in caplog.text
+
+
+def test_one_actor_that_is_ready_is_enough_to_begin(cluster, monkeypatch):
+    """Ray may start the second first, and have no place for the other."""
+    from ernie_accel.batch.engines.ray import RayEngine
+
+    given, made = RayEngine._new_actor, []
+
+    def first_without_a_place(engine):
+        made.append(engine)
+        if len(made) > 1:
+            return given(engine)
+        return engine._actor_class.options(num_cpus=3).remote(engine._load, engine._given_max_batch)
+
+    monkeypatch.setattr(RayEngine, "_new_actor", first_without_a_place)
+    engine = RayEngine(StepPipe, actors=2, num_gpus=0, num_cpus=1)
+    try:
+        assert engine._idle.queue[0] is engine._actors[1]
+    finally:
+        engine.close()
 
 
 @pytest.mark.slow

@@ -16,7 +16,9 @@ import ernie_accel
 from ernie_accel import Context
 from ernie_accel.core.transform import ROUNDING_REL
 from ernie_accel.kernels.linear import Fp8Linear
-from tests.pipelines import picture, randomize, tiny_lumina2, tiny_newbie, tiny_z_image
+from tests.examples import EXAMPLES
+from tests.pipelines import PIPELINES, picture, randomize, tiny_lumina2, tiny_newbie, tiny_z_image
+from tests.test_families import check_contract
 from tests.test_fuse_kernels import sqnr_db
 
 H200 = Context("cuda", "NVIDIA H200", (9, 0))
@@ -146,3 +148,10 @@ def test_fp8_on_the_kernels_keeps_its_floor(name: str) -> None:
     assert fuse.floor_db is not None
     assert sqnr_db(got, expected) > fuse.floor_db
     assert torch.equal(latents(ernie_accel.restore(pipe), call), expected)
+
+
+@pytest.mark.parametrize("transform", EXAMPLES, ids=repr)
+@pytest.mark.parametrize("name", [name for name, (make, _) in PIPES.items() if make not in PIPELINES.values()])
+def test_every_transform_on_every_pipeline_is_undone_bit_for_bit_or_refuses(name: str, transform: Any) -> None:
+    make, call = PIPES[name]
+    check_contract(make(), transform, found=("a ControlNet", "weights are bfloat16"), **call)

@@ -92,7 +92,8 @@ class RayEngine(Engine):
             MissingExtraError: Ray is not installed.
             EngineLostError: A cluster that was started for this has too few GPUs or CPUs for the actors. Others may
                 grow: there an actor without a place is waited for, and the log says so every minute.
-            WorkerLostError: The first actor died, because the pipeline could not be loaded or its machine was lost.
+            WorkerLostError: An actor died before any had its pipeline, which could not be loaded, or its machine was
+                lost.
         """
         if actors < 1:
             raise ErnieAccelError(f"actors is {actors}; expected 1 or more")
@@ -118,13 +119,16 @@ class RayEngine(Engine):
         self._loaded: set[_Actor] = set()
         self._actors = [self._new_actor() for _ in range(actors)]
         self._idle: queue.Queue[_Actor] = queue.Queue()
-        for actor in self._actors:
-            self._idle.put(actor)
         self.max_batch: int
         self._identity: dict[str, str]
         self._tokenizer: Tokenizer | None
         self._signature: CallSignature
-        self.max_batch, self._identity, self._tokenizer, self._signature = self._describe(self._actors[0])
+        # Of whichever is the first to be ready: there may be no place for the others yet.
+        first, description = self._first_described(self._actors)
+        self.max_batch, self._identity, self._tokenizer, self._signature = description
+        self._loaded.add(first)
+        for actor in sorted(self._actors, key=lambda actor: actor is not first):
+            self._idle.put(actor)
         self._length_class = functools.lru_cache(maxsize=4096)(self._count)  # asked for again after each batch
         # Threads for all that is prepared at once: each waits for a free actor, in front of what is rendered next.
         self._threads = ThreadPoolExecutor(2 * self.ahead // PREPARE_BATCH, "ernie-accel-encode")
@@ -197,7 +201,7 @@ class RayEngine(Engine):
             if self._closed:
                 raise WorkerLostError("the engine was closed")
             if actor not in self._loaded:
-                self._describe(actor)  # now, or loading would be a batch's time
+                self._first_described([actor])  # now, or loading would be a batch's time
                 self._loaded.add(actor)
             yield actor
         except (WorkerLostError, BatchTimeoutError):
@@ -224,17 +228,17 @@ class RayEngine(Engine):
             self._actors.append(new)
             return new
 
-    def _describe(self, actor: _Actor) -> _Description:
-        """Wait until an actor has its pipeline, and return what it says of it."""
-        answer = actor.describe.remote()
-        while not self._ray.wait([answer], timeout=_TELL_S)[0]:
+    def _first_described(self, actors: Sequence[_Actor]) -> tuple[_Actor, _Description]:
+        """Wait until one of some actors has its pipeline, and return it and what it says of it."""
+        answers = {actor.describe.remote(): actor for actor in actors}
+        while not (ready := self._ray.wait(list(answers), timeout=_TELL_S)[0]):
             free = self._ray.available_resources()
             needs = ", ".join(f"{need:g} {kind} ({free.get(kind, 0):g} free)" for kind, need in self._needs.items())
             _log.warning(
                 "Waiting for a Ray actor: it loads its pipeline, or the cluster has no place for it. It needs %s", needs
             )
-        description: _Description = self._ask(answer, None)
-        return description
+        description: _Description = self._ask(ready[0], None)
+        return answers[ready[0]], description
 
     def _refuse_more_than_there_is(self, actors: int) -> None:
         total = self._ray.cluster_resources()
