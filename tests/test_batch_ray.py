@@ -201,6 +201,28 @@ def test_one_actor_that_is_ready_is_enough_to_begin(cluster, monkeypatch):
         engine.close()
 
 
+def test_an_actor_that_dies_before_another_is_ready_does_not_end_the_job(cluster, monkeypatch):
+    from ernie_accel.batch.engines.ray import RayEngine
+
+    given = RayEngine._first_described
+    lost = []
+
+    def without_the_first(engine, actors):
+        ray.kill(actors[0])
+        lost.append(actors[0])
+        return given(engine, actors)
+
+    monkeypatch.setattr(RayEngine, "_first_described", without_the_first)
+    engine = RayEngine(StepPipe, actors=2, num_gpus=0, num_cpus=1)
+    try:
+        assert engine._loaded == {engine._actors[1]}
+    finally:
+        engine.close()
+    with pytest.raises(WorkerLostError):
+        RayEngine(StepPipe, actors=1, num_gpus=0, num_cpus=1)
+    assert len(lost) == 2
+
+
 @pytest.mark.slow
 def test_an_encoder_that_hangs_ahead_costs_its_row_and_no_other(cluster, tmp_path):
     """The actor is replaced, and loading the next one is no batch's time."""

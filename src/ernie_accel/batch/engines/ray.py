@@ -92,8 +92,7 @@ class RayEngine(Engine):
             MissingExtraError: Ray is not installed.
             EngineLostError: A cluster that was started for this has too few GPUs or CPUs for the actors. Others may
                 grow: there an actor without a place is waited for, and the log says so every minute.
-            WorkerLostError: An actor died before any had its pipeline, which could not be loaded, or its machine was
-                lost.
+            WorkerLostError: All actors died, because the pipeline could not be loaded or their machines were lost.
         """
         if actors < 1:
             raise ErnieAccelError(f"actors is {actors}; expected 1 or more")
@@ -229,16 +228,28 @@ class RayEngine(Engine):
             return new
 
     def _first_described(self, actors: Sequence[_Actor]) -> tuple[_Actor, _Description]:
-        """Wait until one of some actors has its pipeline, and return it and what it says of it."""
+        """Wait until one of some actors has its pipeline, and return it and what it says of it.
+
+        Raises:
+            WorkerLostError: The last of them has died, too.
+        """
         answers = {actor.describe.remote(): actor for actor in actors}
-        while not (ready := self._ray.wait(list(answers), timeout=_TELL_S)[0]):
+        while True:
+            ready, _ = self._ray.wait(list(answers), timeout=_TELL_S)
+            if ready:
+                actor = answers.pop(ready[0])
+                try:
+                    description: _Description = self._ask(ready[0], None)
+                except WorkerLostError:
+                    if not answers:
+                        raise
+                    continue
+                return actor, description
             free = self._ray.available_resources()
             needs = ", ".join(f"{need:g} {kind} ({free.get(kind, 0):g} free)" for kind, need in self._needs.items())
             _log.warning(
                 "Waiting for a Ray actor: it loads its pipeline, or the cluster has no place for it. It needs %s", needs
             )
-        description: _Description = self._ask(ready[0], None)
-        return answers[ready[0]], description
 
     def _refuse_more_than_there_is(self, actors: int) -> None:
         total = self._ray.cluster_resources()
