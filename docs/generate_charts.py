@@ -113,10 +113,8 @@ def charts() -> dict[str, str]:
 
 def _by_runs(say: Say) -> Iterator[tuple[str, str]]:
     for name, (title, shown) in BY_RUNS.items():
-        bars = []
-        for label, results, wanted in shown:
-            (rung,) = (rung for rung in _read(f"{results}_h200_202611")["rungs"] if rung["rung"] == wanted)
-            bars.append(Bar(label, (rung["ms_1024"],), f"{rung['ms_1024']:.1f} ms"))
+        figures = ((label, _rung(f"{results}_h200_202611", rung)["ms_1024"]) for label, results, rung in shown)
+        bars = [Bar(label, (ms,), f"{ms:.1f} ms") for label, ms in figures]
         yield name, bar_chart(title, bars, note=f"benchmarks/results/{name}*h200_202611.json", say=say)
 
 
@@ -157,15 +155,21 @@ def _page(name: str) -> str:
 
 def _by_rung(say: Say) -> Iterator[tuple[str, str]]:
     for name, (title, results, rows, key) in BY_RUNG.items():
-        rungs = {rung["rung"]: rung for rung in _read(results)["rungs"]}
-        bars = [Bar(label, (rungs[rung][key],), f"{rungs[rung][key]:.1f} ms") for label, rung in rows]
+        figures = ((label, _rung(results, rung)[key]) for label, rung in rows)
+        bars = [Bar(label, (ms,), f"{ms:.1f} ms") for label, ms in figures]
         yield name, bar_chart(title, bars, note=SOURCE.format(results), say=say)
+
+
+def _rung(results: str, name: str) -> dict[str, Any]:
+    """Return one rung of a results file."""
+    (found,) = (rung for rung in _read(results)["rungs"] if rung["rung"] == name)
+    return dict(found)
 
 
 def _fits(say: Say) -> str:
     bars = []
     for label, results, name in CAPS:
-        (rung,) = (rung for rung in _read(results)["rungs"] if rung["rung"] == name)
+        rung = _rung(results, name)
         bars.append(Bar(f"{label}: enhancer off", (rung["off_s"],), f"{rung['off_s']:.2f} s"))
         bars.append(Bar(f"{label}: enhancer on", (0, rung["on_s"]), f"{rung['on_s']:.2f} s"))
     title = "A picture on an H200 under a cap of memory, s"

@@ -13,7 +13,7 @@ from ernie_accel.families.family import (
     SingleFileNames,
 )
 
-_REFINERS = ("context_refiner", "noise_refiner")
+_LISTS = ("context_refiner", "noise_refiner", "layers")
 
 NEWBIE = Family(
     name="NewBie-image",
@@ -22,9 +22,9 @@ NEWBIE = Family(
     # request 12803, layers of its own in the authors' code, which has no config. Z-Image has the refiners too, FLUX
     # has the setting; only this architecture has both.
     shape=Shape(
-        modules=(*_REFINERS, "layers"),
+        modules=_LISTS,
         config=("pooled_projection_dim",),
-        others=(Shape(modules=(*_REFINERS, "layers", "clip_text_pooled_proj", "time_text_embed")),),
+        others=(Shape(modules=(*_LISTS, "clip_text_pooled_proj", "time_text_embed")),),
     ),
     modes=MappingProxyType({"quality": CallSettings(28, None, "the authors' guides name 20 to 28 steps")}),
     schedulers=("unipc", "dpmpp_2m_sde"),

@@ -29,7 +29,7 @@ _ROWS, _FEATURES, _TERMS = 128, 256, 128
 _PART = 64  # columns of the output that are written at once: as wide as a swizzle, too
 _STAGES = 3  # blocks of terms that shared memory holds
 _BARRIERS = 256  # bytes behind all others
-_THREADS = 384
+_THREADS = 128 * (_ROWS // 64 + 1)  # a warpgroup for each 64 rows, and one for the producer
 #: cuBLAS' time relative to this kernel's, with full tiles, and together with the kernel that gates its result: on an
 #: H200 at its power limit 1.03 to 1.06, and 1.02 to 1.06 (NewBie-image, Z-Image, ERNIE-Image), in single experiments.
 _THEIR_COST, _THEIR_COST_GATED = 1.04, 1.05

@@ -61,9 +61,9 @@ class FuseKernels(Transform):
     low-rank part in bfloat16 beside the product (``docs/lora.md``).
 
     Pays:
-        "fp8" on Hopper and Ada cards: on an H200 a step of ERNIE-Image takes 67.5 ms, where compiled torchao fp8 takes
-        97 and stock 203, and nothing has to be compiled. "bf16": a step takes 122.5 ms, where `RewriteBlocks` with
-        `Compile` takes 125.
+        "fp8" on Hopper and Ada cards: on an H200 a step of ERNIE-Image takes 67.5 ms, where compiled torchao fp8 took
+        97 and stock 203 in an earlier run, and nothing has to be compiled. "bf16": a step takes 122.5 ms, where
+        `RewriteBlocks` with `Compile` takes 125.
 
     Attributes:
         precision: "fp8", or "bf16" for the kernels without quantization, which is a no-op where they cannot run.
