@@ -16,13 +16,14 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from ernie_accel.common.collecting import without_collecting
 from ernie_accel.common.language import said
 from ernie_accel.common.notes import Note
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.stand_in import StandInMethod
 from ernie_accel.core.undo import Undo
 from ernie_accel.kernels.linear import Fp8Linear
-from ernie_accel.kernels.low_rank import LowRankProduct, Place, Site, bind, site_of, unbind
+from ernie_accel.kernels.low_rank import LowRankProduct, Place, Site, bind, site_of, unbind, update_all
 
 _log = logging.getLogger(__name__)
 #: Products of a transformer with sites.
@@ -44,6 +45,10 @@ _FETCHING = (
     "subfolder",
     "metadata",
 )
+
+
+#: Place of the argument ``hotswap`` of ``load_lora_adapter``.
+_HOTSWAP_AT = 2
 
 
 class Adaptable(nn.Module, ABC):
@@ -222,14 +227,20 @@ def open_sites(transformer: nn.Module, parts: Iterable[Adaptable]) -> None:
     PRODUCTS.put(transformer, [product for part in adaptables(transformer) for product in part.products])
 
 
-def bind_layers(transformer: nn.Module) -> None:
-    """Let PEFT's layers around sites merge into the products, and take over all that they have, in place."""
+def bind_layers(transformer: nn.Module, *, forgetting: bool = True) -> None:
+    """Let PEFT's layers around sites merge into the products, and take over all that they have, in place.
+
+    Args:
+        transformer: With the products.
+        forgetting: Values may have been written where torch does not count: take over nothing that was kept.
+    """
     for product in PRODUCTS.of(transformer) or ():
         for place in product.places:
             layer = place.adapted
             if layer is not None:
                 bind(layer)
-        product.forget()  # a hot swap writes where torch does not count
+        if forgetting:
+            product.forget()
 
 
 def close_sites(transformer: nn.Module, *, only_if_unused: bool = False) -> None:
@@ -303,8 +314,10 @@ class TakesAdapters(ChecksAdapters):
     refused before anything is changed.
     """
 
+    @without_collecting()  # among the many objects that PEFT makes; with it a load takes up to twice as long
     def __call__(self, *args: object, **kwargs: object) -> Any:
         model = cast(nn.Module, self.owner)
+        hot_swap = bool(kwargs.get("hotswap", args[_HOTSWAP_AT] if len(args) > _HOTSWAP_AT else False))
         parts = adaptables(model)
         to_open = [part for part in parts if part.on_kernels or not part.can_be_split]
         to_split = [part for part in parts if part not in to_open]
@@ -326,7 +339,8 @@ class TakesAdapters(ChecksAdapters):
                 if not known and not vars(model).get("peft_config"):
                     _unwrap_empty(model)
                 close_sites(model, only_if_unused=True)
-        bind_layers(model)
+        bind_layers(model, forgetting=hot_swap)
+        update_all(PRODUCTS.of(model) or (), early=True)  # so that a first swap to what was loaded is like any other
         return result
 
 

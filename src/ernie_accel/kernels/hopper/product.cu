@@ -11,6 +11,8 @@
 // wgmma as a function, and `shared.cu`.
 
 constexpr int X_BYTES = ROWS * TERMS, W_BYTES = FEATURES * TERMS, STAGE = X_BYTES + W_BYTES;
+// Terms of one instruction. Those beyond full blocks come by steps: one that is not full reads no more than it needs.
+constexpr int STEP = 32, REST = (ROWS + FEATURES) * STEP;
 constexpr int OUTPUTS = ACTIVATION ? FEATURES / 2 : FEATURES;  // columns of the output that a tile makes
 constexpr int CONSUMERS = ROWS / 64;
 #if ACTIVATION
@@ -77,6 +79,7 @@ __device__ __forceinline__ u32 gated(u32 gates, u32 ups) {
 
 extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
 product(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map,
+        const __grid_constant__ TensorMap x_rest_map, const __grid_constant__ TensorMap w_rest_map,
         const __grid_constant__ TensorMap out_map, const float* __restrict__ x_scale, const float* __restrict__ w_scale,
         int rows, int columns, int terms, int row_tiles, int feature_tiles) {
   extern __shared__ __align__(1024) char memory[];
@@ -139,14 +142,24 @@ product(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorM
     u32 phase = 1;
     for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
       const Tile tile = tile_of(i, row_tiles, feature_tiles);
+      const int row = tile.row * ROWS, feature = tile.feature * OUTPUTS;
+      const auto load = [&](const TensorMap* x, const TensorMap* w, u32 to, int term, int width) {
+        load_tile(to, x, full(stage), term, 0, row, 0);
+        load_tile(to + ROWS * width, w, full(stage), term, 0, feature, 0);
+        if (ACTIVATION) load_tile(to + (ROWS + FEATURES / 2) * width, w, full(stage), term, 0, feature, 1);
+      };
 #pragma unroll 1
       for (int term = 0; term < terms; term += TERMS) {
         wait(free(stage), phase);
-        expect_bytes(full(stage), STAGE);
-        const u32 x_at = start + stage * STAGE, w_at = x_at + X_BYTES;
-        load_tile(x_at, &x_map, full(stage), term, 0, tile.row * ROWS, 0);
-        load_tile(w_at, &w_map, full(stage), term, 0, tile.feature * OUTPUTS, 0);
-        if (ACTIVATION) load_tile(w_at + W_BYTES / 2, &w_map, full(stage), term, 0, tile.feature * OUTPUTS, 1);
+        const u32 to = start + stage * STAGE;
+        if (terms - term >= TERMS) {
+          expect_bytes(full(stage), STAGE);
+          load(&x_map, &w_map, to, term, TERMS);
+        } else {
+          const int steps = (terms - term + STEP - 1) / STEP;
+          expect_bytes(full(stage), steps * REST);
+          for (int i = 0; i < steps; ++i) load(&x_rest_map, &w_rest_map, to + i * REST, term + i * STEP, STEP);
+        }
         if (++stage == STAGES) {
           stage = 0;
           phase ^= 1;
@@ -169,7 +182,7 @@ product(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorM
     if (lane == 0) arrive(free(stage));
   };
   const auto multiply_step = [&](int i, bool adds) {
-    const u32 at = stage * STAGE + 32 * i;
+    const u32 at = stage * STAGE + STEP * i;
     multiply(s, matrix<TERMS>(x_mine + at, 16), matrix<TERMS>(start + X_BYTES + at, 16), adds);
   };
   const auto next_stage = [&]() {
@@ -195,25 +208,29 @@ product(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorM
       hold(s);
       wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < TERMS / 32; ++i) multiply_step(i, block > 0 || i > 0);
+      for (int i = 0; i < TERMS / STEP; ++i) multiply_step(i, block > 0 || i > 0);
       wgmma_commit();
       wgmma_wait<1>();
       hold(s);
       if (block > 0) release(before);
       next_stage();
     }
-    if (const int left = terms % TERMS) {  // what lies beyond the last term was read as zeros
+    if (const int left = terms % TERMS) {
       wait(full(stage), phase);
       hold(s);
-      wgmma_fence();
-      multiply_step(0, terms > TERMS);
+      const u32 x_at = start + stage * STAGE + group * 64 * STEP, w_at = start + stage * STAGE + ROWS * STEP;
 #pragma unroll
-      for (int i = 1; i < TERMS / 32; ++i)
-        if (left > 32 * i) multiply_step(i, true);
-      wgmma_commit();
+      for (int steps = 1; steps <= TERMS / STEP; ++steps) {  // a product under a condition would wait for the one before
+        if (left > steps * STEP || left <= (steps - 1) * STEP) continue;
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < steps; ++i)
+          multiply(s, matrix<STEP>(x_at + i * REST, 16), matrix<STEP>(w_at + i * REST, 16), 1);
+        wgmma_commit();
+      }
       wgmma_wait<1>();
       hold(s);
-      if (terms > TERMS) release(before);
+      release(before);
       next_stage();
     }
     scales[thread] = mine;

@@ -30,6 +30,7 @@ _PART = 64  # columns of the output that are written at once: as wide as a swizz
 _STAGES = 3  # blocks of terms that shared memory holds
 _BARRIERS = 256  # bytes behind all others
 _THREADS = 128 * (_ROWS // 64 + 1)  # a warpgroup for each 64 rows, and one for the producer
+_STEP = 32  # bytes of each row that lie together in what is beyond full blocks
 #: cuBLAS' time relative to this kernel's, with full tiles, and together with the kernel that gates its result: on an
 #: H200 at its power limit 1.03 to 1.06, and 1.02 to 1.06 (NewBie-image, Z-Image, ERNIE-Image), in single experiments.
 _THEIR_COST, _THEIR_COST_GATED = 1.04, 1.05
@@ -122,6 +123,8 @@ def product(
     arguments = (
         tensor_map(x[None, :, None], (_TERMS, 1, _ROWS, 1), _TERMS),
         tensor_map(weight, (_TERMS, 1, _FEATURES // halves, 1), _TERMS),
+        tensor_map(x[None, :, None], (_STEP, 1, _ROWS, 1), _STEP),
+        tensor_map(weight, (_STEP, 1, _FEATURES // halves, 1), _STEP),
         tensor_map(out[None, :, None], (_PART, 1, 64, 1), 2 * _PART),
         ctypes.c_void_p(x_scale.data_ptr()), ctypes.c_void_p(weight_scale.data_ptr()),
         *map(ctypes.c_int, (rows, columns, terms, row_tiles, feature_tiles)),
