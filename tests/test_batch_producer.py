@@ -15,6 +15,8 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+import ernie_accel
+from ernie_accel import CheckFinite
 from ernie_accel.batch import (
     BatchInputError,
     BatchOutputError,
@@ -27,6 +29,7 @@ from ernie_accel.batch import (
 )
 from ernie_accel.batch.engines import EngineLostError, LocalEngine
 from ernie_accel.core.errors import ErnieAccelError
+from tests.authors_pipe import tiny_authors_newbie
 from tests.full_disk import disk_full_when
 from tests.pipelines import tiny_ernie
 from tests.stub_engine import StubEngine, make_rows, picture_of
@@ -447,6 +450,18 @@ def test_the_steps_of_a_pipeline_are_known_and_the_picture_is_the_same(tmp_path)
     assert seen == [Progress(0, None, 1), *(Progress(step, 3, 1) for step in (1, 2, 3))]
     with Image.open(watched.path) as one, Image.open(plain.path) as other:
         assert one.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize("transforms", [(), (CheckFinite(),)], ids=["stock", "checked"])
+def test_the_steps_of_a_pipeline_without_a_callback_are_seen_at_its_scheduler(tmp_path, transforms):
+    seen, pipe = [], tiny_authors_newbie()
+    (row,) = make_rows(1, width=64, height=64, steps=3, seed=5)
+    if transforms:
+        ernie_accel.optimize(pipe, *transforms)
+    with Producer(pipe, tmp_path) as producer:
+        assert producer.submit(row, on_progress=seen.append).result(60).error is None
+    assert seen == [Progress(0, None, 1), *(Progress(step, 3, 1) for step in (1, 2, 3))]
+    assert "step" not in vars(pipe.scheduler)
 
 
 def test_what_a_watcher_raises_fails_its_own_row(tmp_path):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import Autocast, CastDtype, CheckFinite, Context, Quantize
+from ernie_accel import Autocast, CastDtype, CheckFinite, Context, Quantize, SwapScheduler
+from ernie_accel.core.step_ends import watching_steps
 from ernie_accel.core.wrap_call import around_of
+from tests.authors_pipe import tiny_authors_newbie
 from tests.pipelines import after, picture, tiny_ernie
 
 
@@ -134,3 +138,141 @@ def test_autocast_is_that_of_the_device_where_the_pipe_is_by_now(ernie, monkeypa
     monkeypatch.setattr(torch, "autocast", lambda *args: asked.append(args) or contextlib.nullcontext())
     around_of(ernie, "autocast")(lambda arguments: None, {})
     assert asked == [("cuda", torch.bfloat16)]
+
+
+@pytest.fixture
+def authors():
+    """A pipeline whose call takes no callback."""
+    return tiny_authors_newbie()
+
+
+def in_bfloat16(pipe):
+    for name in ("transformer", "text_encoder", "vae"):
+        getattr(pipe, name).to(torch.bfloat16)
+    return pipe
+
+
+def is_as_it_came(scheduler):
+    return "step" not in vars(scheduler)
+
+
+def test_without_a_callback_the_schedulers_steps_are_looked_at(authors):
+    want = picture(authors)
+    ernie_accel.optimize(authors, CheckFinite())
+    assert torch.equal(picture(authors), want)
+    assert is_as_it_came(authors.scheduler)
+    break_transformer(authors, step=2, only=torch.float32, value=float("inf"))
+    message = r"after step 2 of 3 in float32 hold \d+ NaN and \d+ infinite numbers of 512. The weights are float32"
+    with pytest.raises(ernie_accel.ErnieAccelError, match=message):
+        picture(authors)
+    assert is_as_it_came(authors.scheduler)
+
+
+def test_without_a_callback_a_broken_call_is_made_again_in_float32(authors):
+    want = picture(authors)
+    in_bfloat16(authors)
+    ernie_accel.optimize(authors, CheckFinite())
+    break_transformer(authors, step=2)
+    with pytest.warns(UserWarning, match="the latents after step 2 of 3 in bfloat16 hold"):
+        image = picture(authors)
+    assert ((image - want).norm() / want.norm()).item() < 5e-2
+    assert authors.transformer.dtype == torch.bfloat16
+    assert is_as_it_came(authors.scheduler)
+
+
+@pytest.mark.parametrize("replaced", ["component", "step"])
+def test_a_scheduler_that_a_script_replaces_is_watched_from_then_on(authors, replaced):
+    ernie_accel.optimize(authors, CheckFinite())
+    picture(authors)
+    old = authors.scheduler
+    if replaced == "component":
+        authors.scheduler = type(old).from_config(old.config, shift=2.0)
+    else:
+        stock = old.step
+        own = old.step = lambda *args, **kwargs: stock(*args, **kwargs)
+    picture(authors)
+    break_transformer(authors, step=3, only=torch.float32)
+    with pytest.raises(ernie_accel.ErnieAccelError, match="after step 3 of 3"):
+        picture(authors)
+    ernie_accel.restore(authors)
+    assert is_as_it_came(old) if replaced == "component" else old.step is own
+    assert torch.isnan(picture(authors, steps=1)).sum() == 0
+
+
+@pytest.mark.parametrize("name", ["unipc", "heun", "lcm"])
+def test_steps_of_other_samplers_are_looked_at(authors, name):
+    want = picture(ernie_accel.optimize(tiny_authors_newbie(), SwapScheduler(name)))
+    ernie_accel.optimize(authors, SwapScheduler(name), CheckFinite())
+    step = authors.scheduler.step
+    assert torch.equal(picture(authors), want)
+    assert authors.scheduler.step is step
+    break_transformer(authors, step=2, only=torch.float32)
+    with pytest.raises(ernie_accel.ErnieAccelError, match="after step 2 of 3"):
+        picture(authors)
+    assert authors.scheduler.step is step
+
+
+def test_threads_look_at_their_own_steps_while_another_pipe_shares_the_scheduler(authors):
+    """A plain pipe does not take turns; what it draws is no business of the other's check."""
+    scheduler = authors.scheduler
+    mine, others = [], []
+    inside, done = threading.Event(), threading.Event()
+    scheduler.set_timesteps(4)
+    ones = torch.ones(1)
+
+    def step():
+        return scheduler.step(ones, scheduler.timesteps[0], ones, return_dict=False)
+
+    def other_call():
+        with watching_steps(authors, lambda number, latents: others.append(number)):
+            inside.set()
+            assert done.wait(30)
+            step()
+
+    thread = threading.Thread(target=other_call)
+    with watching_steps(authors, lambda number, latents: mine.append(number)):
+        thread.start()
+        assert inside.wait(30)
+        step()
+        assert (mine, others) == ([0], [])
+    assert not is_as_it_came(scheduler)  # the other call is under way
+    step()
+    done.set()
+    thread.join(30)
+    assert (mine, others) == ([0], [0])
+    assert is_as_it_came(scheduler)
+
+
+def test_a_step_is_shown_once_and_in_every_form(authors):
+    seen = []
+    results = [ones := torch.ones(2), (ones * 2, None), [ones * 3], SimpleNamespace(prev_sample=ones * 4)]
+
+    class Ticks:
+        def step(self, number):
+            return results[number] if number < 4 else {"latents": ones}
+
+    authors.register_modules(scheduler=Ticks())
+    with watching_steps(authors, lambda number, latents: seen.append((number, int(latents[0])))):
+        inner = authors.scheduler.step
+        own = authors.scheduler.step = lambda number: inner(number)  # replaced in the middle of a call
+        for number in range(4):
+            assert authors.scheduler.step(number) is results[number]
+        with watching_steps(authors, lambda number, latents: seen.append((number, "again"))):
+            authors.scheduler.step(0)
+        with pytest.raises(ernie_accel.ErnieAccelError, match=r"Ticks\.step returned a dict without latents"):
+            authors.scheduler.step(4)
+    assert seen == [(0, 1), (1, 2), (2, 3), (3, 4), (0, "again"), (4, 1)]
+    assert authors.scheduler.step is own
+
+
+def test_a_call_that_never_steps_says_what_was_not_checked(authors):
+    ernie_accel.optimize(authors, CheckFinite())
+    with pytest.warns(UserWarning, match="made no step in this call, so that only the decoded picture was checked"):
+        picture(authors, steps=0)
+
+
+def test_a_pipe_without_callback_and_scheduler_is_refused(authors):
+    authors.scheduler = None
+    context = Context.detect(authors)
+    (reason,) = CheckFinite().unsupported(authors, context)
+    assert "AuthorsPipeline cannot tell when a step ends" in reason

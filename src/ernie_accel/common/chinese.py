@@ -679,12 +679,8 @@ CATALOGUE: Mapping[str, str] = MappingProxyType(
             "guidance_scale {guidance:g} 高于 {highest:g}，蒸馏检查点可能画出 8 或 16 px 的网格：请调低，或用 "
             "ernie_accel.fidelity.grid_score 检查图片"
         ),
-        "{pipe} cannot tell when a step ends (it takes no callback_on_step_end)": (
-            "{pipe} 无法告知一步何时结束（它没有参数 callback_on_step_end）"
-        ),
-        "{pipe} does not show its latents when a step ends (_callback_tensor_inputs)": (
-            "{pipe} 在一步结束时不给出潜变量（_callback_tensor_inputs）"
-        ),
+        "{pipe} cannot tell when a step ends (it takes no callback_on_step_end with latents, and has no scheduler "
+        "that steps)": "{pipe} 无法告知一步何时结束（它没有带潜变量的参数 callback_on_step_end，也没有能迈步的调度器）",
         "adapter {name} of {count} layers": "适配器 {name}，{count} 层",
         "the LoRA counts {scale:g} times": "LoRA 的强度为 {scale:g} 倍",
         "{pipe} loads no LoRAs": "{pipe} 不能加载 LoRA",

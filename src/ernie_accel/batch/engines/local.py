@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar, cast
 
@@ -271,10 +271,15 @@ class LocalEngine(Engine):
 
         from ernie_accel.batch.engines.noise import latents_for
         from ernie_accel.core.outputs import images_of
+        from ernie_accel.core.step_ends import has_steps, watching_steps
 
         arguments = self._arguments(requests, expired)
-        if (expired is not None or on_step is not None) and self._takes("callback_on_step_end"):
-            arguments["callback_on_step_end"] = _after_each_step(expired, on_step)
+        watched: AbstractContextManager[None] = nullcontext()
+        if expired is not None or on_step is not None:
+            if "callback_on_step_end" not in self.signature.parameters and has_steps(self._pipe):
+                watched = watching_steps(self._pipe, _at_each_step(self._pipe, expired, on_step))
+            elif self._takes("callback_on_step_end"):
+                arguments["callback_on_step_end"] = _after_each_step(expired, on_step)
         generators = [torch.Generator("cpu").manual_seed(request.seed) for request in requests]
         generator = generators[0] if len(requests) == 1 else generators
         try:
@@ -282,10 +287,12 @@ class LocalEngine(Engine):
         except AdapterError as error:
             return [error for _ in requests]
         if requests[0].image is not None:
-            return self._noted(requests, self._edit(requests, arguments | {"generator": generator}))
+            with watched:
+                return self._noted(requests, self._edit(requests, arguments | {"generator": generator}))
         if (latents := latents_for(cast("CallablePipeline", self._pipe), requests)) is not None:
             arguments["latents"] = latents
-        output = self._pipe(**arguments, generator=generator)
+        with watched:
+            output = self._pipe(**arguments, generator=generator)
         images = images_of(output) if self._as_tensors else cast("HasImages", output).images
         return self._noted(requests, _pictures(images, len(requests)))
 
@@ -401,15 +408,28 @@ def _fulfil(future: Future[_T], work: Callable[[threading.Event], _T], expired: 
         future.set_result(result)
 
 
-def _after_each_step(
-    expired: threading.Event | None, on_step: OnStep | None
-) -> Callable[[object, int, object, dict[str, Tensor]], dict[str, Tensor]]:
-    def callback(pipe: object, step: int, timestep: object, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _at_each_step(
+    pipe: object, expired: threading.Event | None, on_step: OnStep | None
+) -> Callable[[int, object], None]:
+    """Return what is done when a step of a call ends, given its number from 0 and its latents, which nobody reads."""
+
+    def step_ended(step: int, latents: object) -> None:
         stop_if(expired)
         if on_step is not None:
             # of the scheduler, whose solver may take more steps than were asked for
             timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
             on_step(step + 1, None if timesteps is None else len(timesteps))
+
+    return step_ended
+
+
+def _after_each_step(
+    expired: threading.Event | None, on_step: OnStep | None
+) -> Callable[[object, int, object, dict[str, Tensor]], dict[str, Tensor]]:
+    """Return the same as a callback of diffusers."""
+
+    def callback(pipe: object, step: int, timestep: object, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        _at_each_step(pipe, expired, on_step)(step, None)
         return tensors
 
     return callback

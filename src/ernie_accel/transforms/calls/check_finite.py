@@ -15,6 +15,7 @@ from ernie_accel.core.components import Pipeline, Weight, modules_of, weights_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.stand_in import StandInMethod
+from ernie_accel.core.step_ends import OnStepEnd, has_steps, watching_steps
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import Arguments, Call, wrap_call
@@ -30,6 +31,7 @@ class CheckFinite(Transform):
 
     A call that fails the check is repeated once in float32, with the same noise, and a UserWarning names the step. If
     it cannot be repeated, or fails again, an error names the step. The check reads one number per step from the device.
+    Where a pipeline's call takes no ``callback_on_step_end`` with the latents, it looks at what the scheduler returns.
 
     Pays:
         With float16, whose largest number is 65504, with quantized models, and in batches, where nobody looks at each
@@ -46,14 +48,11 @@ class CheckFinite(Transform):
     rerun: bool = field(default=True, kw_only=True)
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
-        if "callback_on_step_end" not in inspect.signature(type(pipe).__call__).parameters:
-            return [
-                said("{pipe} cannot tell when a step ends (it takes no callback_on_step_end)", pipe=type(pipe).__name__)
-            ]
-        if "latents" not in getattr(type(pipe), "_callback_tensor_inputs", ("latents",)):
+        if not (_tells_step_ends(pipe) or has_steps(pipe)):
             return [
                 said(
-                    "{pipe} does not show its latents when a step ends (_callback_tensor_inputs)",
+                    "{pipe} cannot tell when a step ends (it takes no callback_on_step_end with latents, and has no "
+                    "scheduler that steps)",
                     pipe=type(pipe).__name__,
                 )
             ]
@@ -86,7 +85,7 @@ class _Check:
         """Call the pipe; if it fails the check, call it once more in float32."""
         noise = _Noise(arguments.get("generator"))
         try:
-            return call(self._watching(arguments))
+            return self._call(call, arguments)
         except _NotFiniteError as error:
             rerun_problem = self._no_rerun_reason()
             if rerun_problem is not None:
@@ -98,26 +97,47 @@ class _Check:
             for weight in self._half_weights():
                 undo.set_data(weight, weight.tensor.data.float())
             try:
-                return call(self._watching({name: _in_float32(value) for name, value in arguments.items()}))
+                return self._call(call, {name: _in_float32(value) for name, value in arguments.items()})
             except _NotFiniteError as error:
                 raise ErnieAccelError(f"{found}; also in float32, {error}") from error
             finally:
                 undo()
 
-    def _watching(self, arguments: Arguments) -> dict[str, object]:
+    def _call(self, call: Call, arguments: Arguments) -> object:
+        """Call the pipe and look at the latents after every step.
+
+        Raises:
+            _NotFiniteError: A number in them, or in the decoded picture, is not finite.
+        """
+        steps, looks = arguments.get("num_inference_steps"), 0
+
+        def check(step: int, latents: Tensor) -> None:
+            nonlocal looks
+            looks += 1
+            of_all = "" if steps is None else f" of {steps}"
+            require_finite(latents, f"the latents after step {step + 1}{of_all} in {_name(latents.dtype)}")
+
+        if _tells_step_ends(self._pipe):
+            return call(self._with_callback(arguments, check))
+        with watching_steps(self._pipe, check):
+            result = call(arguments)
+        if looks == 0:
+            text = "its scheduler made no step in this call, so that only the decoded picture was checked"
+            warnings.warn(f"{type(self._pipe).__name__}: {text}", UserWarning, stacklevel=3)
+        return result
+
+    def _with_callback(self, arguments: Arguments, check: OnStepEnd) -> dict[str, object]:
         """Return the arguments of a call with a callback that looks at the latents before the caller's own does."""
         theirs: Any = arguments["callback_on_step_end"]
         named = arguments.get(_INPUTS)  # None is allowed, too
         if isinstance(theirs, _classes_asked(self._pipe)):
             named = theirs.tensor_inputs
         wanted = [] if named is None else list(named)
-        steps = arguments.get("num_inference_steps")
 
         def check_and_call(
             pipe: Pipeline, step: int, timestep: object, tensors: dict[str, Tensor]
         ) -> dict[str, object]:
-            latents = tensors["latents"]
-            require_finite(latents, f"the latents after step {step + 1} of {steps} in {_name(latents.dtype)}")
+            check(step, tensors["latents"])
             if theirs is None:
                 return {}
             given = {name: tensor for name, tensor in tensors.items() if name in wanted}
@@ -176,6 +196,12 @@ class _Noise:
         torch.set_rng_state(self._global)
         if self._cuda:
             torch.cuda.set_rng_state_all(self._cuda)
+
+
+def _tells_step_ends(pipe: Pipeline) -> bool:
+    """Return whether calls of `pipe` take a callback that gets the latents after every step."""
+    takes = "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters
+    return takes and "latents" in getattr(type(pipe), "_callback_tensor_inputs", ("latents",))
 
 
 def _classes_asked(pipe: Pipeline) -> tuple[Any, ...]:
