@@ -44,7 +44,7 @@ def test_the_authors_code_is_known_by_its_layers():
     pipe.transformer.clip_text_pooled_proj = torch.nn.Linear(2, 2)
     pipe.transformer.time_text_embed = torch.nn.Linear(2, 2)
     assert family_of(pipe).name == "NewBie-image"
-    assert family_of(pipe).rewritten is None  # these are Lumina 2's blocks by its names
+    assert family_of(pipe).rewritten is None  # the class is not theirs: these are Lumina 2's blocks
 
 
 @pytest.mark.parametrize("name", ["ernie", "z_image", "lumina2"])

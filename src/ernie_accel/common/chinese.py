@@ -463,6 +463,7 @@ CATALOGUE: Mapping[str, str] = MappingProxyType(
         "the attention has a processor of its own, {other}, which rewritten blocks would not call": (
             "注意力有自己的处理器 {other}，改写过的模块不会调用它"
         ),
+        "its blocks have parts of code that is not known here: {part}": "它的模块含有这里不认识的代码：{part}",
         "the attention does not norm queries and keys, as rewritten blocks do": (
             "注意力不对 query 和 key 归一化，而改写过的模块会"
         ),

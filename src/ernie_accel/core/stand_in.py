@@ -47,6 +47,10 @@ class StandInForward(ABC):
         """The arguments: those of the forward underneath."""
         return inspect.signature(self.inner or MethodType(type(self.module).forward, self.module))
 
+    def named(self, args: tuple[_F, ...], kwargs: dict[str, _F]) -> dict[str, _F]:
+        """Return all arguments of a call by the names that the module's own forward has for them."""
+        return dict(zip(_argument_names(type(self.module).forward), args, strict=False)) | kwargs if args else kwargs
+
     def inner_forward(self, *args: object, **kwargs: object) -> Any:
         """Return what the forward underneath gives."""
         if self.inner is not None:
@@ -97,6 +101,11 @@ class StandInForward(ABC):
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)
         self.forget()
+
+
+@functools.lru_cache(maxsize=64)
+def _argument_names(forward: Callable[..., object]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 class StandInMethod(ABC):

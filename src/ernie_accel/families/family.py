@@ -132,19 +132,16 @@ class Shape:
     Attributes:
         modules: Names of child modules, all of which it has.
         config: Names of settings, all of which its config has, and not as None.
-        others: Shapes that it may have instead, as other code writes the same architecture.
     """
 
     modules: tuple[str, ...]
     config: tuple[str, ...] = ()
-    others: tuple[Shape, ...] = ()
 
     def fits(self, transformer: object) -> bool:
-        """Return whether `transformer` has all of these, or all of one of the others."""
+        """Return whether `transformer` has all of these."""
         config = getattr(transformer, "config", None) or {}
         named = all(hasattr(transformer, name) for name in self.modules)
-        is_set = all(_setting(config, name) is not None for name in self.config)
-        return (named and is_set) or any(other.fits(transformer) for other in self.others)
+        return named and all(_setting(config, name) is not None for name in self.config)
 
 
 def _setting(config: object, name: str) -> object:
@@ -189,6 +186,8 @@ class Family:
         single_file: What single files of the denoiser name otherwise than diffusers, for ``load(transformer=)``; None:
             nothing.
         reads_timesteps: Whether the pipeline reads every timestep on the host, and so waits for the device.
+        other_codes: The same architecture as code outside of diffusers writes it, with what is known of that code. Each
+            has a shape; what is rewritten is the very class in `transformer_classes`.
     """
 
     name: str
@@ -214,6 +213,7 @@ class Family:
     prompt_enhancement: PromptEnhancement | None = None
     single_file: SingleFileNames | None = None
     reads_timesteps: bool = False
+    other_codes: tuple[Family, ...] = ()
 
     @property
     def is_known(self) -> bool:

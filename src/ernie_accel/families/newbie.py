@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 
 from ernie_accel.families.family import (
@@ -15,17 +16,12 @@ from ernie_accel.families.family import (
 
 _LISTS = ("context_refiner", "noise_refiner", "layers")
 
-NEWBIE = Family(
+_IN_DIFFUSERS = Family(
     name="NewBie-image",
     transformer_classes=("Lumina2Transformer2DModel",),
     # Its pooled CLIP text embedding is what NewBie adds to Lumina 2: `pooled_projection_dim` in diffusers' open pull
-    # request 12803, layers of its own in the authors' code, which has no config. Z-Image has the refiners too, FLUX
-    # has the setting; only this architecture has both.
-    shape=Shape(
-        modules=_LISTS,
-        config=("pooled_projection_dim",),
-        others=(Shape(modules=(*_LISTS, "clip_text_pooled_proj", "time_text_embed")),),
-    ),
+    # request 12803. Z-Image has the refiners too, FLUX has the setting; only this architecture has both.
+    shape=Shape(modules=_LISTS, config=("pooled_projection_dim",)),
     modes=MappingProxyType({"quality": CallSettings(28, None, "the authors' guides name 20 to 28 steps")}),
     schedulers=("unipc", "dpmpp_2m_sde"),
     size_multiple=16,
@@ -86,3 +82,21 @@ NEWBIE = Family(
         unused=("norm_final.weight",),
     ),
 )
+
+#: The authors' own code, which comes with the checkpoint. It has no config, but layers of its own for the pooled
+#: embedding, and its pipeline calls it once for both halves of guidance.
+_OWN_CODE = replace(
+    _IN_DIFFUSERS,
+    transformer_classes=("NextDiT_CLIP",),
+    shape=Shape(modules=(*_LISTS, "clip_text_pooled_proj", "time_text_embed")),
+    rewritten="ernie_accel.models.newbie.blocks",
+    kernels="ernie_accel.models.newbie.kernels:KERNELS",
+    repeated_blocks=("JointTransformerBlock",),
+    dispatched=MappingProxyType({}),
+    forward_inputs="ernie_accel.models.newbie.inputs:forward_inputs",
+    encode_pictures="ernie_accel.models.latents:encode_as_transformer",
+    text_argument="cap_feats",
+    guidance_calls=None,
+    single_file=None,
+)
+NEWBIE = replace(_IN_DIFFUSERS, other_codes=(_OWN_CODE,))

@@ -66,6 +66,9 @@ def _fitting(transformer: object) -> Iterator[Family]:
     names = {cls.__name__ for cls in type(transformer).__mro__}
     yield from (family for family in families() if names & set(family.transformer_classes))
     for family in families():
+        for other in family.other_codes:
+            if other.shape is not None and other.shape.fits(transformer):
+                yield other if type(transformer).__name__ in other.transformer_classes else other.of_other_code()
         if family.shape is not None and family.shape.fits(transformer):
             yield family.of_other_code() if family.transformer_classes else family
 

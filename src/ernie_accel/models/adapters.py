@@ -62,16 +62,21 @@ class Adaptable(nn.Module, ABC):
     on_kernels = False
 
     @property
+    def _joined(self) -> nn.Module | None:
+        """The product of several layers, if they are fused."""
+        return self._modules.get(self.fused_name) if self.fusible else None
+
+    @property
     def products(self) -> list[LowRankProduct]:
         """Its products that take LoRAs."""
         others = (site_of(cast(nn.Module, owner._modules[name])) for owner, name in self._others())
-        found = [self._modules.get(self.fused_name), *others]
+        found = [self._joined, *others]
         given = [each.low_rank if isinstance(each, Site) else each for each in found]
         return [each for each in given if isinstance(each, LowRankProduct)]
 
     def open_sites(self) -> None:
         """Show PEFT a site for each linear layer, in place; those that it has wrapped already stay wrapped."""
-        fused = self._modules.get(self.fused_name)
+        fused = self._joined
         if fused is not None and not isinstance(fused, LowRankProduct):
             columns, at, places = int(cast(Any, fused).in_features), 0, []
             for name, size in zip(self.fusible, self.fused_sizes, strict=True):
@@ -101,7 +106,7 @@ class Adaptable(nn.Module, ABC):
             site = site_of(cast(nn.Module, owner._modules[name]))
             if site is not None and not (only_if_unused and owner._modules[name] is not site):
                 _put_base(owner, name, site.low_rank.alone())
-        product = self._modules.get(self.fused_name)
+        product = self._joined
         if not isinstance(product, LowRankProduct):
             return
         wrapped = {place.name: place.adapted for place in product.places if place.adapted is not None}
@@ -145,10 +150,11 @@ class Adaptable(nn.Module, ABC):
     def _others(self) -> list[tuple[nn.Module, str]]:
         """Return the places of linear layers that are a product of their own, wrapped or not."""
         owners = [cast(nn.Module, self), *(child for child in self._modules.values() if type(child) is nn.ModuleList)]
+        joined = (self.fused_name, *self.fusible) if self.fusible else ()
         found = []
         for owner in owners:
             for name, child in owner._modules.items():
-                is_other = child is not None and name != self.fused_name and name not in self.fusible
+                is_other = child is not None and name not in joined
                 if is_other and isinstance(cast(nn.Module, child)._modules.get("base_layer", child), _LAYERS):
                     found.append((owner, name))
         return found
@@ -579,7 +585,8 @@ class Merges(StandInMethod):
 def take_adapters(transformer: nn.Module, undo: Undo) -> None:
     """Make a rewritten transformer load and unload LoRAs, in place."""
     for name in ("load_lora_adapter", "add_adapter"):
-        undo.setattr(transformer, name, TakesAdapters(transformer, name))
+        if hasattr(transformer, name):  # a module that is none of diffusers' has neither
+            undo.setattr(transformer, name, TakesAdapters(transformer, name))
     if hasattr(transformer, "unload_lora"):
         undo.setattr(transformer, "unload_lora", ThenTidy(transformer, "unload_lora"))
     if hasattr(transformer, "fuse_lora"):

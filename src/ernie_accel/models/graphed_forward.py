@@ -81,10 +81,10 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
         return cast(RewrittenModel, importlib.import_module(named) if isinstance(named, str) else named)
 
     def __call__(self, *args: Any, **kwargs: object) -> object:
-        arguments = dict(zip(self._blocks.FORWARD_ARGUMENTS, args, strict=False)) | kwargs
+        arguments = self.named(args, kwargs)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._blocks.serves(arguments):
             return self.inner_forward(**arguments)
-        steps = {name: arguments[name] for name in self._blocks.STEP_INPUTS}
+        steps = {name: x for name in self._blocks.STEP_INPUTS if (x := arguments.get(name)) is not None}
         device = _tensors(*steps.values())[0].device
         tokens = self._blocks.token_count(self.module, arguments)
         if not self._captures(device, tokens):

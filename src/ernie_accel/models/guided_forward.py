@@ -147,7 +147,7 @@ class GuidedForward(StandInForward):
         if picture is None or picture.of is not self or torch.compiler.is_compiling():
             return self.inner_forward(*args, **kwargs)
         model = self._model
-        arguments = dict(zip(model.FORWARD_ARGUMENTS, args, strict=False)) | kwargs
+        arguments = self.named(args, kwargs)
         text = {name: arguments.get(name) for name in self._prompt}
         step = {name: x for name, x in arguments.items() if name not in text and name != "return_dict"}
         now = Fingerprint.of(self.module, places=False)  # offloading may move the weights at every step
@@ -179,7 +179,7 @@ class GuidedForward(StandInForward):
     def _is_joinable(self, step: Mapping[str, object], pair: _Pair) -> bool:
         """Return whether both calls can be one batch, without a mask that slows attention down."""
         model, first, second = self._model, pair.first.values, pair.second.values
-        inputs = [step.get(name) for name in model.STEP_INPUTS]
+        inputs = [step[name] for name in model.STEP_INPUTS if name in step]
         others = [x for name, x in step.items() if name not in model.STEP_INPUTS]
         texts = list(zip(first.values(), second.values(), strict=True))
         if not pair.is_unchanged or not all(map(_is_plain, others)) or not all(starmap(_are_alike, texts)):
@@ -198,7 +198,7 @@ class GuidedForward(StandInForward):
         if pair.joined is None:
             second = pair.second.values
             pair.joined = {name: _stacked(x, second[name]) for name, x in pair.first.values.items()}
-        inputs = {name: torch.cat((step[name], step[name])) for name in self._model.STEP_INPUTS}
+        inputs = {name: torch.cat((step[name], step[name])) for name in self._model.STEP_INPUTS if name in step}
         return {**step, **inputs, **pair.joined, "return_dict": False}
 
 

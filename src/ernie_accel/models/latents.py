@@ -38,6 +38,11 @@ def encode_as_prompts(pipe: Pipeline, pictures: torch.Tensor) -> torch.Tensor:
     return _scaled(pipe, pictures).to((pipe.transformer if encoder is None else encoder).dtype)
 
 
+def encode_as_transformer(pipe: Pipeline, pictures: torch.Tensor) -> torch.Tensor:
+    """Return latents [B, C, H/8, W/8] of pictures [B, 3, H, W] in [-1, 1], for NewBie-image's own pipeline."""
+    return _scaled(pipe, pictures).to(pipe.transformer.dtype)
+
+
 def _scaled(pipe: Pipeline, pictures: torch.Tensor) -> torch.Tensor:
     config = pipe.vae.config
     scaled: torch.Tensor = (_encoded(pipe, pictures) - (config.shift_factor or 0.0)) * config.scaling_factor

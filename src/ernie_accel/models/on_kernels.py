@@ -45,7 +45,7 @@ class KernelBlock(RewrittenBlock):
     @property
     def has_fp8_attention(self) -> bool:
         """Whether attention is in fp8, whichever backends are chosen."""
-        return self.attends_in == "fp8" and takes_fp8(self.attention_part.to_out[0])
+        return self.attends_in == "fp8" and takes_fp8(self.attention_part.last)
 
 
 def is_unnamed(attention: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from types import MethodType
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
@@ -29,11 +29,11 @@ from ernie_accel.models.processors import processor_for
 from ernie_accel.models.token_layout import LAYOUT, TokenLayout
 
 
-class StockAttention(Protocol):
-    """What is read of the attention of a stock block."""
+class ChosenBackend:
+    """Says which attention backend was chosen, as a processor of diffusers does, for code that has no processors."""
 
-    heads: int
-    processor: object
+    _attention_backend: object = None
+    _parallel_config: object = None
 
 
 class FusedLinear(nn.Linear):
@@ -93,7 +93,10 @@ class FusedLinear(nn.Linear):
 
 
 class Part(Adaptable):
-    """A module that takes over the children of a stock module and can fuse some of them into one product."""
+    """A module that takes over the children of a stock module and can fuse some of them into one product.
+
+    With nothing to fuse (`fusible`), `fused_name` is that of a layer which is one product in stock already.
+    """
 
     taken: tuple[str, ...] = ()
 
@@ -153,7 +156,9 @@ class Part(Adaptable):
         Raises:
             ErnieAccelError: The fused weight is quantized.
         """
-        if self.fused is None or (isinstance(self.fused, FusedLinear) and self.can_be_split):
+        if not self.fusible or self.fused is None:
+            return None
+        if isinstance(self.fused, FusedLinear) and self.can_be_split:
             return self.fused
         raise ErnieAccelError(
             f"Cannot split {self.fused_name} into {', '.join(self.fusible)}: its weight is quantized. Undo the "
@@ -163,7 +168,7 @@ class Part(Adaptable):
     @property
     def can_be_split(self) -> bool:
         """Whether `split` can do its work: nothing is fused, or its weight is not quantized."""
-        return self.fused is None or (isinstance(self.fused, FusedLinear) and self.fused.is_plain)
+        return not self.fusible or self.fused is None or (isinstance(self.fused, FusedLinear) and self.fused.is_plain)
 
     def _set_children(self, children: Mapping[str, nn.Module | None]) -> None:
         """Replace all children in one step, so that an interrupt finds the old ones or the new, in the stock order."""
@@ -185,7 +190,7 @@ def _cast_layerwise_as(fused: nn.Module, part: nn.Module) -> None:
 
 def _join_parts(part: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Let a fused layer load the weights of its parts; see `nn.Module.register_load_state_dict_pre_hook`."""
-    if isinstance(part, Part) and part.fused is not None:
+    if isinstance(part, Part) and part.fusible and part.fused is not None:
         within = ".product" if isinstance(part.fused, LowRankProduct) else ""
         names = ((f"{prefix}{name}.weight", f"{prefix}{name}.base_layer.weight") for name in part.fusible)
         keys = [next((key for key in each if key in state_dict), None) for each in names]
@@ -195,23 +200,38 @@ def _join_parts(part: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_:
 
 
 class SelfAttention(Part, AttentionModuleMixin):  # type: ignore[misc]
-    """The layers of a self-attention over [B, S, H]; `processor` only says which attention backend was chosen."""
+    """The layers of a self-attention over [B, S, H]; `processor` only says which attention backend was chosen.
 
-    taken = ("to_q", "to_k", "to_v", "norm_q", "norm_k", "to_out")
-    fusible = ("to_q", "to_k", "to_v")
+    Class-level facts, by the names of diffusers; code of others has others:
+        taken: The layers; what makes queries, keys and values comes first.
+        norm_names: Norms of queries and of keys.
+        last_name: Path of the layer after the attention.
+        heads_name: Attribute with the number of heads of queries.
+    """
+
+    taken: tuple[str, ...] = ("to_q", "to_k", "to_v", "norm_q", "norm_k", "to_out")
+    fusible: tuple[str, ...] = ("to_q", "to_k", "to_v")
     fused_name = "to_qkv"
-    to_q: nn.Linear
-    to_k: nn.Linear
-    to_v: nn.Linear
-    norm_q: nn.RMSNorm
-    norm_k: nn.RMSNorm
-    to_out: nn.ModuleList
+    norm_names: ClassVar[tuple[str, str]] = ("norm_q", "norm_k")
+    last_name: ClassVar[str] = "to_out.0"
+    heads_name: ClassVar[str] = "heads"
 
     def __init__(self, stock: nn.Module) -> None:
         super().__init__(stock)
-        self.heads = cast(StockAttention, stock).heads
-        self.processor = cast(StockAttention, stock).processor  # set_attention_backend writes to it
-        self.head_dim = int(self.norm_q.weight.shape[0])
+        self.heads = int(getattr(stock, self.heads_name))
+        self.processor = getattr(stock, "processor", None) or ChosenBackend()  # set_attention_backend writes to it
+        self.head_dim = int(self.norms[0].weight.shape[0])
+
+    @property
+    def norms(self) -> tuple[nn.RMSNorm, nn.RMSNorm]:
+        """The norms of queries and of keys."""
+        norm_q, norm_k = (self.get_submodule(name) for name in self.norm_names)
+        return cast(nn.RMSNorm, norm_q), cast(nn.RMSNorm, norm_k)
+
+    @property
+    def last(self) -> nn.Module:
+        """The layer after the attention, or what PEFT has put around it."""
+        return self.get_submodule(self.last_name)
 
     def project(self, x_bsh: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values [B, S, N, D]; there may be fewer heads of keys and values."""
@@ -221,7 +241,7 @@ class SelfAttention(Part, AttentionModuleMixin):  # type: ignore[misc]
             others = (qkv_bsh.shape[-1] - queries) // 2
             q_bsh, k_bsh, v_bsh = qkv_bsh.split((queries, others, others), -1)
         else:
-            q_bsh, k_bsh, v_bsh = self.to_q(x_bsh), self.to_k(x_bsh), self.to_v(x_bsh)
+            q_bsh, k_bsh, v_bsh = (self.get_submodule(name)(x_bsh) for name in self.fusible)
         q_bsnd, k_bsnd, v_bsnd = (t.unflatten(-1, (-1, self.head_dim)) for t in (q_bsh, k_bsh, v_bsh))
         return q_bsnd, k_bsnd, v_bsnd
 
@@ -322,7 +342,7 @@ def to_be_fused(
     for path, _, _, block in blocks_of(transformer, lists):
         parts = block.parts if isinstance(block, RewrittenBlock) else cls(block).parts
         for name, part in parts.items():
-            if part.fused is None and part.unfusible_reason(beneath_loras=beneath_loras) is None:
+            if part.fusible and part.fused is None and part.unfusible_reason(beneath_loras=beneath_loras) is None:
                 at = f"{path}.{name}"
                 found[f"{at}.{part.fused_name}"] = tuple(f"{at}.{child}" for child in part.fusible)
     return found
@@ -343,6 +363,8 @@ def rewrite(
         undo.push(partial(_put_back, blocks, i, block, stock))
         blocks[i] = block
         for name, part in block.parts.items():
+            if not part.fusible:
+                continue
             reason = part.unfusible_reason() if fuse else "fuse=False"
             if reason is None:
                 part.fuse()

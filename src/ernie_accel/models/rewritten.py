@@ -46,12 +46,8 @@ class RewrittenModel(Protocol):
         """Paths, within a block, of linear layers that replace several with the same input."""
 
     @property
-    def FORWARD_ARGUMENTS(self) -> tuple[str, ...]:
-        """Arguments of the forward, in order."""
-
-    @property
     def STEP_INPUTS(self) -> tuple[str, ...]:
-        """Those that are a different tensor, or list of tensors, at every step."""
+        """Arguments that may be a different tensor, or list of tensors, at every step; those that are given count."""
 
     @property
     def PICTURE_INPUT(self) -> str:

@@ -45,9 +45,10 @@ class RewrittenAttention(SelfAttention):
 
     def forward(self, x_bsh: Tensor, cos_bs1d: Tensor, sin_bs1d: Tensor, mask_b11s: Tensor | None) -> Tensor:
         q_bsnd, k_bsnd, v_bsnd = self.project(x_bsh)
-        q_bsnd = rotate(self.norm_q(q_bsnd), cos_bs1d, sin_bs1d)
-        k_bsnd = rotate(self.norm_k(k_bsnd), cos_bs1d, sin_bs1d)
-        return self.to_out[0](self.attend(q_bsnd, k_bsnd, v_bsnd, mask_b11s))  # type: ignore[no-any-return]
+        norm_q, norm_k = self.norms
+        q_bsnd = rotate(norm_q(q_bsnd), cos_bs1d, sin_bs1d)
+        k_bsnd = rotate(norm_k(k_bsnd), cos_bs1d, sin_bs1d)
+        return self.last(self.attend(q_bsnd, k_bsnd, v_bsnd, mask_b11s))  # type: ignore[no-any-return]
 
 
 class RewrittenFeedForward(Part):
@@ -204,7 +205,6 @@ def _pad(
 #: Attributes of the transformer with the blocks.
 BLOCKS = ("layers",)
 # What `CaptureGraphs` asks of a rewritten family.
-FORWARD_ARGUMENTS = ("hidden_states", "timestep", "text_bth", "text_lens", "return_dict")
 #: Other tensors in every step.
 STEP_INPUTS = ("hidden_states", "timestep")
 #: The same in all steps of a picture.

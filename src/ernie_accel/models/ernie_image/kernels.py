@@ -37,7 +37,7 @@ class KernelErnieBlock(KernelBlock, RewrittenErnieBlock):
         """
         shift_sa, scale_sa, gate_sa, shift_mlp, scale_mlp, gate_mlp = modulation
         attention, mlp, norm_sa, norm_mlp = self.self_attention, self.mlp, self.adaLN_sa_ln, self.adaLN_mlp_ln
-        to_qkv, to_out = attention.get_submodule(attention.fused_name), product_of(attention.to_out[0])
+        to_qkv, to_out = attention.get_submodule(attention.fused_name), product_of(attention.last)
         gate_up, down = mlp.get_submodule(mlp.fused_name), product_of(mlp.linear_fc2)
 
         rows: Tensor | Fp8Rows
@@ -47,7 +47,7 @@ class KernelErnieBlock(KernelBlock, RewrittenErnieBlock):
         else:
             rows = ops.norm_modulate(x_bsh, norm_sa.weight, scale_sa, shift_sa, norm_sa.eps)
         qkv_bs3h = to_qkv(rows)
-        norm_q, norm_k, heads = attention.norm_q, attention.norm_k, attention.heads
+        (norm_q, norm_k), heads = attention.norms, attention.heads
         qk = (qkv_bs3h, norm_q.weight, norm_k.weight, cos_bs1d, sin_bs1d, heads, norm_q.eps)
         padding_is_known = lengths_b is not None or mask_b11s is None
         if padding_is_known and self.has_fp8_attention:

@@ -55,10 +55,11 @@ class RewrittenAttention(SelfAttention):
 
     def forward(self, x_bsh: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
         q_bsnd, k_bsnd, v_bsnd = self.project(x_bsh)
-        q_bsnd, k_bsnd = self.norm_q(q_bsnd), self.norm_k(k_bsnd)
+        norm_q, norm_k = self.norms
+        q_bsnd, k_bsnd = norm_q(q_bsnd), norm_k(k_bsnd)
         if rope is not None:
             q_bsnd, k_bsnd = rotate(q_bsnd, rope), rotate(k_bsnd, rope)
-        return self.to_out[0](self.attend(q_bsnd, k_bsnd, v_bsnd, mask))  # type: ignore[no-any-return]
+        return self.last(self.attend(q_bsnd, k_bsnd, v_bsnd, mask))  # type: ignore[no-any-return]
 
 
 class RewrittenFeedForward(Part):
@@ -80,10 +81,12 @@ class RewrittenNextBlock(RewrittenBlock, ABC):
 
     Class-level facts:
         names: Of its layers.
+        attention_class: Takes over the attention.
         feed_forward_class: Takes over the feed-forward.
     """
 
     names: ClassVar[Names]
+    attention_class: ClassVar[type[RewrittenAttention]] = RewrittenAttention
     feed_forward_class: ClassVar[type[RewrittenFeedForward]]
 
     def __init_subclass__(cls) -> None:
@@ -96,7 +99,7 @@ class RewrittenNextBlock(RewrittenBlock, ABC):
         names = self.names
         for name, child in stock.named_children():
             if name == names.attention:
-                self.add_module(name, RewrittenAttention(child))
+                self.add_module(name, self.attention_class(child))
             elif name == names.feed_forward:
                 self.add_module(name, self.feed_forward_class(child))
             elif name in names.norms or name in names.others:

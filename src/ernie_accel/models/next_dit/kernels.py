@@ -107,7 +107,7 @@ class KernelNextBlock(KernelBlock, RewrittenNextBlock):
     def _spare(self) -> int:
         """Columns that follow what the first product reads."""
         attention = self.attention_part
-        return spare_columns(attention.get_submodule(attention.fused_name))
+        return spare_columns(product_of(attention.get_submodule(attention.fused_name)))
 
     def _body(
         self,
@@ -122,12 +122,12 @@ class KernelNextBlock(KernelBlock, RewrittenNextBlock):
         gate_sa, scale_mlp = (None, None) if modulation is None else (modulation.gate_sa, modulation.scale_mlp)
         _, after_sa, norm_mlp, _ = self.norms
         attention, feed_forward = self.attention_part, self.parts[self.names.feed_forward]
-        to_qkv, to_out = attention.get_submodule(attention.fused_name), product_of(attention.to_out[0])
+        to_qkv, to_out = product_of(attention.get_submodule(attention.fused_name)), product_of(attention.last)
         gate_up = feed_forward.get_submodule(feed_forward.fused_name)
         down = product_of(feed_forward.get_submodule(feed_forward.taken[1]))
 
         qkv_bsm = to_qkv(rows)
-        norm_q, norm_k, heads = attention.norm_q, attention.norm_k, attention.heads
+        (norm_q, norm_k), heads = attention.norms, attention.heads
         qk = (qkv_bsm, norm_q.weight, norm_k.weight, rope, heads, norm_q.eps)
         padding_is_known = lengths_b is not None or mask is None
         if padding_is_known and self.has_fp8_attention:

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from ernie_accel.models.next_dit.blocks import Modulation, Names, RewrittenFeedForward, RewrittenNextBlock, run_blocks
 from ernie_accel.models.next_dit.positions import Position, Rows, padding, table
-from ernie_accel.models.next_dit.rewriting import LISTS, NextRewriting
+from ernie_accel.models.next_dit.rewriting import LISTS, DiffusersRewriting
 from ernie_accel.models.rewriting import RewrittenForward
 from ernie_accel.models.token_layout import LAYOUT
 
@@ -111,18 +111,6 @@ class RewrittenZImageBlock(RewrittenNextBlock):
 
 
 # What `CaptureGraphs` asks of a rewritten family.
-FORWARD_ARGUMENTS = (
-    "x",
-    "t",
-    "cap_feats",
-    "return_dict",
-    "controlnet_block_samples",
-    "siglip_feats",
-    "image_noise_mask",
-    "patch_size",
-    "f_patch_size",
-    "joint_attention_kwargs",
-)
 #: Other tensors in every step.
 STEP_INPUTS = ("x", "t")
 #: The same in all steps of a picture.
@@ -323,8 +311,8 @@ class RewrittenZImageForward(RewrittenForward):
     function = forward
 
 
-_REWRITING = NextRewriting(
-    ZImageTransformer2DModel, RewrittenZImageBlock, RewrittenZImageForward, (ZSingleStreamAttnProcessor,)
+_REWRITING = DiffusersRewriting(
+    RewrittenZImageBlock, RewrittenZImageForward, ZImageTransformer2DModel, (ZSingleStreamAttnProcessor,)
 )
 BLOCKS = LISTS
 FUSED_LAYERS = _REWRITING.fused_layers
