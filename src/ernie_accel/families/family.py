@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -54,6 +55,8 @@ class PromptEncoding:
         methods: Methods that encode a list of texts, their first argument; the first that the pipeline has counts.
             Empty for a pipeline whose ``encode_prompt`` encodes prompts one by one.
         encoders: Components that take part.
+        beside: Other methods that encode the same texts, each with the component and the tokenizer that it uses; those
+            that the pipeline has count.
         guided_above: Negative prompts are encoded, too, if the guidance scale is above this.
     """
 
@@ -62,6 +65,7 @@ class PromptEncoding:
     unused: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
     encoders: tuple[str, ...] = ("text_encoder",)
+    beside: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     guided_above: float = 1.0
 
     def layers_of(self, text_encoder: object) -> str | None:
@@ -73,6 +77,15 @@ class PromptEncoding:
             if part is not None:
                 return path
         return None
+
+    def beside_on(self, pipe: object) -> dict[str, tuple[str, str]]:
+        """Return those of `beside` that `pipe` has, with their component."""
+        return {
+            name: parts
+            for name, parts in self.beside.items()
+            if callable(getattr(type(pipe), name, None))
+            and all(getattr(pipe, part, None) is not None for part in parts)
+        }
 
     def method_of(self, pipe: object) -> str | None:
         """Return the method that encodes a list of texts, or None where prompts are encoded one by one."""
@@ -116,13 +129,18 @@ class GuidanceCalls:
     """How a pipeline guides that calls its transformer twice a step, with the prompt and with the negative one.
 
     Attributes:
-        prompt: Arguments of the transformer's forward that hold an encoded prompt, tensors [B, T, ...] each; all others
-            are the same in both calls.
+        prompt: Arguments of the transformer's forward that hold an encoded prompt, tensors [B, T, ...] each; those that
+            it has count. All others are the same in both calls.
         method: Method of the pipeline that returns these for the prompt, and then for the negative one.
     """
 
     prompt: tuple[str, ...]
     method: str
+
+    def prompt_of(self, transformer: object) -> tuple[str, ...]:
+        """Return those of `prompt` that the forward of `transformer` takes."""
+        takes = inspect.signature(type(transformer).forward).parameters  # type: ignore[attr-defined]
+        return tuple(name for name in self.prompt if name in takes)
 
 
 @dataclass(frozen=True)

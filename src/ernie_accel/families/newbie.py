@@ -51,15 +51,19 @@ _IN_DIFFUSERS = Family(
     forward_inputs="ernie_accel.models.lumina.inputs:forward_inputs",
     encode_pictures="ernie_accel.models.latents:encode_as_prompts",
     text_argument="encoder_hidden_states",
-    guidance_calls=GuidanceCalls(("encoder_hidden_states", "encoder_attention_mask"), "encode_prompt"),
-    # Lumina 2's pipeline has the first method. The second is of the authors' own, where Gemma 3 may come with a vision
-    # tower and Jina CLIP (`clip_model`) adds a pooled embedding of each text.
+    guidance_calls=GuidanceCalls(
+        ("encoder_hidden_states", "pooled_projections", "encoder_attention_mask"), "encode_prompt"
+    ),
+    # Lumina 2's pipeline has the first method; beside it, the pull request's has one for Jina CLIP, which adds a pooled
+    # embedding of each text. The second is of the authors' own, where that is `clip_model`, and Gemma 3 may come with a
+    # vision tower.
     prompt_encoding=PromptEncoding(
         layers=("layers", "language_model.layers"),
         hidden_state=-2,
         unused=("vision_tower", "multi_modal_projector"),
         methods=("_get_gemma_prompt_embeds", "_encode_prompt"),
         encoders=("text_encoder", "clip_model"),
+        beside=MappingProxyType({"_get_clip_prompt_embeds": ("text_encoder_2", "tokenizer_2")}),
     ),
     single_file=SingleFileNames(
         renamed=(

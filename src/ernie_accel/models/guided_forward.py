@@ -130,7 +130,7 @@ class GuidedForward(StandInForward):
             rewritten: Its family's rewritten model, or the name of it: a module can be neither copied nor pickled.
             calls: How its pipeline guides.
         """
-        self._rewritten, self._prompt = rewritten, calls.prompt
+        self._rewritten, self._prompt = rewritten, calls.prompt_of(transformer)
         super().__init__(transformer)
 
     def around(self, call: Call, arguments: Arguments) -> object:
@@ -148,7 +148,7 @@ class GuidedForward(StandInForward):
             return self.inner_forward(*args, **kwargs)
         model = self._model
         arguments = self.named(args, kwargs)
-        text = {name: arguments.get(name) for name in self._prompt}
+        text = {name: arguments[name] for name in self._prompt if arguments.get(name) is not None}
         step = {name: x for name, x in arguments.items() if name not in text and name != "return_dict"}
         now = Fingerprint.of(self.module, places=False)  # offloading may move the weights at every step
         half, picture.waiting = picture.waiting, None

@@ -15,10 +15,12 @@ def forward_inputs(
 ) -> dict[str, object]:
     """Return the arguments for `rows` pictures of `width` x `height` pixels and prompts of `tokens` tokens."""
     config, dtype = transformer.config, transformer.dtype
+    pooled = config.get("pooled_projection_dim")  # of versions that know NewBie-image
     return {
         "hidden_states": torch.empty(rows, config.in_channels, height // 8, width // 8, dtype=dtype),
         "timestep": torch.empty(rows, dtype=dtype),
         "encoder_hidden_states": torch.empty(rows, tokens, config.cap_feat_dim, dtype=dtype),
         "encoder_attention_mask": torch.ones(rows, tokens, dtype=torch.bool),
+        **({} if pooled is None else {"pooled_projections": torch.empty(rows, pooled, dtype=dtype)}),
         "return_dict": False,
     }

@@ -85,6 +85,6 @@ class BatchGuidance(Transform):
         with Undo() as undo:
             guided.install(undo)
             if callable(getattr(type(pipe), calls.method, None)):
-                undo.setattr(pipe, calls.method, EncodeBoth(pipe, calls.method, calls.prompt))
+                undo.setattr(pipe, calls.method, EncodeBoth(pipe, calls.method, calls.prompt_of(pipe.transformer)))
             wrap_call(pipe, "guidance", guided.around, undo)
         return Applied(found.changes, undo=undo, note=found.note)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias, cast
@@ -97,7 +97,7 @@ class BatchPromptEncoding(Transform):
 
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         changes, how = self._changes(pipe), _encoding_of(pipe)
-        memory = PromptFiles(self.cache, Path(self.folder)) if self.folder else PromptMemory(self.cache)
+        memory = self._memory()
         method = how.method_of(pipe)
         encoder: _Encoder | _OnceEach
         with Undo() as undo:
@@ -108,15 +108,26 @@ class BatchPromptEncoding(Transform):
             else:
                 encoder = _OnceEach(pipe, method, how, memory, self.max_batch)
                 undo.setattr(pipe, method, encoder)
+                for name, (component, tokenizer) in how.beside_on(pipe).items():
+                    other = self._memory(component)
+                    alone = replace(how, encoders=(component,))
+                    beside = _OnceEach(pipe, name, alone, other, self.max_batch, tokenizer)
+                    undo.setattr(pipe, name, beside)
+                    wrap_call(pipe, f"prompts_{component}", beside.around, undo)
             wrap_call(pipe, "prompts", encoder.around, undo)
         return Applied(changes, undo=undo, note=self._note())
+
+    def _memory(self, component: str = "") -> PromptMemory | PromptFiles:
+        """Return where embeddings are kept: those of another component in a folder of their own."""
+        return PromptFiles(self.cache, Path(self.folder) / component) if self.folder else PromptMemory(self.cache)
 
     def _changes(self, pipe: Pipeline) -> tuple[str, ...]:
         how = _encoding_of(pipe)
         method = how.method_of(pipe)
-        each_once = said("{method} all texts -> each once", method=method)
-        encoding = said("encode_prompt one by one -> batched") if method is None else each_once
-        return (encoding, said("{layer} run -> skipped", layer=_last_layer(pipe, how)))
+        methods = () if method is None else (method, *how.beside_on(pipe))
+        each_once = tuple(said("{method} all texts -> each once", method=each) for each in methods)
+        encoding = each_once or (said("encode_prompt one by one -> batched"),)
+        return (*encoding, said("{layer} run -> skipped", layer=_last_layer(pipe, how)))
 
     def _note(self) -> str:
         where = said("in {folder}", folder=self.folder) if self.folder else said("in memory")
@@ -233,10 +244,16 @@ class _OnceEach(_KnowsTheCall, StandInMethod):
     """A pipeline's own method for encoding a list of texts, asked for each text once; same arguments, same result."""
 
     def __init__(
-        self, pipe: Pipeline, name: str, how: PromptEncoding, memory: PromptMemory | PromptFiles, max_batch: int
+        self,
+        pipe: Pipeline,
+        name: str,
+        how: PromptEncoding,
+        memory: PromptMemory | PromptFiles,
+        max_batch: int,
+        tokenizer: str = "tokenizer",
     ) -> None:
         super().__init__(pipe, name)
-        self._how, self._memory, self._max_batch = how, memory, max_batch
+        self._how, self._memory, self._max_batch, self._tokenizer = how, memory, max_batch, tokenizer
         self._upcoming: list[str] = []
         self._of_this_call: dict[object, Embedded] | None = None  # None outside of a call of the pipe
 
@@ -251,6 +268,7 @@ class _OnceEach(_KnowsTheCall, StandInMethod):
         bound.apply_defaults()
         (name, texts), *rest = bound.arguments.items()
         is_given = any(isinstance(value, Tensor) for _, value in rest) or bool(dict(rest).get("prompt_embeds"))
+        is_given = is_given or dict(rest).get("num_images_per_prompt", 1) != 1  # several rows of each text
         if texts is None or is_given or self._wants_gradients():
             return self.call_inner(*args, **kwargs)
         texts = [texts] if isinstance(texts, str) else list(texts)
@@ -275,9 +293,10 @@ class _OnceEach(_KnowsTheCall, StandInMethod):
         return torch.is_grad_enabled() and any(p.requires_grad for each in self._encoders() for p in each.parameters())
 
     def _text(self, text: str, beside: Mapping[str, object], of_all: Mapping[str, object]) -> _Text:
-        ids = self.owner.tokenizer(text, truncation=False, verbose=False)["input_ids"]  # type: ignore[attr-defined]
+        tokenizer = getattr(self.owner, self._tokenizer)
+        ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
         settings = [(key, repr(value)) for key, value in sorted({**beside, **of_all}.items()) if key != "device"]
-        template = getattr(self.owner.tokenizer, "chat_template", None)  # type: ignore[attr-defined]
+        template = getattr(tokenizer, "chat_template", None)
         return _Text(text, beside, (text, tuple(ids), tuple(settings), template))
 
     def _found(self, name: str, wanted: Sequence[_Text], of_all: Mapping[str, Any]) -> dict[object, Embedded]:
