@@ -55,8 +55,8 @@ class PromptEncoding:
         methods: Methods that encode a list of texts, their first argument; the first that the pipeline has counts.
             Empty for a pipeline whose ``encode_prompt`` encodes prompts one by one.
         encoders: Components that take part.
-        beside: Other methods that encode the same texts, each with the component and the tokenizer that it uses; those
-            that the pipeline has count.
+        beside: Other methods that encode the same texts, each with the component and the tokenizer that it uses
+            (method, component, tokenizer); those that the pipeline has count.
         guided_above: Negative prompts are encoded, too, if the guidance scale is above this.
     """
 
@@ -65,7 +65,7 @@ class PromptEncoding:
     unused: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
     encoders: tuple[str, ...] = ("text_encoder",)
-    beside: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    beside: tuple[tuple[str, str, str], ...] = ()
     guided_above: float = 1.0
 
     def layers_of(self, text_encoder: object) -> str | None:
@@ -78,14 +78,14 @@ class PromptEncoding:
                 return path
         return None
 
-    def beside_on(self, pipe: object) -> dict[str, tuple[str, str]]:
-        """Return those of `beside` that `pipe` has, with their component."""
-        return {
-            name: parts
-            for name, parts in self.beside.items()
-            if callable(getattr(type(pipe), name, None))
-            and all(getattr(pipe, part, None) is not None for part in parts)
-        }
+    def beside_on(self, pipe: object) -> list[tuple[str, str, str]]:
+        """Return those of `beside` that `pipe` has, with the component and the tokenizer."""
+        return [
+            each
+            for each in self.beside
+            if callable(getattr(type(pipe), each[0], None))
+            and all(getattr(pipe, part, None) is not None for part in each[1:])
+        ]
 
     def method_of(self, pipe: object) -> str | None:
         """Return the method that encodes a list of texts, or None where prompts are encoded one by one."""

@@ -63,7 +63,7 @@ _IN_DIFFUSERS = Family(
         unused=("vision_tower", "multi_modal_projector"),
         methods=("_get_gemma_prompt_embeds", "_encode_prompt"),
         encoders=("text_encoder", "clip_model"),
-        beside=MappingProxyType({"_get_clip_prompt_embeds": ("text_encoder_2", "tokenizer_2")}),
+        beside=(("_get_clip_prompt_embeds", "text_encoder_2", "tokenizer_2"),),
     ),
     single_file=SingleFileNames(
         renamed=(

@@ -108,7 +108,7 @@ class BatchPromptEncoding(Transform):
             else:
                 encoder = _OnceEach(pipe, method, how, memory, self.max_batch)
                 undo.setattr(pipe, method, encoder)
-                for name, (component, tokenizer) in how.beside_on(pipe).items():
+                for name, component, tokenizer in how.beside_on(pipe):
                     other = self._memory(component)
                     alone = replace(how, encoders=(component,))
                     beside = _OnceEach(pipe, name, alone, other, self.max_batch, tokenizer)
@@ -124,7 +124,7 @@ class BatchPromptEncoding(Transform):
     def _changes(self, pipe: Pipeline) -> tuple[str, ...]:
         how = _encoding_of(pipe)
         method = how.method_of(pipe)
-        methods = () if method is None else (method, *how.beside_on(pipe))
+        methods = () if method is None else (method, *(name for name, *_ in how.beside_on(pipe)))
         each_once = tuple(said("{method} all texts -> each once", method=each) for each in methods)
         encoding = each_once or (said("encode_prompt one by one -> batched"),)
         return (*encoding, said("{layer} run -> skipped", layer=_last_layer(pipe, how)))
