@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import statistics
@@ -18,18 +19,6 @@ SOURCE = "benchmarks/results/{}.json"
 
 #: File -> (title, results, [(label, rung)]), for charts of one figure a rung; the figure's key comes last.
 BY_RUNG = {
-    "ladder": (
-        "ERNIE-Image on an H200, ms per step at 1024x1024 px",
-        "ladder_presets_h200_202611",
-        (
-            ("stock diffusers, bf16", "stock"),
-            ("with compile_repeated_blocks", "stock+compile"),
-            ("preset turbo-bf16", "turbo-bf16"),
-            ("torchao fp8, compiled", "torchao-fp8+compile"),
-            ("preset turbo-fp8", "turbo-fp8"),
-        ),
-        "ms_1024",
-    ),
     "parts": (
         "Beside the denoiser on an H200, ms",
         "parts_fused_h200_202611",
@@ -65,6 +54,16 @@ CAPS = (("stock, no cap", "fits_h200_202611", "stock"), *(
 
 #: What was measured in several runs: title and bars, (label, results, rung) each.
 BY_RUNS = {
+    "ladder": (
+        "ERNIE-Image on an H200, ms per step at 1024x1024 px",
+        (
+            ("stock diffusers, bf16", "ladder_products", "stock"),
+            ("with compile_repeated_blocks", "ladder_products", "stock+compile"),
+            ("preset turbo-bf16, in an earlier run", "ladder_presets", "turbo-bf16"),
+            ("torchao fp8, compiled", "ladder_products", "torchao-fp8+compile"),
+            ("preset turbo-fp8", "ladder_products", "turbo-fp8"),
+        ),
+    ),
     "z_image": (
         "Z-Image-Turbo on an H200, ms per step at 1024x1024 px",
         (
@@ -79,8 +78,8 @@ BY_RUNS = {
         "NewBie-image with guidance on an H200, ms per step at 1024x1024 px",
         (
             ("stock diffusers, bf16", "newbie_products", "stock"),
-            ("with compile_repeated_blocks, in an earlier run", "newbie", "compiled-bf16"),
-            ("preset quality-bf16, in an earlier run", "newbie_norms", "quality-bf16"),
+            ("with compile_repeated_blocks", "newbie_products", "compiled-bf16"),
+            ("preset quality-bf16", "newbie_products", "quality-bf16"),
             ("torchao fp8, compiled", "newbie_products", "compiled-fp8"),
             ("preset quality-fp8", "newbie_products", "quality-fp8"),
         ),
@@ -119,17 +118,17 @@ def _by_runs(say: Say) -> Iterator[tuple[str, str]]:
 
 
 def _lora(say: Say) -> str:
-    rows = sorted(
-        _read("lora_h200_202611")["rows"], key=lambda row: (row["layers"] == "all", row["rank"], row["round"])
-    )
+    runs = [_read(name)["rows"] for name in ("lora_h200_202611", "lora_all_h200_202611")]
+    rows = sorted(itertools.chain(*runs), key=lambda row: (row["layers"] == "all", row["rank"]))
     without = statistics.median(row["without_ms"] for row in rows)
     bars = [Bar("without a LoRA", (without,), f"{without:.1f} ms")]
-    for row in rows:
-        layers = {"attention": "attention", "all": "all layers"}[row["layers"]]
-        label = f"{layers}, rank {row['rank']}" if row["round"] == 1 else "second round"
-        bars.append(Bar(label, (row["step_ms"],), f"{row['step_ms']:.1f} ms"))
+    for _, those in itertools.groupby(rows, key=lambda row: (row["layers"], row["rank"])):
+        for number, row in enumerate(those):
+            layers = {"attention": "attention", "all": "all layers"}[row["layers"]]
+            label = "second run" if number else f"{layers}, rank {row['rank']}"
+            bars.append(Bar(label, (row["step_ms"],), f"{row['step_ms']:.1f} ms"))
     title = "A LoRA beside turbo-fp8 on an H200, ms per step"
-    return bar_chart(title, bars, note=SOURCE.format("lora_h200_202611"), say=say)
+    return bar_chart(title, bars, note="benchmarks/results/lora*_h200_202611.json", say=say)
 
 
 def _orders(say: Say) -> str:

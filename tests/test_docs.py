@@ -200,8 +200,8 @@ def test_every_plan_in_the_docs_is_compared():
     [
         (
             "ERNIE-Image",
-            "ladder_presets/stock ladder_presets/stock+compile ladder_presets/torchao-fp8+compile "
-            "ladder_presets/turbo-fp8",
+            "ladder_products/stock ladder_products/stock+compile ladder_products/torchao-fp8+compile "
+            "ladder_products/turbo-fp8",
         ),
         (
             "Z-Image-Turbo",
@@ -210,7 +210,8 @@ def test_every_plan_in_the_docs_is_compared():
         ),
         (
             "NewBie-image",
-            "newbie_products/stock newbie/compiled-bf16 newbie_products/compiled-fp8 newbie_products/quality-fp8",
+            "newbie_products/stock newbie_products/compiled-bf16 newbie_products/compiled-fp8 "
+            "newbie_products/quality-fp8",
         ),
     ],
 )

@@ -209,7 +209,7 @@ def test_what_could_not_be_compiled_is_measured_eager_and_says_why(monkeypatch):
     assert transformer[0]._compiled_call_impl is None
 
 
-LADDERS = ("ladder_presets", "ladder_bf16", "ladder_by_lengths")
+LADDERS = ("ladder_products", "ladder_presets", "ladder_bf16", "ladder_by_lengths")
 
 
 @pytest.mark.parametrize("name", [*LADDERS, "parts", "peers", "peers_int8", "sweep_bf16", "sweep_fp8"])

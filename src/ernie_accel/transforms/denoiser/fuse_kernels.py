@@ -58,11 +58,11 @@ class FuseKernels(Transform):
     that backend is used instead.
 
     LoRAs are loaded, switched, scaled, merged and unloaded by diffusers' own calls, before and after: each is a
-    low-rank part in bfloat16 beside the product (``docs/lora.md``).
+    low-rank part beside the product (``docs/lora.md``).
 
     Pays:
-        "fp8" on Hopper and Ada cards: on an H200 a step of ERNIE-Image takes 67.5 ms, where compiled torchao fp8 took
-        97 and stock 203 in an earlier run, and nothing has to be compiled. "bf16": a step takes 122.5 ms, where
+        "fp8" on Hopper and Ada cards: on an H200 a step of ERNIE-Image takes 69.2 ms, where compiled torchao fp8 takes
+        96.1 and stock 201.6, and nothing has to be compiled. "bf16": a step takes 122.5 ms, where
         `RewriteBlocks` with `Compile` takes 125.
 
     Attributes:
