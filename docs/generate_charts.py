@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import statistics
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -120,14 +119,13 @@ def _by_runs(say: Say) -> Iterator[tuple[str, str]]:
 def _lora(say: Say) -> str:
     runs = [_read(name)["rows"] for name in ("lora_h200_202611", "lora_all_h200_202611")]
     rows = sorted(itertools.chain(*runs), key=lambda row: (row["layers"] == "all", row["rank"]))
-    without = statistics.median(row["without_ms"] for row in rows)
-    bars = [Bar("without a LoRA", (without,), f"{without:.1f} ms")]
+    bars = []
     for _, those in itertools.groupby(rows, key=lambda row: (row["layers"], row["rank"])):
         for number, row in enumerate(those):
             layers = {"attention": "attention", "all": "all layers"}[row["layers"]]
             label = "second run" if number else f"{layers}, rank {row['rank']}"
-            bars.append(Bar(label, (row["step_ms"],), f"{row['step_ms']:.1f} ms"))
-    title = "A LoRA beside turbo-fp8 on an H200, ms per step"
+            bars.append(Bar(label, (row["percent"],), f"{row['percent']:.1f} %"))
+    title = "What a LoRA adds to a step of turbo-fp8 on an H200"
     return bar_chart(title, bars, note="benchmarks/results/lora*_h200_202611.json", say=say)
 
 
