@@ -1,7 +1,8 @@
 """Rewritten networks, and replacements for a network's forward. Nothing here imports a transform.
 
 ernie_image/    the transformer's blocks rewritten, and on fused kernels
-z_image/        Z-Image's; lumina/: that of Lumina 2 and NewBie-image; next_dit/: the blocks that both have in common
+z_image/        Z-Image's; lumina/: that of Lumina 2, which runs NewBie-image; newbie/: NewBie-image's own code
+next_dit/       the blocks that these have in common
 rewriting.py    what all rewritten models share; on_kernels.py: on fused kernels; token_layout.py: padding, positions
 language/       language models that encode prompts: Ministral, Qwen and Gemma from the same layers
 ministral/      the prompt enhancer, which decodes with those layers

@@ -22,11 +22,12 @@ from ernie_accel.models.rewritten import attends_by_lengths, rewritten_blocks, r
 class BatchGuidance(Transform):
     """Compute both calls of a guided step, with the prompt and with the negative one, as one batch of two.
 
-    Lumina 2 and NewBie-image call the transformer twice a step; ERNIE-Image and Z-Image make one batch of both
-    themselves. At the first call of a step, the second is predicted and computed along with it, and its result waits
-    until it is asked for. It is returned only if latents, time step, prompt, adapters and hooks are what was predicted;
-    any other call is computed on its own. A step that does not ask for the second call (``cfg_trunc_ratio``) costs one
-    half that is not needed; the steps after it are computed one by one.
+    Lumina 2's pipelines, on which NewBie-image runs in diffusers, call the transformer twice a step; ERNIE-Image's,
+    Z-Image's and that of NewBie-image's authors make one batch of both themselves. At the first call of a step, the
+    second is predicted and computed along with it, and its result waits until it is asked for. It is returned only if
+    latents, time step, prompt, adapters and hooks are what was predicted; any other call is computed on its own. A step
+    that does not ask for the second call (``cfg_trunc_ratio``) costs one half that is not needed; the steps after it
+    are computed one by one.
 
     Prompts of unequal lengths share a batch by their lengths, on fused kernels with attention by lengths, or by a mask,
     on the CPU. Elsewhere a mask would slow attention down, so only prompts of equal lengths are computed together.
