@@ -400,7 +400,7 @@ def tiny_own_newbie() -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
     from transformers import Gemma3TextConfig, Gemma3TextModel
 
-    from tests.pipelines import _assembled, tiny_tokenizer, tiny_vae
+    from tests.pipelines import _assembled, randomize, tiny_tokenizer, tiny_vae
 
     torch.manual_seed(0)
     encoder = Gemma3TextModel(
@@ -414,7 +414,7 @@ def tiny_own_newbie() -> Any:
             head_dim=16,
         )
     )
-    return _assembled(
+    pipe = _assembled(
         NewbiePipeline,
         transformer=NextDiT_CLIP(),
         vae=tiny_vae(),
@@ -424,3 +424,5 @@ def tiny_own_newbie() -> Any:
         clip_tokenizer=tiny_tokenizer(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
     )
+    randomize(pipe.transformer, seed=4, std=0.03)  # small enough for int8 where a script scales all norms
+    return pipe

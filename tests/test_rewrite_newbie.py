@@ -17,7 +17,16 @@ import torch
 from torch import nn
 
 import ernie_accel
-from ernie_accel import BatchGuidance, CacheSteps, Context, FuseKernels, Quantize, RewriteBlocks
+from ernie_accel import (
+    BatchGuidance,
+    CacheSteps,
+    Context,
+    FuseKernels,
+    Quantize,
+    RewriteBlocks,
+    Transform,
+    TruncatePrompts,
+)
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import families, family_of
 from ernie_accel.kernels.linear import Fp8Linear
@@ -296,6 +305,24 @@ def test_arguments_by_place_are_taken_by_graphs() -> None:
             places = (given["x"], given["t"], given["cap_feats"], given["cap_mask"])
             got = pipe.transformer(*places, clip_text_pooled=given["clip_text_pooled"])
             torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("more", [(), (RewriteBlocks(),)])
+def test_steps_of_a_transformer_that_returns_a_tensor_are_forecast(more: tuple[Transform, ...]) -> None:
+    pipe, seen = tiny_own_newbie(), list[int]()
+    call: dict[str, Any] = {"steps": 20, "guidance_scale": 4.0, "output_type": "latent"}
+    expected = picture(pipe, **call)
+    ernie_accel.optimize(pipe, *more, CacheSteps())
+    pipe.transformer.layers[0].register_forward_pre_hook(lambda block, given: seen.append(len(given[0])))
+    got = picture(pipe, **call)
+    assert set(seen) == {2}
+    assert 2 < len(seen) < 16
+    assert sqnr_db(got, expected) > 10
+
+
+def test_a_pipeline_without_encode_prompt_cannot_have_its_prompts_cut() -> None:
+    (reason,) = TruncatePrompts(8).unsupported(tiny_own_newbie(), Context("cpu", "a test"))
+    assert reason == "NewbiePipeline has no encode_prompt that could be given shorter prompts"
 
 
 def test_what_a_step_needs_is_worked_out_from_arguments_of_its_own() -> None:

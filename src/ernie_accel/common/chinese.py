@@ -616,6 +616,9 @@ CATALOGUE: Mapping[str, str] = MappingProxyType(
         "{pipe} has no tokenizer (component 'tokenizer') to count with": (
             "{pipe} 没有可用来计数的分词器（组件 'tokenizer'）"
         ),
+        "{pipe} has no encode_prompt that could be given shorter prompts": (
+            "{pipe} 没有 encode_prompt，无法把缩短后的提示词交给它"
+        ),
         "max_tokens={max_tokens} leaves nothing beside the tokenizer's {special} special tokens": (
             "max_tokens={max_tokens} 除了分词器的 {special} 个特殊 token，什么也容不下"
         ),

@@ -50,8 +50,10 @@ class TruncatePrompts(Transform):
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         tokenizer = getattr(pipe, "tokenizer", None)
-        if tokenizer is None or not hasattr(pipe, "encode_prompt"):
+        if tokenizer is None:
             return [said("{pipe} has no tokenizer (component 'tokenizer') to count with", pipe=type(pipe).__name__)]
+        if not hasattr(pipe, "encode_prompt"):
+            return [said("{pipe} has no encode_prompt that could be given shorter prompts", pipe=type(pipe).__name__)]
         special = len(tokenizer("")["input_ids"])
         if self.max_tokens <= special:
             return [

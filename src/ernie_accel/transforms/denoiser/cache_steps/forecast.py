@@ -50,8 +50,8 @@ class Forecast(CacheBackend):
 class _Line(Run):
     """The last two computed outputs as (sigma, output), the earlier first; an output is a tensor or a list of them.
 
-    A forecast is returned as the forward returned what it computed: in a tuple, or (as without ``return_dict=False``)
-    in the transformer's own output class, whose first field it is.
+    A forecast is returned as the forward returned what it computed: by itself, in a tuple, or (as without
+    ``return_dict=False``) in the transformer's own output class, whose first field it is.
     """
 
     def __init__(self, wanted: CacheSettings, forward: Forward, trajectory: Trajectory) -> None:
@@ -63,14 +63,20 @@ class _Line(Run):
         sigma, step = self._trajectory.sigmas[evaluation], self._trajectory.step_of(evaluation)
         if len(self._points) < 2 or self._wanted.computes(step, self._trajectory.steps):
             output = self._forward(*args, **kwargs)
-            self._points = [*self._points[-1:], (sigma, output[0])]
+            self._points = [*self._points[-1:], (sigma, output if isinstance(output, Tensor) else output[0])]
             self._wrap = _in_a_tuple if isinstance(output, tuple) else type(output)
+            if isinstance(output, Tensor):
+                self._wrap = _alone
             return output
         (before, old), (after, new) = self._points
         reach = (sigma - after) / (after - before)
         if isinstance(new, Tensor):
             return self._wrap(_beyond(old, new, reach))
         return self._wrap([_beyond(old_one, new_one, reach) for old_one, new_one in zip(old, new, strict=True)])
+
+
+def _alone(value: object) -> object:
+    return value
 
 
 def _in_a_tuple(value: object) -> tuple[object]:
