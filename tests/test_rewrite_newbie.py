@@ -307,6 +307,20 @@ def test_arguments_by_place_are_taken_by_graphs() -> None:
             torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
 
 
+def test_few_graphs_of_compiled_blocks_serve_all_prompt_lengths() -> None:
+    torch._dynamo.reset()
+    pipe, counted = ernie_accel.optimize(tiny_own_newbie(), RewriteBlocks()), list[Any]()
+    for name in rewritten_blocks(pipe).BLOCKS:
+        for block in getattr(pipe.transformer, name):
+            block.compile(fullgraph=True, dynamic=True, backend=lambda graph, _: counted.append(graph) or graph.forward)
+    numbers = []
+    for prompt in ("a", LONG, "a red circle"):
+        picture(pipe, output_type="latent", steps=1, prompt=prompt)
+        numbers.append(len(counted))
+    torch._dynamo.reset()
+    assert numbers[1] == numbers[2] <= 6
+
+
 @pytest.mark.parametrize("more", [(), (RewriteBlocks(),)])
 def test_steps_of_a_transformer_that_returns_a_tensor_are_forecast(more: tuple[Transform, ...]) -> None:
     pipe, seen = tiny_own_newbie(), list[int]()

@@ -17,6 +17,7 @@ import ernie_accel
 from ernie_accel import BatchGuidance, CaptureGraphs, FuseKernels, RewriteBlocks
 from ernie_accel.core.transform import ROUNDING_REL
 from ernie_accel.models.guided_forward import GuidedForward
+from tests.own_newbie import NextDiT_CLIP, tiny_own_newbie
 from tests.pipelines import picture, tiny_lumina2, tiny_z_image
 
 
@@ -46,6 +47,24 @@ def lumina2() -> Any:
     )
 
 
+@cache
+def own_newbie() -> Any:
+    """NewBie-image's sizes in the manner of its authors' code."""
+    return placed(
+        lambda: NextDiT_CLIP(
+            in_channels=16,
+            dim=2304,
+            n_layers=3,
+            n_heads=24,
+            n_kv_heads=8,
+            hidden_dim=9216,
+            axes_dims=(32, 32, 32),
+            axes_lens=(1024, 512, 512),
+            clip_text_dim=1024,
+        )
+    )
+
+
 def placed(make: Callable[[], Any]) -> Any:
     """Return a transformer in bfloat16, made on the GPU with weights of the size that training leaves."""
     with torch.device("cuda"):
@@ -60,12 +79,12 @@ def placed(make: Callable[[], Any]) -> Any:
 
 def pipe_of(name: str) -> Any:
     """Return a new pipe on the GPU with a copy of the family's transformer."""
-    pipe = {"z_image": tiny_z_image, "lumina2": tiny_lumina2}[name]()
+    pipe = {"z_image": tiny_z_image, "lumina2": tiny_lumina2, "own_newbie": tiny_own_newbie}[name]()
     pipe.register_modules(transformer=copy.deepcopy(FAMILIES[name]()))
     return pipe.to("cuda")
 
 
-FAMILIES = {"z_image": z_image, "lumina2": lumina2}
+FAMILIES = {"z_image": z_image, "lumina2": lumina2, "own_newbie": own_newbie}
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -75,15 +94,18 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def predict(pipe: Any, name: str, tokens: tuple[int, ...] = (77,), side: int = 64, step: int = 0) -> torch.Tensor:
     """Return the prediction [B, C, H, W] for pictures of 8 * `side` pixels and prompts of so many tokens."""
-    rows, config = len(tokens), pipe.transformer.config
+    rows, channels = len(tokens), 16
     time = torch.full((rows,), 0.3 + 0.1 * step, device="cuda", dtype=torch.bfloat16)
-    noise = rand(rows, config.in_channels, side, side, seed=step)
-    captions = [rand(count, config.cap_feat_dim, seed=count) for count in tokens]
+    noise = rand(rows, channels, side, side, seed=step)
+    captions = [rand(count, 32, seed=count) for count in tokens]
     with torch.no_grad():
-        if name == "lumina2":
+        if name != "z_image":
             text = torch.nn.utils.rnn.pad_sequence(captions, batch_first=True)
             text = torch.nn.functional.pad(text, (0, 0, 0, 256 - text.shape[1]))  # as the pipeline does
             mask = (torch.arange(256) < torch.tensor(tokens)[:, None]).long().cuda()
+            if name == "own_newbie":
+                pooled = rand(rows, 1024, seed=step)
+                return pipe.transformer(noise, time, text, mask, clip_text_pooled=pooled).float()  # type: ignore[no-any-return]
             return pipe.transformer(noise, time, text, mask, return_dict=False)[0].float()  # type: ignore[no-any-return]
         out = pipe.transformer(list(noise.unsqueeze(2)), time, captions, return_dict=False)[0]
         return torch.stack(list(out)).squeeze(2).float()
