@@ -103,9 +103,10 @@ class Undo:
     def is_in_place(self, beneath: Iterable[Replaced] = ()) -> bool:
         """Return whether the changes are still there, as far as this is known: nothing has replaced them since.
 
-        What later transforms have `replaced` (`beneath`) is still there, beneath their changes.
+        What later transforms have `replaced` (`beneath`) is still there, beneath their changes, and so is what this one
+        set and then set again.
         """
-        covered = set(beneath)
+        covered = {*beneath, *self.replaced}
         return all(still_there(covered) for still_there in self._still_there)
 
     def absorb(self, undo: Callable[[], object]) -> None:

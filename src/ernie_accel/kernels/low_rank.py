@@ -100,8 +100,15 @@ class LowRankProduct(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of its results."""
-        return torch.bfloat16 if isinstance(self.product, Fp8Linear) else self.weight.dtype
+        """That of what is added to its results: of the weight, or where that is packed, what it was packed from."""
+        if isinstance(self.product, Fp8Linear):
+            return torch.bfloat16
+        stored = self.weight.dtype
+        if stored.is_floating_point and stored.itemsize > 1:
+            return stored
+        casts = library_hooks(self.product).named("layerwise_casting")
+        found = (getattr(each, name, None) for each in (*casts, self.product) for name in ("compute_dtype", "dtype"))
+        return next((each for each in found if isinstance(each, torch.dtype)), torch.float32)
 
     @property
     def spare(self) -> int:
@@ -123,7 +130,7 @@ class LowRankProduct(nn.Module):
         if isinstance(x, Fp8Rows):
             low: Tensor = ops.low_rank_fp8(x.values, x.scale, down)
         else:
-            low = x.flatten(0, -2) @ down.t()
+            low = x.flatten(0, -2) @ down.t().to(x.dtype)
         out.view(-1, out.shape[-1]).addmm_(low.to(out.dtype), up.t().to(out.dtype))  # autocast may have chosen another
         return out
 
@@ -240,10 +247,11 @@ class LowRankProduct(nn.Module):
         """Why no adapter can be merged into the weight; None if it can."""
         if isinstance(self.product, Fp8Linear):
             return "its weight is float8, and the original is gone" if self.product.kept is None else None
-        plain = isinstance(self.product, nn.Linear) and type(self.product.weight) is nn.Parameter
+        weight = self.product.weight if isinstance(self.product, nn.Linear) else None
+        plain = type(weight) is nn.Parameter and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
         return None if plain else "its weight is quantized"
 
-    def merge(self, place: Place, change: Callable[[], object]) -> None:
+    def merge(self, place: Place, change: Callable[[], object], *, merges: bool) -> None:
         """Let PEFT merge adapters into the weight at `place`, or take them out again, in place.
 
         A float8 weight is made anew from the original, which is kept merged.
@@ -251,6 +259,7 @@ class LowRankProduct(nn.Module):
         Args:
             place: One of `places`.
             change: Has PEFT's layer merge into its base layer, for which it gets the true weight, or unmerge.
+            merges: Whether it merges.
 
         Raises:
             ErnieAccelError: Nothing can be merged into the weight; it was not changed.
@@ -261,6 +270,9 @@ class LowRankProduct(nn.Module):
             self.product,
             slice(place.start, place.start + place.features),
         )
+        if not merges and not vars(layer)["merged_adapters"]:
+            change()  # nothing is merged, which PEFT says
+            return
         if self.unmergeable_reason is not None:
             raise ErnieAccelError(
                 f"{place.name}: cannot change the weight, with which a LoRA is or would be merged: "
@@ -487,7 +499,8 @@ class Merge(StandInMethod):
         if site is None:
             self.call_inner(*args, **kwargs)
         else:
-            site.low_rank.merge(site.place, partial(self.call_inner, *args, **kwargs))
+            change = partial(self.call_inner, *args, **kwargs)
+            site.low_rank.merge(site.place, change, merges=self.name == "merge")
 
 
 _MERGING = ("merge", "unmerge")

@@ -20,6 +20,7 @@ from ernie_accel.common.collecting import without_collecting
 from ernie_accel.common.language import said
 from ernie_accel.common.notes import Note
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.peft_layers import config_problems, layer_problem, unchanged_if_it_fails
 from ernie_accel.core.stand_in import StandInMethod
 from ernie_accel.core.undo import Undo
 from ernie_accel.kernels.linear import Fp8Linear
@@ -284,8 +285,14 @@ class ChecksAdapters(StandInMethod):
         Raises:
             ErnieAccelError: Some of its tensors match no layer; nothing was changed.
         """
-        args, kwargs = self._checked(cast(nn.Module, self.owner), args, kwargs, on_kernels=False)
-        return self.call_inner(*args, **kwargs)
+        model = cast(nn.Module, self.owner)
+        args, kwargs = self._checked(model, args, kwargs, on_kernels=False)
+        return self._loaded(model, args, kwargs)
+
+    def _loaded(self, model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+        """Load an adapter by the method underneath; where PEFT cannot, nothing is changed."""
+        with unchanged_if_it_fails(model):
+            return self.call_inner(*args, **kwargs)
 
     def _checked(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, on_kernels: bool
@@ -327,6 +334,7 @@ class TakesAdapters(ChecksAdapters):
         parts = adaptables(model)
         to_open = [part for part in parts if part.on_kernels or not part.can_be_split]
         to_split = [part for part in parts if part not in to_open]
+        fused = [part for part in to_split if part.fused_name in part._modules]
         known = set(vars(model).get("peft_config") or {})
         if to_open:
             open_sites(model, to_open)
@@ -334,12 +342,17 @@ class TakesAdapters(ChecksAdapters):
             args, kwargs = self._checked(model, args, kwargs, on_kernels=bool(to_open))
             for part in to_split:
                 part.split()
-            result = self.call_inner(*args, **kwargs)
+            result = self._loaded(model, args, kwargs)
             problems = problems_of(model)
             if problems:
                 added = [name for name in cast(Any, model).peft_config if name not in known]
                 cast(Any, model).delete_adapters(added)
                 raise _refusal(self.name, problems)
+        except BaseException:
+            for part in fused:
+                if part.fused_name not in part._modules and part.unfusible_reason() is None:
+                    part.fuse()
+            raise
         finally:
             if to_open:
                 if not known and not vars(model).get("peft_config"):
@@ -381,8 +394,9 @@ def weight_problems(
     ours = {name.removeprefix(start): tensor for name, tensor in weights.items() if name.startswith(start)}
     if weights and not ours:
         return [f"none of its {len(weights)} tensors begins with {start!r}: it has {next(iter(weights))}, for example"]
-    unmatched, problems = [], []
+    problems: list[str] = []
     if on_kernels:
+        unmatched, known = [], dict(zip(ours, ours, strict=True))
         modules, paths = dict(model.named_modules()), set(layer_paths(model))
         for name, tensor in ours.items():
             path, kind = _split(name)
@@ -397,22 +411,72 @@ def weight_problems(
                     unmatched.append(name)
                 continue
             problem = _tensor_problem(path, kind, tensor, site)
-            if problem is not None and problem not in problems:
+            if problem is not None:
                 problems.append(problem)
     else:
-        unmatched = _unmatched(model, list(ours))
+        unmatched, known = _unmatched(model, list(ours))
+    lost = set(unmatched)
+    problems += _shape_problems(model, {known[name]: tensor for name, tensor in ours.items() if name not in lost})
     if unmatched:
         shown = ", ".join(unmatched[:3]) + (", ..." if len(unmatched) > 3 else "")
         problems.insert(
             0, f"{len(unmatched)} of its {len(ours)} tensors match no layer of {type(model).__name__}: {shown}"
         )
+    problems = list(dict.fromkeys(problems))
     if len(problems) > 5:
         problems = [*problems[:4], f"and {len(problems) - 4} more"]
     return problems
 
 
-def _unmatched(model: nn.Module, names: list[str]) -> list[str]:
-    """Return those of an adapter's tensors that belong to no layer, by any name that diffusers knows for it.
+def _shape_problems(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Return which layers a LoRA has one half for, or halves of other shapes than the layer's, all but kernels' sites.
+
+    Without its second half PEFT leaves whatever is in the memory, and other shapes raise half-way.
+
+    Args:
+        model: What the LoRA is for.
+        weights: Its tensors by PEFT's names.
+    """
+    halves: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        for half in ("A", "B"):
+            if name.endswith(f".lora_{half}.weight"):
+                halves.setdefault(name.removesuffix(f".lora_{half}.weight"), {})[half] = tensor
+    sizes, problems = _layer_sizes(model), []
+    for path, pair in halves.items():
+        if len(pair) == 1:
+            there = next(iter(pair))
+            problems.append(f"{path} has lora_{there}, and no lora_{'B' if there == 'A' else 'A'}")
+            continue
+        down, up = pair["A"], pair["B"]
+        if down.ndim != 2 or up.ndim != 2 or path not in sizes:
+            continue
+        columns, rows = sizes[path]
+        if down.shape[0] != up.shape[1]:
+            problems.append(f"the halves of {path} have ranks {down.shape[0]} and {up.shape[1]}")
+        elif down.shape[1] != columns:
+            problems.append(f"{path} has {columns} inputs, and its LoRA {down.shape[1]}")
+        elif up.shape[0] != rows:
+            problems.append(f"{path} has {rows} outputs, and its LoRA {up.shape[0]}")
+    return problems
+
+
+def _layer_sizes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return inputs and outputs of the linear layers of `model`, those that are fused into one among them."""
+    found = {}
+    for path, module in model.named_modules():
+        columns, rows = getattr(module, "in_features", None), getattr(module, "out_features", None)
+        if isinstance(columns, int) and isinstance(rows, int):
+            found[path.replace(".base_layer", "")] = columns, rows
+        fused = module._modules.get(module.fused_name) if isinstance(module, Adaptable) else None
+        columns = getattr(fused, "in_features", None)  # a `LowRankProduct` has sites that say it
+        if isinstance(module, Adaptable) and isinstance(columns, int):
+            found |= {f"{path}.{n}": (columns, r) for n, r in zip(module.fusible, module.fused_sizes, strict=True)}
+    return found
+
+
+def _unmatched(model: nn.Module, names: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Return those of an adapter's tensors that belong to no layer, and all names as PEFT's.
 
     PEFT would load the others: diffusers' log names the rest, and the picture is that of a part of the adapter.
     """
@@ -425,10 +489,10 @@ def _unmatched(model: nn.Module, names: list[str]) -> list[str]:
     paths = set(layer_paths(model))
     lost = [name for name, new in known.items() if _split(new)[0] not in paths]
     if len(lost) == len(names):
-        return lost
+        return lost, known
     if is_lokr or "lora_controlnet" in known:  # converted by rules of their own, for several layers at once
-        return []
-    return [name for name in lost if any(mark in known[name] for mark in _OF_ADAPTERS)]
+        return [], known
+    return [name for name in lost if any(mark in known[name] for mark in _OF_ADAPTERS)], known
 
 
 def _for_other_components(weights: Mapping[str, Tensor], prefix: str | None, pipe: object) -> list[str]:
@@ -474,22 +538,6 @@ def _tensor_problem(path: str, kind: str, tensor: Tensor, site: Site) -> str | N
     return None if is_down or is_up or kind == "alpha" else f"{path} gets {kind}, which the kernels do not know"
 
 
-def config_problems(config: object) -> list[str]:
-    """Return why the kernels cannot take an adapter of this configuration; empty if they can."""
-    kind = type(config).__name__
-    if kind != "LoraConfig":
-        return [f"it is a {kind}, and the kernels add LoRAs only"]
-    problems = []
-    if getattr(config, "use_dora", False):
-        problems.append("it is a DoRA, which scales by the norm of the weight that the kernels have not")
-    if getattr(config, "lora_bias", False) or getattr(config, "bias", "none") != "none":
-        problems.append("it has a bias, which the kernels do not add")
-    start = getattr(config, "init_lora_weights", True)
-    if start not in (True, False, "gaussian"):
-        problems.append(f"it starts from the weights ({start!r}), which the kernels do not have")
-    return problems
-
-
 def problems_of(model: nn.Module) -> list[str]:
     """Return what the adapters of a transformer have that its products would leave out; empty if nothing."""
     problems = []
@@ -511,21 +559,6 @@ def adapter_problems(transformer: nn.Module, lists: tuple[str, ...]) -> list[str
         said("an adapter is loaded that the kernels cannot take: {path}: {why}", path=path, why=why)
         for why, path in problems.items()
     ]
-
-
-def layer_problem(layer: Any) -> str | None:
-    """Return what a layer of PEFT's has that a `LowRankProduct` would leave out, or None."""
-    if type(layer).__module__ != "peft.tuners.lora.layer":
-        return said(
-            "it has a {layer} of {module}, and the kernels add LoRAs only",
-            layer=type(layer).__name__,
-            module=type(layer).__module__,
-        )
-    if vars(layer).get("lora_variant"):
-        return said("it has a variant of LoRA, such as DoRA, and the kernels add plain ones only")
-    if any(up.bias is not None for up in layer._modules["lora_B"]._modules.values()):
-        return said("it has a LoRA with a bias, which the kernels do not add")
-    return None
 
 
 def _unwrap_empty(model: nn.Module) -> None:

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.stand_in import StandInMethod
+from ernie_accel.core.undo import Undo
 from ernie_accel.models.adapters import fetched, layer_paths
+from ernie_accel.models.rewritten import rewritten_model
 
 #: Before the path of a layer, by trainer; kohya's and LyCORIS' write the path with underscores.
 _PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "lora_transformer_", "lora_unet_", "lycoris_")
@@ -32,7 +34,8 @@ _ALPHA = ".alpha"
 def is_foreign(weights: Mapping[str, Tensor]) -> bool:
     """Return whether these are names that diffusers does not know for every model."""
     marks = (".lora_down.", ".lora_up.", ".lora.down.", ".lora.up.", ".default.")
-    return any(key.startswith(("lora_", "lycoris_")) or key.endswith(_ALPHA) or _has(key, marks) for key in weights)
+    starts = ("lora_", "lycoris_", "base_model.model.", "diffusion_model.")
+    return any(key.startswith(starts) or key.endswith(_ALPHA) or _has(key, marks) for key in weights)
 
 
 def _has(key: str, marks: tuple[str, ...]) -> bool:
@@ -73,28 +76,70 @@ def as_diffusers(weights: Mapping[str, Tensor], paths: list[str], prefix: str = 
     return found
 
 
+#: What trainers make besides LoRAs, by what is in the names of its tensors.
+_OTHER_KINDS = {".lokr_": "LoKr", ".hada_": "LoHa", ".loha_": "LoHa", ".oft_": "OFT"}
+
+
 class ReadsForeignKeys(StandInMethod):
-    """`lora_state_dict` of a pipe for whose model diffusers converts no names of kohya's trainers or of ComfyUI."""
+    """`lora_state_dict` of a pipe, for names of kohya's trainers, of PEFT and of ComfyUI that diffusers has not."""
 
     def __call__(self, source: object, **kwargs: object) -> object:
         """Return the weights of a LoRA under diffusers' names, and its metadata if asked.
 
         Raises:
-            ErnieAccelError: It is a DoRA, of which diffusers would drop a part and load the rest.
+            ErnieAccelError: It is a DoRA, of which diffusers would drop a part and load the rest, or no LoRA at all.
         """
         wants_metadata = kwargs.pop("return_lora_metadata", False)
         weights, rest = fetched(source, kwargs, allow_pickle=kwargs.get("use_safetensors") is None)
         metadata = rest.pop("metadata", None)
-        magnitudes = [key for key in weights if "dora_scale" in key]
-        if magnitudes:
-            raise ErnieAccelError(
-                f"{type(self.owner).__name__}.load_lora_weights: this is a DoRA ({len(magnitudes)} tensors such as "
-                f"{magnitudes[0]}), of which diffusers would load only a part; nothing was changed. Merge it into a "
-                "LoRA with its trainer's tools."
-            )
-        if is_foreign(weights):
-            transformer: nn.Module = cast(Pipeline, self.owner).transformer
-            with torch.no_grad():
-                weights = as_diffusers(weights, layer_paths(transformer))
-        made = self.call_inner(weights, return_lora_metadata=False, **rest)
+        self._check_kind(weights, "dora_scale", "DoRA", "of which diffusers would load only a part")
+        made = self._read(weights, rest)
         return (made, metadata) if wants_metadata else made
+
+    def _read(self, weights: Mapping[str, Tensor], rest: dict[str, object]) -> object:
+        converted, paths = None, layer_paths(cast(Pipeline, self.owner).transformer)
+        if is_foreign(weights):
+            with torch.no_grad():
+                converted = as_diffusers(weights, paths)
+            if _are_there(converted, paths):
+                return self.call_inner(converted, return_lora_metadata=False, **rest)
+        try:  # names of the checkpoint's authors, for which diffusers may have a converter
+            made = self.call_inner(dict(weights), return_lora_metadata=False, **rest)
+        except (ValueError, LookupError):
+            self._check_kinds(weights)
+            if converted is None:
+                raise
+            made = {}
+        if converted is None or _are_there(made, paths):
+            return made
+        if not any(".lora_" in key for key in converted):
+            if not any(key.startswith("transformer.") for key in made):
+                self._check_kinds(weights)
+            return made
+        return self.call_inner(converted, return_lora_metadata=False, **rest)
+
+    def _check_kinds(self, weights: Mapping[str, Tensor]) -> None:
+        for mark, kind in _OTHER_KINDS.items():
+            self._check_kind(weights, mark, kind, f"and {type(self.owner).__name__} loads LoRAs only")
+
+    def _check_kind(self, weights: Mapping[str, Tensor], mark: str, kind: str, why: str) -> None:
+        found = [key for key in weights if mark in key]
+        if found:
+            raise ErnieAccelError(
+                f"{type(self.owner).__name__}.load_lora_weights: this is a {kind} ({len(found)} tensors such as "
+                f"{found[0]}), {why}; nothing was changed. Merge it into a LoRA with its trainer's tools."
+            )
+
+
+def read_foreign_keys(pipe: Pipeline, undo: Undo) -> None:
+    """Make a pipe of a family that can be rewritten read LoRAs by all trainers' names, in place; a no-op if it does."""
+    reads = isinstance(vars(pipe).get("lora_state_dict"), ReadsForeignKeys)
+    if hasattr(pipe, "lora_state_dict") and not reads and rewritten_model(pipe) is not None:
+        undo.setattr(pipe, "lora_state_dict", ReadsForeignKeys(pipe, "lora_state_dict"))
+
+
+def _are_there(weights: Mapping[str, Tensor], paths: list[str], prefix: str = "transformer") -> bool:
+    """Return whether these are tensors of LoRAs by diffusers' names, all for layers that are there."""
+    start, there = f"{prefix}.", set(paths)
+    layers = [name.removeprefix(start).partition(".lora_")[0] for name in weights if ".lora_" in name]
+    return bool(layers) and len(layers) == len(weights) and there.issuperset(layers)

@@ -112,7 +112,9 @@ class QuantizationBackend(ABC):
         schemes: The names of its schemes, each with the lowest CUDA compute capability it runs on; (0, 0) is any
             device of `devices`.
         devices: torch device types it runs on.
-        takes_loras: Whether PEFT can add a LoRA to its layers once they are made; where not, loading one is refused.
+        takes_loras: Whether PEFT can add a LoRA to its layers as they are; where not, it is shown plain ones meanwhile.
+        takes_variants: Whether PEFT can also add what reads the weight, such as DoRA and LoKr; else that is refused.
+        takes_biases: Whether it can add a LoRA with a bias.
         keeps_names: Whether a layer's weight is under "weight" in a state dict, with the shape of the plain one.
         takes_correction: Whether its layers can be made instances of a subclass, which adds a low-rank product
             (``Quantize(correction_rank=...)``); `holds` must know those, too. Not where something replaces the layer's
@@ -124,6 +126,8 @@ class QuantizationBackend(ABC):
     schemes: ClassVar[Mapping[str, tuple[int, int]]]
     devices: ClassVar[tuple[str, ...]] = ("cuda", "cpu")
     takes_loras: ClassVar[bool] = False
+    takes_variants: ClassVar[bool] = False
+    takes_biases: ClassVar[bool] = False
     keeps_names: ClassVar[bool] = True
     takes_correction: ClassVar[bool] = True
 

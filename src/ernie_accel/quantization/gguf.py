@@ -22,6 +22,7 @@ class Gguf(QuantizationBackend):
     name: ClassVar[str] = "gguf"
     package: ClassVar[str | None] = "gguf"
     takes_loras: ClassVar[bool] = True
+    takes_biases: ClassVar[bool] = True
     schemes: ClassVar[Mapping[str, tuple[int, int]]] = MappingProxyType(dict.fromkeys(BLOCK_BYTES, (0, 0)))
     devices: ClassVar[tuple[str, ...]] = ("cuda", "cpu", "npu", "mps", "xpu")
 

@@ -25,6 +25,7 @@ class Quanto(QuantizationBackend):
     name: ClassVar[str] = "quanto"
     package: ClassVar[str | None] = "optimum.quanto"
     takes_loras: ClassVar[bool] = True
+    takes_biases: ClassVar[bool] = True
     keeps_names: ClassVar[bool] = False
     schemes: ClassVar[Mapping[str, tuple[int, int]]] = MappingProxyType(dict.fromkeys(_QTYPES, (0, 0)))
 

@@ -6,7 +6,7 @@ Each would fail halfway with the pipe changed, or write a checkpoint that reload
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
@@ -20,6 +20,7 @@ from ernie_accel.kernels.linear import Fp8Linear
 from ernie_accel.kernels.low_rank import LowRankProduct, site_of
 from ernie_accel.quantization.correction import is_corrected
 from ernie_accel.quantization.layers import holder_of, quantized_as
+from ernie_accel.quantization.shown_plain import AddsBesideQuantized
 
 
 def refuse_saving(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:
@@ -30,19 +31,18 @@ def refuse_saving(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None
 
 
 def refuse_loras(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:
-    """Make components whose layers cannot take a LoRA refuse one, and all of them refuse to merge one, in place."""
+    """Make components add LoRAs beside their quantized layers, and refuse to merge one, in place."""
     for name, module in modules_of(pipe, components).items():
         backends = {holder for part in module.modules() if (holder := holder_of(part)) is not None}
         # Pipelines that widen a LoRA's layers to those of the model look for these weights by name, as FLUX.1's does.
         expands = name == "transformer" and hasattr(pipe, "_maybe_expand_lora_state_dict")
         if expands and not all(backend.takes_loras and backend.keeps_names for backend in backends):
             undo.setattr(pipe, "load_lora_weights", Bound(_refuse_lora, pipe))
-        methods: dict[str, Callable[..., None]] = {"fuse_lora": _refuse_merging}
-        if not all(backend.takes_loras for backend in backends):
-            methods |= {"load_lora_adapter": _refuse_lora, "load_adapter": _refuse_lora, "add_adapter": _refuse_lora}
-        for method_name, method in methods.items():
-            if hasattr(module, method_name):
-                undo.setattr(module, method_name, Bound(method, module))
+        for method_name in ("load_lora_adapter", "load_adapter", "add_adapter"):
+            if backends and hasattr(module, method_name):
+                undo.setattr(module, method_name, AddsBesideQuantized(module, method_name))
+        if hasattr(module, "fuse_lora"):
+            undo.setattr(module, "fuse_lora", Bound(_refuse_merging, module))
     refuse_unmerging(pipe, components, undo)
 
 
@@ -213,9 +213,9 @@ def _refuse_layerwise(why: str, self: object, *args: object, **kwargs: object) -
 
 def _refuse_lora(self: object, *args: object, **kwargs: object) -> None:
     raise ErnieAccelError(
-        f"{type(self).__name__}: cannot load a LoRA, because diffusers cannot add one to its quantized layers. "
-        "Load the LoRA before quantizing: ernie_accel.restore(pipe), load it, then optimize again; or quantize with "
-        "torchao or gguf, which take one afterwards."
+        f"{type(self).__name__}: cannot load a LoRA, because it fits one to its weights, and would not find those of "
+        "its quantized layers. Load the LoRA before quantizing: ernie_accel.restore(pipe), load it, then optimize "
+        "again; or quantize with torchao or gguf, which take one afterwards."
     )
 
 

@@ -28,6 +28,7 @@ class TorchAO(QuantizationBackend):
     name: ClassVar[str] = "torchao"
     package: ClassVar[str | None] = "torchao"
     takes_loras: ClassVar[bool] = True
+    takes_variants: ClassVar[bool] = True
     schemes: ClassVar[Mapping[str, tuple[int, int]]] = MappingProxyType(
         {
             "fp8": (8, 9),

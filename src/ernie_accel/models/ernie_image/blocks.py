@@ -32,7 +32,6 @@ from ernie_accel.core.undo import Undo
 from ernie_accel.models import rewriting
 from ernie_accel.models.ernie_image.architecture import ErnieTransformer, transformer_of
 from ernie_accel.models.ernie_image.positions import Position, RememberingPad, Rows, position
-from ernie_accel.models.lora_keys import ReadsForeignKeys
 from ernie_accel.models.rewriting import Part, RewrittenBlock, RewrittenForward, SelfAttention
 from ernie_accel.models.token_layout import LAYOUT, prompt_lengths
 
@@ -285,6 +284,4 @@ def rewrite(pipe: Pipeline, undo: Undo, fuse: bool) -> dict[str, str]:
     """Rewrite the transformer of `pipe` in place and return what could not be fused: path -> reason."""
     skipped = rewriting.rewrite(pipe.transformer, BLOCKS, RewrittenErnieBlock, RewrittenErnieForward, undo, fuse)
     undo.setattr(pipe, "_pad_text", RememberingPad(pipe, "_pad_text"))
-    if hasattr(pipe, "lora_state_dict"):
-        undo.setattr(pipe, "lora_state_dict", ReadsForeignKeys(pipe, "lora_state_dict"))
     return skipped

@@ -121,7 +121,10 @@ class FewSteps(Transform):
         planned = context.planned(pipe)
         if misfit := _misfit(found, planned):
             reasons.append(said("lora={lora!r} is of another architecture: {misfit}", lora=self.lora, misfit=misfit))
-        unable = sorted({name for name in _backends(planned) if not BACKENDS[name].takes_loras})
+        # Such pipelines fit a LoRA to the weights that they find by name, as FLUX.1's does.
+        fits = hasattr(pipe, "_maybe_expand_lora_state_dict")
+        backends = [BACKENDS[name] for name in _backends(planned)] if fits else []
+        unable = sorted({each.name for each in backends if not (each.takes_loras and each.keeps_names)})
         if unable:
             fix = said("quantize with torchao, quanto or gguf, or load and fuse the LoRA first (pipe.fuse_lora())")
             reasons.append(said("layers quantized by {backends} take no LoRA: {fix}", backends=listed(unable), fix=fix))
