@@ -158,6 +158,18 @@ def test_a_lora_of_another_architecture_fails_its_rows_and_no_others(folder):
     assert np.array_equal(np.asarray(Image.open(results[1].path)), alone[0])
 
 
+def test_what_an_optimized_pipe_refuses_is_in_the_reason(folder):
+    tensors = load_file(folder / "a.safetensors")
+    first = next(name for name in tensors if ".lora_B." in name)
+    save_file({name: tensor for name, tensor in tensors.items() if name != first}, folder / "half.safetensors")
+    rows = rows_of(folder, "p,1,half.safetensors,", "p,1,a.safetensors,", "q,1,,")
+    pipe = optimize(tiny_ernie(), RewriteBlocks())
+    results = {result.row.index: result for result in produce(pipe, rows, folder / "out")}
+    assert results[1].error is results[2].error is None
+    path = first.removeprefix("transformer.").partition(".lora_")[0]
+    assert results[0].error == f"half.safetensors does not fit ErnieImagePipeline: {path} has lora_A, and no lora_B"
+
+
 def test_mistakes_are_named_with_their_lines(folder):
     (folder / "pickle.safetensors").write_bytes(pickle.dumps({"a": 1}))
     (folder / "deep.safetensors").write_bytes((200_000).to_bytes(8, "little") + b"[" * 200_000)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import CastDtype, ErnieAccelError, Quantize, RewriteBlocks
+from ernie_accel import CastDtype, Compile, ErnieAccelError, Quantize, RewriteBlocks
 from tests.examples import differences, snapshot
 from tests.test_fuse_kernels import sqnr_db
 from tests.test_lora import CALLS, FORMATS, TO_Q, adapter, fused, latents, load, made
@@ -225,6 +225,24 @@ def test_quantizing_twice_is_quantizing_once(name: str) -> None:
     before = snapshot(pipe)
     ernie_accel.optimize(pipe, LAYERS[name])
     assert differences(before, snapshot(pipe)) == []
+
+
+def test_a_dora_that_compiled_blocks_cannot_trace_is_refused_before_and_after() -> None:
+    weights = dict(adapter("ernie"))
+    for name, up in adapter("ernie").items():
+        if ".lora_B." in name:
+            weights[name.replace("lora_B", "lora_magnitude_vector")] = torch.ones(len(up))
+    pipe = ernie_accel.optimize(made("ernie"), Compile())
+    before = snapshot(pipe)
+    with pytest.raises(ErnieAccelError, match=r"to_q gets a DoRA, .* nothing was changed"):
+        pipe.load_lora_weights(dict(weights), adapter_name="a")
+    assert differences(before, snapshot(pipe)) == []
+    ernie_accel.restore(pipe).load_lora_weights(dict(weights), adapter_name="a")
+    (reason,) = ernie_accel.plan(pipe, Compile()).steps[0].reasons
+    assert "has a DoRA, which torch.compile cannot trace in a full graph" in reason
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    assert not ernie_accel.plan(pipe, Compile()).steps[0].reasons
 
 
 def test_unfusing_what_is_not_fused_is_a_no_op_as_on_a_stock_pipe() -> None:

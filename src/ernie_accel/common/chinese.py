@@ -495,6 +495,12 @@ CATALOGUE: Mapping[str, str] = MappingProxyType(
             "请换一个后端或格式，或用 Compile(fullgraph=False)"
         ),
         "do without it, or take Compile(fullgraph=False)": "请不用它，或用 Compile(fullgraph=False)",
+        "{path} has a DoRA, which torch.compile cannot trace in a full graph: {fix}": (
+            "{path} 有 DoRA，torch.compile 无法在完整的图中追踪：{fix}"
+        ),
+        "merge it first (pipe.fuse_lora()), or take Compile(fullgraph=False)": (
+            "请先合并（pipe.fuse_lora()），或用 Compile(fullgraph=False)"
+        ),
         "{model} declares no repeated blocks to compile (_repeated_blocks)": (
             "{model} 没有声明可编译的重复模块（_repeated_blocks）"
         ),

@@ -72,11 +72,14 @@ class Adapters:
         name = f"batch_{lora.digest[:16]}"
         try:
             self._read(lora.read(), name)
-        except (SafetensorError, ValueError, LookupError, RuntimeError) as error:
+        except (SafetensorError, ValueError, LookupError, RuntimeError, ErnieAccelError) as error:
             self._remove(name)
             if is_out_of_memory(error):
                 raise  # for the batch to try again, smaller
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            # An optimized pipe lists all that is wrong, below a line that says what was asked of it.
+            listed = [line.removeprefix("  - ") for line in lines[1:] if isinstance(error, ErnieAccelError)]
+            reason = "; ".join(listed) or lines[0]
             raise AdapterError(f"{lora.name} does not fit {type(self._pipe).__name__}: {reason}") from error
         if not self._has(name):
             raise AdapterError(f"{lora.name} does not fit {type(self._pipe).__name__}: none of its layers is there")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 
@@ -14,8 +14,9 @@ from ernie_accel.core.components import Pipeline, absent_components, modules_of,
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError, UnknownNameError
 from ernie_accel.core.library_hooks import library_hooks
+from ernie_accel.core.peft_layers import unchanged_if_it_fails
 from ernie_accel.core.planned import Blocks, PlannedPipe
-from ernie_accel.core.stand_in import Bound
+from ernie_accel.core.stand_in import Bound, StandInMethod
 from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import repeated_blocks
@@ -77,6 +78,7 @@ class Compile(Transform):
         return (
             self._broken_by_quantization(pipe, context)
             + self._broken_by_hooks(pipe, context)
+            + self._broken_by_loras(pipe, context)
             + self.family_reasons(pipe)
         )
 
@@ -114,6 +116,15 @@ class Compile(Transform):
             for call in sorted(found)
         ]
 
+    def _broken_by_loras(self, pipe: Pipeline, context: Context) -> list[str]:
+        """Return where a LoRA is loaded that would break a full graph."""
+        blocks = self._blocks(pipe, context) if self.fullgraph else ()
+        path = next((f"{name}.{path}" for name, block in blocks if (path := _untraceable(block)) is not None), None)
+        if path is None:
+            return []
+        fix = said("merge it first (pipe.fuse_lora()), or take Compile(fullgraph=False)")
+        return [said("{path} has a DoRA, which torch.compile cannot trace in a full graph: {fix}", path=path, fix=fix)]
+
     def _leaves_to_kernels(self, pipe: Pipeline, context: Context) -> bool:
         return "transformer" in self.components and context.planned(pipe).blocks is Blocks.KERNELS
 
@@ -139,6 +150,10 @@ class Compile(Transform):
                     compile_module(block, self.cache, fullgraph=self.fullgraph, dynamic=self.dynamic, mode=self.mode)
             if self.fullgraph and len(blocks) > len(compiled):
                 _refuse_hooks(pipe, self.components, undo)
+                for module in modules_of(pipe, self.components).values():
+                    for name in ("load_lora_adapter", "add_adapter"):
+                        if hasattr(module, name):
+                            undo.setattr(module, name, _AddsTraceable(module, name))
         return Applied(
             tuple(name for name in blocks if name not in compiled),
             undo=undo,
@@ -177,6 +192,33 @@ def _refuse(name: str, self: object, *_: object, **__: object) -> None:
         f"{type(self).__name__}.{name}(): its blocks are compiled as full graphs, and torch.compile cannot trace the "
         "hooks that this attaches. Call ernie_accel.restore(pipe), then this, then take Compile(fullgraph=False)"
     )
+
+
+def _untraceable(module: torch.nn.Module) -> str | None:
+    """Return the path of the first layer with a DoRA, whose forward cannot be traced in a full graph; None if none."""
+    return next((path for path, layer in module.named_modules() if vars(layer).get("lora_variant")), None)
+
+
+class _AddsTraceable(StandInMethod):
+    """A method of a model with compiled blocks that adds an adapter."""
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """Add it.
+
+        Raises:
+            ErnieAccelError: It is a DoRA; nothing was changed.
+        """
+        model = cast(torch.nn.Module, self.owner)
+        with unchanged_if_it_fails(model):
+            result = self.call_inner(*args, **kwargs)
+            path = _untraceable(model)
+            if path is not None:
+                raise ErnieAccelError(
+                    f"{self.name}: {path} gets a DoRA, and its blocks are compiled as full graphs, in which "
+                    "torch.compile cannot trace one; nothing was changed. Call ernie_accel.restore(pipe), load and "
+                    "merge it (pipe.fuse_lora()), then optimize again, or take Compile(fullgraph=False)"
+                )
+        return result
 
 
 def _is_compiled(block: torch.nn.Module) -> bool:
