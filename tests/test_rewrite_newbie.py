@@ -6,6 +6,7 @@ What it has in common with Z-Image and Lumina 2 is in `test_rewrite_next_dit.py`
 from __future__ import annotations
 
 import ast
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from ernie_accel import (
     BatchGuidance,
     CacheSteps,
     Context,
+    FreeAfterUse,
     FuseKernels,
     Quantize,
     RewriteBlocks,
@@ -305,6 +307,39 @@ def test_arguments_by_place_are_taken_by_graphs() -> None:
             places = (given["x"], given["t"], given["cap_feats"], given["cap_mask"])
             got = pipe.transformer(*places, clip_text_pooled=given["clip_text_pooled"])
             torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+
+
+def test_what_has_to_happen_before_the_transformer_happens_though_no_hook_of_a_module_runs() -> None:
+    """`forward_with_cfg` calls ``self.forward(...)``; offloading waits for the transformer to begin."""
+    pipe, seen = tiny_own_newbie(), list[Any]()
+    expected = picture(pipe)
+
+    def hook(module: nn.Module, *_: object) -> None:
+        seen.append(module)
+
+    with Undo() as undo:
+        undo.hook_before_forward(pipe.transformer, hook)
+        undo.hook_before_forward(pipe.transformer, hook)
+    assert torch.equal(picture(pipe, steps=3), expected)
+    assert seen == [pipe.transformer] * 6
+    copied = copy.deepcopy(pipe)
+    copied.transformer.forward_with_cfg(**arguments(), cfg_scale=2.0, renorm_cfg=0)
+    assert seen[6:] == [copied.transformer] * 2
+    undo()
+    assert "forward_with_cfg" not in vars(pipe.transformer)
+    assert torch.equal(picture(pipe), expected)
+    assert len(seen) == 8
+
+
+def test_the_text_encoder_is_freed_once_the_transformer_begins() -> None:
+    pipe = tiny_own_newbie()
+    expected, sizes = picture(pipe), list[int]()
+    ernie_accel.optimize(pipe, RewriteBlocks(), FreeAfterUse())
+    layer = pipe.text_encoder.layers[0].mlp.up_proj
+    pipe.transformer.layers[0].register_forward_pre_hook(lambda *given: sizes.append(layer.weight.numel()))
+    got = picture(pipe)
+    assert set(sizes) == {0}
+    assert torch.equal(got, expected)
 
 
 def test_few_graphs_of_compiled_blocks_serve_all_prompt_lengths() -> None:

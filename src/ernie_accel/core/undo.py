@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from types import MethodType, TracebackType
 from typing import TypeAlias, TypeVar
 
@@ -225,14 +226,64 @@ class Undo:
     def hook_before_forward(
         self, module: torch.nn.Module, hook: Callable[..., object], *, kwargs: bool = False
     ) -> None:
-        """Register a forward pre-hook on `module`; with `kwargs` it is called with the keyword arguments, too."""
+        """Register a forward pre-hook on `module`; with `kwargs` it is called with the keyword arguments, too.
+
+        Without, it also runs before those methods that call the forward themselves, which runs no hooks.
+        """
         self.push(lambda: _unhook(module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, hook))
         module.register_forward_pre_hook(hook, with_kwargs=kwargs)
+        for name in _WITHOUT_HOOKS if not kwargs else ():
+            if callable(getattr(type(module), name, None)):
+                HookedMethod.add(module, name, hook)
+                self.push(partial(HookedMethod.drop, module, name, hook))
 
     def hook_before_state_dict(self, module: torch.nn.Module, hook: Callable[..., object]) -> None:
         """Register a hook on `module` that runs before its state dict is made."""
         self.push(lambda: _unhook(module._state_dict_pre_hooks, {}, hook))
         module.register_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+
+
+#: Methods of transformers by which their authors' pipelines call ``self.forward(...)``.
+_WITHOUT_HOOKS = ("forward_with_cfg",)
+
+
+class HookedMethod:
+    """A method of one module that runs hooks first. Copies and pickles of the module have their own."""
+
+    def __init__(self, module: torch.nn.Module, name: str) -> None:
+        self._module, self._name = module, name
+        self._inner: Callable[..., object] | None = vars(module).get(name)
+        self._hooks: list[Callable[..., object]] = []
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """Return what the method gives."""
+        for hook in tuple(self._hooks):
+            hook(self._module, ())
+        if self._inner is not None:
+            return self._inner(*args, **kwargs)
+        found: object = getattr(type(self._module), self._name)(self._module, *args, **kwargs)
+        return found
+
+    @classmethod
+    def add(cls, module: torch.nn.Module, name: str, hook: Callable[..., object]) -> None:
+        """Have `hook` run before the method, in place."""
+        found = vars(module).get(name)
+        if not isinstance(found, cls):
+            found = cls(module, name)
+            setattr(module, name, found)
+        found._hooks.append(hook)
+
+    @classmethod
+    def drop(cls, module: torch.nn.Module, name: str, hook: Callable[..., object]) -> None:
+        """Undo `add`, in place."""
+        found = vars(module).get(name)
+        if not isinstance(found, cls):
+            return
+        found._hooks = [each for each in found._hooks if each != hook]
+        if not found._hooks and found._inner is None:
+            delattr(module, name)
+        elif not found._hooks:
+            setattr(module, name, found._inner)
 
 
 def recorded(journal: list[Undo], do: Callable[[], T]) -> T:
