@@ -15,6 +15,7 @@ from ernie_accel.core.step_ends import watching_steps
 from ernie_accel.core.wrap_call import around_of
 from tests.authors_pipe import tiny_authors_newbie
 from tests.pipelines import after, picture, tiny_ernie
+from tests.z_image_pipes import Z_IMAGE_PIPES
 
 
 def break_transformer(pipe, *, step, only=torch.bfloat16, value=float("nan")):
@@ -23,8 +24,9 @@ def break_transformer(pipe, *, step, only=torch.bfloat16, value=float("nan")):
 
     def spoil(module, args, output):
         calls.append(1)
-        if output[0].dtype == only and len(calls) == step:
-            output[0].view(-1)[0] = value
+        first = output[0][0] if isinstance(output[0], list) else output[0]
+        if first.dtype == only and len(calls) == step:
+            first.view(-1)[0] = value
         return output
 
     pipe.transformer.register_forward_hook(spoil)
@@ -276,3 +278,14 @@ def test_a_pipe_without_callback_and_scheduler_is_refused(authors):
     context = Context.detect(authors)
     (reason,) = CheckFinite().unsupported(authors, context)
     assert "AuthorsPipeline cannot tell when a step ends" in reason
+
+
+def test_a_vae_that_gets_its_pictures_in_bfloat16_stays_so_in_the_call_in_float32():
+    make, call = Z_IMAGE_PIPES["ZImageOmniPipeline"]
+    pipe, dtypes = make(), []
+    break_transformer(pipe, step=2)
+    pipe.transformer.register_forward_hook(lambda *_: dtypes.append((pipe.transformer.dtype, pipe.vae.dtype)))
+    ernie_accel.optimize(pipe, CheckFinite())
+    with pytest.warns(UserWarning, match="the latents after step 2 of 2 in float32 hold"):
+        assert torch.isfinite(picture(pipe, steps=2, **call)).all()
+    assert dtypes == [(torch.bfloat16, torch.bfloat16)] * 2 + [(torch.float32, torch.bfloat16)] * 2

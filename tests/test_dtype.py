@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+
 import pytest
 import torch
 
 import ernie_accel
-from ernie_accel import CastDtype, MakeContiguous
+from ernie_accel import CastDtype, Context, MakeContiguous
 from tests.examples import make_awkward
+from tests.pipelines import picture
+from tests.z_image_pipes import Z_IMAGE_PIPES
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
@@ -95,3 +99,15 @@ def test_a_script_that_casts_the_pipe_afterwards_finds_one_dtype_when_it_is_rest
     flux.to(torch.float16)
     ernie_accel.restore(flux)
     assert {p.dtype for m in (flux.transformer, flux.vae) for p in m.parameters()} == {torch.float16}
+
+
+def test_a_vae_that_gets_its_pictures_in_bfloat16_is_cast_to_nothing_else():
+    make, call = Z_IMAGE_PIPES["ZImageOmniPipeline"]
+    pipe = make()
+    plan = ernie_accel.plan(pipe, CastDtype("float16"))
+    assert "calls of ZImageOmniPipeline give the VAE pictures in bfloat16" in str(plan)
+    (reason,) = CastDtype("float16").unsupported(pipe, Context.detect(pipe))
+    others = ast.literal_eval(reason.partition("components=")[2])
+    ernie_accel.optimize(pipe, CastDtype("float16", components=others))
+    assert torch.isfinite(picture(pipe, steps=2, **call)).all()
+    assert ernie_accel.plan(ernie_accel.restore(pipe).to(torch.float32), CastDtype("bfloat16")).ok

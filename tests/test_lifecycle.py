@@ -10,14 +10,16 @@ import ernie_accel
 from ernie_accel.transforms import TRANSFORMS
 from tests.lifecycle.actions import ACTIONS, GROUPS, Action
 from tests.lifecycle.cells import ABSENT, EQUAL, FAULT, WITHIN, Cell, Effect, cell, is_known, not_applicable
-from tests.lifecycle.page import MARKER, PAGE, kept_text, page
-from tests.lifecycle.subjects import PIPES, ROWS, Row
+from tests.lifecycle.page import MARKER, OTHERS_MARKER, PAGE, kept_text, others_text, page, section
+from tests.lifecycle.subjects import OTHERS, PIPES, ROWS, TITLES, Row
 
 RUN_HERE = [row for row in ROWS.values() if not row.gpu and not row.preset]  # presets are left to the whole
 #: Rows whose cells take long, as they trace or draw many steps, by the beginning of their name, and the quickest pipe.
 SLOW = {"CacheSteps": "ernie", "Compile()": "wan", "CompileVae": "flux", "RewriteEnhancer": "ernie"}
 SLOW["Compile(), Warmup"] = "ernie"  # the longer beginning counts
 QUICK = [row for row in RUN_HERE if not row.name.startswith(tuple(SLOW))]
+
+MASKED = "z_image controlled within a mask"
 
 #: What stock cannot do on tiny pipes that have no text encoder, or draw only one picture at a time.
 _OF_PROMPTS = {
@@ -44,10 +46,9 @@ def families_for(action: Action) -> list[str]:
     return [family for family in PIPES if family not in absent]
 
 
-def chosen(name: str) -> tuple[str, Row]:
+def chosen(name: str, families: list[str]) -> tuple[str, Row]:
     """Return the tiny pipe and the row on which an action is tried: both go around with the number of the action."""
     number = list(ACTIONS).index(name)
-    families = families_for(ACTIONS[name])
     turned = [families[(number + at) % len(families)] for at in range(len(families))]
     rows = (QUICK[(number + at) % len(QUICK)] for at in range(len(QUICK)))
     return next((family, row) for row in rows for family in turned if not_applicable(row, family) is None)
@@ -55,7 +56,25 @@ def chosen(name: str) -> tuple[str, Row]:
 
 @pytest.mark.parametrize("action", ACTIONS)
 def test_what_a_script_does_to_an_optimized_pipe_is_right_or_refused(action):
-    check(*chosen(action), action)
+    check(*chosen(action, families_for(ACTIONS[action])), action)
+
+
+#: What stock cannot do on tiny pipelines of Z-Image that draw from pictures, and on which of them.
+_NOT_ON_OTHERS = {
+    "`from_pipe` to image to image": frozenset(OTHERS),
+    **dict.fromkeys(("list of generators", "several images per prompt", "several prompts"), frozenset([MASKED])),
+    **dict.fromkeys(("`.to(float32)`", "`.half()`", "`prompt_embeds`"), frozenset(["z_image omni"])),
+}
+
+
+def others_for(action: str) -> list[str]:
+    """Return the tiny pipelines of Z-Image that draw from pictures, on which stock can do this."""
+    return [family for family in OTHERS if family not in _NOT_ON_OTHERS.get(action, ())]
+
+
+@pytest.mark.parametrize("action", [name for name in ACTIONS if others_for(name)])
+def test_the_same_on_what_else_is_drawn_with_z_image(action):
+    check(*chosen(action, others_for(action)), action)
 
 
 @pytest.mark.parametrize("row", [row.name for row in RUN_HERE if row not in QUICK])
@@ -70,9 +89,10 @@ def check(family: str, row: Row, action: str) -> None:
 
 
 def test_the_sample_has_every_row_and_every_family():
-    sample = [chosen(name) for name in ACTIONS]
+    sample = [chosen(name, families_for(action)) for name, action in ACTIONS.items()]
     assert {row.name for _, row in sample} == {row.name for row in QUICK}
     assert {family for family, _ in sample} == set(PIPES)
+    assert {chosen(name, others)[0] for name in ACTIONS if (others := others_for(name))} == set(OTHERS)
 
 
 def test_every_transform_and_preset_has_a_row_and_every_action_a_column():
@@ -84,9 +104,11 @@ def test_every_transform_and_preset_has_a_row_and_every_action_a_column():
 
 def test_the_page_has_every_row_and_every_action():
     text = PAGE.read_text(encoding="utf-8")
-    section = text.partition("## Transforms and presets")[2].partition("\n## ")[0]
-    table = [line.split(" | ")[0].strip("| `") for line in section.splitlines() if line.startswith("| `")]
-    assert table == list(ROWS), "run: python -m tests.lifecycle"
+    for title, run in (("Transforms and presets", ""), ("Z-Image's other pipelines", " --others")):
+        part = text.partition(f"## {title}")[2].partition("\n## ")[0]
+        table = [line.split(" | ")[0].strip("| `") for line in part.splitlines() if line.startswith("| `")]
+        assert table == list(ROWS), f"run: python -m tests.lifecycle{run}"
+    assert all(TITLES[family] in text for family in (*PIPES, *OTHERS))
     listed = {
         name
         for line in text.splitlines()
@@ -101,6 +123,10 @@ def test_the_page_keeps_what_others_have_written():
     made = page([], "\n\n## Counts\n")
     assert made.endswith(f"{MARKER}\n\n## Counts\n")
     assert page([], kept_text(made)) == made
+    both = page([], "\n\n## Counts\n", others=section([]))
+    assert (kept_text(both), others_text(both)) == (kept_text(made), section([]))
+    assert page([], kept_text(both), others=others_text(both)) == both
+    assert both.index(OTHERS_MARKER) < both.index(MARKER)
 
 
 def test_a_fault_is_seen(monkeypatch):

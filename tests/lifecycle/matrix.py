@@ -16,8 +16,8 @@ from pathlib import Path
 from ernie_accel.common.atomic import write_atomically
 from tests.lifecycle.actions import ACTIONS
 from tests.lifecycle.cells import FAULT, Cell, cell, is_known, not_applicable
-from tests.lifecycle.page import PAGE, kept_text, page
-from tests.lifecycle.subjects import PIPES, ROWS
+from tests.lifecycle.page import PAGE, kept_text, others_text, page, section
+from tests.lifecycle.subjects import OTHERS, PIPES, ROWS
 
 #: How many cells are done in one go: a stop loses that many at most.
 CHUNK = 12
@@ -33,21 +33,26 @@ def main() -> int:
     parser.add_argument(
         "--rounds",
         type=int,
-        default=len(PIPES),
-        help=f"1: each action on each row once, on one pipe after another; {len(PIPES)}, the default: on all of them",
+        help="1: each action on each row once, on one pipe after another; default: on all of them",
     )
     parser.add_argument("--pairs", type=int, default=300, help="pairs of actions to try (default 300)")
     parser.add_argument("--seed", type=int, default=20261128, help="which pairs those are")
     parser.add_argument("--rows", default="", help="only rows whose name has this in it; the page is not written")
+    parser.add_argument(
+        "--others", action="store_true", help="only the other pipelines of Z-Image, which have a table of their own"
+    )
     parser.add_argument("--keep", type=Path, help="keep finished cells in this file, and do not run them again")
     parser.add_argument("--so-far", action="store_true", help="run nothing; write the page of the cells in --keep")
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--processes", type=int, default=min(available, 16), help="default: one for each core")
     options = parser.parse_args()
+    families = [*OTHERS] if options.others else [*PIPES]
     if options.so_far:
-        return write(read(options.keep), total())
+        return write(read(options.keep), families)
 
-    jobs = [job for number in range(options.rounds) for job in singles(number)] + pairs(options.pairs, options.seed)
+    rounds = range(len(families) if options.rounds is None else options.rounds)
+    jobs = [job for number in rounds for job in singles(number, families)]
+    jobs += pairs(options.pairs, options.seed, families)
     jobs = [(name, cells) for name, cells in jobs if options.rows in name]
     done = read(options.keep)
     known = {(each.row, each.family, each.actions) for each in done}
@@ -66,18 +71,22 @@ def main() -> int:
     print(f"{len(done)} cells, {faults} faults that are not known, {time.perf_counter() - start:.0f} s")
     if faults or options.rows:
         return int(faults > 0)
-    return write(done, total())
+    return write(done, families)
 
 
-def total() -> int:
+def total(families: list[str]) -> int:
     """Return how many cells there are, without the pairs."""
-    return sum(len(cells) for number in range(len(PIPES)) for _, cells in singles(number))
+    return sum(len(cells) for number in range(len(families)) for _, cells in singles(number, families))
 
 
-def write(done: list[Cell], of: int) -> int:
-    """Write the page, which says how many cells there are, and keep what others have written there."""
-    before = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
-    PAGE.write_text(page(done, kept_text(before), of), encoding="utf-8")
+def write(done: list[Cell], families: list[str]) -> int:
+    """Write the page's part on these pipes, which says how many cells there are, and keep the rest of the page."""
+    before, of = PAGE.read_text(encoding="utf-8") if PAGE.exists() else "", total(families)
+    if families == [*OTHERS]:
+        text = before.replace(others_text(before), section(done, of))
+    else:
+        text = page(done, kept_text(before), of, others_text(before))
+    PAGE.write_text(text, encoding="utf-8")
     return 0
 
 
@@ -101,12 +110,12 @@ def run(job: Job) -> list[Cell]:
     return [cell(family, ROWS[name], *actions, keep_traces=True) for family, actions in cells]
 
 
-def singles(number: int) -> list[Job]:
+def singles(number: int, families: list[str]) -> list[Job]:
     """Return the jobs of one round: each action on each row, on pipes that change from action to action."""
     jobs: list[Job] = []
     for name, row in ROWS.items():
-        able = [family for family in PIPES if row.gpu or not_applicable(row, family) is None]
-        absent = [family for family in PIPES if family not in able]
+        able = [family for family in families if row.gpu or not_applicable(row, family) is None]
+        absent = [family for family in families if family not in able]
         if number == 0:
             jobs.append((name, [(family, (next(iter(ACTIONS)),)) for family in absent]))  # says why it does not apply
         if number < len(able):
@@ -114,11 +123,12 @@ def singles(number: int) -> list[Job]:
     return jobs
 
 
-def pairs(count: int, seed: int) -> list[Job]:
+def pairs(count: int, seed: int, families: list[str]) -> list[Job]:
     """Return `count` pairs of actions, on rows that apply; what only calls the pipe comes second."""
     chooser = random.Random(seed)
     first = [action.name for action in ACTIONS.values() if action.group != "calls"]
-    able = [(f, name) for f in PIPES for name, row in ROWS.items() if not row.gpu and not_applicable(row, f) is None]
+    runs = {name: row for name, row in ROWS.items() if not row.gpu}
+    able = [(f, name) for f in families for name, row in runs.items() if not_applicable(row, f) is None]
     chosen: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
     for _ in range(count):
         family, name = chooser.choice(able)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 from tests.lifecycle.actions import ACTIONS, GROUPS
 from tests.lifecycle.cells import ABSENT, EQUAL, FAULT, LEFT, REFUSED, WITHIN, Cell
-from tests.lifecycle.subjects import PIPES, ROWS, TITLES, Row
+from tests.lifecycle.subjects import OTHERS, PIPES, ROWS, TITLES, Row
 
 PAGE = Path(__file__).parents[2] / "docs" / "lifecycle.md"
 #: What follows this comment on the page is written by others.
 MARKER = "<!-- diffusers -->"
+#: What follows this comment, up to the other, is `section`.
+OTHERS_MARKER = "<!-- others -->"
 
 INTRODUCTION = """\
 # Life after `optimize`
@@ -61,19 +63,50 @@ them the longer it ran. A mark stands for the actions of its column.
 `python -m tests.lifecycle` runs the matrix and writes this page; `nox -s lifecycle` does so in its own environment.
 """
 
+OTHERS_INTRODUCTION = """\
+## Z-Image's other pipelines
 
-def page(cells: Iterable[Cell], kept: str = "", total: int = 0) -> str:
-    """Return the whole page; `total` is how many cells there are, without the pairs."""
+The same actions and rows on what else diffusers draws with Z-Image: {families}. They share transformer and blocks with
+the pipeline from text alone, so they have a table of their own. {count} of {total} cells have run, in the same order as
+above: `python -m tests.lifecycle --others`.
+"""
+
+
+def page(cells: Iterable[Cell], kept: str = "", total: int = 0, others: str = "") -> str:
+    """Return the whole page.
+
+    Args:
+        cells: Of the pipes in `PIPES`.
+        kept: What others have written at its end.
+        total: How many cells there are, without the pairs.
+        others: What `section` returned before.
+    """
     every, notes = list(cells), _Notes()
     found, pairs = ([each for each in every if len(each.actions) == number] for number in (1, 2))
     traced = ", ".join(f"`{row.name}`" for row in ROWS.values() if row.traced)
     families = ", ".join(TITLES[family] for family in PIPES)
     text = INTRODUCTION.format(families=families, traced=traced, count=len(found), total=total)
-    lines = [text, "## Transforms and presets", "", *_table(found, notes), "", *notes.lines(), ""]
+    lines = [text, "## Transforms and presets", "", *_table(found, notes, PIPES), "", *notes.lines(), ""]
     lines += ["## The actions", "", "| column | what is done |", "|---|---|"]
     lines += [f"| {title} | {_in_group(group)} |" for group, title in GROUPS.items()]
-    lines += ["", *_pairs_text(found, pairs), "", "## Where a row does not apply", "", *_absent(found)]
-    return "\n".join(lines).rstrip() + "\n" + (f"\n{MARKER}{kept}" if kept else "")
+    lines += ["", *_pairs_text(found, pairs), "", "## Where a row does not apply", "", *_absent(found, PIPES)]
+    others = f"\n{OTHERS_MARKER}{others}" if others else ""
+    return "\n".join(lines).rstrip() + "\n" + others + (f"\n{MARKER}{kept}" if kept else "")
+
+
+def section(cells: Iterable[Cell], total: int = 0) -> str:
+    """Return the part of the page on the pipes in `OTHERS`, which follows its marker."""
+    every, notes = list(cells), _Notes()
+    found, pairs = ([each for each in every if len(each.actions) == number] for number in (1, 2))
+    families = ", ".join(TITLES[family] for family in OTHERS)
+    lines = ["\n", OTHERS_INTRODUCTION.format(families=families, count=len(found), total=total)]
+    lines += [*_table(found, notes, OTHERS), "", *notes.lines(), "", *_pairs_text(found, pairs), ""]
+    return "\n".join([*lines, "Where a row does not apply:", "", *_absent(found, OTHERS)]).rstrip() + "\n"
+
+
+def others_text(page_text: str) -> str:
+    """Return what stands on a page between the two markers."""
+    return page_text.partition(OTHERS_MARKER)[2].partition(f"\n{MARKER}")[0]
 
 
 def kept_text(page_text: str) -> str:
@@ -113,26 +146,26 @@ def _shared_text(reason: str) -> str:
     return re.sub(r"[|<>]", " ", re.sub(r"(?<=\bto\()torch\.\w+", "…", text)).strip()
 
 
-def _table(cells: list[Cell], notes: _Notes) -> Iterator[str]:
+def _table(cells: list[Cell], notes: _Notes, pipes: Iterable[str]) -> Iterator[str]:
     yield "| transforms | on | " + " | ".join(GROUPS.values()) + " | then `restore` |"
     yield "|---|---|" + "---|" * (len(GROUPS) + 1)
     for row in ROWS.values():
         mine = [cell for cell in cells if cell.row == row.name]
         shown = " | ".join(_group_text([c for c in mine if _group(c) == group], notes) for group in GROUPS)
-        yield f"| `{row.name}` | {_on(row, mine)} | {shown} | {_restore_text(mine, notes)} |"
+        yield f"| `{row.name}` | {_on(row, mine, [*pipes])} | {shown} | {_restore_text(mine, notes)} |"
 
 
 def _group(cell: Cell) -> str:
     return ACTIONS[cell.actions[-1]].group
 
 
-def _on(row: Row, cells: list[Cell]) -> str:
-    families = [family for family in PIPES if any(c.family == family and c.verdict != ABSENT for c in cells)]
+def _on(row: Row, cells: list[Cell], pipes: list[str]) -> str:
+    families = [family for family in pipes if any(c.family == family and c.verdict != ABSENT for c in cells)]
     if row.gpu:
         return "planned only: needs a GPU"
     if not cells:
         return "?"
-    return "all" if len(families) == len(PIPES) else ", ".join(TITLES[family] for family in families)
+    return "all" if len(families) == len(pipes) else ", ".join(TITLES[family] for family in families)
 
 
 def _group_text(cells: list[Cell], notes: _Notes) -> str:
@@ -181,11 +214,11 @@ def _counted(cells: list[Cell]) -> str:
     return ", ".join(f"{count[verdict]} {word}" for verdict, word in words.items())
 
 
-def _absent(cells: list[Cell]) -> Iterator[str]:
+def _absent(cells: list[Cell], pipes: Iterable[str]) -> Iterator[str]:
     """Yield why a row does nothing to some pipes, each reason once."""
     for row in ROWS.values():
         reasons: dict[str, list[str]] = {}
-        for family in PIPES:
+        for family in pipes:
             mine = [cell for cell in cells if cell.row == row.name and cell.family == family]
             if mine and all(cell.verdict == ABSENT for cell in mine) and not row.gpu:
                 reasons.setdefault(_shared_text(mine[0].reason), []).append(TITLES[family])

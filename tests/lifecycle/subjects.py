@@ -38,9 +38,22 @@ from ernie_accel.core.outputs import images_of
 from tests import pipelines
 from tests.examples import ELSEWHERE, EXAMPLES, TINY_LORA, make_awkward
 from tests.test_captured import Frozen
+from tests.z_image_pipes import Z_IMAGE_PIPES
 
+#: The class of each pipeline that diffusers draws with Z-Image beside the one from text.
+BESIDE_Z_IMAGE = {
+    "z_image from a picture": "ZImageImg2ImgPipeline",
+    "z_image within a mask": "ZImageInpaintPipeline",
+    "z_image controlled": "ZImageControlNetPipeline",
+    "z_image controlled within a mask": "ZImageControlNetInpaintPipeline",
+    "z_image omni": "ZImageOmniPipeline",
+}
+#: Those of them that begin between noise and the picture.
+STRENGTH = ("ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
 #: Tiny pipelines by name: of every family, of an unknown one, with a UNet, and with two transformers.
 PIPES: dict[str, Callable[[], Any]] = pipelines.PIPELINES | {"sd": pipelines.tiny_sd, "wan": pipelines.tiny_wan}
+#: Those that have a table of their own.
+OTHERS: dict[str, Callable[[], Any]] = {family: Z_IMAGE_PIPES[cls][0] for family, cls in BESIDE_Z_IMAGE.items()}
 
 TITLES = {
     "ernie": "ERNIE-Image",
@@ -50,6 +63,11 @@ TITLES = {
     "flux": "FLUX.1",
     "sd": "Stable Diffusion",
     "wan": "Wan 2.2",
+    "z_image from a picture": "Z-Image img2img",
+    "z_image within a mask": "Z-Image inpaint",
+    "z_image controlled": "Z-Image ControlNet",
+    "z_image controlled within a mask": "Z-Image ControlNet inpaint",
+    "z_image omni": "Z-Image Omni",
 }
 #: What calls leave to the pipe where a row changes its defaults.
 LEFT_TO_DEFAULTS = ("num_inference_steps", "guidance_scale")
@@ -126,7 +144,7 @@ class Row:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(mock.patch("ernie_accel.core.context.installed_versions", _versions))
             if self.has("CallDefaults"):
-                for make in PIPES:
+                for make in PIPES | OTHERS:
                     call = inspect.unwrap(type(_template(make, False)).__call__)
                     stack.enter_context(mock.patch.object(call, "__defaults__", _short(call)))
             try:
@@ -203,7 +221,7 @@ ROWS = {row.name: row for row in rows()}
 
 @functools.cache
 def _template(family: str, enhancer: bool) -> Any:
-    make = PIPES[family]
+    make = (PIPES | OTHERS)[family]
     if family == "ernie":
         return make(enhancer=enhancer)
     return make()
@@ -261,6 +279,13 @@ def part(family: str, name: str, like: Any) -> Any:
     return made.to(like.dtype).eval().requires_grad_(False)
 
 
+def _pictures_for(cls: str, width: int, height: int) -> dict[str, Any]:
+    """Return what calls of a pipeline of Z-Image need: pictures in the size of what is drawn, except for references."""
+    given = Z_IMAGE_PIPES[cls][1]
+    pictures = {name: x if isinstance(x, list) else x.resize((width, height)) for name, x in given.items()}
+    return pictures | ({"strength": 0.9} if cls in STRENGTH else {})  # so that two steps are two
+
+
 def draw(pipe: Any, row: Row | None = None, *, seed: int = 0, **kwargs: Any) -> torch.Tensor:
     """Return a small picture, around 0, leaving to the pipe what the row would change of the call."""
     name, given = type(pipe).__name__, torch.Generator().manual_seed(7)
@@ -294,6 +319,8 @@ def draw(pipe: Any, row: Row | None = None, *, seed: int = 0, **kwargs: Any) -> 
         for left in LEFT_TO_DEFAULTS:
             del arguments[left]
     arguments |= kwargs
+    if name in BESIDE_Z_IMAGE.values():
+        arguments = _pictures_for(name, arguments["width"], arguments["height"]) | arguments
     torch.manual_seed(0)  # stock draws the enhancer's words from the global random numbers
     made = pipe(**arguments)
     picture = made.frames if hasattr(made, "frames") else images_of(made)

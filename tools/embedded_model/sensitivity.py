@@ -11,6 +11,9 @@ of the transformer's output from float32's is measured on the inputs of real ste
 float32, in bfloat16, in fp8 without what the family keeps precise, in fp8 throughout, and on the fused kernels, in
 bfloat16 and in fp8, attention included. On a CPU these are computed by their twins in plain torch.
 
+Presets run as they would anywhere, but for one thing: a CPU without float16 arithmetic takes a hundred times as long
+for convolutions in float16, so on CPUs they are computed in float32, from float16 and rounded to it.
+
 With ``--compare`` nothing else is measured: each prompt is drawn from the same noise in each way, and the objects that
 one way draws right and another does not are counted. That shows far smaller differences than two shares do.
 """
@@ -44,6 +47,8 @@ from tools.embedded_model.miniatures import MINIATURES
 #: Ways to compute beside the presets: in a dtype, or on the kernels (on a CPU, by their twins in plain torch).
 WAYS = ("float32", "bfloat16", "kernels-bf16", "kernels-fp8")
 _RESAMPLES = 10_000
+#: Those that compute, beside torch: results name their versions.
+_LIBRARIES = ("diffusers", "transformers", "torchao", "bitsandbytes")
 _E4M3, _E4M3_MAX, _LEAST = torch.float8_e4m3fn, 448.0, 1e-12
 
 
@@ -232,12 +237,25 @@ def computed(pipe: Any, way: str) -> Any:
         of_it = [pattern for pattern in theirs if any(re.match(pattern, path) for path in linears_of(pipe))]
         given["exclude"] = (*of_it, given.pop("keep"))
     if way not in WAYS:
-        return ernie_accel.optimize(pipe, *([FuseKernels("fp8", **given)] if given else []), preset=way)
+        return quick_on_cpu(ernie_accel.optimize(pipe, *([FuseKernels("fp8", **given)] if given else []), preset=way))
     twins = Context.named("h200")
     twins = replace(twins, versions={**twins.versions, "cudnn": "unknown"})  # whose attention has a twin, too
     context = Context.detect() if pipe.device.type == "cuda" else twins
     on_kernels = FuseKernels(way.removeprefix("kernels-"), **given)
     return ernie_accel.optimize(pipe, CastDtype("bfloat16"), RewriteBlocks(), on_kernels, context=context)
+
+
+def quick_on_cpu(pipe: Any) -> Any:
+    """Let convolutions of a VAE in float16, on a CPU, multiply in float32 and round, in place; return the pipe."""
+    for part in pipe.vae.modules():
+        if isinstance(part, nn.Conv2d) and part.weight.dtype == torch.float16 and part.weight.device.type == "cpu":
+            part.forward = partial(_convolved, part)  # type: ignore[method-assign]
+    return pipe
+
+
+def _convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    bias = None if conv.bias is None else conv.bias.float()
+    return conv._conv_forward(x.float(), conv.weight.float(), bias).to(x.dtype)
 
 
 def compared(load: Callable[[], Any], ways: Sequence[str], prompts: int, **call: Any) -> dict[str, Any]:
@@ -324,6 +342,7 @@ def main() -> None:
             "command": shlex.join(["python", "-m", "tools.embedded_model.sensitivity", *sys.argv[1:]]),
             "device": options.device,
             "torch": torch.__version__,
+            **{name: version for name, version in Context.detect().versions.items() if name in _LIBRARIES},
             "architecture": options.architecture,
             **found,
         }

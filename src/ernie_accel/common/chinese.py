@@ -689,6 +689,10 @@ CATALOGUE: Mapping[str, str] = MappingProxyType(
             "guidance_scale {guidance:g} 高于 {highest:g}，蒸馏检查点可能画出 8 或 16 px 的网格：请调低，或用 "
             "ernie_accel.fidelity.grid_score 检查图片"
         ),
+        "calls of {pipe} give the VAE pictures in {needs}, whatever its weights are in: leave it out with "
+        "components={others!r}": (
+            "{pipe} 的调用总是以 {needs} 把图片交给 VAE，不论其权重的 dtype：请用 components={others!r} 将它排除"
+        ),
         "{pipe} cannot tell when a step ends (it takes no callback_on_step_end with latents, and has no scheduler "
         "that steps)": "{pipe} 无法告知一步何时结束（它没有带潜变量的参数 callback_on_step_end，也没有能迈步的调度器）",
         "adapter {name} of {count} layers": "适配器 {name}，{count} 层",

@@ -203,6 +203,7 @@ class Family:
         always_masks: Set where stock diffusers builds a mask also for batches in which nothing is padded.
         single_file: What single files of the denoiser name otherwise than diffusers, for ``load(transformer=)``; None:
             nothing.
+        vae_dtypes: Class name of a pipeline -> dtype that its calls give the VAE pictures in, whatever its weights are.
         reads_timesteps: Whether the pipeline reads every timestep on the host, and so waits for the device.
         other_codes: The same architecture as code outside of diffusers writes it, with what is known of that code. Each
             has a shape; what is rewritten is the very class in `transformer_classes`.
@@ -230,6 +231,7 @@ class Family:
     prompt_encoding: PromptEncoding | None = None
     prompt_enhancement: PromptEnhancement | None = None
     single_file: SingleFileNames | None = None
+    vae_dtypes: Mapping[str, str] = field(default_factory=dict)
     reads_timesteps: bool = False
     other_codes: tuple[Family, ...] = ()
 

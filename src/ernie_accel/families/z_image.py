@@ -36,6 +36,7 @@ Z_IMAGE = Family(
     forward_inputs="ernie_accel.models.z_image.inputs:forward_inputs",
     encode_pictures="ernie_accel.models.latents:encode_in_float32",
     text_argument="cap_feats",
+    vae_dtypes=MappingProxyType({"ZImageOmniPipeline": "bfloat16"}),
     prompt_encoding=PromptEncoding(layers="layers", hidden_state=-2, methods=("_encode_prompt",), guided_above=0.0),
     single_file=SingleFileNames(
         renamed=(

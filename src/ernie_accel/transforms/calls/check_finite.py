@@ -19,6 +19,7 @@ from ernie_accel.core.step_ends import OnStepEnd, has_steps, watching_steps
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import Arguments, Call, wrap_call
+from ernie_accel.families import family_of
 
 #: Argument of a call that names what the callback is given.
 _INPUTS = "callback_on_step_end_tensor_inputs"
@@ -152,7 +153,9 @@ class _Check:
         }
 
     def _half_weights(self) -> list[Weight]:
-        modules = modules_of(self._pipe).values()
+        """Return what a call in float32 casts: all but a VAE that gets its pictures in half precision anyway."""
+        needs = family_of(self._pipe).vae_dtypes.get(type(self._pipe).__name__, "float32")
+        modules = [m for name, m in modules_of(self._pipe).items() if name != "vae" or needs == "float32"]
         return [weight for module in modules for weight in weights_of(module) if weight.tensor.dtype in _HALF]
 
     def _no_rerun_reason(self) -> str | None:

@@ -29,6 +29,7 @@ from ernie_accel.core.library_hooks import library_hooks
 from ernie_accel.core.planned import PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
+from ernie_accel.families import family_of
 from ernie_accel.quantization.backend import defined_in
 from ernie_accel.quantization.layers import quantized_as
 
@@ -70,7 +71,19 @@ class CastDtype(Transform):
 
     def unsupported(self, pipe: Pipeline, context: Context) -> list[str]:
         reasons = unsupported_cast_reasons(pipe, context, self.dtype, self.components)
-        return reasons or list(self._quantized_component_reasons(pipe, context))
+        return reasons or [*self._vae_reasons(pipe, context), *self._quantized_component_reasons(pipe, context)]
+
+    def _vae_reasons(self, pipe: Pipeline, context: Context) -> Iterator[str]:
+        """Yield why the VAE cannot be cast: calls of this pipeline give it pictures in another dtype."""
+        needs = family_of(pipe).vae_dtypes.get(type(pipe).__name__, self.dtype)
+        if needs != self.dtype and "vae" in dict(self._weights_to_cast(pipe, context)):
+            yield said(
+                "calls of {pipe} give the VAE pictures in {needs}, whatever its weights are in: leave it out with "
+                "components={others!r}",
+                pipe=type(pipe).__name__,
+                needs=needs,
+                others=tuple(name for name in modules_of(pipe, self.components) if name != "vae"),
+            )
 
     def _quantized_component_reasons(self, pipe: Pipeline, context: Context) -> Iterator[str]:
         """Yield why components cannot be cast: their quantized layers would stay, and take another dtype."""
