@@ -10,6 +10,7 @@ import ernie_accel
 from ernie_accel.transforms import TRANSFORMS
 from tests.lifecycle.actions import ACTIONS, GROUPS, Action
 from tests.lifecycle.cells import ABSENT, EQUAL, FAULT, WITHIN, Cell, Effect, cell, is_known, not_applicable
+from tests.lifecycle.matrix import in_turns, singles
 from tests.lifecycle.page import MARKER, OTHERS_MARKER, PAGE, kept_text, others_text, page, section
 from tests.lifecycle.subjects import OTHERS, PIPES, ROWS, TITLES, Row
 
@@ -172,3 +173,16 @@ def test_what_a_cast_loses_by_itself_is_measured_on_stock(monkeypatch):
 
     monkeypatch.setattr(Row, "optimize", worse)
     assert cell("sd", row, action).verdict == FAULT
+
+
+def test_a_run_that_is_stopped_has_some_of_every_row_and_column():
+    jobs = singles(0, [*OTHERS])
+    ordered = in_turns(jobs)
+
+    def cells(jobs):
+        return [(row, *each) for row, cells in jobs for each in cells]
+
+    assert sorted(cells(ordered)) == sorted(cells(jobs))
+    whole = [row.name for row in RUN_HERE if not_applicable(row, "z_image omni") is None]
+    first = [(row, ACTIONS[actions[0]].group) for row, _, actions in cells(ordered)[: len(ROWS) * len(GROUPS)]]
+    assert {(row, group) for row in whole for group in GROUPS} <= set(first)

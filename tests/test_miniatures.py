@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from tools.embedded_model.sensitivity import (
     kept_precise,
     layer_errors_db,
     linears_of,
+    quick_on_cpu,
     rounded,
     wilson,
 )
@@ -304,6 +306,19 @@ def test_a_way_to_compute_has_options(saved: tuple[Miniature, Path]) -> None:
     assert any(in_fp8_of(plain[0])) and not any(in_fp8_of(kept_one[0]))
     assert in_fp8_of(kept_one[1]) == in_fp8_of(plain[1]) == in_fp8_of(attends[1])
     assert plain[1].has_fp8_attention and not attends[1].has_fp8_attention
+
+
+def test_convolutions_in_float16_are_rounded_from_float32_on_a_cpu() -> None:
+    torch.manual_seed(0)
+    vae = torch.nn.Sequential(torch.nn.Conv2d(4, 32, 3, padding=1), torch.nn.Conv2d(32, 4, 1)).requires_grad_(False)
+    x = torch.randn(1, 4, 9, 9)
+    pipe, plain = SimpleNamespace(vae=vae), vae(x)
+    assert torch.equal(quick_on_cpu(pipe).vae(x), plain) and "forward" not in vars(vae[0])
+    want = vae.half()(x.half())
+    got = quick_on_cpu(pipe).vae(x.half())
+    assert "forward" in vars(vae[0]) and got.dtype == torch.float16
+    assert (got.float() - want.float()).norm() < 1e-3 * want.float().norm()
+    assert (got.float() - plain).norm() > 1e-4 * plain.norm()  # rounded
 
 
 def test_layers_are_rounded_as_fp8_does_and_given_back() -> None:

@@ -51,7 +51,7 @@ def main() -> int:
         return write(read(options.keep), families)
 
     rounds = range(len(families) if options.rounds is None else options.rounds)
-    jobs = [job for number in rounds for job in singles(number, families)]
+    jobs = [job for number in rounds for job in in_turns(singles(number, families))]
     jobs += pairs(options.pairs, options.seed, families)
     jobs = [(name, cells) for name, cells in jobs if options.rows in name]
     done = read(options.keep)
@@ -121,6 +121,27 @@ def singles(number: int, families: list[str]) -> list[Job]:
         if number < len(able):
             jobs.append((name, [(able[(at + number) % len(able)], (action,)) for at, action in enumerate(ACTIONS)]))
     return jobs
+
+
+def in_turns(jobs: list[Job]) -> list[Job]:
+    """Return the same cells so that a run that is stopped has some of every row and column: one of each at a time."""
+    turns: dict[int, list[Job]] = {}
+    for number, (name, cells) in enumerate(jobs):
+        groups: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+        for each in cells:
+            groups.setdefault(ACTIONS[each[1][0]].group, []).append(each)
+        for group in groups.values():  # every row begins with another action
+            start = number % len(group)
+            for turn, each in enumerate([*group[start:], *group[:start]]):
+                turns.setdefault(turn, []).append((name, [each]))
+    return [job for turn in sorted(turns) for job in _joined(turns[turn])]
+
+
+def _joined(jobs: list[Job]) -> list[Job]:
+    joined: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+    for name, cells in jobs:
+        joined.setdefault(name, []).extend(cells)
+    return [*joined.items()]
 
 
 def pairs(count: int, seed: int, families: list[str]) -> list[Job]:
