@@ -111,3 +111,18 @@ def test_a_vae_that_gets_its_pictures_in_bfloat16_is_cast_to_nothing_else():
     ernie_accel.optimize(pipe, CastDtype("float16", components=others))
     assert torch.isfinite(picture(pipe, steps=2, **call)).all()
     assert ernie_accel.plan(ernie_accel.restore(pipe).to(torch.float32), CastDtype("bfloat16")).ok
+
+
+def test_a_tensor_of_two_components_that_a_script_has_parted_is_cast_back_in_both():
+    """A ControlNet of Z-Image has the padding tokens of the transformer, until the latter gets other weights."""
+    make, call = Z_IMAGE_PIPES["ZImageControlNetPipeline"]
+    pipe = make()
+    before, token = picture(pipe, steps=2, **call), pipe.controlnet.x_pad_token.data.clone()
+    assert pipe.controlnet.x_pad_token is pipe.transformer.x_pad_token
+    ernie_accel.optimize(pipe, CastDtype("bfloat16"))
+    assert pipe.controlnet.x_pad_token.dtype == torch.bfloat16
+    pipe.transformer.load_state_dict({k: v.clone() for k, v in pipe.transformer.state_dict().items()}, assign=True)
+    assert pipe.controlnet.x_pad_token is not pipe.transformer.x_pad_token
+    ernie_accel.restore(pipe)
+    assert torch.equal(pipe.controlnet.x_pad_token, token) and torch.equal(pipe.transformer.x_pad_token, token)
+    assert torch.equal(picture(pipe, steps=2, **call), before)

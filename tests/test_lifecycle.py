@@ -11,7 +11,7 @@ from ernie_accel.transforms import TRANSFORMS
 from tests.lifecycle.actions import ACTIONS, GROUPS, Action
 from tests.lifecycle.cells import ABSENT, EQUAL, FAULT, WITHIN, Cell, Effect, cell, is_known, not_applicable
 from tests.lifecycle.matrix import in_turns, singles
-from tests.lifecycle.page import MARKER, OTHERS_MARKER, PAGE, kept_text, others_text, page, section
+from tests.lifecycle.page import MARKER, OTHERS_MARKER, PAGE, kept_text, others_text, page, section, with_section
 from tests.lifecycle.subjects import OTHERS, PIPES, ROWS, TITLES, Row
 
 RUN_HERE = [row for row in ROWS.values() if not row.gpu and not row.preset]  # presets are left to the whole
@@ -128,6 +128,8 @@ def test_the_page_keeps_what_others_have_written():
     assert (kept_text(both), others_text(both)) == (kept_text(made), section([]))
     assert page([], kept_text(both), others=others_text(both)) == both
     assert both.index(OTHERS_MARKER) < both.index(MARKER)
+    assert with_section(made, section([])) == with_section(both, section([])) == both
+    assert with_section(page([]), section([])) == page([], others=section([]))
 
 
 def test_a_fault_is_seen(monkeypatch):

@@ -16,7 +16,7 @@ from pathlib import Path
 from ernie_accel.common.atomic import write_atomically
 from tests.lifecycle.actions import ACTIONS
 from tests.lifecycle.cells import FAULT, Cell, cell, is_known, not_applicable
-from tests.lifecycle.page import PAGE, kept_text, others_text, page, section
+from tests.lifecycle.page import PAGE, kept_text, others_text, page, section, with_section
 from tests.lifecycle.subjects import OTHERS, PIPES, ROWS
 
 #: How many cells are done in one go: a stop loses that many at most.
@@ -83,7 +83,7 @@ def write(done: list[Cell], families: list[str]) -> int:
     """Write the page's part on these pipes, which says how many cells there are, and keep the rest of the page."""
     before, of = PAGE.read_text(encoding="utf-8") if PAGE.exists() else "", total(families)
     if families == [*OTHERS]:
-        text = before.replace(others_text(before), section(done, of))
+        text = with_section(before, section(done, of))
     else:
         text = page(done, kept_text(before), of, others_text(before))
     PAGE.write_text(text, encoding="utf-8")

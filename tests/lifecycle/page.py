@@ -67,8 +67,9 @@ OTHERS_INTRODUCTION = """\
 ## Z-Image's other pipelines
 
 The same actions and rows on what else diffusers draws with Z-Image: {families}. They share transformer and blocks with
-the pipeline from text alone, so they have a table of their own. {count} of {total} cells have run, in the same order as
-above: `python -m tests.lifecycle --others`.
+the pipeline from text alone, so they have a table of their own. {count} of {total} cells have run
+(`python -m tests.lifecycle --others`), the same number of every row and column; "on" names the pipelines of those. CI
+does every action on one of these pipelines.
 """
 
 
@@ -102,6 +103,13 @@ def section(cells: Iterable[Cell], total: int = 0) -> str:
     lines = ["\n", OTHERS_INTRODUCTION.format(families=families, count=len(found), total=total)]
     lines += [*_table(found, notes, OTHERS), "", *notes.lines(), "", *_pairs_text(found, pairs), ""]
     return "\n".join([*lines, "Where a row does not apply:", "", *_absent(found, OTHERS)]).rstrip() + "\n"
+
+
+def with_section(page_text: str, others: str) -> str:
+    """Return a page with another `section`."""
+    rest, _, kept = page_text.partition(f"\n{MARKER}")
+    rest = rest.partition(f"\n{OTHERS_MARKER}")[0]
+    return f"{rest}\n{OTHERS_MARKER}{others}" + (f"\n{MARKER}{kept}" if kept else "")
 
 
 def others_text(page_text: str) -> str:

@@ -126,7 +126,11 @@ class CastDtype(Transform):
                 undo.push(
                     partial(_follow, pipe, name, getattr(pipe, name), DTYPES[self.dtype], pairs[0][0].tensor.dtype)
                 )
-            for weight, dtype in (pair for pairs in todo.values() for pair in pairs):
+            every = [pair for pairs in todo.values() for pair in pairs]
+            for twin, first, dtype in _held_twice(every):
+                original = twin.tensor.data.to("cpu") if self.keep_originals else None
+                undo.push(partial(_cast_back_apart, twin, first, dtype, twin.tensor.dtype, original))
+            for weight, dtype in every:
                 tensor = weight.tensor
                 cast = tensor.data.to(dtype)
                 reversible = torch.equal(cast.to(tensor.dtype), tensor.data)
@@ -188,6 +192,31 @@ def _cast_back(weight: Weight, cast: torch.dtype, before: torch.dtype, alignment
     now = getattr(weight.owner, weight.name, None)  # ``module.to`` replaces buffers
     if isinstance(now, torch.Tensor) and not now.is_meta and now.dtype == cast:
         now.data = with_alignment(now.data.to(before), alignment)
+
+
+def _held_twice(weights: list[tuple[Weight, torch.dtype]]) -> Iterator[tuple[Weight, Weight, torch.dtype]]:
+    """Yield the other places of tensors that several modules hold, each with the first place and the new dtype.
+
+    A ControlNet of Z-Image has the padding tokens of the transformer.
+    """
+    first: dict[int, Weight] = {}
+    for weight, dtype in weights:
+        place = first.setdefault(id(weight.tensor), weight)
+        if place.owner is not weight.owner:
+            yield weight, place, dtype
+
+
+def _cast_back_apart(
+    twin: Weight, first: Weight, cast: torch.dtype, before: torch.dtype, kept: torch.Tensor | None
+) -> None:
+    """Give a tensor that was held in two places its dtype and values back where a script has parted the two."""
+    now = getattr(twin.owner, twin.name, None)
+    if not isinstance(now, torch.Tensor) or now is getattr(first.owner, first.name, None):
+        return
+    if now.is_meta or now.dtype != cast:
+        return
+    unchanged = kept is not None and torch.equal(kept.to(now.device, cast), now.data)
+    now.data = kept.to(now.device) if kept is not None and unchanged else now.data.to(before)
 
 
 def _follow(pipe: Pipeline, name: str, cast: torch.nn.Module, dtype: torch.dtype, before: torch.dtype) -> None:
