@@ -284,6 +284,12 @@ def test_a_grid_that_stays_is_rejected_with_both_scores(tmp_path):
     errors = [result.error for result in results if result.rejected]
     assert len(errors) == 2
     assert all("faint grid: its score is " in error and " after a second pass, and " in error for error in errors)
+    write_report(tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert (
+        "| drawn once more for a grid | 2 pictures, 2 of them rejected all the same: median score of the grid "
+        in report
+    )
 
 
 def test_a_grid_is_only_refined_if_that_is_asked_for_and_can_be_done(tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ernie_accel.batch.input.job import EMBEDDED_MODEL
 from ernie_accel.batch.input.options import REAL_MODEL, check_arguments
-from ernie_accel.batch.output.ledger import REJECTED, Ledger, LedgerEntry, open_job
+from ernie_accel.batch.output.ledger import FINAL, REJECTED, Ledger, LedgerEntry, open_job
 from ernie_accel.batch.output.runs import read_runs
 from ernie_accel.batch.watch.snapshot import percentile
 from ernie_accel.batch.watch.telemetry import merged
@@ -228,21 +228,26 @@ def _refined(out: Path, ledger: Ledger) -> list[tuple[str, str]]:
 
     from ernie_accel.batch.output.writer import GRID_SCORE, GRID_SCORE_BEFORE
 
-    pairs = []
+    pairs, rejected = [], 0
     for entry in ledger.entries():
-        if entry.state != "done":
+        if entry.state not in FINAL:
             continue
+        is_rejected = entry.state == "rejected"  # its second pass may have been in vain; the error ends with its place
+        path = (entry.error or "").rpartition("; see ")[2] if is_rejected else entry.path
         try:
-            with Image.open(out / entry.path, formats=("PNG",)) as picture:
+            with Image.open(out / path, formats=("PNG",)) as picture:
                 texts = {name: picture.info.get(name) for name in (GRID_SCORE, GRID_SCORE_BEFORE)}
-            pairs += [] if None in texts.values() else [tuple(float(str(text)) for text in texts.values())]
+            if None not in texts.values():
+                pairs.append(tuple(float(str(text)) for text in texts.values()))
+                rejected += is_rejected
         except (OSError, ValueError):  # moved or changed since; the gallery says so
             continue
     if not pairs:
         return [("drawn once more for a grid", "none")]
     after, before = (statistics.median(values) for values in zip(*pairs, strict=True))
     scores = f"median score of the grid {before:.2f} before, {after:.2f} after"
-    return [("drawn once more for a grid", f"{len(pairs):,} pictures: {scores}")]
+    in_vain = f", {rejected:,} of them rejected all the same" if rejected else ""
+    return [("drawn once more for a grid", f"{len(pairs):,} pictures{in_vain}: {scores}")]
 
 
 def _costs(
