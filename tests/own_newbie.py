@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -360,7 +361,7 @@ class NewbiePipeline(DiffusionPipeline):
         device, dtype = self._execution_device, self.transformer.dtype
         if latents is None:
             shape = (len(prompts), self.transformer.in_channels, height // 8, width // 8)
-            latents = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         latents = latents.to(device, dtype).repeat(2, 1, 1, 1)
         texts = [system_prompt + each if each else "" for each in (*prompts, *others)]
         cap_feats, cap_mask, _, pooled, _ = self._encode_prompt(texts, clip_captions=prompts + others)

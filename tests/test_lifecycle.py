@@ -12,7 +12,7 @@ from tests.lifecycle.actions import ACTIONS, GROUPS, Action
 from tests.lifecycle.cells import ABSENT, EQUAL, FAULT, WITHIN, Cell, Effect, cell, is_known, not_applicable
 from tests.lifecycle.matrix import in_turns, singles
 from tests.lifecycle.page import MARKER, OTHERS_MARKER, PAGE, kept_text, others_text, page, section, with_section
-from tests.lifecycle.subjects import OTHERS, PIPES, ROWS, TITLES, Row
+from tests.lifecycle.subjects import OTHERS, PIPES, ROWS, SAMPLED, TITLES, Row
 
 RUN_HERE = [row for row in ROWS.values() if not row.gpu and not row.preset]  # presets are left to the whole
 #: Rows whose cells take long, as they trace or draw many steps, by the beginning of their name, and the quickest pipe.
@@ -34,6 +34,22 @@ _OF_PROMPTS = {
     "several prompts",
     "empty negative prompt",
     "negative prompt",
+}
+
+
+#: What stock cannot do on a transformer that is none of diffusers' models, or in a pipeline without a callback.
+_OF_DIFFUSERS = {
+    "group offload",
+    "layerwise casting",
+    "`set_attention_backend`",
+    "`from_pipe`",
+    "`from_pipe` to image to image",
+    "`save_pretrained`, `from_pretrained`",
+    "`compile_repeated_blocks()` after",
+    "Ctrl-C in a call, then another call",
+    "error in a callback, then another call",
+    "latents",
+    "`prompt_embeds`",
 }
 
 
@@ -76,6 +92,14 @@ def others_for(action: str) -> list[str]:
 @pytest.mark.parametrize("action", [name for name in ACTIONS if others_for(name)])
 def test_the_same_on_what_else_is_drawn_with_z_image(action):
     check(*chosen(action, others_for(action)), action)
+
+
+@pytest.mark.parametrize(
+    "action",
+    [each.name for each in ACTIONS.values() if each.group != "LoRA" and each.name not in _OF_DIFFUSERS],
+)
+def test_the_same_on_the_code_of_newbies_authors(action):
+    check(*chosen(action, [*SAMPLED]), action)
 
 
 @pytest.mark.parametrize("row", [row.name for row in RUN_HERE if row not in QUICK])

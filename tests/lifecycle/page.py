@@ -141,7 +141,7 @@ class _Notes:
 
 #: Names of classes, by which the same reason differs from family to family.
 _CLASSES = re.compile(
-    r"\b(?:ErnieImage|ZImage|Lumina2|NextDiT|Flux|StableDiffusion|Wan|UNet2DCondition|AutoencoderKL)\w*"
+    r"\b(?:ErnieImage|ZImage|Lumina2|NextDiT|Newbie|Flux|StableDiffusion|Wan|UNet2DCondition|AutoencoderKL)\w*"
 )
 
 

@@ -37,6 +37,7 @@ from ernie_accel.core import context
 from ernie_accel.core.outputs import images_of
 from tests import pipelines
 from tests.examples import ELSEWHERE, EXAMPLES, TINY_LORA, make_awkward
+from tests.own_newbie import tiny_own_newbie
 from tests.test_captured import Frozen
 from tests.z_image_pipes import Z_IMAGE_PIPES
 
@@ -54,12 +55,15 @@ STRENGTH = ("ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
 PIPES: dict[str, Callable[[], Any]] = pipelines.PIPELINES | {"sd": pipelines.tiny_sd, "wan": pipelines.tiny_wan}
 #: Those that have a table of their own.
 OTHERS: dict[str, Callable[[], Any]] = {family: Z_IMAGE_PIPES[cls][0] for family, cls in BESIDE_Z_IMAGE.items()}
+#: Those that only a sample of the cells is run on: they are not on the page.
+SAMPLED: dict[str, Callable[[], Any]] = {"own_newbie": tiny_own_newbie}
 
 TITLES = {
     "ernie": "ERNIE-Image",
     "z_image": "Z-Image",
     "lumina2": "Lumina 2",
     "newbie": "NewBie-image",
+    "own_newbie": "NewBie-image, its authors' code",
     "flux": "FLUX.1",
     "sd": "Stable Diffusion",
     "wan": "Wan 2.2",
@@ -144,7 +148,7 @@ class Row:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(mock.patch("ernie_accel.core.context.installed_versions", _versions))
             if self.has("CallDefaults"):
-                for make in PIPES | OTHERS:
+                for make in PIPES | OTHERS | SAMPLED:
                     call = inspect.unwrap(type(_template(make, False)).__call__)
                     stack.enter_context(mock.patch.object(call, "__defaults__", _short(call)))
             try:
@@ -221,7 +225,7 @@ ROWS = {row.name: row for row in rows()}
 
 @functools.cache
 def _template(family: str, enhancer: bool) -> Any:
-    make = (PIPES | OTHERS)[family]
+    make = (PIPES | OTHERS | SAMPLED)[family]
     if family == "ernie":
         return make(enhancer=enhancer)
     return make()
