@@ -213,7 +213,8 @@ def _in_group(group: str) -> str:
 
 def _pairs_text(singles: list[Cell], pairs: list[Cell]) -> Iterator[str]:
     yield f"{len(singles)} cells were run for the table: {_counted(singles)}."
-    yield f"{len(pairs)} pairs of actions, one after the other, were drawn at random: {_counted(pairs)}."
+    if pairs:
+        yield f"{len(pairs)} pairs of actions, one after the other, were drawn at random: {_counted(pairs)}."
 
 
 def _counted(cells: list[Cell]) -> str:
