@@ -13,6 +13,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import torch
+
 from ernie_accel.common.atomic import write_atomically
 from tests.lifecycle.actions import ACTIONS
 from tests.lifecycle.cells import FAULT, Cell, cell, is_known, not_applicable
@@ -105,8 +107,13 @@ def prepare() -> None:
 
 
 def run(job: Job) -> list[Cell]:
-    """Return some cells of one row."""
+    """Return some cells of one row.
+
+    Those that are traced go on with each other's traces, but not with what other rows have left of them since.
+    """
     name, cells = job
+    if ROWS[name].traced:
+        torch._dynamo.reset()
     return [cell(family, ROWS[name], *actions, keep_traces=True) for family, actions in cells]
 
 
