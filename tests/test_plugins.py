@@ -115,6 +115,9 @@ def test_names_that_are_taken_are_refused(plugin):
         ernie_accel.register_family(replace(FLUX, name="unknown"))
     with pytest.raises(ValueError, match="nothing says which pipes"):
         ernie_accel.register_family(replace(FLUX, name="other", transformer_classes=()))
+    unknown = replace(FLUX, shape=None)
+    with pytest.raises(ValueError, match="nothing says which pipes have an other code of 'other': each of them needs"):
+        ernie_accel.register_family(replace(FLUX, name="other", other_codes=(unknown,)))
     with pytest.raises(ValueError, match="a scheme named 'int8-rows' is registered already"):
         ernie_accel.register_quantization_backend(PlainRows(), replace(ROWS, bits=7))
     with pytest.raises(TypeError, match="expected a QuantizationBackend"):

@@ -309,6 +309,17 @@ def test_arguments_by_place_are_taken_by_graphs() -> None:
             torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
 
 
+def test_arguments_that_are_too_many_or_given_twice_fail_as_in_stock() -> None:
+    pipe, given = tiny_own_newbie(), arguments()
+    ernie_accel.optimize(pipe, RewriteBlocks())
+    pipe.transformer.forward = GraphedForward(pipe.transformer, rewritten_blocks(pipe), 64, 2, Recorder())
+    places = (given["x"], given["t"], given["cap_feats"], given["cap_mask"])
+    with pytest.raises(TypeError, match=r"got 5 arguments by place; expected \(x, t, cap_feats, cap_mask\)"):
+        pipe.transformer(*places, given["clip_text_pooled"])
+    with pytest.raises(TypeError, match="got 4 arguments by place, and t by name, too"):
+        pipe.transformer(*places, t=given["t"])
+
+
 def test_what_has_to_happen_before_the_transformer_happens_though_no_hook_of_a_module_runs() -> None:
     """`forward_with_cfg` calls ``self.forward(...)``; offloading waits for the transformer to begin."""
     pipe, seen = tiny_own_newbie(), list[Any]()

@@ -12,7 +12,7 @@ from torch import nn
 from ernie_accel import RestoreWarning, Undo
 from ernie_accel.core.components import Weight
 from ernie_accel.core.stand_in import StandInForward
-from ernie_accel.core.undo import recorded
+from ernie_accel.core.undo import HookedMethod, recorded
 
 
 class Doubled:
@@ -189,6 +189,43 @@ def test_a_hook_leaves_nothing_behind(model, kwargs):
     model(torch.ones(1, 3))
     assert calls == [kwargs]
     assert (dict(model._forward_pre_hooks), dict(model._forward_pre_hooks_with_kwargs)) == ({}, {})
+
+
+class Guided(nn.Linear):
+    """Calls its forward itself, which runs no hooks, as transformers of NewBie-image's authors do."""
+
+    def forward_with_cfg(self, x):
+        return self.forward(x)
+
+
+def test_a_hook_before_a_method_goes_though_a_script_has_put_another_on_top():
+    model, calls = Guided(3, 3), []
+    with Undo() as undo:
+        undo.hook_before_forward(model, lambda *given: calls.append(len(given)))
+    below = model.forward_with_cfg
+    own = model.forward_with_cfg = lambda x: below(x)
+    model.forward_with_cfg(torch.ones(1, 3))
+    assert calls == [2]
+    undo()
+    assert model.forward_with_cfg is own
+    model.forward_with_cfg(torch.ones(1, 3))
+    assert calls == [2]
+
+
+def test_a_hook_before_a_method_goes_if_an_interrupt_comes_once_it_is_there(monkeypatch):
+    model, calls, add = Guided(3, 3), [], HookedMethod.add
+
+    def interrupted(method, hook):
+        add(method, hook)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HookedMethod, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt), Undo() as undo:
+        undo.hook_before_forward(model, lambda *given: calls.append(len(given)))
+    assert "forward_with_cfg" not in vars(model)
+    model.forward_with_cfg(torch.ones(1, 3))
+    model(torch.ones(1, 3))
+    assert calls == []
 
 
 def hook_of_accelerate(model, calls):

@@ -89,6 +89,10 @@ def test_a_plain_folder_loads_as_diffusers_loads_it(originals):
         ({"self": ["diffusers", "AutoencoderKL"]}, "has no part 'self'"),
         ({"safety_checker": ["diffusers", "AutoencoderKL"]}, "has no part 'safety_checker'"),
         ({"_class_name": ["pipeline", "Mine"]}, r"needs \['pipeline', 'Mine'\], which is not a pipeline"),
+        (
+            {"_class_name": "NewbiePipeline"},
+            "the diffusers installed here: upgrade .* and pass it to optimize",
+        ),
         ({"_class_name": "AutoencoderKL"}, "which is not a pipeline of the diffusers installed here"),
         ({"_class_name": "DiffusionPipeline"}, "needs DiffusionPipeline, which is not loaded from folders"),
         ({"_class_name": "CosmosTextToWorldPipeline"}, "is not loaded from folders"),

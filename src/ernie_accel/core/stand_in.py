@@ -48,8 +48,19 @@ class StandInForward(ABC):
         return inspect.signature(self.inner or MethodType(type(self.module).forward, self.module))
 
     def named(self, args: tuple[_F, ...], kwargs: dict[str, _F]) -> dict[str, _F]:
-        """Return all arguments of a call by the names that the module's own forward has for them."""
-        return dict(zip(_argument_names(type(self.module).forward), args, strict=False)) | kwargs if args else kwargs
+        """Return all arguments of a call by the names that the module's own forward has for them.
+
+        Raises:
+            TypeError: There are more by place than it takes, or one is given by place and by name.
+        """
+        if not args:
+            return kwargs
+        names = _names_by_place(type(self.module).forward)
+        twice = [name for name in names[: len(args)] if name in kwargs]
+        if len(args) > len(names) or twice:
+            found = f"{len(args)} arguments by place" + "".join(f", and {name} by name, too" for name in twice)
+            raise TypeError(f"{type(self.module).__name__}.forward got {found}; expected ({', '.join(names)})")
+        return dict(zip(names, args, strict=False)) | kwargs
 
     def inner_forward(self, *args: object, **kwargs: object) -> Any:
         """Return what the forward underneath gives."""
@@ -104,8 +115,10 @@ class StandInForward(ABC):
 
 
 @functools.lru_cache(maxsize=64)
-def _argument_names(forward: Callable[..., object]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]
+def _names_by_place(forward: Callable[..., object]) -> tuple[str, ...]:
+    """Return the names of a forward's arguments that can be given by place, without the first, ``self``."""
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(name for name, each in inspect.signature(forward).parameters.items() if each.kind in by_place)[1:]
 
 
 class StandInMethod(ABC):

@@ -101,9 +101,12 @@ def _forget(scheduler: _Steps, call: object) -> None:
     if not isinstance(top, _WatchedStep):
         return  # somebody has replaced it during the call, and it stays theirs
     top.calls.discard(call)
-    if not top.calls:
-        del scheduler.step
+    if top.calls:
+        return
+    if top.before:  # in one operation: a thread that is not watched may be about to step
         vars(scheduler).update(top.before)
+    else:
+        del scheduler.step
 
 
 def _latents(scheduler: object, result: object) -> Tensor:

@@ -234,8 +234,9 @@ class Undo:
         module.register_forward_pre_hook(hook, with_kwargs=kwargs)
         for name in _WITHOUT_HOOKS if not kwargs else ():
             if callable(getattr(type(module), name, None)):
-                HookedMethod.add(module, name, hook)
-                self.push(partial(HookedMethod.drop, module, name, hook))
+                method = HookedMethod.of(module, name)
+                self.push(partial(method.drop, hook))
+                method.add(hook)
 
     def hook_before_state_dict(self, module: torch.nn.Module, hook: Callable[..., object]) -> None:
         """Register a hook on `module` that runs before its state dict is made."""
@@ -265,25 +266,25 @@ class HookedMethod:
         return found
 
     @classmethod
-    def add(cls, module: torch.nn.Module, name: str, hook: Callable[..., object]) -> None:
-        """Have `hook` run before the method, in place."""
+    def of(cls, module: torch.nn.Module, name: str) -> HookedMethod:
+        """Return the one that `module` has in place of its method, or a new one, which `add` puts there."""
         found = vars(module).get(name)
-        if not isinstance(found, cls):
-            found = cls(module, name)
-            setattr(module, name, found)
-        found._hooks.append(hook)
+        return found if isinstance(found, cls) else cls(module, name)
 
-    @classmethod
-    def drop(cls, module: torch.nn.Module, name: str, hook: Callable[..., object]) -> None:
-        """Undo `add`, in place."""
-        found = vars(module).get(name)
-        if not isinstance(found, cls):
-            return
-        found._hooks = [each for each in found._hooks if each != hook]
-        if not found._hooks and found._inner is None:
-            delattr(module, name)
-        elif not found._hooks:
-            setattr(module, name, found._inner)
+    def add(self, hook: Callable[..., object]) -> None:
+        """Have `hook` run before the method, in place."""
+        self._hooks.append(hook)
+        if vars(self._module).get(self._name) is not self:
+            setattr(self._module, self._name, self)
+
+    def drop(self, hook: Callable[..., object]) -> None:
+        """Undo `add`, in place; beneath what a script has put there since, only the hook goes."""
+        self._hooks = [each for each in self._hooks if each != hook]
+        if not self._hooks and vars(self._module).get(self._name) is self:
+            if self._inner is None:
+                delattr(self._module, self._name)
+            else:
+                setattr(self._module, self._name, self._inner)
 
 
 def recorded(journal: list[Undo], do: Callable[[], T]) -> T:

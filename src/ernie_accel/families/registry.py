@@ -27,7 +27,8 @@ def register_family(family: Family) -> Family:
 
     Raises:
         TypeError: It is not a `Family`.
-        ValueError: A different family of this name is registered, or nothing says which pipes it fits.
+        ValueError: A different family of this name is registered, or nothing says which pipes it fits, or which have
+            one of its `other_codes`.
     """
     if not isinstance(family, Family):
         raise TypeError(f"expected a Family, got {family!r}")
@@ -36,6 +37,8 @@ def register_family(family: Family) -> Family:
         raise ValueError(f"a family named {family.name!r} is registered already, and differs: choose another name")
     if not family.transformer_classes and family.shape is None:
         raise ValueError(f"nothing says which pipes belong to {family.name!r}: give transformer_classes or a shape")
+    if any(other.shape is None for other in family.other_codes):
+        raise ValueError(f"nothing says which pipes have an other code of {family.name!r}: each of them needs a shape")
     if known is None:
         _registered.append(family)
     return family

@@ -151,7 +151,11 @@ def _pipeline_class(folder: Path, name: object) -> type[object]:
 
     found = getattr(diffusers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
-        raise SavedPipelineError(folder, f"needs {name}, which is not a pipeline of the diffusers installed here")
+        raise SavedPipelineError(
+            folder,
+            f"needs {name}, which is not a pipeline of the diffusers installed here: upgrade diffusers if a newer one "
+            "has it, or load the pipe with the code that it comes with, if you trust that, and pass it to optimize",
+        )
     path = found.__module__.split(".")
     if path[:2] != ["diffusers", "pipelines"] or len(path) < 4 or path[2] in _FETCHING_PIPELINES:
         raise SavedPipelineError(folder, f"needs {name}, which is not loaded from folders; load it with diffusers")
