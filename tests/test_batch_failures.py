@@ -16,9 +16,9 @@ from PIL import Image
 from ernie_accel.batch import BatchOutputError, produce
 from ernie_accel.batch.engines import EngineLostError, LocalEngine, Request, WorkerLostError
 from ernie_accel.batch.engines.process import ProcessEngine
-from tests.authors_pipe import tiny_authors_newbie
 from tests.child_paths import PYTHONPATH
 from tests.full_disk import disk_full_when
+from tests.own_newbie import tiny_own_newbie
 from tests.pipelines import tiny_ernie
 from tests.stub_engine import StubEngine, make_rows, picture_of
 from tests.stub_pipes import StepPipe, load_nothing
@@ -186,8 +186,8 @@ def test_a_slow_batch_is_given_up_at_the_end_of_its_step(tmp_path):
 
 
 def test_a_slow_batch_of_a_pipeline_without_a_callback_is_given_up_at_the_end_of_its_step_too(tmp_path):
-    pipe, steps = tiny_authors_newbie(), []
-    pipe.transformer.register_forward_hook(lambda *_: steps.append(time.sleep(0.05)))
+    pipe, steps = tiny_own_newbie(), []
+    pipe.transformer.x_embedder.register_forward_hook(lambda *_: steps.append(time.sleep(0.05)))
     rows = make_rows(1, width=64, height=64, steps=1000)
     (result,) = run(LocalEngine(pipe, grace_s=60), rows, tmp_path, timeout_s=0.5)
     assert result.error == "not finished after 0.5 s (--timeout) and given up"

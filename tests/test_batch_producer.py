@@ -29,8 +29,8 @@ from ernie_accel.batch import (
 )
 from ernie_accel.batch.engines import EngineLostError, LocalEngine
 from ernie_accel.core.errors import ErnieAccelError
-from tests.authors_pipe import tiny_authors_newbie
 from tests.full_disk import disk_full_when
+from tests.own_newbie import tiny_own_newbie
 from tests.pipelines import tiny_ernie
 from tests.stub_engine import StubEngine, make_rows, picture_of
 from tests.stub_pipes import StepPipe
@@ -454,7 +454,7 @@ def test_the_steps_of_a_pipeline_are_known_and_the_picture_is_the_same(tmp_path)
 
 @pytest.mark.parametrize("transforms", [(), (CheckFinite(),)], ids=["stock", "checked"])
 def test_the_steps_of_a_pipeline_without_a_callback_are_seen_at_its_scheduler(tmp_path, transforms):
-    seen, pipe = [], tiny_authors_newbie()
+    seen, pipe = [], tiny_own_newbie()
     (row,) = make_rows(1, width=64, height=64, steps=3, seed=5)
     if transforms:
         ernie_accel.optimize(pipe, *transforms)

@@ -13,13 +13,13 @@ import ernie_accel
 from ernie_accel import Autocast, CastDtype, CheckFinite, Context, Quantize, SwapScheduler
 from ernie_accel.core.step_ends import watching_steps
 from ernie_accel.core.wrap_call import around_of
-from tests.authors_pipe import tiny_authors_newbie
+from tests.own_newbie import tiny_own_newbie
 from tests.pipelines import after, picture, tiny_ernie
 from tests.z_image_pipes import Z_IMAGE_PIPES
 
 
-def break_transformer(pipe, *, step, only=torch.bfloat16, value=float("nan")):
-    """Let the transformer return one bad number at a step (from 1), while it computes in `only`."""
+def break_transformer(pipe, *, step, only=torch.bfloat16, value=float("nan"), within=""):
+    """Let the transformer, or the layer `within` it, return one bad number at a step (from 1), computing in `only`."""
     calls = []
 
     def spoil(module, args, output):
@@ -29,7 +29,12 @@ def break_transformer(pipe, *, step, only=torch.bfloat16, value=float("nan")):
             first.view(-1)[0] = value
         return output
 
-    pipe.transformer.register_forward_hook(spoil)
+    pipe.transformer.get_submodule(within).register_forward_hook(spoil)
+
+
+def break_authors(pipe, **how):
+    """The same for the pipeline of NewBie-image's authors, which runs no hooks of its transformer."""
+    break_transformer(pipe, within="x_embedder", **how)
 
 
 @pytest.fixture
@@ -145,11 +150,11 @@ def test_autocast_is_that_of_the_device_where_the_pipe_is_by_now(ernie, monkeypa
 @pytest.fixture
 def authors():
     """A pipeline whose call takes no callback."""
-    return tiny_authors_newbie()
+    return tiny_own_newbie()
 
 
 def in_bfloat16(pipe):
-    for name in ("transformer", "text_encoder", "vae"):
+    for name in ("transformer", "text_encoder", "clip_model", "vae"):
         getattr(pipe, name).to(torch.bfloat16)
     return pipe
 
@@ -163,7 +168,7 @@ def test_without_a_callback_the_schedulers_steps_are_looked_at(authors):
     ernie_accel.optimize(authors, CheckFinite())
     assert torch.equal(picture(authors), want)
     assert is_as_it_came(authors.scheduler)
-    break_transformer(authors, step=2, only=torch.float32, value=float("inf"))
+    break_authors(authors, step=2, only=torch.float32, value=float("inf"))
     message = r"after step 2 of 3 in float32 hold \d+ NaN and \d+ infinite numbers of 512. The weights are float32"
     with pytest.raises(ernie_accel.ErnieAccelError, match=message):
         picture(authors)
@@ -174,7 +179,7 @@ def test_without_a_callback_a_broken_call_is_made_again_in_float32(authors):
     want = picture(authors)
     in_bfloat16(authors)
     ernie_accel.optimize(authors, CheckFinite())
-    break_transformer(authors, step=2)
+    break_authors(authors, step=2)
     with pytest.warns(UserWarning, match="the latents after step 2 of 3 in bfloat16 hold"):
         image = picture(authors)
     assert ((image - want).norm() / want.norm()).item() < 5e-2
@@ -193,7 +198,7 @@ def test_a_scheduler_that_a_script_replaces_is_watched_from_then_on(authors, rep
         stock = old.step
         own = old.step = lambda *args, **kwargs: stock(*args, **kwargs)
     picture(authors)
-    break_transformer(authors, step=3, only=torch.float32)
+    break_authors(authors, step=3, only=torch.float32)
     with pytest.raises(ernie_accel.ErnieAccelError, match="after step 3 of 3"):
         picture(authors)
     ernie_accel.restore(authors)
@@ -203,12 +208,12 @@ def test_a_scheduler_that_a_script_replaces_is_watched_from_then_on(authors, rep
 
 @pytest.mark.parametrize("name", ["unipc", "heun", "lcm"])
 def test_steps_of_other_samplers_are_looked_at(authors, name):
-    want = picture(ernie_accel.optimize(tiny_authors_newbie(), SwapScheduler(name)))
+    want = picture(ernie_accel.optimize(tiny_own_newbie(), SwapScheduler(name)))
     ernie_accel.optimize(authors, SwapScheduler(name), CheckFinite())
     step = authors.scheduler.step
     assert torch.equal(picture(authors), want)
     assert authors.scheduler.step is step
-    break_transformer(authors, step=2, only=torch.float32)
+    break_authors(authors, step=2, only=torch.float32)
     with pytest.raises(ernie_accel.ErnieAccelError, match="after step 2 of 3"):
         picture(authors)
     assert authors.scheduler.step is step
@@ -277,7 +282,7 @@ def test_a_pipe_without_callback_and_scheduler_is_refused(authors):
     authors.scheduler = None
     context = Context.detect(authors)
     (reason,) = CheckFinite().unsupported(authors, context)
-    assert "AuthorsPipeline cannot tell when a step ends" in reason
+    assert "NewbiePipeline cannot tell when a step ends" in reason
 
 
 def test_a_vae_that_gets_its_pictures_in_bfloat16_stays_so_in_the_call_in_float32():
