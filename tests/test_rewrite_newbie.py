@@ -128,8 +128,8 @@ def of_class(cls: type[NextDiT_CLIP]) -> Any:
 @pytest.mark.parametrize(
     ("make", "whose"),
     [
-        (partial(of_class, own_newbie.NextDiT_CLIP_CNN), "yet"),
-        (partial(of_class, OtherForward), "yet"),
+        (partial(of_class, own_newbie.NextDiT_CLIP_CNN), "for NextDiT_CLIP_CNN"),
+        (partial(of_class, OtherForward), "for OtherForward"),
         (partial(of_class, OtherArguments), "for NextDiT_CLIP"),
         (partial(of_class, OtherPatches), "for NextDiT_CLIP"),
         (more_parts, "for NextDiT_CLIP"),
@@ -316,7 +316,7 @@ def test_arguments_that_are_too_many_or_given_twice_fail_as_in_stock() -> None:
     places = (given["x"], given["t"], given["cap_feats"], given["cap_mask"])
     with pytest.raises(TypeError, match=r"got 5 arguments by place; expected \(x, t, cap_feats, cap_mask\)"):
         pipe.transformer(*places, given["clip_text_pooled"])
-    with pytest.raises(TypeError, match="got 4 arguments by place, and t by name, too"):
+    with pytest.raises(TypeError, match="got 4 arguments by place, and by name, too: t;"):
         pipe.transformer(*places, t=given["t"])
 
 

@@ -58,8 +58,10 @@ class StandInForward(ABC):
         names = _names_by_place(type(self.module).forward)
         twice = [name for name in names[: len(args)] if name in kwargs]
         if len(args) > len(names) or twice:
-            found = f"{len(args)} arguments by place" + "".join(f", and {name} by name, too" for name in twice)
-            raise TypeError(f"{type(self.module).__name__}.forward got {found}; expected ({', '.join(names)})")
+            raise TypeError(
+                f"{type(self.module).__name__}.forward got {len(args)} arguments by place"
+                f"{', and by name, too: ' if twice else ''}{', '.join(twice)}; expected ({', '.join(names)})"
+            )
         return dict(zip(names, args, strict=False)) | kwargs
 
     def inner_forward(self, *args: object, **kwargs: object) -> Any:

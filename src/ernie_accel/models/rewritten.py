@@ -16,7 +16,7 @@ from ernie_accel.common.language import said
 from ernie_accel.core.components import Pipeline
 from ernie_accel.core.context import Context
 from ernie_accel.core.undo import Undo
-from ernie_accel.families import family_of
+from ernie_accel.families import families, family_of
 from ernie_accel.families.family import Family
 
 #: (transformer, rows, width, height, tokens) -> arguments of its forward, without values.
@@ -128,8 +128,10 @@ def kernel_model(pipe: Pipeline) -> KernelModel | None:
 
 def whose(pipe: Pipeline) -> str:
     """Return the end of "there are no rewritten blocks ...": for whom there are none."""
-    none = family_of(pipe).rewritten is None
-    return said("yet") if none else said("for {model}", model=type(pipe.transformer).__name__)
+    family = family_of(pipe)
+    # Of a class that is not the one that was rewritten, `family` is what is known of other code.
+    some = any(each.rewritten is not None for each in (family, *families()) if each.name == family.name)
+    return said("for {model}", model=type(pipe.transformer).__name__) if some else said("yet")
 
 
 def rewritten_blocks(pipe: Pipeline) -> RewrittenModel:
