@@ -251,7 +251,7 @@ def test_unequal_prompts_share_a_batch_by_lengths_and_without_a_mask(precision: 
         (tiny_ernie, (), None, "nothing says that ERNIE-Image calls its transformer for each half of guidance"),
         (tiny_z_image, (), None, "nothing says that Z-Image calls"),
         (tiny_flux, (), None, "nothing says that FluxPipeline calls"),
-        (tiny_newbie, (), None, "there are none for NewBie-image yet"),
+        (tiny_newbie, (), None, "there are none for NewBie-image for NextDiT"),
         (tiny_lumina2, (), None, "add RewriteBlocks()"),
         (tiny_lumina2, (RewriteBlocks(),), None, ""),
         (tiny_lumina2, (RewriteBlocks(),), WITHOUT_CUDNN, "equally many tokens: others would need a mask"),
