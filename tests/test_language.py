@@ -128,6 +128,8 @@ ENGLISH = {
         "models/lora_keys.py: ReadsForeignKeys._check_kinds",
         "models/ministral/enhancer.py: _too_long",
         "quantization/choose.py: check_names",
+        "quantization/merging.py: _problem",
+        "quantization/merging.py: stuck_reason",
         "quantization/refusals.py: _LoadStateDict.__call__",
         "quantization/refusals.py: _refuse_layerwise",
         "quantization/refusals.py: refuse_other_weights",
@@ -150,7 +152,7 @@ ENGLISH = {
         "transforms/weights/quantize.py: Quantize.__post_init__",
     ),
     "a warning or a line of a log, as exceptions are": (
-        "models/adapters.py: Merges.__call__",
+        "models/adapters.py: log_made_anew",
         "models/adapters.py: _for_other_components",
         "transforms/prompts/truncate_prompts.py: _Limit._shorten",
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from typing import Any
 
 import pytest
@@ -9,6 +11,11 @@ import torch
 
 import ernie_accel
 from ernie_accel import CastDtype, Compile, ErnieAccelError, Quantize, RewriteBlocks
+from ernie_accel.core.captured import plain_tensors
+from ernie_accel.core.transform import LayerReceipt
+from ernie_accel.quantization.layers import RECEIPT
+from ernie_accel.quantization.merging import held_by
+from ernie_accel.quantization.torchao import TorchAO
 from tests.examples import differences, snapshot
 from tests.test_fuse_kernels import sqnr_db
 from tests.test_lora import CALLS, FORMATS, TO_Q, adapter, fused, latents, load, made
@@ -22,8 +29,6 @@ LAYERS = {
     "4 bits": Quantize("nf4"),
     "corrected": Quantize("nf4", correction_rank=4),
 }
-#: Not those that need kernels, on which the quantized product cannot be made anew.
-WITHOUT_MERGING = {name: call for name, call in CALLS.items() if name not in ("fuse", "unfuse")}
 
 
 def quantized(name: str, family: str = "ernie", *, rewritten: bool = False) -> Any:
@@ -39,14 +44,247 @@ def test_every_call_does_what_it_does_on_a_stock_pipe(name: str, rewritten: bool
     floor = sqnr_db(before, plain)
     for each in (pipe, stock):
         load(each, family)
-    for call in (None, *WITHOUT_MERGING.values()):
+    for call in (None, *CALLS.values()):
         for each in (pipe, stock):
             if call is not None:
                 call(each, family)
         assert sqnr_db(latents(pipe), latents(stock)) > floor - 6
+    for each in (pipe, stock):
+        each.unload_lora_weights()
+    # Fusing and unfusing has rounded what is not quantized twice, and all layers of the stock pipe.
+    assert sqnr_db(latents(pipe), latents(stock)) > floor - 6
+    assert sqnr_db(latents(ernie_accel.restore(pipe)), latents(stock)) > 35
+
+
+@pytest.mark.parametrize("rewritten", [False, True], ids=["stock blocks", "rewritten"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_without_a_lora_everything_is_as_before_bit_for_bit(name: str, rewritten: bool) -> None:
+    pipe = quantized(name, rewritten=rewritten)
+    plain, before = latents(made("ernie")), latents(pipe)
+    load(pipe, "ernie")
+    assert not torch.equal(latents(pipe), before)
+    pipe.disable_lora()
+    assert torch.equal(latents(pipe), before)
     pipe.unload_lora_weights()
     assert torch.equal(latents(pipe), before)
     assert torch.equal(latents(ernie_accel.restore(pipe)), plain)
+
+
+#: Every scheme that the CPU can multiply by; it has no product in fp8.
+SCHEMES = {
+    **LAYERS,
+    "torchao fp8": Quantize("fp8-weight-only", backend="torchao"),
+    "torchao int8": Quantize("int8", backend="torchao"),
+    "quanto fp8": Quantize("fp8-weight-only", backend="quanto"),
+    "bitsandbytes fp4": Quantize("fp4"),
+    "gguf-q5_0": Quantize("gguf-q5_0"),
+    "gguf-q4_0": Quantize("gguf-q4_0"),
+    "int8 corrected": Quantize("int8-weight-only", backend="torchao", correction_rank=4),
+}
+
+
+def contents(pipe: Any) -> list[torch.Tensor]:
+    """Return copies of what the quantized layers hold, in their order."""
+    found = [layer for layer in pipe.transformer.modules() if RECEIPT.of(layer) is not None]
+    return [tensor.clone() for layer in found for held in held_by(layer) for tensor in plain_tensors(held)]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(
+        torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("rewritten", [False, True], ids=["stock blocks", "rewritten"])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_fused_is_as_close_as_the_scheme_and_unfused_is_what_it_was(
+    name: str, rewritten: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    rewrite = (RewriteBlocks(),) if rewritten else ()
+    pipe, stock = ernie_accel.optimize(made("ernie"), *rewrite, SCHEMES[name]), made("ernie")
+    floor, before = sqnr_db(latents(pipe), latents(stock)), contents(pipe)
+    quantized_first = ernie_accel.report(pipe).entries[-1].applied
+    assert quantized_first is not None
+    receipts = [each for each in quantized_first.details if isinstance(each, LayerReceipt)]
+    caplog.set_level("INFO", "ernie_accel")
+    for each in (pipe, stock):
+        load(each, "ernie")
+        load(each, "ernie", "b", seed=2, rank=6, only="to_")
+        each.set_adapters(["a", "b"], [1.0, 0.5])
+        each.fuse_lora(lora_scale=0.8, safe_fusing=True, adapter_names=["a"])
+        each.fuse_lora(adapter_names=["a", "b"])  # one of them is there
+    (first, second) = [r.getMessage() for r in caplog.records if "weights were made anew" in r.getMessage()]
+    logged = re.fullmatch(
+        r"fuse_lora: (\d+) quantized weights were made anew, with an SQNR of (.*) dB, (.*) at least, against .*", first
+    )
+    assert logged is not None
+    assert int(logged[1]) == len(receipts)
+    assert abs(float(logged[3]) - min(each.sqnr_db for each in receipts)) < 1.5
+    assert "against the merged ones" in second
+    assert not same(contents(pipe), before)
+    assert sqnr_db(latents(pipe), latents(stock)) > floor - 6
+    for each in (pipe, stock):
+        each.unfuse_lora()
+        each.set_adapters(["b"])
+    assert same(contents(pipe), before)
+    assert sqnr_db(latents(pipe), latents(stock)) > floor - 6
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_lora_for_quantized_layers_alone_leaves_no_trace_when_it_is_unfused(name: str) -> None:
+    pipe = ernie_accel.optimize(made("ernie"), SCHEMES[name])
+    before = latents(pipe)
+    load(pipe, "ernie", only="layers.1.")
+    beside = latents(pipe)
+    pipe.fuse_lora()
+    assert not torch.equal(latents(pipe), before)
+    pipe.disable_lora()  # PEFT takes it out at the next call
+    assert torch.equal(latents(pipe), before)
+    pipe.enable_lora()
+    assert torch.equal(latents(pipe), beside)
+    pipe.fuse_lora()
+    pipe.transformer.unfuse_lora()
+    assert torch.equal(latents(pipe), beside)
+    pipe.unload_lora_weights()
+    assert torch.equal(latents(pipe), before)
+
+
+@pytest.mark.parametrize("rewritten", [False, True], ids=["stock blocks", "rewritten"])
+@pytest.mark.parametrize("name", ["torchao", "layerwise", "corrected"])
+def test_a_merged_lora_stays_when_it_is_unloaded_merged_beside_another_saved_and_restored(
+    name: str, rewritten: bool, tmp_path: Any
+) -> None:
+    pipe, stock = quantized(name, rewritten=rewritten), made("ernie")
+    floor = sqnr_db(latents(pipe), latents(stock))
+    for each in (pipe, stock):
+        load(each, "ernie")
+        each.fuse_lora()
+        each.unload_lora_weights()
+    merged = contents(pipe)
+    assert sqnr_db(latents(pipe), latents(stock)) > floor - 6
+    for each in (pipe, stock):
+        load(each, "ernie", seed=4)  # another of the same name
+        each.fuse_lora()
+        each.unfuse_lora()
+    assert same(contents(pipe), merged)
+    for each in (pipe, stock):
+        each.delete_adapters("a")
+        each.unload_lora_weights()
+    if not rewritten:
+        again = ernie_accel.load(ernie_accel.save(pipe, tmp_path / "saved"), device="cpu")
+        assert torch.equal(latents(again), latents(pipe))
+    assert sqnr_db(latents(pipe), latents(stock)) > floor - 6
+    assert sqnr_db(latents(ernie_accel.restore(pipe)), latents(stock)) > 35
+
+
+@pytest.mark.parametrize("rewritten", [False, True], ids=["stock blocks", "rewritten"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_restore_leaves_a_fused_lora_fused(name: str, rewritten: bool) -> None:
+    pipe, stock = quantized(name, rewritten=rewritten), made("ernie")
+    for each in (pipe, stock):
+        load(each, "ernie")
+        each.fuse_lora()
+    ernie_accel.restore(pipe)
+    assert torch.equal(latents(pipe), latents(stock))
+    for each in (pipe, stock):
+        each.unfuse_lora()
+    assert torch.equal(latents(pipe), latents(stock))
+
+
+def without_originals(rewritten: bool) -> Any:
+    transform = Quantize("int8-weight-only", keep_originals=False)
+    return ernie_accel.optimize(made("ernie"), *((RewriteBlocks(),) if rewritten else ()), transform)
+
+
+def broken(pipe: Any) -> Any:
+    load(pipe, "ernie")
+    for path, part in pipe.transformer.named_modules():
+        if path.endswith("layers.1.mlp.linear_fc2.lora_A.a"):
+            part.weight.data[0, 0] = float("inf")
+    return pipe
+
+
+def with_dora(pipe: Any) -> Any:
+    from peft import LoraConfig
+
+    pipe.transformer.add_adapter(LoraConfig(target_modules=["linear_fc2"], use_dora=True), "a")
+    return pipe
+
+
+def with_bias(pipe: Any) -> Any:
+    from peft import LoraConfig
+
+    pipe.transformer.add_adapter(LoraConfig(target_modules=["linear_fc2"], lora_bias=True), "a")
+    return pipe
+
+
+def merged_before() -> Any:
+    pipe = made("ernie")
+    load(pipe, "ernie", "b", seed=2)
+    load(pipe, "ernie")
+    pipe.fuse_lora(adapter_names=["b"])
+    return ernie_accel.optimize(pipe, LAYERS["torchao"])
+
+
+UNMERGEABLE = {
+    "originals gone": (lambda: loaded(without_originals(False)), "what it was quantized from is gone"),
+    "originals gone, rewritten": (lambda: loaded(without_originals(True)), "what it was quantized from is gone"),
+    "a copy": (lambda: copy.deepcopy(loaded(quantized("gguf"))), "what it was quantized from is gone"),
+    "merged before": (merged_before, "a LoRA was merged into it before it was quantized"),
+    "not finite": (lambda: broken(quantized("4 bits")), "'a' has values that are not finite"),
+    "DoRA": (lambda: with_dora(quantized("torchao")), "'a' is a variant of LoRA, such as DoRA"),
+    "bias": (lambda: with_bias(quantized("gguf")), "'a' has a bias"),
+}
+
+
+def loaded(pipe: Any) -> Any:
+    load(pipe, "ernie")
+    return pipe
+
+
+@pytest.mark.parametrize("what", UNMERGEABLE)
+def test_what_cannot_be_merged_is_refused_before_anything_changes(what: str) -> None:
+    make, message = UNMERGEABLE[what]
+    pipe = make()
+    before, drawn = snapshot(pipe), contents(pipe)
+    for call in (pipe.fuse_lora, pipe.transformer.fuse_lora):
+        with pytest.raises(ErnieAccelError, match=f"quantized weights; nothing was changed .*{message}"):
+            call()
+        assert differences(before, snapshot(pipe)) == []
+        assert same(contents(pipe), drawn)
+
+
+def test_what_fails_half_way_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = quantized("torchao", rewritten=True)
+    load(pipe, "ernie", only="layers.1.")
+    before, drawn = snapshot(pipe), contents(pipe)
+    quantize, calls = TorchAO.quantize, []
+
+    def fails(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise RuntimeError("out of luck")
+        return quantize(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchAO, "quantize", fails)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            pipe.fuse_lora(lora_scale=0.5)
+    assert same(contents(pipe), drawn)
+    assert [each for each in differences(before, snapshot(pipe)) if "_merged" in each or "scaling" in each] == []
+    pipe.fuse_lora(lora_scale=0.5)
+    assert not same(contents(pipe), drawn)
+
+
+def test_quantizing_anew_keeps_a_fused_lora() -> None:
+    pipe, stock = quantized("torchao"), made("ernie")
+    for each in (pipe, stock):
+        load(each, "ernie")
+        each.fuse_lora()
+        each.unload_lora_weights()
+    ernie_accel.optimize(pipe, LAYERS["gguf"])
+    assert torch.equal(latents(pipe), latents(ernie_accel.optimize(stock, LAYERS["gguf"])))
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -20,6 +20,7 @@ from ernie_accel.common.collecting import without_collecting
 from ernie_accel.common.language import said
 from ernie_accel.common.notes import Note
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.core.originals import ORIGINAL
 from ernie_accel.core.peft_layers import config_problems, layer_problem, unchanged_if_it_fails
 from ernie_accel.core.stand_in import StandInMethod
 from ernie_accel.core.undo import Undo
@@ -594,6 +595,7 @@ class Merges(StandInMethod):
         """
         products = PRODUCTS.of(self.owner) or ()
         adapted = [product for product in products if any(place.adapted is not None for place in product.places)]
+        adapted = [product for product in adapted if ORIGINAL.of(product.product) is None]  # these are asked before
         reasons = {reason for product in adapted if (reason := product.unmergeable_reason) is not None}
         if reasons:
             raise ErnieAccelError(
@@ -602,17 +604,22 @@ class Merges(StandInMethod):
                 "FuseKernels(..., keep_originals=True), or merge it before optimizing."
             )
         result = self.call_inner(*args, **kwargs)
-        found = [product.merged_db for product in adapted if product.merged_db is not None]
-        if found:
-            worst, middle = min(found), statistics.median(found)
-            _log.info(
-                "%s: %d float8 weights were made anew, with an SQNR of %.1f dB, %.1f at least, against the merged ones",
-                self.name,
-                len(found),
-                middle,
-                worst,
-            )
+        log_made_anew(self.name, "float8", [each.merged_db for each in adapted if each.merged_db is not None])
         return result
+
+
+def log_made_anew(name: str, kind: str, found: list[float]) -> None:
+    """Say what it cost to merge a LoRA into weights of this kind: the SQNR in dB of each; nothing if there are none."""
+    if found:
+        worst, middle = min(found), statistics.median(found)
+        _log.info(
+            "%s: %d %s weights were made anew, with an SQNR of %.1f dB, %.1f at least, against the merged ones",
+            name,
+            len(found),
+            kind,
+            middle,
+            worst,
+        )
 
 
 def take_adapters(transformer: nn.Module, undo: Undo) -> None:

@@ -1,4 +1,4 @@
-"""Refuse what stock tools do to quantized layers and get wrong: saving them, merging LoRAs, loading plain weights.
+"""Refuse what stock tools do to quantized layers and get wrong: saving them, unmerging LoRAs, loading plain weights.
 
 Each would fail halfway with the pipe changed, or write a checkpoint that reloads as noise.
 """
@@ -11,7 +11,6 @@ from typing import cast
 
 import torch
 
-from ernie_accel.common.language import said
 from ernie_accel.core.components import Pipeline, is_float8, modules_of
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.stand_in import Bound, StandInMethod
@@ -20,6 +19,7 @@ from ernie_accel.kernels.linear import Fp8Linear
 from ernie_accel.kernels.low_rank import LowRankProduct, site_of
 from ernie_accel.quantization.correction import is_corrected
 from ernie_accel.quantization.layers import holder_of, quantized_as
+from ernie_accel.quantization.merging import MergesQuantized, adapted, bind_merging, stuck_reason, unbind_merging
 from ernie_accel.quantization.shown_plain import AddsBesideQuantized
 
 
@@ -31,7 +31,7 @@ def refuse_saving(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None
 
 
 def refuse_loras(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:
-    """Make components add LoRAs beside their quantized layers, and refuse to merge one, in place."""
+    """Make components add LoRAs beside their quantized layers, and merge them into the originals, in place."""
     for name, module in modules_of(pipe, components).items():
         backends = {holder for part in module.modules() if (holder := holder_of(part)) is not None}
         # Pipelines that widen a LoRA's layers to those of the model look for these weights by name, as FLUX.1's does.
@@ -41,9 +41,12 @@ def refuse_loras(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:
         for method_name in ("load_lora_adapter", "load_adapter", "add_adapter"):
             if backends and hasattr(module, method_name):
                 undo.setattr(module, method_name, AddsBesideQuantized(module, method_name))
-        if hasattr(module, "fuse_lora"):
-            undo.setattr(module, "fuse_lora", Bound(_refuse_merging, module))
+        if backends and hasattr(module, "fuse_lora"):
+            undo.setattr(module, "fuse_lora", MergesQuantized(module, "fuse_lora"))
+        bind_merging(module)
     refuse_unmerging(pipe, components, undo)
+    for module in modules_of(pipe, components).values():
+        undo.push(functools.partial(unbind_merging, module))
 
 
 def refuse_unmerging(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:
@@ -111,10 +114,11 @@ def _stuck_in(layer: torch.nn.Module) -> str | None:
     base = layer._modules.get("base_layer")
     if base is None or not getattr(layer, "merged_adapters", None):
         return None
+    found = adapted(layer)
+    if found is not None:
+        return stuck_reason(found)
     site = site_of(layer)
-    if site is not None:
-        return site.low_rank.unmergeable_reason
-    return None if quantized_as(base) is None else said("its weight is quantized")
+    return None if site is None else site.low_rank.unmergeable_reason
 
 
 def refuse_other_weights(pipe: Pipeline, components: Iterable[str], undo: Undo) -> None:
@@ -216,11 +220,4 @@ def _refuse_lora(self: object, *args: object, **kwargs: object) -> None:
         f"{type(self).__name__}: cannot load a LoRA, because it fits one to its weights, and would not find those of "
         "its quantized layers. Load the LoRA before quantizing: ernie_accel.restore(pipe), load it, then optimize "
         "again; or quantize with torchao or gguf, which take one afterwards."
-    )
-
-
-def _refuse_merging(self: object, *args: object, **kwargs: object) -> None:
-    raise ErnieAccelError(
-        f"{type(self).__name__}: cannot merge a LoRA into quantized weights. Call "
-        "ernie_accel.restore(pipe), load and merge it (pipe.fuse_lora()), then optimize again. Unmerged, it works."
     )

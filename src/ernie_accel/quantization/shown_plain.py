@@ -14,6 +14,7 @@ from ernie_accel.core.peft_layers import config_problems, layer_problem, unchang
 from ernie_accel.core.stand_in import StandInMethod
 from ernie_accel.kernels.low_rank import LowRankProduct
 from ernie_accel.quantization.layers import RECEIPT, holder_of
+from ernie_accel.quantization.merging import bind_merging
 
 #: What the names of an adapter's tensors show that reads the weight which it is added to.
 _VARIANTS = {
@@ -50,6 +51,7 @@ class AddsBesideQuantized(StandInMethod):
                 view = layer._modules.get("base_layer")
                 if isinstance(view, PlainView) and (problem := layer_problem(layer)) is not None:
                     raise self._refusal([f"{path}: {problem}"])
+        bind_merging(model)
         return result
 
     def _refusal(self, problems: list[str]) -> ErnieAccelError:

@@ -22,6 +22,7 @@ from ernie_accel.core.components import (
     staying_denoisers_note,
 )
 from ernie_accel.core.context import Context
+from ernie_accel.core.originals import ORIGINAL, Original
 from ernie_accel.core.planned import PlannedPipe, PlannedWeight
 from ernie_accel.core.transform import Applied, Effect, LayerReceipt, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo, place_of
@@ -49,6 +50,7 @@ from ernie_accel.quantization.layers import (
     sqnr_db,
     stored_name,
 )
+from ernie_accel.quantization.merging import bits_of, held_by
 from ernie_accel.quantization.refusals import refuse_loras, refuse_other_weights, refuse_saving
 
 #: Layers that the note of a plan names for each reason to leave some out; `Preview.skipped` has all.
@@ -76,7 +78,8 @@ class Quantize(Transform):
             None takes the family's list (without a family: everything outside repeated blocks, and modulation).
         device: Move the whole pipe there, quantizing layer by layer on the way, so that the device never holds more
             than the quantized pipe and one layer. None quantizes on the pipe's present device.
-        keep_originals: Keep the unquantized weights in host memory, so that ``restore`` is exact.
+        keep_originals: Keep the unquantized weights in host memory, so that ``restore`` is exact, and LoRAs can be
+            merged.
         correction_rank: Add to each layer the low-rank product that its stored weight lacks, of this rank and in the
             layer's own dtype: 32 adds 64 bytes in bfloat16 for each input and output. None adds nothing.
     """
@@ -241,7 +244,8 @@ class _Work:
         self.name = stored_name(chosen.scheme, chosen.backend, self.rank)
         self.sites = linear_sites(pipe, request.components, request.exclude, _to_be_fused(pipe, context))
         self._before = context.planned(pipe)
-        self._keeps = request.keep_originals
+        #: Whether the originals stay for ``restore``.
+        self.keeps = request.keep_originals
         plain = [site for site in self.sites if self._stored_as(site) is None]
         #: Why layers stay as they are, by name.
         self.left_out = {site.name: why for site in plain if (why := self._left_out_reason(site)) is not None}
@@ -275,7 +279,7 @@ class _Work:
             nbytes = self.backend.stored_bytes(self.scheme, spec) + correction_bytes(spec, self.rank)
             shape = (spec.out_features, spec.in_features)
             new[name] = PlannedWeight(shape, spec.dtype, nbytes, stored_as=self.name, is_fresh=True)
-        before = self._before.keeping(gone & self._before.weights.keys()) if self._keeps else self._before
+        before = self._before.keeping(gone & self._before.weights.keys()) if self.keeps else self._before
         return before.with_weights(new, frozenset(gone))
 
     def correction_problems(self) -> list[str]:
@@ -406,6 +410,8 @@ def _replace(
     undo.put_module(root, path, layer, _undo_of(linear, stays_put=device is not None))
     if device is None:
         linear.to("cpu")
+    if work.keeps:
+        ORIGINAL.put(layer, Original(linear, where))
     return receipt
 
 
@@ -413,6 +419,9 @@ def _undo_of(linear: torch.nn.Linear, *, stays_put: bool) -> Callable[[torch.nn.
     """Return what gives the original back, on the device that the pipe has moved to since."""
 
     def give_back(layer: torch.nn.Module) -> torch.nn.Module:
+        original = ORIGINAL.of(layer)
+        if original is not None:
+            original.give_back(linear)
         tensors = [*layer.parameters(), *layer.buffers()]
         if not stays_put and tensors:
             linear.to(tensors[0].device)
@@ -426,7 +435,7 @@ class _Unchanged:
 
     def __init__(self, layer: torch.nn.Module, root: torch.nn.Module, path: str) -> None:
         self._layer, self._root, self._path = layer, root, path
-        self._made = _bits_of(layer)
+        self._made = bits_of(layer)
         self._merged = _merged_in(root.get_submodule(path.rpartition(".")[0]))  # the original has these, too
 
     def __call__(self) -> str | None:
@@ -434,12 +443,14 @@ class _Unchanged:
         place = place_of(self._layer, self._root, self._path)
         if place is None:
             return None
-        if _merged_in(place[0]) - self._merged:
+        original = ORIGINAL.of(self._layer)
+        merged = _merged_in(place[0]) - self._merged
+        if merged and (original is None or not original.has(0, merged)):
             return said("a LoRA is fused into {path}; unload or unfuse it first (pipe.unfuse_lora())", path=self._path)
-        if any(comes_and_goes(plain) for held in _held(self._layer) for plain in plain_tensors(held)):
+        if any(comes_and_goes(plain) for held in held_by(self._layer) for plain in plain_tensors(held)):
             return None  # while they are kept elsewhere, nothing can write to them
-        now = _bits_of(self._layer)
-        if hasattr(place[0], "lora_A") or now[0] != self._made[0] or now == self._made:
+        now, made = bits_of(self._layer), self._made if original is None else original.bits or self._made
+        if hasattr(place[0], "lora_A") or now[0] != made[0] or now == made:
             return None
         return said(
             "the quantized weight of {path} was changed since (a LoRA fused into it?), and would be lost",
@@ -450,26 +461,6 @@ class _Unchanged:
 def _merged_in(layer: torch.nn.Module) -> set[str]:
     """Return the adapters that PEFT's layer has merged into the weight beneath it; none if it is no such layer."""
     return set(getattr(layer, "merged_adapters", ()))
-
-
-def _bits_of(layer: torch.nn.Module) -> tuple[str, int]:
-    """Return the device of a layer's tensors, where some backends pack them in their own way, and a sum of all bits."""
-    held = _held(layer)
-    return held[0].device.type if held else "", sum(map(_sum_of_bits, held))
-
-
-def _held(layer: torch.nn.Module) -> list[torch.Tensor]:
-    return [*layer.parameters(), *layer.buffers()]
-
-
-def _sum_of_bits(tensor: torch.Tensor) -> int:
-    if hasattr(tensor, "__tensor_flatten__"):
-        return sum(map(_sum_of_bits, plain_tensors(tensor)))
-    if tensor.device.type == "meta":
-        return 0
-    raw = tensor.detach().as_subclass(torch.Tensor).contiguous().reshape(-1).view(torch.uint8)
-    whole = len(raw) // 8 * 8
-    return int(raw[:whole].view(torch.int64).sum()) + int(raw[whole:].sum())
 
 
 def _remember_places(pipe: Pipeline, undo: Undo) -> None:
