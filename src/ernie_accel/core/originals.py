@@ -47,6 +47,7 @@ class Original:
         where: The device on which it was quantized.
         terms: What is merged into the quantized weight by now.
         bits: A sum of all bits of the layer since that was made anew; None: it was not.
+        waits: Whether the weight is to be made anew later, for all layers that it is computed for at once.
         sqnr_db: SQNR in dB of the weight that was made anew last, against the merged one.
     """
 
@@ -56,6 +57,7 @@ class Original:
         self.where = where
         self.terms: tuple[MergedTerm, ...] = ()
         self.bits: tuple[str, int] | None = None
+        self.waits = False
         self.sqnr_db: float | None = None
 
     def has(self, start: int, names: Collection[str]) -> bool:

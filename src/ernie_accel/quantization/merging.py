@@ -150,13 +150,20 @@ class MergesQuantized(StandInMethod):
             )
         bind_merging(model)
         before = [(each, _state_of(each)) for each, _ in found]
+        originals = {each.quantized: ORIGINAL.required(each.quantized) for each, _ in found}
         try:
+            for original in originals.values():
+                original.waits = True
             result = self.call_inner(*args, **kwargs)
+            for layer, original in originals.items():
+                _make_anew(layer, original, original.terms)
         except BaseException:
             for each, state in before:
                 _take_back(each, *state)
             raise
-        originals = {id(original): original for each, _ in found if (original := ORIGINAL.of(each.quantized))}
+        finally:
+            for original in originals.values():
+                original.waits = False
         log_made_anew(self.name, "quantized", [o.sqnr_db for o in originals.values() if o.sqnr_db is not None])
         return result
 
@@ -168,7 +175,7 @@ def _state_of(found: Adapted) -> tuple[tuple[MergedTerm, ...], list[str], dict[s
 def _take_back(found: Adapted, terms: tuple[MergedTerm, ...], merged: list[str], scaling: dict[str, float]) -> None:
     """Give a layer, and PEFT's around it, the state it had before a merge that failed, in place."""
     original = ORIGINAL.required(found.quantized)
-    if original.terms != terms:
+    if original.terms is not terms:
         _make_anew(found.quantized, original, terms)
     found.merged[:] = merged
     found.layer.scaling.update(scaling)
@@ -202,7 +209,10 @@ class MergeQuantized(Merge):
         terms = original.settled(found.start, found.merged)
         if merges:
             terms += tuple(_term(found, name) for name in names)
-            _make_anew(found.quantized, original, terms)
+            if original.waits:
+                original.terms = terms
+            else:
+                _make_anew(found.quantized, original, terms)
             found.merged.extend(names)
         else:
             out = {name for name in found.merged if name in found.adapters}
