@@ -9,5 +9,6 @@ ministral/      the prompt enhancer, which decodes with those layers
 prompt_cache.py embeddings of prompts that are kept between calls
 autoencoder.py  the VAE on fused kernels
 replays.py      work captured into CUDA graphs
+adapters.py     LoRAs on products of several layers; stacked_adapters.py: on compiled blocks
 masks.py        which mask reaches the blocks; processors.py: which kernel computes their attention
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,38 @@ _VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton
 #: How many graphs one kind of block may have. Torch's 8 are too few where blocks stand in three places (refiners and
 #: layers, with and without modulation or a mask) and their LoRA is switched or fused: a full graph fails at the ninth.
 RECOMPILE_LIMIT = 64
+
+#: Graphs that there is room for once old ones are dropped for it: those of one picture.
+_ROOM = 16
+
+
+def drop_old_graphs(kinds: Iterable[type[torch.nn.Module]]) -> None:
+    """Forget all graphs of those kinds of compiled blocks that have nearly as many as they may have.
+
+    What made them, such as adapters that were unloaded, may never be back, and torch drops none: at the limit a full
+    graph fails, for ever. What is still used is compiled again at its next call.
+    """
+    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
+
+    limit = _limit()
+    for kind in kinds:
+        code = getattr(kind.forward, "__code__", None)
+        if code is not None and len(_debug_get_cache_entry_list(code)) > limit - min(_ROOM, limit // 4):
+            reset_code(code)
+
+
+def _limit() -> int:
+    """Return how many graphs one kind of block may have in this version of torch."""
+    if _takes_limit():
+        return RECOMPILE_LIMIT
+    from torch._dynamo import config
+
+    return int(getattr(config, "recompile_limit", 8))
+
+
+def _takes_limit() -> bool:
+    """Return whether `torch.compile` takes a limit of its own; torch before it knows a global one alone."""
+    return "recompile_limit" in inspect.signature(torch.compile).parameters
 
 
 @dataclass(frozen=True)
@@ -67,7 +99,7 @@ def compile_module(
 ) -> None:
     """Compile a module in place; with a folder, what inductor makes is kept there (see `InductorIn`)."""
     limit: dict[str, object] = {}
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch before it knows a global one alone
+    if _takes_limit():
         limit["recompile_limit"] = RECOMPILE_LIMIT
     if folder is None:
         module.compile(fullgraph=fullgraph, dynamic=dynamic, mode=mode, **limit)

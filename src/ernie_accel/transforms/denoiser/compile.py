@@ -21,6 +21,7 @@ from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Pr
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import repeated_blocks
 from ernie_accel.models.compile_cache import as_folder, compile_module, unsupported_cache_reasons
+from ernie_accel.models.stacked_adapters import forget_stacked, stack_in_place_of_names
 
 
 @dataclass(frozen=True, repr=False)
@@ -150,10 +151,12 @@ class Compile(Transform):
                     compile_module(block, self.cache, fullgraph=self.fullgraph, dynamic=self.dynamic, mode=self.mode)
             if self.fullgraph and len(blocks) > len(compiled):
                 _refuse_hooks(pipe, self.components, undo)
+            if len(blocks) > len(compiled):
                 for module in modules_of(pipe, self.components).values():
+                    stack_in_place_of_names(module, undo)
                     for name in ("load_lora_adapter", "add_adapter"):
                         if hasattr(module, name):
-                            undo.setattr(module, name, _AddsTraceable(module, name))
+                            undo.setattr(module, name, _AddsToCompiled(module, name, self.fullgraph))
         return Applied(
             tuple(name for name in blocks if name not in compiled),
             undo=undo,
@@ -199,25 +202,30 @@ def _untraceable(module: torch.nn.Module) -> str | None:
     return next((path for path, layer in module.named_modules() if vars(layer).get("lora_variant")), None)
 
 
-class _AddsTraceable(StandInMethod):
+class _AddsToCompiled(StandInMethod):
     """A method of a model with compiled blocks that adds an adapter."""
+
+    def __init__(self, owner: object, name: str, fullgraph: bool) -> None:
+        super().__init__(owner, name)
+        self.fullgraph = fullgraph
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Add it.
 
         Raises:
-            ErnieAccelError: It is a DoRA; nothing was changed.
+            ErnieAccelError: It is a DoRA, and the blocks are compiled as full graphs; nothing was changed.
         """
         model = cast(torch.nn.Module, self.owner)
         with unchanged_if_it_fails(model):
             result = self.call_inner(*args, **kwargs)
-            path = _untraceable(model)
+            path = _untraceable(model) if self.fullgraph else None
             if path is not None:
                 raise ErnieAccelError(
                     f"{self.name}: {path} gets a DoRA, and its blocks are compiled as full graphs, in which "
                     "torch.compile cannot trace one; nothing was changed. Call ernie_accel.restore(pipe), load and "
                     "merge it (pipe.fuse_lora()), then optimize again, or take Compile(fullgraph=False)"
                 )
+        forget_stacked(model)  # it may have been written over another, which torch does not count
         return result
 
 
