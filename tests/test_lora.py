@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from ernie_accel import Context, ErnieAccelError, FuseKernels, Quantize, Rewrite
 from ernie_accel.kernels import ops, reference
 from ernie_accel.kernels.linear import Fp8Linear, Fp8Rows
 from ernie_accel.kernels.low_rank import LowRankProduct, Place, Site, gated
-from ernie_accel.models.adapters import update_products
+from ernie_accel.models.adapters import adaptables, update_products
 from ernie_accel.models.graphed_forward import GraphedForward
 from ernie_accel.models.rewritten import rewritten_blocks
 from tests.examples import differences, snapshot
@@ -645,3 +646,46 @@ def test_a_lora_counts_under_autocast_and_where_weights_are_moved_and_with_cache
     assert torch.equal(latents(moved), expected)
     moved.set_adapters(["a"], [0.1])
     assert not torch.equal(latents(moved), expected)
+
+
+def shared_products(pipe: Any) -> list[bool]:
+    """Return of each part of the rewritten blocks whether its layers are one product."""
+    return [part.fused is not None for part in adaptables(pipe.transformer)]
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_were_split_for_a_lora_are_one_product_again_without_it(
+    family: str, quantized: bool, tmp_path: Path
+) -> None:
+    pipe = made(family)
+    ernie_accel.optimize(pipe, RewriteBlocks(), *([Quantize("int8-weight-only")] if quantized else []))
+    before, fused = latents(pipe), shared_products(pipe)
+    load(pipe, family, "a")
+    assert shared_products(pipe) != fused
+    pipe.unload_lora_weights()
+    assert shared_products(pipe) == fused
+    assert torch.equal(latents(pipe), before)
+    ernie_accel.save(pipe, tmp_path / "saved")
+    assert torch.equal(latents(ernie_accel.load(tmp_path / "saved")), before)
+
+
+def test_layers_that_a_script_has_hooked_stay_as_they_are() -> None:
+    pipe = made("ernie")
+    ernie_accel.optimize(pipe, RewriteBlocks())
+    load(pipe, "ernie", "a")
+    calls: list[int] = []
+    layer = pipe.transformer.layers[0].self_attention.to_q.base_layer
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    pipe.unload_lora_weights()
+    latents(pipe)
+    assert calls
+    assert shared_products(pipe).count(False) == 1
+
+
+def test_layers_that_were_not_fused_are_not_fused_by_a_lora() -> None:
+    pipe = made("ernie")
+    ernie_accel.optimize(pipe, RewriteBlocks(fuse=False))
+    load(pipe, "ernie", "a")
+    pipe.unload_lora_weights()
+    assert not any(shared_products(pipe))

@@ -125,6 +125,10 @@ class Adaptable(nn.Module, ABC):
                 _put_base(self, name, cast(nn.Module, base))
 
     @abstractmethod
+    def fuse_again(self) -> None:
+        """Fuse the layers that were split for a LoRA, in place, if they are plain ones again."""
+
+    @abstractmethod
     def unfusible_reason(self) -> str | None:
         """Return why the linear layers cannot be fused, or None."""
 
@@ -351,8 +355,7 @@ class TakesAdapters(ChecksAdapters):
                 raise _refusal(self.name, problems)
         except BaseException:
             for part in fused:
-                if part.fused_name not in part._modules and part.unfusible_reason() is None:
-                    part.fuse()
+                part.fuse_again()
             raise
         finally:
             if to_open:
@@ -576,11 +579,14 @@ def _refusal(name: str, problems: list[str]) -> ErnieAccelError:
 
 
 class ThenTidy(StandInMethod):
-    """A method of a transformer that removes adapters; sites that nobody uses go with them."""
+    """A method of a transformer that removes adapters; sites that nobody uses go, and split layers are fused again."""
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         result = self.call_inner(*args, **kwargs)
-        close_sites(cast(nn.Module, self.owner), only_if_unused=True)
+        model = cast(nn.Module, self.owner)
+        close_sites(model, only_if_unused=True)
+        for part in adaptables(model):
+            part.fuse_again()
         return result
 
 

@@ -18,12 +18,13 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from ernie_accel.common.language import said
+from ernie_accel.core.captured import comes_and_goes
 from ernie_accel.core.components import alignment_of, with_alignment
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.library_hooks import library_hooks
 from ernie_accel.core.stand_in import StandInForward
 from ernie_accel.core.undo import Undo
-from ernie_accel.kernels.low_rank import LowRankProduct
+from ernie_accel.kernels.low_rank import LowRankProduct, is_bare
 from ernie_accel.models.adapters import Adaptable, take_adapters
 from ernie_accel.models.processors import processor_for
 from ernie_accel.models.token_layout import LAYOUT, TokenLayout
@@ -99,6 +100,8 @@ class Part(Adaptable):
     """
 
     taken: tuple[str, ...] = ()
+    #: Whether its layers were fused once, and stand alone because something asked for them.
+    was_split = False
 
     def __init__(self, stock: nn.Module) -> None:
         super().__init__()
@@ -135,6 +138,7 @@ class Part(Adaptable):
         others = {name: layer for name, layer in self._modules.items() if name not in self.fusible}
         self._set_children({**others, self.fused_name: fused})
         fused.take_over()
+        self.was_split = False
 
     def split(self) -> None:
         """Replace the fused layer by the layers it is made of, in place; nothing happens if they stand alone.
@@ -149,6 +153,17 @@ class Part(Adaptable):
         for part in parts.values():
             _cast_layerwise_as(fused, part)
         self._set_children({name: parts[name] if name in parts else self._modules[name] for name in self.taken})
+        self.was_split = True
+
+    def fuse_again(self) -> None:
+        """Fuse what `split` has split, in place; nothing happens where a layer has become more than a plain one."""
+        if not self.was_split or self.fused is not None or self.unfusible_reason() is not None:
+            return
+        layers = [self.get_submodule(name) for name in self.fusible]
+        weights = [cast(Tensor, layer.weight) for layer in layers]
+        kinds = {(weight.device, weight.dtype, comes_and_goes(weight)) for weight in weights}
+        if len(kinds) == 1 and not weights[0].is_meta and not comes_and_goes(weights[0]) and all(map(is_bare, layers)):
+            self.fuse()
 
     def splittable(self) -> FusedLinear | None:
         """Return the fused layer, which `split` can split; None if the layers stand alone.
