@@ -6,6 +6,7 @@ by the package flash_attn in half precision; this one always by torch's kernel, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,13 +36,19 @@ class RMSNorm(nn.Module):
 class TimestepEmbedder(nn.Module):
     def __init__(self, hidden_size: int, frequencies: int = 32) -> None:
         super().__init__()
+        self.frequency_embedding_size = frequencies
         self.mlp = nn.Sequential(nn.Linear(frequencies, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
 
+    @staticmethod
+    def timestep_embedding(t: Tensor, dim: int, max_period: int = 10000) -> Tensor:
+        half = dim // 2  # the table is made on the host, as the authors' code does
+        rates = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device="cpu") / half)
+        angles = t[:, None].float() * rates.to(t.device)[None]
+        return torch.cat([angles.cos(), angles.sin()], -1)
+
     def forward(self, t: Tensor) -> Tensor:
-        half = self.mlp[0].in_features // 2
-        rates = torch.exp(-torch.arange(half, dtype=torch.float32) / half * torch.log(torch.tensor(THETA)))
-        angles = t[:, None].float() * rates.to(t.device)
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], -1).to(self.mlp[0].weight.dtype))
+        embedded = self.timestep_embedding(t, self.frequency_embedding_size)
+        return self.mlp(embedded.to(self.mlp[0].weight.dtype))
 
 
 class JointAttention(nn.Module):

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ernie_accel
 from ernie_accel import (
@@ -295,6 +296,49 @@ def test_a_pooled_text_that_changes_is_noticed_by_graphs() -> None:
         torch.testing.assert_close(pipe.transformer(**given), stock.transformer(**given), atol=2e-5, rtol=0)
     assert replays > 0
     assert recorder.replays == replays  # what stock has to compute is not captured
+
+
+class Operators(TorchDispatchMode):
+    """Notes which operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_makes_no_tables_which_a_graph_could_not_copy_from_the_host() -> None:
+    pipe, given = tiny_own_newbie(), arguments()
+    with torch.no_grad(), Operators() as stock:
+        expected = pipe.transformer(**given)
+    ernie_accel.optimize(pipe, RewriteBlocks())
+    text, at = rewritten_blocks(pipe).prepare(pipe.transformer, given)
+    with torch.no_grad(), Operators() as step:
+        (got,) = pipe.transformer(**{**given, "cap_feats": text}, at=at)
+    assert torch.equal(got, expected)
+    assert stock.seen >= {"arange", "exp"}
+    assert not step.seen & {"arange", "exp", "lift_fresh"}
+
+
+def test_another_embedding_of_the_time_is_not_taken_for_the_known_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_own_newbie()
+    embedder = pipe.transformer.t_embedder
+    known = type(embedder).timestep_embedding
+    assert rewritten_model(pipe) is not None
+    monkeypatch.setattr(type(embedder), "timestep_embedding", staticmethod(lambda t, dim: known(t, dim, 1000)))
+    assert rewritten_model(pipe) is None
+
+
+def test_a_hook_on_the_embedding_of_the_time_runs() -> None:
+    pipe, given, seen = tiny_own_newbie(), arguments(), list[Any]()
+    ernie_accel.optimize(pipe, RewriteBlocks())
+    pipe.transformer.t_embedder.register_forward_hook(lambda module, *_: seen.append(module))
+    with torch.no_grad():
+        pipe.transformer(**given)
+    assert seen == [pipe.transformer.t_embedder]
 
 
 def test_arguments_by_place_are_taken_by_graphs() -> None:

@@ -5,6 +5,7 @@ keys and values are one product already. Besides:
 
     positions, with tables copied row by row, at each step  once per image size and prompt lengths (`Position`)
     prompt lengths read from the device at each step        once per prompt
+    rates of the time's sinusoids copied from the host      once per image size and prompt lengths
     rows put together one by one                            one gather
     attention by the package flash_attn in half precision   by the backend that was chosen
     final layer over text tokens too                        over the image tokens only
@@ -32,6 +33,7 @@ from ernie_accel.models.next_dit.blocks import (
 from ernie_accel.models.next_dit.positions import Position
 from ernie_accel.models.next_dit.rewriting import LISTS, RemoteRewriting
 from ernie_accel.models.next_dit.text_first import TextFirst, positioned, predicted, real_lengths
+from ernie_accel.models.next_dit.time_rates import embedded_time
 from ernie_accel.models.rewriting import RewrittenForward
 from ernie_accel.models.token_layout import prompt_lengths
 
@@ -136,7 +138,7 @@ def forward(
         cap_feats, position = _prepared(self, arguments, for_graph=False)
     else:
         position = at
-    time_be, pooled = model.t_embedder(t), kwargs.get("clip_text_pooled")
+    time_be, pooled = embedded_time(model.t_embedder, t, position.time_rates), kwargs.get("clip_text_pooled")
     text_bth = model.cap_embedder(cap_feats)
     if pooled is not None:
         time_be = model.time_text_embed(torch.cat([time_be, model.clip_text_pooled_proj(pooled)], -1))
@@ -147,8 +149,8 @@ def forward(
 def _prepared(module: nn.Module, arguments: Mapping[str, object], *, for_graph: bool) -> tuple[Tensor, Position]:
     """Return the captions [B, T, C] and positions."""
     text_btc, grid = cast(Tensor, arguments["cap_feats"]), _grid(module, arguments)
-    embed = cast(OwnTransformer, module).rope_embedder
-    return positioned(module, embed, text_btc, host_facts(arguments), grid, for_graph=for_graph)
+    own, facts = cast(OwnTransformer, module), host_facts(arguments)
+    return positioned(module, own.rope_embedder, text_btc, facts, grid, own.t_embedder, for_graph=for_graph)
 
 
 def _grid(module: nn.Module, arguments: Mapping[str, object]) -> tuple[int, int]:
@@ -210,6 +212,7 @@ _REWRITING = RemoteRewriting(
         *("x_embedder", "t_embedder", "cap_embedder", "time_text_embed", "clip_text_pooled_proj"),
         *("norm_final", "final_layer"),
     ),
+    "t_embedder",
     ("self", "x", "x_mask", "freqs_cis", "adaln_input"),
     ("self", "x", "x_mask", "freqs_cis"),
 )

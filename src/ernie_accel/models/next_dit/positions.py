@@ -76,6 +76,7 @@ class Position(Prepared):
         text_pads: The same of the text [B, T].
         order: For blocks that see the tokens in another order: which token is at each place [B, S].
         image_at: Where the image tokens are then [B, I].
+        time_rates: Rates [F / 2] of the sinusoids that embed the time, for code that makes them on the host.
     """
 
     rope_image: Tensor
@@ -89,6 +90,7 @@ class Position(Prepared):
     text_pads: Tensor | None = None
     order: Tensor | None = None
     image_at: Tensor | None = None
+    time_rates: Tensor | None = None
 
 
 def table(freqs_bsp: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from ernie_accel.core.components import Pipeline
 from ernie_accel.core.undo import Undo
 from ernie_accel.models import rewriting
 from ernie_accel.models.next_dit.blocks import RewrittenNextBlock
+from ernie_accel.models.next_dit.time_rates import rates_of
 from ernie_accel.models.rewriting import RewrittenForward, blocks_of
 
 #: Attributes of the transformer with the blocks.
@@ -83,6 +84,7 @@ class RemoteRewriting(NextRewriting):
         transformer: Name of the class whose forward is rewritten.
         methods: Its forward and what that calls: name -> arguments.
         children: All of its children beside the lists of blocks.
+        time_embedder: The one of these that embeds the time, by sinusoids that `time_rates` knows.
         block_arguments: Those of a block's forward.
         attention_arguments: Those of an attention's.
     """
@@ -90,6 +92,7 @@ class RemoteRewriting(NextRewriting):
     transformer: str
     methods: Mapping[str, tuple[str, ...]]
     children: tuple[str, ...]
+    time_embedder: str
     block_arguments: tuple[str, ...]
     attention_arguments: tuple[str, ...]
 
@@ -100,6 +103,7 @@ class RemoteRewriting(NextRewriting):
             cls.__name__ == self.transformer
             and all(_arguments(getattr(cls, name, None)) == known for name, known in self.methods.items())
             and {name for name, _ in transformer.named_children()} == {*LISTS, *self.children}
+            and rates_of(transformer.get_submodule(self.time_embedder), "cpu") is not None
         )
 
     def unsupported_reasons(self, transformer: nn.Module) -> list[str]:

@@ -6,6 +6,7 @@ On fused kernels the image comes before the text, so that padding is at the end.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from ernie_accel.models.next_dit.blocks import run_blocks
 from ernie_accel.models.next_dit.positions import Position, Rows, padding, table
+from ernie_accel.models.next_dit.time_rates import rates_of
 from ernie_accel.models.token_layout import LAYOUT
 
 
@@ -92,6 +94,7 @@ def positioned(
     text_btc: Tensor,
     lengths: tuple[int, ...],
     grid: tuple[int, int],
+    time_embedder: nn.Module | None = None,
     *,
     for_graph: bool,
 ) -> tuple[Tensor, Position]:
@@ -103,6 +106,7 @@ def positioned(
         text_btc: Encoded prompts.
         lengths: Real tokens of each.
         grid: The image in tokens: height and width.
+        time_embedder: Has its rates among the positions; None for one that makes them on the device.
         for_graph: Give blocks that use lengths these even if nothing is padded.
     """
     layout, image_tokens = LAYOUT.required(module), grid[0] * grid[1]
@@ -113,7 +117,12 @@ def positioned(
     if rows.tokens != text_btc.shape[1]:
         text_btc = F.pad(text_btc, (0, 0, 0, rows.tokens - text_btc.shape[1]))  # or cuts off what is padding
     device = text_btc.device
-    return text_btc, layout.positions.get((rows, device), lambda: _position(embed, rows, stock_order, device))
+
+    def made() -> Position:
+        rates = None if time_embedder is None else rates_of(time_embedder, device)
+        return replace(_position(embed, rows, stock_order, device), time_rates=rates)
+
+    return text_btc, layout.positions.get((rows, device), made)
 
 
 def _position(embed: Callable[[Tensor], Tensor], rows: Rows, stock_order: bool, device: torch.device) -> Position:
