@@ -62,7 +62,7 @@ def test_all_sizes_and_batches_come_early_and_prompts_differ():
 #: Functions that are cached without bound, and of what there are only a few.
 FEW = {"_checker": "options", "_kernel": "cuts and devices"}
 FEW |= dict.fromkeys(("_handle", "_shared_memory", "is_usable", "multiprocessors"), "devices")
-FEW |= dict.fromkeys(("_by_mask_class", "_corrected_class", "_prepared_class"), "classes")
+FEW |= dict.fromkeys(("_by_mask_class", "_by_stacked", "_corrected_class", "_prepared_class"), "classes")
 
 
 def test_every_cache_has_a_bound():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import statistics
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
@@ -9,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ernie_accel.common.notes import Note
+
+_log = logging.getLogger(__name__)
 
 
 class MergedTerm(NamedTuple):
@@ -96,3 +100,17 @@ def _nothing() -> None:
 
 
 ORIGINAL = Note("original", Original, "linear layer", "what it was quantized from, if that is kept")
+
+
+def log_made_anew(name: str, kind: str, found: list[float]) -> None:
+    """Say what it cost to merge a LoRA into weights of this kind: the SQNR in dB of each; nothing if there are none."""
+    if found:
+        worst, middle = min(found), statistics.median(found)
+        _log.info(
+            "%s: %d %s weights were made anew, with an SQNR of %.1f dB, %.1f at least, against the merged ones",
+            name,
+            len(found),
+            kind,
+            middle,
+            worst,
+        )

@@ -9,9 +9,9 @@ as it was.
 from __future__ import annotations
 
 import logging
-import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ernie_accel.common.collecting import without_collecting
 from ernie_accel.common.language import said
 from ernie_accel.common.notes import Note
 from ernie_accel.core.errors import ErnieAccelError
-from ernie_accel.core.originals import ORIGINAL
+from ernie_accel.core.originals import ORIGINAL, log_made_anew
 from ernie_accel.core.peft_layers import config_problems, layer_problem, unchanged_if_it_fails
 from ernie_accel.core.stand_in import StandInMethod
 from ernie_accel.core.undo import Undo
@@ -276,9 +276,9 @@ def update_products(transformer: nn.Module, *_: object) -> None:
     """Bring the low-rank parts of all products up to date: a pre-hook, for what replays or compiles the forward."""
     products = PRODUCTS.of(transformer)
     if products:
-        from ernie_accel.models.outside_graphs import update_early
+        from ernie_accel.models.outside_graphs import outside_graphs
 
-        update_early(products)
+        outside_graphs(partial(update_all, products, early=True))
 
 
 class ChecksAdapters(StandInMethod):
@@ -612,20 +612,6 @@ class Merges(StandInMethod):
         result = self.call_inner(*args, **kwargs)
         log_made_anew(self.name, "float8", [each.merged_db for each in adapted if each.merged_db is not None])
         return result
-
-
-def log_made_anew(name: str, kind: str, found: list[float]) -> None:
-    """Say what it cost to merge a LoRA into weights of this kind: the SQNR in dB of each; nothing if there are none."""
-    if found:
-        worst, middle = min(found), statistics.median(found)
-        _log.info(
-            "%s: %d %s weights were made anew, with an SQNR of %.1f dB, %.1f at least, against the merged ones",
-            name,
-            len(found),
-            kind,
-            middle,
-            worst,
-        )
 
 
 def take_adapters(transformer: nn.Module, undo: Undo) -> None:

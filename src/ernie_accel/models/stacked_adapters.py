@@ -134,9 +134,9 @@ def stack_in_place_of_names(model: nn.Module, undo: Undo) -> None:
 
 def update_stacked(model: nn.Module, *_: object) -> None:
     """Bring what is stacked up to date: a pre-hook of the model, outside of what is compiled."""
-    from ernie_accel.models.outside_graphs import update_stacked_early
+    from ernie_accel.models.outside_graphs import outside_graphs
 
-    update_stacked_early(model)
+    outside_graphs(partial(stack, model))
 
 
 def forget_stacked(model: nn.Module) -> None:

@@ -10,10 +10,9 @@ from torch import nn
 
 from ernie_accel.core.captured import comes_and_goes, plain_tensors
 from ernie_accel.core.errors import ErnieAccelError
-from ernie_accel.core.originals import ORIGINAL, MergedTerm, Original
+from ernie_accel.core.originals import ORIGINAL, MergedTerm, Original, log_made_anew
 from ernie_accel.core.stand_in import StandInMethod
 from ernie_accel.kernels.low_rank import Merge, site_of
-from ernie_accel.models.adapters import log_made_anew
 from ernie_accel.quantization.backend import plain_copy
 from ernie_accel.quantization.choose import BACKENDS
 from ernie_accel.quantization.correction import correction_of, dequantized, quantize_corrected
