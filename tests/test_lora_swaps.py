@@ -204,6 +204,19 @@ def test_memory_that_was_freed_and_given_to_another_adapter_is_not_taken_for_it(
     assert contents[0] != contents[1]
 
 
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_an_adapter_that_is_loaded_where_a_deleted_one_of_its_name_was_counts(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, other = fused(made("ernie"), precision), fused(made("ernie"), precision)
+    monkeypatch.setattr(LowRankProduct, "_look_at_layers", lambda self: ["the same addresses"])
+    load(pipe, "ernie", "a", seed=1)
+    pipe.delete_adapters("a")
+    for each in (pipe, other):
+        load(each, "ernie", "a", seed=5)
+    assert content(pipe) == content(other)
+
+
 def test_values_that_come_and_go_and_changes_that_nobody_counts_are_not_kept() -> None:
     scale = torch.ones(1, 16)
 

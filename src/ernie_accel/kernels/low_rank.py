@@ -242,6 +242,10 @@ class LowRankProduct(nn.Module):
         self._seen = None
         self._kept.clear()
 
+    def look_again(self) -> None:
+        """Take over everything at the next update; terms that are kept count, because they know their very tensors."""
+        self._seen = None
+
     @property
     def unmergeable_reason(self) -> str | None:
         """Why no adapter can be merged into the weight; None if it can."""

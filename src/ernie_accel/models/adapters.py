@@ -244,7 +244,7 @@ def bind_layers(transformer: nn.Module, *, forgetting: bool = True) -> None:
 
     Args:
         transformer: With the products.
-        forgetting: Values may have been written where torch does not count: take over nothing that was kept.
+        forgetting: Values may have been written where torch does not count: drop what was kept, too.
     """
     for product in PRODUCTS.of(transformer) or ():
         for place in product.places:
@@ -253,6 +253,8 @@ def bind_layers(transformer: nn.Module, *, forgetting: bool = True) -> None:
                 bind(layer)
         if forgetting:
             product.forget()
+        else:  # an adapter may lie where a deleted one of its name lay
+            product.look_again()
 
 
 def close_sites(transformer: nn.Module, *, only_if_unused: bool = False) -> None:

@@ -156,7 +156,13 @@ class Part(Adaptable):
         self.was_split = True
 
     def fuse_again(self) -> None:
-        """Fuse what `split` has split, in place; nothing happens where a layer has become more than a plain one."""
+        """Fuse what `split` has split, in place; nothing happens where a layer has become more than a plain one.
+
+        Where the fused layer was put back already, the weights that its parts got are freed.
+        """
+        if self.was_split and isinstance(self.fused, FusedLinear) and self.fused.is_plain:
+            self.fused.take_over()
+            self.was_split = False
         if not self.was_split or self.fused is not None or self.unfusible_reason() is not None:
             return
         layers = [self.get_submodule(name) for name in self.fusible]

@@ -157,16 +157,16 @@ def stack(model: nn.Module) -> None:
             layers.append(layer)
         else:  # or the block calls the product that it is a part of
             others.append(layer)
+    # Before adapters are read: what another thread changes meanwhile is seen at the next forward.
     seen: list[object] = [_look_at(layer) for layer in (*layers, *others)]
-    known = _SEEN.of(model) or []
-    if known == seen and all(_STACKED in layer._modules for layer in layers):
+    if _SEEN.of(model) == [*seen, *map(_memory_of, layers)] and all(_STACKED in layer._modules for layer in layers):
         return
     drop_old_graphs(compiled)
     _SEEN.drop(model)  # until all is written
     # Not of inference mode, or nobody could write into them later.
     with _UPDATING, torch.inference_mode(False), torch.no_grad():
         _write(layers)
-    _SEEN.put(model, [_look_at(layer) for layer in (*layers, *others)])
+    _SEEN.put(model, [*seen, *map(_memory_of, layers)])
 
 
 def _write(layers: list[nn.Module]) -> None:
@@ -242,7 +242,7 @@ def _peft_layers(model: nn.Module, compiled: set[type[nn.Module]]) -> Iterator[t
 
 
 def _look_at(layer: nn.Module) -> list[object]:
-    """Return all that what is stacked depends on, as plain data; it is asked for before each forward."""
+    """Return what of a layer of PEFT's decides what is stacked, as plain data; it is asked for before each forward."""
     state = layer.__dict__
     active, scaling, modules = state["_active_adapter"], state.get("scaling", {}), state["_modules"]
     seen: list[object] = [id(layer), state["training"], state["_disable_adapters"], tuple(state["merged_adapters"])]
@@ -256,10 +256,14 @@ def _look_at(layer: nn.Module) -> list[object]:
                 weight = half._parameters.get("weight")
                 if weight is not None:
                     seen += (weight.data_ptr(), version_of(weight), weight.device, comes_and_goes(weight))
-    stacked = modules.get(_STACKED)
-    down = None if stacked is None else stacked._buffers["down"]
-    seen.append(None if down is None else (down.device, down.dtype, comes_and_goes(down)))
     return seen
+
+
+def _memory_of(layer: nn.Module) -> object:
+    """Return where the matrices of a layer are, as plain data; None if it has none."""
+    stacked = layer._modules.get(_STACKED)
+    down = None if stacked is None else stacked._buffers["down"]
+    return None if down is None else (down.device, down.dtype, comes_and_goes(down))
 
 
 def _is_plain(layer: nn.Module) -> bool:

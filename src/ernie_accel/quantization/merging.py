@@ -150,15 +150,16 @@ class MergesQuantized(StandInMethod):
         bind_merging(model)
         before = [(each, _state_of(each)) for each, _ in found]
         originals = {each.quantized: ORIGINAL.required(each.quantized) for each, _ in found}
+        begun: list[nn.Module] = []
         try:
             for original in originals.values():
                 original.waits = True
             result = self.call_inner(*args, **kwargs)
             for layer, original in originals.items():
+                begun.append(layer)
                 _make_anew(layer, original, original.terms)
         except BaseException:
-            for each, state in before:
-                _take_back(each, *state)
+            _take_back(before, begun)
             raise
         finally:
             for original in originals.values():
@@ -167,17 +168,42 @@ class MergesQuantized(StandInMethod):
         return result
 
 
-def _state_of(found: Adapted) -> tuple[tuple[MergedTerm, ...], list[str], dict[str, float]]:
-    return ORIGINAL.required(found.quantized).terms, [*found.merged], dict(found.layer.scaling)
+class _State(NamedTuple):
+    """What a merge changes of a layer of PEFT's around a quantized one, beside the quantized weight."""
+
+    terms: tuple[MergedTerm, ...]
+    merged: list[str]
+    scaling: dict[str, float]
 
 
-def _take_back(found: Adapted, terms: tuple[MergedTerm, ...], merged: list[str], scaling: dict[str, float]) -> None:
-    """Give a layer, and PEFT's around it, the state it had before a merge that failed, in place."""
-    original = ORIGINAL.required(found.quantized)
-    if original.terms is not terms:
-        _make_anew(found.quantized, original, terms)
-    found.merged[:] = merged
-    found.layer.scaling.update(scaling)
+def _state_of(found: Adapted) -> _State:
+    return _State(ORIGINAL.required(found.quantized).terms, [*found.merged], dict(found.layer.scaling))
+
+
+def _put_state(found: Adapted, state: _State) -> None:
+    ORIGINAL.required(found.quantized).terms = state.terms
+    found.merged[:] = state.merged
+    found.layer.scaling.update(state.scaling)
+
+
+def _take_back(before: Sequence[tuple[Adapted, _State]], begun: Sequence[nn.Module]) -> None:
+    """Give layers the state they had before a merge that failed, in place.
+
+    Where the failure comes again, as with too little memory, the others stay merged: no layer says that it has what it
+    lacks.
+
+    Args:
+        before: The layers, and their states.
+        begun: Quantized layers that were made anew; the last one perhaps in part.
+    """
+    for each, state in before:
+        if each.quantized not in begun[:-1]:
+            _put_state(each, state)
+    for layer in reversed(begun):
+        states = [(each, state) for each, state in before if each.quantized is layer]
+        _make_anew(layer, ORIGINAL.required(layer), states[0][1].terms)
+        for each, state in states:
+            _put_state(each, state)
 
 
 class MergeQuantized(Merge):

@@ -93,6 +93,11 @@ class PlainView(nn.Linear):
         self.of = (layer,)  # a tuple: torch must not see it
         self.training = layer.training
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the layer gives, for another thread that draws meanwhile."""
+        out: torch.Tensor = self.of[0](x)
+        return out
+
 
 @contextlib.contextmanager
 def shown_as_plain(model: nn.Module) -> Iterator[list[PlainView]]:

@@ -20,6 +20,7 @@ from ernie_accel.core.stand_in import Bound, StandInMethod
 from ernie_accel.core.transform import MACHINE_LOCAL, Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import repeated_blocks
+from ernie_accel.models.adapters import adaptables
 from ernie_accel.models.compile_cache import as_folder, compile_module, unsupported_cache_reasons
 from ernie_accel.models.stacked_adapters import forget_stacked, stack_in_place_of_names
 
@@ -154,7 +155,7 @@ class Compile(Transform):
             if len(blocks) > len(compiled):
                 for module in modules_of(pipe, self.components).values():
                     stack_in_place_of_names(module, undo)
-                    for name in ("load_lora_adapter", "add_adapter"):
+                    for name in ("load_lora_adapter", "load_adapter", "add_adapter"):
                         if hasattr(module, name):
                             undo.setattr(module, name, _AddsToCompiled(module, name, self.fullgraph))
         return Applied(
@@ -216,15 +217,20 @@ class _AddsToCompiled(StandInMethod):
             ErnieAccelError: It is a DoRA, and the blocks are compiled as full graphs; nothing was changed.
         """
         model = cast(torch.nn.Module, self.owner)
-        with unchanged_if_it_fails(model):
-            result = self.call_inner(*args, **kwargs)
-            path = _untraceable(model) if self.fullgraph else None
-            if path is not None:
-                raise ErnieAccelError(
-                    f"{self.name}: {path} gets a DoRA, and its blocks are compiled as full graphs, in which "
-                    "torch.compile cannot trace one; nothing was changed. Call ernie_accel.restore(pipe), load and "
-                    "merge it (pipe.fuse_lora()), then optimize again, or take Compile(fullgraph=False)"
-                )
+        try:
+            with unchanged_if_it_fails(model):
+                result = self.call_inner(*args, **kwargs)
+                path = _untraceable(model) if self.fullgraph else None
+                if path is not None:
+                    raise ErnieAccelError(
+                        f"{self.name}: {path} gets a DoRA, and its blocks are compiled as full graphs, in which "
+                        "torch.compile cannot trace one; nothing was changed. Call ernie_accel.restore(pipe), load and "
+                        "merge it (pipe.fuse_lora()), then optimize again, or take Compile(fullgraph=False)"
+                    )
+        except BaseException:
+            for part in adaptables(model):
+                part.fuse_again()
+            raise
         forget_stacked(model)  # it may have been written over another, which torch does not count
         return result
 
