@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -238,6 +239,15 @@ def test_what_another_thread_changes_during_the_writing_is_seen_at_the_next_forw
         patch.setattr(stacked_adapters, "_write", meanwhile)
         update_stacked(pipe.transformer)
     assert torch.equal(latents(pipe), latents(other))
+
+
+def test_blocks_whose_weights_are_on_disk_until_they_run_have_pefts_own_layers(tmp_path: Path) -> None:
+    pipe, stock = compiled("stock", fullgraph=False), made("ernie")
+    for each in (pipe, stock):
+        load(each, "ernie")
+    host = torch.device("cpu")
+    pipe.transformer.enable_group_offload(host, host, "block_level", 1, offload_to_disk_path=str(tmp_path))
+    assert sqnr_db(latents(pipe), latents(stock)) > FLOOR
 
 
 def test_a_dora_that_is_refused_leaves_no_weights_behind() -> None:

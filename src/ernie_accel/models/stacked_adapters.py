@@ -222,23 +222,25 @@ def _unstack_layer(layer: nn.Module) -> None:
 
 
 def _peft_layers(model: nn.Module, compiled: set[type[nn.Module]]) -> Iterator[tuple[nn.Module, bool]]:
-    """Yield PEFT's layers within `model`, and whether each is in something that is compiled.
+    """Yield PEFT's layers within `model`, and whether each is in something that is compiled and has its weights there.
 
     Args:
         model: It may be compiled itself.
         compiled: Gets the classes of what is.
     """
-    todo: list[tuple[nn.Module, bool]] = [(model, False)]
+    todo: list[tuple[nn.Module, bool, bool]] = [(model, False, True)]
     while todo:
-        part, is_compiled = todo.pop()
+        part, is_compiled, stays = todo.pop()
         children = part._modules
         if "base_layer" in children and "_active_adapter" in vars(part):
-            yield part, is_compiled
+            yield part, is_compiled and stays
             continue
         if part._compiled_call_impl is not None:
             is_compiled = True
             compiled.add(type(part))
-        todo += [(child, is_compiled) for child in children.values() if child is not None]
+        # Until such a block runs, its weights are elsewhere, or hold nothing.
+        stays = stays and not library_hooks(part).named("group_offloading")
+        todo += [(child, is_compiled, stays) for child in children.values() if child is not None]
 
 
 def _look_at(layer: nn.Module) -> list[object]:
