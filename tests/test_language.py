@@ -152,7 +152,7 @@ ENGLISH = {
         "transforms/weights/quantize.py: Quantize.__post_init__",
     ),
     "a warning or a line of a log, as exceptions are": (
-        "models/adapters.py: log_made_anew",
+        "core/originals.py: log_made_anew",
         "models/adapters.py: _for_other_components",
         "transforms/prompts/truncate_prompts.py: _Limit._shorten",
     ),
