@@ -23,13 +23,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from ernie_accel.models.next_dit.blocks import (
-    Modulation,
-    Names,
-    RewrittenAttention,
-    RewrittenFeedForward,
-    RewrittenNextBlock,
-)
+from ernie_accel.models.next_dit.blocks import RewrittenAttention, RewrittenOriginalBlock
 from ernie_accel.models.next_dit.positions import Position
 from ernie_accel.models.next_dit.rewriting import LISTS, RemoteRewriting
 from ernie_accel.models.next_dit.text_first import TextFirst, positioned, predicted, real_lengths
@@ -61,23 +55,10 @@ class _Attention(RewrittenAttention):
     heads_name = "n_local_heads"
 
 
-class _FeedForward(RewrittenFeedForward):
-    taken = ("w1", "w2", "w3")
-    fusible = ("w1", "w3")
-    fused_name = "w13"
-
-
-class RewrittenNewbieBlock(RewrittenNextBlock):
+class RewrittenNewbieBlock(RewrittenOriginalBlock):
     """A ``JointTransformerBlock`` rewritten; it takes the stock one's arguments, and lengths in place of a mask."""
 
-    names = Names(
-        "attention",
-        "feed_forward",
-        ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"),
-        ("adaLN_modulation",),
-    )
     attention_class = _Attention
-    feed_forward_class = _FeedForward
 
     def forward(
         self,
@@ -99,11 +80,6 @@ class RewrittenNewbieBlock(RewrittenNextBlock):
         if adaln_input is not None:
             adaln_input = adaln_input.expand(len(x), -1)
         return self.compute(x, freqs_cis, self.modulation_of(adaln_input), x_mask, lengths_b)
-
-    def modulation_of(self, condition: Tensor | None) -> Modulation | None:
-        """Return the modulation by the embedded time [B, E]; None for a block without."""
-        layer = self._modules.get("adaLN_modulation")
-        return None if layer is None else self.modulated(layer(condition))
 
 
 # What `CaptureGraphs` asks of a rewritten family.

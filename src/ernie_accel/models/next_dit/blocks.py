@@ -164,6 +164,29 @@ class RewrittenNextBlock(RewrittenBlock, ABC):
         return x_bsh + gate_mlp * norm_after_mlp(feed_forward(norm_mlp(x_bsh) * scale_mlp))  # type: ignore[no-any-return]
 
 
+class _OriginalFeedForward(RewrittenFeedForward):
+    taken = ("w1", "w2", "w3")
+    fusible = ("w1", "w3")
+    fused_name = "w13"
+
+
+class RewrittenOriginalBlock(RewrittenNextBlock, ABC):
+    """A block whose layers have the names of the original NextDiT code, as Z-Image's and NewBie-image's own have."""
+
+    names = Names(
+        "attention",
+        "feed_forward",
+        ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"),
+        ("adaLN_modulation",),
+    )
+    feed_forward_class = _OriginalFeedForward
+
+    def modulation_of(self, condition: Tensor | None) -> Modulation | None:
+        """Return the modulation by the embedded time [B, E]; None for a block without."""
+        layer = self._modules.get("adaLN_modulation")
+        return None if layer is None else self.modulated(layer(condition))
+
+
 def run_blocks(
     blocks: nn.ModuleList,
     x_bsh: Tensor,

@@ -28,7 +28,7 @@ from diffusers.utils import apply_lora_scale
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ernie_accel.models.next_dit.blocks import Modulation, Names, RewrittenFeedForward, RewrittenNextBlock, run_blocks
+from ernie_accel.models.next_dit.blocks import Modulation, RewrittenOriginalBlock, run_blocks
 from ernie_accel.models.next_dit.positions import Position, Rows, padding, table
 from ernie_accel.models.next_dit.rewriting import LISTS, DiffusersRewriting
 from ernie_accel.models.rewriting import RewrittenForward
@@ -53,22 +53,8 @@ class ZImageTransformer(Protocol):
     rope_embedder: nn.Module
 
 
-class _FeedForward(RewrittenFeedForward):
-    taken = ("w1", "w2", "w3")
-    fusible = ("w1", "w3")
-    fused_name = "w13"
-
-
-class RewrittenZImageBlock(RewrittenNextBlock):
+class RewrittenZImageBlock(RewrittenOriginalBlock):
     """A `ZImageTransformerBlock` rewritten; it takes the arguments of the stock one, and lengths in place of a mask."""
-
-    names = Names(
-        "attention",
-        "feed_forward",
-        ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"),
-        ("adaLN_modulation",),
-    )
-    feed_forward_class = _FeedForward
 
     def forward(
         self,
@@ -103,11 +89,6 @@ class RewrittenZImageBlock(RewrittenNextBlock):
                 *(select_per_token(a.squeeze(1), b.squeeze(1), noise_mask, x.shape[1]) for a, b in pairs)
             )
         return self.compute(x, freqs_cis, modulation, attn_mask, lengths_b)
-
-    def modulation_of(self, condition: Tensor | None) -> Modulation | None:
-        """Return the modulation by the embedded time [B, E]; None for a block without."""
-        layer = self._modules.get("adaLN_modulation")
-        return None if layer is None else self.modulated(layer(condition))
 
 
 # What `CaptureGraphs` asks of a rewritten family.
