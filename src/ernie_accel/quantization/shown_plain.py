@@ -1,4 +1,4 @@
-"""LoRAs on quantized layers: those that PEFT does not know are shown to it as plain ones while an adapter is added."""
+"""Add LoRAs beside quantized layers that PEFT does not know: meanwhile it sees plain layers in their place."""
 
 from __future__ import annotations
 
