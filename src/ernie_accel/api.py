@@ -20,6 +20,7 @@ from typing import Literal
 
 from ernie_accel.common.notes import Note
 from ernie_accel.core.apply import apply_request, report_of, undo_all
+from ernie_accel.core.carried import carried_report
 from ernie_accel.core.compiled import seen_through
 from ernie_accel.core.components import (
     AnyPipeline,
@@ -39,6 +40,7 @@ from ernie_accel.core.transform import Transform
 from ernie_accel.families import Family, give_family
 from ernie_accel.memory.call import Call
 from ernie_accel.memory.planner import available_on_host, budget_of, check_fits, free_on_device, places, plan_memory
+from ernie_accel.models.lora_loading import read_loras, stop_reading_loras
 from ernie_accel.plugins import load_plugins
 from ernie_accel.recipes.presets import find_preset
 from ernie_accel.recipes.recommend import fitting_preset, recommend
@@ -180,6 +182,7 @@ def _optimize(
         try:
             if placing.chosen:  # before it is done: an interrupt may come right after, and must not lose the note
                 PLACED.put(checked, placing)
+            read_loras(checked)  # beneath what transforms put there
             apply_request(checked, wanted, named, machine, skip_unsupported=skip)
         except BaseException:  # Ctrl-C too: the note says what is true of the pipe as it is by then
             if before is None:
@@ -187,6 +190,9 @@ def _optimize(
             else:
                 PLACED.put(checked, before)
             raise
+        finally:
+            if carried_report(checked) is None:  # it was refused, or everything was undone
+                stop_reading_loras(checked)
 
 
 def load(
@@ -322,6 +328,7 @@ def restore(pipe: PipelineT) -> PipelineT:
     """
     checked = check_pipeline(pipe)
     undo_all(checked)
+    stop_reading_loras(checked)
     PLACED.drop(checked)
     if getattr(checked, "transformer", None) is not None:
         give_family(checked.transformer, None)

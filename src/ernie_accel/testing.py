@@ -30,6 +30,7 @@ from ernie_accel.core.turns import Turns
 from ernie_accel.core.undo import Undo
 from ernie_accel.core.wrap_call import class_without
 from ernie_accel.families import Family, families, family_of
+from ernie_accel.models.lora_loading import reads_loras
 from ernie_accel.models.rewritten import block_paths, rewritten_model
 from ernie_accel.quantization.backend import SCHEMES, LinearSpec, QuantizationBackend
 from ernie_accel.quantization.correction import dequantized, quantize_corrected
@@ -220,7 +221,9 @@ def check_backend(backend: QuantizationBackend, *, context: Context | None = Non
 
 def snapshot(pipe: Pipeline) -> dict[str, object]:
     """Return all that a transform could change: classes, tensors, strides, settings, call defaults; not the report."""
-    modules, own = modules_of(pipe), {name: value for name, value in vars(pipe).items() if name != CARRIED.attribute}
+    added = {name for name, value in vars(pipe).items() if reads_loras(name, value)}  # whatever a transform does, too
+    own = {name: value for name, value in vars(pipe).items() if name not in (CARRIED.attribute, *added)}
+    modules = modules_of(pipe)
     tensors = {
         f"{component}.{name}": (id(tensor), tensor.dtype, tensor.stride(), tensor.device, tensor.detach().clone())
         for component, module in modules.items()

@@ -17,6 +17,7 @@ from ernie_accel.core.undo import Undo, has_below_hooks, put_below_hooks
 
 S = TypeVar("S", bound="StandInForward")
 _F = TypeVar("_F")
+_M = TypeVar("_M", bound="StandInMethod")
 
 
 class StandInForward(ABC):
@@ -151,6 +152,36 @@ class StandInMethod(ABC):
         cls = type(self.owner)
         found: Callable[..., object] = inspect.getattr_static(cls, self.name).__get__(self.owner, cls)
         return found
+
+
+def method_standing_in(owner: object, name: str, kind: type[_M]) -> _M | None:
+    """Return the stand-in of class `kind` that `owner` has for a method, on top or beneath others; None if none."""
+    return next((found for found in _methods(owner, name) if isinstance(found, kind)), None)
+
+
+def remove_method(owner: object, name: str, kind: type[StandInMethod]) -> None:
+    """Remove the stand-ins of class `kind` for a method of `owner`, even from beneath others; a no-op without any."""
+    for found in _methods(owner, name):
+        if not isinstance(found, kind):
+            continue
+        for above in _methods(owner, name):
+            if above.inner is found:
+                above.inner = found.inner
+        if vars(owner).get(name) is not found:
+            continue
+        if found.inner is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, found.inner)
+
+
+def _methods(owner: object, name: str) -> list[StandInMethod]:
+    """Return the stand-ins for a method, the top one first."""
+    made, found = vars(owner).get(name), []
+    while isinstance(made, StandInMethod):
+        found.append(made)
+        made = made.inner
+    return found
 
 
 @dataclass(frozen=True)

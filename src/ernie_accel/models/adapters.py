@@ -317,13 +317,10 @@ class ChecksAdapters(StandInMethod):
             args = args[1:]
             weights, kwargs = fetched(source, kwargs)
             prefix = args[0] if args else kwargs.get("prefix", "transformer")
-            left_out = _for_other_components(weights, prefix, kwargs.get("_pipeline"))
-            problems = []
-            if len(left_out) < len(weights) or kwargs.get("_pipeline") is None:
-                problems = weight_problems(model, weights, prefix, on_kernels=on_kernels)
+            problems = adapter_problems_of(model, weights, prefix, kwargs.get("_pipeline"), on_kernels=on_kernels)
             args = (weights, *args)
         if problems:
-            raise _refusal(self.name, problems)
+            raise refusal(self.name, problems)
         return args, kwargs
 
 
@@ -354,7 +351,7 @@ class TakesAdapters(ChecksAdapters):
             if problems:
                 added = [name for name in cast(Any, model).peft_config if name not in known]
                 cast(Any, model).delete_adapters(added)
-                raise _refusal(self.name, problems)
+                raise refusal(self.name, problems)
         except BaseException:
             for part in fused:
                 part.fuse_again()
@@ -390,6 +387,26 @@ def fetched(
         pretrained_model_name_or_path_or_dict=source, user_agent=agent, allow_pickle=allow_pickle, **given
     )
     return weights, {**{k: v for k, v in kwargs.items() if k not in _FETCHING}, "metadata": metadata}
+
+
+def adapter_problems_of(
+    model: nn.Module, weights: Mapping[str, Tensor], prefix: str | None, pipe: object, *, on_kernels: bool
+) -> list[str]:
+    """Return why `model` cannot take its part of an adapter; empty if it can, or if all is for other components.
+
+    Tensors for components for which the pipe loads no LoRA are counted in a warning.
+
+    Args:
+        model: What the adapter is for.
+        weights: All that there is of it.
+        prefix: Before the names of the model's part.
+        pipe: Where it is loaded into all components; None if into the model alone.
+        on_kernels: Whether its layers are on fused kernels.
+    """
+    left_out = _for_other_components(weights, prefix, pipe)
+    if pipe is not None and len(left_out) == len(weights):
+        return []
+    return weight_problems(model, weights, prefix, on_kernels=on_kernels)
 
 
 def weight_problems(
@@ -494,11 +511,17 @@ def _unmatched(model: nn.Module, names: list[str]) -> tuple[list[str], dict[str,
         known = {name: new for new, name in convert_unet_state_dict_to_peft(known).items()}
     paths = set(layer_paths(model))
     lost = [name for name, new in known.items() if _split(new)[0] not in paths]
-    if len(lost) == len(names):
+    if len(lost) == len(names) and not (is_lokr and any(_is_fused_for_lokr(name, paths) for name in names)):
         return lost, known
     if is_lokr or "lora_controlnet" in known:  # converted by rules of their own, for several layers at once
         return [], known
     return [name for name in lost if any(mark in known[name] for mark in _OF_ADAPTERS)], known
+
+
+def _is_fused_for_lokr(name: str, paths: set[str]) -> bool:
+    """Return whether diffusers makes the layer of a LoKr by fusing others, where the model can."""
+    owner, _, layer = _split(name)[0].rpartition(".")
+    return layer in ("to_qkv", "to_added_qkv") and owner in paths
 
 
 def _for_other_components(weights: Mapping[str, Tensor], prefix: str | None, pipe: object) -> list[str]:
@@ -575,7 +598,8 @@ def _unwrap_empty(model: nn.Module) -> None:
                 owner._modules[name] = layer._modules["base_layer"]
 
 
-def _refusal(name: str, problems: list[str]) -> ErnieAccelError:
+def refusal(name: str, problems: list[str]) -> ErnieAccelError:
+    """Return the error that says why an adapter cannot be loaded by the method `name`."""
     text = "\n".join(f"  - {problem}" for problem in problems)
     return ErnieAccelError(f"{name}: cannot load this adapter; nothing was changed.\n{text}")
 

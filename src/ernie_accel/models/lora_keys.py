@@ -8,12 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ernie_accel.core.components import Pipeline
+from ernie_accel.core.components import Pipeline, inside_of
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.stand_in import StandInMethod
-from ernie_accel.core.undo import Undo
 from ernie_accel.models.adapters import fetched, layer_paths
-from ernie_accel.models.rewritten import rewritten_model
 
 #: Before the path of a layer, by trainer; kohya's and LyCORIS' write the path with underscores.
 _PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "lora_transformer_", "lora_unet_", "lycoris_")
@@ -90,19 +88,25 @@ class ReadsForeignKeys(StandInMethod):
             ErnieAccelError: It is a DoRA, of which diffusers would drop a part and load the rest, or no LoRA at all.
         """
         wants_metadata = kwargs.pop("return_lora_metadata", False)
-        weights, rest = fetched(source, kwargs, allow_pickle=kwargs.get("use_safetensors") is None)
+        may_be_pickled = kwargs.get("use_safetensors") is None  # if there are no safetensors, as diffusers has it
+        if may_be_pickled:
+            kwargs["use_safetensors"] = True
+        weights, rest = fetched(source, kwargs, allow_pickle=may_be_pickled)
         metadata = rest.pop("metadata", None)
         self._check_kind(weights, "dora_scale", "DoRA", "of which diffusers would load only a part")
         made = self._read(weights, rest)
         return (made, metadata) if wants_metadata else made
 
     def _read(self, weights: Mapping[str, Tensor], rest: dict[str, object]) -> object:
-        converted, paths = None, layer_paths(cast(Pipeline, self.owner).transformer)
-        if is_foreign(weights):
+        converted, paths = None, layer_paths(inside_of(cast(Pipeline, self.owner).transformer))
+        is_bare = not any(key.startswith("transformer.") for key in weights)  # of PEFT's own, or of something else
+        if is_bare or is_foreign(weights):
             with torch.no_grad():
                 converted = as_diffusers(weights, paths)
             if _are_there(converted, paths):
                 return self.call_inner(converted, return_lora_metadata=False, **rest)
+        if not is_foreign(weights):
+            converted = None
         try:  # names of the checkpoint's authors, for which diffusers may have a converter
             made = self.call_inner(dict(weights), return_lora_metadata=False, **rest)
         except (ValueError, LookupError):
@@ -129,13 +133,6 @@ class ReadsForeignKeys(StandInMethod):
                 f"{type(self.owner).__name__}.load_lora_weights: this is a {kind} ({len(found)} tensors such as "
                 f"{found[0]}), {why}; nothing was changed. Merge it into a LoRA with its trainer's tools."
             )
-
-
-def read_foreign_keys(pipe: Pipeline, undo: Undo) -> None:
-    """Make a pipe of a family that can be rewritten read LoRAs by all trainers' names, in place; a no-op if it does."""
-    reads = isinstance(vars(pipe).get("lora_state_dict"), ReadsForeignKeys)
-    if hasattr(pipe, "lora_state_dict") and not reads and rewritten_model(pipe) is not None:
-        undo.setattr(pipe, "lora_state_dict", ReadsForeignKeys(pipe, "lora_state_dict"))
 
 
 def _are_there(weights: Mapping[str, Tensor], paths: list[str], prefix: str = "transformer") -> bool:

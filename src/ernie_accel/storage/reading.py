@@ -39,7 +39,7 @@ from ernie_accel.core.transform import (
 )
 from ernie_accel.core.undo import Undo
 from ernie_accel.models.adapters import check_adapters
-from ernie_accel.models.lora_keys import read_foreign_keys
+from ernie_accel.models.lora_loading import read_loras
 from ernie_accel.storage.assembly import assemble, reading
 from ernie_accel.storage.folders import current
 from ernie_accel.storage.layers import repeats_rewriting
@@ -156,10 +156,10 @@ def read(
             refuse(pipe, quantized, Undo())
         for module in modules_of(pipe, quantized).values():
             check_adapters(module, Undo())
-        read_foreign_keys(pipe, Undo())
     details = tuple(receipt for of in receipts.values() for receipt in of.values())
     entries = tuple(_entries(pipe, saved, early, details, machine))
     carry(pipe, Report(title_of(wanted, None), type(pipe).__name__, machine, entries))
+    read_loras(pipe)
     return pipe, wanted
 
 

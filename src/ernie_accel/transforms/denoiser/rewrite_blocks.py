@@ -12,7 +12,6 @@ from ernie_accel.core.planned import Blocks, PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
-from ernie_accel.models.lora_keys import read_foreign_keys
 from ernie_accel.models.rewritten import block_paths, rewritten_blocks, rewritten_model, whose
 
 
@@ -91,5 +90,4 @@ class RewriteBlocks(Transform):
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         with Undo() as undo:
             skipped = rewritten_blocks(pipe).rewrite(pipe, undo, self.fuse)
-            read_foreign_keys(pipe, undo)
         return Applied(block_paths(pipe), undo=undo, skipped=skipped)

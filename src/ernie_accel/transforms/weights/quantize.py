@@ -27,7 +27,6 @@ from ernie_accel.core.planned import PlannedPipe, PlannedWeight
 from ernie_accel.core.transform import Applied, Effect, LayerReceipt, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo, place_of
 from ernie_accel.models.adapters import check_adapters
-from ernie_accel.models.lora_keys import read_foreign_keys
 from ernie_accel.models.rewritten import rewritten_model
 from ernie_accel.quantization.backend import SCHEMES, LinearSpec, QuantizationBackend, plain_copy
 from ernie_accel.quantization.choose import (
@@ -205,7 +204,6 @@ class Quantize(Transform):
             refuse_loras(pipe, self.components, undo)
             for module in modules_of(pipe, self.components).values():
                 check_adapters(module, undo)
-            read_foreign_keys(pipe, undo)
             refuse_other_weights(pipe, self.components, undo)
             if self.device is not None:
                 pipe.to(self.device)
