@@ -11,7 +11,7 @@ and compares the transformer's output, at all 8 steps of 4 held-out pictures, wi
 - "fitted twice": the rest quantized again without the fitted product, and fitted again (LoftQ, arXiv 2310.08659).
 
 ``--layer`` instead times one layer of 4096 x 12288 with random weights in bfloat16 on ``--device``, and counts the
-operations.
+operations. ``--model`` times `Quantize` on the whole of ERNIE-Image's transformer at full size, with random weights.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import ernie_accel
+from ernie_accel import Quantize
 from ernie_accel.common.text import table
 from ernie_accel.core.context import installed_versions
 from ernie_accel.demo.judge import unseen_prompts
@@ -200,6 +201,22 @@ def time_layer(device: str, rows: int, columns: int, scheme: str, backend: str) 
     }
 
 
+def time_model(device: str, size: str, scheme: str, backend: str) -> dict[str, Any]:
+    """Time `Quantize` on a whole transformer on `device`, as a script calls it, with and without a correction."""
+    from random_pipeline import random_pipeline
+
+    pipe = random_pipeline(size, device, torch.bfloat16, denoiser_only=True)
+    found: dict[str, Any] = {}
+    for name, rank in (("a first time", None), ("quantize", None), ("corrected", RANK)):
+        start = time.perf_counter()
+        ernie_accel.optimize(pipe, Quantize(scheme, backend=backend, correction_rank=rank))
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        found[f"{name} s"] = round(time.perf_counter() - start, 1)
+        ernie_accel.restore(pipe)
+    return {"model": f"ERNIE-Image, {size}; {scheme} by {backend}, rank {RANK}", **found}
+
+
 def main() -> None:
     """Measure, print, and write OUT.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -208,7 +225,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--tiny", action="store_true", help="one scheme, one picture, one step; a layer of 256 x 512")
     parser.add_argument("--layer", action="store_true", help="time one layer of 4096 x 12288 instead")
-    parser.add_argument("--device", default="cpu", help="of --layer")
+    parser.add_argument("--model", action="store_true", help="time Quantize on a whole transformer instead")
+    parser.add_argument("--device", default="cpu", help="of --layer and --model")
     parser.add_argument("--schemes", nargs="+", help="only these")
     options = parser.parse_args()
     pairs = [pair for pair in PAIRS if pair[0] in (options.schemes or dict(PAIRS))][: 1 if options.tiny else None]
@@ -223,6 +241,13 @@ def main() -> None:
         record["layers"] = [time_layer(options.device, *size, *pair) for pair in pairs]
         for layer in record["layers"]:
             print(json.dumps(layer, indent=1), flush=True)
+    elif options.model:
+        if options.device.startswith("cuda"):
+            record["device"] = torch.cuda.get_device_name()
+        record["models"] = []
+        for pair in pairs:
+            record["models"].append(time_model(options.device, "tiny" if options.tiny else "full", *pair))
+            print(json.dumps(record["models"][-1], indent=1), flush=True)
     else:
         bench = Bench(*((1, 1) if options.tiny else (options.pictures, options.steps)))
         record["ways_db"] = {s: {way: bench.measure(s, b, way, RANK) for way in WAYS} for s, b in pairs}

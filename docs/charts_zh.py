@@ -38,7 +38,6 @@ PHRASES = {
     "torchao fp8, compiled": "torchao fp8，编译",
     "preset {}": "预设 {}",
     "preset {}, in an earlier run": "预设 {}，先前的一次运行",
-    "stock diffusers, bf16, in an earlier run": "原版 diffusers，bf16，先前的一次运行",
     "Beside the denoiser on an H200, ms": "去噪之外的部分，H200，毫秒",
     "8 prompts encoded: the pipeline's loop": "编码 8 条提示词：管线自己的循环",
     "BatchPromptEncoding and RewriteTextEncoder": "BatchPromptEncoding 和 RewriteTextEncoder",

@@ -66,7 +66,7 @@ BY_RUNS = {
     "z_image": (
         "Z-Image-Turbo on an H200, ms per step at 1024x1024 px",
         (
-            ("stock diffusers, bf16, in an earlier run", "z_image", "stock"),
+            ("stock diffusers, bf16", "z_image_products", "stock"),
             ("with compile_repeated_blocks", "z_image_products", "stock+compile"),
             ("preset turbo-bf16", "z_image_products", "turbo-bf16"),
             ("torchao fp8, compiled", "z_image_products", "torchao-fp8+compile"),

@@ -205,7 +205,7 @@ def test_every_plan_in_the_docs_is_compared():
         ),
         (
             "Z-Image-Turbo",
-            "z_image/stock z_image_products/stock+compile z_image_products/torchao-fp8+compile "
+            "z_image_products/stock z_image_products/stock+compile z_image_products/torchao-fp8+compile "
             "z_image_products/turbo-fp8",
         ),
         (
