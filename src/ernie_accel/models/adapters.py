@@ -275,7 +275,7 @@ def narrow_products(transformer: nn.Module) -> None:
 
 
 def update_products(transformer: nn.Module, *_: object) -> None:
-    """Bring the low-rank parts of all products up to date: a pre-hook, for what replays or compiles the forward."""
+    """Bring the low-rank parts of all products up to date, for what replays or compiles the forward."""
     products = PRODUCTS.of(transformer)
     if products:
         from ernie_accel.models.outside_graphs import outside_graphs
@@ -649,4 +649,3 @@ def take_adapters(transformer: nn.Module, undo: Undo) -> None:
         undo.setattr(transformer, "unload_lora", ThenTidy(transformer, "unload_lora"))
     if hasattr(transformer, "fuse_lora"):
         undo.setattr(transformer, "fuse_lora", Merges(transformer, "fuse_lora"))
-    undo.hook_before_forward(transformer, update_products)

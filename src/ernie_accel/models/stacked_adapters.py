@@ -19,9 +19,11 @@ from torch.nn import functional as F
 
 from ernie_accel.common.notes import Note
 from ernie_accel.core.captured import comes_and_goes, version_of
+from ernie_accel.core.components import Pipeline
 from ernie_accel.core.library_hooks import NO_HOOKS, library_hooks
 from ernie_accel.core.undo import Undo
 from ernie_accel.kernels.low_rank import RANK_MULTIPLE_OF, site_of
+from ernie_accel.models.before_blocks import update_before_blocks
 from ernie_accel.models.compile_cache import drop_old_graphs
 
 #: Name of the child of PEFT's layer that has the matrices.
@@ -126,14 +128,17 @@ def _by_stacked(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {**names, "forward": forward, "__reduce_ex__": __reduce_ex__, _OF: kind})
 
 
-def stack_in_place_of_names(model: nn.Module, undo: Undo) -> None:
-    """Let PEFT's layers in compiled blocks of `model` run by `StackedAdapters`, later ones, too, in place."""
+def stack_in_place_of_names(pipe: Pipeline, model: nn.Module, undo: Undo) -> None:
+    """Let PEFT's layers in compiled blocks of `model`, a part of `pipe`, run by `StackedAdapters`, in place.
+
+    Later ones, too.
+    """
     undo.push(partial(_unstack, model))
-    undo.hook_before_forward(model, update_stacked)
+    update_before_blocks(pipe, model, update_stacked, undo)
 
 
 def update_stacked(model: nn.Module, *_: object) -> None:
-    """Bring what is stacked up to date: a pre-hook of the model, outside of what is compiled."""
+    """Bring what is stacked up to date, outside of what is compiled; see `update_before_blocks`."""
     from ernie_accel.models.outside_graphs import outside_graphs
 
     outside_graphs(partial(stack, model))

@@ -154,10 +154,10 @@ class Compile(Transform):
                 _refuse_hooks(pipe, self.components, undo)
             if len(blocks) > len(compiled):
                 for module in modules_of(pipe, self.components).values():
-                    stack_in_place_of_names(module, undo)
                     for name in ("load_lora_adapter", "load_adapter", "add_adapter"):
                         if hasattr(module, name):
                             undo.setattr(module, name, _AddsToCompiled(module, name, self.fullgraph))
+                    stack_in_place_of_names(pipe, module, undo)
         return Applied(
             tuple(name for name in blocks if name not in compiled),
             undo=undo,

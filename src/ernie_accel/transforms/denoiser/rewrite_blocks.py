@@ -12,6 +12,8 @@ from ernie_accel.core.planned import Blocks, PlannedPipe
 from ernie_accel.core.transform import Applied, Effect, Phase, Preview, Transform
 from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
+from ernie_accel.models.adapters import update_products
+from ernie_accel.models.before_blocks import update_before_blocks
 from ernie_accel.models.rewritten import block_paths, rewritten_blocks, rewritten_model, whose
 
 
@@ -90,4 +92,5 @@ class RewriteBlocks(Transform):
     def apply(self, pipe: Pipeline, context: Context) -> Applied:
         with Undo() as undo:
             skipped = rewritten_blocks(pipe).rewrite(pipe, undo, self.fuse)
+            update_before_blocks(pipe, pipe.transformer, update_products, undo)
         return Applied(block_paths(pipe), undo=undo, skipped=skipped)
