@@ -93,6 +93,20 @@ def quanto_in_python():
 
 
 @pytest.fixture
+def traced_only(monkeypatch):
+    """Let what `Compile` traces run as it is, for time's sake, with everything else as `Compile` has it."""
+    compiled = torch.nn.Module.compile
+
+    def compile_module(self, *, mode=None, backend=None, **kwargs):
+        compiled(self, backend="eager", **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def ernie() -> Any:
     return tiny_ernie()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from ernie_accel.models import compile_cache, stacked_adapters
 from ernie_accel.models.adapters import adaptables
 from ernie_accel.models.rewriting import FusedLinear
 from ernie_accel.models.stacked_adapters import StackedAdapters, update_stacked
-from ernie_accel.transforms.denoiser import compile as compiling
 from tests.examples import differences, snapshot
 from tests.test_fuse_kernels import sqnr_db
 from tests.test_lora import CALLS, FAMILIES, TO_Q, adapter, latents, load
 
+pytestmark = pytest.mark.usefixtures("traced_only")
 BLOCKS: dict[str, tuple[Transform, ...]] = {
     "stock": (),
     "rewritten": (RewriteBlocks(),),
@@ -32,20 +33,6 @@ BLOCKS: dict[str, tuple[Transform, ...]] = {
 }
 #: SQNR in dB that one and the same thing has in float32.
 FLOOR = 70
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let what is traced run as it is, for time's sake, with everything else as `Compile` has it."""
-
-    def compile_module(module: torch.nn.Module, folder: str | None, *, mode: str | None = None, **kwargs: Any) -> None:
-        given = {"recompile_limit": compile_cache.RECOMPILE_LIMIT} if compile_cache._takes_limit() else {}
-        module.compile(backend="eager", **given, **kwargs)
-
-    monkeypatch.setattr(compiling, "compile_module", compile_module)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def made(family: str, *transforms: Transform) -> Any:
@@ -98,6 +85,28 @@ def test_a_swap_compiles_nothing_and_a_change_of_rank_once(blocks: str, family: 
     for change in changes:
         assert new_graphs(pipe, change) <= kinds
     assert [new_graphs(pipe, change) for change in changes] == [0] * len(changes)
+
+
+@pytest.fixture
+def old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `torch.compile` take no limit of graphs, as in torch 2.11 and before; the global one is 8."""
+    monkeypatch.setattr(compile_cache, "_takes_limit", lambda: False)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", ["stock", "both"])
+def test_where_torch_knows_one_limit_for_all_it_is_raised(blocks: str, old_torch: None) -> None:
+    test_a_swap_compiles_nothing_and_a_change_of_rank_once(blocks, "z_image")
+
+
+def test_it_is_raised_in_every_thread_and_never_lowered(old_torch: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch 2.12 has a limit for each thread."""
+    look = compile_cache._WithinLimit(lambda: torch._dynamo.config.recompile_limit)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(look).result() == compile_cache.RECOMPILE_LIMIT
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 100)
+    assert look() == 100
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
@@ -202,8 +211,6 @@ def test_old_graphs_make_room_before_a_full_graph_would_fail(monkeypatch: pytest
     """Where PEFT's own layers are traced, each adapter is a graph."""
     monkeypatch.setattr(compile_cache, "RECOMPILE_LIMIT", 8)
     monkeypatch.setattr(compile_cache, "_ROOM", 3)
-    if not compile_cache._takes_limit():
-        monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     monkeypatch.setattr(stacked_adapters, "_is_plain", lambda layer: False)
     pipe, graphs = compiled("stock"), []
     for i in range(12):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -13,32 +13,17 @@ import torch
 
 import ernie_accel
 from ernie_accel import Compile, RewriteBlocks, Transform
-from ernie_accel.models import compile_cache
-from ernie_accel.transforms.denoiser import compile as compiling
 from tests.examples import differences, snapshot
 from tests.pipelines import picture
 from tests.test_fuse_kernels import sqnr_db
 from tests.test_lora import load
 from tests.z_image_pipes import Z_IMAGE_PIPES
 
+pytestmark = pytest.mark.usefixtures("traced_only")
 MAKE, CALL = Z_IMAGE_PIPES["ZImageControlNetPipeline"]
 REQUESTS: dict[str, tuple[Transform, ...]] = {"stock": (Compile(),), "rewritten": (RewriteBlocks(), Compile())}
 #: SQNR in dB that one and the same thing has in float32.
 FLOOR = 70
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let what is traced run as it is, for time's sake."""
-
-    def compile_module(module: torch.nn.Module, folder: str | None, *, mode: str | None = None, **kwargs: Any) -> None:
-        given = {"recompile_limit": compile_cache.RECOMPILE_LIMIT} if compile_cache._takes_limit() else {}
-        module.compile(backend="eager", **given, **kwargs)
-
-    monkeypatch.setattr(compiling, "compile_module", compile_module)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def latents(pipe: Any) -> torch.Tensor:

@@ -12,14 +12,16 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 import ernie_accel
-from ernie_accel import CaptureGraphs, FuseKernels, RewriteBlocks
+from ernie_accel import CaptureGraphs, Compile, FuseKernels, Quantize, RewriteBlocks
 from ernie_accel.core.stand_in import standing_in
 from ernie_accel.kernels import ops, reference
 from ernie_accel.kernels.linear import Fp8Linear, Fp8Rows
 from ernie_accel.kernels.low_rank import LowRankProduct, Place, Site
 from ernie_accel.models.adapters import PRODUCTS, update_products
 from ernie_accel.models.graphed_forward import GraphedForward
+from ernie_accel.quantization.backend import QuantizationBackend
 from tests.gpu.test_fast_gpu import latents, sqnr_db
+from tests.gpu.test_quantize_gpu import PAIRS, run_or_refused
 
 
 @pytest.fixture
@@ -76,6 +78,54 @@ def test_every_call_keeps_the_floor(pipe: Any, precision: str, loaded: str) -> N
     pipe.unload_lora_weights()
     if loaded == "after" and precision == "fp8":
         assert sqnr_db(latents(pipe), plain) > 25  # a merge rounds the originals twice
+
+
+@pytest.mark.parametrize(("backend", "scheme"), PAIRS, ids=[f"{b.name}-{s}" for b, s in PAIRS])
+def test_merging_into_quantized_layers(pipe: Any, backend: QuantizationBackend, scheme: str) -> None:
+    stock = ernie_accel.demo.load(dtype=torch.bfloat16).to("cuda")
+    stock.set_progress_bar_config(disable=True)
+    if not run_or_refused(backend, scheme):
+        return
+    expected = latents(stock)
+    ernie_accel.optimize(pipe, Quantize(scheme, backend=backend.name))
+    plain = latents(pipe)
+    floor = sqnr_db(plain, expected) - 6
+    weights = adapter(stock)
+    for name, change in (
+        ("load", lambda each: each.load_lora_weights(dict(weights), adapter_name="a")),
+        ("fuse", lambda each: each.fuse_lora(lora_scale=0.8)),
+        ("unfuse", lambda each: each.unfuse_lora()),
+        ("unload", lambda each: each.unload_lora_weights()),
+    ):
+        for each in (pipe, stock):
+            change(each)
+        assert sqnr_db(latents(pipe), latents(stock)) > floor, name
+    assert sqnr_db(latents(pipe), plain) > floor
+    assert sqnr_db(latents(ernie_accel.restore(pipe)), expected) > 35  # what is not quantized was rounded twice
+
+
+@pytest.mark.parametrize("blocks", ["stock", "rewritten", "quantized"])
+def test_swaps_on_compiled_blocks(pipe: Any, blocks: str) -> None:
+    """Compiled by inductor, with CUDA's own kernels."""
+    from torch._dynamo.utils import counters
+
+    stock = ernie_accel.demo.load(dtype=torch.bfloat16).to("cuda")
+    stock.set_progress_bar_config(disable=True)
+    before = {"stock": (), "rewritten": (RewriteBlocks(),), "quantized": (Quantize("fp8", backend="torchao"),)}[blocks]
+    ernie_accel.optimize(pipe, *before, Compile())
+    floor = min(sqnr_db(latents(pipe), latents(stock)), 40) - 6
+    one, other = adapter(stock), adapter(stock, seed=2)
+    for each in (pipe, stock):
+        each.load_lora_weights(dict(one), adapter_name="a")
+        each.load_lora_weights(dict(other), adapter_name="b")
+        each.set_adapters(["a"])
+    assert sqnr_db(latents(pipe), latents(stock)) > floor
+    graphs = counters["stats"]["unique_graphs"]
+    for names, scales in ((["b"], [1.0]), (["a"], [0.4]), (["b"], [-0.3])):
+        for each in (pipe, stock):
+            each.set_adapters(names, scales)
+        assert sqnr_db(latents(pipe), latents(stock)) > floor
+    assert counters["stats"]["unique_graphs"] == graphs
 
 
 def test_the_same_bits_without_one_and_one_capture_for_the_same_ranks(pipe: Any) -> None:

@@ -188,3 +188,68 @@ def test_guidance_as_one_batch_draws_what_two_calls_draw(
     assert len(batches) == 4
     found = error(drawn[1], drawn[0], f"{fuse} guided at {side}")
     assert found < (ROUNDING_REL["bfloat16"] if precision == "bf16" else 10 ** (-fuse.floor_db / 20))
+
+
+def controlnet_beside(transformer: Any) -> Any:
+    """Return a ControlNet that shares the refiners of a Z-Image transformer, as diffusers' pipeline makes it."""
+    from diffusers import ZImageControlNetModel
+
+    def make() -> Any:
+        return ZImageControlNetModel(
+            control_layers_places=[0, 2], control_refiner_layers_places=[0], control_in_dim=16, n_refiner_layers=1
+        )
+
+    torch.manual_seed(0)  # of biases
+    return ZImageControlNetModel.from_transformer(placed(make), transformer)
+
+
+def predict_controlled(pipe: Any, net: Any) -> torch.Tensor:
+    """Return the prediction of one step, in which the ControlNet comes first."""
+    x, caption, control = rand(16, 1, 64, 64), rand(77, 32, seed=77), rand(16, 1, 64, 64, seed=9)
+    time = torch.full((1,), 0.3, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        samples = net([x], time, [caption], [control], conditioning_scale=0.8)
+        out = pipe.transformer([x], time, [caption], controlnet_block_samples=samples, return_dict=False)[0]
+    return torch.stack(list(out)).squeeze(2).float()
+
+
+@pytest.mark.parametrize("how", ["bf16", "fp8", "compiled"])
+def test_a_controlnet_and_its_transformer_see_each_change_of_a_lora(how: str) -> None:
+    """A ControlNet runs the refiners earlier in the step than the transformer does."""
+    stock, pipe = pipe_of("z_image"), pipe_of("z_image")
+    nets = {id(each): controlnet_beside(each.transformer) for each in (stock, pipe)}
+    last = ernie_accel.Compile() if how == "compiled" else FuseKernels(how)
+    ernie_accel.optimize(pipe, RewriteBlocks(), last)
+    bound = ROUNDING_REL["bfloat16"] if how == "compiled" else 10 ** (-last.floor_db / 20)
+    seen = []
+
+    def same(what: str) -> None:
+        seen.append(predict_controlled(stock, nets[id(stock)]))
+        assert error(predict_controlled(pipe, nets[id(pipe)]), seen[-1], f"ControlNet, {how}, {what}") < bound
+
+    same("without")
+    weights = lora_of(stock.transformer)
+    for name, change in (
+        ("loaded", lambda each: each.load_lora_weights(dict(weights), adapter_name="a")),
+        ("scaled", lambda each: each.set_adapters(["a"], [-0.5])),
+        ("off", lambda each: each.disable_lora()),
+    ):
+        for each in (stock, pipe):
+            change(each)
+        same(name)
+        assert error(seen[-1], seen[-2], f"the LoRA {name}") > 2 * bound
+
+
+def lora_of(transformer: Any) -> dict[str, torch.Tensor]:
+    """Return a LoRA for all linear layers of the blocks and refiners, half as large as each weight."""
+    generator, tensors = torch.Generator("cuda").manual_seed(1), {}
+    for path, layer in transformer.named_modules():
+        if isinstance(layer, torch.nn.Linear) and path.split(".")[0] in ("layers", "noise_refiner", "context_refiner"):
+            down, up = (torch.randn(shape, device="cuda", generator=generator) for shape in lora_shapes(layer))
+            scale = 0.5 * layer.weight.float().norm() / (up @ down).norm()
+            tensors |= {f"transformer.{path}.lora_A.weight": down, f"transformer.{path}.lora_B.weight": up * scale}
+    return tensors
+
+
+def lora_shapes(layer: torch.nn.Linear, rank: int = 16) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (rank, layer.in_features), (layer.out_features, rank)

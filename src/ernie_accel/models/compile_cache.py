@@ -1,4 +1,4 @@
-"""Keep what inductor compiles in a folder that the user names, without changing a setting of torch."""
+"""Keep what inductor compiles in a folder that the user names, and have room for the graphs of blocks."""
 
 from __future__ import annotations
 
@@ -34,25 +34,33 @@ def drop_old_graphs(kinds: Iterable[type[torch.nn.Module]]) -> None:
     """
     from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
 
-    limit = _limit()
     for kind in kinds:
         code = getattr(kind.forward, "__code__", None)
-        if code is not None and len(_debug_get_cache_entry_list(code)) > limit - min(_ROOM, limit // 4):
+        if code is not None and len(_debug_get_cache_entry_list(code)) > RECOMPILE_LIMIT - _ROOM:
             reset_code(code)
 
 
-def _limit() -> int:
-    """Return how many graphs one kind of block may have in this version of torch."""
-    if _takes_limit():
-        return RECOMPILE_LIMIT
-    from torch._dynamo import config
-
-    return int(getattr(config, "recompile_limit", 8))
-
-
 def _takes_limit() -> bool:
-    """Return whether `torch.compile` takes a limit of its own; torch before it knows a global one alone."""
+    """Return whether `torch.compile` takes a limit of its own; torch before it (2.11) knows one for all alone."""
     return "recompile_limit" in inspect.signature(torch.compile).parameters
+
+
+class _WithinLimit:
+    """What torch calls in place of a compiled module: it raises the limit of all that is compiled, and leaves it so.
+
+    Before each call, because torch 2.12 has a limit for each thread.
+    """
+
+    def __init__(self, compiled: Callable[..., object]) -> None:
+        self.compiled = compiled
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        """Return what the module gives."""
+        if not torch.compiler.is_compiling():  # else within something larger that is compiled
+            config = torch._dynamo.config
+            if config.recompile_limit < RECOMPILE_LIMIT:
+                config.recompile_limit = RECOMPILE_LIMIT
+        return self.compiled(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -98,14 +106,21 @@ def compile_module(
     mode: str | None = None,
 ) -> None:
     """Compile a module in place; with a folder, what inductor makes is kept there (see `InductorIn`)."""
-    limit: dict[str, object] = {}
-    if _takes_limit():
-        limit["recompile_limit"] = RECOMPILE_LIMIT
     if folder is None:
-        module.compile(fullgraph=fullgraph, dynamic=dynamic, mode=mode, **limit)
+        _compile(module, fullgraph=fullgraph, dynamic=dynamic, mode=mode)
         return
     Path(folder).mkdir(parents=True, exist_ok=True)  # now: a folder that cannot be made must not fail the first picture
-    module.compile(backend=InductorIn(folder, mode, dynamic), fullgraph=fullgraph, dynamic=dynamic, **limit)
+    _compile(module, backend=InductorIn(folder, mode, dynamic), fullgraph=fullgraph, dynamic=dynamic)
+
+
+def _compile(module: torch.nn.Module, **kwargs: object) -> None:
+    """Compile a module in place, with room for `RECOMPILE_LIMIT` graphs of its kind."""
+    if _takes_limit():
+        module.compile(recompile_limit=RECOMPILE_LIMIT, **kwargs)
+        return
+    module.compile(**kwargs)
+    if module._compiled_call_impl is not None:
+        module._compiled_call_impl = _WithinLimit(module._compiled_call_impl)
 
 
 def as_folder(cache: str | os.PathLike[str] | None) -> str | None:

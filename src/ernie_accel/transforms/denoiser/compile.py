@@ -40,7 +40,7 @@ class Compile(Transform):
     Attributes:
         components: Component names; their classes must declare ``_repeated_blocks``, as most of diffusers' models do,
             or belong to a known family.
-        dynamic: Compile for any sequence length. False recompiles for each length, and gives up after the eighth.
+        dynamic: Compile for any sequence length. False recompiles for each length; there is room for 64.
         fullgraph: Refuse graph breaks instead of running slowly.
         mode: As in ``torch.compile``; None is its default.
         cache: Folder that keeps the compiled code, so that the next process need not compile; None leaves this to
