@@ -12,7 +12,7 @@ from tests.lifecycle.actions import ACTIONS, GROUPS, Action
 from tests.lifecycle.cells import ABSENT, EQUAL, FAULT, WITHIN, Cell, Effect, cell, is_known, not_applicable
 from tests.lifecycle.matrix import in_turns, singles
 from tests.lifecycle.page import MARKER, OTHERS_MARKER, PAGE, kept_text, others_text, page, section, with_section
-from tests.lifecycle.subjects import OTHERS, PIPES, ROWS, SAMPLED, TITLES, Row
+from tests.lifecycle.subjects import BESIDE_Z_IMAGE, OTHERS, PIPES, ROWS, TITLES, Row
 
 RUN_HERE = [row for row in ROWS.values() if not row.gpu and not row.preset]  # presets are left to the whole
 #: Rows whose cells take long, as they trace or draw many steps, by the beginning of their name, and the quickest pipe.
@@ -78,7 +78,7 @@ def test_what_a_script_does_to_an_optimized_pipe_is_right_or_refused(action):
 
 #: What stock cannot do on tiny pipelines of Z-Image that draw from pictures, and on which of them.
 _NOT_ON_OTHERS = {
-    "`from_pipe` to image to image": frozenset(OTHERS),
+    "`from_pipe` to image to image": frozenset(BESIDE_Z_IMAGE),
     **dict.fromkeys(("list of generators", "several images per prompt", "several prompts"), frozenset([MASKED])),
     **dict.fromkeys(("`.to(float32)`", "`.half()`", "`prompt_embeds`"), frozenset(["z_image omni"])),
 }
@@ -86,7 +86,7 @@ _NOT_ON_OTHERS = {
 
 def others_for(action: str) -> list[str]:
     """Return the tiny pipelines of Z-Image that draw from pictures, on which stock can do this."""
-    return [family for family in OTHERS if family not in _NOT_ON_OTHERS.get(action, ())]
+    return [family for family in BESIDE_Z_IMAGE if family not in _NOT_ON_OTHERS.get(action, ())]
 
 
 @pytest.mark.parametrize("action", [name for name in ACTIONS if others_for(name)])
@@ -99,7 +99,7 @@ def test_the_same_on_what_else_is_drawn_with_z_image(action):
     [each.name for each in ACTIONS.values() if each.group != "LoRA" and each.name not in _OF_DIFFUSERS],
 )
 def test_the_same_on_the_code_of_newbies_authors(action):
-    check(*chosen(action, [*SAMPLED]), action)
+    check(*chosen(action, ["own_newbie"]), action)
 
 
 @pytest.mark.parametrize("row", [row.name for row in RUN_HERE if row not in QUICK])
@@ -117,7 +117,7 @@ def test_the_sample_has_every_row_and_every_family():
     sample = [chosen(name, families_for(action)) for name, action in ACTIONS.items()]
     assert {row.name for _, row in sample} == {row.name for row in QUICK}
     assert {family for family, _ in sample} == set(PIPES)
-    assert {chosen(name, others)[0] for name in ACTIONS if (others := others_for(name))} == set(OTHERS)
+    assert {chosen(name, others)[0] for name in ACTIONS if (others := others_for(name))} == set(BESIDE_Z_IMAGE)
 
 
 def test_every_transform_and_preset_has_a_row_and_every_action_a_column():
@@ -129,7 +129,7 @@ def test_every_transform_and_preset_has_a_row_and_every_action_a_column():
 
 def test_the_page_has_every_row_and_every_action():
     text = PAGE.read_text(encoding="utf-8")
-    for title, run in (("Transforms and presets", ""), ("Z-Image's other pipelines", " --others")):
+    for title, run in (("Transforms and presets", ""), ("Other pipelines of these families", " --others")):
         part = text.partition(f"## {title}")[2].partition("\n## ")[0]
         table = [line.split(" | ")[0].strip("| `") for line in part.splitlines() if line.startswith("| `")]
         assert table == list(ROWS), f"run: python -m tests.lifecycle{run}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -88,10 +88,11 @@ def test_a_swap_compiles_nothing_and_a_change_of_rank_once(blocks: str, family: 
 
 
 @pytest.fixture
-def old_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def old_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let `torch.compile` take no limit of graphs, as in torch 2.11 and before; the global one is 8."""
     monkeypatch.setattr(compile_cache, "_takes_limit", lambda: False)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        yield
 
 
 @pytest.mark.slow
@@ -100,13 +101,13 @@ def test_where_torch_knows_one_limit_for_all_it_is_raised(blocks: str, old_torch
     test_a_swap_compiles_nothing_and_a_change_of_rank_once(blocks, "z_image")
 
 
-def test_it_is_raised_in_every_thread_and_never_lowered(old_torch: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_raised_in_every_thread_and_never_lowered(old_torch: None) -> None:
     """Torch 2.12 has a limit for each thread."""
     look = compile_cache._WithinLimit(lambda: torch._dynamo.config.recompile_limit)
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(look).result() == compile_cache.RECOMPILE_LIMIT
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 100)
-    assert look() == 100
+    with torch._dynamo.config.patch(recompile_limit=100):
+        assert look() == 100
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)
@@ -240,10 +241,12 @@ def test_what_another_thread_changes_during_the_writing_is_seen_at_the_next_forw
 
     def meanwhile(layers: list[torch.nn.Module]) -> None:
         write(layers)
-        pipe.set_adapters(["a"], [0.3])
+        for layer in layers:
+            layer.set_scale("a", 0.3)
 
     with monkeypatch.context() as patch:
         patch.setattr(stacked_adapters, "_write", meanwhile)
+        stacked_adapters.forget_stacked(pipe.transformer)
         update_stacked(pipe.transformer)
     assert torch.equal(latents(pipe), latents(other))
 

@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=20261128, help="which pairs those are")
     parser.add_argument("--rows", default="", help="only rows whose name has this in it; the page is not written")
     parser.add_argument(
-        "--others", action="store_true", help="only the other pipelines of Z-Image, which have a table of their own"
+        "--others", action="store_true", help="only the other pipelines, which have a table of their own"
     )
     parser.add_argument("--keep", type=Path, help="keep finished cells in this file, and do not run them again")
     parser.add_argument("--so-far", action="store_true", help="run nothing; write the page of the cells in --keep")

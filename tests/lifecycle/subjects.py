@@ -53,10 +53,11 @@ BESIDE_Z_IMAGE = {
 STRENGTH = ("ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
 #: Tiny pipelines by name: of every family, of an unknown one, with a UNet, and with two transformers.
 PIPES: dict[str, Callable[[], Any]] = pipelines.PIPELINES | {"sd": pipelines.tiny_sd, "wan": pipelines.tiny_wan}
-#: Those that have a table of their own.
-OTHERS: dict[str, Callable[[], Any]] = {family: Z_IMAGE_PIPES[cls][0] for family, cls in BESIDE_Z_IMAGE.items()}
-#: Those that only a sample of the cells is run on: they are not on the page.
-SAMPLED: dict[str, Callable[[], Any]] = {"own_newbie": tiny_own_newbie}
+#: Those that have a table of their own: Z-Image's, and NewBie-image in the manner of its authors' code.
+OTHERS: dict[str, Callable[[], Any]] = {
+    **{family: Z_IMAGE_PIPES[cls][0] for family, cls in BESIDE_Z_IMAGE.items()},
+    "own_newbie": tiny_own_newbie,
+}
 
 TITLES = {
     "ernie": "ERNIE-Image",
@@ -148,7 +149,7 @@ class Row:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(mock.patch("ernie_accel.core.context.installed_versions", _versions))
             if self.has("CallDefaults"):
-                for make in PIPES | OTHERS | SAMPLED:
+                for make in PIPES | OTHERS:
                     call = inspect.unwrap(type(_template(make, False)).__call__)
                     stack.enter_context(mock.patch.object(call, "__defaults__", _short(call)))
             try:
@@ -225,7 +226,7 @@ ROWS = {row.name: row for row in rows()}
 
 @functools.cache
 def _template(family: str, enhancer: bool) -> Any:
-    make = (PIPES | OTHERS | SAMPLED)[family]
+    make = (PIPES | OTHERS)[family]
     if family == "ernie":
         return make(enhancer=enhancer)
     return make()
