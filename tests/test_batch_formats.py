@@ -338,9 +338,10 @@ GOOD = """You are an artist. <character_1>
 <n>$character_1$</n><gender>1girl</gender><appearance>red & blue_hair</appearance>
 </character_1><character_2><n>b</n></character_2>
 <general_tags><count>2girls</count><mine>x</mine></general_tags> <caption>Two.</caption>"""
+PLAIN = "a sign that says <character> & <b>general</b>, <characteristics>none</characteristics>"
 
 
-@pytest.mark.parametrize("prompt", [GOOD, f"<img>{GOOD}</img>", "a <lora:x> & a plain prompt", "1 < 2"])
+@pytest.mark.parametrize("prompt", [GOOD, f"<img>{GOOD}</img>", "a <lora:x> & a plain prompt", "1 < 2", PLAIN])
 def test_good_prompts_pass(prompt):
     assert structure_problems(prompt) == []
 
@@ -354,6 +355,8 @@ def test_good_prompts_pass(prompt):
         ("<character_1></character_1>", "has nothing in <character_1>; fill it or delete it"),
         ("<general_tags><style>a</style><style>b</style></general_tags>", "has 2 <style> in <general_tags>; join them"),
         ("<general_tag><count>1</count></general_tag><general_tags>a</general_tags>", "did you mean <general_tags>?"),
+        ("<charcter_1><n>a</n></charcter_1>", "has a block <charcter_1>; did you mean <character_1>?"),
+        ("<Character_2>a</Character_2>", "has a block <Character_2>; did you mean <character_1>?"),
         ('<!DOCTYPE a [<!ENTITY b "c">]><general_tags>&b;</general_tags>', "declares a document type or entities"),
     ],
 )

@@ -158,7 +158,8 @@ def test_more_actors_than_fit_on_this_machine_are_refused(cluster, monkeypatch):
     text = r"^The Ray actors need 3 x 1 CPU, and this machine has 2: take fewer, or give each less \(num_cpus\)$"
     with pytest.raises(EngineLostError, match=text):
         RayEngine(load_tiny_ernie, actors=3, num_gpus=0, num_cpus=1)
-    with pytest.raises(EngineLostError, match=r"^The Ray actors need 1 x 1 GPU, and this machine has 0"):
+    text = r"^The Ray actors need 1 x 1 GPU, and this machine has 0: .* less \(num_gpus, in the command --ray-gpus\)$"
+    with pytest.raises(EngineLostError, match=text):
         RayEngine(load_tiny_ernie)
     assert ended == [True, True]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from ernie_accel.kernels.linear import Fp8Linear
 from tests.examples import EXAMPLES
 from tests.own_newbie import tiny_own_newbie
 from tests.pipelines import PIPELINES, picture, tiny_lumina2, tiny_newbie
+from tests.test_captured import Frozen
 from tests.test_families import check_contract
 from tests.test_fuse_kernels import sqnr_db
 from tests.z_image_pipes import Z_IMAGE_PIPES, in_dtype
@@ -80,3 +82,15 @@ def test_fp8_on_the_kernels_keeps_its_floor(name: str) -> None:
 def test_every_transform_on_every_pipeline_is_undone_bit_for_bit_or_refuses(name: str, transform: Any) -> None:
     make, call = PIPES[name]
     check_contract(make(), transform, found=("a ControlNet", "weights are bfloat16"), **call)
+
+
+@pytest.mark.parametrize("name", [name for name in PIPES if name != "NewBie-image"])
+def test_a_plan_says_whose_calls_are_not_captured(name: str) -> None:
+    """Graphs by a stand-in for CUDA."""
+    make, call = PIPES[name]
+    pipe, record, capture = make(), Frozen(), ernie_accel.CaptureGraphs()
+    plan = ernie_accel.plan(pipe, ernie_accel.RewriteBlocks(), capture, context=H200)
+    with mock.patch("ernie_accel.models.replays.capture_cuda", record):
+        ernie_accel.optimize(pipe, ernie_accel.RewriteBlocks(), capture, context=H200)
+        picture(pipe, steps=6, output_type="latent", **call)
+    assert (record.captures == 0) == ("are not captured" in str(plan))

@@ -136,6 +136,7 @@ ENGLISH = {
         "quantization/shown_plain.py: variant_problems",
         "residency/keeper.py: _NO_COPY",
         "transforms/calls/check_finite.py: _Check._no_rerun_reason",
+        "transforms/calls/check_finite.py: _Check.around",
         "transforms/calls/check_finite.py: _Check._call",
         "transforms/calls/check_finite.py: _Check._call.check",
         "transforms/calls/check_finite.py: _Decode.__call__",

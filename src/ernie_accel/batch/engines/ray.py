@@ -44,6 +44,8 @@ _Reference: TypeAlias = object
 #: The largest batch, the identity, the tokenizer and the call of an actor's engine.
 _Description: TypeAlias = "tuple[int, dict[str, str], Tokenizer | None, CallSignature]"
 
+#: What sets an actor's share of each resource, here and in the command.
+_SHARES = {"GPU": "num_gpus, in the command --ray-gpus", "CPU": "num_cpus"}
 _TELL_S = 60.0  # seconds of waiting for an actor after which that is logged, and logged again
 
 
@@ -258,7 +260,7 @@ class RayEngine(Engine):
                 self._ray.shutdown()
                 raise EngineLostError(
                     f"The Ray actors need {actors} x {need:g} {kind}, and this machine has {total.get(kind, 0):g}: "
-                    f"take fewer, or give each less (num_{kind.lower()}s)"
+                    f"take fewer, or give each less ({_SHARES[kind]})"
                 )
 
     def _ask(self, answer: _Reference, timeout_s: float | None) -> Any:

@@ -47,6 +47,7 @@ GENERAL_TAGS = (
 _BLOCKS = ("character_1", "general_tags", "caption")  # character_2 and so on go before
 
 _STRUCTURED = re.compile(r"</?\s*(character_[0-9]+|general_tags)\b")
+_TAG = re.compile(r"<(/?)([a-zA-Z]\w{5,15})>")  # about as long as the names of blocks
 _CHARACTER = re.compile(r"character_([0-9]{1,4})")
 _MAX_TAGS, _MAX_MESSAGES = 1000, 10
 _FIXES = {
@@ -60,7 +61,7 @@ def structure_problems(prompt: str) -> list[str]:
     """Return what is wrong with a structured prompt; an empty list for a good one, and for one that is plain text."""
     if reason := text_problem(prompt):
         return [f"prompt {reason}"]
-    if not _STRUCTURED.search(prompt):
+    if not (_STRUCTURED.search(prompt) or _misspelt(prompt)):
         return []
     if "<!" in prompt.replace("<!--", ""):
         return ["structured prompt declares a document type or entities; remove the declaration"]
@@ -87,9 +88,22 @@ def structure_problems(prompt: str) -> list[str]:
             problems += _block_problems(block, CHARACTER_TAGS)
         elif block.tag == "general_tags":
             problems += _block_problems(block, GENERAL_TAGS)
-        elif block.tag not in _BLOCKS and (close := difflib.get_close_matches(block.tag, _BLOCKS, n=1, cutoff=0.8)):
-            problems.append(f"structured prompt has a block <{block.tag}>; did you mean <{close[0]}>?")
+        elif block.tag not in _BLOCKS and (close := _nearest(block.tag, _BLOCKS)):
+            problems.append(f"structured prompt has a block <{block.tag}>; did you mean <{close}>?")
     return problems[:_MAX_MESSAGES]
+
+
+def _misspelt(prompt: str) -> bool:
+    """Return whether a prompt that names no block has a tag, opened and closed, that is spelt nearly like one."""
+    found = list(dict.fromkeys(_TAG.findall(prompt)))
+    closed = {name for slash, name in found if slash}
+    both = [name for slash, name in found if not slash and name in closed]
+    return any(_nearest(name, _BLOCKS[:2]) for name in both[:_MAX_TAGS])
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """Return the name that this one may be a misspelling of; "" for none."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), "")
 
 
 def _block_problems(block: ElementTree.Element, known: Sequence[str]) -> list[str]:
@@ -100,6 +114,6 @@ def _block_problems(block: ElementTree.Element, known: Sequence[str]) -> list[st
     for tag, count in tags.items():
         if count > 1:
             problems.append(f"structured prompt has {count} <{tag}> in <{block.tag}>; join them with commas")
-        if tag not in known and tag != "artist" and (close := difflib.get_close_matches(tag, known, n=1, cutoff=0.8)):
-            problems.append(f"structured prompt has <{tag}> in <{block.tag}>; did you mean <{close[0]}>?")
+        if tag not in known and tag != "artist" and (close := _nearest(tag, known)):
+            problems.append(f"structured prompt has <{tag}> in <{block.tag}>; did you mean <{close}>?")
     return problems

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor
 
-from ernie_accel.common.language import said
+from ernie_accel.common.language import listed, said
 from ernie_accel.core.components import Pipeline, Weight, modules_of, weights_of
 from ernie_accel.core.context import Context
 from ernie_accel.core.errors import ErnieAccelError
@@ -92,10 +92,13 @@ class _Check:
             if rerun_problem is not None:
                 raise ErnieAccelError(f"{error}. {rerun_problem}") from error
             found = str(error)
-        warnings.warn(f"{found}: the call is made again in float32", UserWarning, stacklevel=2)
+        weights = self._half_weights()
+        dtypes = listed(sorted({_name(weight.tensor.dtype) for weight in weights}))
+        text = f"{found}: the call is made again in float32 (the weights are {dtypes})"
+        warnings.warn(text, UserWarning, stacklevel=2)
         noise.rewind()
         with Undo() as undo:
-            for weight in self._half_weights():
+            for weight in weights:
                 undo.set_data(weight, weight.tensor.data.float())
             try:
                 return self._call(call, {name: _in_float32(value) for name, value in arguments.items()})

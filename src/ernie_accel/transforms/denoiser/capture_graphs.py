@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from ernie_accel.common.language import said
+from ernie_accel.common.language import joined, listed, said
 from ernie_accel.core.components import DENOISERS, Pipeline, other_denoisers_note
 from ernie_accel.core.context import Context
 from ernie_accel.core.planned import Blocks, PlannedPipe
@@ -15,6 +15,9 @@ from ernie_accel.core.undo import Undo
 from ernie_accel.families import family_of
 from ernie_accel.models.graphed_forward import FEW_TOKENS, MANY_TOKENS, GraphedForward
 from ernie_accel.models.rewritten import rewritten_blocks, rewritten_model, whose
+
+#: Components whose results reach the transformer by arguments that no graph is captured for.
+_GUESTS = ("controlnet", "siglip")
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,7 +81,7 @@ class CaptureGraphs(Transform):
             )
         if standing_in(pipe.transformer, GraphedForward) is not None:
             return Preview((), note=said("the transformer's forward is captured already"))
-        return Preview(("transformer.forward",), note=other_denoisers_note(pipe))
+        return Preview(("transformer.forward",), note=joined((other_denoisers_note(pipe), _uncaptured_note(pipe))))
 
     def planned(self, pipe: Pipeline, context: Context) -> PlannedPipe:
         planned = context.planned(pipe)
@@ -93,3 +96,11 @@ class CaptureGraphs(Transform):
         with Undo() as undo:
             GraphedForward(transformer, blocks, self.max_tokens, self.keep).install(undo)
         return Applied(("transformer.forward",), undo=undo)
+
+
+def _uncaptured_note(pipe: Pipeline) -> str:
+    """Return that calls with what other models of `pipe` hand to its transformer are not captured; "" without any."""
+    found = [name for name in _GUESTS if getattr(pipe, name, None) is not None]
+    if not found:
+        return ""
+    return said("calls with what {names} computed for the transformer are not captured", names=listed(found))
