@@ -29,7 +29,10 @@ class Forked:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(places)} | dict(environment or {}),
+            # A forked process cannot use CUDA, and torch.compile asks a GPU that it sees for its random state.
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(places), "CUDA_VISIBLE_DEVICES": ""}
+            | dict(environment or {}),
         )
 
     def run(self, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
