@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 
 import ernie_accel
 from ernie_accel import Context
@@ -94,3 +96,31 @@ def test_a_plan_says_whose_calls_are_not_captured(name: str) -> None:
         ernie_accel.optimize(pipe, ernie_accel.RewriteBlocks(), capture, context=H200)
         picture(pipe, steps=6, output_type="latent", **call)
     assert (record.captures == 0) == ("are not captured" in str(plan))
+
+
+@pytest.mark.parametrize("name", [name for name in PIPES if "ControlNet" in name])
+def test_graphs_replay_what_a_controlnet_computed(name: str) -> None:
+    """One serves other prompts, pictures and strengths of control; what is for other blocks gets another."""
+    make, call = PIPES[name]
+    stock, pipe, record = make(), make(), Frozen()
+    other = call["control_image"].transpose(Image.Transpose.ROTATE_90)
+    calls: list[dict[str, Any]] = [
+        {},
+        {"prompt": "three green squares"},
+        {"control_image": other},
+        {"controlnet_conditioning_scale": 0.3},
+    ]
+    with mock.patch("ernie_accel.models.replays.capture_cuda", record):
+        ernie_accel.optimize(pipe, ernie_accel.RewriteBlocks(), ernie_accel.CaptureGraphs(), context=H200)
+        seen = []
+        for change in calls:
+            got = picture(pipe, steps=4, output_type="latent", **call | change)
+            assert sqnr_db(got, picture(stock, steps=4, output_type="latent", **call | change)) > 100, change
+            seen.append(got)
+        assert record.captures == 1
+        assert not any(torch.equal(one, other) for one, other in itertools.combinations(seen, 2))
+        for each in (stock, pipe):
+            each.controlnet.control_layers_places = each.controlnet.config.control_layers_places = [0, 2]
+        got = picture(pipe, steps=4, output_type="latent", **call)
+        assert sqnr_db(got, picture(stock, steps=4, output_type="latent", **call)) > 100
+        assert record.captures == 2 and not torch.equal(got, seen[0])

@@ -29,11 +29,15 @@ MANY_TOKENS = 8448
 FREE_FOR_MANY = 8 * 2**30
 
 
+#: What a step of a rewritten model may be given: a tensor, one for each picture, or one for each of some blocks.
+_Given = Tensor | Sequence[Tensor] | Mapping[int, Tensor]
+
+
 @dataclass(frozen=True)
 class _Inputs:
     """What a graph reads beside the weights, where it reads it."""
 
-    steps: Mapping[str, Tensor | list[Tensor]]
+    steps: Mapping[str, _Given]
     text: Tensor
     at: PreparedPositions
 
@@ -118,8 +122,9 @@ class GraphedForward(ReplayedForward[_Inputs, Tensor]):
         large.add(which)
         return True
 
-    def _sample(self, arguments: Mapping[str, Any], steps: Mapping[str, Tensor | list[Tensor]]) -> Tensor:
-        shapes = tuple((x.shape, x.dtype, x.device) for x in _tensors(*steps.values()))
+    def _sample(self, arguments: Mapping[str, Any], steps: Mapping[str, _Given]) -> Tensor:
+        blocks = tuple(tuple(each) if isinstance(each, Mapping) else () for each in steps.values())
+        shapes = (*steps, *blocks, *((x.shape, x.dtype, x.device) for x in _tensors(*steps.values())))
         given = _tensors(arguments[self._blocks.PICTURE_INPUT])
         versions = tuple(map(version_of, given))
         picture = (shapes, self._blocks.host_facts(arguments), versions)
@@ -161,12 +166,17 @@ def free_bytes(device: torch.device) -> int:
     return min(free, allowed - held) + held - torch.cuda.memory_allocated(device)
 
 
-def _tensors(*given: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return tensors, and those of lists, as one tuple."""
-    return tuple(x for each in given for x in ((each,) if isinstance(each, Tensor) else each))
+def _tensors(*given: _Given) -> tuple[Tensor, ...]:
+    """Return tensors, and those of lists and mappings, as one tuple."""
+    found: list[Tensor] = []
+    for each in given:
+        found += [each] if isinstance(each, Tensor) else each.values() if isinstance(each, Mapping) else each
+    return tuple(found)
 
 
-def _clone(given: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+def _clone(given: _Given) -> _Given:
+    if isinstance(given, Mapping):
+        return {name: x.clone() for name, x in given.items()}
     return given.clone() if isinstance(given, Tensor) else [x.clone() for x in given]
 
 

@@ -47,7 +47,7 @@ class RewrittenModel(Protocol):
 
     @property
     def STEP_INPUTS(self) -> tuple[str, ...]:
-        """Arguments that may be a different tensor, or list of tensors, at every step; those that are given count."""
+        """Arguments that may be a different tensor at every step, or list or mapping of tensors; those given count."""
 
     @property
     def PICTURE_INPUT(self) -> str:

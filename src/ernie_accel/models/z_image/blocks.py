@@ -93,7 +93,7 @@ class RewrittenZImageBlock(RewrittenOriginalBlock):
 
 # What `CaptureGraphs` asks of a rewritten family.
 #: Other tensors in every step.
-STEP_INPUTS = ("x", "t")
+STEP_INPUTS = ("x", "t", "controlnet_block_samples")
 #: The same in all steps of a picture.
 PICTURE_INPUT = "cap_feats"
 _DEFAULTS: Mapping[str, int] = MappingProxyType({"patch_size": 2, "f_patch_size": 1})
@@ -259,7 +259,7 @@ def _position(
 
 def serves(arguments: Mapping[str, object]) -> bool:
     """Return whether `prepare` can serve these arguments of a forward."""
-    others = ("controlnet_block_samples", "siglip_feats", "image_noise_mask", "joint_attention_kwargs")
+    others = ("siglip_feats", "image_noise_mask", "joint_attention_kwargs")
     usual = all(arguments.get(name, size) == size for name, size in _DEFAULTS.items())
     return usual and _is_one_batch(arguments["x"]) and all(arguments.get(name) is None for name in others)
 

@@ -17,7 +17,7 @@ from ernie_accel.models.graphed_forward import FEW_TOKENS, MANY_TOKENS, GraphedF
 from ernie_accel.models.rewritten import rewritten_blocks, rewritten_model, whose
 
 #: Components whose results reach the transformer by arguments that no graph is captured for.
-_GUESTS = ("controlnet", "siglip")
+_GUESTS = ("siglip",)
 
 
 @dataclass(frozen=True, repr=False)
