@@ -278,11 +278,14 @@ def test_a_controlnet_adds_to_the_hidden_states() -> None:
     assert not torch.equal(stock(*arguments).sample[0], expected)
     assert torch.equal(pipe.transformer(*arguments, controlnet_block_samples=controls).sample[0], expected)
     recorder = Recorder()
-    pipe.transformer.forward = GraphedForward(pipe.transformer, rewritten_blocks(pipe), 64, 2, recorder)
+    pipe.transformer.forward = GraphedForward(pipe.transformer, rewritten_blocks(pipe), 64, 4, recorder)
     with torch.no_grad():
-        for _ in range(3):
-            assert torch.equal(pipe.transformer(*arguments, controlnet_block_samples=controls).sample[0], expected)
-    assert recorder.captures == 0
+        for given, captures in ((controls, 1), ({1: controls[1] * 2}, 1), ({0: controls[1]}, 2), (None, 3)):
+            expected = stock(*arguments, controlnet_block_samples=given).sample[0]
+            for _ in range(3):
+                got = pipe.transformer(*arguments, controlnet_block_samples=given).sample[0]
+                assert torch.equal(got, expected)
+            assert recorder.captures == captures
 
 
 def test_rows_of_the_omni_variant_are_those_of_stock() -> None:
