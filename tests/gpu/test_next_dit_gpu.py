@@ -213,19 +213,22 @@ def predict_controlled(pipe: Any, net: Any) -> torch.Tensor:
     return torch.stack(list(out)).squeeze(2).float()
 
 
-@pytest.mark.parametrize("how", ["bf16", "fp8", "compiled"])
+@pytest.mark.parametrize("how", ["bf16", "fp8", "fp8 in graphs", "compiled"])
 def test_a_controlnet_and_its_transformer_see_each_change_of_a_lora(how: str) -> None:
     """A ControlNet runs the refiners earlier in the step than the transformer does."""
     stock, pipe = pipe_of("z_image"), pipe_of("z_image")
     nets = {id(each): controlnet_beside(each.transformer) for each in (stock, pipe)}
-    last = ernie_accel.Compile() if how == "compiled" else FuseKernels(how)
-    ernie_accel.optimize(pipe, RewriteBlocks(), last)
+    precision, graphs = how.split()[0], how.endswith("graphs")
+    last = ernie_accel.Compile() if how == "compiled" else FuseKernels(precision)
+    ernie_accel.optimize(pipe, RewriteBlocks(), last, *((CaptureGraphs(),) if graphs else ()))
     bound = ROUNDING_REL["bfloat16"] if how == "compiled" else 10 ** (-last.floor_db / 20)
     seen: list[torch.Tensor] = []
 
     def same(what: str) -> None:
         seen.append(predict_controlled(stock, nets[id(stock)]))
-        got = predict_controlled(pipe, nets[id(pipe)])
+        for _ in range(3 if graphs else 1):  # the second step is captured, the third a replay
+            got = predict_controlled(pipe, nets[id(pipe)])
+        assert not graphs or len(pipe.transformer.forward._graphs) == 1
         found = error(got, seen[-1], f"ControlNet, {how}, {what}")
         assert found < bound
         if len(seen) > 1:
