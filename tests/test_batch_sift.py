@@ -64,6 +64,15 @@ def test_grids_are_rejected(period):
     assert grid_strength(np.asarray(scene().convert("L"), np.float32))[0] < 2
 
 
+def test_a_strong_grid_counts_as_one_that_can_be_refined():
+    picture = gridded(8)
+    assert Sieve(Sift()).look(picture, "a.png").reason.startswith("grid: edges every ")
+    found = Sieve(Sift(grid_score=0.5, refine=True)).look(picture, "a.png")
+    assert found.gridded
+    assert found.grid_score > 0.5
+    assert found.reason.startswith("faint grid: its score is ")
+
+
 def test_near_duplicates_are_rejected_and_named():
     sieve = Sieve(Sift(duplicate_bits=4))
     assert sieve.look(scene(1), "a.png").reason is None

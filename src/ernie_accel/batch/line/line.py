@@ -454,7 +454,11 @@ class Line:
             task.second_pass = planned
             self._schedule.add([task], first=True)
             return []
-        before = "" if again is None else f" after a second pass, and {again.grid_score:.2f} before it"
+        before = ""
+        if again is not None:
+            before = f" after a second pass, and {again.grid_score:.2f} before it"
+            if not finding.gridded:
+                before = f", after a second pass for a grid of {again.grid_score:.2f}"
         if task.rerolls < self._rerolls:
             task.rerolls += 1
             task.second_pass = None

@@ -38,8 +38,10 @@ class Sieve:
         score, limit = None, self._sift.grid_score
         if limit is not None and min(grey.shape) >= LEAST_SIDE:
             score = grid_of(grey)
-            if score > limit:
+            if score > limit:  # before the look at edges, which strong grids have, too: these are the ones to refine
                 return Finding(None, f"faint grid: its score is {score:.2f}, more than {limit:g}", score, gridded=True)
+        if reason := self._edges(grey):
+            return Finding(None, reason)
         if self._sift.duplicate_bits is None:
             return Finding(grid_score=score)
         digest = difference_hash(picture)
@@ -55,11 +57,14 @@ class Sieve:
             return f"blank: the standard deviation of its grey values is {std:.2f}, less than {sift.blank_std:g}"
         if sift.blur_variance is not None and (variance := sharpness(grey)) < sift.blur_variance:
             return f"blurred: its Laplacian variance is {variance:.1f}, less than {sift.blur_variance:g}"
-        if sift.grid_ratio is not None:
+        return None
+
+    def _edges(self, grey: npt.NDArray[np.float32]) -> str | None:
+        limit = self._sift.grid_ratio
+        if limit is not None:
             ratio, period = grid_strength(grey)
-            if ratio > sift.grid_ratio:
-                limit = f"more than {sift.grid_ratio:g}"
-                return f"grid: edges every {period} px are {ratio:.1f} times as strong as others, {limit}"
+            if ratio > limit:
+                return f"grid: edges every {period} px are {ratio:.1f} times as strong as others, more than {limit:g}"
         return None
 
     def _remember(self, digest: int, path: str) -> None:
