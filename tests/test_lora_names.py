@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ernie_accel import CallDefaults, CastDtype, Compile, ErnieAccelError, Rewri
 from ernie_accel.models.lora_loading import reads_loras, stop_reading_loras
 from tests.examples import differences, snapshot
 from tests.own_newbie import tiny_own_newbie
-from tests.pipelines import tiny_flux, tiny_sd, tiny_wan
+from tests.pipelines import tiny_ernie, tiny_flux, tiny_lumina2, tiny_sd, tiny_wan, tiny_z_image
 from tests.test_lora import FAMILIES, FORMATS, TO_Q, adapter, latents, load, made
 
 #: Requests that neither rewrite nor quantize: presets by name, and transforms.
@@ -269,6 +270,36 @@ def test_a_pipe_that_loads_no_loras_is_left_alone() -> None:
     pipe = tiny_own_newbie()
     assert not hasattr(pipe, "load_lora_weights")
     assert not added(optimized("exact", pipe))
+
+
+@pytest.mark.parametrize("named", ["diffusion_model.{}", "transformer.{}", "base_model.model.{}", "{}", "lora_unet_{}"])
+@pytest.mark.parametrize(("kind", "names"), [("LoKr", ["lokr_w1", "lokr_w2"]), ("LoHa", ["hada_w1_a", "hada_w1_b"])])
+def test_what_a_pipeline_does_not_load_is_refused_by_its_kind_under_all_names(
+    named: str, kind: str, names: list[str]
+) -> None:
+    pipe = ernie_accel.optimize(tiny_ernie(), preset="exact")
+    path = "layers.0.self_attention.to_q"
+    layer = named.format(path.replace(".", "_") if named.endswith("_{}") else path)
+    with pytest.raises(ErnieAccelError, match=rf"this is a {kind} \(2 tensors such as {re.escape(layer)}\."):
+        pipe.load_lora_weights({f"{layer}.{name}": torch.ones(4, 4) for name in names})
+    assert not pipe.get_list_adapters()
+
+
+@pytest.mark.parametrize("named", ["diffusion_model.{}", "transformer.{}"])
+def test_a_lokr_is_loaded_where_the_pipeline_loads_some(named: str) -> None:
+    pipe = ernie_accel.optimize(tiny_z_image(), preset="exact")
+    layer = pipe.transformer.layers[0].attention.to_q
+    right = torch.full((layer.out_features // 4, layer.in_features // 4), 0.1)
+    path = named.format("layers.0.attention.to_q")
+    pipe.load_lora_weights({f"{path}.lokr_w1": torch.ones(4, 4), f"{path}.lokr_w2": right})
+    assert hasattr(pipe.transformer.layers[0].attention.to_q, "lokr_w1")
+
+
+@pytest.mark.parametrize("make", [tiny_z_image, tiny_lumina2])
+def test_what_diffusers_cannot_convert_is_not_dropped(make: Callable[[], Any]) -> None:
+    pipe = ernie_accel.optimize(make(), preset="exact")
+    with pytest.raises((ValueError, KeyError)):
+        pipe.load_lora_weights({"diffusion_model.layers.0.attention.to_q.diff": torch.ones(4, 4)})
 
 
 def test_a_lokr_for_layers_that_diffusers_fuses_for_it_is_loaded() -> None:

@@ -107,24 +107,23 @@ class ReadsForeignKeys(StandInMethod):
                 return self.call_inner(converted, return_lora_metadata=False, **rest)
         if not is_foreign(weights):
             converted = None
+        has_halves = converted is not None and any(".lora_" in key for key in converted)
         try:  # names of the checkpoint's authors, for which diffusers may have a converter
             made = self.call_inner(dict(weights), return_lora_metadata=False, **rest)
         except (ValueError, LookupError):
             self._check_kinds(weights)
-            if converted is None:
+            if not has_halves:
                 raise
             made = {}
-        if converted is None or _are_there(made, paths):
-            return made
-        if not any(".lora_" in key for key in converted):
-            if not any(key.startswith("transformer.") for key in made):
-                self._check_kinds(weights)
-            return made
-        return self.call_inner(converted, return_lora_metadata=False, **rest)
+        if converted is not None and has_halves and not _are_there(made, paths):
+            return self.call_inner(converted, return_lora_metadata=False, **rest)
+        if not any(key.startswith("transformer.") for key in made) or not _are_taken(made, type(self.owner)):
+            self._check_kinds(weights)
+        return made
 
     def _check_kinds(self, weights: Mapping[str, Tensor]) -> None:
         for mark, kind in _OTHER_KINDS.items():
-            self._check_kind(weights, mark, kind, f"and {type(self.owner).__name__} loads LoRAs only")
+            self._check_kind(weights, mark, kind, f"which {type(self.owner).__name__} does not load by these names")
 
     def _check_kind(self, weights: Mapping[str, Tensor], mark: str, kind: str, why: str) -> None:
         found = [key for key in weights if mark in key]
@@ -133,6 +132,35 @@ class ReadsForeignKeys(StandInMethod):
                 f"{type(self.owner).__name__}.load_lora_weights: this is a {kind} ({len(found)} tensors such as "
                 f"{found[0]}), {why}; nothing was changed. Merge it into a LoRA with its trainer's tools."
             )
+
+
+class _NoPipe:
+    """In the place of a pipe whose `load_lora_weights` is asked what it thinks of the names of some weights."""
+
+    transformer = None
+    transformer_name = "transformer"
+
+    def __init__(self, weights: object) -> None:
+        """Let these be what was read."""
+        self._weights = weights
+
+    def lora_state_dict(self, *_: object, **__: object) -> tuple[object, None]:
+        """Return the weights, and no metadata."""
+        return self._weights, None
+
+    def load_lora_into_transformer(self, *_: object, **__: object) -> None:
+        """Do nothing: the names were taken."""
+
+
+def _are_taken(weights: object, kind: type) -> bool:
+    """Return whether a class of pipelines loads weights of these names; some load LoKrs, some LoRAs alone."""
+    try:
+        kind.load_lora_weights(_NoPipe(weights), {})  # type: ignore[attr-defined]
+    except ValueError:
+        return False
+    except Exception:  # its own code may ask for more of a pipe; what it thinks, it says when it loads
+        return True
+    return True
 
 
 def _are_there(weights: Mapping[str, Tensor], paths: list[str], prefix: str = "transformer") -> bool:
