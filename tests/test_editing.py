@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
-from diffusers import ErnieImagePipeline, ZImageImg2ImgPipeline
+from diffusers import DiffusionPipeline, ErnieImagePipeline, ZImageImg2ImgPipeline
 from PIL import Image
 
 import ernie_accel
@@ -413,6 +413,25 @@ def test_the_classes_have_the_components_of_the_pipe_and_what_was_applied_to_it(
     painting = ernie_accel.ErnieImageInpaintPipeline.from_pipe(made)
     painted = painting(PROMPT, PICTURE, MASK, generator=torch.Generator().manual_seed(3), **call).images
     assert torch.equal(painted, inpaint(pipe, PICTURE, MASK, PROMPT, **settings(pipe)).images)
+
+
+def test_a_class_takes_the_dtype_that_scripts_for_diffusers_pass_if_it_is_the_pipes():
+    pipe = tiny_ernie()
+    ernie_accel.ErnieImageInpaintPipeline.from_pipe(pipe, torch_dtype=torch.float32)
+    with pytest.raises(ErnieAccelError, match=r"casts none: .*float32, not torch.bfloat16.*CastDtype\('bfloat16'\)"):
+        ernie_accel.ErnieImageInpaintPipeline.from_pipe(pipe, torch_dtype=torch.bfloat16)
+    assert pipe.transformer.dtype == torch.float32
+
+
+def test_a_class_is_saved_as_the_stock_pipeline_that_it_is_made_of(tmp_path):
+    kind = ernie_accel.ErnieImageImg2ImgPipeline
+    made = kind.from_pipe(tiny_ernie())
+    ernie_accel.save(made, tmp_path / "ours")
+    made.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        assert type(ernie_accel.load(tmp_path / folder, device="cpu")) is ErnieImagePipeline
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "theirs")) is ErnieImagePipeline
+    assert type(kind.from_pretrained(tmp_path / "theirs")) is kind
 
 
 def test_a_class_can_be_optimized_by_itself_and_copied():

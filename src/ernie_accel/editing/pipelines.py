@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Sequence
 from types import MethodType
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from diffusers import ErnieImagePipeline
 
 from ernie_accel.core.apply import report_of
 from ernie_accel.core.components import AnyPipeline, CallablePipeline
+from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.plan import check_pipeline
 from ernie_accel.editing.edit import draw_from
 from ernie_accel.editing.pictures import Picture
@@ -26,7 +28,9 @@ class _FromPicture(ErnieImagePipeline):  # type: ignore[misc]  # diffusers comes
     _drawn_by: CallablePipeline | None = None
 
     @classmethod
-    def from_pipe(cls: type[_S], pipeline: AnyPipeline, **components: object) -> _S:
+    def from_pipe(
+        cls: type[_S], pipeline: AnyPipeline, *, torch_dtype: torch.dtype | None = None, **components: object
+    ) -> _S:
         """Return a pipeline with the components of another one: the same objects, in the same dtypes.
 
         Unlike diffusers' own, it casts nothing, and what was applied to `pipeline` (its call settings, cached prompts)
@@ -34,17 +38,29 @@ class _FromPicture(ErnieImagePipeline):  # type: ignore[misc]  # diffusers comes
 
         Args:
             pipeline: A pipeline of ERNIE-Image.
+            torch_dtype: As scripts for diffusers pass it; the one that the transformer has, or None.
             **components: Others to use instead.
 
         Raises:
-            ErnieAccelError: `pipeline` is no pipeline.
+            ErnieAccelError: `pipeline` is no pipeline, or its transformer has another dtype than `torch_dtype`.
             TypeError: It has other components than an ERNIE-Image pipeline.
         """
         source = check_pipeline(pipeline)
         made = cls(**{**source.components, **components})
+        if torch_dtype is not None and (has := made.transformer.dtype) != torch_dtype:
+            raise ErnieAccelError(
+                f"from_pipe shares the components, and casts none: the transformer is {has}, not {torch_dtype}. Leave "
+                f"torch_dtype out, or cast the pipe itself: optimize(pipe, CastDtype({str(torch_dtype)[6:]!r}))"
+            )
         object.__setattr__(made, "_drawn_by", getattr(source, "_drawn_by", None) or source)
         made.set_progress_bar_config(**getattr(source, "_progress_bar_config", {}))
         return made
+
+    def to_json_string(self) -> str:
+        """Return the configuration as JSON, under the name of the stock pipeline, which everything can load."""
+        config = json.loads(super().to_json_string())
+        config["_class_name"] = ErnieImagePipeline.__name__
+        return f"{json.dumps(config, indent=2, sort_keys=True)}\n"
 
     def _draw(
         self,

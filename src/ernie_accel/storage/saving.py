@@ -26,7 +26,16 @@ from ernie_accel.core.report import Entry
 from ernie_accel.core.transform import Phase, Transform, machine_local_fields
 from ernie_accel.storage.folders import current, replace_folder
 from ernie_accel.storage.layers import content_of, quantized_layers, receipt_of, repeats_rewriting
-from ernie_accel.storage.manifest import FORMAT, FORMAT_VERSION, MANIFEST, WEIGHTS, Manifest, files_of, saved_receipt
+from ernie_accel.storage.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    INDEX,
+    MANIFEST,
+    WEIGHTS,
+    Manifest,
+    files_of,
+    saved_receipt,
+)
 from ernie_accel.storage.tensor_file import write_tensors
 
 #: Libraries whose models can be saved; naming others in a folder would be naming code.
@@ -144,7 +153,7 @@ def _write(pipe: Pipeline, folder: Path, target: Path, entries: list[Entry]) -> 
                 "format_version": FORMAT_VERSION,
                 "ernie_accel": VERSION,
                 "versions": dict(installed_versions()),
-                "pipeline": type(pipe).__name__,
+                "pipeline": json.loads((folder / INDEX).read_text())["_class_name"],
                 "transforms": tuple(map(_saved_entry, entries)),
                 "components": components,
                 "files": files_of(folder),
