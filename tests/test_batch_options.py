@@ -23,6 +23,7 @@ from ernie_accel.batch.output.report import write_report
 from ernie_accel.cli import main
 from ernie_accel.cli.batch import batch_command
 from ernie_accel.core.errors import ErnieAccelError
+from ernie_accel.fidelity.grid import VISIBLE
 from tests.stub_engine import StubEngine, make_rows
 
 API = {
@@ -192,6 +193,21 @@ def test_a_jobs_production_has_every_option_that_is_about_it(tmp_path, monkeypat
     produce_job(job, StubEngine(), make_rows(1))
     assert {name: given[argument] for name, argument in of_produce.items()} == options
     assert given["sift"] == Sift(grid_score=0.5)
+
+
+@pytest.mark.parametrize("written", [["--sift", "grid"], ["--sift=grid"], ["--grid", "2", "--sift", "grid"]])
+def test_sift_grid_is_short_for_sifting_by_the_grid_that_is_visible(tmp_path, monkeypatch, written):
+    jobs = []
+    monkeypatch.setattr("ernie_accel.cli.batch.run_job", lambda job: jobs.append(job) or 0)
+    (tmp_path / "t.csv").write_text("prompt\na red circle\n")
+    with pytest.raises(SystemExit, match="0"):
+        main(["batch", *written, str(tmp_path / "t.csv"), "--out", str(tmp_path / "out"), "--model", "some/model"])
+    file = tmp_path / "job.json"
+    asked = {"input_file": "t.csv", "output_dir": "out", "model": "some/model", "sift": "grid"}
+    file.write_text(json.dumps(asked | ({"grid": 2.0} if "--grid" in written else {})))
+    for job in (*jobs, plan_job(file, {})):
+        assert job.sifting() == Sift(grid_score=2.0 if "--grid" in written else VISIBLE)
+    assert len(jobs) == 1
 
 
 def test_a_jobs_table_is_read_with_every_option_that_is_about_it(tmp_path, monkeypatch):

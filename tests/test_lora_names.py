@@ -285,6 +285,20 @@ def test_what_a_pipeline_does_not_load_is_refused_by_its_kind_under_all_names(
     assert not pipe.get_list_adapters()
 
 
+@pytest.mark.parametrize("part", ["lora_B.bias", "lora_magnitude_vector", "lora_magnitude_vector.weight"])
+def test_what_only_some_layers_have_is_refused_and_what_all_have_is_loaded(part: str) -> None:
+    weights = adapter("ernie", only="to_q")
+    layers = [name.removesuffix(".lora_B.weight") for name in weights if name.endswith(".lora_B.weight")]
+    more = {f"{layer}.{part}": torch.ones(128) for layer in layers}
+    pipe = ernie_accel.optimize(tiny_ernie(), preset="exact")
+    first = {f"{layers[0]}.{part}": more[f"{layers[0]}.{part}"]}
+    with pytest.raises(ErnieAccelError, match=rf"1 of its 2 layers have .* and {TO_Q}, for example, has none"):
+        pipe.load_lora_weights({**weights, **first})
+    assert not pipe.get_list_adapters()
+    pipe.load_lora_weights({**weights, **more})
+    latents(pipe)
+
+
 @pytest.mark.parametrize("named", ["diffusion_model.{}", "transformer.{}"])
 def test_a_lokr_is_loaded_where_the_pipeline_loads_some(named: str) -> None:
     pipe = ernie_accel.optimize(tiny_z_image(), preset="exact")

@@ -441,7 +441,11 @@ def test_a_lora_that_fits_no_layer_or_half_of_it_is_refused_before_anything_chan
 
 
 VARIANTS = {
-    "DoRA": {f"transformer.{TO_Q}.lora_magnitude_vector.weight": torch.ones(128)},
+    "DoRA": {
+        name.replace("lora_B", "lora_magnitude_vector"): torch.ones(len(tensor))
+        for name, tensor in adapter("ernie").items()
+        if "lora_B" in name
+    },
     "LoKr": {f"transformer.{TO_Q}.lokr_w1": torch.ones(4, 4), f"transformer.{TO_Q}.lokr_w2": torch.ones(32, 32)},
 }
 

@@ -7,13 +7,14 @@ import inspect
 import logging
 import os
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ernie_accel.batch.input.options import none_if_auto
+from ernie_accel.batch.input.options import VISIBLE_GRID, none_if_auto
 from ernie_accel.cli.batch import batch_command
 from ernie_accel.cli.evaluate import evaluate_command
 from ernie_accel.common.language import (
@@ -368,6 +369,17 @@ def _load_quietly(model: str | None) -> None:
         diffusers.utils.logging.disable_progress_bar()
 
 
+def _spelt_out(arguments: Sequence[str]) -> list[str]:
+    """Return arguments with ``--sift grid`` as the options that it is short for, ``--sift --grid 0.5``."""
+    found = list(arguments)
+    for at, each in enumerate(found):
+        if each == "--sift=grid" or found[at : at + 2] == ["--sift", "grid"]:
+            rest = found[at + (1 if each == "--sift=grid" else 2) :]
+            given = any(other == "--grid" or other.startswith("--grid=") for other in (*found[:at], *rest))
+            return [*found[:at], "--sift", *(() if given else ("--grid", f"{VISIBLE_GRID:g}")), *rest]
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; an error of ours is one message and exit code 2, not a traceback."""
     # A command prints its own progress; the libraries' loading bars and notices would drown it.
@@ -378,7 +390,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logging.getLogger(logger).setLevel(logging.ERROR)
     with speaking("en"):
         try:
-            app(arguments)
+            app(_spelt_out(sys.argv[1:] if arguments is None else arguments))
         except ErnieAccelError as error:
             text = str(error).replace("on_unsupported='skip'", "--skip-unsupported")
             typer.echo(say("error: {text}", text=text), err=True)

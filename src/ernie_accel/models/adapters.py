@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -465,7 +465,7 @@ def _shape_problems(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str
         for half in ("A", "B"):
             if name.endswith(f".lora_{half}.weight"):
                 halves.setdefault(name.removesuffix(f".lora_{half}.weight"), {})[half] = tensor
-    sizes, problems = _layer_sizes(model), []
+    sizes, problems = _layer_sizes(model), _missing(halves, weights)
     for path, pair in halves.items():
         if len(pair) == 1:
             there = next(iter(pair))
@@ -481,6 +481,19 @@ def _shape_problems(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str
             problems.append(f"{path} has {columns} inputs, and its LoRA {down.shape[1]}")
         elif up.shape[0] != rows:
             problems.append(f"{path} has {rows} outputs, and its LoRA {up.shape[0]}")
+    return problems
+
+
+def _missing(layers: Collection[str], weights: Mapping[str, Tensor]) -> list[str]:
+    """Return what only some layers of a LoRA have: PEFT makes it for all, and leaves the others without values."""
+    problems = []
+    for what, mark in (("a bias", ".lora_B.bias"), ("a DoRA's magnitudes", ".lora_magnitude_vector")):
+        having = {name[: name.index(mark)] for name in weights if mark in name} & set(layers)
+        if 0 < len(having) < len(layers):
+            first = next(path for path in layers if path not in having)
+            problems.append(
+                f"{len(having)} of its {len(layers)} layers have {what}, and {first}, for example, has none"
+            )
     return problems
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ernie_accel.batch.errors import BatchInputError, Problem, shown
 from ernie_accel.batch.input.gate import MAX_JOB_BYTES, NotJsonError, Repeated, decode_json, read_text
-from ernie_accel.batch.input.options import OPTION_OF, OPTIONS, Option, Options, check_option
+from ernie_accel.batch.input.options import OPTION_OF, OPTIONS, VISIBLE_GRID, Option, Options, check_option
 from ernie_accel.batch.input.plain_yaml import parse_yaml
 from ernie_accel.batch.input.row import Row
 from ernie_accel.batch.input.sift import Sift
@@ -212,6 +212,8 @@ def _parse_json(path: Path | None, text: str) -> object:
 def _options(content: Mapping[str, object], folder: Path, problems: _Problems) -> dict[str, object]:
     """Return options as `Job` holds them; those that are no options, or of another type, are noted as problems."""
     found = {}
+    if content.get("sift") == "grid":  # as on the command line: short for both
+        content = {"grid": VISIBLE_GRID, **content, "sift": True}
     for name, value in content.items():
         if name not in OPTIONS:
             close = difflib.get_close_matches(name, OPTIONS, n=1) if len(name) < 100 else []
