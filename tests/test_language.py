@@ -121,6 +121,7 @@ ENGLISH = {
         "kernels/hopper/tensor_maps.py: _encoded",
         "kernels/low_rank.py: LowRankProduct.unmergeable_reason",
         "memory/planner.py: budget_of",
+        "models/adapters.py: _missing",
         "models/adapters.py: _shape_problems",
         "models/adapters.py: _tensor_problem",
         "models/adapters.py: weight_problems",
