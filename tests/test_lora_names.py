@@ -161,7 +161,7 @@ def test_restored_refused_or_asked_for_nothing_a_pipe_has_diffusers_own_methods(
     pipe = made("z_image")
     before = set(vars(pipe))
     with pytest.raises(ernie_accel.UnsupportedError):
-        ernie_accel.optimize(pipe, SliceVae(), ernie_accel.MoveTo("cuda"), memory=None)
+        ernie_accel.optimize(pipe, SliceVae(), ernie_accel.MoveTo("npu"), memory=None)
     assert set(vars(pipe)) == before
     for way_back in (ernie_accel.restore, ernie_accel.optimize):
         optimized(request_, pipe)
