@@ -91,8 +91,9 @@ def test_a_swap_compiles_nothing_and_a_change_of_rank_once(blocks: str, family: 
 def old_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let `torch.compile` take no limit of graphs, as in torch 2.11 and before; the global one is 8."""
     monkeypatch.setattr(compile_cache, "_takes_limit", lambda: False)
-    with torch._dynamo.config.patch(recompile_limit=8):
-        yield
+    before, torch._dynamo.config.recompile_limit = torch._dynamo.config.recompile_limit, 8
+    yield
+    torch._dynamo.config.recompile_limit = before  # what raises it does not lower it again
 
 
 @pytest.mark.slow
@@ -106,8 +107,8 @@ def test_it_is_raised_in_every_thread_and_never_lowered(old_torch: None) -> None
     look = compile_cache._WithinLimit(lambda: torch._dynamo.config.recompile_limit)
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(look).result() == compile_cache.RECOMPILE_LIMIT
-    with torch._dynamo.config.patch(recompile_limit=100):
-        assert look() == 100
+    torch._dynamo.config.recompile_limit = 100
+    assert look() == 100
 
 
 @pytest.mark.parametrize("blocks", BLOCKS)

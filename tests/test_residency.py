@@ -169,7 +169,7 @@ def test_a_graph_of_your_own_cannot_have_weights_that_come_and_go(movers, monkey
 
 def loras(value: float) -> dict[str, torch.Tensor]:
     name = "transformer.layers.2.self_attention.to_q.lora"
-    return {f"{name}_A.weight": torch.full((4, 64), value), f"{name}_B.weight": torch.full((64, 4), value)}
+    return {f"{name}_A.weight": torch.full((4, 128), value), f"{name}_B.weight": torch.full((128, 4), value)}
 
 
 @pytest.fixture
