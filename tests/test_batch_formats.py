@@ -356,7 +356,7 @@ def test_good_prompts_pass(prompt):
         ("<general_tags><style>a</style><style>b</style></general_tags>", "has 2 <style> in <general_tags>; join them"),
         ("<general_tag><count>1</count></general_tag><general_tags>a</general_tags>", "did you mean <general_tags>?"),
         ("<charcter_1><n>a</n></charcter_1>", "has a block <charcter_1>; did you mean <character_1>?"),
-        ("<Character_2>a</Character_2>", "has a block <Character_2>; did you mean <character_1>?"),
+        ("<Character_2>a</Character_2>", "has a block <Character_2>; did you mean <character_2>?"),
         ('<!DOCTYPE a [<!ENTITY b "c">]><general_tags>&b;</general_tags>', "declares a document type or entities"),
     ],
 )

@@ -204,7 +204,7 @@ def test_sift_grid_is_short_for_sifting_by_the_grid_that_is_visible(tmp_path, mo
         main(["batch", *written, str(tmp_path / "t.csv"), "--out", str(tmp_path / "out"), "--model", "some/model"])
     file = tmp_path / "job.json"
     asked = {"input_file": "t.csv", "output_dir": "out", "model": "some/model", "sift": "grid"}
-    file.write_text(json.dumps(asked | ({"grid": 2.0} if "--grid" in written else {})))
+    file.write_text(json.dumps(asked | {"grid": 2.0 if "--grid" in written else None}))
     for job in (*jobs, plan_job(file, {})):
         assert job.sifting() == Sift(grid_score=2.0 if "--grid" in written else VISIBLE)
     assert len(jobs) == 1

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 
 import ernie_accel
 from ernie_accel import Compile, ErnieAccelError, Quantize, RewriteBlocks, Transform
+from ernie_accel.core.compiled import is_compiled_in_place
 from ernie_accel.models import compile_cache, stacked_adapters
 from ernie_accel.models.adapters import adaptables
 from ernie_accel.models.rewriting import FusedLinear
@@ -100,6 +101,12 @@ def old_torch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("blocks", ["stock", "both"])
 def test_where_torch_knows_one_limit_for_all_it_is_raised(blocks: str, old_torch: None) -> None:
     test_a_swap_compiles_nothing_and_a_change_of_rank_once(blocks, "z_image")
+
+
+def test_blocks_are_known_as_compiled_in_place_there_too(old_torch: None) -> None:
+    pipe = compiled("stock")
+    assert all(is_compiled_in_place(block) for block in pipe.transformer.layers)
+    assert not is_compiled_in_place(ernie_accel.restore(pipe).transformer.layers[0])
 
 
 def test_it_is_raised_in_every_thread_and_never_lowered(old_torch: None) -> None:

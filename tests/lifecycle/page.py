@@ -67,10 +67,11 @@ after that run: its note there says "cannot merge", and is out of date.
 OTHERS_INTRODUCTION = """\
 ## Other pipelines of these families
 
-The same actions and rows on what else diffusers draws with Z-Image, and on the code that NewBie-image's authors publish
-with it: {families}. Most of them share transformer and blocks with the pipelines above, so they have a table of their
-own. {count} of {total} cells have run (`python -m tests.lifecycle --others`); "on" names the pipelines of those. CI
-does every action on one of these pipelines.
+The same actions and rows on what else diffusers draws with Z-Image, and on a stand-in for the code that NewBie-image's
+authors publish with it (`tests/own_newbie.py`): {families}. Most of them share transformer and blocks with the
+pipelines above, so they have a table of their own. {count} of {total} cells have run
+(`python -m tests.lifecycle --others`); "on" names the pipelines of those. CI does every action on one of these
+pipelines.
 """
 
 

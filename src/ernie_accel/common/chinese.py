@@ -510,9 +510,7 @@ CATALOGUE: Mapping[str, str] = MappingProxyType(
         "what runs under autocast, here to {autocast}, is not captured": (
             "在 autocast（此处为 {autocast}）下运行的不会被捕获"
         ),
-        "calls with what {names} computed for the transformer are not captured": (
-            "带有 {names} 给 transformer 的结果的调用不会被捕获"
-        ),
+        "calls that take results of {names} are not captured": "带有 {names} 的结果的调用不会被捕获",
         "which masks can go is known family by family": "哪些掩码可以省去，因家族而异",
         "{pipe}: no block of its {denoisers} takes an attention mask": (
             "{pipe}：其 {denoisers} 没有接受注意力掩码的模块"

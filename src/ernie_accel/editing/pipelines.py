@@ -48,9 +48,10 @@ class _FromPicture(ErnieImagePipeline):  # type: ignore[misc]  # diffusers comes
         source = check_pipeline(pipeline)
         made = cls(**{**source.components, **components})
         if torch_dtype is not None and (has := made.transformer.dtype) != torch_dtype:
+            name = str(torch_dtype).removeprefix("torch.")
             raise ErnieAccelError(
                 f"from_pipe shares the components, and casts none: the transformer is {has}, not {torch_dtype}. Leave "
-                f"torch_dtype out, or cast the pipe itself: optimize(pipe, CastDtype({str(torch_dtype)[6:]!r}))"
+                f"torch_dtype out, or cast the pipe itself: optimize(pipe, CastDtype({name!r}))"
             )
         object.__setattr__(made, "_drawn_by", getattr(source, "_drawn_by", None) or source)
         made.set_progress_bar_config(**getattr(source, "_progress_bar_config", {}))

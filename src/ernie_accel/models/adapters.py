@@ -22,7 +22,7 @@ from ernie_accel.common.notes import Note
 from ernie_accel.core.errors import ErnieAccelError
 from ernie_accel.core.originals import ORIGINAL, log_made_anew
 from ernie_accel.core.peft_layers import config_problems, layer_problem, unchanged_if_it_fails
-from ernie_accel.core.stand_in import StandInMethod
+from ernie_accel.core.stand_in import StandInMethod, method_standing_in
 from ernie_accel.core.undo import Undo
 from ernie_accel.kernels.linear import Fp8Linear
 from ernie_accel.kernels.low_rank import LowRankProduct, Place, Site, bind, site_of, unbind, update_all
@@ -368,8 +368,8 @@ class TakesAdapters(ChecksAdapters):
 
 def check_adapters(model: nn.Module, undo: Undo) -> None:
     """Make `model` refuse a LoRA of which some tensors match no layer, in place; a no-op if it does."""
-    found = vars(model).get("load_lora_adapter")
-    if hasattr(model, "load_lora_adapter") and not isinstance(found, ChecksAdapters):
+    checks = method_standing_in(model, "load_lora_adapter", ChecksAdapters)  # others may be on top of it
+    if hasattr(model, "load_lora_adapter") and checks is None:
         undo.setattr(model, "load_lora_adapter", ChecksAdapters(model, "load_lora_adapter"))
 
 

@@ -53,6 +53,8 @@ class _WithinLimit:
 
     def __init__(self, compiled: Callable[..., object]) -> None:
         self.compiled = compiled
+        # By which a module that is compiled in place is known; see `is_compiled_in_place`.
+        self._torchdynamo_orig_callable = getattr(compiled, "_torchdynamo_orig_callable", None)
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Return what the module gives."""

@@ -47,7 +47,7 @@ class RewrittenModel(Protocol):
 
     @property
     def STEP_INPUTS(self) -> tuple[str, ...]:
-        """Arguments that may be a different tensor at every step, or list or mapping of tensors; those given count."""
+        """Arguments that may be other tensors at every step, one, a list or a mapping of them; those given count."""
 
     @property
     def PICTURE_INPUT(self) -> str:

@@ -153,7 +153,7 @@ def _write(pipe: Pipeline, folder: Path, target: Path, entries: list[Entry]) -> 
                 "format_version": FORMAT_VERSION,
                 "ernie_accel": VERSION,
                 "versions": dict(installed_versions()),
-                "pipeline": json.loads((folder / INDEX).read_text())["_class_name"],
+                "pipeline": json.loads((folder / INDEX).read_text(encoding="utf-8"))["_class_name"],
                 "transforms": tuple(map(_saved_entry, entries)),
                 "components": components,
                 "files": files_of(folder),

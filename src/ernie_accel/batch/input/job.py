@@ -213,7 +213,8 @@ def _options(content: Mapping[str, object], folder: Path, problems: _Problems) -
     """Return options as `Job` holds them; those that are no options, or of another type, are noted as problems."""
     found = {}
     if content.get("sift") == "grid":  # as on the command line: short for both
-        content = {"grid": VISIBLE_GRID, **content, "sift": True}
+        limit = content.get("grid")
+        content = {**content, "sift": True, "grid": VISIBLE_GRID if limit is None else limit}
     for name, value in content.items():
         if name not in OPTIONS:
             close = difflib.get_close_matches(name, OPTIONS, n=1) if len(name) < 100 else []

@@ -102,8 +102,10 @@ def _misspelt(prompt: str) -> bool:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    """Return the name that this one may be a misspelling of; "" for none."""
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), "")
+    """Return the name that this one may be a misspelling of, with its own number if it has one; "" for none."""
+    close = next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.8)), "")
+    number = re.search("[0-9]+$", name)
+    return f"character_{number[0]}" if number and close == "character_1" else close
 
 
 def _block_problems(block: ElementTree.Element, known: Sequence[str]) -> list[str]:

@@ -16,8 +16,8 @@ from ernie_accel.families import family_of
 from ernie_accel.models.graphed_forward import FEW_TOKENS, MANY_TOKENS, GraphedForward
 from ernie_accel.models.rewritten import rewritten_blocks, rewritten_model, whose
 
-#: Components whose results reach the transformer by arguments that no graph is captured for.
-_GUESTS = ("siglip",)
+#: Components whose results the transformer takes as arguments that no graph is captured with.
+_UNCAPTURED = ("siglip",)
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,8 +99,8 @@ class CaptureGraphs(Transform):
 
 
 def _uncaptured_note(pipe: Pipeline) -> str:
-    """Return that calls with what other models of `pipe` hand to its transformer are not captured; "" without any."""
-    found = [name for name in _GUESTS if getattr(pipe, name, None) is not None]
+    """Return that calls that take results of other models of `pipe` are not captured; "" without such models."""
+    found = [name for name in _UNCAPTURED if getattr(pipe, name, None) is not None]
     if not found:
         return ""
-    return said("calls with what {names} computed for the transformer are not captured", names=listed(found))
+    return said("calls that take results of {names} are not captured", names=listed(found))
