@@ -16,15 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from ladder_measures import CUDA, milliseconds
+from ladder_measures import CUDA, milliseconds, record_of
 from torch import Tensor
 
 from ernie_accel.core.context import Context
@@ -47,13 +44,7 @@ def main() -> None:
     device = "cpu" if arguments.tiny else "cuda"
     context = Context.detect(device=device)
     result: dict[str, Any] = {
-        "benchmark": "attention",
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d"),
-        "device": str(context),
-        "commit": os.environ.get("COMMIT", ""),
-        "python": platform.python_version(),
-        "versions": dict(context.versions),
+        **record_of("attention", context),
         "rows": [
             row for name, sizes in (TINY if arguments.tiny else FULL).items() for row in rows(name, sizes, device)
         ],

@@ -12,17 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from ladder_measures import CUDA, seconds
+from ladder_measures import CUDA, record_of, seconds
 from random_pipeline import random_family_pipeline
 
 import ernie_accel
@@ -54,19 +50,7 @@ def main() -> None:
         rows.append({"rung": name} | {f"ms_{px}": median_ms(each, 12 if CUDA else 1) for px, each in steps.items()})
         print(rows[-1], flush=True)
         ernie_accel.restore(pipe)
-    write(
-        {
-            "benchmark": "controlnet",
-            "command": " ".join(["python", *sys.argv]),
-            "date": time.strftime("%Y-%m-%d"),
-            "device": str(context),
-            "commit": os.environ.get("COMMIT", ""),
-            "python": platform.python_version(),
-            "versions": dict(context.versions),
-            "rows": rows,
-        },
-        arguments.out,
-    )
+    write({**record_of("controlnet", context), "rows": rows}, arguments.out)
 
 
 def controlled(size: str, device: str) -> Any:

@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,7 +30,7 @@ from torch import Tensor, nn
 import ernie_accel
 from ernie_accel import Quantize
 from ernie_accel.common.text import table
-from ernie_accel.core.context import installed_versions
+from ernie_accel.core.context import Context
 from ernie_accel.demo.judge import unseen_prompts
 from ernie_accel.quantization.backend import QuantizationBackend, plain_copy
 from ernie_accel.quantization.choose import BACKENDS
@@ -229,21 +227,16 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="of --layer and --model")
     parser.add_argument("--schemes", nargs="+", help="only these")
     options = parser.parse_args()
+    from ladder_measures import record_of
+
     pairs = [pair for pair in PAIRS if pair[0] in (options.schemes or dict(PAIRS))][: 1 if options.tiny else None]
-    record: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": time.strftime("%Y-%m-%d"),
-        "python": platform.python_version(),
-        "versions": dict(installed_versions()),
-    }
+    record = record_of("correction", Context.detect(device=options.device))
     if options.layer:
         size = (256, 512) if options.tiny else (12288, 4096)
         record["layers"] = [time_layer(options.device, *size, *pair) for pair in pairs]
         for layer in record["layers"]:
             print(json.dumps(layer, indent=1), flush=True)
     elif options.model:
-        if options.device.startswith("cuda"):
-            record["device"] = torch.cuda.get_device_name()
         record["models"] = []
         for pair in pairs:
             record["models"].append(time_model(options.device, "tiny" if options.tiny else "full", *pair))

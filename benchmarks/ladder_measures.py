@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +15,8 @@ from typing import Any
 
 import torch
 from random_pipeline import random_pipeline
+
+from ernie_accel.core.context import Context
 
 TEXT_TOKENS = 128
 STEPS = 8
@@ -217,3 +222,16 @@ def _sustained(step: Callable[[], object], at_least: float = 1.5) -> float:
     repeats = max(20, int(at_least * 1e3 / once))
     milliseconds(step, repeats)
     return milliseconds(step, repeats)
+
+
+def record_of(benchmark: str, context: Context) -> dict[str, Any]:
+    """Return what a file of results says of the run: command, date, commit, hardware and versions."""
+    return {
+        "benchmark": benchmark,
+        "command": " ".join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d"),
+        "device": str(context),
+        "commit": os.environ.get("COMMIT", ""),
+        "python": platform.python_version(),
+        "versions": dict(context.versions),
+    }

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import json
 import pickle
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -327,3 +331,15 @@ def test_rank_32_gains_what_is_promised_on_the_trained_miniature(scheme, backend
         found[rank] = sqnr_db(exact, outputs(pipe, inputs))
         ernie_accel.restore(pipe)
     assert found[32] > found[None] + gain_db + 0.5
+
+
+def test_the_benchmark_times_a_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    benchmark = importlib.import_module("correction")
+    given = ["--model", "--tiny", "--schemes", "gguf-q4_0", "--out", str(tmp_path / "correction")]
+    monkeypatch.setattr(sys, "argv", ["correction.py", *given])
+    benchmark.main()
+    result = json.loads((tmp_path / "correction.json").read_text(encoding="utf-8"))
+    (model,) = result["models"]
+    assert "gguf-q4_0 by gguf" in model["model"] and {"quantize s", "corrected s"} < model.keys()
+    assert all(result[name] for name in ("command", "date", "device", "python", "versions"))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ernie_accel.batch.input.options import VISIBLE_GRID, none_if_auto
+from ernie_accel.batch.input.options import none_if_auto
 from ernie_accel.cli.batch import batch_command
 from ernie_accel.cli.evaluate import evaluate_command
 from ernie_accel.common.language import (
@@ -373,10 +373,14 @@ def _spelt_out(arguments: Sequence[str]) -> list[str]:
     """Return arguments with ``--sift grid`` as the options that it is short for, ``--sift --grid 0.5``."""
     found = list(arguments)
     for at, each in enumerate(found):
+        if "batch" not in found[:at]:
+            continue
         if each == "--sift=grid" or found[at : at + 2] == ["--sift", "grid"]:
+            from ernie_accel.fidelity.grid import VISIBLE
+
             rest = found[at + (1 if each == "--sift=grid" else 2) :]
             given = any(other == "--grid" or other.startswith("--grid=") for other in (*found[:at], *rest))
-            return [*found[:at], "--sift", *(() if given else ("--grid", f"{VISIBLE_GRID:g}")), *rest]
+            return [*found[:at], "--sift", *(() if given else ("--grid", f"{VISIBLE:g}")), *rest]
     return found
 
 

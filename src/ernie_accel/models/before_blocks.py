@@ -56,7 +56,7 @@ class _ForAnother:
             self._update(model)
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_model": _nobody, "_update": self._update}  # copies of compiled blocks are not compiled
+        return {"_model": _nobody, "_update": self._update}  # a copy is not compiled, and products look themselves
 
 
 def _nobody() -> None:

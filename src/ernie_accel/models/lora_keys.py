@@ -158,7 +158,7 @@ def _are_taken(weights: object, kind: type) -> bool:
         kind.load_lora_weights(_NoPipe(weights), {})  # type: ignore[attr-defined]
     except ValueError:
         return False
-    except Exception:  # its own code may ask for more of a pipe; what it thinks, it says when it loads
+    except (AttributeError, ImportError, KeyError, TypeError):  # it asks for more of a pipe, or says so when it loads
         return True
     return True
 

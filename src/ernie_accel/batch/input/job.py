@@ -18,7 +18,7 @@ from typing import Any
 
 from ernie_accel.batch.errors import BatchInputError, Problem, shown
 from ernie_accel.batch.input.gate import MAX_JOB_BYTES, NotJsonError, Repeated, decode_json, read_text
-from ernie_accel.batch.input.options import OPTION_OF, OPTIONS, VISIBLE_GRID, Option, Options, check_option
+from ernie_accel.batch.input.options import OPTION_OF, OPTIONS, Option, Options, check_option
 from ernie_accel.batch.input.plain_yaml import parse_yaml
 from ernie_accel.batch.input.row import Row
 from ernie_accel.batch.input.sift import Sift
@@ -213,8 +213,10 @@ def _options(content: Mapping[str, object], folder: Path, problems: _Problems) -
     """Return options as `Job` holds them; those that are no options, or of another type, are noted as problems."""
     found = {}
     if content.get("sift") == "grid":  # as on the command line: short for both
+        from ernie_accel.fidelity.grid import VISIBLE
+
         limit = content.get("grid")
-        content = {**content, "sift": True, "grid": VISIBLE_GRID if limit is None else limit}
+        content = {**content, "sift": True, "grid": VISIBLE if limit is None else limit}
     for name, value in content.items():
         if name not in OPTIONS:
             close = difflib.get_close_matches(name, OPTIONS, n=1) if len(name) < 100 else []

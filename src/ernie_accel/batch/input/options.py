@@ -26,9 +26,6 @@ from ernie_accel.core.errors import ErnieAccelError
 REAL_MODEL = "baidu/ERNIE-Image-Turbo"
 """The model that messages advise."""
 
-VISIBLE_GRID = 0.5
-"""The grid score that ``--sift grid`` takes: a grid is visible from there on (`fidelity.grid_score`)."""
-
 _EXPECTED = {Path: "a path", str: "text in quotes", bool: "true or false", int: "a whole number", float: "a number"}
 
 _OUT_OF_RANGE = ("greater_than_equal", "less_than_equal")  # of pydantic's types of errors
